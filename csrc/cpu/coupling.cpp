@@ -1,0 +1,241 @@
+#include "coupling.h"
+
+#include "../ops/coupling.h"
+#include "tile.h"
+
+namespace pyflow::PYFLOW_ISA {
+
+// pointers to one chunk of n contiguous values each
+template <class T>
+struct Chunk {
+  int64_t n;
+  const T *x, *shift, *scale, *mask, *gy, *gl;
+  T *g, *e, *slope;
+  T *y, *gx, *gshift, *gscale;
+};
+
+// s -> log-scale g and multiplier e = exp(+-g); with Slope also dg/ds
+template <bool Slope, ScaleMap M, class T>
+void map_chunk(const Chunk<T>& c, T arg, T sign) {
+  const T* __restrict s = c.scale;
+  T* __restrict g = c.g;
+  T* __restrict e = c.e;
+  T* __restrict slope = c.slope;
+#pragma omp simd
+  for (int64_t i = 0; i < c.n; ++i) {
+    if constexpr (Slope) {
+      const LogScale<T> l = log_scale_slope<M>(s[i], arg);
+      slope[i] = l.slope;
+      e[i] = exp_(sign * l.g);
+    } else {
+      const T l = log_scale<M>(s[i], arg);
+      g[i] = l;
+      e[i] = exp_(sign * l);
+    }
+  }
+}
+
+template <bool Slope, class T>
+void map_chunk(const Chunk<T>& c, const CouplingArgs& a) {
+  const T arg = T(a.map_arg);
+  const T sign = a.inverse ? T(-1) : T(1);
+  switch (ScaleMap(a.scale_map)) {
+    case ScaleMap::exp: return map_chunk<Slope, ScaleMap::exp>(c, arg, sign);
+    case ScaleMap::sigmoid: return map_chunk<Slope, ScaleMap::sigmoid>(c, arg, sign);
+    case ScaleMap::sigmoid_inv: return map_chunk<Slope, ScaleMap::sigmoid_inv>(c, arg, sign);
+    case ScaleMap::softplus: return map_chunk<Slope, ScaleMap::softplus>(c, arg, sign);
+    case ScaleMap::tanh: return map_chunk<Slope, ScaleMap::tanh>(c, arg, sign);
+    case ScaleMap::atan: return map_chunk<Slope, ScaleMap::atan>(c, arg, sign);
+    case ScaleMap::softsign: return map_chunk<Slope, ScaleMap::softsign>(c, arg, sign);
+  }
+}
+
+template <bool Inverse, bool ShiftFirst, class T>
+void couple_chunk(const Chunk<T>& c) {
+  const T* __restrict x = c.x;
+  const T* __restrict shift = c.shift;
+  const T* __restrict e = c.e;
+  T* __restrict y = c.y;
+#pragma omp simd
+  for (int64_t i = 0; i < c.n; ++i) y[i] = couple<Inverse, ShiftFirst>(x[i], shift[i], e[i]);
+}
+
+template <class T>
+void couple_chunk(const Chunk<T>& c, const CouplingArgs& a) {
+  if (a.inverse) {
+    a.shift_first ? couple_chunk<true, true>(c) : couple_chunk<true, false>(c);
+  } else {
+    a.shift_first ? couple_chunk<false, true>(c) : couple_chunk<false, false>(c);
+  }
+}
+
+template <class T>
+void add_chunk(const Chunk<T>& c, bool inverse) {
+  const T* __restrict x = c.x;
+  const T* __restrict shift = c.shift;
+  T* __restrict y = c.y;
+  const T sign = inverse ? T(-1) : T(1);
+#pragma omp simd
+  for (int64_t i = 0; i < c.n; ++i) y[i] = fma_(sign, shift[i], x[i]);
+}
+
+template <bool Inverse, bool ShiftFirst, class T>
+void couple_backward_chunk(const Chunk<T>& c) {
+  const T* __restrict gy = c.gy;
+  const T* __restrict gl = c.gl;
+  const T* __restrict x = c.x;
+  const T* __restrict shift = c.shift;
+  const T* __restrict e = c.e;
+  const T* __restrict slope = c.slope;
+  T* __restrict gx = c.gx;
+  T* __restrict gshift = c.gshift;
+  T* __restrict gscale = c.gscale;
+#pragma omp simd
+  for (int64_t i = 0; i < c.n; ++i) {
+    const auto d = couple_backward<Inverse, ShiftFirst>(gy[i], gl[i], x[i], shift[i], e[i], slope[i]);
+    gx[i] = d.x;
+    gshift[i] = d.shift;
+    gscale[i] = d.scale;
+  }
+}
+
+template <class T>
+void couple_backward_chunk(const Chunk<T>& c, const CouplingArgs& a) {
+  if (a.inverse) {
+    a.shift_first ? couple_backward_chunk<true, true>(c) : couple_backward_chunk<true, false>(c);
+  } else {
+    a.shift_first ? couple_backward_chunk<false, true>(c) : couple_backward_chunk<false, false>(c);
+  }
+}
+
+// masking is by selection, so that a NaN that is masked out never leaks
+template <class T>
+void pass_through(const T* mask, const T* from, T* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = mask[i] != T(0) ? from[i] : to[i];
+}
+
+template <class T>
+void blank(const T* mask, T* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = mask[i] != T(0) ? T(0) : to[i];
+}
+
+template <class T>
+void fill(T* dst, T value, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = value;
+}
+
+Tile unit_tile(const CouplingArgs& a, int64_t unit) {
+  const int64_t block = unit / a.plan.segments;
+  const int64_t segment = unit % a.plan.segments;
+  const int64_t row = block * a.plan.tile_rows;
+  const int64_t col = segment * kSegment;
+  const int64_t rows = a.space.rows - row < a.plan.tile_rows ? a.space.rows - row : a.plan.tile_rows;
+  const int64_t cols = a.space.cols - col < kSegment ? a.space.cols - col : kSegment;
+  return {row, rows, col, cols};
+}
+
+template <class T>
+void forward_unit(const CouplingForward& a, const Tile& unit, int64_t segment) {
+  alignas(64) T x[kChunk], shift[kChunk], scale[kChunk], mask[kChunk], g[kChunk], e[kChunk], y[kChunk];
+  const Space& s = a.space;
+  double total = -0.0;  // of one row (a unit of several rows has one chunk); -0 + v is v to the bit
+  for (int64_t c0 = 0; c0 < unit.cols; c0 += kChunk) {
+    const int64_t cols = unit.cols - c0 < kChunk ? unit.cols - c0 : kChunk;
+    const Tile t{unit.row, unit.rows, unit.col + c0, cols};
+    Chunk<T> c{};
+    c.n = t.count();
+    c.x = load(s, a.x, t, x);
+    c.shift = load(s, a.shift, t, shift);
+    c.y = target(s, a.y, t, y);
+    if (a.scale.data) {
+      c.scale = load(s, a.scale, t, scale);
+      c.g = g;
+      c.e = e;
+      map_chunk<false>(c, a);
+      couple_chunk(c, a);
+    } else {
+      add_chunk(c, a.inverse);
+    }
+    if (a.mask.data) {
+      const T* m = load(s, a.mask, t, mask);
+      pass_through(m, c.x, c.y, c.n);
+      if (a.scale.data) blank(m, g, c.n);
+    }
+    store(s, a.y, t, c.y);
+    if (!a.scale.data) continue;
+    const T sign = a.inverse ? T(-1) : T(1);
+    if (t.rows > 1) {
+      for (int64_t r = 0; r < t.rows; ++r) {
+        ((T*)a.logdet)[t.row + r] = sign * lane_sum(g + r * cols, cols);
+      }
+    } else {
+      total += double(sign * lane_sum(g, cols));
+    }
+  }
+  if (!a.scale.data || unit.rows > 1) return;
+  if (a.partial) {
+    a.partial[unit.row * a.plan.segments + segment] = total;
+  } else {
+    ((T*)a.logdet)[unit.row] = T(total);
+  }
+}
+
+template <class T>
+void backward_unit(const CouplingBackward& a, const Tile& unit) {
+  alignas(64) T x[kChunk], shift[kChunk], scale[kChunk], mask[kChunk], e[kChunk], slope[kChunk];
+  alignas(64) T gy[kChunk], gl[kChunk], gx[kChunk], gshift[kChunk], gscale[kChunk];
+  const Space& s = a.space;
+  if (!a.gy.data) fill(gy, T(0), kChunk);
+  for (int64_t c0 = 0; c0 < unit.cols; c0 += kChunk) {
+    const int64_t cols = unit.cols - c0 < kChunk ? unit.cols - c0 : kChunk;
+    const Tile t{unit.row, unit.rows, unit.col + c0, cols};
+    Chunk<T> c{};
+    c.n = t.count();
+    c.x = load(s, a.x, t, x);
+    c.shift = a.shift.data ? load(s, a.shift, t, shift) : c.x;  // absent where the formula has no shift
+    c.scale = load(s, a.scale, t, scale);
+    c.gy = a.gy.data ? load(s, a.gy, t, gy) : gy;
+    for (int64_t r = 0; r < t.rows; ++r) {
+      T value = T(0);
+      if (a.gl.data) read_typed(a.gl, row_offset(s, a.gl, t.row + r), 1, 1, &value);
+      fill(gl + r * cols, value, cols);
+    }
+    c.gl = gl;
+    c.e = e;
+    c.slope = slope;
+    map_chunk<true>(c, a);
+    c.gx = target(s, a.gx, t, gx);
+    c.gscale = target(s, a.gscale, t, gscale);
+    c.gshift = a.gshift.data ? target(s, a.gshift, t, gshift) : gshift;
+    couple_backward_chunk(c, a);
+    if (a.mask.data) {
+      const T* m = load(s, a.mask, t, mask);
+      pass_through(m, c.gy, c.gx, c.n);
+      blank(m, c.gshift, c.n);
+      blank(m, c.gscale, c.n);
+    }
+    store(s, a.gx, t, c.gx);
+    if (a.gshift.data) {
+      store_pair(s, a.gshift, a.gscale, t, c.gshift, c.gscale);
+    } else {
+      store(s, a.gscale, t, c.gscale);
+    }
+  }
+}
+
+void coupling_forward(const CouplingForward& a, int64_t begin, int64_t end) {
+  for (int64_t u = begin; u < end; ++u) {
+    const Tile t = unit_tile(a, u);
+    const int64_t segment = u % a.plan.segments;
+    a.f64 ? forward_unit<double>(a, t, segment) : forward_unit<float>(a, t, segment);
+  }
+}
+
+void coupling_backward(const CouplingBackward& a, int64_t begin, int64_t end) {
+  for (int64_t u = begin; u < end; ++u) {
+    const Tile t = unit_tile(a, u);
+    a.f64 ? backward_unit<double>(a, t) : backward_unit<float>(a, t);
+  }
+}
+
+}  // namespace pyflow::PYFLOW_ISA

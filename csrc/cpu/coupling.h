@@ -1,0 +1,30 @@
+// Arguments of the coupling kernels; the functions live in one namespace per instruction set.
+#pragma once
+
+#include "view.h"
+
+namespace pyflow {
+
+struct CouplingArgs {
+  Space space;
+  Plan plan;
+  bool f64;          // compute type: double for float64 x, float for everything else
+  bool inverse;
+  bool shift_first;
+  int scale_map;     // ScaleMap; unused without a scale
+  double map_arg;
+  View x, shift, scale, mask;  // scale absent: additive; mask: true passes through
+};
+
+struct CouplingForward : CouplingArgs {
+  View y;
+  void* logdet;      // (rows,) of the compute type; absent without a scale
+  double* partial;   // (rows, segments) when a row has several segments, else absent
+};
+
+struct CouplingBackward : CouplingArgs {
+  View gy, gl;       // either may be absent; gl is read by row dims only
+  View gx, gshift, gscale;  // gshift may be absent
+};
+
+}  // namespace pyflow

@@ -1,0 +1,24 @@
+// The kernels of the instruction set this process uses, chosen once.
+#pragma once
+
+#include <cstdint>
+
+namespace pyflow {
+
+struct CouplingForward;
+struct CouplingBackward;
+
+struct CpuTable {
+  const char* isa;
+  void (*coupling_forward)(const CouplingForward&, int64_t begin, int64_t end);
+  void (*coupling_backward)(const CouplingBackward&, int64_t begin, int64_t end);
+};
+
+// null where no compiled instruction set runs on this CPU; PYFLOW_CPU_ISA narrows the choice
+const CpuTable* cpu_table();
+
+// comma-separated: what the CPU has, what this build holds
+const char* cpu_features();
+const char* compiled_isas();
+
+}  // namespace pyflow

@@ -1,0 +1,190 @@
+// Reading and writing a tile of a strided tensor of any dtype as contiguous values of the compute
+// type. A tensor that already has that form is used in place; anything else passes through a
+// buffer in L1, so a kernel is one loop over plain arrays whatever the layout.
+#pragma once
+
+#include "../math/half.h"
+#include "view.h"
+
+#if !defined(PYFLOW_ISA)
+#error "compiled once per instruction set: PYFLOW_ISA names it"
+#endif
+
+namespace pyflow::PYFLOW_ISA {
+
+struct Tile {
+  int64_t row, rows, col, cols;
+  int64_t count() const { return rows * cols; }
+};
+
+template <class T>
+constexpr DType kComputeType = sizeof(T) == 8 ? DType::f64 : DType::f32;
+
+template <class T>
+PYFLOW_FN bool in_place(const Space& s, const View& v, const Tile& t) {
+  const bool unit = v.dtype == kComputeType<T> && s.col_dims == 1 && v.stride[s.row_dims] == 1;
+  return unit && (t.rows == 1 || (s.row_dims == 1 && v.stride[0] == s.cols));
+}
+
+PYFLOW_FN int64_t row_offset(const Space& s, const View& v, int64_t row) {
+  int64_t offset = 0;
+  for (int d = s.row_dims - 1; d > 0; --d) {
+    offset += row % s.size[d] * v.stride[d];
+    row /= s.size[d];
+  }
+  return offset + row * v.stride[0];
+}
+
+PYFLOW_FN float to_compute(float v) { return v; }
+PYFLOW_FN double to_compute(double v) { return v; }
+PYFLOW_FN float to_compute(uint8_t v) { return v ? 1.f : 0.f; }
+
+// strides 1 and 2 are spelled out: the compiler vectorises those
+template <class T, class S, class F>
+PYFLOW_FN void read_run(const S* __restrict src, int64_t stride, int64_t n, T* __restrict dst, F f) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = T(f(src[i]));
+  } else if (stride == 2) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = T(f(src[2 * i]));
+  } else {
+    for (int64_t i = 0; i < n; ++i) dst[i] = T(f(src[i * stride]));
+  }
+}
+
+template <class T, class D, class F>
+PYFLOW_FN void write_run(const T* __restrict src, int64_t stride, int64_t n, D* __restrict dst, F f) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = f(src[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) dst[i * stride] = f(src[i]);
+  }
+}
+
+template <class T>
+void read_typed(const View& v, int64_t offset, int64_t stride, int64_t n, T* dst) {
+  switch (v.dtype) {
+    case DType::f32:
+      read_run((const float*)v.data + offset, stride, n, dst, [](float x) { return x; });
+      break;
+    case DType::f64:
+      read_run((const double*)v.data + offset, stride, n, dst, [](double x) { return x; });
+      break;
+    case DType::bf16:
+      read_run((const uint16_t*)v.data + offset, stride, n, dst, [](uint16_t x) { return bf16_to_float(x); });
+      break;
+    case DType::f16:
+      read_run((const uint16_t*)v.data + offset, stride, n, dst, [](uint16_t x) { return half_to_float(x); });
+      break;
+    case DType::u8:
+      read_run((const uint8_t*)v.data + offset, stride, n, dst, [](uint8_t x) { return x ? 1.f : 0.f; });
+      break;
+  }
+}
+
+template <class T>
+void write_typed(const View& v, int64_t offset, int64_t stride, int64_t n, const T* src) {
+  switch (v.dtype) {
+    case DType::f32:
+      write_run(src, stride, n, (float*)v.data + offset, [](T x) { return float(x); });
+      break;
+    case DType::f64:
+      write_run(src, stride, n, (double*)v.data + offset, [](T x) { return double(x); });
+      break;
+    case DType::bf16:
+      write_run(src, stride, n, (uint16_t*)v.data + offset, [](T x) { return float_to_bf16(float(x)); });
+      break;
+    case DType::f16:
+      write_run(src, stride, n, (uint16_t*)v.data + offset, [](T x) { return float_to_half(float(x)); });
+      break;
+    case DType::u8:
+      break;  // masks are read only
+  }
+}
+
+// calls run(offset in v, offset in the tile, length, stride) for every innermost run of the tile
+template <class F>
+PYFLOW_FN void for_each_run(const Space& s, const View& v, const Tile& t, F run) {
+  const int last = s.row_dims + s.col_dims - 1;
+  const int64_t inner = s.size[last];
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const int64_t base = row_offset(s, v, t.row + r);
+    for (int64_t c = 0; c < t.cols;) {
+      int64_t rest = t.col + c;
+      const int64_t first = rest % inner;
+      int64_t offset = base + first * v.stride[last];
+      rest /= inner;
+      for (int d = last - 1; d >= s.row_dims; --d) {
+        offset += rest % s.size[d] * v.stride[d];
+        rest /= s.size[d];
+      }
+      const int64_t n = inner - first < t.cols - c ? inner - first : t.cols - c;
+      run(offset, r * t.cols + c, n, v.stride[last]);
+      c += n;
+    }
+  }
+}
+
+// the tile of v as contiguous values: v's own memory, or `buffer` filled
+template <class T>
+const T* load(const Space& s, const View& v, const Tile& t, T* buffer) {
+  if (in_place<T>(s, v, t)) return (const T*)v.data + row_offset(s, v, t.row) + t.col;
+  for_each_run(s, v, t, [&](int64_t offset, int64_t at, int64_t n, int64_t stride) {
+    read_typed(v, offset, stride, n, buffer + at);
+  });
+  return buffer;
+}
+
+// where a kernel writes the tile of v; `store` then moves it if that was the buffer
+template <class T>
+T* target(const Space& s, const View& v, const Tile& t, T* buffer) {
+  return in_place<T>(s, v, t) ? (T*)v.data + row_offset(s, v, t.row) + t.col : buffer;
+}
+
+template <class T>
+void store(const Space& s, const View& v, const Tile& t, const T* values) {
+  if (in_place<T>(s, v, t)) return;
+  for_each_run(s, v, t, [&](int64_t offset, int64_t at, int64_t n, int64_t stride) {
+    write_typed(v, offset, stride, n, values + at);
+  });
+}
+
+// two tensors interleaved in memory, element by element, are written together:
+// one vectorised pass instead of two scattered ones
+template <class T>
+void store_pair(const Space& s, const View& a, const View& b, const Tile& t, const T* va, const T* vb) {
+  const int last = s.row_dims + s.col_dims - 1;
+  const bool floats = a.dtype == kComputeType<T> && b.dtype == kComputeType<T>;
+  const bool interleaved = (T*)b.data == (T*)a.data + 1 && a.stride[last] == 2 && b.stride[last] == 2;
+  if (!(floats && interleaved)) {
+    store(s, a, t, va);
+    store(s, b, t, vb);
+    return;
+  }
+  for_each_run(s, a, t, [&](int64_t offset, int64_t at, int64_t n, int64_t) {
+    T* __restrict dst = (T*)a.data + offset;
+    const T* __restrict pa = va + at;
+    const T* __restrict pb = vb + at;
+    for (int64_t i = 0; i < n; ++i) {
+      dst[2 * i] = pa[i];
+      dst[2 * i + 1] = pb[i];
+    }
+  });
+}
+
+// Sum of n <= kChunk values through sixteen lanes and a fixed fold: the same bits for every
+// vector width. Relative error <= (n / 16 + 4) ulp / 2 of the sum of magnitudes.
+template <class T>
+PYFLOW_FN T lane_sum(const T* v, int64_t n) {
+  T lane[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (int j = 0; j < 16; ++j) lane[j] += v[i + j];
+  }
+  for (int j = 0; i + j < n; ++j) lane[j] += v[i + j];
+  for (int width = 8; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+  }
+  return lane[0];
+}
+
+}  // namespace pyflow::PYFLOW_ISA

@@ -1,0 +1,51 @@
+// What a CPU kernel is handed: a pointer, a dtype and strides per tensor, and one iteration
+// space for all of them. Plain structs, shared by every instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace pyflow {
+
+enum class DType : int { f32, f64, bf16, f16, u8 };
+
+constexpr int kMaxDims = 12;  // after neighbours are merged, so any real tensor fits
+
+// (rows) x (cols): the leading dims are the batch, the trailing ones the event that is summed over
+struct Space {
+  int row_dims = 0;
+  int col_dims = 0;
+  int64_t size[kMaxDims] = {};  // row dims, then column dims
+  int64_t rows = 1;
+  int64_t cols = 1;
+};
+
+struct View {
+  char* data = nullptr;  // null: the tensor is absent
+  DType dtype = DType::f32;
+  int64_t stride[kMaxDims] = {};  // in elements, same dims as the Space
+};
+
+// Work is cut the same way whatever the thread count, so sums never depend on it:
+// a unit is a block of whole short rows, or one segment of a long row.
+constexpr int64_t kChunk = 512;          // elements worked on at a time; the buffers stay in L1
+constexpr int64_t kSegment = 16 * kChunk;
+
+struct Plan {
+  int64_t tile_rows;  // rows in a unit
+  int64_t segments;   // units in a row
+  int64_t units;
+  int64_t grain;      // units that are worth a thread
+};
+
+inline Plan plan_of(const Space& s, bool flat) {
+  Plan p;
+  const bool row_by_row = s.cols > kChunk / 2 || (!flat && s.cols >= 128);
+  p.tile_rows = row_by_row ? 1 : kChunk / (s.cols > 0 ? s.cols : 1);
+  p.segments = s.cols > kSegment ? (s.cols + kSegment - 1) / kSegment : 1;
+  p.units = (s.rows + p.tile_rows - 1) / p.tile_rows * p.segments;
+  const int64_t unit = p.tile_rows * (s.cols < kSegment ? (s.cols > 0 ? s.cols : 1) : kSegment);
+  p.grain = 32768 / unit > 0 ? 32768 / unit : 1;
+  return p;
+}
+
+}  // namespace pyflow

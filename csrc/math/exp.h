@@ -1,0 +1,44 @@
+// exp. float: max error 0.9 ulp over all floats, denormal results included; exp(NaN) = NaN,
+// overflow to inf above 88.7228, to 0 below -103.9721. double: libm.
+#pragma once
+
+#include "fn.h"
+
+namespace pyflow {
+
+constexpr float kLog2e = 1.44269504f;
+constexpr float kLn2Hi = 0.693145752f;     // 17 bits: k * kLn2Hi is exact
+constexpr float kLn2Lo = 1.42860677e-6f;
+constexpr float kRound = 12582912.f;       // 1.5 * 2^23: adding it rounds to nearest even
+
+// x = k ln2 + r with |r| <= ln2 / 2; returns expm1(r), k as an integer
+PYFLOW_FN float expm1_reduced(float x, int32_t& k) {
+  const float shifted = fma_(x, kLog2e, kRound);
+  const float kf = shifted - kRound;
+  k = int32_t(bits_of(shifted) - bits_of(kRound));
+  float r = fma_(kf, -kLn2Hi, x);
+  r = fma_(kf, -kLn2Lo, r);
+  float q = 0.0013946447288617492f;
+  q = fma_(q, r, 0.008366581983864307f);
+  q = fma_(q, r, 0.04166628047823906f);
+  q = fma_(q, r, 0.1666654348373413f);
+  q = fma_(q, r, 0.5f);
+  return fma_(r * r, q, r);
+}
+
+PYFLOW_FN float pow2(int32_t k) { return float_of(uint32_t(k + 127) << 23); }
+
+PYFLOW_FN float exp_(float x) {
+  // NaN fails both comparisons and travels on
+  x = x < -104.f ? -104.f : x;
+  x = x > 89.f ? 89.f : x;
+  int32_t k;
+  const float p = 1.f + expm1_reduced(x, k);
+  // two steps, so that neither factor overflows and a denormal result is rounded once
+  const int32_t half = k >> 1;
+  return p * pow2(half) * pow2(k - half);
+}
+
+PYFLOW_FN double exp_(double x) { return __builtin_exp(x); }
+
+}  // namespace pyflow

@@ -1,0 +1,47 @@
+// How a scalar function is declared so that every room can include it.
+// On a CPU each instruction set gets its own private copy: a weak symbol shared between
+// translation units could carry AVX-512 code into a program that runs on an older CPU.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define PYFLOW_FN static __host__ __device__ __forceinline__
+#else
+#define PYFLOW_FN static inline __attribute__((always_inline))
+#endif
+
+namespace pyflow {
+
+PYFLOW_FN uint32_t bits_of(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t u;
+  __builtin_memcpy(&u, &x, sizeof u);
+  return u;
+#endif
+}
+
+PYFLOW_FN float float_of(uint32_t u) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(u);
+#else
+  float x;
+  __builtin_memcpy(&x, &u, sizeof x);
+  return x;
+#endif
+}
+
+PYFLOW_FN float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+PYFLOW_FN double fma_(double a, double b, double c) { return __builtin_fma(a, b, c); }
+PYFLOW_FN float abs_(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+PYFLOW_FN double abs_(double x) { return __builtin_fabs(x); }
+
+// |x| with the sign of s
+PYFLOW_FN float copysign_(float x, float s) {
+  return float_of((bits_of(x) & 0x7fffffffu) | (bits_of(s) & 0x80000000u));
+}
+
+}  // namespace pyflow

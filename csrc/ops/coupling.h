@@ -1,0 +1,101 @@
+// Coupling layers: the scale maps g(s), their derivatives, and one element forward and backward.
+//   forward  y = x e^g + shift          (shift_first: (x + shift) e^g)
+//   inverse  y = (x - shift) e^{-g}     (shift_first: x e^{-g} - shift)
+#pragma once
+
+#include "../math/atan.h"
+#include "../math/exp.h"
+#include "../math/log.h"
+#include "../math/tanh.h"
+
+namespace pyflow {
+
+// the order is the `scale_map` integer of the operator schema
+enum class ScaleMap : int { exp, sigmoid, sigmoid_inv, softplus, tanh, atan, softsign };
+
+template <class T>
+struct LogScale {
+  T g;      // log-scale
+  T slope;  // dg/ds
+};
+
+constexpr double kAtanGain = 0.636;  // FrEIA's constant, close to 2/pi
+
+// `arg` is the one constant a map uses: clamp (tanh, atan), eps (sigmoid, softplus), c (softsign)
+template <ScaleMap M, class T>
+PYFLOW_FN T log_scale(T s, T arg) {
+  if constexpr (M == ScaleMap::exp) {
+    return s;
+  } else if constexpr (M == ScaleMap::sigmoid) {
+    const T t = s + T(2);
+    return arg > T(0) ? log_(sigmoid(t) + arg) : -softplus(-t);
+  } else if constexpr (M == ScaleMap::sigmoid_inv) {
+    return softplus(-(s + T(2)));
+  } else if constexpr (M == ScaleMap::softplus) {
+    // log(softplus(s)) is -inf once softplus underflows
+    const T g = log_(softplus(s) + arg);
+    return arg > T(0) || !(s < T(-15)) ? g : s - T(0.5) * exp_(s);
+  } else if constexpr (M == ScaleMap::tanh) {
+    return arg * tanh_(s * (T(1) / arg));
+  } else if constexpr (M == ScaleMap::atan) {
+    return arg * T(kAtanGain) * atan_(s);
+  } else {
+    return s / (T(1) + abs_(s) * (T(1) / arg));
+  }
+}
+
+template <ScaleMap M, class T>
+PYFLOW_FN LogScale<T> log_scale_slope(T s, T arg) {
+  if constexpr (M == ScaleMap::exp) {
+    return {s, T(1)};
+  } else if constexpr (M == ScaleMap::sigmoid) {
+    const T t = s + T(2);
+    const T p = sigmoid(t);
+    const T q = sigmoid(-t);
+    return {log_scale<M>(s, arg), arg > T(0) ? p * q / (p + arg) : q};
+  } else if constexpr (M == ScaleMap::sigmoid_inv) {
+    const T t = s + T(2);
+    return {softplus(-t), -sigmoid(-t)};
+  } else if constexpr (M == ScaleMap::softplus) {
+    const T slope = sigmoid(s) / (softplus(s) + arg);
+    return {log_scale<M>(s, arg), arg > T(0) || !(s < T(-15)) ? slope : T(1) - T(0.5) * exp_(s)};
+  } else if constexpr (M == ScaleMap::tanh) {
+    const T t = tanh_(s * (T(1) / arg));
+    return {arg * t, (T(1) - t) * (T(1) + t)};
+  } else if constexpr (M == ScaleMap::atan) {
+    return {arg * T(kAtanGain) * atan_(s), arg * T(kAtanGain) / (T(1) + s * s)};
+  } else {
+    const T d = T(1) + abs_(s) * (T(1) / arg);
+    return {s / d, T(1) / (d * d)};
+  }
+}
+
+// e is e^g forward and e^{-g} inverse
+template <bool Inverse, bool ShiftFirst, class T>
+PYFLOW_FN T couple(T x, T shift, T e) {
+  if constexpr (Inverse) {
+    return ShiftFirst ? fma_(x, e, -shift) : (x - shift) * e;
+  } else {
+    return ShiftFirst ? (x + shift) * e : fma_(x, e, shift);
+  }
+}
+
+template <class T>
+struct CouplingGrad {
+  T x, shift, scale;
+};
+
+// gy = dL/dy, gl = dL/dlogdet
+template <bool Inverse, bool ShiftFirst, class T>
+PYFLOW_FN CouplingGrad<T> couple_backward(T gy, T gl, T x, T shift, T e, T slope) {
+  const T gx = gy * e;
+  if constexpr (Inverse) {
+    const T moved = ShiftFirst ? x : x - shift;
+    return {gx, ShiftFirst ? -gy : -gx, -(fma_(gx, moved, gl) * slope)};
+  } else {
+    const T moved = ShiftFirst ? x + shift : x;
+    return {gx, ShiftFirst ? gx : gy, fma_(gx, moved, gl) * slope};
+  }
+}
+
+}  // namespace pyflow

@@ -1,0 +1,106 @@
+#include "tensor.h"
+
+namespace pyflow {
+
+Layout::Layout(const Tensor& like, int64_t col_dims) {
+  dims_ = int(like.dim());
+  row_dims_ = dims_ - int(col_dims);
+  for (int d = 0; d < dims_; ++d) size_[d] = like.size(d);
+}
+
+void Layout::add(View& view, const Tensor& t) { add_slice(view, t, 0, 0, 1); }
+
+void Layout::add_slice(View& view, const Tensor& t, int64_t dim, int64_t offset, int64_t step) {
+  Entry& e = entries_[count_++];
+  e.view = &view;
+  e.rows_only = false;
+  const auto strides = t.strides();
+  for (int d = 0; d < dims_; ++d) e.stride[d] = strides[d];
+  view.dtype = dtype_of(t);
+  const int64_t skip = dims_ > 0 ? offset * e.stride[dim] : 0;
+  if (dims_ > 0) e.stride[dim] *= step;
+  view.data = (char*)t.data_ptr() + skip * int64_t(t.element_size());
+}
+
+void Layout::add_rows(View& view, const Tensor& t) {
+  Entry& e = entries_[count_++];
+  e.view = &view;
+  e.rows_only = true;
+  const auto strides = t.strides();
+  for (int d = 0; d < dims_; ++d) e.stride[d] = d < row_dims_ ? strides[d] : 0;
+  view.dtype = dtype_of(t);
+  view.data = (char*)t.data_ptr();
+}
+
+Space Layout::merge() {
+  // event dims in the memory order of the first tensor: a sum does not mind, a cache does
+  int order[64];
+  for (int d = 0; d < dims_; ++d) order[d] = d;
+  const int64_t* lead = entries_[0].stride;
+  for (int i = row_dims_ + 1; i < dims_; ++i) {
+    for (int j = i; j > row_dims_ && lead[order[j]] > lead[order[j - 1]]; --j) {
+      const int swapped = order[j];
+      order[j] = order[j - 1];
+      order[j - 1] = swapped;
+    }
+  }
+
+  Space space;
+  int merged = 0;
+  // one group of dims: drop size 1, join neighbours that every tensor lays out alike
+  const auto merge_group = [&](int begin, int end, int64_t unit_stride) {
+    const int first = merged;
+    int64_t count = 1;
+    for (int i = begin; i < end; ++i) {
+      const int d = order[i];
+      count *= size_[d];
+      if (size_[d] == 1) continue;
+      bool joins = merged > first;
+      for (int k = 0; joins && k < count_; ++k) {
+        joins = entries_[k].view->stride[merged - 1] == entries_[k].stride[d] * size_[d];
+      }
+      if (!joins) {
+        STD_TORCH_CHECK(merged < kMaxDims - 1, "pyflow: more than ", kMaxDims - 1,
+                        " dims that cannot be merged; make the tensors contiguous");
+        space.size[merged++] = 1;
+      }
+      space.size[merged - 1] *= size_[d];
+      for (int k = 0; k < count_; ++k) entries_[k].view->stride[merged - 1] = entries_[k].stride[d];
+    }
+    if (merged == first) {
+      space.size[merged] = 1;
+      for (int k = 0; k < count_; ++k) entries_[k].view->stride[merged] = unit_stride;
+      ++merged;
+    }
+    return count;
+  };
+
+  // the event first would give the stride of a single row; sizes do that as well
+  int64_t cols = 1;
+  for (int d = row_dims_; d < dims_; ++d) cols *= size_[d];
+  space.rows = merge_group(0, row_dims_, cols);
+  space.row_dims = merged;
+  space.cols = merge_group(row_dims_, dims_, 1);
+  space.col_dims = merged - space.row_dims;
+
+  for (int k = 0; k < count_; ++k) {
+    if (entries_[k].rows_only) continue;
+    const int64_t* stride = entries_[k].view->stride;
+    flat_ = flat_ && space.row_dims == 1 && space.col_dims == 1 && stride[1] == 1 && stride[0] == space.cols;
+  }
+  return space;
+}
+
+Tensor new_like(const Tensor& t) {
+  if (!t.is_contiguous()) return torch::stable::empty_like(t);
+  int64_t sizes[64];
+  const int64_t dims = t.dim();
+  for (int64_t d = 0; d < dims; ++d) sizes[d] = t.size(d);
+  return new_empty(sizes, dims, t.scalar_type());
+}
+
+Tensor new_empty(const int64_t* sizes, int64_t dims, ScalarType dtype) {
+  return torch::stable::empty({sizes, size_t(dims)}, dtype);
+}
+
+}  // namespace pyflow

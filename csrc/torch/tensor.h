@@ -1,0 +1,61 @@
+// The bridge between stable-ABI tensors and the plain views the kernels take.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "../cpu/view.h"
+
+namespace pyflow {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::Bool: return DType::u8;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "pyflow: unsupported dtype");
+}
+
+// Collects the tensors of one call, then merges the dims that all of them lay out alike.
+class Layout {
+ public:
+  // the last `col_dims` dims of `like` are the event
+  Layout(const Tensor& like, int64_t col_dims);
+  // `t` has the sizes of `like`; `offset` and `step` pick a slice along `dim` without a copy
+  void add(View& view, const Tensor& t);
+  void add_slice(View& view, const Tensor& t, int64_t dim, int64_t offset, int64_t step);
+  // `t` has the sizes of the row dims of `like`
+  void add_rows(View& view, const Tensor& t);
+  Space merge();
+  // every view is one run of memory in the order of the iteration space
+  bool flat() const { return flat_; }
+
+ private:
+  struct Entry {
+    View* view;
+    bool rows_only;
+    int64_t stride[64];
+  };
+  static constexpr int kMaxViews = 12;
+  int dims_, row_dims_;
+  int64_t size_[64];
+  Entry entries_[kMaxViews];
+  int count_ = 0;
+  bool flat_ = true;
+};
+
+// uninitialised, with the strides torch.empty_like gives
+Tensor new_like(const Tensor& t);
+Tensor new_empty(const int64_t* sizes, int64_t dims, ScalarType dtype);
+
+}  // namespace pyflow

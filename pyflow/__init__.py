@@ -1,0 +1,8 @@
+"""pyflow: fused kernels for generative modelling in PyTorch, each held to a plain-torch reference."""
+
+from . import _backend
+from . import ops as ops
+from ._backend import backend as backend
+from ._version import __version__ as __version__
+
+_backend.finish()

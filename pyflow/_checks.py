@@ -1,0 +1,66 @@
+"""Argument checks shared by the public functions: one clear sentence, before anything runs."""
+
+from __future__ import annotations
+
+import numbers
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def float_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {short(value.dtype)}")
+
+
+def like(op: str, name: str, value: object, other_name: str, shape: torch.Size, device: torch.device) -> None:
+    """`value` is a float tensor of this shape on this device."""
+    float_tensor(op, name, value)
+    if value.shape != shape:
+        raise ValueError(f"{op}: {name} must have the shape of {other_name}, {tuple(shape)}, got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{op}: {name} must be on the device of {other_name}, {device}, got {value.device}")
+
+
+def choice(op: str, name: str, value: object, allowed: tuple[str, ...]) -> int:
+    """The position of `value` among the allowed words."""
+    if isinstance(value, str) and value in allowed:
+        return allowed.index(value)
+    raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def number(op: str, name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def positive(op: str, name: str, value: object) -> float:
+    result = number(op, name, value)
+    if not 0 < result < float("inf"):
+        raise ValueError(f"{op}: {name} must be positive and finite, got {value}")
+    return result
+
+
+def mask_for(op: str, mask: object, x: Tensor) -> Tensor:
+    """The mask as a bool view with the shape of x."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{op}: mask must be a tensor, got {type(mask).__name__}")
+    if mask.device != x.device:
+        raise ValueError(f"{op}: mask must be on the device of x, {x.device}, got {mask.device}")
+    fits = mask.dim() <= x.dim() and all(
+        m == 1 or m == n for m, n in zip(reversed(mask.shape), reversed(x.shape))
+    )
+    if not fits:
+        raise ValueError(f"{op}: mask must broadcast to the shape of x, {tuple(x.shape)}, got {tuple(mask.shape)}")
+    if mask.dtype != torch.bool:
+        mask = mask != 0
+    return mask.expand(x.shape)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

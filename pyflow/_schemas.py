@@ -1,0 +1,37 @@
+"""Every operator's schema and tags, in one place.
+
+An operator is opaque to Inductor: its bits are the same eager and compiled. The integers `scale_map`
+and `packing` index the tuples of the same name below; `map_arg` is the one constant a scale map uses
+(clamp, eps or c). A `*_backward` operator returns an empty tensor for a gradient it was not asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+
+SCALE_MAPS = ("exp", "sigmoid", "sigmoid_inv", "softplus", "tanh", "atan", "softsign")
+PACKINGS = ("shift_scale", "scale_shift", "interleaved")
+
+_MAP = "int scale_map, float map_arg, bool shift_first, bool inverse, int event_dims"
+
+SCHEMAS = {
+    "additive_coupling": "(Tensor x, Tensor shift, Tensor? mask, bool inverse) -> Tensor",
+    "affine_coupling": f"(Tensor x, Tensor shift, Tensor scale, Tensor? mask, {_MAP}) -> (Tensor, Tensor)",
+    "affine_coupling_backward": (
+        "(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor? shift, Tensor scale, Tensor? mask, "
+        f"{_MAP}, bool need_grad_shift) -> (Tensor, Tensor, Tensor)"
+    ),
+    "affine_coupling_packed": (
+        f"(Tensor x, Tensor params, Tensor? mask, int packing, int dim, {_MAP}) -> (Tensor, Tensor)"
+    ),
+    "affine_coupling_packed_backward": (
+        "(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor params, Tensor? mask, "
+        f"int packing, int dim, {_MAP}) -> (Tensor, Tensor)"
+    ),
+}
+
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+library = torch.library.Library("pyflow", "DEF")
+for _name, _schema in SCHEMAS.items():
+    library.define(_name + _schema, tags=TAGS)

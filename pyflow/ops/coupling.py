@@ -1,0 +1,424 @@
+"""Coupling layers: the invertible elementwise step of NICE, RealNVP and Glow, with its log-determinant."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._backend import register, runs_reference
+from .._schemas import PACKINGS, SCALE_MAPS
+from ..reference import coupling as ref
+from ._transforms import batch_first, vector_jacobian
+
+
+def additive_coupling(x: Tensor, shift: Tensor, *, inverse: bool = False, mask: Tensor | None = None) -> Tensor:
+    """Volume-preserving coupling step.
+
+    y = x + shift, inverse y = x - shift.
+
+    Args:
+        x: (B, ...) the half that changes; float32, float64, bfloat16 or float16, any strides.
+        shift: the network's output for it, same shape, any of these dtypes.
+        inverse: undo the step.
+        mask: broadcastable to x, bool or 0/1; elements where it is true pass through unchanged.
+
+    Returns:
+        y with x's dtype. The log-determinant is 0.
+
+    Raises:
+        TypeError: not a tensor, or not one of the dtypes.
+        ValueError: shapes, devices or mask do not fit.
+
+    Notes:
+        Computed in float32 (float64 for float64 x), one pass, differentiable any number of times.
+
+    Source:
+        Dinh et al. 2014, NICE, arXiv:1410.8516, equations 7 and 8.
+
+    Example:
+        >>> x, shift = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, -1.0]])
+        >>> y = additive_coupling(x, shift)
+        >>> y, additive_coupling(y, shift, inverse=True)
+        (tensor([[1.5000, 1.0000]]), tensor([[1., 2.]]))
+    """
+    op = "additive_coupling"
+    check.float_tensor(op, "x", x)
+    check.like(op, "shift", shift, "x", x.shape, x.device)
+    if mask is not None:
+        mask = check.mask_for(op, mask, x)
+    if runs_reference(op, x):
+        return ref.additive_coupling(x, shift, inverse=inverse, mask=mask)
+    return torch.ops.pyflow.additive_coupling.default(x, shift, mask, inverse)
+
+
+def affine_coupling(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    scale_map: str = "exp",
+    clamp: float = 2.0,
+    eps: float = 0.0,
+    slope: float = 1e-3,
+    shift_first: bool = False,
+    inverse: bool = False,
+    mask: Tensor | None = None,
+    event_dims: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Affine coupling step and its log-determinant, in one pass.
+
+    y = x * exp(g(scale)) + shift, logdet = sum g(scale); with `shift_first` y = (x + shift) * exp(g(scale)).
+
+    Args:
+        x: (B, ...) the half that changes; float32, float64, bfloat16 or float16, any strides.
+        shift, scale: the network's outputs for it, same shape, any of these dtypes and strides.
+        scale_map: the log-scale g: "exp" s; "sigmoid" log(sigmoid(s + 2) + eps); "sigmoid_inv" softplus(-(s + 2));
+            "softplus" log(softplus(s) + eps); "tanh" clamp * tanh(s / clamp); "atan" clamp * 0.636 * atan(s);
+            "softsign" s / (1 + |s| / c) with c = -log(slope).
+        clamp: > 0, bound of "tanh" and "atan".
+        eps: >= 0, for "sigmoid" and "softplus".
+        slope: in (0, 1), for "softsign".
+        shift_first: add the shift before the scale (Glow).
+        inverse: undo the step; logdet is then -sum g(scale).
+        mask: broadcastable to x, bool or 0/1; elements where it is true pass through and add nothing to logdet.
+        event_dims: how many trailing dims one logdet sums over; default all but the first.
+
+    Returns:
+        (y, logdet): y with x's shape and dtype; logdet of shape x.shape[:-event_dims] in float32
+        (float64 for float64 x).
+
+    Raises:
+        TypeError: not a tensor, or a wrong dtype.
+        ValueError: shapes, devices, mask, scale map or a constant do not fit.
+
+    Notes:
+        Computed in float32 (float64 for float64 x). On a CPU the same bits for any thread count, instruction set
+        and batch. Double backward works; the inverse of the forward result is within
+        4 * 2**-23 * (|x| + |shift| * exp(-g)) of x for |g| <= 5.
+
+    Source:
+        Dinh et al. 2016, RealNVP, arXiv:1605.08803, equations 7 and 8; Kingma and Dhariwal 2018, arXiv:1807.03039.
+
+    Example:
+        >>> x, shift, scale = torch.ones(2, 3), torch.zeros(2, 3), torch.full((2, 3), 0.5)
+        >>> y, logdet = affine_coupling(x, shift, scale)
+        >>> logdet
+        tensor([1.5000, 1.5000])
+        >>> back, _ = affine_coupling(y, shift, scale, inverse=True)
+        >>> torch.allclose(back, x)
+        True
+    """
+    op = "affine_coupling"
+    check.float_tensor(op, "x", x)
+    shape, device = x.shape, x.device
+    check.like(op, "shift", shift, "x", shape, device)
+    check.like(op, "scale", scale, "x", shape, device)
+    index, arg = _map(op, scale_map, clamp, eps, slope)
+    event_dims = _event_dims(op, x, event_dims)
+    if mask is not None:
+        mask = check.mask_for(op, mask, x)
+    if runs_reference(op, x):
+        return ref.affine_coupling(
+            x, shift, scale, scale_map=scale_map, map_arg=arg, shift_first=shift_first, inverse=inverse,
+            mask=mask, event_dims=event_dims,
+        )  # fmt: skip
+    return torch.ops.pyflow.affine_coupling.default(
+        x, shift, scale, mask, index, arg, shift_first, inverse, event_dims
+    )
+
+
+def affine_coupling_packed(
+    x: Tensor,
+    params: Tensor,
+    *,
+    packing: str = "shift_scale",
+    dim: int = 1,
+    scale_map: str = "exp",
+    clamp: float = 2.0,
+    eps: float = 0.0,
+    slope: float = 1e-3,
+    shift_first: bool = False,
+    inverse: bool = False,
+    mask: Tensor | None = None,
+    event_dims: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`affine_coupling` with shift and scale in one tensor, as a network returns them.
+
+    Args:
+        x: (B, ...) the half that changes.
+        params: x's shape, but twice as long along `dim`.
+        packing: "shift_scale" (nflows), "scale_shift" (FrEIA, glow-pytorch) in halves of `dim`, or
+            "interleaved" shift, scale, shift, ... (normflows).
+        dim: the dim that is packed.
+
+        The other arguments are those of `affine_coupling`.
+
+    Returns:
+        (y, logdet) as `affine_coupling`; params gets one gradient, written in one pass.
+
+    Raises:
+        TypeError, ValueError: as `affine_coupling`.
+
+    Example:
+        >>> y, logdet = affine_coupling_packed(torch.ones(2, 3), torch.zeros(2, 6))
+        >>> y.shape, logdet.tolist()
+        (torch.Size([2, 3]), [0.0, 0.0])
+    """
+    op = "affine_coupling_packed"
+    check.float_tensor(op, "x", x)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"{op}: dim must be an integer, got {type(dim).__name__}")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"{op}: dim must be in [{-x.dim()}, {x.dim() - 1}], got {dim}")
+    dim %= x.dim()
+    shape = x.shape
+    check.like(
+        op, "params", params, "x doubled along dim", shape[:dim] + (2 * shape[dim],) + shape[dim + 1 :], x.device
+    )
+    layout = check.choice(op, "packing", packing, PACKINGS)
+    index, arg = _map(op, scale_map, clamp, eps, slope)
+    event_dims = _event_dims(op, x, event_dims)
+    if mask is not None:
+        mask = check.mask_for(op, mask, x)
+    if runs_reference(op, x):
+        return ref.affine_coupling_packed(
+            x, params, packing=packing, dim=dim, scale_map=scale_map, map_arg=arg, shift_first=shift_first,
+            inverse=inverse, mask=mask, event_dims=event_dims,
+        )  # fmt: skip
+    return torch.ops.pyflow.affine_coupling_packed.default(
+        x, params, mask, layout, dim, index, arg, shift_first, inverse, event_dims
+    )
+
+
+def _map(op: str, scale_map: str, clamp: float, eps: float, slope: float) -> tuple[int, float]:
+    """The map's number and the one constant it uses; all three are checked whichever it is."""
+    index = check.choice(op, "scale_map", scale_map, SCALE_MAPS)
+    clamp, eps, slope = check.positive(op, "clamp", clamp), check.number(op, "eps", eps), check.number(op, "slope", slope)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{op}: eps must be at least 0 and finite, got {eps}")
+    if not 0 < slope < 1:
+        raise ValueError(f"{op}: slope must be in (0, 1), got {slope}")
+    if scale_map in ("tanh", "atan"):
+        return index, clamp
+    if scale_map in ("sigmoid", "softplus"):
+        return index, eps
+    return index, -math.log(slope) if scale_map == "softsign" else 0.0
+
+
+def _event_dims(op: str, x: Tensor, event_dims: int | None) -> int:
+    if event_dims is None:
+        if x.dim() == 0:
+            raise ValueError(f"{op}: x must have at least one dim, the batch, got a scalar")
+        return x.dim() - 1
+    if isinstance(event_dims, bool) or not isinstance(event_dims, int):
+        raise TypeError(f"{op}: event_dims must be an integer, got {type(event_dims).__name__}")
+    if not 0 <= event_dims <= x.dim():
+        raise ValueError(f"{op}: event_dims must be in [0, {x.dim()}], got {event_dims}")
+    return event_dims
+
+
+# what torch must know of each operator, arguments in the order of its schema
+
+
+def _keywords(mask, scale_map, map_arg, shift_first, inverse, event_dims):
+    return {
+        "mask": mask, "scale_map": SCALE_MAPS[scale_map], "map_arg": map_arg, "shift_first": shift_first,
+        "inverse": inverse, "event_dims": event_dims,
+    }  # fmt: skip
+
+
+def _logdet_like(x: Tensor, event_dims: int) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape[: x.dim() - event_dims], dtype=dtype)
+
+
+def _additive_reference(x, shift, mask, inverse):
+    y = ref.additive_coupling(x, shift, inverse=inverse, mask=mask)
+    return torch.empty_like(x).copy_(y)
+
+
+def _additive_setup(ctx, inputs, output):
+    _, shift, mask, ctx.inverse = inputs
+    ctx.shift_dtype = shift.dtype
+    ctx.save_for_backward(mask)
+
+
+def _additive_backward(ctx, grad_y):
+    (mask,) = ctx.saved_tensors
+    grad_shift = -grad_y if ctx.inverse else grad_y
+    if mask is not None:
+        grad_shift = torch.where(mask, 0, grad_shift)
+    return grad_y, grad_shift.to(ctx.shift_dtype), None, None
+
+
+def _additive_vmap(info, in_dims, x, shift, mask, inverse):
+    x, shift, mask = batch_first(info, in_dims, x, shift, mask)
+    return torch.ops.pyflow.additive_coupling(x, shift, mask, inverse), 0
+
+
+def _affine_reference(x, shift, scale, *options):
+    y, logdet = ref.affine_coupling(x, shift, scale, **_keywords(*options))
+    return torch.empty_like(x).copy_(y), logdet.contiguous()
+
+
+def _affine_fake(x, shift, scale, mask, scale_map, map_arg, shift_first, inverse, event_dims):
+    return torch.empty_like(x), _logdet_like(x, event_dims)
+
+
+def _affine_setup(ctx, inputs, output):
+    x, shift, scale, mask, *ctx.options = inputs
+    _, _, shift_first, inverse, _ = ctx.options
+    ctx.set_materialize_grads(False)
+    # shift enters its own backward only where it is scaled
+    ctx.save_for_backward(x, shift if shift_first != inverse else None, scale, mask)
+
+
+def _affine_backward(ctx, grad_y, grad_logdet):
+    x, shift, scale, mask = ctx.saved_tensors
+    _, _, shift_first, inverse, _ = ctx.options
+    # forward, the gradient of shift is that of y or of x, and needs no tensor of its own
+    need_grad_shift = inverse or mask is not None
+    grad_x, grad_shift, grad_scale = torch.ops.pyflow.affine_coupling_backward(
+        grad_y, grad_logdet, x, shift, scale, mask, *ctx.options, need_grad_shift
+    )
+    if not need_grad_shift:
+        grad_shift = grad_x if shift_first else grad_y
+    return grad_x, grad_shift, grad_scale, None, None, None, None, None, None
+
+
+def _affine_vmap(info, in_dims, x, shift, scale, mask, *options):
+    tensors = batch_first(info, in_dims, x, shift, scale, mask)
+    return torch.ops.pyflow.affine_coupling(*tensors, *options), (0, 0)
+
+
+def _affine_backward_reference(grad_y, grad_logdet, x, shift, scale, mask, *options):
+    *options, need_grad_shift = options
+    grads = ref.affine_coupling_backward(grad_y, grad_logdet, x, shift, scale, **_keywords(mask, *options))
+    grad_x, grad_shift, grad_scale = grads
+    return (
+        torch.empty_like(x).copy_(grad_x),
+        torch.empty_like(x).copy_(grad_shift) if need_grad_shift else x.new_empty(0),
+        torch.empty_like(scale).copy_(grad_scale),
+    )
+
+
+def _affine_backward_fake(grad_y, grad_logdet, x, shift, scale, mask, *options):
+    return torch.empty_like(x), torch.empty_like(x) if options[-1] else x.new_empty(0), torch.empty_like(scale)
+
+
+def _affine_backward_setup(ctx, inputs, output):
+    *tensors, ctx.mask = inputs[:6]
+    ctx.options = inputs[6:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _affine_backward_backward(ctx, *grads):
+    *options, need_grad_shift = ctx.options
+
+    def formula(grad_y, grad_logdet, x, shift, scale):
+        out = ref.affine_coupling_backward(grad_y, grad_logdet, x, shift, scale, **_keywords(ctx.mask, *options))
+        return out if need_grad_shift else (out[0], out[2])
+
+    if not need_grad_shift:
+        grads = (grads[0], grads[2])
+    inner = vector_jacobian(formula, ctx.saved_tensors, grads)
+    return (*inner, None, *(None for _ in ctx.options))
+
+
+def _affine_backward_vmap(info, in_dims, grad_y, grad_logdet, x, shift, scale, mask, *options):
+    tensors = batch_first(info, in_dims, grad_y, grad_logdet, x, shift, scale, mask)
+    out = torch.ops.pyflow.affine_coupling_backward(*tensors, *options)
+    return out, (0, 0 if options[-1] else None, 0)
+
+
+def _packed_keywords(mask, packing, dim, *options):
+    return {"packing": PACKINGS[packing], "dim": dim, **_keywords(mask, *options)}
+
+
+def _packed_reference(x, params, *options):
+    y, logdet = ref.affine_coupling_packed(x, params, **_packed_keywords(*options))
+    return torch.empty_like(x).copy_(y), logdet.contiguous()
+
+
+def _packed_fake(x, params, mask, packing, dim, scale_map, map_arg, shift_first, inverse, event_dims):
+    return torch.empty_like(x), _logdet_like(x, event_dims)
+
+
+def _packed_setup(ctx, inputs, output):
+    x, params, mask, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, params, mask)
+
+
+def _packed_backward(ctx, grad_y, grad_logdet):
+    x, params, mask = ctx.saved_tensors
+    grad_x, grad_params = torch.ops.pyflow.affine_coupling_packed_backward(
+        grad_y, grad_logdet, x, params, mask, *ctx.options
+    )
+    return (grad_x, grad_params, None, *(None for _ in ctx.options))
+
+
+def _packed_vmap(info, in_dims, x, params, mask, packing, dim, *options):
+    x, params, mask = batch_first(info, in_dims, x, params, mask)
+    return torch.ops.pyflow.affine_coupling_packed(x, params, mask, packing, dim + 1, *options), (0, 0)
+
+
+def _packed_backward_reference(grad_y, grad_logdet, x, params, *options):
+    grad_x, grad_params = ref.affine_coupling_packed_backward(
+        grad_y, grad_logdet, x, params, **_packed_keywords(*options)
+    )
+    return torch.empty_like(x).copy_(grad_x), torch.empty_like(params).copy_(grad_params)
+
+
+def _packed_backward_fake(grad_y, grad_logdet, x, params, *options):
+    return torch.empty_like(x), torch.empty_like(params)
+
+
+def _packed_backward_setup(ctx, inputs, output):
+    *tensors, ctx.mask = inputs[:5]
+    ctx.options = inputs[5:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _packed_backward_backward(ctx, *grads):
+    def formula(grad_y, grad_logdet, x, params):
+        options = _packed_keywords(ctx.mask, *ctx.options)
+        return ref.affine_coupling_packed_backward(grad_y, grad_logdet, x, params, **options)
+
+    inner = vector_jacobian(formula, ctx.saved_tensors, grads)
+    return (*inner, None, *(None for _ in ctx.options))
+
+
+def _packed_backward_vmap(info, in_dims, grad_y, grad_logdet, x, params, mask, packing, dim, *options):
+    tensors = batch_first(info, in_dims, grad_y, grad_logdet, x, params, mask)
+    out = torch.ops.pyflow.affine_coupling_packed_backward(*tensors, packing, dim + 1, *options)
+    return out, (0, 0)
+
+
+register(
+    "additive_coupling", "coupling", reference=_additive_reference, vmap=_additive_vmap,
+    fake=lambda x, shift, mask, inverse: torch.empty_like(x),
+    setup_context=_additive_setup, backward=_additive_backward,
+)  # fmt: skip
+register(
+    "affine_coupling", "coupling", reference=_affine_reference, fake=_affine_fake, vmap=_affine_vmap,
+    setup_context=_affine_setup, backward=_affine_backward,
+)  # fmt: skip
+register(
+    "affine_coupling_backward", "coupling", reference=_affine_backward_reference, fake=_affine_backward_fake,
+    vmap=_affine_backward_vmap, setup_context=_affine_backward_setup, backward=_affine_backward_backward,
+)  # fmt: skip
+register(
+    "affine_coupling_packed", "coupling", reference=_packed_reference, fake=_packed_fake, vmap=_packed_vmap,
+    setup_context=_packed_setup, backward=_packed_backward,
+)  # fmt: skip
+register(
+    "affine_coupling_packed_backward", "coupling", reference=_packed_backward_reference,
+    fake=_packed_backward_fake, vmap=_packed_backward_vmap, setup_context=_packed_backward_setup,
+    backward=_packed_backward_backward,
+)  # fmt: skip

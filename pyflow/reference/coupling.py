@@ -1,0 +1,164 @@
+"""Coupling layers in plain torch: the specification in code, twice differentiable, any dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, softplus
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def log_scale(s: Tensor, scale_map: str, arg: float) -> Tensor:
+    """The log-scale g(s); `arg` is the constant of the map (clamp, eps or c)."""
+    if scale_map == "exp":
+        return s
+    if scale_map == "sigmoid":
+        return torch.log(torch.sigmoid(s + 2) + arg) if arg > 0 else logsigmoid(s + 2)
+    if scale_map == "sigmoid_inv":
+        return softplus(-(s + 2))
+    if scale_map == "softplus":
+        if arg > 0:
+            return torch.log(softplus(s) + arg)
+        small = s < -15  # log(softplus) underflows, and so would its gradient
+        return torch.where(small, s - 0.5 * torch.exp(s), torch.log(softplus(torch.where(small, 0, s))))
+    if scale_map == "tanh":
+        return arg * torch.tanh(s / arg)
+    if scale_map == "atan":
+        return arg * 0.636 * torch.atan(s)
+    if scale_map == "softsign":
+        return s / (1 + s.abs() / arg)
+    raise ValueError(f"unknown scale map {scale_map!r}")
+
+
+def log_scale_slope(s: Tensor, scale_map: str, arg: float) -> Tensor:
+    """dg/ds, written out."""
+    if scale_map == "exp":
+        return torch.ones_like(s)
+    if scale_map == "sigmoid":
+        p, q = torch.sigmoid(s + 2), torch.sigmoid(-(s + 2))
+        return p * q / (p + arg) if arg > 0 else q
+    if scale_map == "sigmoid_inv":
+        return -torch.sigmoid(-(s + 2))
+    if scale_map == "softplus":
+        if arg > 0:
+            return torch.sigmoid(s) / (softplus(s) + arg)
+        small = s < -15
+        safe = torch.where(small, 0, s)
+        return torch.where(small, 1 - 0.5 * torch.exp(s), torch.sigmoid(safe) / softplus(safe))
+    if scale_map == "tanh":
+        return 1 - torch.tanh(s / arg) ** 2
+    if scale_map == "atan":
+        return arg * 0.636 / (1 + s * s)
+    if scale_map == "softsign":
+        return 1 / (1 + s.abs() / arg) ** 2
+    raise ValueError(f"unknown scale map {scale_map!r}")
+
+
+def unpack(params: Tensor, packing: str, dim: int) -> tuple[Tensor, Tensor]:
+    """The (shift, scale) views of packed parameters."""
+    if packing == "interleaved":
+        pairs = params.unflatten(dim, (-1, 2))
+        at = dim + 1 if dim >= 0 else dim
+        return pairs.select(at, 0), pairs.select(at, 1)
+    first, second = params.chunk(2, dim)
+    return (first, second) if packing == "shift_scale" else (second, first)
+
+
+def pack(shift: Tensor, scale: Tensor, packing: str, dim: int) -> Tensor:
+    """The inverse of `unpack`."""
+    if packing == "interleaved":
+        at = dim + 1 if dim >= 0 else dim
+        return torch.stack((shift, scale), at).flatten(at - 1, at)
+    return torch.cat((shift, scale) if packing == "shift_scale" else (scale, shift), dim)
+
+
+def additive_coupling(x: Tensor, shift: Tensor, *, inverse: bool = False, mask: Tensor | None = None) -> Tensor:
+    dtype = _compute_dtype(x)
+    y = x.to(dtype) - shift.to(dtype) if inverse else x.to(dtype) + shift.to(dtype)
+    y = y.to(x.dtype)
+    return y if mask is None else torch.where(mask, x, y)
+
+
+def affine_coupling(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    scale_map: str,
+    map_arg: float,
+    shift_first: bool,
+    inverse: bool,
+    mask: Tensor | None,
+    event_dims: int,
+) -> tuple[Tensor, Tensor]:
+    dtype = _compute_dtype(x)
+    x_, t, g = x.to(dtype), shift.to(dtype), log_scale(scale.to(dtype), scale_map, map_arg)
+    if inverse:
+        y = x_ * torch.exp(-g) - t if shift_first else (x_ - t) * torch.exp(-g)
+        g = -g
+    else:
+        y = (x_ + t) * torch.exp(g) if shift_first else x_ * torch.exp(g) + t
+    y = y.to(x.dtype)
+    if mask is not None:
+        y, g = torch.where(mask, x, y), torch.where(mask, 0, g)
+    return y, g.sum(tuple(range(x.dim() - event_dims, x.dim()))) if event_dims else g
+
+
+def affine_coupling_backward(
+    grad_y: Tensor | None,
+    grad_logdet: Tensor | None,
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    *,
+    scale_map: str,
+    map_arg: float,
+    shift_first: bool,
+    inverse: bool,
+    mask: Tensor | None,
+    event_dims: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of (x, shift, scale); `shift` may be None where the formula has none (forward, scale first)."""
+    dtype = _compute_dtype(x)
+    x_, s = x.to(dtype), scale.to(dtype)
+    t = None if shift is None else shift.to(dtype)
+    g, slope = log_scale(s, scale_map, map_arg), log_scale_slope(s, scale_map, map_arg)
+    gy = torch.zeros_like(x_) if grad_y is None else grad_y.to(dtype)
+    gl = torch.zeros((), dtype=dtype, device=x.device) if grad_logdet is None else grad_logdet.to(dtype)
+    gl = gl.reshape(gl.shape + (1,) * event_dims)
+    if inverse:
+        gx = gy * torch.exp(-g)
+        gt = -gy if shift_first else -gx
+        gs = -(gx * (x_ if shift_first else x_ - t) + gl) * slope
+    else:
+        gx = gy * torch.exp(g)
+        gt = gx if shift_first else gy
+        gs = (gx * (x_ + t if shift_first else x_) + gl) * slope
+    if mask is not None:
+        gx, gt, gs = torch.where(mask, gy, gx), torch.where(mask, 0, gt), torch.where(mask, 0, gs)
+    return gx.to(x.dtype), gt.to(x.dtype), gs.to(scale.dtype)
+
+
+def affine_coupling_packed(
+    x: Tensor, params: Tensor, *, packing: str, dim: int, **same: object
+) -> tuple[Tensor, Tensor]:
+    shift, scale = unpack(params, packing, dim)
+    return affine_coupling(x, shift, scale, **same)
+
+
+def affine_coupling_packed_backward(
+    grad_y: Tensor | None,
+    grad_logdet: Tensor | None,
+    x: Tensor,
+    params: Tensor,
+    *,
+    packing: str,
+    dim: int,
+    **same: object,
+) -> tuple[Tensor, Tensor]:
+    shift, scale = unpack(params, packing, dim)
+    gx, gt, gs = affine_coupling_backward(grad_y, grad_logdet, x, shift, scale, **same)
+    return gx, pack(gt.to(params.dtype), gs.to(params.dtype), packing, dim)
