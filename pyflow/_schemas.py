@@ -1,7 +1,7 @@
 """Every operator's schema and tags, in one place.
 
-An operator is opaque to Inductor: its bits are the same eager and compiled. The integers `scale_map`
-and `packing` index the tuples of the same name below; `map_arg` is the one constant a scale map uses
+An operator is opaque to Inductor: its bits are the same eager and compiled. The integers `scale_map`,
+`packing` and `prior` index the tuples below; `map_arg` is the one constant a scale map uses
 (clamp, eps or c). A `*_backward` operator returns an empty tensor for a gradient it was not asked for.
 """
 
@@ -11,6 +11,7 @@ import torch
 
 SCALE_MAPS = ("exp", "sigmoid", "sigmoid_inv", "softplus", "tanh", "atan", "softsign")
 PACKINGS = ("shift_scale", "scale_shift", "interleaved")
+PRIORS = ("gaussian", "logistic")
 
 _MAP = "int scale_map, float map_arg, bool shift_first, bool inverse, int event_dims"
 
@@ -28,6 +29,8 @@ SCHEMAS = {
         "(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor params, Tensor? mask, "
         f"int packing, int dim, {_MAP}) -> (Tensor, Tensor)"
     ),
+    "flow_log_prob": "(Tensor h, Tensor? log_scale, int prior) -> Tensor",
+    "flow_log_prob_backward": "(Tensor grad, Tensor h, Tensor? log_scale, int prior) -> (Tensor, Tensor)",
 }
 
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)

@@ -3,26 +3,34 @@
 #include <cstdlib>
 #include <cstring>
 
-// one line per kernel: declared in each namespace and entered in each table
-#define PYFLOW_DECLARE(isa)                                            \
-  namespace pyflow::isa {                                              \
-  void coupling_forward(const CouplingForward&, int64_t, int64_t);     \
-  void coupling_backward(const CouplingBackward&, int64_t, int64_t);   \
+// one line per kernel, in the order of CpuTable
+#define PYFLOW_KERNELS(F)                  \
+  F(coupling_forward, CouplingForward)     \
+  F(coupling_backward, CouplingBackward)   \
+  F(flow_head_forward, FlowHeadForward)    \
+  F(flow_head_backward, FlowHeadBackward)  \
+  F(flow_head_reduce, FlowHeadBackward)
+
+#define PYFLOW_DECLARE_KERNEL(name, Args) void name(const Args&, int64_t, int64_t);
+#define PYFLOW_ENTER_KERNEL(name, Args) , name
+#define PYFLOW_INSTRUCTION_SET(isa, text)                                       \
+  namespace pyflow::isa {                                                       \
+  PYFLOW_KERNELS(PYFLOW_DECLARE_KERNEL)                                         \
+  static const CpuTable table{text PYFLOW_KERNELS(PYFLOW_ENTER_KERNEL)};        \
   }
-#define PYFLOW_TABLE(name, isa) {name, isa::coupling_forward, isa::coupling_backward}
 
 #if defined(__x86_64__)
-PYFLOW_DECLARE(v4)
-PYFLOW_DECLARE(v3)
+PYFLOW_INSTRUCTION_SET(v4, "x86-64-v4")
+PYFLOW_INSTRUCTION_SET(v3, "x86-64-v3")
 #elif defined(__aarch64__)
-PYFLOW_DECLARE(neon)
+PYFLOW_INSTRUCTION_SET(neon, "neon")
 #endif
 
 namespace pyflow {
 namespace {
 
 struct Candidate {
-  CpuTable table;
+  const CpuTable& table;
   bool (*supported)();
 };
 
@@ -37,13 +45,13 @@ bool has_v4() {
          __builtin_cpu_supports("avx512vl");
 }
 const Candidate kCandidates[] = {
-    {PYFLOW_TABLE("x86-64-v4", v4), has_v4},
-    {PYFLOW_TABLE("x86-64-v3", v3), has_v3},
+    {v4::table, has_v4},
+    {v3::table, has_v3},
 };
 const char kCompiled[] = "x86-64-v4,x86-64-v3";
 #elif defined(__aarch64__)
 bool has_neon() { return true; }
-const Candidate kCandidates[] = {{PYFLOW_TABLE("neon", neon), has_neon}};
+const Candidate kCandidates[] = {{neon::table, has_neon}};
 const char kCompiled[] = "neon";
 #endif
 

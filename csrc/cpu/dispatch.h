@@ -7,11 +7,16 @@ namespace pyflow {
 
 struct CouplingForward;
 struct CouplingBackward;
+struct FlowHeadForward;
+struct FlowHeadBackward;
 
 struct CpuTable {
   const char* isa;
   void (*coupling_forward)(const CouplingForward&, int64_t begin, int64_t end);
   void (*coupling_backward)(const CouplingBackward&, int64_t begin, int64_t end);
+  void (*flow_head_forward)(const FlowHeadForward&, int64_t begin, int64_t end);
+  void (*flow_head_backward)(const FlowHeadBackward&, int64_t begin, int64_t end);
+  void (*flow_head_reduce)(const FlowHeadBackward&, int64_t begin, int64_t end);
 };
 
 // null where no compiled instruction set runs on this CPU; PYFLOW_CPU_ISA narrows the choice

@@ -30,6 +30,9 @@ struct View {
 constexpr int64_t kChunk = 512;          // elements worked on at a time; the buffers stay in L1
 constexpr int64_t kSegment = 16 * kChunk;
 
+// how many units of `elements` each are worth a thread
+inline int64_t grain_of(int64_t elements) { return elements > 32768 ? 1 : 32768 / (elements > 0 ? elements : 1); }
+
 struct Plan {
   int64_t tile_rows;  // rows in a unit
   int64_t segments;   // units in a row
@@ -43,8 +46,7 @@ inline Plan plan_of(const Space& s, bool flat) {
   p.tile_rows = row_by_row ? 1 : kChunk / (s.cols > 0 ? s.cols : 1);
   p.segments = s.cols > kSegment ? (s.cols + kSegment - 1) / kSegment : 1;
   p.units = (s.rows + p.tile_rows - 1) / p.tile_rows * p.segments;
-  const int64_t unit = p.tile_rows * (s.cols < kSegment ? (s.cols > 0 ? s.cols : 1) : kSegment);
-  p.grain = 32768 / unit > 0 ? 32768 / unit : 1;
+  p.grain = grain_of(p.tile_rows * (s.cols < kSegment ? s.cols : kSegment));
   return p;
 }
 

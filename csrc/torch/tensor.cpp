@@ -8,28 +8,38 @@ Layout::Layout(const Tensor& like, int64_t col_dims) {
   for (int d = 0; d < dims_; ++d) size_[d] = like.size(d);
 }
 
+Layout::Entry& Layout::entry(View& view, const Tensor& t) {
+  view.dtype = dtype_of(t);
+  view.data = (char*)t.data_ptr();
+  Entry& e = entries_[count_++];
+  e.view = &view;
+  e.whole = false;
+  for (int d = 0; d < dims_; ++d) e.stride[d] = 0;
+  return e;
+}
+
 void Layout::add(View& view, const Tensor& t) { add_slice(view, t, 0, 0, 1); }
 
 void Layout::add_slice(View& view, const Tensor& t, int64_t dim, int64_t offset, int64_t step) {
-  Entry& e = entries_[count_++];
-  e.view = &view;
-  e.rows_only = false;
+  Entry& e = entry(view, t);
+  e.whole = true;
   const auto strides = t.strides();
   for (int d = 0; d < dims_; ++d) e.stride[d] = strides[d];
-  view.dtype = dtype_of(t);
-  const int64_t skip = dims_ > 0 ? offset * e.stride[dim] : 0;
-  if (dims_ > 0) e.stride[dim] *= step;
-  view.data = (char*)t.data_ptr() + skip * int64_t(t.element_size());
+  if (dims_ == 0) return;
+  view.data += offset * e.stride[dim] * int64_t(t.element_size());
+  e.stride[dim] *= step;
 }
 
 void Layout::add_rows(View& view, const Tensor& t) {
-  Entry& e = entries_[count_++];
-  e.view = &view;
-  e.rows_only = true;
+  Entry& e = entry(view, t);
   const auto strides = t.strides();
-  for (int d = 0; d < dims_; ++d) e.stride[d] = d < row_dims_ ? strides[d] : 0;
-  view.dtype = dtype_of(t);
-  view.data = (char*)t.data_ptr();
+  for (int d = 0; d < row_dims_; ++d) e.stride[d] = strides[d];
+}
+
+void Layout::add_event(View& view, const Tensor& t) {
+  Entry& e = entry(view, t);
+  const auto strides = t.strides();
+  for (int d = row_dims_; d < dims_; ++d) e.stride[d] = strides[d - row_dims_];
 }
 
 Space Layout::merge() {
@@ -84,7 +94,7 @@ Space Layout::merge() {
   space.col_dims = merged - space.row_dims;
 
   for (int k = 0; k < count_; ++k) {
-    if (entries_[k].rows_only) continue;
+    if (!entries_[k].whole) continue;
     const int64_t* stride = entries_[k].view->stride;
     flat_ = flat_ && space.row_dims == 1 && space.col_dims == 1 && stride[1] == 1 && stride[0] == space.cols;
   }

@@ -36,6 +36,8 @@ class Layout {
   void add_slice(View& view, const Tensor& t, int64_t dim, int64_t offset, int64_t step);
   // `t` has the sizes of the row dims of `like`
   void add_rows(View& view, const Tensor& t);
+  // `t` has the sizes of the event dims of `like`
+  void add_event(View& view, const Tensor& t);
   Space merge();
   // every view is one run of memory in the order of the iteration space
   bool flat() const { return flat_; }
@@ -43,10 +45,11 @@ class Layout {
  private:
   struct Entry {
     View* view;
-    bool rows_only;
+    bool whole;  // has every dim of the space
     int64_t stride[64];
   };
   static constexpr int kMaxViews = 12;
+  Entry& entry(View& view, const Tensor& t);
   int dims_, row_dims_;
   int64_t size_[64];
   Entry entries_[kMaxViews];

@@ -1,0 +1,35 @@
+// The head of a flow: log-density of the prior at z = h e^{log_scale}, plus log_scale, per element.
+#pragma once
+
+#include "../math/log.h"
+#include "../math/tanh.h"
+
+namespace pyflow {
+
+// the order is the `prior` integer of the operator schema
+enum class Prior : int { gaussian, logistic };
+
+constexpr double kHalfLog2Pi = 0.91893853320467274178;
+
+// log-density of the prior at z without its constant, which the caller adds once per sum
+template <Prior P, class T>
+PYFLOW_FN T prior_log_density(T z) {
+  if constexpr (P == Prior::gaussian) {
+    return T(-0.5) * z * z;
+  } else {
+    // -softplus(z) - softplus(-z)
+    const T a = abs_(z);
+    return -fma_(T(2), log1p01(exp_(-a)), a);
+  }
+}
+
+template <Prior P>
+constexpr double kPriorConstant = P == Prior::gaussian ? -kHalfLog2Pi : 0.0;
+
+// d/dz of the above
+template <Prior P, class T>
+PYFLOW_FN T prior_score(T z) {
+  return P == Prior::gaussian ? -z : -tanh_(T(0.5) * z);
+}
+
+}  // namespace pyflow

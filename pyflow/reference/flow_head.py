@@ -1,0 +1,39 @@
+"""The head of a flow in plain torch: prior log-density of z = h e^{log_scale}, plus the log-determinant."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+
+def _scaled(h: Tensor, log_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+    if log_scale is None:
+        return h.to(dtype), None
+    return h.to(dtype) * torch.exp(log_scale.to(dtype)), log_scale.to(dtype)
+
+
+def flow_log_prob(h: Tensor, log_scale: Tensor | None = None, *, prior: str = "gaussian") -> Tensor:
+    z, log_scale = _scaled(h, log_scale)
+    if prior == "gaussian":
+        density = -0.5 * z * z - 0.5 * math.log(2 * math.pi)
+    else:
+        density = -softplus(z) - softplus(-z)
+    total = density.flatten(1).sum(1) if h.dim() > 1 else density
+    return total if log_scale is None else total + log_scale.sum()
+
+
+def flow_log_prob_backward(
+    grad: Tensor, h: Tensor, log_scale: Tensor | None, *, prior: str
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of (h, log_scale); the second is None without a log_scale."""
+    z, scale = _scaled(h, log_scale)
+    score = -z if prior == "gaussian" else -torch.tanh(0.5 * z)
+    grad = grad.to(z.dtype).reshape(-1, *(1,) * (h.dim() - 1))
+    if log_scale is None:
+        return (grad * score).to(h.dtype), None
+    grad_h = grad * torch.exp(scale) * score
+    return grad_h.to(h.dtype), (grad * (score * z + 1)).sum(0).to(log_scale.dtype)
