@@ -1,6 +1,5 @@
 #include "coupling.h"
 
-#include "../ops/coupling.h"
 #include "tile.h"
 
 namespace pyflow::PYFLOW_ISA {
@@ -14,23 +13,20 @@ struct Chunk {
   T *y, *gx, *gshift, *gscale;
 };
 
-// s -> log-scale g and multiplier e = exp(+-g); with Slope also dg/ds
+// s -> log-scale g; with Slope also dg/ds
 template <bool Slope, ScaleMap M, class T>
-void map_chunk(const Chunk<T>& c, T arg, T sign) {
+void map_chunk(const Chunk<T>& c, T arg) {
   const T* __restrict s = c.scale;
   T* __restrict g = c.g;
-  T* __restrict e = c.e;
   T* __restrict slope = c.slope;
 #pragma omp simd
   for (int64_t i = 0; i < c.n; ++i) {
     if constexpr (Slope) {
       const LogScale<T> l = log_scale_slope<M>(s[i], arg);
+      g[i] = l.g;
       slope[i] = l.slope;
-      e[i] = exp_(sign * l.g);
     } else {
-      const T l = log_scale<M>(s[i], arg);
-      g[i] = l;
-      e[i] = exp_(sign * l);
+      g[i] = log_scale<M>(s[i], arg);
     }
   }
 }
@@ -38,16 +34,27 @@ void map_chunk(const Chunk<T>& c, T arg, T sign) {
 template <bool Slope, class T>
 void map_chunk(const Chunk<T>& c, const CouplingArgs& a) {
   const T arg = T(a.map_arg);
-  const T sign = a.inverse ? T(-1) : T(1);
-  switch (ScaleMap(a.scale_map)) {
-    case ScaleMap::exp: return map_chunk<Slope, ScaleMap::exp>(c, arg, sign);
-    case ScaleMap::sigmoid: return map_chunk<Slope, ScaleMap::sigmoid>(c, arg, sign);
-    case ScaleMap::sigmoid_inv: return map_chunk<Slope, ScaleMap::sigmoid_inv>(c, arg, sign);
-    case ScaleMap::softplus: return map_chunk<Slope, ScaleMap::softplus>(c, arg, sign);
-    case ScaleMap::tanh: return map_chunk<Slope, ScaleMap::tanh>(c, arg, sign);
-    case ScaleMap::atan: return map_chunk<Slope, ScaleMap::atan>(c, arg, sign);
-    case ScaleMap::softsign: return map_chunk<Slope, ScaleMap::softsign>(c, arg, sign);
+  switch (a.scale_map) {
+    case ScaleMap::exp: return map_chunk<Slope, ScaleMap::exp>(c, arg);
+    case ScaleMap::sigmoid: return map_chunk<Slope, ScaleMap::sigmoid>(c, arg);
+    case ScaleMap::sigmoid_inv: return map_chunk<Slope, ScaleMap::sigmoid_inv>(c, arg);
+    case ScaleMap::softplus: return map_chunk<Slope, ScaleMap::softplus>(c, arg);
+    case ScaleMap::tanh: return map_chunk<Slope, ScaleMap::tanh>(c, arg);
+    case ScaleMap::atan: return map_chunk<Slope, ScaleMap::atan>(c, arg);
+    case ScaleMap::softsign: return map_chunk<Slope, ScaleMap::softsign>(c, arg);
+    case ScaleMap::sigmoid_eps: return map_chunk<Slope, ScaleMap::sigmoid_eps>(c, arg);
+    case ScaleMap::softplus_eps: return map_chunk<Slope, ScaleMap::softplus_eps>(c, arg);
   }
+}
+
+// e = exp(+-g), in a loop of its own: with the map's constants in the same loop the registers run out
+template <class T>
+void exp_chunk(const Chunk<T>& c, bool inverse) {
+  const T* __restrict g = c.g;
+  T* __restrict e = c.e;
+  const T sign = inverse ? T(-1) : T(1);
+#pragma omp simd
+  for (int64_t i = 0; i < c.n; ++i) e[i] = exp_(sign * g[i]);
 }
 
 template <bool Inverse, bool ShiftFirst, class T>
@@ -152,6 +159,7 @@ void forward_unit(const CouplingForward& a, const Tile& unit, int64_t segment) {
       c.g = g;
       c.e = e;
       map_chunk<false>(c, a);
+      exp_chunk(c, a.inverse);
       couple_chunk(c, a);
     } else {
       add_chunk(c, a.inverse);
@@ -182,7 +190,8 @@ void forward_unit(const CouplingForward& a, const Tile& unit, int64_t segment) {
 
 template <class T>
 void backward_unit(const CouplingBackward& a, const Tile& unit) {
-  alignas(64) T x[kChunk], shift[kChunk], scale[kChunk], mask[kChunk], e[kChunk], slope[kChunk];
+  alignas(64) T x[kChunk], shift[kChunk], scale[kChunk], mask[kChunk], g[kChunk], e[kChunk];
+  alignas(64) T slope[kChunk];
   alignas(64) T gy[kChunk], gl[kChunk], gx[kChunk], gshift[kChunk], gscale[kChunk];
   const Space& s = a.space;
   if (!a.gy.data) fill(gy, T(0), kChunk);
@@ -201,9 +210,11 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
       fill(gl + r * cols, value, cols);
     }
     c.gl = gl;
+    c.g = g;
     c.e = e;
     c.slope = slope;
     map_chunk<true>(c, a);
+    exp_chunk(c, a.inverse);
     c.gx = target(s, a.gx, t, gx);
     c.gscale = target(s, a.gscale, t, gscale);
     c.gshift = a.gshift.data ? target(s, a.gshift, t, gshift) : gshift;

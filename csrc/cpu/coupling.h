@@ -1,6 +1,7 @@
 // Arguments of the coupling kernels; the functions live in one namespace per instruction set.
 #pragma once
 
+#include "../ops/coupling.h"
 #include "view.h"
 
 namespace pyflow {
@@ -11,7 +12,7 @@ struct CouplingArgs {
   bool f64;          // compute type: double for float64 x, float for everything else
   bool inverse;
   bool shift_first;
-  int scale_map;     // ScaleMap; unused without a scale
+  ScaleMap scale_map;  // unused without a scale
   double map_arg;
   View x, shift, scale, mask;  // scale absent: additive; mask: true passes through
 };

@@ -9,7 +9,8 @@
   F(coupling_backward, CouplingBackward)   \
   F(flow_head_forward, FlowHeadForward)    \
   F(flow_head_backward, FlowHeadBackward)  \
-  F(flow_head_reduce, FlowHeadBackward)
+  F(flow_head_reduce, FlowHeadBackward)    \
+  F(math_evaluate, MathArgs)
 
 #define PYFLOW_DECLARE_KERNEL(name, Args) void name(const Args&, int64_t, int64_t);
 #define PYFLOW_ENTER_KERNEL(name, Args) , name

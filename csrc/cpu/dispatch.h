@@ -9,6 +9,7 @@ struct CouplingForward;
 struct CouplingBackward;
 struct FlowHeadForward;
 struct FlowHeadBackward;
+struct MathArgs;
 
 struct CpuTable {
   const char* isa;
@@ -17,6 +18,7 @@ struct CpuTable {
   void (*flow_head_forward)(const FlowHeadForward&, int64_t begin, int64_t end);
   void (*flow_head_backward)(const FlowHeadBackward&, int64_t begin, int64_t end);
   void (*flow_head_reduce)(const FlowHeadBackward&, int64_t begin, int64_t end);
+  void (*math_evaluate)(const MathArgs&, int64_t begin, int64_t end);
 };
 
 // null where no compiled instruction set runs on this CPU; PYFLOW_CPU_ISA narrows the choice

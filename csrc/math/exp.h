@@ -1,4 +1,4 @@
-// exp. float: max error 0.9 ulp over all floats, denormal results included; exp(NaN) = NaN,
+// exp. float: max error 1.1 ulp over all floats, denormal results included; exp(NaN) = NaN,
 // overflow to inf above 88.7228, to 0 below -103.9721. double: libm.
 #pragma once
 

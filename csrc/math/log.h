@@ -1,8 +1,8 @@
 // log and its relatives. float errors are over the stated range; double: libm.
 //   log_      max 0.9 ulp, all positive floats; log(0) = -inf, log(<0) = NaN, NaN stays NaN
-//   log1p01   log(1 + e) for 0 <= e <= 1, max 1.0 ulp
+//   log1p01   log(1 + e) for 0 <= e <= 1, max 1.5 ulp
 //   softplus  log(1 + exp(x)), max 1.7 ulp, all floats
-//   sigmoid   1 / (1 + exp(-x)), max 2.0 ulp, all floats
+//   sigmoid   1 / (1 + exp(-x)), max 2.4 ulp, all floats
 #pragma once
 
 #include "exp.h"

@@ -5,16 +5,22 @@
 
 namespace pyflow {
 
-// tanh(x) = m / (m + 2) with m = expm1(2|x|): near 0 the reduction is empty (k = 0) and m is a
-// polynomial without constant term, so no second branch is needed for small x
 PYFLOW_FN float tanh_(float x) {
-  float y = 2.f * abs_(x);
+  const float a = abs_(x);
+  // from 0.55 on: 1 - 2 / (e^{2a} + 1), at least 1/2, so the error of e^{2a} counts at most once
+  float y = 2.f * a;
   y = y > 20.f ? 20.f : y;
   int32_t k;
-  const float p = expm1_reduced(y, k);
-  const float s = pow2(k);
-  const float m = fma_(s, p, s - 1.f);
-  return copysign_(m / (m + 2.f), x);
+  const float e = (1.f + expm1_reduced(y, k)) * pow2(k);
+  const float large = 1.f - 2.f / (e + 1.f);
+  // below: a + a^3 p(a^2)
+  const float z = a * a;
+  float p = 0.016454307362437248f;
+  p = fma_(p, z, -0.05268188938498497f);
+  p = fma_(p, z, 0.13320907950401306f);
+  p = fma_(p, z, -0.33332955837249756f);
+  const float small = fma_(z * a, p, a);
+  return copysign_(a < 0.55f ? small : large, x);
 }
 
 PYFLOW_FN double tanh_(double x) { return __builtin_tanh(x); }

@@ -10,8 +10,16 @@
 
 namespace pyflow {
 
-// the order is the `scale_map` integer of the operator schema
-enum class ScaleMap : int { exp, sigmoid, sigmoid_inv, softplus, tanh, atan, softsign };
+// the order is the `scale_map` integer of the operator schema; with eps > 0 two of the maps
+// are other formulas, which `resolve` finds once per call
+enum class ScaleMap : int { exp, sigmoid, sigmoid_inv, softplus, tanh, atan, softsign, sigmoid_eps, softplus_eps };
+
+PYFLOW_FN ScaleMap resolve(int64_t scale_map, double arg) {
+  const ScaleMap m = ScaleMap(scale_map);
+  if (m == ScaleMap::sigmoid && arg > 0) return ScaleMap::sigmoid_eps;
+  if (m == ScaleMap::softplus && arg > 0) return ScaleMap::softplus_eps;
+  return m;
+}
 
 template <class T>
 struct LogScale {
@@ -27,14 +35,16 @@ PYFLOW_FN T log_scale(T s, T arg) {
   if constexpr (M == ScaleMap::exp) {
     return s;
   } else if constexpr (M == ScaleMap::sigmoid) {
-    const T t = s + T(2);
-    return arg > T(0) ? log_(sigmoid(t) + arg) : -softplus(-t);
+    return -softplus(-(s + T(2)));
+  } else if constexpr (M == ScaleMap::sigmoid_eps) {
+    return log_(sigmoid(s + T(2)) + arg);
   } else if constexpr (M == ScaleMap::sigmoid_inv) {
     return softplus(-(s + T(2)));
   } else if constexpr (M == ScaleMap::softplus) {
     // log(softplus(s)) is -inf once softplus underflows
-    const T g = log_(softplus(s) + arg);
-    return arg > T(0) || !(s < T(-15)) ? g : s - T(0.5) * exp_(s);
+    return s < T(-15) ? s - T(0.5) * exp_(s) : log_(softplus(s));
+  } else if constexpr (M == ScaleMap::softplus_eps) {
+    return log_(softplus(s) + arg);
   } else if constexpr (M == ScaleMap::tanh) {
     return arg * tanh_(s * (T(1) / arg));
   } else if constexpr (M == ScaleMap::atan) {
@@ -49,16 +59,21 @@ PYFLOW_FN LogScale<T> log_scale_slope(T s, T arg) {
   if constexpr (M == ScaleMap::exp) {
     return {s, T(1)};
   } else if constexpr (M == ScaleMap::sigmoid) {
-    const T t = s + T(2);
-    const T p = sigmoid(t);
-    const T q = sigmoid(-t);
-    return {log_scale<M>(s, arg), arg > T(0) ? p * q / (p + arg) : q};
+    const T t = -(s + T(2));
+    return {-softplus(t), sigmoid(t)};
+  } else if constexpr (M == ScaleMap::sigmoid_eps) {
+    const T p = sigmoid(s + T(2));
+    const T q = sigmoid(-(s + T(2)));
+    return {log_(p + arg), p * q / (p + arg)};
   } else if constexpr (M == ScaleMap::sigmoid_inv) {
-    const T t = s + T(2);
-    return {softplus(-t), -sigmoid(-t)};
+    const T t = -(s + T(2));
+    return {softplus(t), -sigmoid(t)};
   } else if constexpr (M == ScaleMap::softplus) {
-    const T slope = sigmoid(s) / (softplus(s) + arg);
-    return {log_scale<M>(s, arg), arg > T(0) || !(s < T(-15)) ? slope : T(1) - T(0.5) * exp_(s)};
+    const T slope = sigmoid(s) / softplus(s);
+    return {log_scale<M>(s, arg), s < T(-15) ? T(1) - T(0.5) * exp_(s) : slope};
+  } else if constexpr (M == ScaleMap::softplus_eps) {
+    const T p = softplus(s) + arg;
+    return {log_(p), sigmoid(s) / p};
   } else if constexpr (M == ScaleMap::tanh) {
     const T t = tanh_(s * (T(1) / arg));
     return {arg * t, (T(1) - t) * (T(1) + t)};

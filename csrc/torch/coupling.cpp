@@ -28,7 +28,7 @@ struct Map {
 
 void set_map(CouplingArgs& a, const Map& m, const Tensor& x) {
   a.f64 = x.scalar_type() == ScalarType::Double;
-  a.scale_map = int(m.scale_map);
+  a.scale_map = resolve(m.scale_map, m.arg);
   a.map_arg = m.arg;
   a.shift_first = m.shift_first;
   a.inverse = m.inverse;
