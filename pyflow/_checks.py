@@ -34,6 +34,8 @@ def choice(op: str, name: str, value: object, allowed: tuple[str, ...]) -> int:
 
 
 def number(op: str, name: str, value: object) -> float:
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     return float(value)

@@ -45,13 +45,13 @@ std::tuple<Tensor, Tensor> run_forward(CouplingForward& a, Layout& layout, const
   a.plan = plan_of(a.space, layout.flat());
   int64_t sizes[64];
   for (int64_t d = 0; d < x.dim() - event_dims; ++d) sizes[d] = x.size(d);
-  Tensor logdet = new_empty(sizes, a.scale.data ? x.dim() - event_dims : 0, sum_dtype);
+  Tensor logdet = new_empty(x, sizes, a.scale.data ? x.dim() - event_dims : 0, sum_dtype);
   a.logdet = logdet.data_ptr();
   a.partial = nullptr;
   Tensor partial = logdet;
   if (a.plan.segments > 1) {
     const int64_t count = a.space.rows * a.plan.segments;
-    partial = new_empty(&count, 1, ScalarType::Double);
+    partial = new_empty(x, &count, 1, ScalarType::Double);
     a.partial = (double*)partial.data_ptr();
   }
   const auto kernel = cpu_table()->coupling_forward;
@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(
   Layout layout(x, event_dims);
   set_map(a, {scale_map, map_arg, shift_first, inverse}, x);
   const int64_t none = 0;
-  Tensor gshift = need_gshift ? new_like(x) : new_empty(&none, 1, x.scalar_type());
+  Tensor gshift = need_gshift ? new_like(x) : new_empty(x, &none, 1, x.scalar_type());
   Tensor gscale = new_like(scale);
   layout.add(a.x, x);
   if (shift) layout.add(a.shift, *shift);

@@ -23,12 +23,12 @@ Tensor flow_log_prob(Tensor h, std::optional<Tensor> log_scale, int64_t prior) {
   const int64_t units = cut(a, layout, h, prior);
   const int64_t rows = a.space.rows;
   const int64_t count = rows * a.segments;
-  Tensor partial = new_empty(&count, 1, ScalarType::Double);
+  Tensor partial = new_empty(h, &count, 1, ScalarType::Double);
   a.partial = (double*)partial.data_ptr();
   const auto kernel = cpu_table()->flow_head_forward;
   torch::stable::parallel_for(0, units, grain_of(kHeadRows * a.space.cols),
                               [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
-  Tensor out = new_empty(&rows, 1, a.f64 ? ScalarType::Double : ScalarType::Float);
+  Tensor out = new_empty(h, &rows, 1, a.f64 ? ScalarType::Double : ScalarType::Float);
   for (int64_t r = 0; r < rows; ++r) {
     double total = a.partial[r * a.segments];
     for (int64_t i = 1; i < a.segments; ++i) total += a.partial[r * a.segments + i];
@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> flow_log_prob_backward(Tensor grad, Tensor h, std::op
   Layout layout(h, h.dim() - 1);
   const int64_t none = 0;
   Tensor gh = new_like(h);
-  Tensor glog_scale = log_scale ? new_like(*log_scale) : new_empty(&none, 1, h.scalar_type());
+  Tensor glog_scale = log_scale ? new_like(*log_scale) : new_empty(h, &none, 1, h.scalar_type());
   layout.add(a.h, h);
   layout.add(a.gh, gh);
   layout.add_rows(a.grad, grad);
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> flow_log_prob_backward(Tensor grad, Tensor h, std::op
   if (log_scale) layout.add_event(a.glog_scale, glog_scale);
   const int64_t units = cut(a, layout, h, prior);
   const int64_t count = log_scale ? (a.space.rows + kHeadRows - 1) / kHeadRows * a.space.cols : 0;
-  Tensor partial = new_empty(&count, 1, a.f64 ? ScalarType::Double : ScalarType::Float);
+  Tensor partial = new_empty(h, &count, 1, a.f64 ? ScalarType::Double : ScalarType::Float);
   a.partial = log_scale ? (char*)partial.data_ptr() : nullptr;
   const CpuTable& cpu = *cpu_table();
   if (h.numel() > 0) {

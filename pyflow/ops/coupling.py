@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._backend import register, runs_reference
+from .._backend import call, register, runs_reference
 from .._schemas import PACKINGS, SCALE_MAPS
 from ..reference import coupling as ref
 from ._transforms import batch_first, vector_jacobian
@@ -51,7 +51,7 @@ def additive_coupling(x: Tensor, shift: Tensor, *, inverse: bool = False, mask: 
         mask = check.mask_for(op, mask, x)
     if runs_reference(op, x):
         return ref.additive_coupling(x, shift, inverse=inverse, mask=mask)
-    return torch.ops.pyflow.additive_coupling.default(x, shift, mask, inverse)
+    return call(torch.ops.pyflow.additive_coupling.default, x, shift, mask, inverse)
 
 
 def affine_coupling(
@@ -125,8 +125,8 @@ def affine_coupling(
             x, shift, scale, scale_map=scale_map, map_arg=arg, shift_first=shift_first, inverse=inverse,
             mask=mask, event_dims=event_dims,
         )  # fmt: skip
-    return torch.ops.pyflow.affine_coupling.default(
-        x, shift, scale, mask, index, arg, shift_first, inverse, event_dims
+    return call(
+        torch.ops.pyflow.affine_coupling.default, x, shift, scale, mask, index, arg, shift_first, inverse, event_dims
     )
 
 
@@ -188,8 +188,8 @@ def affine_coupling_packed(
             x, params, packing=packing, dim=dim, scale_map=scale_map, map_arg=arg, shift_first=shift_first,
             inverse=inverse, mask=mask, event_dims=event_dims,
         )  # fmt: skip
-    return torch.ops.pyflow.affine_coupling_packed.default(
-        x, params, mask, layout, dim, index, arg, shift_first, inverse, event_dims
+    return call(
+        torch.ops.pyflow.affine_coupling_packed.default, x, params, mask, layout, dim, index, arg, shift_first, inverse, event_dims
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._backend import register, runs_reference
+from .._backend import call, register, runs_reference
 from .._schemas import PRIORS
 from ..reference import flow_head as ref
 from ._transforms import vector_jacobian
@@ -50,7 +50,7 @@ def flow_log_prob(h: Tensor, log_scale: Tensor | None = None, *, prior: str = "g
     index = check.choice(op, "prior", prior, PRIORS)
     if runs_reference(op, h):
         return ref.flow_log_prob(h, log_scale, prior=prior)
-    return torch.ops.pyflow.flow_log_prob.default(h, log_scale, index)
+    return call(torch.ops.pyflow.flow_log_prob.default, h, log_scale, index)
 
 
 # what torch must know of each operator, arguments in the order of its schema

@@ -1,0 +1,30 @@
+#include "math.h"
+
+#include "../math/atan.h"
+#include "../math/exp.h"
+#include "../math/log.h"
+#include "../math/tanh.h"
+
+namespace pyflow::PYFLOW_ISA {
+
+template <class F>
+PYFLOW_FN void each(const MathArgs& a, int64_t begin, int64_t end, F f) {
+  const float* __restrict in = a.in;
+  float* __restrict out = a.out;
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) out[i] = f(in[i]);
+}
+
+void math_evaluate(const MathArgs& a, int64_t begin, int64_t end) {
+  switch (a.function) {
+    case MathFunction::exp: return each(a, begin, end, [](float x) { return exp_(x); });
+    case MathFunction::tanh: return each(a, begin, end, [](float x) { return tanh_(x); });
+    case MathFunction::log: return each(a, begin, end, [](float x) { return log_(x); });
+    case MathFunction::log1p01: return each(a, begin, end, [](float x) { return log1p01(x); });
+    case MathFunction::softplus: return each(a, begin, end, [](float x) { return softplus(x); });
+    case MathFunction::sigmoid: return each(a, begin, end, [](float x) { return sigmoid(x); });
+    case MathFunction::atan: return each(a, begin, end, [](float x) { return atan_(x); });
+  }
+}
+
+}  // namespace pyflow::PYFLOW_ISA

@@ -1,0 +1,17 @@
+// The elementary functions over an array, so that a test can hold them to their stated error.
+#pragma once
+
+#include <cstdint>
+
+namespace pyflow {
+
+enum class MathFunction : int { exp, tanh, log, log1p01, softplus, sigmoid, atan };
+constexpr const char* kMathFunctions[] = {"exp", "tanh", "log", "log1p01", "softplus", "sigmoid", "atan"};
+
+struct MathArgs {
+  MathFunction function;
+  const float* in;
+  float* out;
+};
+
+}  // namespace pyflow
