@@ -150,7 +150,7 @@ def runs_reference(op: str, x: Tensor) -> bool:
     """Whether the public function runs plain torch: chosen, no kernel here, or a transform without a rule."""
     if _choice == "reference":
         return True
-    if forward_ad._current_level >= 0 or _under_transform():
+    if _under_transform():
         return True
     kind = x.device.type
     if _choice not in ("auto", "triton") and _choice != kind:
@@ -160,22 +160,27 @@ def runs_reference(op: str, x: Tensor) -> bool:
 
 def call(op: torch._ops.OpOverload, *args: object) -> object:
     """The operator; without a gradient to record, below the autograd key, whose Python kernel costs 3 us."""
-    record = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-    if record or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return op(*args)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
 def _under_transform() -> bool:
-    top = torch._C._functorch.peek_interpreter_stack()
-    if top is None:
-        return False
-    if torch.compiler.is_compiling():
+    """Inside forward-mode AD or a torch.func transform other than vmap, for which operators have a rule."""
+    if forward_ad._current_level >= 0:
         return True
-    # operators have a vmap rule; grad, jvp and functionalize go through the reference
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
     vmap = torch._C._functorch.TransformType.Vmap
     return any(level.key() != vmap for level in torch._C._functorch.get_interpreter_stack())
+
+
+# what torch.compiler.assume_constant_result does, without importing dynamo: the transforms that are
+# active while a function is traced are part of what is traced
+_under_transform._dynamo_marked_constant = True
 
 
 def _cuda_kernel(op: str) -> Callable:

@@ -2,7 +2,8 @@
 
 An operator is opaque to Inductor: its bits are the same eager and compiled. The integers `scale_map`,
 `packing` and `prior` index the tuples below; `map_arg` is the one constant a scale map uses
-(clamp, eps or c). A `*_backward` operator returns an empty tensor for a gradient it was not asked for.
+(clamp, eps or c). A `*_backward` operator returns an empty tensor for a gradient it was not asked for
+(shift_dtype: the dtype of shift, or None where its gradient is that of y or of x).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SCHEMAS = {
     "affine_coupling": f"(Tensor x, Tensor shift, Tensor scale, Tensor? mask, {_MAP}) -> (Tensor, Tensor)",
     "affine_coupling_backward": (
         "(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor? shift, Tensor scale, Tensor? mask, "
-        f"{_MAP}, bool need_grad_shift) -> (Tensor, Tensor, Tensor)"
+        f"{_MAP}, ScalarType? shift_dtype) -> (Tensor, Tensor, Tensor)"
     ),
     "affine_coupling_packed": (
         f"(Tensor x, Tensor params, Tensor? mask, int packing, int dim, {_MAP}) -> (Tensor, Tensor)"

@@ -125,17 +125,18 @@ Tensor run_backward(CouplingBackward& a, Layout& layout, const std::optional<Ten
 std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(
     std::optional<Tensor> gy, std::optional<Tensor> gl, Tensor x, std::optional<Tensor> shift, Tensor scale,
     std::optional<Tensor> mask, int64_t scale_map, double map_arg, bool shift_first, bool inverse,
-    int64_t event_dims, bool need_gshift) {
+    int64_t event_dims, std::optional<ScalarType> shift_dtype) {
   CouplingBackward a{};
   Layout layout(x, event_dims);
   set_map(a, {scale_map, map_arg, shift_first, inverse}, x);
   const int64_t none = 0;
-  Tensor gshift = need_gshift ? new_like(x) : new_empty(x, &none, 1, x.scalar_type());
+  Tensor gshift = shift_dtype ? new_empty(x, x.sizes().data(), x.dim(), *shift_dtype)
+                              : new_empty(x, &none, 1, x.scalar_type());
   Tensor gscale = new_like(scale);
   layout.add(a.x, x);
   if (shift) layout.add(a.shift, *shift);
   layout.add(a.scale, scale);
-  if (need_gshift) layout.add(a.gshift, gshift);
+  if (shift_dtype) layout.add(a.gshift, gshift);
   layout.add(a.gscale, gscale);
   Tensor gx = run_backward(a, layout, gy, gl, x, mask);
   return {gx, gshift, gscale};

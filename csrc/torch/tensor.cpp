@@ -109,8 +109,7 @@ Tensor new_like(const Tensor& t) {
 
 // not torch::stable::empty: that finds its operator by name on every call, 1 us of the 7 of a small one
 Tensor new_empty(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType dtype) {
-  int32_t type = dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-  if (dtype == like.scalar_type()) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle out = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_aten_new_empty(like.get(), sizes, dims, &type, nullptr, nullptr, 0, nullptr, &out));

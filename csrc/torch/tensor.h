@@ -59,7 +59,7 @@ class Layout {
 
 // uninitialised, with the strides torch.empty_like gives
 Tensor new_like(const Tensor& t);
-// contiguous; `dtype` is like's own, Float or Double
+// contiguous
 Tensor new_empty(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType dtype);
 
 }  // namespace pyflow

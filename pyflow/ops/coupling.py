@@ -271,6 +271,7 @@ def _affine_fake(x, shift, scale, mask, scale_map, map_arg, shift_first, inverse
 def _affine_setup(ctx, inputs, output):
     x, shift, scale, mask, *ctx.options = inputs
     _, _, shift_first, inverse, _ = ctx.options
+    ctx.shift_dtype = shift.dtype
     ctx.set_materialize_grads(False)
     # shift enters its own backward only where it is scaled
     ctx.save_for_backward(x, shift if shift_first != inverse else None, scale, mask)
@@ -280,12 +281,16 @@ def _affine_backward(ctx, grad_y, grad_logdet):
     x, shift, scale, mask = ctx.saved_tensors
     _, _, shift_first, inverse, _ = ctx.options
     # forward, the gradient of shift is that of y or of x, and needs no tensor of its own
-    need_grad_shift = inverse or mask is not None
+    is_that_of_y = not inverse and mask is None and not shift_first
+    is_that_of_x = not inverse and mask is None and shift_first and ctx.shift_dtype == x.dtype
+    shift_dtype = None if is_that_of_y or is_that_of_x else ctx.shift_dtype
     grad_x, grad_shift, grad_scale = torch.ops.pyflow.affine_coupling_backward(
-        grad_y, grad_logdet, x, shift, scale, mask, *ctx.options, need_grad_shift
+        grad_y, grad_logdet, x, shift, scale, mask, *ctx.options, shift_dtype
     )
-    if not need_grad_shift:
-        grad_shift = grad_x if shift_first else grad_y
+    if is_that_of_y:
+        grad_shift = grad_y
+    elif is_that_of_x:
+        grad_shift = grad_x
     return grad_x, grad_shift, grad_scale, None, None, None, None, None, None
 
 
@@ -295,18 +300,20 @@ def _affine_vmap(info, in_dims, x, shift, scale, mask, *options):
 
 
 def _affine_backward_reference(grad_y, grad_logdet, x, shift, scale, mask, *options):
-    *options, need_grad_shift = options
+    *options, shift_dtype = options
     grads = ref.affine_coupling_backward(grad_y, grad_logdet, x, shift, scale, **_keywords(mask, *options))
     grad_x, grad_shift, grad_scale = grads
     return (
         torch.empty_like(x).copy_(grad_x),
-        torch.empty_like(x).copy_(grad_shift) if need_grad_shift else x.new_empty(0),
+        x.new_empty(0) if shift_dtype is None else grad_shift.to(shift_dtype).contiguous(),
         torch.empty_like(scale).copy_(grad_scale),
     )
 
 
 def _affine_backward_fake(grad_y, grad_logdet, x, shift, scale, mask, *options):
-    return torch.empty_like(x), torch.empty_like(x) if options[-1] else x.new_empty(0), torch.empty_like(scale)
+    shift_dtype = options[-1]
+    grad_shift = x.new_empty(0) if shift_dtype is None else x.new_empty(x.shape, dtype=shift_dtype)
+    return torch.empty_like(x), grad_shift, torch.empty_like(scale)
 
 
 def _affine_backward_setup(ctx, inputs, output):
@@ -317,13 +324,13 @@ def _affine_backward_setup(ctx, inputs, output):
 
 
 def _affine_backward_backward(ctx, *grads):
-    *options, need_grad_shift = ctx.options
+    *options, shift_dtype = ctx.options
 
     def formula(grad_y, grad_logdet, x, shift, scale):
         out = ref.affine_coupling_backward(grad_y, grad_logdet, x, shift, scale, **_keywords(ctx.mask, *options))
-        return out if need_grad_shift else (out[0], out[2])
+        return (out[0], out[2]) if shift_dtype is None else out
 
-    if not need_grad_shift:
+    if shift_dtype is None:
         grads = (grads[0], grads[2])
     inner = vector_jacobian(formula, ctx.saved_tensors, grads)
     return (*inner, None, *(None for _ in ctx.options))
@@ -332,7 +339,7 @@ def _affine_backward_backward(ctx, *grads):
 def _affine_backward_vmap(info, in_dims, grad_y, grad_logdet, x, shift, scale, mask, *options):
     tensors = batch_first(info, in_dims, grad_y, grad_logdet, x, shift, scale, mask)
     out = torch.ops.pyflow.affine_coupling_backward(*tensors, *options)
-    return out, (0, 0 if options[-1] else None, 0)
+    return out, (0, None if options[-1] is None else 0, 0)
 
 
 def _packed_keywords(mask, packing, dim, *options):

@@ -121,7 +121,10 @@ def affine_coupling_backward(
     mask: Tensor | None,
     event_dims: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (x, shift, scale); `shift` may be None where the formula has none (forward, scale first)."""
+    """Gradients of (x, shift, scale), that of shift in the compute dtype.
+
+    `shift` may be None where the formula has none (forward, scale first; inverse, shift first).
+    """
     dtype = _compute_dtype(x)
     x_, s = x.to(dtype), scale.to(dtype)
     t = None if shift is None else shift.to(dtype)
@@ -139,7 +142,7 @@ def affine_coupling_backward(
         gs = (gx * (x_ + t if shift_first else x_) + gl) * slope
     if mask is not None:
         gx, gt, gs = torch.where(mask, gy, gx), torch.where(mask, 0, gt), torch.where(mask, 0, gs)
-    return gx.to(x.dtype), gt.to(x.dtype), gs.to(scale.dtype)
+    return gx.to(x.dtype), gt, gs.to(scale.dtype)
 
 
 def affine_coupling_packed(
@@ -161,4 +164,4 @@ def affine_coupling_packed_backward(
 ) -> tuple[Tensor, Tensor]:
     shift, scale = unpack(params, packing, dim)
     gx, gt, gs = affine_coupling_backward(grad_y, grad_logdet, x, shift, scale, **same)
-    return gx, pack(gt.to(params.dtype), gs.to(params.dtype), packing, dim)
+    return gx, pack(gt.to(params.dtype), gs, packing, dim)

@@ -1,0 +1,42 @@
+"""Fixtures every room uses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pyflow import _backend
+
+RUN = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("digest", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+from pyflow import _host
+print(_host.isa(), module.digest())
+"""
+
+
+@pytest.fixture
+def every_instruction_set(request):
+    """The results of this file's `digest()`, one process per compiled instruction set that runs here."""
+    if _backend.cpu_missing:
+        pytest.skip(f"no compiled kernels: {_backend.cpu_missing}")
+    from pyflow import _host
+
+    results = {}
+    for isa in _host.compiled_isas().split(","):
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, str(request.path)],
+            env={**os.environ, "PYFLOW_CPU_ISA": isa}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        chosen, result = done.stdout.split()
+        if chosen == isa:
+            results[isa] = result
+    if len(results) < 2:
+        pytest.skip(f"this CPU runs only {', '.join(results)} of {_host.compiled_isas()}")
+    return set(results.values())
