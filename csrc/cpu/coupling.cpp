@@ -154,7 +154,7 @@ void forward_unit(const CouplingForward& a, const Tile& unit, int64_t segment) {
     c.x = load(s, a.x, t, x);
     c.shift = load(s, a.shift, t, shift);
     c.y = target(s, a.y, t, y);
-    if (a.scale.data) {
+    if (a.affine) {
       c.scale = load(s, a.scale, t, scale);
       c.g = g;
       c.e = e;
@@ -167,10 +167,10 @@ void forward_unit(const CouplingForward& a, const Tile& unit, int64_t segment) {
     if (a.mask.data) {
       const T* m = load(s, a.mask, t, mask);
       pass_through(m, c.x, c.y, c.n);
-      if (a.scale.data) blank(m, g, c.n);
+      if (a.affine) blank(m, g, c.n);
     }
     store(s, a.y, t, c.y);
-    if (!a.scale.data) continue;
+    if (!a.affine) continue;
     const T sign = a.inverse ? T(-1) : T(1);
     if (t.rows > 1) {
       for (int64_t r = 0; r < t.rows; ++r) {
@@ -180,7 +180,7 @@ void forward_unit(const CouplingForward& a, const Tile& unit, int64_t segment) {
       total += double(sign * lane_sum(g, cols));
     }
   }
-  if (!a.scale.data || unit.rows > 1) return;
+  if (!a.affine || unit.rows > 1) return;
   if (a.partial) {
     a.partial[unit.row * a.plan.segments + segment] = total;
   } else {

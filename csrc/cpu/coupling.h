@@ -10,16 +10,17 @@ struct CouplingArgs {
   Space space;
   Plan plan;
   bool f64;          // compute type: double for float64 x, float for everything else
+  bool affine;       // has a scale and a logdet; else additive
   bool inverse;
   bool shift_first;
   ScaleMap scale_map;  // unused without a scale
   double map_arg;
-  View x, shift, scale, mask;  // scale absent: additive; mask: true passes through
+  View x, shift, scale, mask;  // mask may be absent: true passes through
 };
 
 struct CouplingForward : CouplingArgs {
   View y;
-  void* logdet;      // (rows,) of the compute type; absent without a scale
+  void* logdet;      // (rows,) of the compute type, where affine
   double* partial;   // (rows, segments) when a row has several segments, else absent
 };
 

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> run_forward(CouplingForward& a, Layout& layout, const
   a.plan = plan_of(a.space, layout.flat());
   int64_t sizes[64];
   for (int64_t d = 0; d < x.dim() - event_dims; ++d) sizes[d] = x.size(d);
-  Tensor logdet = new_empty(x, sizes, a.scale.data ? x.dim() - event_dims : 0, sum_dtype);
+  Tensor logdet = new_empty(x, sizes, a.affine ? x.dim() - event_dims : 0, sum_dtype);
   a.logdet = logdet.data_ptr();
   a.partial = nullptr;
   Tensor partial = logdet;
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> run_forward(CouplingForward& a, Layout& layout, const
     torch::stable::parallel_for(0, a.plan.units, a.plan.grain,
                                 [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   }
-  if (a.scale.data && (a.partial || x.numel() == 0)) {
+  if (a.affine && (a.partial || x.numel() == 0)) {
     for (int64_t r = 0; r < a.space.rows; ++r) {
       double total = 0;
       for (int64_t i = 0; a.partial && i < a.plan.segments; ++i) total += a.partial[r * a.plan.segments + i];
@@ -87,6 +87,7 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor shift, Tensor scale,
   layout.add(a.x, x);
   layout.add(a.shift, shift);
   layout.add(a.scale, scale);
+  a.affine = true;
   return run_forward(a, layout, x, mask, event_dims);
 }
 
@@ -101,6 +102,7 @@ std::tuple<Tensor, Tensor> affine_coupling_packed(Tensor x, Tensor params, std::
   layout.add(a.x, x);
   layout.add_slice(a.shift, params, dim, p.shift_offset, p.step);
   layout.add_slice(a.scale, params, dim, p.scale_offset, p.step);
+  a.affine = true;
   return run_forward(a, layout, x, mask, event_dims);
 }
 

@@ -21,6 +21,15 @@ def batch_first(info: object, in_dims: Sequence[int | None], *tensors: Tensor | 
     return out
 
 
+def one_by_one(
+    info: object, in_dims: Sequence[int | None], op: Callable, tensors: Sequence[Tensor | None], *options: object
+) -> tuple[Tensor, ...]:
+    """A vmap rule for an operator that has no dim to spare: a call per slice, outputs stacked in front."""
+    batched = batch_first(info, in_dims, *tensors)
+    calls = [op(*(None if t is None else t[i] for t in batched), *options) for i in range(info.batch_size)]
+    return tuple(torch.stack(outputs) for outputs in zip(*calls))
+
+
 def vector_jacobian(
     formula: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:

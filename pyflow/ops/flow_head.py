@@ -9,7 +9,7 @@ from .. import _checks as check
 from .._backend import call, register, runs_reference
 from .._schemas import PRIORS
 from ..reference import flow_head as ref
-from ._transforms import vector_jacobian
+from ._transforms import one_by_one, vector_jacobian
 
 
 def flow_log_prob(h: Tensor, log_scale: Tensor | None = None, *, prior: str = "gaussian") -> Tensor:
@@ -76,7 +76,8 @@ def _backward(ctx, grad):
 
 
 def _vmap(info, in_dims, h, log_scale, prior):
-    return torch.vmap(lambda h, s: ref.flow_log_prob(h, s, prior=PRIORS[prior]), in_dims[:2])(h, log_scale), 0
+    single = lambda *args: (torch.ops.pyflow.flow_log_prob(*args),)  # noqa: E731
+    return one_by_one(info, in_dims, single, (h, log_scale), prior)[0], 0
 
 
 def _backward_reference(grad, h, log_scale, prior):
@@ -104,11 +105,7 @@ def _backward_backward(ctx, *grads):
 
 
 def _backward_vmap(info, in_dims, grad, h, log_scale, prior):
-    if log_scale is None:
-        single = lambda g, h: ref.flow_log_prob_backward(g, h, None, prior=PRIORS[prior])[0]  # noqa: E731
-        return (torch.vmap(single, in_dims[:2])(grad, h), h.new_empty(0)), (0, None)
-    both = lambda g, h, s: ref.flow_log_prob_backward(g, h, s, prior=PRIORS[prior])  # noqa: E731
-    return torch.vmap(both, in_dims[:3])(grad, h, log_scale), (0, 0)
+    return one_by_one(info, in_dims, torch.ops.pyflow.flow_log_prob_backward, (grad, h, log_scale), prior), (0, 0)
 
 
 register(
