@@ -1,0 +1,84 @@
+"""The elementary functions against float64: largest error in ulp, special values, every instruction set."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from pyflow import testing
+
+host = pytest.importorskip("pyflow._host", reason="no compiled kernels")
+
+# name -> (float64 function, domain, largest error in ulp as the header states it)
+FUNCTIONS = {
+    "exp": (torch.exp, (-103.9720, 88.7228), 1.1),
+    "tanh": (torch.tanh, (-torch.inf, torch.inf), 1.5),
+    "log": (torch.log, (1.4e-45, torch.inf), 0.9),
+    "log1p01": (torch.log1p, (0.0, 1.0), 1.5),
+    "softplus": (lambda x: torch.logaddexp(x, torch.zeros_like(x)), (-103.0, torch.inf), 1.7),
+    "sigmoid": (torch.sigmoid, (-103.0, torch.inf), 2.4),
+    "atan": (torch.atan, (-torch.inf, torch.inf), 1.6),
+}
+
+
+def evaluate(name: str, x: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(host.evaluate(name, x.numpy()))
+
+
+def worst_error(name: str, bits: np.ndarray) -> float:
+    function, (low, high), _ = FUNCTIONS[name]
+    x = torch.from_numpy(bits.astype(np.uint32).view(np.float32))
+    x = x[x.isfinite() & (x >= low) & (x <= high)]
+    if not len(x):
+        return 0.0
+    exact = function(x.double())
+    kept = exact.abs() <= torch.finfo(torch.float32).max
+    return testing.ulp_error(evaluate(name, x[kept]), exact[kept]).max().item() if kept.any() else 0.0
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_error_on_a_sample(name):
+    bits = np.arange(0, 2**32, 1009, dtype=np.uint64)
+    assert worst_error(name, bits) <= FUNCTIONS[name][2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_error_over_all_floats(name):
+    block = 2**24
+    worst = max(worst_error(name, np.arange(i * block, (i + 1) * block, dtype=np.uint64)) for i in range(256))
+    print(f"{name}: {worst:.3f} ulp")
+    assert worst <= FUNCTIONS[name][2]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_special_values(name):
+    x = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, -1e-40, 200.0, -200.0])
+    if name == "log1p01":
+        x = torch.tensor([0.0, 1.0, torch.nan, 1e-40])
+    got, want = evaluate(name, x), FUNCTIONS[name][0](x.double()).float()
+    assert torch.equal(got.isnan(), want.isnan())
+    torch.testing.assert_close(got, want, equal_nan=True)
+    if name in ("tanh", "atan"):
+        assert torch.equal(torch.signbit(got[:2]), torch.tensor([False, True]))
+
+
+def digest() -> str:
+    h = hashlib.sha256()
+    bits = np.arange(0, 2**32, 65521, dtype=np.uint64).astype(np.uint32)
+    for name in FUNCTIONS:
+        y = host.evaluate(name, bits.view(np.float32))
+        h.update(np.where(np.isnan(y), np.float32(0), y).tobytes())
+    return h.hexdigest()
+
+
+def test_instruction_sets_give_the_same_bits(every_instruction_set):
+    assert len(every_instruction_set) == 1
+
+
+def test_unknown_function():
+    with pytest.raises(ValueError, match="unknown function sinh"):
+        host.evaluate("sinh", np.zeros(1, np.float32))

@@ -1,0 +1,35 @@
+"""Every family of ops has its file in every room, or a stated reason why not."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from pyflow import _backend
+
+ROOT = Path(__file__).parent.parent
+ROOMS = [
+    "csrc/ops/{}.h", "csrc/cpu/{}.cpp", "csrc/torch/{}.cpp", "csrc/cuda/{}.cu", "triton_kernels/{}.py",
+    "pyflow/reference/{}.py", "pyflow/ops/{}.py", "benchmarks/{}.py", "tests/ops/test_{}.py",
+]  # fmt: skip
+EXEMPT: dict[tuple[str, str], str] = {}  # (family, room) -> why it needs none
+
+FAMILIES = sorted(set(_backend._families.values()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("room", ROOMS)
+def test_family_has_its_room(family, room):
+    path = ROOT / room.format(family)
+    reason = EXEMPT.get((family, room))
+    assert path.exists() != (reason is not None), f"{path.relative_to(ROOT)}: {reason or 'missing'}"
+
+
+@pytest.mark.parametrize("op, family", sorted(_backend._families.items()))
+def test_every_operator_has_a_kernel_in_each_native_room(op, family):
+    launchers = ast.parse((ROOT / f"triton_kernels/{family}.py").read_text())
+    assert op in {node.name for node in launchers.body if isinstance(node, ast.FunctionDef)}
+    for room in ("csrc/torch/{}.cpp", "csrc/cuda/{}.cu"):
+        assert f'm.impl("{op}", TORCH_BOX' in (ROOT / room.format(family)).read_text(), room
