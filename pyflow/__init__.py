@@ -4,5 +4,6 @@ from . import _backend
 from . import ops as ops
 from ._backend import backend as backend
 from ._version import __version__ as __version__
+from ._warmup import warmup as warmup
 
 _backend.finish()

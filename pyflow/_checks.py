@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import numbers
+import os
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def values_are_checked(tensor: Tensor) -> bool:
+    """Whether the content may be read: on a CPU always, on an accelerator with PYFLOW_CHECK=1, never while traced."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return tensor.is_cpu or (tensor.device.type != "meta" and os.environ.get("PYFLOW_CHECK") == "1")
 
 
 def float_tensor(op: str, name: str, value: object) -> None:
@@ -60,6 +68,8 @@ def mask_for(op: str, mask: object, x: Tensor) -> Tensor:
     if not fits:
         raise ValueError(f"{op}: mask must broadcast to the shape of x, {tuple(x.shape)}, got {tuple(mask.shape)}")
     if mask.dtype != torch.bool:
+        if values_are_checked(mask) and not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError(f"{op}: mask must be bool or hold only 0 and 1, got other values")
         mask = mask != 0
     return mask.expand(x.shape)
 

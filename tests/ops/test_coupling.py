@@ -453,6 +453,7 @@ BAD = [
     (lambda f: f(X, X, X, slope=1.0), ValueError, r"slope must be in \(0, 1\), got 1.0"),
     (lambda f: f(X, X, X, mask=[1]), TypeError, "mask must be a tensor, got list"),
     (lambda f: f(X, X, X, mask=torch.zeros(3, dtype=torch.bool)), ValueError, r"mask must broadcast to the shape of x, \(2, 4\), got \(3,\)"),
+    (lambda f: f(X, X, X, mask=X + 0.5), ValueError, "mask must be bool or hold only 0 and 1, got other values"),
     (lambda f: f(X, X, X, event_dims=3), ValueError, r"event_dims must be in \[0, 2\], got 3"),
     (lambda f: f(X, X, X, event_dims=1.0), TypeError, "event_dims must be an integer, got float"),
     (lambda f: f(*[torch.zeros(())] * 3), ValueError, "x must have at least one dim, the batch, got a scalar"),

@@ -1,0 +1,43 @@
+"""Compile every kernel ahead of the first real call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from . import ops
+from ._schemas import PACKINGS, PRIORS, SCALE_MAPS
+
+
+def warmup(
+    device: torch.device | str = "cuda",
+    *,
+    dtypes: Iterable[torch.dtype] = (torch.float32,),
+    scale_maps: Iterable[str] = SCALE_MAPS,
+) -> None:
+    """Run every operation once, forward and backward, on small tensors of these dtypes.
+
+    A Triton kernel is compiled at its first call for a dtype and scale map; this moves that wait to where
+    you choose. On a CPU nothing is compiled at run time and this only touches the code.
+
+    Args:
+        device: where the kernels will run.
+        dtypes: of the inputs.
+        scale_maps: the maps of the coupling layers to prepare.
+
+    Example:
+        >>> warmup("cpu", scale_maps=["tanh"])
+    """
+    for dtype in dtypes:
+        x = torch.zeros(2, 64, dtype=dtype, device=device, requires_grad=True)
+        params = torch.zeros(2, 128, dtype=dtype, device=device, requires_grad=True)
+        outputs = [ops.additive_coupling(x, x)]
+        for inverse in (False, True):
+            for scale_map in scale_maps:
+                outputs += ops.affine_coupling(x, x, x, scale_map=scale_map, inverse=inverse)
+                for packing in PACKINGS:
+                    options = dict(packing=packing, scale_map=scale_map, inverse=inverse)
+                    outputs += ops.affine_coupling_packed(x, params, **options)
+        outputs += [ops.flow_log_prob(x, x[0], prior=prior) for prior in PRIORS]
+        torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
