@@ -1,0 +1,74 @@
+"""Cases of the flow head: log-likelihoods of (16384, 784) values with a learnt scale."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import pyflow
+from pyflow.reference import flow_head as ref
+
+from .registry import Call, Case, Missing, Outputs, Problem, bind, compiled, normals, peer, wide
+
+
+def _normflows(h: Tensor, log_scale: Tensor, cotangents: Outputs | None) -> Call:
+    base = peer("normflows", "normflows.distributions").DiagGaussian(h.shape[1]).to(h.device)
+    # its scale divides
+    base.log_scale.data.copy_(-log_scale)
+    base.loc.requires_grad_(False)
+    base.log_scale.requires_grad_(cotangents is not None)
+    if cotangents is None:
+        return lambda: (base.log_prob(h),)
+    leaves = (h.detach().requires_grad_(), base.log_scale)
+
+    def forward_backward() -> Outputs:
+        outputs = (base.log_prob(leaves[0]),)
+        return *outputs, *torch.autograd.grad(outputs, leaves, cotangents)
+
+    return forward_backward
+
+
+def _problem(shape: tuple[int, ...], device: torch.device, *, prior: str, backward: bool) -> Problem:
+    (h,) = normals(shape, device, 1)
+    log_scale = 0.1 * normals(shape[1:], device, 1)[0]
+    inputs = (h, log_scale)
+    cotangents = normals(shape[:1], device, 1) if backward else None
+
+    def eager(h: Tensor, log_scale: Tensor) -> Outputs:
+        return (ref.flow_log_prob(h, log_scale, prior=prior),)
+
+    def op(h: Tensor, log_scale: Tensor) -> Outputs:
+        return (pyflow.ops.flow_log_prob(h, log_scale, prior=prior),)
+
+    functions = {"eager": eager, "compile": compiled(eager), "pyflow": op}
+    calls = {name: bind(function, inputs, cotangents) for name, function in functions.items()}
+    missing, forms = {}, {}
+    if prior == "gaussian":
+        try:
+            calls["normflows"] = _normflows(h, log_scale, cotangents)
+        except Missing as why:
+            missing["normflows"] = str(why)
+        if backward:
+            forms["normflows"] = lambda result: (*result[:2], -result[2].flatten())
+    # h once, then h again and its gradient
+    moved = (3 if backward else 1) * h.nbytes + (2 if backward else 1) * (4 * shape[0] + log_scale.nbytes)
+    truth = bind(eager, wide(inputs), cotangents and wide(cotangents))
+    return Problem(calls, truth, moved, missing=missing, forms=forms)
+
+
+def _case(prior: str, backward: bool) -> Case:
+    with_peer = prior == "gaussian"
+    return Case(
+        f"flow_head/{prior} {'forward+backward' if backward else 'forward'}",
+        partial(_problem, prior=prior, backward=backward),
+        (16384, 784),
+        (5, 14),
+        contenders=("eager", "compile", "normflows", "pyflow") if with_peer else ("eager", "compile", "pyflow"),
+        peer="normflows" if with_peer else None,
+        quick=backward and with_peer,
+    )
+
+
+CASES = [_case(prior, backward) for prior in ("gaussian", "logistic") for backward in (False, True)]

@@ -1,0 +1,112 @@
+"""The header of a report: on what, and with what, it was measured."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import pyflow
+
+HERE = Path(__file__).resolve().parent
+
+
+def checkout() -> Path | None:
+    """The repository this file lies in, or None for an installed package."""
+    root = HERE.parent
+    return root if (root / "pyflow" / "__init__.py").exists() else None
+
+
+def facts(device: str, threads: int, others: float | None) -> dict[str, str]:
+    """What a reader needs to judge the numbers, in the order they are printed.
+
+    `others` is the share of the CPU that other processes took meanwhile.
+    """
+    facts = {
+        "CPU": _cpu_name(),
+        "instruction set": _isa(),
+        "threads": f"{threads} of {os.cpu_count()}",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "compiler": _compiler(),
+        "huge pages": _huge_pages(),
+        "pyflow": pyflow.__version__,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    if others is not None:
+        facts["CPU taken by others"] = f"{others:.0%}"
+    if device == "cuda":
+        facts = {"GPU": torch.cuda.get_device_name(), "CUDA": str(torch.version.cuda), **facts}
+    return facts
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    info = dict(line.replace("\t", "").split(":", 1) for line in reversed(lines) if ":" in line)
+    name = info.get("model name", platform.machine()).strip()
+    if "cpu family" in info:
+        name += f" (family {info['cpu family'].strip()} model {info['model'].strip()})"
+    return name
+
+
+def _isa() -> str:
+    try:
+        from pyflow import _host
+    except ImportError:
+        return "none (reference)"
+    return _host.isa() or "none (reference)"
+
+
+def _compiler() -> str:
+    try:
+        from pyflow import _host
+    except ImportError:
+        return "none"
+    return _host.compiler()
+
+
+def _version(package: str) -> str:
+    return metadata.version(package) if importlib.util.find_spec(package) else "none"
+
+
+def _huge_pages() -> str:
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return "unknown"
+    return text[text.index("[") + 1 : text.index("]")]
+
+
+def _commit() -> str:
+    root = checkout()
+    if root is None:
+        return "installed"
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
+
+
+def cpu_seconds() -> tuple[float, float] | None:
+    """CPU seconds all processes have used, and those there were; None where the system does not say."""
+    try:
+        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    except OSError:
+        return None
+    ticks = [int(value) for value in fields]
+    idle = ticks[3] + ticks[4]
+    return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK"), sum(ticks) / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,393 @@
+"""Time the contenders of a case in turn, after each has shown that its result is right.
+
+A round times every contender once, in a new order each time: the machine's moods and the memory somebody else
+just freed then meet all of them alike, and the ratios hold where absolute times do not. A time is that of a call
+and of freeing its result. Python's garbage collector is off meanwhile.
+
+Pages. A large result is new memory, and what that costs is the allocator's business: glibc maps anything above
+its threshold anew at every call, and the kernel then clears each page at first touch; below it, memory that was
+freed is used again. The threshold moves by itself (128 KB to 32 MB), so a process' history would decide. On a
+2-core Zen 5 with 4 KB pages the forward case at (16384, 392) took 3.6 ms with reused and 10 ms with fresh pages,
+torch.compile of the reference 5.9 and 17 ms. So each case says which it means and `set_pages` holds the
+allocator to it. Transparent huge pages stay as the system has them; glibc and torch ask for none by default.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import random
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+
+# the profiler that counts memory logs every start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")
+
+import torch
+from torch import Tensor
+
+import pyflow
+from pyflow import _backend
+
+from .machine import cpu_seconds
+from .registry import Call, Case, Missing, Outputs, Problem, all_cases
+
+COPIES = ("copy", "warm copy")
+MIN_ROUNDS, MAX_ROUNDS = 10, 50
+# long against the clock and the round's own cost
+ROUND_SECONDS = 2e-3
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@dataclass(frozen=True)
+class Settings:
+    device: str = "cpu"
+    threads: int = 1
+    # seconds of rounds per case, beyond the ten there always are
+    budget: float = 4.0
+    compile: bool = True
+
+
+@dataclass
+class Ready:
+    """A contender that has passed: calls per round, seconds of one, peak extra memory, largest error (of 1 allowed)."""
+
+    calls: int
+    seconds: float
+    memory: int | None
+    error: float
+
+
+@dataclass
+class Measured:
+    """Seconds per call and page faults per call, one of each per round.
+
+    Or why there are none: `missing` cannot run here, `failed` gave a wrong result or none.
+    """
+
+    times: dict[str, list[float]] = field(default_factory=dict)
+    faults: dict[str, list[float]] = field(default_factory=dict)
+    ready: dict[str, Ready] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    bytes: int | None = None
+    flops: int | None = None
+    # share of the machine's CPU time that other processes took during the rounds
+    others: float | None = None
+
+
+def set_pages(kind: str) -> None:
+    """ "fresh": each result over 128 KB is mapped anew; "reused": freed memory is never given back.
+
+    Without glibc nothing happens. Only a process that has not yet been told "reused" can be told "fresh": its heap
+    would serve large results too.
+    """
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    if kind == "fresh":
+        mallopt(mmap_threshold, 128 * 1024)
+        mallopt(trim_threshold, 128 * 1024)
+    elif kind == "reused":
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+class Runner:
+    """The contenders of one case that run in this process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.device = torch.device(settings.device)
+        self.calls: dict[str, Call] = {}
+        torch.set_num_threads(settings.threads)
+
+    def prepare(self, case: Case, names: list[str]) -> Measured:
+        """Build the case, and let each contender show its result."""
+        set_pages(case.pages)
+        if "compile" in names:
+            # functions of many cases share their code, and dynamo gives up after a few versions of one
+            torch._dynamo.reset()
+        try:
+            problem = case.build(case.shape, self.device)
+            judge = Judge(problem)
+        except Missing as why:
+            return Measured(missing=dict.fromkeys(names, str(why)))
+        except Exception as why:
+            return Measured(failed=dict.fromkeys(names, _reason(why)))
+        missing = {name: why for name, why in problem.missing.items() if name in names}
+        result = Measured(bytes=problem.bytes, flops=problem.flops, missing=missing)
+        self.calls = {name: call for name in names if (call := _call_of(name, problem, self.device))}
+        for name, call in self.calls.items():
+            try:
+                with backend_of(name):
+                    error = 0.0 if name in COPIES else judge.error(name, call())
+                    result.ready[name] = self._ready(call, error)
+            except Missing as why:
+                result.missing[name] = str(why)
+            except Exception as why:  # whatever goes wrong in a contender is that contender's row
+                result.failed[name] = _reason(why)
+        return result
+
+    def _ready(self, call: Call, error: float) -> Ready:
+        memory = peak_memory(call, self.device)
+        self._time(call, 1)
+        once, _ = self._time(call, 1)
+        calls = max(1, min(1000, round(ROUND_SECONDS / max(once, 1e-7))))
+        seconds, _ = self._time(call, calls)
+        return Ready(calls, seconds, memory, error)
+
+    def time(self, name: str, calls: int) -> tuple[float, float]:
+        with backend_of(name):
+            return self._time(self.calls[name], calls)
+
+    def _time(self, call: Call, calls: int) -> tuple[float, float]:
+        """Seconds and page faults of one call."""
+        if self.device.type == "cuda":
+            return _cuda_seconds(call, calls), 0.0
+        # worker threads of the contender before (or of another process) spin for a moment, then sleep
+        time.sleep(ROUND_SECONDS)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        seconds = time.perf_counter() - start
+        return seconds / calls, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / calls
+
+    def cpu_seconds(self) -> float:
+        return time.process_time()
+
+    def close(self) -> None:
+        self.calls = {}
+
+
+def _reason(why: Exception) -> str:
+    return f"{type(why).__name__}: {why}".splitlines()[0]
+
+
+def _cuda_seconds(call: Call, calls: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / calls / 1e3
+
+
+def _call_of(name: str, problem: Problem, device: torch.device) -> Call | None:
+    """What the contender's name stands for, the harness' own included."""
+    if name in COPIES:
+        if not problem.bytes:
+            return None
+        # half is read, half is written: as many bytes as the case moves
+        source = torch.ones(max(1, problem.bytes // 8), device=device)
+        target = torch.empty_like(source)
+        return source.clone if name == "copy" else lambda: target.copy_(source)
+    # another instruction set (this process is then its worker) or backend
+    return problem.calls.get(name) or (problem.calls["pyflow"] if name.startswith("pyflow ") else None)
+
+
+class Judge:
+    """Compares results with the float64 reference; eager, which comes first, says which dtypes are due."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.shared = None if isinstance(problem.truth, dict) else _with_sizes(problem.truth())
+        self.dtypes: list[torch.dtype] | None = None
+
+    def error(self, name: str, outputs: Outputs) -> float:
+        """Largest error relative to the allowed one; ArithmeticError where that is above 1."""
+        outputs = self.problem.forms.get(name, tuple)(outputs)
+        truths = self.shared or _with_sizes(self.problem.truth[name]())
+        self.dtypes = self.dtypes or [output.dtype for output in outputs]
+        if len(outputs) != len(truths):
+            raise ArithmeticError(f"{len(outputs)} results for {len(truths)}")
+        worst = 0.0
+        for index, (output, (truth, size), dtype) in enumerate(zip(outputs, truths, self.dtypes, strict=True)):
+            if output.shape != truth.shape:
+                raise ArithmeticError(f"result {index} has shape {tuple(output.shape)}, not {tuple(truth.shape)}")
+            relative = output.detach().double().sub_(truth).abs_().div_(size)
+            error = relative.nan_to_num_(nan=torch.inf).max().item() if relative.numel() else 0.0
+            allowed = self.problem.tolerance or TOLERANCE[dtype]
+            if error > allowed:
+                raise ArithmeticError(f"result {index} is off by {error:.1e} (allowed {allowed:.0e})")
+            worst = max(worst, error / allowed)
+        return worst
+
+
+def _with_sizes(truths: Outputs) -> list[tuple[Tensor, Tensor]]:
+    """Each truth and what its error is relative to."""
+    truths = tuple(t.detach() for t in truths)
+    return [(t, t.abs().add_(t.square().mean().sqrt()).clamp_min_(1e-30)) for t in truths]
+
+
+def peak_memory(call: Call, device: torch.device) -> int:
+    """Most bytes alive at once during a call beyond those before it, by torch's allocator's own account."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profile:
+        call()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def _isas() -> list[str]:
+    """Compiled instruction sets other than the one in use."""
+    try:
+        from pyflow import _host
+    except ImportError:
+        return []
+    return [isa for isa in _host.compiled_isas().split(",") if isa.strip() and isa != _host.isa()]
+
+
+def _gpu_backends(device: torch.device) -> list[str]:
+    """Backends other than the one "auto" picks."""
+    if device.type != "cuda":
+        return []
+    return ["triton"] if _backend.status()["triton"] else ["cuda"]
+
+
+@contextmanager
+def backend_of(name: str) -> Iterator[None]:
+    """The backend that "pyflow <backend>" means; any other name changes nothing."""
+    chosen = name.partition(" ")[2]
+    if chosen not in ("triton", "cuda"):
+        yield
+        return
+    if missing := _backend.status()[chosen]:
+        raise Missing(missing)
+    with pyflow.backend(chosen):
+        yield
+
+
+class Worker:
+    """A process whose pyflow runs another instruction set: that is chosen once per process."""
+
+    def __init__(self, isa: str, settings: Settings) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, isa, settings), daemon=True)
+        previous = os.environ.get("PYFLOW_CPU_ISA")
+        os.environ["PYFLOW_CPU_ISA"] = isa
+        try:
+            self.process.start()
+        finally:
+            del os.environ["PYFLOW_CPU_ISA"]
+            if previous is not None:
+                os.environ["PYFLOW_CPU_ISA"] = previous
+
+    def begin(self, case: Case, names: list[str]) -> None:
+        """Start preparing; `prepared` waits for it."""
+        self.pipe.send(("prepare", case.name, names))
+
+    def prepared(self) -> Measured:
+        return self.pipe.recv()
+
+    def time(self, name: str, calls: int) -> tuple[float, float]:
+        return self._ask("time", name, calls)
+
+    def cpu_seconds(self) -> float:
+        return self._ask("cpu_seconds")
+
+    def close(self) -> None:
+        self._ask("close")
+
+    def _ask(self, *message: object) -> object:
+        self.pipe.send(message)
+        return self.pipe.recv()
+
+    def stop(self) -> None:
+        self.pipe.send(None)
+        self.process.join(10)
+
+
+def _serve(pipe: Connection, isa: str, settings: Settings) -> None:
+    from pyflow import _host
+
+    runner, cases = Runner(settings), all_cases()
+    gc.disable()
+    while message := pipe.recv():
+        action, *args = message
+        if action == "prepare":
+            name, names = args
+            if _host.isa() != isa or _backend.cpu_missing:
+                pipe.send(Measured(missing=dict.fromkeys(names, f"this CPU does not run {isa}")))
+            else:
+                pipe.send(runner.prepare(cases[name], names))
+        else:
+            pipe.send(getattr(runner, action)(*args))
+
+
+class Bench:
+    """Measures cases; keeps the workers between them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.local = Runner(settings)
+        self.workers = {isa: Worker(isa, settings) for isa in _isas()} if settings.device == "cpu" else {}
+
+    def contenders(self, case: Case) -> list[str]:
+        """The case's own contenders and the harness', in the order of the report."""
+        names = [name for name in case.contenders if self.settings.compile or name != "compile"]
+        if "pyflow" in names:
+            at = names.index("pyflow") + 1
+            names[at:at] = [f"pyflow {other}" for other in (*self.workers, *_gpu_backends(self.local.device))]
+        return [*names, *COPIES]
+
+    def measure(self, case: Case) -> Measured:
+        """All contenders of a case, in turn."""
+        names = self.contenders(case)
+        places = {name: self.workers.get(name.partition(" ")[2], self.local) for name in names}
+        for worker in self.workers.values():
+            worker.begin(case, [name for name in names if places[name] is worker])
+        result = self.local.prepare(case, [name for name in names if places[name] is self.local])
+        for worker in self.workers.values():
+            theirs = worker.prepared()
+            result.ready |= theirs.ready
+            result.missing |= theirs.missing
+            result.failed |= theirs.failed
+        runs = [name for name in names if name in result.ready]
+        result.times = {name: [] for name in runs}
+        result.faults = {name: [] for name in runs}
+        one_round = sum(ready.calls * ready.seconds + ROUND_SECONDS for ready in result.ready.values())
+        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(self.settings.budget / max(one_round, 1e-3))))
+        everybody = (self.local, *self.workers.values())
+        before, ours = cpu_seconds(), sum(place.cpu_seconds() for place in everybody)
+        gc.collect()
+        gc.disable()
+        try:
+            for index in range(rounds):
+                for name in random.Random(index).sample(runs, len(runs)):
+                    seconds, faults = places[name].time(name, result.ready[name].calls)
+                    result.times[name].append(seconds)
+                    result.faults[name].append(faults)
+            after, ours = cpu_seconds(), sum(place.cpu_seconds() for place in everybody) - ours
+            if before and after and after[1] > before[1]:
+                result.others = max(0.0, (after[0] - before[0] - ours) / (after[1] - before[1]))
+        finally:
+            gc.enable()
+            for place in everybody:
+                place.close()
+        return result
+
+    def stop(self) -> None:
+        for worker in self.workers.values():
+            worker.stop()

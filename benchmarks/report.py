@@ -1,0 +1,230 @@
+"""From the JSON of a run to a table in the terminal, a table for a page, and plots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+COLUMNS = ("time", "IQR", "vs eager", "vs compile", "vs peer", "of copy", "of warm copy", "GFLOP/s", "memory")
+# share of the CPU taken by others from which on a remark is made
+BUSY = 0.1
+
+
+@dataclass
+class Row:
+    """One contender of a case, or why it has no numbers."""
+
+    contender: str
+    median: float = math.nan
+    iqr: float = math.nan
+    memory: int | None = None
+    reason: str | None = None
+
+
+@dataclass
+class Group:
+    """One case and its rows, in the order of the report."""
+
+    name: str
+    pages: str
+    peer: str | None
+    compare: list[list[str]]
+    sweep: int | None
+    memory: bool
+    bytes: int | None
+    flops: int | None
+    others: float | None
+    rows: dict[str, Row] = field(default_factory=dict)
+
+    def median(self, contender: str | None) -> float:
+        row = self.rows.get(contender or "")
+        return row.median if row else math.nan
+
+    def speedup(self, row: Row, over: str | None) -> float:
+        """How many times faster the row is than another contender; NaN where one has no time."""
+        return self.median(over) / row.median
+
+    def ours(self) -> Row:
+        return self.rows.get("pyflow", Row("pyflow"))
+
+
+def groups_of(results: dict) -> list[Group]:
+    """The cases of a result file, in the order they were declared."""
+    rows: dict[str, dict[str, Row]] = {}
+    for entry in results["benchmarks"]:
+        extra, stats = entry["extra_info"], entry["stats"]
+        row = Row(extra["contender"], stats["median"], stats["iqr"], extra["memory"])
+        rows.setdefault(extra["case"], {})[row.contender] = row
+    groups = []
+    for case in results["pyflow"]["cases"]:
+        keys = ("name", "pages", "peer", "compare", "sweep", "memory", "bytes", "flops", "others")
+        group = Group(**{key: case[key] for key in keys})
+        for contender in case["contenders"]:
+            why = case["missing"].get(contender, "not part of this case")
+            group.rows[contender] = rows.get(case["name"], {}).get(contender, Row(contender, reason=why))
+        groups.append(group)
+    return groups
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    if math.isnan(seconds):
+        return "–"
+    for unit, factor in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * factor >= 1:
+            break
+    return f"{_digits(seconds * factor)} {unit}"
+
+
+def size(count: int | None) -> str:
+    if count is None:
+        return "–"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3), ("B", 1)):
+        if count >= factor:
+            break
+    return f"{_digits(count / factor)} {unit}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 or value == 0 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def _times(ratio: float) -> str:
+    return "–" if math.isnan(ratio) else f"{ratio:.2f}x"
+
+
+def _percent(ratio: float) -> str:
+    return "–" if math.isnan(ratio) else f"{ratio:.0%}"
+
+
+def cells(group: Group, row: Row) -> list[str]:
+    """The columns of one row."""
+    return [
+        duration(row.median),
+        duration(row.iqr),
+        _times(group.speedup(row, "eager")),
+        _times(group.speedup(row, "compile")),
+        _times(group.speedup(row, group.peer)),
+        _percent(group.speedup(row, "copy")),
+        _percent(group.speedup(row, "warm copy")),
+        _digits(group.flops / row.median / 1e9) if group.flops else "–",
+        size(row.memory),
+    ]
+
+
+def comparisons(group: Group) -> Iterator[str]:
+    """What the case is about, in words."""
+    for one, other in group.compare:
+        first, second = group.rows.get(one), group.rows.get(other)
+        if not first or not second or first.reason or second.reason:
+            continue
+        text = f"{one} takes {first.median / second.median:.2f}x the time of {other}"
+        if group.memory and second.memory:
+            text += f" and {first.memory / second.memory:.2f}x its memory"
+        yield text
+
+
+def used_columns(groups: list[Group]) -> list[int]:
+    """Columns that say something anywhere."""
+    table = [cells(group, row) for group in groups for row in group.rows.values() if not row.reason]
+    return [i for i in range(len(COLUMNS)) if any(line[i] != "–" for line in table)]
+
+
+def print_table(results: dict) -> None:
+    """Every contender of every case; with rich where that is installed."""
+    header = "\n".join(f"{name}: {fact}" for name, fact in results["pyflow"]["header"].items())
+    groups = groups_of(results)
+    keep = used_columns(groups)
+    titles = [COLUMNS[i] for i in keep]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(header)
+        _print_plain(groups, keep, titles)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", no_wrap=True)
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for group in groups:
+        table.add_row(f"[bold]{group.name}[/bold]")
+        for row in group.rows.values():
+            if not row.reason:
+                columns = cells(group, row)
+                style = "green" if row.contender == "pyflow" else None
+                table.add_row(f"  {row.contender}", *(columns[i] for i in keep), style=style)
+    print(header)
+    # a table cut to the width of a pipe is no use
+    console = Console()
+    Console(width=None if console.is_terminal else 160).print(table)
+    print(*_remarks(groups), sep="\n")
+
+
+def _print_plain(groups: list[Group], keep: list[int], titles: list[str]) -> None:
+    print(" " * 26 + "".join(f"{title:>14}" for title in titles))
+    for group in groups:
+        print(group.name)
+        for row in group.rows.values():
+            if not row.reason:
+                columns = cells(group, row)
+                print(f"  {row.contender:<24}" + "".join(f"{columns[i]:>14}" for i in keep))
+    print(*_remarks(groups), sep="\n")
+
+
+def _remarks(groups: list[Group]) -> Iterator[str]:
+    for group in groups:
+        for text in comparisons(group):
+            yield f"{group.name}: {text}"
+    for group in groups:
+        reasons = {row.contender: row.reason for row in group.rows.values() if row.reason}
+        if len(reasons) == len(group.rows) and len(set(reasons.values())) == 1:
+            yield f"{group.name}: not measured: {next(iter(reasons.values()))}"
+        else:
+            yield from (f"{group.name}: no number for {name}: {why}" for name, why in reasons.items())
+    busy = [group.others for group in groups if (group.others or 0) > BUSY]
+    if busy:
+        yield (
+            f"other processes took up to {max(busy):.0%} of the CPU, more than {BUSY:.0%} in {len(busy)} of "
+            f"{len(groups)} cases: these numbers are not to be trusted"
+        )
+
+
+def markdown(results: dict) -> str:
+    """One line per case, for a page."""
+    head = ("case", "eager", "torch.compile", "peer", "pyflow", "vs eager", "vs compile", "vs peer", "of copy")
+    head += ("memory, eager", "memory, pyflow")
+    lines = [f"{name}: {fact}  " for name, fact in results["pyflow"]["header"].items()]
+    lines += ["", "| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    groups = groups_of(results)
+    for group in groups:
+        if group.memory or group.sweep or group.ours().reason:
+            continue
+        ours, eager = group.ours(), group.rows.get("eager", Row("eager"))
+        peer = duration(group.median(group.peer)) + (f" ({group.peer})" if group.peer else "")
+        columns = (
+            group.name, duration(eager.median), duration(group.median("compile")), peer, duration(ours.median),
+            _times(group.speedup(ours, "eager")), _times(group.speedup(ours, "compile")),
+            _times(group.speedup(ours, group.peer)), _percent(group.speedup(ours, "copy")), size(eager.memory),
+            size(ours.memory),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(columns) + " |")
+    lines += ["", *(f"- {text}" for text in _remarks(groups)), ""]
+    return "\n".join(lines)
+
+
+def write(results: dict, out: Path) -> None:
+    """Print the table, write bench.md and the plots beside bench.json."""
+    print_table(results)
+    (out / "bench.md").write_text(markdown(results))
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print("no plots: the package matplotlib is not installed")
+        return
+    from . import plots
+
+    plots.write(groups_of(results), results["pyflow"]["header"], out)
+    print(f"written to {out}")

@@ -1,0 +1,117 @@
+"""The command `pyflow`: info, demo, bench.
+
+A demo is a module of pyflow.recipes with `add_arguments(parser)` and `run(args) -> int`; pyflow.benchmarks.run
+has the same two. Each is imported only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import pkgutil
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ._version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="pyflow", description="Fused kernels for generative modelling in PyTorch.")
+    parser.add_argument("--version", action="version", version=f"pyflow {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    commands.add_parser("info", help="versions, CPU, backends and why some are off: what a bug report needs")
+    demo = commands.add_parser("demo", help="train a model on real data and show what it learnt", add_help=False)
+    demo.add_argument("name", nargs="?", choices=demos(), metavar="name", help=", ".join(demos()))
+    commands.add_parser("bench", help="measure the operations beside torch.compile and other packages", add_help=False)
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "info":
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        print("\n".join(f"{name + ':':<19} {value}" for name, value in facts()))
+        return 0
+    if args.command == "demo" and args.name is None:
+        asked = not rest or rest in (["-h"], ["--help"])
+        print(f"usage: pyflow demo name [arguments]\n\ndemos: {', '.join(demos())}", file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    if args.command == "demo":
+        return delegate(f"pyflow.recipes.{args.name}", f"pyflow demo {args.name}", "demo", rest)
+    return delegate("pyflow.benchmarks.run", "pyflow bench", "bench", rest)
+
+
+def demos() -> list[str]:
+    """Names of the demos, without importing them."""
+    found = pkgutil.iter_modules([str(Path(__file__).parent / "recipes")])
+    return sorted(module.name for module in found if not module.name.startswith("_"))
+
+
+def delegate(module: str, prog: str, extra: str, argv: Sequence[str]) -> int:
+    try:
+        command = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "pyflow":
+            raise
+        print(f"{prog}: {error.name} is not installed: pip install 'pyflow-kernels[{extra}]'", file=sys.stderr)
+        return 1
+    summary = (command.__doc__ or "").strip().partition("\n")[0]
+    parser = argparse.ArgumentParser(prog=prog, description=summary)
+    command.add_arguments(parser)
+    try:
+        return command.run(parser.parse_args(argv))
+    except KeyboardInterrupt:
+        print(f"{prog}: stopped", file=sys.stderr)
+        return 130
+
+
+def facts() -> Iterator[tuple[str, object]]:
+    """What a bug report needs, line by line."""
+    import torch
+
+    from . import _backend
+
+    yield "pyflow", f"{__version__} in {Path(__file__).parent}"
+    yield "Python", f"{platform.python_version()} ({platform.python_implementation()})"
+    yield "torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'no'}, ROCm {torch.version.hip or 'no'})"
+    for package in ("triton", "numpy"):
+        yield package, installed_version(package)
+    yield "system", platform.platform()
+    yield "CPU", f"{cpu_model()}, {os.cpu_count()} logical cores"
+    try:
+        from . import _host
+    except ImportError:
+        yield "compiled for", "nothing"
+    else:
+        yield "CPU features", _host.cpu_features().replace(",", " ")
+        yield "compiled for", _host.compiled_isas().replace(",", " ")
+        yield "in use", _host.isa() or "none"
+        yield "compiler", _host.compiler()
+    yield "threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')})"
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        yield f"GPU {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+    for name, missing in _backend.status().items():
+        yield f"{name} backend", f"off: {missing}" if missing else "on"
+    yield "chosen", _backend.current()
+    settings = {name: value for name, value in os.environ.items() if name.startswith(("PYFLOW_", "TRITON_"))}
+    yield "environment", " ".join(f"{name}={value}" for name, value in sorted(settings.items())) or "nothing set"
+
+
+def installed_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def cpu_model() -> str:
+    """The processor's name: Linux has it in /proc/cpuinfo, except on Arm."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

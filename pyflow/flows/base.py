@@ -1,0 +1,51 @@
+"""What every flow shares: a prior on z, log-likelihood and sampling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from .._schemas import PRIORS
+from ..ops import flow_log_prob
+
+
+class Flow(nn.Module):
+    """An invertible map x <-> z with `forward(x) -> (z, logdet)` and `inverse(z) -> (x, logdet)`.
+
+    Args:
+        latent_shape: of one z.
+        prior: of every element of z, "gaussian" or "logistic" (both with location 0 and scale 1).
+    """
+
+    def __init__(self, latent_shape: tuple[int, ...], prior: str) -> None:
+        super().__init__()
+        check.choice(type(self).__name__, "prior", prior, PRIORS)
+        self.latent_shape, self.prior = latent_shape, prior
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Nats of each x, (B,)."""
+        z, logdet = self(x)
+        return flow_log_prob(z, prior=self.prior) + logdet
+
+    def draw_latent(self, n: int, temperature: float = 1.0, seed: int | None = None) -> Tensor:
+        """n draws of z, scaled by `temperature`; the same for a seed on every device."""
+        name = type(self).__name__
+        if n < 0:
+            raise ValueError(f"{name}: n must be at least 0, got {n}")
+        if check.number(name, "temperature", temperature) < 0:
+            raise ValueError(f"{name}: temperature must be at least 0, got {temperature}")
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        # drawn on the CPU in double precision, where the logistic's inverse CDF meets neither 0 nor 1
+        if self.prior == "gaussian":
+            z = torch.randn(n, *self.latent_shape, generator=generator, dtype=torch.float64)
+        else:
+            z = torch.rand(n, *self.latent_shape, generator=generator, dtype=torch.float64)
+            z = z.clamp_(min=2.0**-54).logit_()
+        like = next(self.parameters())
+        return z.mul_(temperature).to(like.dtype).to(like.device)
+
+    @torch.no_grad()
+    def sample(self, n: int, temperature: float = 1.0, seed: int | None = None) -> Tensor:
+        """n samples: inverse(temperature * z) with z from the prior."""
+        return self.inverse(self.draw_latent(n, temperature, seed))[0]

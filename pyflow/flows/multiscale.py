@@ -1,0 +1,104 @@
+"""Flows that set part of z aside between stages: the frame of RealNVP and Glow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from .. import _checks as check
+from .base import Flow
+
+
+class MultiScale(Flow):
+    """Stages of invertible layers; after each but the last, half of the channels is done.
+
+    Args:
+        shape: of one x.
+        stages: one invertible layer per scale.
+        splits: none, or one affine coupling per scale but the last. Run inverse, it standardises the half that is done
+            by a mean and scale read off the half that goes on, which makes that half's prior a learned one.
+        prior: of z.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], stages: Sequence[nn.Module], splits: Sequence[nn.Module], prior: str
+    ) -> None:
+        super().__init__((math.prod(shape),), prior)
+        self.shape = shape
+        self.stages, self.splits = nn.ModuleList(stages), nn.ModuleList(splits)
+        self._parts: list[tuple[int, ...]] = []  # shapes of what makes up z
+        for _ in stages[1:]:
+            shape = (2 * shape[0], shape[1] // 2, shape[2] // 2)
+            self._parts.append(shape)
+        last = stages[-1]
+        self._parts.append((4 * shape[0], shape[1] // 2, shape[2] // 2) if _squeezes(last) else shape)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        name = type(self).__name__
+        check.float_tensor(name, "x", x)
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"{name}: x must have the shape {_batched(self.shape)}, got {tuple(x.shape)}")
+        total, parts = 0, []
+        for level, stage in enumerate(self.stages):
+            x, logdet = stage(x)
+            total = logdet + total
+            if level == len(self.stages) - 1:
+                break
+            if self.splits:
+                x, logdet = self.splits[level].inverse(x)
+                total = logdet + total
+            x, done = x.chunk(2, 1)
+            parts.append(done.flatten(1))
+        return torch.cat((*parts, x.flatten(1)), 1), total
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        name = type(self).__name__
+        check.float_tensor(name, "z", z)
+        if tuple(z.shape[1:]) != self.latent_shape:
+            raise ValueError(f"{name}: z must have the shape {_batched(self.latent_shape)}, got {tuple(z.shape)}")
+        *parts, x = (
+            part.unflatten(1, shape)
+            for part, shape in zip(z.split([math.prod(s) for s in self._parts], 1), self._parts)
+        )
+        total = 0
+        for level, stage in reversed(list(enumerate(self.stages))):
+            if level < len(parts):
+                x = torch.cat((x, parts[level]), 1)
+                if self.splits:
+                    x, logdet = self.splits[level](x)
+                    total = logdet + total
+            x, logdet = stage.inverse(x)
+            total = logdet + total
+        return x, total
+
+
+class Squeeze(nn.Module):
+    """(B, C, H, W) -> (B, 4 C, H / 2, W / 2): every 2x2 block of pixels becomes four channels."""
+
+    def forward(self, x: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        return pixel_unshuffle(x, 2), _zeros(x)
+
+    def inverse(self, y: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        return pixel_shuffle(y, 2), _zeros(y)
+
+
+def check_images(name: str, shape: tuple[int, ...], factor: int) -> None:
+    """`shape` is (C, H, W) with H and W divisible by `factor`."""
+    if len(shape) != 3 or min(shape) < 1 or shape[1] % factor or shape[2] % factor:
+        raise ValueError(f"{name}: shape must be (C, H, W) with H and W divisible by {factor}, got {shape}")
+
+
+def _squeezes(stage: nn.Module) -> bool:
+    return any(isinstance(m, Squeeze) for m in stage.modules())
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return x.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _batched(shape: tuple[int, ...]) -> str:
+    return f"(B, {', '.join(map(str, shape))})"

@@ -1,0 +1,31 @@
+"""The small networks inside the flows."""
+
+from __future__ import annotations
+
+import itertools
+
+from torch import nn
+
+
+def mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
+    """Linear layers with ReLU between them and none after the last."""
+    widths = (inputs, *hidden, outputs)
+    layers = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+def conv_net(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """3x3, 1x1, 3x3 convolutions with ReLU between them; the last starts at 0."""
+    first, middle = nn.Conv2d(inputs, hidden, 3, padding=1), nn.Conv2d(hidden, hidden, 1)
+    return nn.Sequential(first, nn.ReLU(), middle, nn.ReLU(), zero_conv(hidden, outputs))
+
+
+def zero_conv(inputs: int, outputs: int) -> nn.Conv2d:
+    """A 3x3 convolution that starts at 0."""
+    return start_at_zero(nn.Conv2d(inputs, outputs, 3, padding=1))
+
+
+def start_at_zero(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,98 @@
+"""RealNVP: affine couplings, for vectors and for images over several scales."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..nn import ActNorm, AffineCoupling, ReversibleSequential
+from .multiscale import MultiScale, Squeeze, check_images
+from .nets import conv_net, mlp, start_at_zero
+
+
+class RealNVP(MultiScale):
+    """Real-valued non-volume-preserving flow.
+
+    Affine couplings whose parts take turns, each after an ActNorm. Images: per level three couplings on a
+    checkerboard, 2x2 pixels squeezed into channels, three couplings on channels, half of the channels done;
+    four on a checkerboard at the last level.
+
+    Args:
+        shape: of one x: an int or (D,) for vectors, (C, H, W) for images, H and W divisible by 2**(levels - 1).
+        couplings: number of couplings (vectors only).
+        hidden: widths of the ReLU networks (vectors), or channels inside the convolutional ones (images); default
+            (64, 64), or 64.
+        levels: number of scales (images only).
+        scale_map, clamp: the log-scale, as in `pyflow.ops.affine_coupling`.
+        prior: "gaussian" or "logistic".
+        reversible: rebuild activations in backward (`pyflow.nn.ReversibleSequential`).
+
+    Returns:
+        `log_prob(x)` nats (B,); `forward(x) -> (z, logdet)`, z (B, elements of x); `inverse(z) -> (x, logdet)`;
+        `sample(n, temperature=1.0, seed=None)`.
+
+    Raises:
+        ValueError: a shape that is neither, couplings or levels < 1, or an x of another shape.
+
+    Notes:
+        ActNorm, started by the first training batch, stands where the paper has batch normalisation: the density of
+        one sample then does not depend on the others. Every network's last layer starts at 0.
+
+    Source:
+        Dinh et al. 2016, RealNVP, arXiv:1605.08803, sections 3 and 4.1.
+
+    Example:
+        >>> import torch
+        >>> flow = RealNVP(2, couplings=4)
+        >>> flow.log_prob(torch.randn(8, 2)).shape, flow.sample(3, seed=0).shape
+        (torch.Size([8]), torch.Size([3, 2]))
+    """
+
+    def __init__(
+        self,
+        shape: int | tuple[int, ...],
+        *,
+        couplings: int = 8,
+        hidden: int | tuple[int, ...] | None = None,
+        levels: int = 2,
+        scale_map: str = "tanh",
+        clamp: float = 2.0,
+        prior: str = "gaussian",
+        reversible: bool = False,
+    ) -> None:
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        if couplings < 1 or levels < 1:
+            raise ValueError(f"RealNVP: couplings and levels must be at least 1, got {couplings} and {levels}")
+        options = {"scale_map": scale_map, "clamp": clamp}
+        if len(shape) == 1:
+            if shape[0] < 2:
+                raise ValueError(f"RealNVP: a vector must have at least 2 elements, got {shape[0]}")
+            stages = [_vector_stage(shape[0], couplings, (64, 64) if hidden is None else hidden, options)]
+        else:
+            check_images("RealNVP", shape, 2 ** (levels - 1))
+            stages = _image_stages(shape[0], levels, 64 if hidden is None else hidden, options)
+        stages = [ReversibleSequential(*layers, recompute=reversible) for layers in stages]
+        super().__init__(shape, stages, (), prior)
+
+
+def _vector_stage(dim: int, couplings: int, hidden: tuple[int, ...], options: dict) -> list[nn.Module]:
+    layers = []
+    for i in range(couplings):
+        sizes = dim - dim // 2, dim // 2
+        net = mlp(sizes[i % 2], hidden, 2 * sizes[1 - i % 2])
+        start_at_zero(net[-1])
+        layers += [ActNorm(dim), AffineCoupling(net, swap=i % 2 == 1, **options)]
+    return layers
+
+
+def _image_stages(channels: int, levels: int, hidden: int, options: dict) -> list[list[nn.Module]]:
+    def couplings(n: int, split: str, seen: int) -> list[nn.Module]:
+        # on a checkerboard the net sees and returns whole images, on channels halves of them
+        nets = [conv_net(seen, hidden, 2 * seen) for _ in range(n)]
+        layers = [AffineCoupling(net, split=split, swap=i % 2 == 1, **options) for i, net in enumerate(nets)]
+        return [part for layer in layers for part in (ActNorm(seen if split == "checkerboard" else 2 * seen), layer)]
+
+    stages = []
+    for _ in range(levels - 1):
+        stages.append([*couplings(3, "checkerboard", channels), Squeeze(), *couplings(3, "channel", 2 * channels)])
+        channels *= 2
+    return [*stages, couplings(4, "checkerboard", channels)]

@@ -1,0 +1,174 @@
+"""Coupling layers around a network: part of the input stays and decides how the rest changes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from .._schemas import PACKINGS
+from ..ops import additive_coupling, affine_coupling_packed
+from ..ops.coupling import _map
+from ._split import SPLITS, divide, join
+
+
+class _Coupling(nn.Module):
+    def __init__(self, net: nn.Module, split: str, swap: bool) -> None:
+        super().__init__()
+        check.choice(type(self).__name__, "split", split, SPLITS)
+        self.net, self.split, self.swap = net, split, bool(swap)
+
+    def forward(
+        self, x: Tensor, *context: object, mask: Tensor | None = None, **named: object
+    ) -> tuple[Tensor, Tensor]:
+        kept, changed, mask = self._divide(x, mask)
+        return self._finish(kept, changed, self.net(kept, *context, **named), mask, False)
+
+    def inverse(
+        self, y: Tensor, *context: object, mask: Tensor | None = None, **named: object
+    ) -> tuple[Tensor, Tensor]:
+        kept, changed, mask = self._divide(y, mask)
+        return self._finish(kept, changed, self.net(kept, *context, **named), mask, True)
+
+    def rebuild(
+        self, y: Tensor, *context: object, mask: Tensor | None = None, **named: object
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+        """The input of an output, and the graph between them, with one evaluation of the net.
+
+        Returns:
+            (x, forward(x), leaves): the gradients of the leaves add up to that of x.
+        """
+        with torch.enable_grad():
+            # the kept part of y is that of x, so the net can run before x is known
+            seen = y.detach().requires_grad_()
+            kept, changed, part_mask = self._divide(seen, mask)
+            params = self.net(kept, *context, **named)
+        with torch.no_grad():
+            x, _ = self._finish(kept, changed, params, part_mask, True)
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            kept, changed, part_mask = self._divide(leaf, mask)
+            return x, self._finish(kept, changed, params, part_mask, False), (seen, leaf)
+
+    def _divide(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        return divide(type(self).__name__, x, self.split, self.swap, mask)
+
+    def _finish(
+        self, kept: Tensor, changed: Tensor, params: Tensor, mask: Tensor | None, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        y, logdet = self._step(changed, params, mask, inverse)
+        return join(kept, y, self.split, self.swap), logdet
+
+    def extra_repr(self) -> str:
+        return f"split={self.split!r}, swap={self.swap}"
+
+
+class AdditiveCoupling(_Coupling):
+    """Volume-preserving coupling layer of NICE.
+
+    y_kept = x_kept, y_changed = x_changed + net(x_kept), logdet = 0.
+
+    Args:
+        net: maps the kept part to the shift of the changed part, in its shape; further arguments of `forward`
+            and `inverse` reach it unchanged (conditioning).
+        split: "half" and "channel" halve dim 1 (the first half is longer by one for an odd length; "channel" insists
+            on an image or sequence), "interleave" takes every other element of dim 1, "checkerboard" every other
+            pixel of images (B, C, H, W): there the net sees the whole image with zeros in the changed pixels and
+            returns a whole image.
+        swap: change the first part (even elements, pixels with an even row + column) instead of the second.
+
+    Returns:
+        `forward(x, *context, mask=None, **context)` and `inverse(y, ...)`: (y, logdet), y with x's shape and dtype,
+        logdet (B,) of zeros in float32 (float64 for float64 x). `mask` broadcasts to x, padded sequences for
+        instance; where it is true elements pass through.
+
+    Raises:
+        ValueError: unknown split, or an x that cannot be split so.
+
+    Notes:
+        The parts are views of x. Re-joining them costs one pass over the output; a flow that keeps its two halves
+        apart, as `pyflow.flows.NICE` does, saves it.
+
+    Source:
+        Dinh et al. 2014, NICE, arXiv:1410.8516, section 3.2.
+
+    Example:
+        >>> layer = AdditiveCoupling(nn.Linear(2, 2))
+        >>> x = torch.randn(5, 4)
+        >>> y, logdet = layer(x)
+        >>> bool(torch.allclose(layer.inverse(y)[0], x, atol=1e-6)), logdet.tolist()
+        (True, [0.0, 0.0, 0.0, 0.0, 0.0])
+    """
+
+    def __init__(self, net: nn.Module, *, split: str = "half", swap: bool = False) -> None:
+        super().__init__(net, split, swap)
+
+    def _step(self, x: Tensor, shift: Tensor, mask: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return additive_coupling(x, shift, inverse=inverse, mask=mask), x.new_zeros(x.shape[0], dtype=dtype)
+
+
+class AffineCoupling(_Coupling):
+    """Affine coupling layer of RealNVP and Glow.
+
+    y_kept = x_kept, y_changed = x_changed * exp(g(scale)) + shift with (shift, scale) = net(x_kept),
+    logdet = sum g(scale).
+
+    Args:
+        net: maps the kept part to shift and scale of the changed part in one tensor, twice its length along dim 1;
+            further arguments of `forward` and `inverse` reach it unchanged (conditioning).
+        split, swap: as in `AdditiveCoupling`.
+        packing: how the net lays out its output: "shift_scale", "scale_shift" or "interleaved".
+        scale_map, clamp, eps, slope, shift_first: as in `pyflow.ops.affine_coupling`.
+
+    Returns:
+        `forward(x, *context, mask=None, **context)` and `inverse(y, ...)`: (y, logdet), y with x's shape and dtype,
+        logdet (B,) in float32 (float64 for float64 x). `mask` broadcasts to x; where it is true elements pass
+        through and add nothing to logdet.
+
+    Raises:
+        TypeError, ValueError: an unknown split, packing or scale map, a constant out of range, an x that cannot be
+            split so, or a net whose output does not fit.
+
+    Notes:
+        As `AdditiveCoupling`.
+
+    Source:
+        Dinh et al. 2016, RealNVP, arXiv:1605.08803, section 3; Kingma and Dhariwal 2018, Glow, arXiv:1807.03039.
+
+    Example:
+        >>> layer = AffineCoupling(nn.Linear(2, 4), scale_map="tanh", swap=True)
+        >>> x = torch.randn(5, 4)
+        >>> y, logdet = layer(x)
+        >>> back, minus = layer.inverse(y)
+        >>> bool(torch.allclose(back, x, atol=1e-5)), bool(torch.allclose(logdet, -minus))
+        (True, True)
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        split: str = "half",
+        swap: bool = False,
+        packing: str = "shift_scale",
+        scale_map: str = "exp",
+        clamp: float = 2.0,
+        eps: float = 0.0,
+        slope: float = 1e-3,
+        shift_first: bool = False,
+    ) -> None:
+        super().__init__(net, split, swap)
+        name = type(self).__name__
+        check.choice(name, "packing", packing, PACKINGS)
+        _map(name, scale_map, clamp, eps, slope)
+        self.options = {
+            "packing": packing, "scale_map": scale_map, "clamp": clamp, "eps": eps, "slope": slope,
+            "shift_first": bool(shift_first),
+        }  # fmt: skip
+
+    def _step(self, x: Tensor, params: Tensor, mask: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        return affine_coupling_packed(x, params, inverse=inverse, mask=mask, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join([super().extra_repr(), *(f"{key}={value!r}" for key, value in self.options.items())])

@@ -1,0 +1,275 @@
+"""Linear invertible layers: per-feature scales, with or without data-dependent start, and channel mixing."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from ..ops import affine_coupling
+
+
+class _Elementwise(nn.Module):
+    """y = (x + shift) * exp(log_scale), started so that the first training batch has a given spread."""
+
+    def __init__(self, shape: tuple[int, ...], learned_shift: bool, data_init: bool, std: float, eps: float) -> None:
+        super().__init__()
+        name = type(self).__name__
+        self.std, self.eps = check.positive(name, "std", std), check.positive(name, "eps", eps)
+        self.log_scale = nn.Parameter(torch.zeros(shape))
+        self.register_parameter("shift", nn.Parameter(torch.zeros(shape)) if learned_shift else None)
+        self.register_buffer("initialized", torch.tensor(not data_init))
+        # the buffer's value as a Python bool, so that no forward has to read a device; None: read it again
+        self._ready: bool | None = not data_init
+
+    @property
+    def awaits_data(self) -> bool:
+        """Whether the next training batch will set the parameters."""
+        if self._ready is None:
+            self._ready = bool(self.initialized)
+        return self.training and not self._ready
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Set the parameters from a batch; elements where `mask` is true do not count."""
+        if x.numel() == 0:
+            return
+        reduced = [d for d in range(x.dim()) if self._spread(x).shape[d] == 1]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if mask is None:
+            variance, mean = torch.var_mean(x, reduced, correction=0, keepdim=True)
+        else:
+            counted = ~check.mask_for(type(self).__name__, mask, x)
+            count = counted.sum(reduced, keepdim=True).clamp_min(1)
+            mean = torch.where(counted, x, 0).sum(reduced, keepdim=True) / count
+            variance = torch.where(counted, x - mean, 0).square().sum(reduced, keepdim=True) / count
+        self.log_scale.copy_((self.std / variance.sqrt().clamp_min(self.eps)).log().view_as(self.log_scale))
+        if self.shift is not None:
+            self.shift.copy_(-mean.view_as(self.shift))
+        self.initialized.fill_(True)
+        self._ready = True
+
+    def forward(
+        self, x: Tensor, *context: object, mask: Tensor | None = None, **named: object
+    ) -> tuple[Tensor, Tensor]:
+        self._check(x)
+        if self.awaits_data:
+            self.initialize(x, mask)
+        return self._apply_scale(x, mask, False)
+
+    def inverse(
+        self, y: Tensor, *context: object, mask: Tensor | None = None, **named: object
+    ) -> tuple[Tensor, Tensor]:
+        self._check(y)
+        return self._apply_scale(y, mask, True)
+
+    def _apply_scale(self, x: Tensor, mask: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        log_scale = self._spread(x)
+        shift = x.new_zeros(()) if self.shift is None else self.shift.view_as(log_scale)
+        return affine_coupling(
+            x, shift.expand_as(x), log_scale.expand_as(x), shift_first=True, inverse=inverse, mask=mask
+        )
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """log_scale as it broadcasts to x."""
+        raise NotImplementedError
+
+    def _check(self, x: Tensor) -> None:
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        super()._load_from_state_dict(*args)
+        self._ready = None
+
+
+class ActNorm(_Elementwise):
+    """Per-channel affine layer that starts by standardising the first training batch.
+
+    y = (x + shift) * exp(log_scale), logdet = H * W * sum log_scale.
+
+    Args:
+        features: size of dim 1 of x: (B, D), (B, C, T), (B, C, H, W), ...
+        eps: smallest standard deviation the start divides by.
+
+    Returns:
+        `forward(x, *context, mask=None, **context)` and `inverse(y, ...)`: (y, logdet (B,)); context is ignored;
+        elements where `mask` is true pass through, add nothing to logdet and do not count in the start.
+
+    Raises:
+        ValueError: x has another number of channels.
+
+    Notes:
+        The buffer `initialized` travels with the state_dict; a layer that never saw a training batch is the identity.
+        Under DistributedDataParallel run one batch before wrapping, or every rank starts from its own.
+
+    Source:
+        Kingma and Dhariwal 2018, Glow, arXiv:1807.03039, section 3.1.
+
+    Example:
+        >>> layer = ActNorm(2)
+        >>> y, logdet = layer(torch.tensor([[0.0, 10.0], [2.0, 50.0]]))
+        >>> y.round().tolist(), [round(v, 3) for v in logdet.tolist()]
+        ([[-1.0, -1.0], [1.0, 1.0]], [-2.996, -2.996])
+    """
+
+    def __init__(self, features: int, *, eps: float = 1e-6) -> None:
+        super().__init__((features,), True, True, 1.0, eps)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        return self.log_scale.view(1, -1, *(1,) * (x.dim() - 2))
+
+    def _check(self, x: Tensor) -> None:
+        features = self.log_scale.shape[0]
+        check.float_tensor("ActNorm", "x", x)
+        if x.dim() < 2 or x.shape[1] != features:
+            raise ValueError(f"ActNorm: x must have the shape (B, {features}, ...), got {tuple(x.shape)}")
+
+    def extra_repr(self) -> str:
+        return str(self.log_scale.shape[0])
+
+
+class Scale(_Elementwise):
+    """A learned scale per element, NICE's last layer.
+
+    y = x * exp(log_scale), logdet = sum log_scale.
+
+    Args:
+        shape: of one sample, an int or a tuple; x is (B, *shape).
+        data_init: set log_scale from the first training batch, so that every element has the standard deviation
+            `std` (at least `eps` is divided by); otherwise it starts at 0.
+
+    Returns:
+        `forward(x, *context, mask=None, **context)` and `inverse(y, ...)`: (y, logdet (B,)); context is ignored;
+        elements where `mask` is true pass through and add nothing to logdet.
+
+    Raises:
+        ValueError: x has another shape.
+
+    Source:
+        Dinh et al. 2014, NICE, arXiv:1410.8516, section 3.3.
+
+    Example:
+        >>> layer = Scale(3)
+        >>> y, logdet = layer(torch.ones(1, 3))
+        >>> y.tolist(), logdet.tolist()
+        ([[1.0, 1.0, 1.0]], [0.0])
+    """
+
+    def __init__(
+        self, shape: int | tuple[int, ...], *, data_init: bool = False, std: float = 1.0, eps: float = 1e-3
+    ) -> None:
+        super().__init__((shape,) if isinstance(shape, int) else tuple(shape), False, data_init, std, eps)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        return self.log_scale[None]
+
+    def _check(self, x: Tensor) -> None:
+        check.float_tensor("Scale", "x", x)
+        shape = tuple(self.log_scale.shape)
+        if tuple(x.shape[1:]) != shape:
+            raise ValueError(f"Scale: x must have the shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+
+    def extra_repr(self) -> str:
+        return str(tuple(self.log_scale.shape))
+
+
+class Invertible1x1Conv(nn.Module):
+    """The same invertible matrix mixes the channels of every position.
+
+    y[b, :, p] = W x[b, :, p] with W = P L (U + diag(sign * exp(log_diagonal))), logdet = positions * sum log_diagonal.
+
+    Args:
+        channels: size of dim 1 of x: (B, C), (B, C, T), (B, C, H, W), ...
+
+    Returns:
+        `forward(x, *context, mask=None, **context)` and `inverse(y, ...)`: (y, logdet (B,)); context is ignored;
+        positions where `mask` (size 1 along dim 1) is true pass through and add nothing to logdet.
+
+    Raises:
+        ValueError: x has another number of channels, or the mask tells channels apart.
+
+    Notes:
+        W starts as a random rotation; P and the signs stay fixed. The inverse is two triangular solves, no
+        matrix is inverted. Computed in float32 (float64 for float64 x), autocast or not.
+
+    Source:
+        Kingma and Dhariwal 2018, Glow, arXiv:1807.03039, section 3.2, equation 10.
+
+    Example:
+        >>> layer = Invertible1x1Conv(3)
+        >>> x = torch.randn(2, 3, 4, 4)
+        >>> y, logdet = layer(x)
+        >>> bool(torch.allclose(layer.inverse(y)[0], x, atol=1e-5)), bool(logdet.abs().max() < 1e-4)
+        (True, True)
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        rotation, _ = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
+        permutation, lower, upper = torch.linalg.lu(rotation)
+        diagonal = upper.diagonal()
+        self.register_buffer("permutation", permutation.argmax(0))  # row i of L (U + diag) lands in permutation[i]
+        self.register_buffer("sign", diagonal.sign().float())
+        self.lower = nn.Parameter(lower.tril(-1).float())
+        self.upper = nn.Parameter(upper.triu(1).float())
+        self.log_diagonal = nn.Parameter(diagonal.abs().log().float())
+
+    def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """(L, U + diag), the two triangular matrices."""
+        dtype = dtype or self.lower.dtype
+        one = torch.eye(self.lower.shape[0], dtype=dtype, device=self.lower.device)
+        diagonal = self.sign.to(dtype) * self.log_diagonal.to(dtype).exp()
+        return self.lower.to(dtype).tril(-1) + one, self.upper.to(dtype).triu(1) + torch.diag(diagonal)
+
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W, (C, C)."""
+        lower, upper = self.factors(dtype)
+        return (lower @ upper)[self.permutation.argsort()]
+
+    def forward(
+        self, x: Tensor, *context: object, mask: Tensor | None = None, **named: object
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self._check(x), enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            weight = self.weight(dtype)
+            if x.dim() == 2:
+                return self._finish(x, x.to(dtype) @ weight.mT, mask, False)
+            # one small GEMM per sample beats both a 1x1 convolution and a folded matmul on a CPU
+            y = torch.bmm(weight.expand(x.shape[0], -1, -1), x.to(dtype).flatten(2))
+            return self._finish(x, y, mask, False)
+
+    def inverse(
+        self, y: Tensor, *context: object, mask: Tensor | None = None, **named: object
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self._check(y), enabled=False):
+            lower, upper = self.factors(torch.promote_types(y.dtype, torch.float32))
+            # one system with B * positions right-hand sides; solving sample by sample is slower
+            columns = y.to(lower.dtype).unsqueeze(2).flatten(2).transpose(0, 1)[self.permutation]
+            x = torch.linalg.solve_triangular(lower, columns.flatten(1), upper=False, unitriangular=True)
+            x = torch.linalg.solve_triangular(upper, x, upper=True)
+            return self._finish(y, x.view(columns.shape).transpose(0, 1), mask, True)
+
+    def _finish(self, x: Tensor, y: Tensor, mask: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        y = y.reshape(x.shape).to(x.dtype)
+        log_volume = self.log_diagonal.to(torch.promote_types(x.dtype, torch.float32)).sum()
+        if inverse:
+            log_volume = -log_volume
+        if mask is None:
+            return y, (log_volume * math.prod(x.shape[2:])).expand(x.shape[0])
+        given, mask = tuple(mask.shape), check.mask_for("Invertible1x1Conv", mask, x)
+        if x.shape[1] > 1 and mask.stride(1) != 0:
+            raise ValueError(f"Invertible1x1Conv: mask must have size 1 along dim 1, got shape {given}")
+        return torch.where(mask, x, y), log_volume * (~mask[:, :1]).flatten(1).sum(1)
+
+    def _check(self, x: Tensor) -> str:
+        """The device type of an x that fits."""
+        channels = self.lower.shape[0]
+        check.float_tensor("Invertible1x1Conv", "x", x)
+        if x.dim() < 2 or x.shape[1] != channels:
+            raise ValueError(f"Invertible1x1Conv: x must have the shape (B, {channels}, ...), got {tuple(x.shape)}")
+        return x.device.type
+
+    def extra_repr(self) -> str:
+        return str(self.lower.shape[0])

@@ -1,0 +1,61 @@
+"""Grids of small images with titles, in one style."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.gridspec import GridSpec  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Rows of images, (rows, columns, H, W) or (..., 3), values in [0, 1], under a title and beside labels."""
+
+    title: str
+    labels: Sequence[str]
+    images: Tensor
+
+
+def draw(path: Path, title: str, subtitle: str, panels: Sequence[Panel]) -> None:
+    """Write the panels below each other."""
+    columns = max(panel.images.shape[1] for panel in panels)
+    rows = sum(panel.images.shape[0] for panel in panels)
+    cell, head, top, left = 0.62, 0.55, 0.75, 1.3  # inches
+    width = left + columns * cell + 0.2
+    height = top + rows * cell + head * len(panels) + 0.15
+    figure = plt.figure(figsize=(width, height), facecolor="white")
+    figure.text(0.2 / width, 1 - 0.3 / height, title, fontsize=13, fontweight="bold", va="center")
+    figure.text(0.2 / width, 1 - 0.58 / height, subtitle, fontsize=9, color="0.35", va="center")
+    y = height - top
+    for panel in panels:
+        figure.text(0.2 / width, (y - 0.32) / height, panel.title, fontsize=10.5, va="center")
+        y -= head
+        n, across = panel.images.shape[:2]
+        grid = GridSpec(
+            n, across, figure, left=left / width, right=(left + across * cell) / width, top=y / height,
+            bottom=(y - n * cell) / height, wspace=0.06, hspace=0.06,
+        )  # fmt: skip
+        for r in range(n):
+            middle = (y - (r + 0.5) * cell) / height
+            beside = (left - 0.12) / width
+            figure.text(beside, middle, panel.labels[r], fontsize=9, ha="right", va="center", color="0.25")
+            for c in range(across):
+                axes = figure.add_subplot(grid[r, c])
+                axes.imshow(panel.images[r, c].clamp(0, 1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+                axes.set_xticks([])
+                axes.set_yticks([])
+                for spine in axes.spines.values():
+                    spine.set_color("0.6")
+                    spine.set_linewidth(0.5)
+        y -= n * cell
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,305 @@
+"""NICE, RealNVP and Glow: inverses, densities, sampling, gradients, compilation."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import pyflow
+from pyflow.flows import NICE, Glow, RealNVP, bits_per_dim, dequantize
+
+MODELS = {
+    "nice": (lambda: NICE(6, hidden=(16,)), (6,)),
+    "nice_odd": (lambda: NICE(7, couplings=5, hidden=(16, 8), prior="gaussian", split="half", data_init=True), (7,)),
+    "nice_odd_interleave": (lambda: NICE(5, couplings=3, hidden=(16,), split="interleave"), (5,)),
+    "realnvp_vector": (lambda: RealNVP(5, couplings=3, hidden=(16,)), (5,)),
+    "realnvp_images": (lambda: RealNVP((1, 4, 4), levels=2, hidden=6, prior="logistic"), (1, 4, 4)),
+    "realnvp_one_level": (lambda: RealNVP((2, 3, 4), levels=1, hidden=6), (2, 3, 4)),
+    "glow": (lambda: Glow((1, 4, 4), steps=2, levels=2, hidden=6), (1, 4, 4)),
+    "glow_reversible": (lambda: Glow((2, 4, 4), steps=2, levels=1, hidden=6, reversible=True), (2, 4, 4)),
+    "realnvp_reversible": (lambda: RealNVP((1, 4, 4), levels=2, hidden=6, reversible=True), (1, 4, 4)),
+}
+COMPILABLE = [name for name in MODELS if "reversible" not in name]
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    """(a started flow in float64, away from where networks are 0, and data)."""
+    torch.manual_seed(0)
+    return started(request.param)
+
+
+def started(name, batch=4):
+    make, shape = MODELS[name]
+    flow, x = make().double(), torch.randn(batch, *shape, dtype=torch.float64)
+    flow.log_prob(x)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return flow, x
+
+
+def test_inverse(model):
+    flow, x = model
+    z, logdet = flow(x)
+    back, minus = flow.inverse(z)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(minus, -logdet)
+    assert z.shape == (4, x[0].numel()) and logdet.shape == (4,)
+
+
+def test_logdet_is_that_of_the_jacobian(model):
+    flow, x = model
+    for row in x[:2]:
+        jacobian = torch.autograd.functional.jacobian(lambda v: flow(v[None])[0].flatten(), row)
+        expected = torch.linalg.slogdet(jacobian.reshape(row.numel(), -1))[1]
+        torch.testing.assert_close(flow(row[None])[1][0], expected)
+
+
+def test_log_prob_is_prior_plus_logdet(model):
+    flow, x = model
+    z, logdet = flow(x)
+    if flow.prior == "gaussian":
+        prior = torch.distributions.Normal(torch.zeros_like(z), 1).log_prob(z)
+    else:
+        prior = -nn.functional.softplus(z) - nn.functional.softplus(-z)
+    torch.testing.assert_close(flow.log_prob(x), prior.sum(1) + logdet)
+
+
+def test_every_parameter_gets_a_gradient(model):
+    flow, x = model
+    (-flow.log_prob(x).mean()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in flow.parameters())
+    silent = [name for name, p in flow.named_parameters() if not p.grad.any()]
+    assert not [name for name in silent if not name.endswith(("upper", "lower"))], silent
+
+
+def test_gradients_of_the_input(model):
+    flow, x = model
+    assert torch.autograd.gradcheck(flow.log_prob, (x[:2].requires_grad_(),))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_state_dict_roundtrip(name):
+    flow, x = started(name)
+    fresh = MODELS[name][0]().double()
+    fresh.load_state_dict(flow.state_dict())
+    assert fresh.log_prob(x).equal(flow.log_prob(x))
+
+
+def test_sampling(model):
+    flow, x = model
+    once, again = flow.sample(3, seed=5), flow.sample(3, seed=5)
+    assert once.equal(again) and once.shape == (3, *x.shape[1:]) and not once.requires_grad
+    assert not once.equal(flow.sample(3, seed=6))
+    torch.manual_seed(1)
+    free = flow.sample(3)
+    torch.manual_seed(1)
+    assert free.equal(flow.sample(3)) and not free.equal(flow.sample(3))
+    torch.testing.assert_close(flow(flow.sample(3, 0.5, seed=5))[0], 0.5 * flow(once)[0])
+    assert flow.sample(2, temperature=0.0).diff(dim=0).abs().max() == 0
+    assert flow.sample(0).shape == (0, *x.shape[1:])
+
+
+def test_a_seed_draws_the_same_after_a_change_of_dtype(model):
+    flow, _ = model
+    double = flow.draw_latent(4, seed=0)
+    torch.testing.assert_close(flow.float().draw_latent(4, seed=0), double.float())
+
+
+@pytest.mark.parametrize(("prior", "variance"), [("gaussian", 1.0), ("logistic", math.pi**2 / 3)])
+def test_latents_have_the_priors_moments(prior, variance):
+    z = NICE(10, hidden=(1,), prior=prior).draw_latent(20_000, seed=0)
+    assert z.isfinite().all()
+    assert abs(z.mean()) < 0.02 and abs(z.var() / variance - 1) < 0.02
+
+
+@pytest.mark.parametrize("make", [lambda: NICE(2, hidden=(16,)), lambda: RealNVP(2, couplings=4, hidden=(16,))])
+def test_density_integrates_to_one(make):
+    torch.manual_seed(0)
+    flow = make().double()
+    flow.log_prob(torch.randn(64, 2, dtype=torch.float64))
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        axis = torch.linspace(-40, 40, 1001, dtype=torch.float64)
+        grid = torch.cartesian_prod(axis, axis)
+        total = flow.log_prob(grid).exp().sum() * (axis[1] - axis[0]) ** 2
+    assert abs(total - 1) < 1e-3
+
+
+class PermutingNICE(nn.Module):
+    """NICE as usually told: one coupling rule, the whole vector permuted between couplings."""
+
+    def __init__(self, nets, permute):
+        super().__init__()
+        self.nets, self.permute = nets, permute
+
+    def forward(self, x):
+        half = x.shape[1] // 2
+        for i, net in enumerate(self.nets):
+            if i:
+                x = self.permute(x)
+            x = torch.cat((x[:, :half], x[:, half:] + net(x[:, :half])), 1)
+        return x
+
+
+def flip_weights(net, inputs, outputs):
+    """The net with its input's and output's elements in reverse order, where asked."""
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        if inputs:
+            net[0].weight.copy_(net[0].weight.flip(1))
+        if outputs:
+            net[-1].weight.copy_(net[-1].weight.flip(0))
+            net[-1].bias.copy_(net[-1].bias.flip(0))
+    return net
+
+
+@pytest.mark.parametrize("couplings", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_permutation_is_needed(couplings, dtype):
+    torch.manual_seed(0)
+    flow = NICE(8, couplings=couplings, hidden=(32, 32), split="half").to(dtype)
+    x = torch.randn(16, 8, dtype=dtype)
+    h, _ = flow(x)  # the scale starts at 0
+    # exchanging the halves changes no arithmetic at all
+    exchanged = PermutingNICE(flow.nets, lambda v: v.roll(4, 1))(x)
+    assert h.equal(exchanged if couplings % 2 else exchanged.roll(4, 1))
+    # reversing exchanges the halves and reverses each; every second net then sees and returns reversed halves,
+    # and a GEMM sums its rows in another order
+    nets = nn.ModuleList(flip_weights(net, i % 2 == 1, i % 2 == 1) for i, net in enumerate(flow.nets))
+    reversed_ = PermutingNICE(nets, lambda v: v.flip(1))(x)
+    torch.testing.assert_close(h, reversed_ if couplings % 2 else reversed_.flip(1))
+
+
+def test_interleaved_split_is_a_permutation_of_the_input():
+    torch.manual_seed(0)
+    even = NICE(8, hidden=(16,), split="interleave")
+    half = NICE(8, hidden=(16,), split="half")
+    half.load_state_dict(even.state_dict())
+    x = torch.randn(4, 8)
+    parted = torch.cat((x[:, 0::2], x[:, 1::2]), 1)
+    torch.testing.assert_close(even(x)[0], half(parted)[0])
+    torch.testing.assert_close(even.log_prob(x), half.log_prob(parted))
+
+
+def test_data_initialised_scale_matches_the_prior():
+    torch.manual_seed(0)
+    x = torch.randn(500, 6) * torch.tensor([0.01, 0.1, 1.0, 3.0, 10.0, 0.5])
+    for prior, std in (("gaussian", 1.0), ("logistic", math.pi / math.sqrt(3))):
+        flow = NICE(6, hidden=(8,), prior=prior, data_init=True)
+        flow.log_prob(x)
+        torch.testing.assert_close(flow(x)[0].std(0, correction=0), torch.full((6,), std))
+    assert not NICE(6, hidden=(8,)).scale.log_scale.any()
+
+
+def test_glow_starts_as_whitening():
+    torch.manual_seed(0)
+    flow, x = Glow((1, 8, 8), steps=3, levels=2, hidden=8), 5 + 3 * torch.randn(64, 1, 8, 8)
+    flow.log_prob(x)
+    z, _ = flow(x)
+    # zero-initialised couplings scale half of the channels by sigmoid(2) = 0.88 a step
+    assert 0.5 < z.std() < 1.1
+
+
+def test_reversible_changes_no_gradient():
+    torch.manual_seed(0)
+    for make in (
+        lambda r: Glow((1, 4, 4), steps=2, levels=2, hidden=6, reversible=r),
+        lambda r: RealNVP((1, 4, 4), levels=2, hidden=6, reversible=r),
+        lambda r: RealNVP(4, couplings=4, hidden=(8,), reversible=r),
+    ):
+        plain, rebuilt = make(False).double(), make(True).double()
+        x = torch.randn(6, *plain.shape, dtype=torch.float64)
+        plain.log_prob(x)
+        rebuilt.load_state_dict(plain.state_dict())
+        for flow in (plain, rebuilt):
+            (-flow.log_prob(x).mean()).backward()
+        for a, b in zip(plain.parameters(), rebuilt.parameters()):
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", COMPILABLE)
+def test_compiles_without_graph_breaks(name):
+    torch.manual_seed(0)
+    flow, x = started(name)
+    compiled = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), flow.log_prob(x))
+    (-compiled(x).mean()).backward()
+    assert all(p.grad is not None for p in flow.parameters())
+    torch.testing.assert_close(torch.compile(flow.inverse, fullgraph=True, backend="aot_eager")(flow(x)[0])[0], x)
+
+
+def test_inductor():
+    torch.manual_seed(0)
+    flow, x = NICE(8, hidden=(16,)), torch.randn(4, 8)
+    torch.testing.assert_close(torch.compile(flow.log_prob, fullgraph=True)(x), flow.log_prob(x))
+
+
+def test_backends_agree():
+    torch.manual_seed(0)
+    for name in MODELS:
+        flow, x = started(name)
+        with pyflow.backend("reference"):
+            expected = flow.log_prob(x)
+        torch.testing.assert_close(flow.log_prob(x), expected)
+
+
+def test_training_step_lowers_the_loss():
+    torch.manual_seed(0)
+    x = torch.randn(256, 2, dtype=torch.float64)
+    x[:, 1] += x[:, 0] ** 2
+    for flow in (NICE(2, hidden=(32, 32), prior="gaussian").double(), RealNVP(2, couplings=4).double()):
+        optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
+        losses = []
+        for _ in range(60):
+            loss = -flow.log_prob(x).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0] - 0.2
+
+
+def test_dequantize_and_bits():
+    x = torch.arange(17).repeat(1000, 1)
+    y = dequantize(x, 17, torch.Generator().manual_seed(0))
+    assert y.min() >= 0 and y.max() <= 1 and y.dtype == torch.float32
+    assert (y.double() * 17 - x).min() > -1e-5 and (y.double() * 17 - x).max() < 1 + 1e-5
+    assert y.equal(dequantize(x, 17, torch.Generator().manual_seed(0)))
+    assert dequantize(x.to(torch.uint8), 17, dtype=torch.float64).dtype == torch.float64
+    # a uniform density on [0, 1]^dim is log2(levels) bits
+    assert bits_per_dim(torch.tensor(0.0), 64, 17).item() == pytest.approx(math.log2(17))
+    # the paper's MNIST: 1980.50 nats of 784 dequantised pixels
+    assert bits_per_dim(torch.tensor(1980.50), 784, 256).item() == pytest.approx(4.3555, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: NICE(1), "NICE: dim must be at least 2 and couplings at least 1, got 1 and 4"),
+        (lambda: NICE(4, prior="cauchy"), "NICE: prior must be one of gaussian, logistic, got 'cauchy'"),
+        (lambda: NICE(4, split="channel"), "NICE: split must be one of half, interleave, got 'channel'"),
+        (lambda: NICE(4)(torch.zeros(2, 5)), r"NICE: x must have the shape \(B, 4\), got \(2, 5\)"),
+        (lambda: NICE(4).sample(-1), "NICE: n must be at least 0, got -1"),
+        (lambda: NICE(4).sample(1, -0.5), "NICE: temperature must be at least 0, got -0.5"),
+        (lambda: RealNVP(1), "RealNVP: a vector must have at least 2 elements, got 1"),
+        (lambda: RealNVP(4, couplings=0), "RealNVP: couplings and levels must be at least 1, got 0 and 2"),
+        (lambda: RealNVP((1, 3, 4)), r"RealNVP: shape must be \(C, H, W\) .* divisible by 2, got \(1, 3, 4\)"),
+        (lambda: RealNVP(4, scale_map="relu"), "AffineCoupling: scale_map must be one of exp"),
+        (lambda: Glow((1, 4, 4)), r"Glow: shape must be \(C, H, W\) with H and W divisible by 8, got \(1, 4, 4\)"),
+        (lambda: Glow((1, 8, 8), steps=0), "Glow: steps and levels must be at least 1, got 0 and 3"),
+        (lambda: Glow((1, 8, 8))(torch.zeros(2, 8, 8)), r"Glow: x must have the shape \(B, 1, 8, 8\), got \(2, 8, 8\)"),
+        (lambda: Glow((1, 8, 8)).inverse(torch.zeros(2, 8)), r"Glow: z must have the shape \(B, 64\), got \(2, 8\)"),
+        (lambda: dequantize(torch.zeros(1), 0), "dequantize: levels must be at least 1, got 0"),
+        (lambda: bits_per_dim(torch.zeros(1), 1, 0), "bits_per_dim: levels must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()

@@ -1,0 +1,173 @@
+"""ActNorm, Scale and the 1x1 convolution."""
+
+import copy
+
+import pytest
+import torch
+
+from pyflow.nn import ActNorm, Invertible1x1Conv, Scale
+
+SHAPES = [(5, 3), (5, 3, 4), (5, 3, 4, 2)]
+
+
+def jacobian_logdet(layer, x):
+    rows = [torch.autograd.functional.jacobian(lambda v: layer(v[None])[0].flatten(), row) for row in x]
+    return torch.stack([torch.linalg.slogdet(j.reshape(x[0].numel(), -1))[1] for j in rows])
+
+
+def perturbed(layer):
+    layer = layer.double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return layer
+
+
+def layers(shape):
+    return [ActNorm(shape[1]), Invertible1x1Conv(shape[1]), Scale(shape[1:])]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", range(3))
+def test_inverse_logdet_and_gradients(shape, kind):
+    torch.manual_seed(0)
+    layer = layers(shape)[kind].eval()
+    layer, x = perturbed(layer), torch.randn(shape, dtype=torch.float64)
+    y, logdet = layer(x)
+    back, minus = layer.inverse(y)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(minus, -logdet)
+    torch.testing.assert_close(logdet, jacobian_logdet(layer, x))
+    assert logdet.shape == shape[:1] and logdet.dtype == torch.float64
+    assert torch.autograd.gradcheck(lambda v, *_: layer(v), (x.requires_grad_(), *layer.parameters()))
+    assert torch.autograd.gradcheck(lambda v, *_: layer.inverse(v), (x, *layer.parameters()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", range(3))
+def test_masked_elements_pass_through(shape, kind):
+    torch.manual_seed(0)
+    layer = layers(shape)[kind].eval()
+    layer, x = perturbed(layer), torch.randn(shape, dtype=torch.float64)
+    mask = torch.zeros(shape[0], 1, *shape[2:], dtype=torch.bool)
+    mask[0, ..., -1:] = True
+    y, logdet = layer(x, mask=mask)
+    assert y[mask.expand_as(y)].equal(x[mask.expand_as(x)])
+    torch.testing.assert_close(logdet[0], jacobian_logdet(lambda v: layer(v, mask=mask[:1]), x[:1])[0])
+    torch.testing.assert_close(y[1:], layer(x[1:])[0])
+    torch.testing.assert_close(layer.inverse(y, mask=mask)[0], x)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_actnorm_standardises_its_first_batch(shape):
+    torch.manual_seed(0)
+    layer, x = ActNorm(3), torch.randn(shape) * 7 + 3
+    dims = [d for d in range(len(shape)) if d != 1]
+    y, _ = layer(x)
+    torch.testing.assert_close(y.mean(dims), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(y.var(dims, correction=0), torch.ones(3))
+    before = copy.deepcopy(layer.state_dict())
+    layer(x * 2)
+    assert all(before[key].equal(value) for key, value in layer.state_dict().items())
+
+
+def test_start_ignores_masked_elements():
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6)
+    padding = torch.arange(6) >= torch.tensor([6, 4, 2, 1])[:, None, None]
+    layer, other = ActNorm(3), ActNorm(3)
+    y, _ = layer(torch.where(padding, torch.nan, x), mask=padding)
+    other(torch.cat([x[i, :, : (~padding[i]).sum()] for i in range(4)], 1)[None])
+    torch.testing.assert_close(layer.shift, other.shift)
+    torch.testing.assert_close(layer.log_scale, other.log_scale)
+    assert not y[~padding.expand_as(y)].isnan().any()
+
+
+@pytest.mark.parametrize("make", [lambda: ActNorm(3), lambda: Scale(3, data_init=True)])
+def test_start_waits_for_training_data_and_travels_with_the_state_dict(make):
+    layer, x = make(), 5 * torch.randn(8, 3)
+    assert layer.eval()(x)[0].equal(x)
+    layer.train()(x[:0])
+    assert not layer.initialized
+    layer(x)
+    assert layer.initialized
+    copied = make()
+    copied.load_state_dict(layer.state_dict())
+    assert copied(10 * x)[0].equal(layer(10 * x)[0])
+    untouched = make()
+    copied.load_state_dict(untouched.state_dict())
+    copied(x)
+    torch.testing.assert_close(copied.log_scale, layer.log_scale)
+
+
+def test_scale_starts_at_zero_or_from_data():
+    torch.manual_seed(0)
+    x = torch.randn(100, 4) * torch.tensor([0.0, 0.1, 1.0, 10.0])
+    assert Scale(4)(x)[0].equal(x)
+    y, logdet = Scale(4, data_init=True, std=2.0, eps=0.01)(x)
+    torch.testing.assert_close(y.std(0, correction=0)[1:], torch.full((3,), 2.0))
+    assert logdet.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", range(3))
+def test_storage_dtype_and_autocast(kind, dtype):
+    layer, x = layers((5, 3, 4, 2))[kind], torch.randn(5, 3, 4, 2).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, logdet = layer(x)
+        back, _ = layer.inverse(y)
+    assert y.dtype == dtype and logdet.dtype == torch.float32
+    torch.testing.assert_close(back, x, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0)
+
+
+def test_convolution_starts_as_a_rotation():
+    torch.manual_seed(0)
+    layer = Invertible1x1Conv(16)
+    weight = layer.weight()
+    torch.testing.assert_close(weight @ weight.mT, torch.eye(16), atol=1e-5, rtol=0)
+    x = torch.randn(2, 16, 3, 3)
+    torch.testing.assert_close(layer(x)[0], torch.nn.functional.conv2d(x, weight[:, :, None, None]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(layer(x)[1], 9 * torch.linalg.slogdet(weight)[1].expand(2), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_compiles_without_graph_breaks(kind):
+    torch.manual_seed(0)
+    layer, x = layers((5, 3, 4, 2))[kind], torch.randn(5, 3, 4, 2, requires_grad=True)
+    plain = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        for got, expected in zip(compiled(x), plain(x)):
+            torch.testing.assert_close(got, expected)
+    sum(v.sum() for v in compiled(x)).backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_state_dict_roundtrip(kind):
+    first, second = layers((5, 3, 4))[kind], layers((5, 3, 4))[kind]
+    x = torch.randn(5, 3, 4)
+    first(x)
+    second.load_state_dict(first.state_dict())
+    assert first(x)[0].equal(second(x)[0])
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_empty_batch(kind):
+    y, logdet = layers((5, 3, 4))[kind](torch.empty(0, 3, 4))
+    assert y.shape == (0, 3, 4) and logdet.shape == (0,)
+
+
+def test_wrong_inputs():
+    with pytest.raises(ValueError, match=r"ActNorm: x must have the shape \(B, 3, ...\), got \(5, 4\)"):
+        ActNorm(3)(torch.zeros(5, 4))
+    with pytest.raises(ValueError, match=r"Scale: x must have the shape \(B, 3, 2\), got \(5, 3\)"):
+        Scale((3, 2))(torch.zeros(5, 3))
+    with pytest.raises(ValueError, match=r"Invertible1x1Conv: x must have the shape \(B, 3, ...\), got \(5, 4\)"):
+        Invertible1x1Conv(3)(torch.zeros(5, 4))
+    with pytest.raises(ValueError, match=r"mask must have size 1 along dim 1, got shape \(5, 3, 2\)"):
+        Invertible1x1Conv(3)(torch.zeros(5, 3, 2), mask=torch.zeros(5, 3, 2, dtype=torch.bool))
+    with pytest.raises(TypeError, match="ActNorm: x must be float32, float64, bfloat16 or float16, got int64"):
+        ActNorm(3)(torch.zeros(5, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="Scale: std must be positive and finite, got 0"):
+        Scale(3, std=0)

@@ -1,0 +1,383 @@
+"""ReversibleSequential against the plain stack: gradients, memory, random state, autocast, errors."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyflow.nn import ActNorm, AdditiveCoupling, AffineCoupling, Invertible1x1Conv, ReversibleSequential, Scale
+
+
+class PeakMemory(TorchDispatchMode):
+    """Peak bytes of the tensors made inside and still alive; storages that existed before do not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage(), before)
+        return out
+
+    def _count(self, storage, before):
+        key = storage._cdata
+        if id(storage) in before or key in self.seen:
+            return
+        size = storage.nbytes()
+        self.seen.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def freed():
+            self.seen.discard(key)
+            self.live -= size
+
+        weakref.finalize(storage, freed)
+
+
+def coupling_stack(depth, width=8, hidden=16, dtype=torch.float64, kind=AffineCoupling, dropout=0.0, **options):
+    half = width // 2
+
+    def net():
+        outputs = half if kind is AdditiveCoupling else 2 * half
+        return nn.Sequential(nn.Linear(half, hidden), nn.Tanh(), nn.Dropout(dropout), nn.Linear(hidden, outputs))
+
+    affine = {} if kind is AdditiveCoupling else {"scale_map": "tanh"}
+    layers = [kind(net(), swap=i % 2 == 1, **affine) for i in range(depth)]
+    return ReversibleSequential(*layers, **options).to(dtype)
+
+
+def gradients(stack, x, *context, weights=None, seed=None, **named):
+    """(y, logdet, gradients of x, of every parameter and of the context)."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    y, logdet = stack(x, *context, **named)
+    loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() + (logdet**2).sum()
+    wanted = [t for t in (x, *stack.parameters(), *context, *named.values()) if torch.is_tensor(t) and t.requires_grad]
+    return [y.detach(), logdet.detach(), *torch.autograd.grad(loss, wanted, allow_unused=True)]
+
+
+def assert_same_gradients(stack, x, *context, tolerance=1e-10, **options):
+    plain = copy.deepcopy(stack)
+    plain.recompute = False
+    for module in plain.modules():
+        if isinstance(module, ReversibleSequential):
+            module.recompute = False
+    got, expected = gradients(stack, x, *context, **options), gradients(plain, x, *context, **options)
+    assert any(g is not None for g in got[2:])
+    for g, e in zip(got, expected, strict=True):
+        if e is None:
+            assert g is None
+        else:
+            torch.testing.assert_close(g, e, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("kind", [AdditiveCoupling, AffineCoupling])
+def test_gradients_equal_the_plain_stack(kind, requires_grad):
+    torch.manual_seed(0)
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=requires_grad)
+    assert_same_gradients(coupling_stack(12, kind=kind), x)
+
+
+def test_every_layer_and_split():
+    torch.manual_seed(0)
+
+    def net(inputs, outputs):
+        return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+    stack = ReversibleSequential(
+        ActNorm(4),
+        Invertible1x1Conv(4),
+        AffineCoupling(net(2, 4), split="channel", scale_map="sigmoid", shift_first=True),
+        AffineCoupling(net(4, 8), split="checkerboard", scale_map="softsign"),
+        AffineCoupling(net(2, 4), split="interleave", swap=True, scale_map="atan", packing="interleaved"),
+        AdditiveCoupling(net(4, 4), split="checkerboard", swap=True),
+        Scale((4, 4, 2)),
+        ReversibleSequential(ActNorm(4), AdditiveCoupling(net(2, 2))),
+    ).double()
+    x = torch.randn(3, 4, 4, 2, dtype=torch.float64, requires_grad=True)
+    stack(x)
+    assert_same_gradients(stack, x)
+    y, logdet = stack(x)
+    back, minus = stack.inverse(y)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(minus, -logdet)
+
+
+def test_float32_gradients_are_close():
+    torch.manual_seed(0)
+    x = torch.randn(16, 8, requires_grad=True)
+    assert_same_gradients(coupling_stack(16, dtype=torch.float32), x, tolerance=1e-3)
+
+
+def test_shared_frozen_and_unused_parameters():
+    torch.manual_seed(0)
+    stack = coupling_stack(6)
+    stack.layers[2].net = stack.layers[0].net
+    stack.layers.append(stack.layers[1])
+    for parameter in stack.layers[3].parameters():
+        parameter.requires_grad_(False)
+    stack.layers[4].net.unused = nn.Identity()
+    stack.layers[4].net.register_parameter("idle", nn.Parameter(torch.ones(2, dtype=torch.float64)))
+    assert_same_gradients(stack, torch.randn(5, 8, dtype=torch.float64, requires_grad=True))
+    stack(torch.randn(5, 8, dtype=torch.float64))[0].sum().backward()
+    assert stack.layers[3].net[0].weight.grad is None and stack.layers[0].net[0].weight.grad is not None
+
+
+class Conditioned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(4 + 3, 8)
+
+    def forward(self, x, context, extra=None):
+        y = self.mix(torch.cat((x, context), 1))
+        return y if extra is None else y * extra["gain"]
+
+
+def test_context_gets_gradients():
+    torch.manual_seed(0)
+    stack = ReversibleSequential(*(AffineCoupling(Conditioned(), swap=i % 2 == 1, scale_map="tanh") for i in range(4)))
+    stack.double()
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    leaf = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    gain = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    for recompute in (True, False):
+        stack.recompute = recompute
+        # a context with a graph of its own, and one inside a dict
+        y, logdet = stack(x, leaf.tanh(), extra={"gain": gain, "name": "kept"})
+        found = torch.autograd.grad(y.square().sum() + logdet.sum(), [x, leaf, gain, *stack.parameters()])
+        if recompute:
+            first = found
+    for a, b in zip(first, found):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+def test_mask_reaches_every_layer():
+    torch.manual_seed(0)
+    net = lambda: nn.Conv1d(2, 4, 3, padding=1)  # noqa: E731
+    stack = ReversibleSequential(ActNorm(4), Invertible1x1Conv(4), AffineCoupling(net(), scale_map="tanh")).double()
+    x = torch.randn(3, 4, 6, dtype=torch.float64, requires_grad=True)
+    padding = torch.arange(6) >= torch.tensor([6, 4, 2])[:, None, None]
+    stack(x, mask=padding)
+    assert_same_gradients(stack, x, mask=padding)
+
+
+def test_only_one_output_used():
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    stack = coupling_stack(4)
+    for pick in (0, 1):
+        found = []
+        for recompute in (True, False):
+            stack.recompute = recompute
+            found.append(torch.autograd.grad(stack(x)[pick].sum(), [x, *stack.parameters()], allow_unused=True))
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b if b is not None else torch.zeros_like(a), atol=1e-10, rtol=1e-10)
+
+
+def test_dropout_is_replayed_and_the_callers_random_state_kept():
+    torch.manual_seed(0)
+    stack = coupling_stack(6, dropout=0.5)
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    assert_same_gradients(stack, x, seed=3)
+    y, logdet = stack(x)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    (y.sum() + logdet.sum()).backward()
+    assert torch.rand(3).equal(expected)
+
+
+class NoRebuild(nn.Module):
+    """A coupling that offers only forward and inverse, as other people's layers do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+    def inverse(self, y):
+        return self.inner.inverse(y)
+
+
+def test_layers_without_rebuild():
+    torch.manual_seed(0)
+    stack = coupling_stack(5, dropout=0.3)
+    stack = ReversibleSequential(*map(NoRebuild, stack.layers))
+    assert_same_gradients(stack, torch.randn(5, 8, dtype=torch.float64, requires_grad=True), seed=1)
+
+
+def test_autocast_is_replayed():
+    torch.manual_seed(0)
+    stack, x = coupling_stack(4, dtype=torch.float32, hidden=64), torch.randn(5, 8, requires_grad=True)
+    found = []
+    for recompute in (True, False):
+        stack.recompute = recompute
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y, logdet = stack(x)
+        found.append(torch.autograd.grad(y.square().sum() + logdet.sum(), [x, *stack.parameters()]))
+    for a, b in zip(*found):
+        assert (a - b).norm() <= 0.02 * b.norm()
+    # a forward without autocast rebuilds without it, even where backward is called under it
+    stack.recompute = True
+    y, _ = stack(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(y.sum(), x)[0]
+    torch.testing.assert_close(inside, torch.autograd.grad(stack(x)[0].sum(), x)[0], atol=1e-6, rtol=1e-6)
+
+
+def test_backward_twice_and_accumulation():
+    stack, x = coupling_stack(3), torch.randn(5, 8, dtype=torch.float64)
+    y, logdet = stack(x)
+    (y.sum() + logdet.sum()).backward(retain_graph=True)
+    once = [p.grad.clone() for p in stack.parameters()]
+    (y.sum() + logdet.sum()).backward()
+    for parameter, grad in zip(stack.parameters(), once):
+        torch.testing.assert_close(parameter.grad, 2 * grad)
+
+
+def peak(depth, recompute, backward=True):
+    stack = coupling_stack(depth, width=64, hidden=64, dtype=torch.float32, kind=AffineCoupling, recompute=recompute)
+    for parameter in stack.parameters():
+        # the activations are the question, and gradients of parameters grow with depth whatever one does
+        parameter.requires_grad_(False)
+    x = torch.randn(1024, 64, requires_grad=True)
+    with PeakMemory() as memory:
+        y, logdet = stack(x)
+        (y.sum() + logdet.sum()).backward()
+    return memory.peak
+
+
+def test_activation_memory_does_not_grow_with_depth():
+    shallow, deep = peak(8, True), peak(64, True)
+    assert deep <= 1.5 * shallow, (shallow, deep)
+    plain_shallow, plain_deep = peak(8, False), peak(64, False)
+    assert plain_deep >= 4 * plain_shallow and deep < plain_deep / 8
+
+
+def saved_bytes(stack, x):
+    """Bytes autograd keeps between forward and backward, each storage once, parameters left out."""
+    kept = {}
+    own = {p.untyped_storage().data_ptr() for p in stack.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y, logdet = stack(x)
+    return sum(kept.values())
+
+
+def test_only_the_output_is_saved():
+    x = torch.randn(256, 8, dtype=torch.float64)
+    assert saved_bytes(coupling_stack(8), x) == saved_bytes(coupling_stack(64), x) == x.nbytes
+
+
+def test_double_backward_raises():
+    stack, x = coupling_stack(2), torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="ReversibleSequential: create_graph=True is not supported"):
+        torch.autograd.grad(stack(x)[0].sum(), x, create_graph=True)
+    stack.recompute = False
+    assert torch.autograd.gradgradcheck(lambda v: stack(v), (x,))
+
+
+def test_modified_output_and_parameters_are_noticed():
+    stack, x = coupling_stack(2), torch.randn(5, 8, dtype=torch.float64)
+    y, logdet = stack(x)
+    with torch.no_grad():
+        stack.layers[0].net[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    y, logdet = stack(x)
+    loss = y.sum()
+    with torch.no_grad():
+        y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_swapped_parameters_are_noticed():
+    stack, x = coupling_stack(2), torch.randn(5, 8, dtype=torch.float64)
+    other = {name: p.detach().clone().requires_grad_() for name, p in stack.named_parameters()}
+    y, _ = torch.func.functional_call(stack, other, (x,))
+    with pytest.raises(RuntimeError, match="parameters must be the same tensors in forward and backward"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode):
+    stack, x = coupling_stack(3).eval(), torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    with mode():
+        y, logdet = stack(x)
+        back, minus = stack.inverse(y)
+    assert not y.requires_grad
+    torch.testing.assert_close(back, x.detach())
+    torch.testing.assert_close(minus, -logdet)
+    assert stack(x)[0].detach().equal(y.clone())
+
+
+def test_nothing_requires_a_gradient():
+    stack = coupling_stack(3).requires_grad_(False)
+    y, logdet = stack(torch.randn(5, 8, dtype=torch.float64))
+    assert not y.requires_grad and not logdet.requires_grad
+
+
+def test_transforms_keep_activations():
+    stack, x = coupling_stack(3), torch.randn(5, 8, dtype=torch.float64)
+    expected = torch.autograd.grad(stack(v := x.clone().requires_grad_())[0].sum(), v)[0]
+    torch.testing.assert_close(torch.func.grad(lambda v: stack(v)[0].sum())(x), expected)
+    tangent = torch.randn_like(x)
+    _, pushed = torch.func.jvp(lambda v: stack(v)[0], (x,), (tangent,))
+    torch.testing.assert_close(pushed.sum(), (expected * tangent).sum())
+
+
+def test_compile_breaks_the_graph_only_for_gradients():
+    stack, x = coupling_stack(3), torch.randn(5, 8, dtype=torch.float64)
+    y, logdet = torch.compile(stack, backend="aot_eager")(x)
+    (y.sum() + logdet.sum()).backward()
+    assert all(p.grad is not None for p in stack.parameters())
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="ReversibleSequential rebuilds activations outside the graph"):
+        torch.compile(stack, fullgraph=True, backend="aot_eager")(x)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(stack, fullgraph=True, backend="aot_eager")(x)[0], y)
+
+
+def test_compiled_nets_inside():
+    stack, x = coupling_stack(2), torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(stack(x)[0].sum(), x)[0]
+    for layer in stack.layers:
+        layer.net = torch.compile(layer.net, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(stack(x)[0].sum(), x)[0], expected)
+
+
+def test_state_dict_length_and_indexing():
+    first, second = coupling_stack(3), coupling_stack(3)
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(5, 8, dtype=torch.float64)
+    assert second(x)[0].equal(first(x)[0])
+    assert len(first) == 3 and first[1] is first.layers[1]
+
+
+def test_wrong_layers():
+    with pytest.raises(TypeError, match="layers must be modules with an inverse, got Linear at 1"):
+        ReversibleSequential(ActNorm(2), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="ReversibleSequential: layers must not be empty"):
+        ReversibleSequential()

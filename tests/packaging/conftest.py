@@ -1,0 +1,84 @@
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+
+
+def run(*command, **options):
+    """Run a command, show what it printed if it fails, return its output."""
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done
+
+
+def need(*tools):
+    missing = [tool for tool in tools if shutil.which(tool, path=PATH) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+
+
+def build_kernels(folder, *options):
+    """Build the torch-free program kernel_bits; returns its path, the objects and the compiler's output per object."""
+    need("cmake", "ninja")
+    tool = {"env": {**os.environ, "PATH": PATH}}
+    run("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *options, **tool)
+    log = run("cmake", "--build", folder, "--target", "kernel_bits", **tool).stdout
+    parts = re.split(r"\[\d+/\d+\] Building CXX object \S*?/kernels_(\w+)\.dir/csrc/cpu/(\w+)\.cpp\.o\n", log)
+    reports = {(isa, name): text for isa, name, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True)}
+    objects = {key: folder / f"CMakeFiles/kernels_{key[0]}.dir/csrc/cpu/{key[1]}.cpp.o" for key in reports}
+    return SimpleNamespace(program=folder / "kernel_bits", folder=folder, objects=objects, reports=reports)
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    """The kernels as this machine's compiler makes them, with the vectoriser's report."""
+    need("c++", "nm", "objdump")
+    flags = "-fopt-info-vec-optimized-missed" if "Free Software" in run("c++", "--version").stdout else ""
+    return build_kernels(tmp_path_factory.mktemp("kernels"), f"-DCMAKE_CXX_FLAGS={flags}")
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory):
+    """A copy of the sources with nothing built in it."""
+    copy = tmp_path_factory.mktemp("tree") / "pyflow"
+    leave = shutil.ignore_patterns(".*", "build", "dist", "results", "*.so", "*.egg-info", "__pycache__", "outputs")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=leave)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def sdist(tree, tmp_path_factory):
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    code = f"import setuptools.build_meta as b; print(b.build_sdist({str(folder)!r}))"
+    name = run(sys.executable, "-c", code, cwd=tree).stdout.split()[-1]
+    shutil.unpack_archive(folder / name, folder, filter="data")
+    return folder / name.removesuffix(".tar.gz")
+
+
+def build_wheel(source, folder, **environment):
+    """Build a wheel as pip does; returns its path and the build's output."""
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-index", "--no-build-isolation", "-w", folder, source]
+    done = run(*command, env={**os.environ, **environment})
+    (wheel,) = Path(folder).glob("*.whl")
+    return wheel, done.stdout + done.stderr
+
+
+def install(wheel, folder):
+    """A virtual environment with the wheel in it and the packages of the running one in sight."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    python = folder / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--no-cache-dir", wheel)
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
+    # of a .pth file's folders no .pth is read: an editable pyflow stays out of sight
+    (site / "borrowed.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")) + "\n")
+    return python

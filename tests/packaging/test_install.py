@@ -1,0 +1,112 @@
+"""sdist and wheel, with the native modules and without."""
+
+import ast
+import os
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import pyflow
+
+from .conftest import PATH, ROOT, build_wheel, install, need, run
+
+USE = """
+import sys, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import pyflow
+ours = [w for w in caught if "pyflow" in str(w.message)]
+import torch
+import pyflow.triton_kernels, pyflow.benchmarks
+y, logdet = pyflow.ops.affine_coupling(torch.ones(2, 3), torch.ones(2, 3), torch.zeros(2, 3))
+assert (y == 2).all() and (logdet == 0).all()
+"""
+
+
+def test_sdist_holds_what_a_build_needs(sdist):
+    for path in (
+        "CMakeLists.txt", "LICENSE", "setup.py", "pyproject.toml", "CHANGELOG.md", "Makefile", "csrc/cpu/dispatch.cpp",
+        "csrc/cpu/tile.h", "csrc/torch/coupling.cpp", "csrc/host/module.cpp", "csrc/math/exp.h", "csrc/ops/coupling.h",
+        "pyflow/py.typed", "pyflow/__init__.py", "pyflow/reference/coupling.py", "triton_kernels/__init__.py",
+        "benchmarks/__init__.py", "tests/cpu/kernel_bits.cpp",
+    ):  # fmt: skip
+        assert (sdist / path).is_file(), path
+    assert not list(sdist.rglob("*.so"))
+
+
+def test_every_package_is_in_the_sdist(sdist):
+    # a folder without __init__.py would be left out without a word
+    modules = [p.relative_to(ROOT) for top in ("pyflow", "triton_kernels", "benchmarks") for p in (ROOT / top).rglob("*.py")]
+    assert len(modules) > 10
+    assert not [m for m in modules if not (sdist / m).is_file()]
+
+
+def test_wheel_from_the_sdist_works_in_a_clean_environment(sdist, tmp_path):
+    need("c++", "cmake", "ninja")
+    wheel, _ = build_wheel(sdist, tmp_path, PYFLOW_NATIVE="1", PYFLOW_CUDA="0")
+    names = zipfile.ZipFile(wheel).namelist()
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert wheel.name.startswith(f"pyflow_kernels-{pyflow.__version__}-{tag}-{tag}-linux_")
+    assert "pyflow/_C.so" in names and "pyflow/py.typed" in names
+    assert [n for n in names if n.startswith("pyflow/_host.")]
+    assert {n.partition("/")[0] for n in names} == {"pyflow", f"pyflow_kernels-{pyflow.__version__}.dist-info"}
+    python = install(wheel, tmp_path / "venv")
+    code = USE + (
+        "assert not ours, ours[0].message\n"
+        "assert pyflow.__file__.startswith(sys.prefix)\n"
+        "assert pyflow._backend.status()['cpu'] is None\n"
+        "assert not pyflow._backend.runs_reference('affine_coupling', y)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYFLOW_CPU_ISA", "PYFLOW_BACKEND")}
+    run(python, "-c", code, cwd=tmp_path, env=environment)
+    info = run(python.parent / "pyflow", "info", cwd=tmp_path, env=environment).stdout
+    assert f"pyflow:             {pyflow.__version__} in {tmp_path}" in info
+
+
+def test_without_a_compiler_the_wheel_is_pure(tree, tmp_path):
+    wheel, output = build_wheel(tree, tmp_path, PATH="/nonexistent", CXX="", PYFLOW_NATIVE="")
+    assert wheel.name == f"pyflow_kernels-{pyflow.__version__}-py3-none-any.whl"
+    assert output.count("pyflow is built without its native kernels and will run on plain torch: no C++ compiler is on PATH") == 1
+    assert not [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")]
+
+
+def test_native_can_be_demanded(tree):
+    with pytest.raises(AssertionError, match="pyflow: the native modules cannot be built: no C"):
+        run(sys.executable, "setup.py", "--version", cwd=tree, env={**os.environ, "PATH": "", "CXX": "", "PYFLOW_NATIVE": "1"})
+
+
+def test_without_its_binaries_pyflow_imports_warns_once_and_works(tmp_path):
+    shutil.copytree(Path(pyflow.__file__).parent, tmp_path / "pyflow", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = USE + (
+        "assert len(ours) == 1 and 'runs its plain-torch reference' in str(ours[0].message), caught\n"
+        "assert pyflow._backend.runs_reference('affine_coupling', y)\n"
+        f"assert pyflow.__file__.startswith({str(tmp_path)!r})\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYFLOW_CPU_ISA", "PYFLOW_BACKEND")}
+    run(sys.executable, "-c", code, cwd=tmp_path, env={**environment, "PYTHONPATH": str(tmp_path)})
+
+
+def test_nothing_imports_the_top_level_folders():
+    # a second copy of the modules, and Triton's own package of that name in the shade
+    for path in (p for top in ("pyflow", "triton_kernels", "benchmarks", "tests", "tools") for p in (ROOT / top).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            assert not [n for n in names if n.partition(".")[0] in ("triton_kernels", "benchmarks")], path
+
+
+def test_cli(tmp_path):
+    def pyflow_command(*words):
+        return run(sys.executable, "-m", "pyflow", *words, cwd=ROOT, env={**os.environ, "PATH": PATH}).stdout
+
+    assert pyflow_command("--version").split() == ["pyflow", pyflow.__version__]
+    info = pyflow_command("info")
+    for line in ("pyflow:", "Python:", "torch:", "triton:", "numpy:", "system:", "CPU:", "threads:", "cpu backend:", "chosen:"):
+        assert f"\n{line}" in f"\n{info}", line
+    assert "usage: pyflow demo" in pyflow_command("demo")
+    with pytest.raises(AssertionError, match="invalid choice: 'nonsense'"):
+        pyflow_command("demo", "nonsense")

@@ -1,0 +1,124 @@
+"""What the compiler made of csrc/cpu: which symbols, which instructions, the same bits for every CPU."""
+
+import os
+import re
+import subprocess
+
+import pytest
+
+from .conftest import ROOT, build_kernels, need, run
+
+# libc and libm, and nothing that is C++
+ALLOWED_IMPORTS = {"_GLOBAL_OFFSET_TABLE_", "memcpy", "memset", "memmove", "__stack_chk_fail"}
+LIBM = {"exp", "expm1", "log", "log1p", "tanh", "atan", "sin", "cos", "sincos", "sqrt", "fma", "fmaf", "rint", "pow"}
+WIDTH = {"v3": 32, "v4": 64}
+ISA_NAMES = {"v3": "x86-64-v3", "v4": "x86-64-v4"}
+
+
+def symbols(path):
+    lines = run("nm", "-C", path).stdout.splitlines()
+    return [(m[1], m[2]) for m in (re.match(r"[0-9a-f ]{16} (\w) (.*)", line) for line in lines) if m]
+
+
+def test_objects_share_nothing_between_instruction_sets(kernels):
+    # the linker keeps one of several weak symbols: an AVX-512 one would crash an older CPU
+    for (isa, name), path in kernels.objects.items():
+        for kind, symbol in symbols(path):
+            where = f"{isa}/{name}: {kind} {symbol}"
+            assert "std::" not in symbol and "__gnu_cxx" not in symbol, where
+            if kind == "U":
+                assert symbol in ALLOWED_IMPORTS | LIBM, where
+            elif kind not in "r":
+                assert f"pyflow::{isa}::" in symbol, where
+            assert kind not in "BbDd", f"{where}: a variable"
+
+
+def instructions(path):
+    return run("objdump", "-d", "--no-show-raw-insn", path).stdout
+
+
+def test_instructions_stay_within_their_set(kernels):
+    if ("v3", "coupling") not in kernels.objects:
+        pytest.skip("not an x86-64 build")
+    for (isa, name), path in kernels.objects.items():
+        wide = re.search(r"%zmm|%k[1-7]|%[xy]mm(1[6-9]|2\d|3[01])", instructions(path))
+        assert isa == "v4" or wide is None, f"{isa}/{name}: {wide[0]}"
+    # what decides which set to use runs on any x86-64
+    dispatch = instructions(kernels.folder / "CMakeFiles/kernel_bits.dir/csrc/cpu/dispatch.cpp.o")
+    assert not re.search(r"\sv[a-z0-9]+\s+.*%[xyz]mm", dispatch)
+
+
+def simd_loops(name):
+    """(first, last) line of every function part that starts with `#pragma omp simd`."""
+    lines = (ROOT / f"csrc/cpu/{name}.cpp").read_text().splitlines()
+    starts = [number for number, line in enumerate(lines, 1) if line.strip() == "#pragma omp simd"]
+    return [(s, next(n for n, line in enumerate(lines, 1) if n > s and line.startswith("}"))) for s in starts]
+
+
+def test_every_simd_loop_is_vectorised(kernels):
+    if not any("optimized: loop vectorized" in report for report in kernels.reports.values()):
+        pytest.skip("this compiler does not report what it vectorises")
+    checked = 0
+    for (isa, name), report in kernels.reports.items():
+        loops = simd_loops(name)
+        full, messages = set(), report.splitlines()
+        for index, message in enumerate(messages):
+            found = re.match(rf"\S*csrc/cpu/{name}\.cpp:(\d+):\d+: (.*)", message)
+            loop = found and next((span for span in loops if span[0] < int(found[1]) < span[1]), None)
+            if loop is None:
+                continue
+            if found[2] == f"optimized: loop vectorized using {WIDTH.get(isa, 16)} byte vectors":
+                full.add(loop)
+            # float64 may call libm, which the vectoriser leaves alone
+            reason = " ".join(messages[index : index + 3])
+            if "couldn't vectorize loop" in message and "double" not in reason:
+                pytest.fail(f"{isa}: {reason}")
+        missing = [span for span in loops if span not in full]
+        assert not missing, f"{isa}/{name}.cpp: loops not vectorised at full width at lines {missing}"
+        checked += len(loops)
+    assert checked >= 10
+
+
+def test_coupling_maps_use_packed_instructions(kernels):
+    if ("v4", "coupling") not in kernels.objects:
+        pytest.skip("not an x86-64 build")
+    for isa, register in (("v3", "ymm"), ("v4", "zmm")):
+        functions = re.split(r"\n[0-9a-f]+ <", run("objdump", "-dC", "--no-show-raw-insn", kernels.objects[isa, "coupling"]).stdout)
+        maps = [f for f in functions if re.match(r"void pyflow::\w+::map_chunk<.*float>\(", f) and "vfmadd" in f]
+        assert maps, isa
+        for body in maps:
+            assert len(re.findall(rf"vfn?m(?:add|sub)\w+ps .*%{register}", body)) >= 8, f"{isa}: {body[:120]}"
+
+
+def bits(command, **environment):
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env={**os.environ, **environment})
+    return done.stdout.splitlines() if done.returncode == 0 else None
+
+
+def assert_same_bits(ours, theirs):
+    assert len(ours) == len(theirs) > 100
+    for a, b in zip(ours, theirs, strict=True):
+        if a != b:
+            (case, *x), (_, *y) = a.split(), b.split()
+            wrong = [i for i, (p, q) in enumerate(zip(x, y, strict=True)) if p != q]
+            pytest.fail(f"{case}: {len(wrong)} of {len(x)} differ, first at {wrong[0]}: {x[wrong[0]]} and {y[wrong[0]]}")
+
+
+def test_same_bits_on_avx2_and_avx512(kernels):
+    results = {isa: bits([kernels.program], PYFLOW_CPU_ISA=name) for isa, name in ISA_NAMES.items()}
+    missing = [ISA_NAMES[isa] for isa, lines in results.items() if lines is None]
+    if missing:
+        pytest.skip(f"this CPU cannot run {', '.join(missing)}")
+    assert_same_bits(results["v3"], results["v4"])
+
+
+def test_same_bits_on_neon(kernels, tmp_path):
+    compiler = "aarch64-linux-gnu-g++"
+    need(compiler, "qemu-aarch64")
+    ours = bits([kernels.program])
+    if ours is None:
+        pytest.skip("this CPU has none of the compiled instruction sets")
+    target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={compiler}"]
+    arm = build_kernels(tmp_path, *target, "-DCMAKE_EXE_LINKER_FLAGS=-static")
+    assert {isa for isa, _ in arm.objects} == {"neon"}
+    assert_same_bits(ours, bits(["qemu-aarch64", arm.program]))

@@ -1,0 +1,97 @@
+"""Ahead-of-time compilation of the very launches the launchers make, on a machine without a GPU.
+
+A launcher is called with CPU tensors while the launch itself is replaced by a recorder; each recorded launch is
+then specialised and compiled by Triton's own machinery for a target. Not usable under TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pyflow.triton_kernels
+import triton
+import triton.backends.nvidia
+from pyflow.triton_kernels import _launch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin/cuobjdump"
+
+
+class Launch(NamedTuple):
+    kernel: JITFunction
+    args: tuple
+    constants: dict
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.fn.__module__.rpartition('.')[2]}.{self.kernel.fn.__name__}"
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """The launches made inside, none of which runs."""
+    launches: list[Launch] = []
+
+    def record(kernel, count, device, *args, **constants):
+        launches.append(Launch(kernel, args, constants))
+
+    real, _launch.launch = _launch.launch, record
+    try:
+        yield launches
+    finally:
+        _launch.launch = real
+
+
+def compiled(launch: Launch, target: str) -> CompiledKernel:
+    """The launch's own specialisation for a target."""
+    backend = make_backend(TARGETS[target])
+    kernel, constants = launch.kernel, {"num_warps": 4, "enable_fp_fusion": False, **launch.constants}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*launch.args, debug=False, **constants)
+    options, signature, constexprs, attrs = kernel._pack_args(backend, constants, bound, specialization, options)
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    return triton.compile(source, target=TARGETS[target], options=options.__dict__)
+
+
+def launched_kernels() -> set[str]:
+    """Every @triton.jit function that no other one calls, so that a launcher must: "module.name"."""
+    defined, called = set(), set()
+    for path in Path(pyflow.triton_kernels.__path__[0]).glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
+                defined.add((path.stem, node.name))
+                called |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id != node.name}
+    return {f"{module}.{name}" for module, name in defined if name not in called}
+
+
+class Resources(NamedTuple):
+    registers: int
+    stack: int
+    local: int
+
+
+def resources(kernel: CompiledKernel) -> Resources:
+    """What ptxas gave the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        done = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", done.stdout)
+    assert found, done.stdout
+    return Resources(*map(int, found.groups()))

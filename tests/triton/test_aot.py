@@ -1,0 +1,152 @@
+"""Every Triton kernel compiled ahead of time, and what came out: instructions, vector width, memory."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
+    pytest.skip("the interpreter and compilation exclude each other", allow_module_level=True)
+
+from pyflow._schemas import PRIORS, SCALE_MAPS  # noqa: E402
+from pyflow.triton_kernels import coupling, flow_head  # noqa: E402
+
+from . import aot  # noqa: E402
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+SHAPE = (64, 392)
+MAPS = [(i, 2.0) for i, name in enumerate(SCALE_MAPS)] + [(SCALE_MAPS.index(n), 0.0) for n in ("sigmoid", "softplus")]
+TANH = (SCALE_MAPS.index("tanh"), 2.0)
+
+
+def affine(x, shift, scale, mask=None, scale_map=TANH, first=False, inverse=False, event_dims=None):
+    """Launches of a forward and a backward that asks for every gradient."""
+    event_dims = x.dim() - 1 if event_dims is None else event_dims
+    options = (mask, *scale_map, first, inverse, event_dims)
+    grad_logdet = torch.empty(x.shape[: x.dim() - event_dims], dtype=F64 if x.dtype == F64 else F32)
+    with aot.recorded() as launches:
+        coupling.affine_coupling(x, shift, scale, *options)
+        coupling.affine_coupling_backward(torch.empty_like(x), grad_logdet, x, shift, scale, *options, shift.dtype)
+        coupling.affine_coupling_backward(None, grad_logdet, x, shift, scale, *options, None)
+        coupling.additive_coupling(x, shift, mask, inverse)
+    return launches
+
+
+def packed(x, params, packing, dim):
+    options = (None, packing, dim, *TANH, False, False, x.dim() - 1)
+    with aot.recorded() as launches:
+        coupling.affine_coupling_packed(x, params, *options)
+        coupling.affine_coupling_packed_backward(torch.empty_like(x), None, x, params, *options)
+    return launches
+
+
+def head(h, log_scale, prior):
+    with aot.recorded() as launches:
+        flow_head.flow_log_prob(h, log_scale, prior)
+        flow_head.flow_log_prob_backward(torch.empty(h.shape[0]), h, log_scale, prior)
+    return launches
+
+
+def dense(dtype, count, shape=SHAPE):
+    return [torch.empty(shape, dtype=dtype) for _ in range(count)]
+
+
+def cases():
+    """name -> launches, each name holding the target it is for and the dtype that computes."""
+    table = {}
+    for number, (scale_map, arg) in enumerate(MAPS):
+        inverse, first = bool(number % 2), bool(number // 2 % 2)
+        for target, dtypes in (("sm_90", (F32, F64, BF16, F16)), (("sm_80", "sm_100", "gfx942")[number % 3], (F32,))):
+            for dtype in dtypes:
+                name = f"{target}-{str(dtype)[6:]}-map{scale_map}{'eps' * (arg > 0)}"
+                table[name] = affine(*dense(dtype, 3), scale_map=(scale_map, arg), inverse=inverse, first=first)
+    mask = torch.empty(SHAPE, dtype=torch.bool)
+    wide = lambda dtype=F32: torch.empty(64, 784, dtype=dtype)  # noqa: E731
+    image = lambda c: torch.empty(8, c, 16, 16)  # noqa: E731
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        table[f"{target}-bfloat16-tanh"] = affine(*dense(BF16, 3))
+        table[f"{target}-float64-tanh"] = affine(*dense(F64, 3))
+        table[f"{target}-mixed-float32-bfloat16"] = affine(*dense(F32, 1), *dense(BF16, 2), first=True)
+        table[f"{target}-mixed-bfloat16-float32"] = affine(*dense(BF16, 1), *dense(F32, 2), inverse=True)
+        for dtype in (F32, F64):
+            table[f"{target}-{str(dtype)[6:]}-long"] = affine(*dense(dtype, 3, (4, 20000)))
+        for prior in range(len(PRIORS)):
+            for dtype in (F32, F64, BF16, F16)[: 4 if target == "sm_90" else 2]:
+                table[f"{target}-{str(dtype)[6:]}-head{prior}"] = head(*dense(dtype, 1), torch.empty(392, dtype=dtype), prior)
+    for inverse in (False, True):
+        for first in (False, True):
+            options = dict(inverse=inverse, first=first)
+            table[f"sm_90-float32-mask-{inverse}-{first}"] = affine(*dense(F32, 3), mask.expand(SHAPE), **options)
+    table["sm_90-float32-halves"] = affine(wide()[:, 392:], wide()[:, :392], wide()[:, 392:])
+    table["sm_90-float32-stepped"] = affine(wide()[:, ::2], wide()[:, ::2], wide()[:, 1::2])
+    table["sm_90-float32-channels"] = affine(image(6), image(12)[:, ::2], image(12)[:, 1::2])
+    table["sm_90-float32-checkerboard"] = affine(image(6)[..., ::2, 1::2], image(6)[..., ::2, ::2], image(6)[..., 1::2, ::2])
+    table["sm_90-float32-elements"] = affine(*dense(F32, 3), event_dims=0)
+    table["sm_90-float32-odd"] = affine(*dense(F32, 3, (5, 37)))
+    table["sm_90-float32-no-log-scale"] = head(*dense(F32, 1), None, 0)
+    table["sm_90-mixed-head"] = head(*dense(F32, 1), torch.empty(392, dtype=BF16), 1)
+    for packing in range(3):
+        table[f"sm_90-float32-packed{packing}"] = packed(dense(F32, 1)[0], wide(), packing, 1)
+        table[f"sm_90-bfloat16-packed{packing}"] = packed(dense(BF16, 1)[0], wide(BF16), packing, 1)
+    return table
+
+
+CASES = cases()
+
+
+def dtypes(launch):
+    return {a.dtype for a in launch.args if isinstance(a, torch.Tensor)}
+
+
+def test_every_kernel_has_a_case():
+    launches = [launch for case in CASES.values() for launch in case]
+    assert {launch.name for launch in launches} == aot.launched_kernels()
+    for name in aot.launched_kernels():
+        compiled = set().union(*(dtypes(launch) for launch in launches if launch.name == name))
+        # the sums over partial results read float32 or float64, whatever the input
+        assert compiled >= ({F32, F64} if name == "_tiles.sum_segments" else {F32, F64, BF16, F16}), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiles_to_what_it_should(case):
+    target = case.partition("-")[0]
+    for launch in CASES[case]:
+        kernel = aot.compiled(launch, target)
+        where = f"{case}: {launch.name}"
+        # neither reassociated nor contracted: a * b + c is fused where the source says so
+        assert not re.search(r"= f(mul|add|sub|div) (fast|reassoc|contract|arcp|afn|nnan|ninf|nsz)", kernel.asm["llir"]), where
+        if target.startswith("sm_"):
+            check_ptx(kernel.asm["ptx"], launch, where)
+            used = aot.resources(kernel)
+            assert used.stack == 0 and used.local == 0, f"{where}: {used}"
+            assert used.registers <= 168, f"{where}: {used}"  # three blocks of 128 threads per multiprocessor
+
+
+def check_ptx(ptx, launch, where):
+    if F64 in dtypes(launch):
+        return  # exp and log are the vendor's, which have their own ways
+    assert ".f64" not in ptx, where
+    loose = re.findall(r"\b(?:mul|add|sub|fma|div)\.f32\b|\S*\.(?:ftz|approx|full)\b\S*", ptx)
+    assert not loose, f"{where}: {loose}"
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_unit_stride_data_moves_in_128_bit_vectors(dtype, target):
+    for launch in affine(*dense(dtype, 3)) + head(*dense(dtype, 1), torch.empty(392, dtype=dtype), 1):
+        ptx = aot.compiled(launch, target).asm["ptx"]
+        widths = Counter(re.findall(r"\b((?:ld|st)\.global)\S*?((?:\.v\d)?\.b\d+)", ptx))
+        full = {".v4.b32", ".v2.b64"}
+        loads = sum(n for (op, width), n in widths.items() if op == "ld.global" and width in full)
+        stores = sum(n for (op, width), n in widths.items() if op == "st.global" and width in full)
+        size = 16 // torch.empty((), dtype=dtype).element_size()
+        assert loads, f"{launch.name}: {widths}"
+        # a row's own values (log-determinants and their gradients, sums) are all that moves alone
+        narrow = {k: n for k, n in widths.items() if k[1] not in full}
+        assert sum(narrow.values()) <= 8, f"{launch.name}, {size} a vector: {narrow}"
+        assert stores or launch.name in ("flow_head.forward_kernel", "flow_head.sum_blocks"), f"{launch.name}: {widths}"

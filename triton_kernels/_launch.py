@@ -1,0 +1,172 @@
+"""What the launchers share on the host: one iteration space for all tensors, block shapes, the launch itself."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import _tiles
+
+TILE = 1024  # elements a program works on at a time
+SEGMENT = 4 * TILE  # of a row, at most, in one program
+
+
+class Space(NamedTuple):
+    """(rows) x (columns): the leading dims are the batch, the trailing ones the event."""
+
+    rows: int
+    cols: int
+    vec: int
+    sizes: tuple[tuple[int, ...], tuple[int, ...]]  # without the leading ones, see _tiles
+    at: tuple[tuple[tuple[int, ...], ...] | None, ...]  # per tensor (row strides, column strides)
+    row_at: tuple[tuple[int, ...] | None, ...]  # per tensor that has row dims only, in elements
+
+    @property
+    def wide(self) -> bool:
+        """Whether an index needs 64 bits."""
+        return max(self.rows, self.cols) > 2**31 - 2 * SEGMENT
+
+
+class Blocks(NamedTuple):
+    """How the space is cut; columns by the event's size alone, so that no sum depends on the batch."""
+
+    rows: int
+    cols: int
+    segment: int
+    segments: int
+    count: int
+
+    def by_rows(self, space: Space, block_rows: int) -> Blocks:
+        """One program per block of `block_rows` rows and per tile's width of columns."""
+        segments = -(-space.cols // self.cols)
+        return Blocks(self.rows, self.cols, self.cols, segments, -(-space.rows // block_rows) * segments)
+
+
+def collapse(event_dims: int, tensors: Sequence[Tensor | None], row_tensors: Sequence[Tensor | None] = ()) -> Space:
+    """Merge the dims that all tensors lay out alike; the first tensor's event order leads."""
+    lead = tensors[0]
+    shape, split = lead.shape, lead.dim() - event_dims
+    rows, cols = math.prod(shape[:split]), math.prod(shape[split:])
+    present = [t for t in (*tensors, *row_tensors) if t is not None]
+    if all(t.is_contiguous() for t in present):
+        vec = next(v for v in (8, 4, 2, 1) if cols % v == 0)
+        at = ((cols // vec,), (1,))
+        one = (1,)
+        return Space(
+            rows, cols, vec, ((), ()), tuple(at if t is not None else None for t in tensors),
+            tuple(one if t is not None else None for t in row_tensors),
+        )  # fmt: skip
+
+    strides = [t.stride() + (0,) * (lead.dim() - t.dim()) for t in present]
+    # event dims in the memory order of the first tensor: a sum does not mind, a cache does
+    event = sorted(range(split, lead.dim()), key=lambda d: -strides[0][d])
+    row_sizes, row_strides = _merge(range(split), shape, strides, cols)
+    col_sizes, col_strides = _merge(event, shape, strides, 1)
+    whole = len([t for t in tensors if t is not None])
+    outer = [s for k in range(whole) for s in (*row_strides[k], *col_strides[k][:-1])]
+    vec = math.gcd(8, col_sizes[-1], *outer)
+    if len(col_sizes) > 1:
+        col_sizes[-1] //= vec
+    at = iter(
+        (tuple(s // vec for s in row_strides[k]), (*(s // vec for s in col_strides[k][:-1]), col_strides[k][-1]))
+        for k in range(whole)
+    )
+    row_at = iter(tuple(row_strides[k]) for k in range(whole, len(present)))
+    return Space(
+        rows, cols, vec, (tuple(row_sizes[1:]), tuple(col_sizes[1:])),
+        tuple(next(at) if t is not None else None for t in tensors),
+        tuple(next(row_at) if t is not None else None for t in row_tensors),
+    )  # fmt: skip
+
+
+def any_event_dims(tensors: Sequence[Tensor | None]) -> int:
+    """Where nothing is summed: one flat row if memory allows, else all but the first dim."""
+    flat = all(t is None or t.is_contiguous() for t in tensors)
+    return tensors[0].dim() - (not flat)
+
+
+def _merge(
+    dims: Sequence[int], shape: Sequence[int], strides: Sequence[Sequence[int]], unit: int
+) -> tuple[list[int], list[list[int]]]:
+    """Sizes and per-tensor strides of the merged dims; at least one."""
+    sizes: list[int] = []
+    merged: list[list[int]] = [[] for _ in strides]
+    for d in dims:
+        size = shape[d]
+        if size == 1:
+            continue
+        if sizes and all(m[-1] == s[d] * size for m, s in zip(merged, strides)):
+            sizes[-1] *= size
+        else:
+            sizes.append(size)
+            for m in merged:
+                m.append(0)
+        for m, s in zip(merged, strides):
+            m[-1] = s[d]
+    if not sizes:
+        return [1], [[unit] for _ in strides]
+    return sizes, merged
+
+
+def cut(space: Space) -> Blocks:
+    """Block shapes for a space."""
+    cols = TILE if space.cols > 2 * TILE else min(TILE // 2, power_of_two(space.cols))
+    rows = TILE // cols
+    segment = min(SEGMENT, cols * -(-space.cols // cols))
+    segments = -(-space.cols // segment)
+    return Blocks(rows, cols, segment, segments, -(-space.rows // rows) * segments)
+
+
+def power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def bits(value: float, dtype: torch.dtype) -> int:
+    """A float as the integer with its bits: a float argument would be rounded to float32 on the way."""
+    form, integer = ("<d", "<q") if dtype == torch.float64 else ("<f", "<i")
+    return struct.unpack(integer, struct.pack(form, value))[0]
+
+
+def over_space(
+    kernel: object, space: Space, device: torch.device, *args: object, blocks: Blocks | None = None, **constants: object
+) -> None:
+    """Run a kernel whose signature ends with sizes, rows, cols, segments and the block shapes."""
+    blocks = blocks or cut(space)
+    launch(
+        kernel, blocks.count, device, *args, sizes=space.sizes, rows=space.rows, cols=space.cols // space.vec,
+        segments=blocks.segments, INDEX=tl.int64 if space.wide else tl.int32, VEC=space.vec, BLOCK_R=blocks.rows,
+        BLOCK_C=blocks.cols, SEGMENT=blocks.segment, **constants,
+    )  # fmt: skip
+
+
+def launch(kernel: object, count: int, device: torch.device, *args: object, **constants: object) -> None:
+    """Run `count` programs on the tensors' device, with contraction off."""
+    guard = contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+    with guard:
+        kernel[(count,)](*args, num_warps=4, enable_fp_fusion=False, **constants)
+
+
+def with_strides(tensors: Sequence[Tensor | None], at: Sequence[object]) -> list[object]:
+    """tensor, strides, tensor, strides, ... as the kernels take them."""
+    return [value for pair in zip(tensors, at) for value in pair]
+
+
+def sum_segments(partial: Tensor, out: Tensor) -> None:
+    """(rows, segments) -> (rows,), in an order that depends on the number of segments alone."""
+    rows, segments = partial.shape
+    block = min(TILE, power_of_two(segments))
+    launch(
+        _tiles.sum_segments, -(-rows // (TILE // block)), partial.device, partial, out, rows, segments,
+        BLOCK_R=TILE // block, BLOCK_C=block,
+    )  # fmt: skip

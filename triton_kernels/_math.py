@@ -1,0 +1,294 @@
+"""Device mathematics: csrc/math and the scale maps of csrc/ops, operation for operation.
+
+float32 functions give the bits of the C++ ones: the same polynomials in the same order, fma only where it is
+written (kernels are launched with fusion off), IEEE division. float64 ones are within a few ulp of libm.
+Functions take tensors of the compute type, float32 or float64.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .._schemas import SCALE_MAPS
+
+EXP = tl.constexpr(SCALE_MAPS.index("exp"))
+SIGMOID = tl.constexpr(SCALE_MAPS.index("sigmoid"))
+SIGMOID_INV = tl.constexpr(SCALE_MAPS.index("sigmoid_inv"))
+SOFTPLUS = tl.constexpr(SCALE_MAPS.index("softplus"))
+TANH = tl.constexpr(SCALE_MAPS.index("tanh"))
+ATAN = tl.constexpr(SCALE_MAPS.index("atan"))
+SOFTSIGN = tl.constexpr(SCALE_MAPS.index("softsign"))
+# with eps > 0 two of the maps are other formulas, found once per call by `resolve`
+SIGMOID_EPS = tl.constexpr(len(SCALE_MAPS))
+SOFTPLUS_EPS = tl.constexpr(len(SCALE_MAPS) + 1)
+
+ATAN_GAIN = tl.constexpr(0.636)
+LOG2E = tl.constexpr(1.44269504)
+LN2_HI = tl.constexpr(0.693145752)
+LN2_LO = tl.constexpr(1.42860677e-6)
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to nearest even
+ROUND_BITS = tl.constexpr(0x4B400000)
+SMALLEST = tl.constexpr(2.0**-126)  # normal number; anything below would be a float64 literal
+SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
+
+
+def resolve(scale_map: int, arg: float) -> int:
+    """The number of the formula, MAP in the kernels."""
+    if arg > 0 and scale_map == SIGMOID.value:
+        return SIGMOID_EPS.value
+    if arg > 0 and scale_map == SOFTPLUS.value:
+        return SOFTPLUS_EPS.value
+    return scale_map
+
+
+@triton.jit
+def bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def from_bits(i):
+    return i.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def div(a, b):
+    """IEEE division (the plain operator is approximate in float32)."""
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def constant(value: tl.constexpr, like):
+    """A scalar of the compute type (a bare literal may be rounded to float32 first)."""
+    return tl.full([], value, like.dtype)
+
+
+@triton.jit
+def neg(x):
+    """-x with the sign of a zero (the unary operator is 0 - x)."""
+    return x * -1.0
+
+
+@triton.jit
+def copysign(x, s):
+    return from_bits((bits(x) & 0x7FFFFFFF) | (bits(s) & -0x80000000))
+
+
+@triton.jit
+def expm1_reduced(x):
+    """expm1(r) and k with x = k ln2 + r, |r| <= ln2 / 2."""
+    shifted = tl.fma(x, LOG2E, ROUND)
+    kf = shifted - ROUND
+    k = bits(shifted) - ROUND_BITS
+    r = tl.fma(kf, -LN2_HI, x)
+    r = tl.fma(kf, -LN2_LO, r)
+    q = tl.fma(r, 0.0013946447288617492, 0.008366581983864307)
+    q = tl.fma(q, r, 0.04166628047823906)
+    q = tl.fma(q, r, 0.1666654348373413)
+    q = tl.fma(q, r, 0.5)
+    return tl.fma(r * r, q, r), k
+
+
+@triton.jit
+def pow2(k):
+    return from_bits((k + 127) << 23)
+
+
+@triton.jit
+def exp(x):
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        x = tl.where(x < -104.0, -104.0, x)
+        x = tl.where(x > 89.0, 89.0, x)
+        m, k = expm1_reduced(x)
+        p = 1.0 + m
+        half = k >> 1
+        return p * pow2(half) * pow2(k - half)
+
+
+@triton.jit
+def log1p_tail(f):
+    p = tl.fma(f, -0.07857371121644974, 0.1288098394870758)
+    p = tl.fma(p, f, -0.13129225373268127)
+    p = tl.fma(p, f, 0.14181305468082428)
+    p = tl.fma(p, f, -0.1662452220916748)
+    p = tl.fma(p, f, 0.20002280175685883)
+    p = tl.fma(p, f, -0.25000810623168945)
+    p = tl.fma(p, f, 0.33333316445350647)
+    f2 = f * f
+    return tl.fma(f2 * f, p, -0.5 * f2)
+
+
+@triton.jit
+def log(x):
+    if x.dtype == tl.float64:
+        return tl.log(x)
+    else:
+        denormal = x < SMALLEST
+        scaled = tl.where(denormal, x * 8388608.0, x)
+        i = bits(scaled) - SQRT_HALF_BITS
+        k = (i >> 23).to(tl.float32) - tl.where(denormal, 23.0, 0.0)
+        f = from_bits((i & 0x007FFFFF) + SQRT_HALF_BITS) - 1.0
+        y = tl.fma(k, LN2_HI, f + tl.fma(k, LN2_LO, log1p_tail(f)))
+        y = tl.where(x == 0.0, float("-inf"), y)
+        y = tl.where(x < float("inf"), y, x)
+        return tl.where(x < 0.0, float("nan"), y)
+
+
+@triton.jit
+def log1p01(e):
+    """log(1 + e) for 0 <= e <= 1."""
+    if e.dtype == tl.float64:
+        # the rounding of 1 + e cancels between numerator and denominator
+        u = 1.0 + e
+        exact = u == 1.0
+        return tl.where(exact, e, tl.log(u) * (e / tl.where(exact, 1.0, u - 1.0)))
+    else:
+        big = e > 0.41421356
+        f = tl.where(big, 0.5 * (e - 1.0), e)
+        k = tl.where(big, 1.0, 0.0)
+        return tl.fma(k, LN2_HI, f + tl.fma(k, LN2_LO, log1p_tail(f)))
+
+
+@triton.jit
+def softplus(x):
+    return tl.where(x > 0.0, x, 0.0) + log1p01(exp(neg(tl.abs(x))))
+
+
+@triton.jit
+def sigmoid(x):
+    e = exp(neg(tl.abs(x)))
+    return div(tl.where(x < 0.0, e, 1.0), 1.0 + e)
+
+
+@triton.jit
+def tanh(x):
+    a = tl.abs(x)
+    if x.dtype == tl.float64:
+        # expm1(y) = (u - 1) y / log(u) with u = exp(y): the rounding of u cancels
+        y = tl.where(a > 20.0, 40.0, 2.0 * a)
+        u = tl.exp(y)
+        tiny = u == 1.0
+        m = tl.where(tiny, y, (u - 1.0) * (y / tl.where(tiny, 1.0, tl.log(u))))
+        t = m / (m + 2.0)
+        return tl.where(x < 0.0, neg(t), tl.where(x == 0.0, x, t))
+    else:
+        y = 2.0 * a
+        y = tl.where(y > 20.0, 20.0, y)
+        m, k = expm1_reduced(y)
+        e = (1.0 + m) * pow2(k)
+        large = 1.0 - div(constant(2.0, x), e + 1.0)
+        z = a * a
+        p = tl.fma(z, 0.016454307362437248, -0.05268188938498497)
+        p = tl.fma(p, z, 0.13320907950401306)
+        p = tl.fma(p, z, -0.33332955837249756)
+        small = tl.fma(z * a, p, a)
+        return copysign(tl.where(a < 0.55, small, large), x)
+
+
+@triton.jit
+def atan(x):
+    a = tl.abs(x)
+    if x.dtype == tl.float64:
+        return tl.where(x < 0.0, neg(atan_f64(a)), tl.where(x == 0.0, x, atan_f64(a)))
+    else:
+        large = a > 1.0
+        z = tl.where(large, div(constant(-1.0, x), a), a)
+        z2 = z * z
+        p = tl.fma(z2, -0.0018272094892200563, 0.01106442604213953)
+        p = tl.fma(p, z2, -0.03145567327737808)
+        p = tl.fma(p, z2, 0.058234523981809616)
+        p = tl.fma(p, z2, -0.08419457823038101)
+        p = tl.fma(p, z2, 0.10957575589418411)
+        p = tl.fma(p, z2, -0.1426524519920349)
+        p = tl.fma(p, z2, 0.19998638331890106)
+        p = tl.fma(p, z2, -0.33333301544189453)
+        y = tl.fma(z2 * z, p, z)
+        return copysign(tl.where(large, 1.57079637 + (y - 4.37113883e-8), y), x)
+
+
+@triton.jit
+def atan_f64(a):
+    """atan of a >= 0, the rational approximation of Cephes' atan.c (Moshier)."""
+    large = a > 2.414213562373095
+    middle = a > 0.66
+    num = tl.where(large, -1.0, tl.where(middle, a - 1.0, a))
+    den = tl.where(large, a, tl.where(middle, a + 1.0, 1.0))
+    z = num / den
+    quarter = constant(0.7853981633974483, a)
+    quarter_lo = constant(3.061616997868383e-17, a)
+    z2 = z * z
+    p = z2 * -8.750608600031904122785e-1 - 1.615753718733365076637e1
+    p = p * z2 - 7.500855792314704667340e1
+    p = p * z2 - 1.228866684490136173410e2
+    p = p * z2 - 6.485021904942025371773e1
+    q = z2 + 2.485846490142306297962e1
+    q = q * z2 + 1.650270098316988542046e2
+    q = q * z2 + 4.328810604912902668951e2
+    q = q * z2 + 4.853903996359136964868e2
+    q = q * z2 + 1.945506571482613964425e2
+    turns = tl.where(large, 2.0, tl.where(middle, 1.0, 0.0))
+    return turns * quarter + (z * (z2 * p / q) + z + turns * quarter_lo)
+
+
+@triton.jit
+def log_scale(s, arg, MAP: tl.constexpr):
+    """g(s); `arg` is the one constant of the map."""
+    if MAP == EXP:
+        return s
+    elif MAP == SIGMOID:
+        return neg(softplus(neg(s + 2.0)))
+    elif MAP == SIGMOID_EPS:
+        return log(sigmoid(s + 2.0) + arg)
+    elif MAP == SIGMOID_INV:
+        return softplus(neg(s + 2.0))
+    elif MAP == SOFTPLUS:
+        # log(softplus(s)) is -inf once softplus underflows
+        return tl.where(s < -15.0, s - 0.5 * exp(s), log(softplus(s)))
+    elif MAP == SOFTPLUS_EPS:
+        return log(softplus(s) + arg)
+    elif MAP == TANH:
+        return arg * tanh(s * div(constant(1.0, s), arg))
+    elif MAP == ATAN:
+        return arg * constant(ATAN_GAIN, s) * atan(s)
+    else:
+        tl.static_assert(MAP == SOFTSIGN)
+        return div(s, 1.0 + tl.abs(s) * div(constant(1.0, s), arg))
+
+
+@triton.jit
+def log_scale_slope(s, arg, MAP: tl.constexpr):
+    """g(s) and dg/ds."""
+    if MAP == EXP:
+        return s, tl.full(s.shape, 1.0, s.dtype)
+    elif MAP == SIGMOID:
+        t = neg(s + 2.0)
+        return neg(softplus(t)), sigmoid(t)
+    elif MAP == SIGMOID_EPS:
+        p = sigmoid(s + 2.0)
+        q = sigmoid(neg(s + 2.0))
+        return log(p + arg), div(p * q, p + arg)
+    elif MAP == SIGMOID_INV:
+        t = neg(s + 2.0)
+        return softplus(t), neg(sigmoid(t))
+    elif MAP == SOFTPLUS:
+        slope = tl.where(s < -15.0, 1.0 - 0.5 * exp(s), div(sigmoid(s), softplus(s)))
+        return log_scale(s, arg, MAP), slope
+    elif MAP == SOFTPLUS_EPS:
+        p = softplus(s) + arg
+        return log(p), div(sigmoid(s), p)
+    elif MAP == TANH:
+        t = tanh(s * div(constant(1.0, s), arg))
+        return arg * t, (1.0 - t) * (1.0 + t)
+    elif MAP == ATAN:
+        gain = arg * constant(ATAN_GAIN, s)
+        return gain * atan(s), div(gain, 1.0 + s * s)
+    else:
+        tl.static_assert(MAP == SOFTSIGN)
+        d = 1.0 + tl.abs(s) * div(constant(1.0, s), arg)
+        return div(s, d), div(constant(1.0, s), d * d)

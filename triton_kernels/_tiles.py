@@ -1,0 +1,109 @@
+"""What the kernels share on the device: strided tiles of rows x columns, and sums with fixed bits.
+
+A tensor comes with `at = (row strides, column strides)` over the merged dims of `_launch.collapse`. Row strides,
+outer column strides and the innermost column size are in units of VEC elements, so that the compiler sees that
+VEC neighbours lie together and are aligned. Leading sizes are never needed and never passed.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+MAX_LEVELS = tl.constexpr(10)  # log2 of the longest tile, _launch.TILE
+
+
+@triton.jit
+def place(segments, INDEX: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The program's rows (BLOCK_R,) and its segment of them."""
+    program = tl.program_id(0)
+    return (program // segments).to(INDEX) * BLOCK_R + tl.arange(0, BLOCK_R), (program % segments).to(INDEX)
+
+
+@triton.jit
+def row_offset(r, sizes, strides):
+    at = tl.zeros(r.shape, tl.int64)
+    for i in tl.static_range(len(strides) - 1, 0, -1):
+        at += (r % sizes[i - 1]).to(tl.int64) * strides[i]
+        r = r // sizes[i - 1]
+    return at + r.to(tl.int64) * strides[0]
+
+
+@triton.jit
+def col_offset(c, sizes, strides, VEC: tl.constexpr):
+    if len(strides) == 1:
+        return c.to(tl.int64) * strides[0]
+    else:
+        last: tl.constexpr = len(strides) - 1
+        inner = sizes[last - 1] * VEC
+        at = (c % inner).to(tl.int64) * strides[last]
+        c = c // inner
+        for i in tl.static_range(last - 1, 0, -1):
+            at += (c % sizes[i - 1]).to(tl.int64) * strides[i] * VEC
+            c = c // sizes[i - 1]
+        return at + c.to(tl.int64) * strides[0] * VEC
+
+
+@triton.jit
+def pointers(tensor, at, sizes, r, c, VEC: tl.constexpr):
+    """(R, C) pointers for rows r (R, 1) and columns c (1, C)."""
+    return tensor + (row_offset(r, sizes[0], at[0]) * VEC + col_offset(c, sizes[1], at[1], VEC))
+
+
+@triton.jit
+def load(tensor, at, sizes, r, c, inside, VEC: tl.constexpr, dtype: tl.constexpr):
+    return tl.load(pointers(tensor, at, sizes, r, c, VEC), mask=inside).to(dtype)
+
+
+@triton.jit
+def store_as(pointer, value, mask):
+    """Cast to the pointer's element type, from float64 to a 16-bit one through float32 as C++ does."""
+    element: tl.constexpr = pointer.dtype.element_ty
+    if value.dtype == tl.float64:
+        if element != tl.float64:
+            value = value.to(tl.float32)
+    tl.store(pointer, value.to(element), mask=mask)
+
+
+@triton.jit
+def store(tensor, at, sizes, r, c, inside, VEC: tl.constexpr, value):
+    store_as(pointers(tensor, at, sizes, r, c, VEC), value, inside)
+
+
+@triton.jit
+def scalar(bits, dtype: tl.constexpr):
+    """A float that came as the integer with its bits (a launch argument would be rounded to float32)."""
+    if dtype == tl.float64:
+        return bits.to(tl.int64).to(tl.float64, bitcast=True)
+    else:
+        return bits.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fold(v):
+    """(R, C) -> (R,): the sum over columns by pairs of neighbours, whose bits depend on no layout or batch."""
+    for _ in tl.static_range(MAX_LEVELS):
+        if v.shape[1] > 1:
+            v = tl.sum(tl.reshape(v, (v.shape[0], v.shape[1] // 2, 2)), axis=2)
+    return tl.reshape(v, (v.shape[0],))
+
+
+@triton.jit
+def fold_rows(v):
+    """(R, C) -> (C,), likewise."""
+    for _ in tl.static_range(MAX_LEVELS):
+        if v.shape[0] > 1:
+            v = tl.sum(tl.reshape(v, (v.shape[0] // 2, 2, v.shape[1])), axis=1)
+    return tl.reshape(v, (v.shape[1],))
+
+
+@triton.jit(do_not_specialize=["rows", "segments"])
+def sum_segments(partial, out, rows, segments, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(rows, segments) -> (rows,)."""
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_R, BLOCK_C), partial.dtype.element_ty)
+    for first in range(0, segments, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        inside = (r < rows)[:, None] & (c < segments)[None, :]
+        acc += tl.load(partial + (r * segments)[:, None] + c[None, :], mask=inside, other=0.0)
+    tl.store(out + r, fold(acc), mask=r < rows)

@@ -1,0 +1,239 @@
+"""Coupling layers: forward with log-determinant, and backward, over tensors of any dtype and strides."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+from ._math import exp, log_scale, log_scale_slope, neg, resolve
+from ._tiles import fold, load, place, row_offset, scalar, store
+
+
+@triton.jit
+def couple(x, shift, e, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr):
+    """One element; e is e^g forward and e^-g inverse."""
+    if INVERSE:
+        return tl.fma(x, e, neg(shift)) if SHIFT_FIRST else (x - shift) * e
+    else:
+        return (x + shift) * e if SHIFT_FIRST else tl.fma(x, e, shift)
+
+
+@triton.jit(do_not_specialize=["rows", "cols", "segments"])
+def additive_kernel(
+    x, x_at, shift, shift_at, mask, mask_at, y, y_at, sizes, rows, cols, segments,
+    INVERSE: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    row, segment = place(segments, INDEX, BLOCK_R)
+    r = row[:, None]
+    for c0 in range(0, SEGMENT, BLOCK_C):
+        c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
+        inside = (r < rows) & (c < cols * VEC)
+        a = load(x, x_at, sizes, r, c, inside, VEC, dtype)
+        t = load(shift, shift_at, sizes, r, c, inside, VEC, dtype)
+        b = a - t if INVERSE else a + t
+        if mask is not None:
+            b = tl.where(load(mask, mask_at, sizes, r, c, inside, VEC, tl.int1), a, b)
+        store(y, y_at, sizes, r, c, inside, VEC, b)
+
+
+@triton.jit(do_not_specialize=["rows", "cols", "segments", "arg"])
+def forward_kernel(
+    x, x_at, shift, shift_at, scale, scale_at, mask, mask_at, y, y_at, logdet, sizes, rows, cols, segments, arg,
+    MAP: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    arg = scalar(arg, dtype)
+    row, segment = place(segments, INDEX, BLOCK_R)
+    r = row[:, None]
+    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype)
+    for c0 in range(0, SEGMENT, BLOCK_C):
+        c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
+        inside = (r < rows) & (c < cols * VEC)
+        a = load(x, x_at, sizes, r, c, inside, VEC, dtype)
+        t = load(shift, shift_at, sizes, r, c, inside, VEC, dtype)
+        g = log_scale(load(scale, scale_at, sizes, r, c, inside, VEC, dtype), arg, MAP)
+        if INVERSE:
+            g = neg(g)
+        b = couple(a, t, exp(g), SHIFT_FIRST, INVERSE)
+        counts = inside
+        if mask is not None:
+            passes = load(mask, mask_at, sizes, r, c, inside, VEC, tl.int1)
+            b = tl.where(passes, a, b)
+            counts = inside & (passes == 0)
+        store(y, y_at, sizes, r, c, inside, VEC, b)
+        acc += tl.where(counts, g, 0.0)
+    tl.store(logdet + row.to(tl.int64) * segments + segment, fold(acc), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows", "cols", "segments", "arg"])
+def backward_kernel(
+    gl, gl_at, x, x_at, gy, gy_at, shift, shift_at, scale, scale_at, mask, mask_at,
+    gx, gx_at, gshift, gshift_at, gscale, gscale_at, sizes, rows, cols, segments, arg,
+    MAP: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    arg = scalar(arg, dtype)
+    row, segment = place(segments, INDEX, BLOCK_R)
+    r = row[:, None]
+    dlogdet = tl.zeros((BLOCK_R, 1), dtype)
+    if gl is not None:
+        dlogdet = tl.load(gl + row_offset(row, sizes[0], gl_at), mask=row < rows).to(dtype)[:, None]
+    for c0 in range(0, SEGMENT, BLOCK_C):
+        c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
+        inside = (r < rows) & (c < cols * VEC)
+        dy = tl.zeros((BLOCK_R, BLOCK_C), dtype)
+        if gy is not None:
+            dy = load(gy, gy_at, sizes, r, c, inside, VEC, dtype)
+        g, slope = log_scale_slope(load(scale, scale_at, sizes, r, c, inside, VEC, dtype), arg, MAP)
+        dx = dy * exp(neg(g) if INVERSE else g)
+        moved = load(x, x_at, sizes, r, c, inside, VEC, dtype)
+        if SHIFT_FIRST != INVERSE:
+            t = load(shift, shift_at, sizes, r, c, inside, VEC, dtype)
+            moved = moved - t if INVERSE else moved + t
+        dscale = tl.fma(dx, moved, dlogdet)
+        if INVERSE:
+            dshift = neg(dy) if SHIFT_FIRST else neg(dx)
+            dscale = neg(dscale * slope)
+        else:
+            dshift = dx if SHIFT_FIRST else dy
+            dscale = dscale * slope
+        if mask is not None:
+            passes = load(mask, mask_at, sizes, r, c, inside, VEC, tl.int1)
+            dx = tl.where(passes, dy, dx)
+            dshift = tl.where(passes, 0.0, dshift)
+            dscale = tl.where(passes, 0.0, dscale)
+        store(gx, gx_at, sizes, r, c, inside, VEC, dx)
+        if gshift is not None:
+            store(gshift, gshift_at, sizes, r, c, inside, VEC, dshift)
+        store(gscale, gscale_at, sizes, r, c, inside, VEC, dscale)
+
+
+def additive_coupling(x: Tensor, shift: Tensor, mask: Tensor | None, inverse: bool) -> Tensor:
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y
+    tensors = (x, shift, mask, y)
+    space = _launch.collapse(_launch.any_event_dims(tensors), tensors)
+    _launch.over_space(additive_kernel, space, x.device, *_launch.with_strides(tensors, space.at), INVERSE=inverse)
+    return y
+
+
+def affine_coupling(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    scale_map: int,
+    map_arg: float,
+    shift_first: bool,
+    inverse: bool,
+    event_dims: int,
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x)
+    batch = x.shape[: x.dim() - event_dims]
+    sum_dtype = _launch.compute_dtype(x)
+    if x.numel() == 0:
+        return y, x.new_zeros(batch, dtype=sum_dtype)
+    logdet = x.new_empty(batch, dtype=sum_dtype)
+    tensors = (x, shift, scale, mask, y)
+    space = _launch.collapse(event_dims, tensors)
+    segments = _launch.cut(space).segments
+    partial = logdet if segments == 1 else x.new_empty((space.rows, segments), dtype=sum_dtype)
+    _launch.over_space(
+        forward_kernel, space, x.device, *_launch.with_strides(tensors, space.at), partial, arg=_launch.bits(map_arg, sum_dtype),
+        MAP=resolve(scale_map, map_arg), SHIFT_FIRST=shift_first, INVERSE=inverse,
+    )  # fmt: skip
+    if segments > 1:
+        _launch.sum_segments(partial, logdet)
+    return y, logdet
+
+
+def affine_coupling_backward(
+    grad_y: Tensor | None,
+    grad_logdet: Tensor | None,
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    mask: Tensor | None,
+    scale_map: int,
+    map_arg: float,
+    shift_first: bool,
+    inverse: bool,
+    event_dims: int,
+    shift_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    absent = shift_dtype is None
+    grad_shift = x.new_empty(0) if absent else x.new_empty(x.shape, dtype=shift_dtype)
+    grad_scale = torch.empty_like(scale)
+    grad_x = _backward(
+        grad_y, grad_logdet, x, shift, scale, mask, None if absent else grad_shift, grad_scale,
+        scale_map, map_arg, shift_first, inverse, event_dims,
+    )  # fmt: skip
+    return grad_x, grad_shift, grad_scale
+
+
+def affine_coupling_packed(
+    x: Tensor, params: Tensor, mask: Tensor | None, packing: int, dim: int, *options: object
+) -> tuple[Tensor, Tensor]:
+    return affine_coupling(x, *_unpack(params, packing, dim), mask, *options)
+
+
+def affine_coupling_packed_backward(
+    grad_y: Tensor | None,
+    grad_logdet: Tensor | None,
+    x: Tensor,
+    params: Tensor,
+    mask: Tensor | None,
+    packing: int,
+    dim: int,
+    *options: object,
+) -> tuple[Tensor, Tensor]:
+    grad_params = torch.empty_like(params)
+    grads = _unpack(grad_params, packing, dim)
+    return _backward(grad_y, grad_logdet, x, *_unpack(params, packing, dim), mask, *grads, *options), grad_params
+
+
+def _backward(
+    gy: Tensor | None,
+    gl: Tensor | None,
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    mask: Tensor | None,
+    gshift: Tensor | None,
+    gscale: Tensor,
+    scale_map: int,
+    map_arg: float,
+    shift_first: bool,
+    inverse: bool,
+    event_dims: int,
+) -> Tensor:
+    """Writes the parameters' gradients into `gshift` (may be absent) and `gscale`, returns that of x."""
+    gx = torch.empty_like(x)
+    if x.numel() == 0:
+        return gx
+    tensors = (x, gy, shift if shift_first != inverse else None, scale, mask, gx, gshift, gscale)
+    space = _launch.collapse(event_dims, tensors, (gl,))
+    _launch.over_space(
+        backward_kernel, space, x.device, *_launch.with_strides((gl,), space.row_at),
+        *_launch.with_strides(tensors, space.at),
+        arg=_launch.bits(map_arg, _launch.compute_dtype(x)), MAP=resolve(scale_map, map_arg), SHIFT_FIRST=shift_first, INVERSE=inverse,
+    )  # fmt: skip
+    return gx
+
+
+def _unpack(params: Tensor, packing: int, dim: int) -> tuple[Tensor, Tensor]:
+    """The (shift, scale) views of packed parameters; `packing` indexes _schemas.PACKINGS."""
+    half = params.shape[dim] // 2
+    if packing == 2:
+        where = (slice(None),) * dim
+        return params[(*where, slice(0, None, 2))], params[(*where, slice(1, None, 2))]
+    first, second = params.narrow(dim, 0, half), params.narrow(dim, half, half)
+    return (first, second) if packing == 0 else (second, first)

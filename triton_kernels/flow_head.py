@@ -1,0 +1,156 @@
+"""The head of a flow: log-likelihood of the prior at z = h e^log_scale, forward and backward."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._schemas import PRIORS
+from . import _launch
+from ._math import constant, exp, log1p01, neg, tanh
+from ._tiles import col_offset, fold, fold_rows, load, place, row_offset, scalar, store, store_as
+
+GAUSSIAN = tl.constexpr(PRIORS.index("gaussian"))
+LOGISTIC = tl.constexpr(PRIORS.index("logistic"))
+
+
+@triton.jit
+def log_density(z, PRIOR: tl.constexpr):
+    """Without its constant."""
+    if PRIOR == GAUSSIAN:
+        return -0.5 * z * z
+    else:
+        tl.static_assert(PRIOR == LOGISTIC)
+        a = tl.abs(z)
+        return neg(tl.fma(constant(2.0, z), log1p01(exp(neg(a))), a))
+
+
+@triton.jit
+def score(z, PRIOR: tl.constexpr):
+    if PRIOR == GAUSSIAN:
+        return neg(z)
+    else:
+        tl.static_assert(PRIOR == LOGISTIC)
+        return neg(tanh(0.5 * z))
+
+
+@triton.jit(do_not_specialize=["rows", "cols", "segments", "offset"])
+def forward_kernel(
+    h, h_at, log_scale, log_scale_at, out, sizes, rows, cols, segments, offset,
+    PRIOR: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = tl.float64 if h.dtype.element_ty == tl.float64 else tl.float32
+    row, segment = place(segments, INDEX, BLOCK_R)
+    r = row[:, None]
+    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype)
+    for c0 in range(0, SEGMENT, BLOCK_C):
+        c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
+        inside = (r < rows) & (c < cols * VEC)
+        z = load(h, h_at, sizes, r, c, inside, VEC, dtype)
+        if log_scale is not None:
+            at = log_scale + col_offset(c, sizes[1], log_scale_at[1], VEC)
+            s = tl.load(at, mask=c < cols * VEC).to(dtype)
+            term = log_density(z * exp(s), PRIOR) + s
+        else:
+            term = log_density(z, PRIOR)
+        acc += tl.where(inside, term, 0.0)
+    total = fold(acc) + tl.where(segment == 0, scalar(offset, dtype), 0.0)
+    tl.store(out + row.to(tl.int64) * segments + segment, total, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows", "cols", "segments", "block_rows"])
+def backward_kernel(
+    grad, grad_at, h, h_at, log_scale, log_scale_at, gh, gh_at, partial, sizes, rows, cols, segments, block_rows,
+    PRIOR: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """A block of rows x BLOCK_C columns; partial (row blocks, columns) receives the addition to grad_log_scale."""
+    dtype: tl.constexpr = tl.float64 if h.dtype.element_ty == tl.float64 else tl.float32
+    program = tl.program_id(0)
+    block = (program // segments).to(INDEX)
+    col = (program % segments).to(INDEX) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = col[None, :]
+    in_row = c < cols * VEC
+    e = tl.full((1, BLOCK_C), 1.0, dtype)
+    if log_scale is not None:
+        e = exp(tl.load(log_scale + col_offset(c, sizes[1], log_scale_at[1], VEC), mask=in_row).to(dtype))
+    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype)
+    for r0 in range(0, block_rows, BLOCK_R):
+        row = block * block_rows + r0 + tl.arange(0, BLOCK_R)
+        r = row[:, None]
+        inside = (r < rows) & in_row
+        g = tl.load(grad + row_offset(row, sizes[0], grad_at), mask=row < rows).to(dtype)[:, None]
+        z = load(h, h_at, sizes, r, c, inside, VEC, dtype) * e
+        d = score(z, PRIOR)
+        store(gh, gh_at, sizes, r, c, inside, VEC, g * e * d)
+        if log_scale is not None:
+            acc = tl.where(inside, tl.fma(g, tl.fma(d, z, constant(1.0, z)), acc), acc)
+    if log_scale is not None:
+        tl.store(partial + block.to(tl.int64) * cols * VEC + col, fold_rows(acc), mask=col < cols * VEC)
+
+
+@triton.jit(do_not_specialize=["blocks", "cols"])
+def sum_blocks(
+    partial, out, out_at, sizes, blocks, cols, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """(blocks, columns) -> (columns,)."""
+    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    acc = tl.zeros((BLOCK_R, BLOCK_C), partial.dtype.element_ty)
+    for first in range(0, blocks, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        inside = (r < blocks)[:, None] & (c < cols * VEC)[None, :]
+        acc += tl.load(partial + (r.to(tl.int64) * cols * VEC)[:, None] + c[None, :], mask=inside, other=0.0)
+    store_as(out + col_offset(c, sizes[1], out_at[1], VEC), fold_rows(acc), c < cols * VEC)
+
+
+def flow_log_prob(h: Tensor, log_scale: Tensor | None, prior: int) -> Tensor:
+    dtype = _launch.compute_dtype(h)
+    if h.numel() == 0:
+        return h.new_zeros(h.shape[:1], dtype=dtype)
+    out = h.new_empty(h.shape[:1], dtype=dtype)
+    tensors = (h, _rows_of(log_scale, h))
+    space = _launch.collapse(h.dim() - 1, tensors)
+    segments = _launch.cut(space).segments
+    partial = out if segments == 1 else h.new_empty((space.rows, segments), dtype=dtype)
+    offset = -0.5 * math.log(2 * math.pi) * space.cols if prior == GAUSSIAN.value else 0.0
+    _launch.over_space(
+        forward_kernel, space, h.device, *_launch.with_strides(tensors, space.at), partial,
+        offset=_launch.bits(offset, dtype), PRIOR=prior,
+    )  # fmt: skip
+    if segments > 1:
+        _launch.sum_segments(partial, out)
+    return out
+
+
+def flow_log_prob_backward(grad: Tensor, h: Tensor, log_scale: Tensor | None, prior: int) -> tuple[Tensor, Tensor]:
+    gh = torch.empty_like(h)
+    glog_scale = h.new_empty(0) if log_scale is None else torch.empty_like(log_scale)
+    if h.numel() == 0:
+        return gh, glog_scale.zero_()
+    tensors = (h, _rows_of(log_scale, h), gh, None if log_scale is None else _rows_of(glog_scale, h))
+    space = _launch.collapse(h.dim() - 1, tensors, (grad,))
+    blocks = _launch.cut(space)
+    # at most 512 partial sums per column, each of at least 32 rows
+    block_rows = max(blocks.rows, 32, _launch.power_of_two(-(-space.rows // 512)))
+    count = -(-space.rows // block_rows)
+    partial = None if log_scale is None else h.new_empty((count, space.cols), dtype=_launch.compute_dtype(h))
+    _launch.over_space(
+        backward_kernel, space, h.device, grad, space.row_at[0], *_launch.with_strides(tensors[:3], space.at), partial,
+        blocks=blocks.by_rows(space, block_rows), block_rows=block_rows, PRIOR=prior,
+    )  # fmt: skip
+    if log_scale is not None:
+        _launch.launch(
+            sum_blocks, -(-space.cols // 64), h.device, partial, glog_scale, space.at[3], space.sizes, count,
+            space.cols // space.vec, VEC=space.vec, BLOCK_R=16, BLOCK_C=64,
+        )  # fmt: skip
+    return gh, glog_scale
+
+
+def _rows_of(log_scale: Tensor | None, h: Tensor) -> Tensor | None:
+    """The same values in every row of h, without a copy."""
+    return None if log_scale is None else log_scale.expand(h.shape)
