@@ -262,6 +262,8 @@ CASES = [
     ),
     *(_case(name, build, quick=True) for name, build in _main.items()),
     _case("inverse+backward", partial(_plain, inverse=True, backward=True)),
+    _case("small forward", _plain, (64, 32), quick=True),
+    _case("small forward+backward", partial(_plain, backward=True), (64, 32), quick=True),
     _with_peer("forward, exp", partial(_beside_peer, scale_map="exp"), quick=True),
     _with_peer("forward, sigmoid", partial(_beside_peer, scale_map="sigmoid")),
     _with_peer("forward+backward, exp", partial(_beside_peer, scale_map="exp", backward=True), quick=True),
@@ -274,8 +276,6 @@ CASES = [
         )
         for p in PACKINGS
     ),
-    _case("small forward", _plain, (64, 32), quick=True),
-    _case("small forward+backward", partial(_plain, backward=True), (64, 32), quick=True),
     _beside_contiguous("image forward", _strided, (32, 24, 32, 32)),
     _beside_contiguous("image forward+backward", partial(_strided, backward=True), (32, 24, 32, 32)),
     _case("bf16 forward", partial(_plain, dtype=torch.bfloat16)),

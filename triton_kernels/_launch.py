@@ -139,22 +139,25 @@ def bits(value: float, dtype: torch.dtype) -> int:
 
 
 def over_space(
-    kernel: object, space: Space, device: torch.device, *args: object, blocks: Blocks | None = None, **constants: object
+    kernel: object, space: Space, x: Tensor, *args: object, blocks: Blocks | None = None, **constants: object
 ) -> None:
-    """Run a kernel whose signature ends with sizes, rows, cols, segments and the block shapes."""
+    """Run a kernel whose signature ends with sizes, rows, cols, segments and the block shapes; x decides the rest."""
     blocks = blocks or cut(space)
+    # float64: half the elements per thread, for the registers
     launch(
-        kernel, blocks.count, device, *args, sizes=space.sizes, rows=space.rows, cols=space.cols // space.vec,
+        kernel, blocks.count, x.device, *args, num_warps=8 if x.dtype == torch.float64 else 4, sizes=space.sizes, rows=space.rows, cols=space.cols // space.vec,
         segments=blocks.segments, INDEX=tl.int64 if space.wide else tl.int32, VEC=space.vec, BLOCK_R=blocks.rows,
         BLOCK_C=blocks.cols, SEGMENT=blocks.segment, **constants,
     )  # fmt: skip
 
 
-def launch(kernel: object, count: int, device: torch.device, *args: object, **constants: object) -> None:
+def launch(
+    kernel: object, count: int, device: torch.device, *args: object, num_warps: int = 4, **constants: object
+) -> None:
     """Run `count` programs on the tensors' device, with contraction off."""
     guard = contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
     with guard:
-        kernel[(count,)](*args, num_warps=4, enable_fp_fusion=False, **constants)
+        kernel[(count,)](*args, num_warps=num_warps, enable_fp_fusion=False, **constants)
 
 
 def with_strides(tensors: Sequence[Tensor | None], at: Sequence[object]) -> list[object]:

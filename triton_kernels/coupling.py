@@ -121,7 +121,7 @@ def additive_coupling(x: Tensor, shift: Tensor, mask: Tensor | None, inverse: bo
         return y
     tensors = (x, shift, mask, y)
     space = _launch.collapse(_launch.any_event_dims(tensors), tensors)
-    _launch.over_space(additive_kernel, space, x.device, *_launch.with_strides(tensors, space.at), INVERSE=inverse)
+    _launch.over_space(additive_kernel, space, x, *_launch.with_strides(tensors, space.at), INVERSE=inverse)
     return y
 
 
@@ -147,7 +147,7 @@ def affine_coupling(
     segments = _launch.cut(space).segments
     partial = logdet if segments == 1 else x.new_empty((space.rows, segments), dtype=sum_dtype)
     _launch.over_space(
-        forward_kernel, space, x.device, *_launch.with_strides(tensors, space.at), partial, arg=_launch.bits(map_arg, sum_dtype),
+        forward_kernel, space, x, *_launch.with_strides(tensors, space.at), partial, arg=_launch.bits(map_arg, sum_dtype),
         MAP=resolve(scale_map, map_arg), SHIFT_FIRST=shift_first, INVERSE=inverse,
     )  # fmt: skip
     if segments > 1:
@@ -222,7 +222,7 @@ def _backward(
     tensors = (x, gy, shift if shift_first != inverse else None, scale, mask, gx, gshift, gscale)
     space = _launch.collapse(event_dims, tensors, (gl,))
     _launch.over_space(
-        backward_kernel, space, x.device, *_launch.with_strides((gl,), space.row_at),
+        backward_kernel, space, x, *_launch.with_strides((gl,), space.row_at),
         *_launch.with_strides(tensors, space.at),
         arg=_launch.bits(map_arg, _launch.compute_dtype(x)), MAP=resolve(scale_map, map_arg), SHIFT_FIRST=shift_first, INVERSE=inverse,
     )  # fmt: skip

@@ -119,7 +119,7 @@ def flow_log_prob(h: Tensor, log_scale: Tensor | None, prior: int) -> Tensor:
     partial = out if segments == 1 else h.new_empty((space.rows, segments), dtype=dtype)
     offset = -0.5 * math.log(2 * math.pi) * space.cols if prior == GAUSSIAN.value else 0.0
     _launch.over_space(
-        forward_kernel, space, h.device, *_launch.with_strides(tensors, space.at), partial,
+        forward_kernel, space, h, *_launch.with_strides(tensors, space.at), partial,
         offset=_launch.bits(offset, dtype), PRIOR=prior,
     )  # fmt: skip
     if segments > 1:
@@ -140,7 +140,7 @@ def flow_log_prob_backward(grad: Tensor, h: Tensor, log_scale: Tensor | None, pr
     count = -(-space.rows // block_rows)
     partial = None if log_scale is None else h.new_empty((count, space.cols), dtype=_launch.compute_dtype(h))
     _launch.over_space(
-        backward_kernel, space, h.device, grad, space.row_at[0], *_launch.with_strides(tensors[:3], space.at), partial,
+        backward_kernel, space, h, grad, space.row_at[0], *_launch.with_strides(tensors[:3], space.at), partial,
         blocks=blocks.by_rows(space, block_rows), block_rows=block_rows, PRIOR=prior,
     )  # fmt: skip
     if log_scale is not None:

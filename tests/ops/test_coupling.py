@@ -172,6 +172,10 @@ def test_additive(dtype, inverse):
         x, shift, _ = inputs(shape, dtype)
         y = ops.additive_coupling(x, shift, inverse=inverse)
         testing.assert_same_bits(y, (x - shift) if inverse else (x + shift))
+    for layout in testing.LAYOUTS:
+        x, shift, _ = inputs((6, 5, 4, 10), dtype)
+        y = ops.additive_coupling(testing.laid_out(x, layout), shift)
+        assert y.stride() == torch.empty_like(testing.laid_out(x, layout)).stride(), layout
     x, shift, _ = inputs((6, 10), dtype, torch.float32)
     mask = torch.arange(10) % 3 == 0
     y = ops.additive_coupling(x.requires_grad_(), shift.requires_grad_(), inverse=inverse, mask=mask)
