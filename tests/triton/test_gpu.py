@@ -1,0 +1,256 @@
+"""On a GPU: the bits of the C++ kernels, of every backend, of every run, batch and graph replay."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import pyflow
+from pyflow import _backend, ops, testing
+from pyflow._schemas import PACKINGS, PRIORS, SCALE_MAPS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(bool(why), reason=f"{name}: {why}"))
+    for name, why in _backend.status().items()
+    if name in ("triton", "cuda")
+]
+FORMS = list(itertools.product((False, True), repeat=2))
+MAPS = [(name, {}) for name in SCALE_MAPS] + [("sigmoid", {"eps": 1e-3}), ("softplus", {"eps": 1e-2})]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SHAPES = [(3, 1), (65, 3), (33, 37), (16, 392), (7, 1000), (5, 2049), (3, 9001), (2, 50001)]
+
+
+@pytest.fixture(params=BACKENDS)
+def gpu(request):
+    with pyflow.backend(request.param):
+        yield request.param
+
+
+def draw(*shape, dtype=torch.float32, seed=0, spread=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (spread * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def run(backend, function, leaves, device):
+    """Outputs and gradients, back on the CPU, with the strides they had."""
+    leaves = [v.to(device).requires_grad_() for v in leaves]
+    with pyflow.backend(backend):
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        weights = [draw(*o.shape, dtype=o.dtype, seed=9).to(device) for o in outputs]
+        grads = torch.autograd.grad(outputs, leaves, weights)
+    return [v.detach().cpu() for v in (*outputs, *grads)]
+
+
+def compare(gpu, function, leaves, sums=()):
+    """Bits of the C++ kernels; results at `sums`, and all of float64, within rounding."""
+    got = run(gpu, function, leaves, "cuda")
+    for i, (a, b) in enumerate(zip(got, run("auto", function, leaves, "cpu"))):
+        assert a.stride() == b.stride() and a.dtype == b.dtype, f"output {i}"
+        if leaves[0].dtype == torch.float64:
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        elif i in sums:
+            size = 1 + b.double().abs()
+            testing.assert_within(a, b.double(), (2e-5 + testing.UNIT[a.dtype]) * size, f"output {i}")
+        elif _backend.cpu_missing is None:
+            testing.assert_same_bits(a, b, f"output {i}")
+    return got
+
+
+def affine(**keywords):
+    return lambda x, t, s: ops.affine_coupling(x, t, s, **keywords)
+
+
+@pytest.mark.parametrize("inverse, first", FORMS)
+@pytest.mark.parametrize("scale_map, options", MAPS)
+def test_maps_and_forms(gpu, scale_map, options, inverse, first):
+    leaves = [draw(257, 392), draw(257, 392, seed=1), draw(257, 392, seed=2, spread=3.0)]
+    compare(gpu, affine(scale_map=scale_map, inverse=inverse, shift_first=first, **options), leaves, sums=(1,))
+
+
+@pytest.mark.parametrize("scale_map, options", MAPS)
+def test_every_magnitude(gpu, scale_map, options):
+    # one float in 4096, so all exponents, both signs, infinities and NaN
+    bits = torch.arange(-(2**31), 2**31, 4096, dtype=torch.int64).to(torch.int32)
+    scale = bits.view(torch.float32).reshape(-1, 64)
+    one = torch.ones_like(scale)
+    for inverse in (False, True):
+        function = affine(scale_map=scale_map, inverse=inverse, event_dims=0, **options)
+        got, want = (
+            [v.cpu() for v in function(*(v.to(device) for v in (one, one, scale)))] for device in ("cuda", "cpu")
+        )
+        if _backend.cpu_missing is None:
+            for a, b in zip(got, want):
+                testing.assert_same_bits(a + 0, b + 0, scale_map)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype, param_dtype", itertools.product(DTYPES, DTYPES))
+def test_dtypes_and_sizes(gpu, shape, dtype, param_dtype):
+    leaves = [draw(*shape, dtype=dtype), draw(*shape, dtype=param_dtype, seed=1), draw(*shape, dtype=param_dtype, seed=2)]
+    mask = (draw(*shape, seed=3) > 0.3).cuda()
+    compare(gpu, affine(scale_map="tanh"), leaves, sums=(1,))
+    compare(gpu, lambda x, t, s: affine(inverse=True, mask=mask.to(x.device))(x, t, s), leaves, sums=(1,))
+    compare(gpu, lambda x, t: ops.additive_coupling(x, t), leaves[:2])
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("event_dims", [0, 1, 3])
+def test_layouts(gpu, layout, event_dims):
+    leaves = [testing.laid_out(draw(6, 5, 7, 12, seed=i), layout) for i in range(3)]
+    function = lambda *v: affine(scale_map="atan", event_dims=event_dims)(*(testing.laid_out(u, layout) for u in v))  # noqa: E731
+    compare(gpu, function, leaves, sums=(1,))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_packings(gpu, packing, dim):
+    shape = (4, 6, 5, 8)
+    doubled = tuple(n * (1 + (d == dim)) for d, n in enumerate(shape))
+    for inverse, first in FORMS:
+        options = dict(packing=packing, dim=dim, scale_map="tanh", inverse=inverse, shift_first=first)
+        function = lambda x, p: ops.affine_coupling_packed(x, p, **options)  # noqa: B023, E731
+        compare(gpu, function, [draw(*shape), draw(*doubled, seed=1)], sums=(1,))
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_flow_head(gpu, prior, dtype, scaled):
+    for shape in [*SHAPES, (5, 3, 8, 8), (2000, 64), (9,), (0, 4), (4, 0)]:
+        leaves = [draw(*shape, dtype=dtype), 0.3 * draw(*shape[1:], dtype=dtype, seed=1)][: 1 + scaled]
+        compare(gpu, lambda *v: ops.flow_log_prob(*v, prior=prior), leaves, sums=(0, 2))
+
+
+@pytest.mark.skipif(bool(_backend.status()["cuda"] or _backend.status()["triton"]), reason="needs Triton and the CUDA kernels")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_triton_and_cuda_agree_even_in_sums(shape):
+    leaves = [draw(*shape, seed=i) for i in range(3)]
+    strided = [torch.cat((v, v), 1)[:, ::2] if shape[1] > 1 else v for v in leaves]
+    functions = [affine(scale_map="tanh"), affine(scale_map="softplus", inverse=True)]
+    functions += [lambda h, *_: ops.flow_log_prob(h, prior=prior) for prior in PRIORS]
+    for function, inputs in itertools.product(functions, (leaves, strided)):
+        with torch.no_grad():
+            results = []
+            for backend in ("triton", "cuda"):
+                with pyflow.backend(backend):
+                    out = function(*(v.cuda() for v in inputs))
+                    results.append(out if isinstance(out, tuple) else (out,))
+        for a, b in zip(*results):
+            testing.assert_same_bits(a + 0, b + 0)
+
+
+def test_same_bits_in_every_run_and_batch(gpu):
+    for cols in (3, 37, 392, 3000, 9001):
+        x, shift, scale = (draw(300, cols, seed=i).cuda() for i in range(3))
+        whole = ops.affine_coupling(x, shift, scale)
+        head = ops.flow_log_prob(x)
+        for a, b in zip(whole, ops.affine_coupling(x, shift, scale)):
+            testing.assert_same_bits(a, b)
+        for rows in (slice(0, 1), slice(0, 7), slice(123, 200), slice(1, None)):
+            for a, b in zip(whole, ops.affine_coupling(x[rows], shift[rows], scale[rows])):
+                testing.assert_same_bits(a[rows], b)
+            testing.assert_same_bits(head[rows], ops.flow_log_prob(x[rows]))
+        log_scale = draw(cols, seed=4).cuda().requires_grad_()
+        grads = [torch.autograd.grad(ops.flow_log_prob(x, log_scale).sum(), log_scale)[0] for _ in range(2)]
+        testing.assert_same_bits(*grads)
+
+
+def test_a_row_has_the_same_sum_in_any_layout(gpu):
+    x, shift, scale = (draw(20, 1000, seed=i).cuda() for i in range(3))
+    _, logdet = ops.affine_coupling(x, shift, scale, scale_map="tanh")
+    wide = torch.zeros(20, 2000, device="cuda")
+    wide[:, 1::2] = scale
+    testing.assert_same_bits(logdet, ops.affine_coupling(x, shift, wide[:, 1::2], scale_map="tanh")[1])
+    shifted = torch.zeros(20 * 1000 + 1, device="cuda")[1:].view(20, 1000).copy_(scale)
+    testing.assert_same_bits(logdet, ops.affine_coupling(x, shift, shifted, scale_map="tanh")[1])
+
+
+def test_works_in_a_cuda_graph_and_never_waits(gpu):
+    leaves = [draw(64, 9001, seed=i).cuda() for i in range(3)]
+    log_scale = draw(9001, seed=3).cuda()
+    params = torch.cat(leaves[1:], 1)
+
+    def step():
+        y, logdet = ops.affine_coupling(*leaves, scale_map="tanh")
+        z, again = ops.affine_coupling_packed(y, params, scale_map="sigmoid", inverse=True)
+        z = ops.additive_coupling(z, leaves[1])
+        return z, logdet + again + ops.flow_log_prob(z, log_scale, prior="logistic")
+
+    wanted = step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for a, b in zip(captured, wanted):
+        testing.assert_same_bits(a, b)
+    for v in leaves:
+        v.mul_(0.5)
+    params.mul_(0.5)
+    graph.replay()
+    for a, b in zip(captured, step()):
+        testing.assert_same_bits(a, b)
+
+
+def test_compiles_without_a_break(gpu):
+    leaves = [draw(32, 100, seed=i).cuda().requires_grad_() for i in range(3)]
+
+    def loss(x, shift, scale):
+        y, logdet = ops.affine_coupling(x, shift, scale, scale_map="tanh")
+        return ops.flow_log_prob(y).sum() + logdet.sum()
+
+    eager = torch.autograd.grad(loss(*leaves), leaves)
+    fused = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    for a, b in zip(eager, fused):
+        testing.assert_same_bits(a, b)
+
+
+def test_unwritten_memory_is_never_read(gpu):
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        for shape in SHAPES:
+            leaves = [draw(*shape, seed=i) for i in range(3)]
+            for v in run(gpu, affine(scale_map="tanh"), leaves, "cuda"):
+                assert not v.isnan().any(), shape
+            for v in run(gpu, lambda h, s: ops.flow_log_prob(h, s[0]), leaves[:2], "cuda"):
+                assert not v.isnan().any(), shape
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_runs_on_the_tensors_device(gpu):
+    leaves = [draw(9, 100, seed=i) for i in range(3)]
+    assert torch.cuda.current_device() == 0
+    y, logdet = ops.affine_coupling(*(v.to("cuda:1") for v in leaves))
+    assert y.device.index == logdet.device.index == 1 and torch.cuda.current_device() == 0
+    testing.assert_same_bits(y, ops.affine_coupling(*(v.to("cuda:0") for v in leaves))[0].to("cuda:1"))
+
+
+def test_more_elements_than_an_int32_counts(gpu):
+    count = 2**31 + 4096
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    for shape in [(1, count), (count // 64, 64), (3, count // 2)]:
+        x = torch.ones(shape, dtype=torch.bfloat16, device="cuda")
+        x[-1, -5:] = 3
+        shift = torch.full((1, 1), 0.5, device="cuda").expand(shape)
+        scale = torch.full((1, 1), 2.0**-20, device="cuda").expand(shape)
+        y, logdet = ops.affine_coupling(x, shift, scale)
+        assert y[0, :5].eq(1.5).all() and y[-1, -5:].eq(3.5).all() and y[-1, -6] == 1.5
+        torch.testing.assert_close(logdet.double(), torch.full_like(logdet, shape[1] * 2.0**-20).double())
+        del y
+        y = ops.additive_coupling(x, shift)
+        assert y[0, :5].eq(1.5).all() and y[-1, -5:].eq(3.5).all() and y[-1, -6] == 1.5
+        del x, y
