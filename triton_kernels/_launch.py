@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import struct
 from collections.abc import Sequence
@@ -145,9 +144,10 @@ def over_space(
     blocks = blocks or cut(space)
     # float64: half the elements per thread, for the registers
     launch(
-        kernel, blocks.count, x.device, *args, num_warps=8 if x.dtype == torch.float64 else 4, sizes=space.sizes, rows=space.rows, cols=space.cols // space.vec,
-        segments=blocks.segments, INDEX=tl.int64 if space.wide else tl.int32, VEC=space.vec, BLOCK_R=blocks.rows,
-        BLOCK_C=blocks.cols, SEGMENT=blocks.segment, **constants,
+        kernel, blocks.count, x.device, *args, num_warps=8 if x.dtype == torch.float64 else 4, sizes=space.sizes,
+        rows=space.rows, cols=space.cols // space.vec, segments=blocks.segments,
+        INDEX=tl.int64 if space.wide else tl.int32, VEC=space.vec, BLOCK_R=blocks.rows, BLOCK_C=blocks.cols,
+        SEGMENT=blocks.segment, **constants,
     )  # fmt: skip
 
 
@@ -155,9 +155,12 @@ def launch(
     kernel: object, count: int, device: torch.device, *args: object, num_warps: int = 4, **constants: object
 ) -> None:
     """Run `count` programs on the tensors' device, with contraction off."""
-    guard = contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
-    with guard:
-        kernel[(count,)](*args, num_warps=num_warps, enable_fp_fusion=False, **constants)
+    options = {"num_warps": num_warps, "enable_fp_fusion": False, **constants}
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        kernel[(count,)](*args, **options)
+    else:
+        with torch.cuda.device(device):
+            kernel[(count,)](*args, **options)
 
 
 def with_strides(tensors: Sequence[Tensor | None], at: Sequence[object]) -> list[object]:

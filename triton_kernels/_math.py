@@ -30,6 +30,8 @@ LN2_LO = tl.constexpr(1.42860677e-6)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to nearest even
 ROUND_BITS = tl.constexpr(0x4B400000)
 SMALLEST = tl.constexpr(2.0**-126)  # normal number; anything below would be a float64 literal
+BITS_OF_20 = tl.constexpr(0x41A00000)
+BITS_OF_104 = tl.constexpr(0x42D00000)
 SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 
 
@@ -99,16 +101,22 @@ def pow2(k):
 
 
 @triton.jit
+def clamp_magnitude(x, LIMIT_BITS: tl.constexpr):
+    """min(|x|, limit) with the sign of x; NaN becomes the limit."""
+    i = bits(x)
+    return from_bits(tl.minimum(i & 0x7FFFFFFF, LIMIT_BITS) | (i & -0x80000000))
+
+
+@triton.jit
 def exp(x):
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
-        x = tl.where(x < -104.0, -104.0, x)
-        x = tl.where(x > 89.0, 89.0, x)
-        m, k = expm1_reduced(x)
+        m, k = expm1_reduced(clamp_magnitude(x, BITS_OF_104))
         p = 1.0 + m
         half = k >> 1
-        return p * pow2(half) * pow2(k - half)
+        y = p * pow2(half) * pow2(k - half)
+        return tl.where(x == x, y, x)
 
 
 @triton.jit
@@ -178,9 +186,7 @@ def tanh(x):
         t = m / (m + 2.0)
         return tl.where(x < 0.0, neg(t), tl.where(x == 0.0, x, t))
     else:
-        y = 2.0 * a
-        y = tl.where(y > 20.0, 20.0, y)
-        m, k = expm1_reduced(y)
+        m, k = expm1_reduced(clamp_magnitude(2.0 * a, BITS_OF_20))
         e = (1.0 + m) * pow2(k)
         large = 1.0 - div(constant(2.0, x), e + 1.0)
         z = a * a
@@ -188,7 +194,7 @@ def tanh(x):
         p = tl.fma(p, z, 0.13320907950401306)
         p = tl.fma(p, z, -0.33332955837249756)
         small = tl.fma(z * a, p, a)
-        return copysign(tl.where(a < 0.55, small, large), x)
+        return copysign(tl.where(a >= 0.55, large, small), x)
 
 
 @triton.jit

@@ -147,8 +147,8 @@ def affine_coupling(
     segments = _launch.cut(space).segments
     partial = logdet if segments == 1 else x.new_empty((space.rows, segments), dtype=sum_dtype)
     _launch.over_space(
-        forward_kernel, space, x, *_launch.with_strides(tensors, space.at), partial, arg=_launch.bits(map_arg, sum_dtype),
-        MAP=resolve(scale_map, map_arg), SHIFT_FIRST=shift_first, INVERSE=inverse,
+        forward_kernel, space, x, *_launch.with_strides(tensors, space.at), partial,
+        arg=_launch.bits(map_arg, sum_dtype), MAP=resolve(scale_map, map_arg), SHIFT_FIRST=shift_first, INVERSE=inverse,
     )  # fmt: skip
     if segments > 1:
         _launch.sum_segments(partial, logdet)
@@ -222,9 +222,9 @@ def _backward(
     tensors = (x, gy, shift if shift_first != inverse else None, scale, mask, gx, gshift, gscale)
     space = _launch.collapse(event_dims, tensors, (gl,))
     _launch.over_space(
-        backward_kernel, space, x, *_launch.with_strides((gl,), space.row_at),
-        *_launch.with_strides(tensors, space.at),
-        arg=_launch.bits(map_arg, _launch.compute_dtype(x)), MAP=resolve(scale_map, map_arg), SHIFT_FIRST=shift_first, INVERSE=inverse,
+        backward_kernel, space, x, gl, space.row_at[0], *_launch.with_strides(tensors, space.at),
+        arg=_launch.bits(map_arg, _launch.compute_dtype(x)), MAP=resolve(scale_map, map_arg),
+        SHIFT_FIRST=shift_first, INVERSE=inverse,
     )  # fmt: skip
     return gx
 

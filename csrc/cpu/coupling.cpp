@@ -151,14 +151,20 @@ void forward_unit(const CouplingForward& a, const Tile& unit, int64_t segment) {
     const Tile t{unit.row, unit.rows, unit.col + c0, cols};
     const Tile next{t.row + 1, 1, t.col, t.cols};
     const View* const inputs[] = {&a.x, &a.shift, &a.scale};
-    for (const View* v : inputs) prefetch<T>(s, *v, next);
+    for (const View* v : inputs) prefetch(s, *v, next);
     Chunk<T> c{};
     c.n = t.count();
     c.x = load(s, a.x, t, x);
-    c.shift = load(s, a.shift, t, shift);
     c.y = target(s, a.y, t, y);
+    if (a.affine && interleaved<T>(s, a.shift, a.scale)) {
+      load_pair(s, a.shift, t, shift, scale);
+      c.shift = shift;
+      c.scale = scale;
+    } else {
+      c.shift = load(s, a.shift, t, shift);
+      if (a.affine) c.scale = load(s, a.scale, t, scale);
+    }
     if (a.affine) {
-      c.scale = load(s, a.scale, t, scale);
       c.g = g;
       c.e = e;
       map_chunk<false>(c, a);
@@ -204,8 +210,8 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
     const Tile next{t.row + 1, 1, t.col, t.cols};
     const View* const inputs[] = {&a.x, &a.shift, &a.scale, &a.gy};
     const View* const outputs[] = {&a.gx, &a.gshift, &a.gscale};
-    for (const View* v : inputs) prefetch<T>(s, *v, next);
-    for (const View* v : outputs) prefetch<T, true>(s, *v, next);
+    for (const View* v : inputs) prefetch(s, *v, next);
+    for (const View* v : outputs) prefetch<true>(s, *v, next);
     Chunk<T> c{};
     c.n = t.count();
     c.x = load(s, a.x, t, x);
@@ -234,9 +240,10 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
       blank(m, c.gscale, c.n);
     }
     store(s, a.gx, t, c.gx);
-    if (a.gshift.data) {
-      store_pair(s, a.gshift, a.gscale, t, c.gshift, c.gscale);
+    if (a.gshift.data && interleaved<T>(s, a.gshift, a.gscale)) {
+      store_pair(s, a.gshift, t, c.gshift, c.gscale);
     } else {
+      if (a.gshift.data) store(s, a.gshift, t, c.gshift);
       store(s, a.gscale, t, c.gscale);
     }
   }
@@ -248,6 +255,7 @@ void coupling_forward(const CouplingForward& a, int64_t begin, int64_t end) {
     const int64_t segment = u % a.plan.segments;
     a.f64 ? forward_unit<double>(a, t, segment) : forward_unit<float>(a, t, segment);
   }
+  stream_fence();
 }
 
 void coupling_backward(const CouplingBackward& a, int64_t begin, int64_t end) {
@@ -255,6 +263,7 @@ void coupling_backward(const CouplingBackward& a, int64_t begin, int64_t end) {
     const Tile t = unit_tile(a, u);
     a.f64 ? backward_unit<double>(a, t) : backward_unit<float>(a, t);
   }
+  stream_fence();
 }
 
 }  // namespace pyflow::PYFLOW_ISA

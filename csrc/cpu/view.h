@@ -22,6 +22,7 @@ struct Space {
 struct View {
   char* data = nullptr;  // null: the tensor is absent
   DType dtype = DType::f32;
+  bool stream = false;   // written past the caches, see stream.h
   int64_t stride[kMaxDims] = {};  // in elements, same dims as the Space
 };
 

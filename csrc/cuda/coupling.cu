@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward(const __grid_constant__ 
     const auto x = load<N, T>(a.space, a.x, p);
     const auto scale = load<N, T>(a.space, a.scale, p);
     Group<T, N> shift{}, gy{}, gx, gshift, gscale;
-    if (a.shift.data) shift = load<N, T>(a.space, a.shift, p);
+    if (a.shift_first != a.inverse) shift = load<N, T>(a.space, a.shift, p);
     if (a.gy.data) gy = load<N, T>(a.space, a.gy, p);
     const unsigned passes = load_mask<N>(a.space, a.mask, p);
     const T gl = a.gl.data && p.inside ? read<T>(a.gl, row_offset(a.space, a.gl, p.row)) : T(0);

@@ -40,6 +40,7 @@ std::tuple<Tensor, Tensor> run_forward(CouplingForward& a, Layout& layout, const
   const ScalarType sum_dtype = a.f64 ? ScalarType::Double : ScalarType::Float;
   Tensor y = new_like(x);
   layout.add(a.y, y);
+  a.y.stream = streams(y);
   if (mask) layout.add(a.mask, *mask);
   a.space = layout.merge();
   a.plan = plan_of(a.space, layout.flat());
@@ -111,6 +112,7 @@ Tensor run_backward(CouplingBackward& a, Layout& layout, const std::optional<Ten
                     const std::optional<Tensor>& gl, const Tensor& x, const std::optional<Tensor>& mask) {
   Tensor gx = new_like(x);
   layout.add(a.gx, gx);
+  a.gx.stream = streams(gx);
   if (gy) layout.add(a.gy, *gy);
   if (gl) layout.add_rows(a.gl, *gl);
   if (mask) layout.add(a.mask, *mask);
@@ -140,6 +142,8 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(
   layout.add(a.scale, scale);
   if (shift_dtype) layout.add(a.gshift, gshift);
   layout.add(a.gscale, gscale);
+  a.gshift.stream = streams(gshift);
+  a.gscale.stream = streams(gscale);
   Tensor gx = run_backward(a, layout, gy, gl, x, mask);
   return {gx, gshift, gscale};
 }
@@ -154,10 +158,11 @@ std::tuple<Tensor, Tensor> affine_coupling_packed_backward(
   set_map(a, {scale_map, map_arg, shift_first, inverse}, x);
   Tensor gparams = new_like(params);
   layout.add(a.x, x);
-  layout.add_slice(a.shift, params, dim, p.shift_offset, p.step);
+  if (shift_first != inverse) layout.add_slice(a.shift, params, dim, p.shift_offset, p.step);
   layout.add_slice(a.scale, params, dim, p.scale_offset, p.step);
   layout.add_slice(a.gshift, gparams, dim, p.shift_offset, p.step);
   layout.add_slice(a.gscale, gparams, dim, p.scale_offset, p.step);
+  a.gshift.stream = a.gscale.stream = streams(gparams);
   Tensor gx = run_backward(a, layout, gy, gl, x, mask);
   return {gx, gparams};
 }

@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "../cpu/stream.h"
 #include "../cpu/view.h"
 
 namespace pyflow {
@@ -59,6 +60,9 @@ class Layout {
 
 // uninitialised, with the strides torch.empty_like gives
 Tensor new_like(const Tensor& t);
+// whether an output is too large for the caches
+inline bool streams(const Tensor& t) { return t.numel() * int64_t(t.element_size()) >= kStreamBytes; }
+
 // contiguous
 Tensor new_empty(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType dtype);
 

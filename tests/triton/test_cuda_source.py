@@ -48,6 +48,7 @@ def test_compiles_without_spills(source, tmp_path):
     assert {target for _, target in kernels} == set(TARGETS)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert len(frames) >= len(kernels)
-    assert set(frames) == {("0", "0", "0")}, "\n".join(line for line in log.splitlines() if "stack frame" in line or "entry" in line)
+    facts = [line for line in log.splitlines() if "stack frame" in line or "entry" in line]
+    assert set(frames) == {("0", "0", "0")}, "\n".join(facts)
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     assert max(registers) <= 128, registers  # two blocks of 256 threads per multiprocessor

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 FILE = Path(__file__).with_name("under_interpreter.py")
-# by name, so that two processes share the work
+# by name, so that a failure is found again quickly
 PARTS = {"coupling": "not flow_head and not dtypes", "dtypes and flow head": "flow_head or dtypes"}
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_kernels_under_the_interpreter(part):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", PARTS[part], str(FILE)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", PARTS[part], str(FILE)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment.pop("PYFLOW_BACKEND", None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=FILE.parent.parent.parent)

@@ -192,7 +192,9 @@ def test_masks_broadcast():
             testing.assert_same_bits(a, b)
 
 
-@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (1, 1), (9,), (2, 1), (65, 3), (1, 513), (3, 1000), (2, 9001), (1, 20011)])
+@pytest.mark.parametrize(
+    "shape", [(0, 4), (4, 0), (1, 1), (9,), (2, 1), (65, 3), (1, 513), (3, 1000), (2, 9001), (1, 20011)]
+)
 def test_sizes(shape):
     leaves = [draw(shape, seed=i) for i in range(3)]
     compare(lambda x, t, s: ops.affine_coupling(x, t, s, scale_map="atan"), leaves, sums=(1,), error=2e-4)
