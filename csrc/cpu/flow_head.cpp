@@ -5,24 +5,49 @@
 
 namespace pyflow::PYFLOW_ISA {
 
-// e = exp(log_scale) of a chunk of columns, shared by every row of the block
+// a unit's rows and columns
+Tile block_of(const FlowHeadArgs& a, int64_t unit) {
+  const int64_t row = unit / a.segments * kHeadRows;
+  const int64_t col = unit % a.segments * kHeadSegment;
+  return {row, a.space.rows - row < kHeadRows ? a.space.rows - row : kHeadRows, col,
+          a.space.cols - col < kHeadSegment ? a.space.cols - col : kHeadSegment};
+}
+
+// e = exp(log_scale) of the block's columns, for all of its rows; returns the sum of log_scale
 template <class T>
-void exp_chunk(const T* __restrict log_scale, T* __restrict e, int64_t n) {
+double exp_columns(const FlowHeadArgs& a, const Tile& b, T* __restrict e) {
+  if (!a.log_scale.data) {
+    for (int64_t i = 0; i < b.cols; ++i) e[i] = T(1);
+    return -0.0;
+  }
+  alignas(64) T buffer[kHeadSegment];
+  const T* __restrict log_scale = load(a.space, a.log_scale, {b.row, 1, b.col, b.cols}, buffer);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) e[i] = exp_(log_scale[i]);
+  for (int64_t i = 0; i < b.cols; ++i) e[i] = exp_(log_scale[i]);
+  double total = -0.0;
+  for (int64_t i = 0; i < b.cols; i += kChunk) {
+    total += double(lane_sum(log_scale + i, b.cols - i < kChunk ? b.cols - i : kChunk));
+  }
+  return total;
 }
 
+// the sum of n <= kChunk densities, in the order of lane_sum
 template <Prior P, class T>
-void density_chunk(const T* __restrict h, const T* __restrict log_scale, const T* __restrict e,
-                   T* __restrict out, int64_t n) {
+T sum_density(const T* __restrict h, const T* __restrict e, int64_t n) {
+  T lane[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = prior_log_density<P>(h[i] * e[i]) + log_scale[i];
+    for (int j = 0; j < 16; ++j) lane[j] += prior_log_density<P>(h[i + j] * e[i + j]);
+  }
+  for (int j = 0; i + j < n; ++j) lane[j] += prior_log_density<P>(h[i + j] * e[i + j]);
+  return lane_sum(lane, 16);
 }
 
-// gh and the row's addition to the gradient of log_scale
+// gh, and the row's addition to the gradient of log_scale
 template <Prior P, class T>
-void score_chunk(const T* __restrict h, const T* __restrict e, T grad, T* __restrict gh, T* __restrict sum,
-                 int64_t n) {
+void score_row(const T* __restrict h, const T* __restrict e, T grad, T* __restrict gh, T* __restrict sum,
+               int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const T z = h[i] * e[i];
@@ -32,69 +57,44 @@ void score_chunk(const T* __restrict h, const T* __restrict e, T grad, T* __rest
   }
 }
 
-struct Block {
-  int64_t row, rows, col, cols;
-};
-
-Block block_of(const FlowHeadArgs& a, int64_t unit) {
-  const int64_t row = unit / a.segments * kHeadRows;
-  const int64_t col = unit % a.segments * kSegment;
-  return {row, a.space.rows - row < kHeadRows ? a.space.rows - row : kHeadRows, col,
-          a.space.cols - col < kSegment ? a.space.cols - col : kSegment};
-}
-
-template <class T>
-void scale_of(const FlowHeadArgs& a, const Tile& t, T* log_scale, T* e) {
-  if (a.log_scale.data) {
-    const T* values = load(a.space, a.log_scale, t, log_scale);
-    exp_chunk(values, e, t.cols);
-    for (int64_t i = 0; values != log_scale && i < t.cols; ++i) log_scale[i] = values[i];
-  } else {
-    for (int64_t i = 0; i < t.cols; ++i) log_scale[i] = T(0);
-    for (int64_t i = 0; i < t.cols; ++i) e[i] = T(1);
+template <Prior P, class T>
+void forward_block(const FlowHeadForward& a, const Tile& b, int64_t segment) {
+  alignas(64) T buffer[kHeadSegment], e[kHeadSegment];
+  const double constant = exp_columns(a, b, e) + double(b.cols) * kPriorConstant<P>;
+  for (int64_t r = b.row; r < b.row + b.rows; ++r) {
+    prefetch(a.space, a.h, {r + 1, 1, b.col, b.cols});
+    const T* h = load(a.space, a.h, {r, 1, b.col, b.cols}, buffer);
+    double total = constant;
+    for (int64_t i = 0; i < b.cols; i += kChunk) {
+      total += double(sum_density<P>(h + i, e + i, b.cols - i < kChunk ? b.cols - i : kChunk));
+    }
+    a.partial[r * a.segments + segment] = total;
   }
 }
 
 template <Prior P, class T>
-void forward_block(const FlowHeadForward& a, const Block& b, int64_t segment) {
-  alignas(64) T h[kChunk], log_scale[kChunk], e[kChunk], terms[kChunk];
-  double total[kHeadRows] = {};
-  for (int64_t c0 = 0; c0 < b.cols; c0 += kChunk) {
-    const int64_t n = b.cols - c0 < kChunk ? b.cols - c0 : kChunk;
-    scale_of(a, {b.row, 1, b.col + c0, n}, log_scale, e);
-    for (int64_t r = 0; r < b.rows; ++r) {
-      const T* values = load(a.space, a.h, {b.row + r, 1, b.col + c0, n}, h);
-      density_chunk<P>(values, log_scale, e, terms, n);
-      total[r] += double(lane_sum(terms, n)) + double(n) * kPriorConstant<P>;
-    }
+void backward_block(const FlowHeadBackward& a, const Tile& b) {
+  alignas(64) T h[kHeadSegment], e[kHeadSegment], gh[kHeadSegment], sum[kHeadSegment];
+  exp_columns(a, b, e);
+  for (int64_t i = 0; i < b.cols; ++i) sum[i] = T(0);
+  for (int64_t r = b.row; r < b.row + b.rows; ++r) {
+    const Tile t{r, 1, b.col, b.cols}, next{r + 1, 1, b.col, b.cols};
+    prefetch(a.space, a.h, next);
+    prefetch<true>(a.space, a.gh, next);
+    T grad;
+    read_typed(a.grad, row_offset(a.space, a.grad, r), 1, 1, &grad);
+    T* out = target(a.space, a.gh, t, gh);
+    score_row<P>(load(a.space, a.h, t, h), e, grad, out, sum, b.cols);
+    store(a.space, a.gh, t, out);
   }
-  for (int64_t r = 0; r < b.rows; ++r) a.partial[(b.row + r) * a.segments + segment] = total[r];
-}
-
-template <Prior P, class T>
-void backward_block(const FlowHeadBackward& a, const Block& b) {
-  alignas(64) T h[kChunk], log_scale[kChunk], e[kChunk], gh[kChunk], sum[kChunk];
-  for (int64_t c0 = 0; c0 < b.cols; c0 += kChunk) {
-    const int64_t n = b.cols - c0 < kChunk ? b.cols - c0 : kChunk;
-    scale_of(a, {b.row, 1, b.col + c0, n}, log_scale, e);
-    for (int64_t i = 0; i < n; ++i) sum[i] = T(0);
-    for (int64_t r = 0; r < b.rows; ++r) {
-      const Tile t{b.row + r, 1, b.col + c0, n};
-      T grad;
-      read_typed(a.grad, row_offset(a.space, a.grad, t.row), 1, 1, &grad);
-      T* out = target(a.space, a.gh, t, gh);
-      score_chunk<P>(load(a.space, a.h, t, h), e, grad, out, sum, n);
-      store(a.space, a.gh, t, out);
-    }
-    if (!a.partial) continue;
-    T* partial = (T*)a.partial + b.row / kHeadRows * a.space.cols + b.col + c0;
-    for (int64_t i = 0; i < n; ++i) partial[i] = sum[i];
-  }
+  if (!a.partial) return;
+  T* partial = (T*)a.partial + b.row / kHeadRows * a.space.cols + b.col;
+  for (int64_t i = 0; i < b.cols; ++i) partial[i] = sum[i];
 }
 
 void flow_head_forward(const FlowHeadForward& a, int64_t begin, int64_t end) {
   for (int64_t u = begin; u < end; ++u) {
-    const Block b = block_of(a, u);
+    const Tile b = block_of(a, u);
     const int64_t segment = u % a.segments;
     if (Prior(a.prior) == Prior::gaussian) {
       a.f64 ? forward_block<Prior::gaussian, double>(a, b, segment)
@@ -108,13 +108,14 @@ void flow_head_forward(const FlowHeadForward& a, int64_t begin, int64_t end) {
 
 void flow_head_backward(const FlowHeadBackward& a, int64_t begin, int64_t end) {
   for (int64_t u = begin; u < end; ++u) {
-    const Block b = block_of(a, u);
+    const Tile b = block_of(a, u);
     if (Prior(a.prior) == Prior::gaussian) {
       a.f64 ? backward_block<Prior::gaussian, double>(a, b) : backward_block<Prior::gaussian, float>(a, b);
     } else {
       a.f64 ? backward_block<Prior::logistic, double>(a, b) : backward_block<Prior::logistic, float>(a, b);
     }
   }
+  stream_fence();
 }
 
 // the row blocks' partial sums, columns [begin, end), in double and in order

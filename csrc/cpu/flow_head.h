@@ -5,9 +5,10 @@
 
 namespace pyflow {
 
-constexpr int64_t kHeadRows = 32;  // rows that share one exponential of log_scale
+constexpr int64_t kHeadRows = 32;             // rows that share one exponential of log_scale
+constexpr int64_t kHeadSegment = 4 * kChunk;  // columns of them; what is kept per column stays in L1
 
-// units: (blocks of kHeadRows rows) x (segments of kSegment columns), segment fastest
+// units: (blocks of kHeadRows rows) x (segments of kHeadSegment columns), segment fastest
 struct FlowHeadArgs {
   Space space;
   int64_t segments;

@@ -11,7 +11,7 @@ int64_t cut(FlowHeadArgs& a, Layout& layout, const Tensor& h, int64_t prior) {
   a.f64 = h.scalar_type() == ScalarType::Double;
   a.prior = int(prior);
   a.space = layout.merge();
-  a.segments = a.space.cols > kSegment ? (a.space.cols + kSegment - 1) / kSegment : 1;
+  a.segments = a.space.cols > kHeadSegment ? (a.space.cols + kHeadSegment - 1) / kHeadSegment : 1;
   return (a.space.rows + kHeadRows - 1) / kHeadRows * a.segments;
 }
 
@@ -46,6 +46,7 @@ std::tuple<Tensor, Tensor> flow_log_prob_backward(Tensor grad, Tensor h, std::op
   Tensor glog_scale = log_scale ? new_like(*log_scale) : new_empty(h, &none, 1, h.scalar_type());
   layout.add(a.h, h);
   layout.add(a.gh, gh);
+  a.gh.stream = streams(gh);
   layout.add_rows(a.grad, grad);
   if (log_scale) layout.add_event(a.log_scale, *log_scale);
   if (log_scale) layout.add_event(a.glog_scale, glog_scale);

@@ -52,11 +52,10 @@ def compare(gpu, function, leaves, sums=()):
     got = run(gpu, function, leaves, "cuda")
     for i, (a, b) in enumerate(zip(got, run("auto", function, leaves, "cpu"))):
         assert a.stride() == b.stride() and a.dtype == b.dtype, f"output {i}"
-        if leaves[0].dtype == torch.float64:
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-        elif i in sums:
+        if i in sums or leaves[0].dtype == torch.float64:
+            error = 2e-12 if leaves[0].dtype == torch.float64 else 2e-5
             size = 1 + b.double().abs()
-            testing.assert_within(a, b.double(), (2e-5 + testing.UNIT[a.dtype]) * size, f"output {i}")
+            testing.assert_within(a, b.double(), (error + testing.UNIT[a.dtype]) * size, f"output {i}")
         elif _backend.cpu_missing is None:
             testing.assert_same_bits(a, b, f"output {i}")
     return got
@@ -81,16 +80,17 @@ def test_every_magnitude(gpu, scale_map, options):
     one = torch.ones_like(scale)
     for inverse in (False, True):
         function = affine(scale_map=scale_map, inverse=inverse, event_dims=0, **options)
-        got, want = (
-            [v.cpu() for v in function(*(v.to(device) for v in (one, one, scale)))] for device in ("cuda", "cpu")
-        )
+        got = run(gpu, function, (one, one, scale), "cuda")
         if _backend.cpu_missing is None:
-            for a, b in zip(got, want):
-                testing.assert_same_bits(a + 0, b + 0, scale_map)
+            for i, (a, b) in enumerate(zip(got, run("auto", function, (one, one, scale), "cpu"))):
+                testing.assert_same_bits(a + 0, b + 0, f"{scale_map}, output {i}")
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype, param_dtype", itertools.product(DTYPES, DTYPES))
+@pytest.mark.parametrize(
+    "shape, dtype, param_dtype",
+    [(shape, torch.float32, torch.float32) for shape in SHAPES]
+    + [((33, 37), *pair) for pair in itertools.product(DTYPES, DTYPES)],
+)
 def test_dtypes_and_sizes(gpu, shape, dtype, param_dtype):
     leaves = [draw(*shape, dtype=d, seed=i) for i, d in enumerate((dtype, param_dtype, param_dtype))]
     mask = (draw(*shape, seed=3) > 0.3).cuda()
@@ -103,7 +103,7 @@ def test_dtypes_and_sizes(gpu, shape, dtype, param_dtype):
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 @pytest.mark.parametrize("event_dims", [0, 1, 3])
 def test_layouts(gpu, layout, event_dims):
-    leaves = [testing.laid_out(draw(6, 5, 7, 12, seed=i), layout) for i in range(3)]
+    leaves = [draw(6, 5, 7, 12, seed=i) for i in range(3)]
     coupling = affine(scale_map="atan", event_dims=event_dims)
     compare(gpu, lambda *v: coupling(*(testing.laid_out(u, layout) for u in v)), leaves, sums=(1,))
 
@@ -123,7 +123,8 @@ def test_packings(gpu, packing, dim):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scaled", [True, False])
 def test_flow_head(gpu, prior, dtype, scaled):
-    for shape in [*SHAPES, (5, 3, 8, 8), (2000, 64), (9,), (0, 4), (4, 0)]:
+    shapes = [*SHAPES, (5, 3, 8, 8), (2000, 64), (9,), (0, 4), (4, 0)]
+    for shape in shapes if dtype == torch.float32 else [(33, 37), (3, 9001)]:
         leaves = [draw(*shape, dtype=dtype), 0.3 * draw(*shape[1:], dtype=dtype, seed=1)][: 1 + scaled]
         compare(gpu, lambda *v: ops.flow_log_prob(*v, prior=prior), leaves, sums=(0, 2))
 
