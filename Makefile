@@ -34,9 +34,9 @@ bench: $(BUILT)
 
 build: $(BUILT)
 
-$(READY): requirements.txt requirements-torch.txt tools/environment.py
+$(READY): requirements.txt requirements-torch.txt .ci/environment.py
 	@test -n '$(PYTHON)' || { echo 'pyflow: Python 3.11 or newer is not on PATH; make PYTHON=/path/to/python3.11' >&2; exit 1; }
-	@$(PYTHON) tools/environment.py .venv
+	@$(PYTHON) .ci/environment.py .venv
 	@touch $@
 
 $(BUILT): $(READY) pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)

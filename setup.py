@@ -63,7 +63,9 @@ def find_torch():
 
 
 def find_compiler():
-    compiler = os.environ.get("CXX") or next(filter(None, (shutil.which(c, path=PATH) for c in ("c++", "g++", "clang++"))), None)
+    compiler = os.environ.get("CXX") or next(
+        filter(None, (shutil.which(c, path=PATH) for c in ("c++", "g++", "clang++"))), None
+    )
     if compiler is None:
         raise NotNative("no C++ compiler is on PATH")
     march = ["-march=x86-64-v4"] if platform.machine() in ("x86_64", "AMD64") else []
@@ -160,7 +162,9 @@ class BuildNative(build_ext):
 class BuildPython(build_py):
     def run(self):
         if MISSING:
-            warnings.warn(f"pyflow is built without its native kernels and will run on plain torch: {MISSING}", stacklevel=1)
+            warnings.warn(
+                f"pyflow is built without its native kernels and will run on plain torch: {MISSING}", stacklevel=1
+            )
         super().run()
 
 

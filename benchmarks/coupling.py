@@ -256,10 +256,7 @@ _main = {
 }
 
 CASES = [
-    *(
-        _case(f"{name}, fresh pages", build, pages="fresh", quick=name != "inverse")
-        for name, build in _main.items()
-    ),
+    *(_case(f"{name}, fresh pages", build, pages="fresh", quick=name != "inverse") for name, build in _main.items()),
     *(_case(name, build, quick=True) for name, build in _main.items()),
     _case("inverse+backward", partial(_plain, inverse=True, backward=True)),
     _case("small forward", _plain, (64, 32), quick=True),
@@ -299,8 +296,5 @@ CASES = [
         memory=True,
         quick=True,
     ),
-    *(
-        _case(f"sweep 2^{k}", _plain, (2**k // 256, 256), sweep=2**k, quick=k in QUICK_SWEEP)
-        for k in range(10, 24)
-    ),
+    *(_case(f"sweep 2^{k}", _plain, (2**k // 256, 256), sweep=2**k, quick=k in QUICK_SWEEP) for k in range(10, 24)),
 ]

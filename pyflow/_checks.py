@@ -62,9 +62,7 @@ def mask_for(op: str, mask: object, x: Tensor) -> Tensor:
         raise TypeError(f"{op}: mask must be a tensor, got {type(mask).__name__}")
     if mask.device != x.device:
         raise ValueError(f"{op}: mask must be on the device of x, {x.device}, got {mask.device}")
-    fits = mask.dim() <= x.dim() and all(
-        m == 1 or m == n for m, n in zip(reversed(mask.shape), reversed(x.shape))
-    )
+    fits = mask.dim() <= x.dim() and all(m == 1 or m == n for m, n in zip(reversed(mask.shape), reversed(x.shape)))
     if not fits:
         raise ValueError(f"{op}: mask must broadcast to the shape of x, {tuple(x.shape)}, got {tuple(mask.shape)}")
     if mask.dtype != torch.bool:

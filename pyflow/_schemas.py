@@ -36,6 +36,13 @@ SCHEMAS = {
 
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
-library = torch.library.Library("pyflow", "DEF")
-for _name, _schema in SCHEMAS.items():
-    library.define(_name + _schema, tags=TAGS)
+
+def define(namespace: str) -> torch.library.Library:
+    """A library of this name with every schema."""
+    library = torch.library.Library(namespace, "DEF")
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema, tags=TAGS)
+    return library
+
+
+library = define("pyflow")

@@ -36,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.command == "demo" and args.name is None:
         asked = not rest or rest in (["-h"], ["--help"])
-        print(f"usage: pyflow demo name [arguments]\n\ndemos: {', '.join(demos())}", file=sys.stdout if asked else sys.stderr)
+        print(
+            f"usage: pyflow demo name [arguments]\n\ndemos: {', '.join(demos())}",
+            file=sys.stdout if asked else sys.stderr,
+        )
         return 0 if asked else 2
     if args.command == "demo":
         return delegate(f"pyflow.recipes.{args.name}", f"pyflow demo {args.name}", "demo", rest)

@@ -32,7 +32,9 @@ def test_a_call_sets_and_a_block_restores():
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="^backend: name must be one of auto, cpu, triton, cuda, reference, got 'gpu'$"):
+    with pytest.raises(
+        ValueError, match="^backend: name must be one of auto, cpu, triton, cuda, reference, got 'gpu'$"
+    ):
         pyflow.backend("gpu")
 
 

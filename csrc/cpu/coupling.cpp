@@ -86,10 +86,10 @@ void add_chunk(const Chunk<T>& c, bool inverse) {
   for (int64_t i = 0; i < c.n; ++i) y[i] = fma_(sign, shift[i], x[i]);
 }
 
-template <bool Inverse, bool ShiftFirst, class T>
-void couple_backward_chunk(const Chunk<T>& c) {
+// c.gl holds one value for each of the tile's rows
+template <bool Inverse, bool ShiftFirst, bool NeedShift, class T>
+void couple_backward_chunk(const Chunk<T>& c, const Tile& t) {
   const T* __restrict gy = c.gy;
-  const T* __restrict gl = c.gl;
   const T* __restrict x = c.x;
   const T* __restrict shift = c.shift;
   const T* __restrict e = c.e;
@@ -97,21 +97,26 @@ void couple_backward_chunk(const Chunk<T>& c) {
   T* __restrict gx = c.gx;
   T* __restrict gshift = c.gshift;
   T* __restrict gscale = c.gscale;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const T gl = c.gl[r];
 #pragma omp simd
-  for (int64_t i = 0; i < c.n; ++i) {
-    const auto d = couple_backward<Inverse, ShiftFirst>(gy[i], gl[i], x[i], shift[i], e[i], slope[i]);
-    gx[i] = d.x;
-    gshift[i] = d.shift;
-    gscale[i] = d.scale;
+    for (int64_t i = r * t.cols; i < (r + 1) * t.cols; ++i) {
+      const auto d = couple_backward<Inverse, ShiftFirst>(gy[i], gl, x[i], shift[i], e[i], slope[i]);
+      gx[i] = d.x;
+      if constexpr (NeedShift) gshift[i] = d.shift;
+      gscale[i] = d.scale;
+    }
   }
 }
 
-template <class T>
-void couple_backward_chunk(const Chunk<T>& c, const CouplingArgs& a) {
+template <bool NeedShift, class T>
+void couple_backward_chunk(const Chunk<T>& c, const Tile& t, const CouplingArgs& a) {
   if (a.inverse) {
-    a.shift_first ? couple_backward_chunk<true, true>(c) : couple_backward_chunk<true, false>(c);
+    a.shift_first ? couple_backward_chunk<true, true, NeedShift>(c, t)
+                  : couple_backward_chunk<true, false, NeedShift>(c, t);
   } else {
-    a.shift_first ? couple_backward_chunk<false, true>(c) : couple_backward_chunk<false, false>(c);
+    a.shift_first ? couple_backward_chunk<false, true, NeedShift>(c, t)
+                  : couple_backward_chunk<false, false, NeedShift>(c, t);
   }
 }
 
@@ -149,7 +154,7 @@ void forward_unit(const CouplingForward& a, const Tile& unit, int64_t segment) {
   for (int64_t c0 = 0; c0 < unit.cols; c0 += kChunk) {
     const int64_t cols = unit.cols - c0 < kChunk ? unit.cols - c0 : kChunk;
     const Tile t{unit.row, unit.rows, unit.col + c0, cols};
-    const Tile next{t.row + 1, 1, t.col, t.cols};
+    const Tile next{t.row + t.rows, t.rows, t.col, t.cols};
     const View* const inputs[] = {&a.x, &a.shift, &a.scale};
     for (const View* v : inputs) prefetch(s, *v, next);
     Chunk<T> c{};
@@ -207,7 +212,7 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
   for (int64_t c0 = 0; c0 < unit.cols; c0 += kChunk) {
     const int64_t cols = unit.cols - c0 < kChunk ? unit.cols - c0 : kChunk;
     const Tile t{unit.row, unit.rows, unit.col + c0, cols};
-    const Tile next{t.row + 1, 1, t.col, t.cols};
+    const Tile next{t.row + t.rows, t.rows, t.col, t.cols};
     const View* const inputs[] = {&a.x, &a.shift, &a.scale, &a.gy};
     const View* const outputs[] = {&a.gx, &a.gshift, &a.gscale};
     for (const View* v : inputs) prefetch(s, *v, next);
@@ -219,9 +224,8 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
     c.scale = load(s, a.scale, t, scale);
     c.gy = a.gy.data ? load(s, a.gy, t, gy) : gy;
     for (int64_t r = 0; r < t.rows; ++r) {
-      T value = T(0);
-      if (a.gl.data) read_typed(a.gl, row_offset(s, a.gl, t.row + r), 1, 1, &value);
-      fill(gl + r * cols, value, cols);
+      gl[r] = T(0);
+      if (a.gl.data) read_typed(a.gl, row_offset(s, a.gl, t.row + r), 1, 1, gl + r);
     }
     c.gl = gl;
     c.g = g;
@@ -231,12 +235,12 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
     exp_chunk(c, a.inverse);
     c.gx = target(s, a.gx, t, gx);
     c.gscale = target(s, a.gscale, t, gscale);
-    c.gshift = a.gshift.data ? target(s, a.gshift, t, gshift) : gshift;
-    couple_backward_chunk(c, a);
+    if (a.gshift.data) c.gshift = target(s, a.gshift, t, gshift);
+    a.gshift.data ? couple_backward_chunk<true>(c, t, a) : couple_backward_chunk<false>(c, t, a);
     if (a.mask.data) {
       const T* m = load(s, a.mask, t, mask);
       pass_through(m, c.gy, c.gx, c.n);
-      blank(m, c.gshift, c.n);
+      if (a.gshift.data) blank(m, c.gshift, c.n);
       blank(m, c.gscale, c.n);
     }
     store(s, a.gx, t, c.gx);

@@ -23,7 +23,9 @@ double exp_columns(const FlowHeadArgs& a, const Tile& b, T* __restrict e) {
   alignas(64) T buffer[kHeadSegment];
   const T* __restrict log_scale = load(a.space, a.log_scale, {b.row, 1, b.col, b.cols}, buffer);
 #pragma omp simd
-  for (int64_t i = 0; i < b.cols; ++i) e[i] = exp_(log_scale[i]);
+  for (int64_t i = 0; i < b.cols; ++i) {
+    e[i] = exp_(log_scale[i]);
+  }
   double total = -0.0;
   for (int64_t i = 0; i < b.cols; i += kChunk) {
     total += double(lane_sum(log_scale + i, b.cols - i < kChunk ? b.cols - i : kChunk));
@@ -38,7 +40,9 @@ T sum_density(const T* __restrict h, const T* __restrict e, int64_t n) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
 #pragma omp simd
-    for (int j = 0; j < 16; ++j) lane[j] += prior_log_density<P>(h[i + j] * e[i + j]);
+    for (int j = 0; j < 16; ++j) {
+      lane[j] += prior_log_density<P>(h[i + j] * e[i + j]);
+    }
   }
   for (int j = 0; i + j < n; ++j) lane[j] += prior_log_density<P>(h[i + j] * e[i + j]);
   return lane_sum(lane, 16);

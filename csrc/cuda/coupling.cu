@@ -318,24 +318,6 @@ std::tuple<Tensor, Tensor> affine_coupling_packed_backward(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pyflow_cuda, m) {
-  m.def("additive_coupling(Tensor x, Tensor shift, Tensor? mask, bool inverse) -> Tensor");
-  m.def(
-      "affine_coupling(Tensor x, Tensor shift, Tensor scale, Tensor? mask, int scale_map, float map_arg, "
-      "bool shift_first, bool inverse, int event_dims) -> (Tensor, Tensor)");
-  m.def(
-      "affine_coupling_backward(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor? shift, Tensor scale, "
-      "Tensor? mask, int scale_map, float map_arg, bool shift_first, bool inverse, int event_dims, "
-      "ScalarType? shift_dtype) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "affine_coupling_packed(Tensor x, Tensor params, Tensor? mask, int packing, int dim, int scale_map, "
-      "float map_arg, bool shift_first, bool inverse, int event_dims) -> (Tensor, Tensor)");
-  m.def(
-      "affine_coupling_packed_backward(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor params, "
-      "Tensor? mask, int packing, int dim, int scale_map, float map_arg, bool shift_first, bool inverse, "
-      "int event_dims) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(pyflow_cuda, CUDA, m) {
   m.impl("additive_coupling", TORCH_BOX(&additive_coupling));
   m.impl("affine_coupling", TORCH_BOX(&affine_coupling));

@@ -191,11 +191,6 @@ std::tuple<Tensor, Tensor> flow_log_prob_backward(Tensor grad, Tensor h, std::op
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pyflow_cuda, m) {
-  m.def("flow_log_prob(Tensor h, Tensor? log_scale, int prior) -> Tensor");
-  m.def("flow_log_prob_backward(Tensor grad, Tensor h, Tensor? log_scale, int prior) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(pyflow_cuda, CUDA, m) {
   m.impl("flow_log_prob", TORCH_BOX(&flow_log_prob));
   m.impl("flow_log_prob_backward", TORCH_BOX(&flow_log_prob_backward));

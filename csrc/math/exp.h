@@ -28,17 +28,9 @@ PYFLOW_FN float expm1_reduced(float x, int32_t& k) {
 
 PYFLOW_FN float pow2(int32_t k) { return float_of(uint32_t(k + 127) << 23); }
 
-// min(|x|, limit) with the sign of x, as integers: one instruction where a float comparison that lets
-// NaN pass takes seven. NaN becomes +-limit.
-PYFLOW_FN float clamp_magnitude(float x, float limit) {
-  const int32_t u = int32_t(bits_of(x)), top = int32_t(bits_of(limit));
-  const int32_t magnitude = u & 0x7fffffff;
-  return float_of(uint32_t((magnitude < top ? magnitude : top) | (u & int32_t(0x80000000))));
-}
-
 PYFLOW_FN float exp_(float x) {
   int32_t k;
-  const float p = 1.f + expm1_reduced(clamp_magnitude(x, 104.f), k);
+  const float p = 1.f + expm1_reduced(with_sign(at_most(abs_(x), 104.f), x), k);
   // two steps, so that neither factor overflows and a denormal result is rounded once
   const int32_t half = k >> 1;
   const float y = p * pow2(half) * pow2(k - half);

@@ -39,9 +39,14 @@ PYFLOW_FN double fma_(double a, double b, double c) { return __builtin_fma(a, b,
 PYFLOW_FN float abs_(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 PYFLOW_FN double abs_(double x) { return __builtin_fabs(x); }
 
-// |x| with the sign of s
-PYFLOW_FN float copysign_(float x, float s) {
-  return float_of((bits_of(x) & 0x7fffffffu) | (bits_of(s) & 0x80000000u));
+// x >= 0 with the sign of s
+PYFLOW_FN float with_sign(float x, float s) { return float_of(bits_of(x) | (bits_of(s) & 0x80000000u)); }
+
+// min(x, limit) of x >= 0, as integers: one instruction, where a float comparison that lets NaN pass takes
+// several. NaN becomes the limit.
+PYFLOW_FN float at_most(float x, float limit) {
+  const int32_t u = int32_t(bits_of(x)), top = int32_t(bits_of(limit));
+  return float_of(uint32_t(u < top ? u : top));
 }
 
 }  // namespace pyflow

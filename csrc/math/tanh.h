@@ -9,7 +9,7 @@ PYFLOW_FN float tanh_(float x) {
   const float a = abs_(x);
   // from 0.55 on: 1 - 2 / (e^{2a} + 1), at least 1/2, so the error of e^{2a} counts at most once
   int32_t k;
-  const float e = (1.f + expm1_reduced(clamp_magnitude(2.f * a, 20.f), k)) * pow2(k);
+  const float e = (1.f + expm1_reduced(at_most(2.f * a, 20.f), k)) * pow2(k);
   const float large = 1.f - 2.f / (e + 1.f);
   // below: a + a^3 p(a^2)
   const float z = a * a;
@@ -18,7 +18,7 @@ PYFLOW_FN float tanh_(float x) {
   p = fma_(p, z, 0.13320907950401306f);
   p = fma_(p, z, -0.33332955837249756f);
   const float small = fma_(z * a, p, a);
-  return copysign_(a >= 0.55f ? large : small, x);  // NaN travels through the polynomial
+  return with_sign(a >= 0.55f ? large : small, x);  // NaN travels through the polynomial
 }
 
 PYFLOW_FN double tanh_(double x) { return __builtin_tanh(x); }

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import _checks as check
 from .._schemas import PACKINGS
 from ..ops import additive_coupling, affine_coupling_packed
-from ..ops.coupling import _map
+from ..ops.coupling import scale_map_constant
 from ._split import SPLITS, divide, join
 
 
@@ -161,7 +161,7 @@ class AffineCoupling(_Coupling):
         super().__init__(net, split, swap)
         name = type(self).__name__
         check.choice(name, "packing", packing, PACKINGS)
-        _map(name, scale_map, clamp, eps, slope)
+        scale_map_constant(name, scale_map, clamp, eps, slope)
         self.options = {
             "packing": packing, "scale_map": scale_map, "clamp": clamp, "eps": eps, "slope": slope,
             "shift_first": bool(shift_first),

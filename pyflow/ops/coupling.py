@@ -55,7 +55,7 @@ def additive_coupling(x: Tensor, shift: Tensor, *, inverse: bool = False, mask: 
         mask = check.mask_for(op, mask, x)
     if runs_reference(op, x):
         return ref.additive_coupling(x, shift, inverse=inverse, mask=mask)
-    return call(torch.ops.pyflow.additive_coupling.default, x, shift, mask, inverse)
+    return call("additive_coupling", x, shift, mask, inverse)
 
 
 def affine_coupling(
@@ -120,7 +120,7 @@ def affine_coupling(
     shape, device = x.shape, x.device
     check.like(op, "shift", shift, "x", shape, device)
     check.like(op, "scale", scale, "x", shape, device)
-    index, arg = _map(op, scale_map, clamp, eps, slope)
+    index, arg = scale_map_constant(op, scale_map, clamp, eps, slope)
     event_dims = _event_dims(op, x, event_dims)
     if mask is not None:
         mask = check.mask_for(op, mask, x)
@@ -129,9 +129,7 @@ def affine_coupling(
             x, shift, scale, scale_map=scale_map, map_arg=arg, shift_first=shift_first, inverse=inverse,
             mask=mask, event_dims=event_dims,
         )  # fmt: skip
-    return call(
-        torch.ops.pyflow.affine_coupling.default, x, shift, scale, mask, index, arg, shift_first, inverse, event_dims
-    )
+    return call("affine_coupling", x, shift, scale, mask, index, arg, shift_first, inverse, event_dims)
 
 
 def affine_coupling_packed(
@@ -183,7 +181,7 @@ def affine_coupling_packed(
         op, "params", params, "x doubled along dim", shape[:dim] + (2 * shape[dim],) + shape[dim + 1 :], x.device
     )
     layout = check.choice(op, "packing", packing, PACKINGS)
-    index, arg = _map(op, scale_map, clamp, eps, slope)
+    index, arg = scale_map_constant(op, scale_map, clamp, eps, slope)
     event_dims = _event_dims(op, x, event_dims)
     if mask is not None:
         mask = check.mask_for(op, mask, x)
@@ -192,15 +190,17 @@ def affine_coupling_packed(
             x, params, packing=packing, dim=dim, scale_map=scale_map, map_arg=arg, shift_first=shift_first,
             inverse=inverse, mask=mask, event_dims=event_dims,
         )  # fmt: skip
-    return call(
-        torch.ops.pyflow.affine_coupling_packed.default, x, params, mask, layout, dim, index, arg, shift_first, inverse, event_dims
-    )
+    return call("affine_coupling_packed", x, params, mask, layout, dim, index, arg, shift_first, inverse, event_dims)
 
 
-def _map(op: str, scale_map: str, clamp: float, eps: float, slope: float) -> tuple[int, float]:
+def scale_map_constant(op: str, scale_map: str, clamp: float, eps: float, slope: float) -> tuple[int, float]:
     """The map's number and the one constant it uses; all three are checked whichever it is."""
     index = check.choice(op, "scale_map", scale_map, SCALE_MAPS)
-    clamp, eps, slope = check.positive(op, "clamp", clamp), check.number(op, "eps", eps), check.number(op, "slope", slope)
+    clamp, eps, slope = (
+        check.positive(op, "clamp", clamp),
+        check.number(op, "eps", eps),
+        check.number(op, "slope", slope),
+    )
     if not 0 <= eps < math.inf:
         raise ValueError(f"{op}: eps must be at least 0 and finite, got {eps}")
     if not 0 < slope < 1:
@@ -288,8 +288,8 @@ def _affine_backward(ctx, grad_y, grad_logdet):
     is_that_of_y = not inverse and mask is None and not shift_first
     is_that_of_x = not inverse and mask is None and shift_first and ctx.shift_dtype == x.dtype
     shift_dtype = None if is_that_of_y or is_that_of_x else ctx.shift_dtype
-    grad_x, grad_shift, grad_scale = torch.ops.pyflow.affine_coupling_backward(
-        grad_y, grad_logdet, x, shift, scale, mask, *ctx.options, shift_dtype
+    grad_x, grad_shift, grad_scale = call(
+        "affine_coupling_backward", grad_y, grad_logdet, x, shift, scale, mask, *ctx.options, shift_dtype
     )
     if is_that_of_y:
         grad_shift = grad_y
@@ -367,9 +367,7 @@ def _packed_setup(ctx, inputs, output):
 
 def _packed_backward(ctx, grad_y, grad_logdet):
     x, params, mask = ctx.saved_tensors
-    grad_x, grad_params = torch.ops.pyflow.affine_coupling_packed_backward(
-        grad_y, grad_logdet, x, params, mask, *ctx.options
-    )
+    grad_x, grad_params = call("affine_coupling_packed_backward", grad_y, grad_logdet, x, params, mask, *ctx.options)
     return (grad_x, grad_params, None, *(None for _ in ctx.options))
 
 

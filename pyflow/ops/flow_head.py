@@ -50,7 +50,7 @@ def flow_log_prob(h: Tensor, log_scale: Tensor | None = None, *, prior: str = "g
     index = check.choice(op, "prior", prior, PRIORS)
     if runs_reference(op, h):
         return ref.flow_log_prob(h, log_scale, prior=prior)
-    return call(torch.ops.pyflow.flow_log_prob.default, h, log_scale, index)
+    return call("flow_log_prob", h, log_scale, index)
 
 
 # what torch must know of each operator, arguments in the order of its schema
@@ -71,7 +71,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad):
     h, log_scale = ctx.saved_tensors
-    grad_h, grad_log_scale = torch.ops.pyflow.flow_log_prob_backward(grad, h, log_scale, ctx.prior)
+    grad_h, grad_log_scale = call("flow_log_prob_backward", grad, h, log_scale, ctx.prior)
     return grad_h, None if log_scale is None else grad_log_scale, None
 
 

@@ -243,9 +243,7 @@ class Gaussian:
         return -0.5 * z.square().sum(0) - volume
 
 
-def epoch_seconds(
-    flow: NICE, train: Tensor, levels: int, settings: Settings, rounds: int
-) -> tuple[float, float]:
+def epoch_seconds(flow: NICE, train: Tensor, levels: int, settings: Settings, rounds: int) -> tuple[float, float]:
     """Median seconds of one training epoch through the chosen backend and through the reference, in turn."""
     step = stepper(copy.deepcopy(flow), settings)
     some = train[: 20 * settings.batch]

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)); torch's own is x beyond a threshold of 20, off by 2e-9."""
+    return -logsigmoid(-x)
 
 
 def log_scale(s: Tensor, scale_map: str, arg: float) -> Tensor:

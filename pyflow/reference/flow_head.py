@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 
 def _scaled(h: Tensor, log_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -21,7 +21,7 @@ def flow_log_prob(h: Tensor, log_scale: Tensor | None = None, *, prior: str = "g
     if prior == "gaussian":
         density = -0.5 * z * z - 0.5 * math.log(2 * math.pi)
     else:
-        density = -softplus(z) - softplus(-z)
+        density = logsigmoid(-z) + logsigmoid(z)
     total = density.flatten(1).sum(1) if h.dim() > 1 else density
     return total if log_scale is None else total + log_scale.sum()
 

@@ -40,10 +40,7 @@ def jacobian_logdet(layer, x, **options):
         return layer(v[None], **options)[0].flatten()
 
     return torch.stack(
-        [
-            torch.linalg.slogdet(torch.autograd.functional.jacobian(alone, row).reshape(row.numel(), -1))[1]
-            for row in x
-        ]
+        [torch.linalg.slogdet(torch.autograd.functional.jacobian(alone, row).reshape(row.numel(), -1))[1] for row in x]
     )
 
 

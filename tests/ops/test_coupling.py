@@ -28,7 +28,9 @@ def inputs(shape, dtype=torch.float32, param_dtype=None, seed=0, spread=1.0):
 
 
 def map_arg(scale_map, clamp=2.0, eps=0.0, slope=1e-3):
-    return {"tanh": clamp, "atan": clamp, "sigmoid": eps, "softplus": eps, "softsign": -math.log(slope)}.get(scale_map, 0.0)
+    return {"tanh": clamp, "atan": clamp, "sigmoid": eps, "softplus": eps, "softsign": -math.log(slope)}.get(
+        scale_map, 0.0
+    )
 
 
 def expected(x, shift, scale, scale_map, inverse, first, mask=None, event_dims=None, grads=None, **options):
@@ -37,7 +39,9 @@ def expected(x, shift, scale, scale_map, inverse, first, mask=None, event_dims=N
     arg = map_arg(scale_map, **options)
     event_dims = x.dim() - 1 if event_dims is None else event_dims
     leaves = [v.detach().double().requires_grad_() for v in (x, shift, scale)]
-    keywords = dict(scale_map=scale_map, map_arg=arg, shift_first=first, inverse=inverse, mask=mask, event_dims=event_dims)
+    keywords = dict(
+        scale_map=scale_map, map_arg=arg, shift_first=first, inverse=inverse, mask=mask, event_dims=event_dims
+    )
     y, logdet = ref.affine_coupling(*leaves, **keywords)
     xd, td, sd = (v.detach() for v in leaves)
     g, slope = ref.log_scale(sd, scale_map, arg), ref.log_scale_slope(sd, scale_map, arg)
@@ -74,7 +78,9 @@ def check(x, shift, scale, scale_map, inverse, first, **options):
     grads = torch.autograd.grad((y, logdet), leaves, (gy, gl))
     assert logdet.dtype == testing.compute_dtype(x.dtype)
     values, errors = expected(x, shift, scale, scale_map, inverse, first, grads=(gy, gl), **options)
-    for name, a, e, error in zip(("y", "logdet", "grad x", "grad shift", "grad scale"), (y, logdet, *grads), values, errors):
+    for name, a, e, error in zip(
+        ("y", "logdet", "grad x", "grad shift", "grad scale"), (y, logdet, *grads), values, errors
+    ):
         testing.assert_within(a, e, error, name)
 
 
@@ -86,13 +92,23 @@ def test_matches_the_reference(scale_map, options, inverse, first, dtype):
         check(*inputs(shape, dtype), scale_map, inverse, first, **options)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0, 0), (1,), (17,), (7, 1), (1, 8193), (2, 20011), (700, 3), (65, 513), (4, 257)])
+@pytest.mark.parametrize(
+    "shape", [(0, 5), (4, 0), (0, 0), (1,), (17,), (7, 1), (1, 8193), (2, 20011), (700, 3), (65, 513), (4, 257)]
+)
 @pytest.mark.parametrize("inverse", [False, True])
 def test_sizes(shape, inverse):
     check(*inputs(shape), "tanh", inverse, False)
 
 
-@pytest.mark.parametrize("x_dtype, param_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float64, torch.float32), (torch.float16, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "x_dtype, param_dtype",
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float32),
+        (torch.float16, torch.bfloat16),
+    ],
+)
 def test_mixed_dtypes(x_dtype, param_dtype):
     for inverse, first in FORMS:
         check(*inputs((5, 70), x_dtype, param_dtype), "tanh", inverse, first)
@@ -146,7 +162,9 @@ def test_mask_passes_through_by_selection(inverse, first):
     lengths = torch.tensor([6, 1, 0, 3])
     mask = (torch.arange(6) >= lengths[:, None])[..., None]  # (4, 6, 1), true: padding
     poison = torch.where(mask, torch.nan, 0.0)
-    y, logdet = ops.affine_coupling(x, shift + poison, scale + poison, mask=mask, scale_map="tanh", inverse=inverse, shift_first=first)
+    y, logdet = ops.affine_coupling(
+        x, shift + poison, scale + poison, mask=mask, scale_map="tanh", inverse=inverse, shift_first=first
+    )
     full = mask.expand(x.shape)
     testing.assert_same_bits(y[full], x[full])
     assert logdet[2] == 0 and not logdet.isnan().any()
@@ -160,9 +178,11 @@ def test_masks_of_any_dtype_and_broadcast(kind):
     x, shift, scale = inputs((4, 6))
     mask = torch.tensor([1, 0, 0, 1, 0, 1]).to(kind)
     y, logdet = ops.affine_coupling(x, shift, scale, mask=mask)
-    r, l = ref.affine_coupling(x, shift, scale, scale_map="exp", map_arg=0.0, shift_first=False, inverse=False, mask=mask.bool(), event_dims=1)
+    r, sums = ref.affine_coupling(
+        x, shift, scale, scale_map="exp", map_arg=0.0, shift_first=False, inverse=False, mask=mask.bool(), event_dims=1
+    )
     torch.testing.assert_close(y, r)
-    torch.testing.assert_close(logdet, l)
+    torch.testing.assert_close(logdet, sums)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -214,7 +234,9 @@ def digest() -> str:
         for inverse, first in FORMS:
             for shape in [(33, 70), (2, 9001), (300, 3)]:
                 x, shift, scale = (v.requires_grad_() for v in inputs(shape, spread=3.0))
-                out = ops.affine_coupling(x, shift, scale, scale_map=scale_map, inverse=inverse, shift_first=first, **options)
+                out = ops.affine_coupling(
+                    x, shift, scale, scale_map=scale_map, inverse=inverse, shift_first=first, **options
+                )
                 grads = torch.autograd.grad(out, (x, shift, scale), (x.detach(), torch.ones_like(out[1])))
                 for v in (*out, *grads):
                     h.update(torch.nan_to_num(v.detach()).numpy().tobytes())
@@ -238,14 +260,16 @@ def test_every_output_element_is_written():
 @pytest.mark.parametrize("scale_map, options", MAP_OPTIONS, ids=MAP_IDS)
 @pytest.mark.parametrize("inverse, first", FORMS)
 def test_nan_and_infinity_travel_as_in_the_reference(scale_map, options, inverse, first):
-    special = torch.tensor([0.0, -0.0, 1.0, -1.0, 30.0, -30.0, 95.0, -95.0, 200.0, -200.0, torch.inf, -torch.inf, torch.nan])
+    special = torch.tensor(
+        [0.0, -0.0, 1.0, -1.0, 30.0, -30.0, 95.0, -95.0, 200.0, -200.0, torch.inf, -torch.inf, torch.nan]
+    )
     grid = torch.cartesian_prod(special, torch.tensor([0.0, 1.0, torch.inf, torch.nan]), special)
     x, shift, scale = grid.unbind(1)
     keywords = dict(scale_map=scale_map, inverse=inverse, shift_first=first)
     y, logdet = ops.affine_coupling(x, shift, scale, **keywords, **options)
     with pyflow.backend("reference"):
-        r, l = ops.affine_coupling(x, shift, scale, **keywords, **options)
-    for a, b, name in ((y, r, "y"), (logdet, l, "logdet")):
+        r, sums = ops.affine_coupling(x, shift, scale, **keywords, **options)
+    for a, b, name in ((y, r, "y"), (logdet, sums, "logdet")):
         assert torch.equal(a.isnan(), b.isnan()), name
         assert torch.equal(a.isposinf(), b.isposinf()) and torch.equal(a.isneginf(), b.isneginf()), name
 
@@ -406,7 +430,9 @@ def test_vmap_runs_the_kernel_and_records_gradients():
     testing.assert_same_bits(y, plain)
     testing.assert_same_bits(logdet, plain_logdet)
     assert y.requires_grad and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
-    y, _ = torch.vmap(lambda x, p: ops.affine_coupling_packed(x, p), in_dims=(0, None))(x, torch.cat((shift, scale), 2)[0])
+    y, _ = torch.vmap(lambda x, p: ops.affine_coupling_packed(x, p), in_dims=(0, None))(
+        x, torch.cat((shift, scale), 2)[0]
+    )
     assert y.shape == x.shape
     y = torch.vmap(ops.additive_coupling, in_dims=(1, 0), out_dims=1)(x, shift.movedim(1, 0))
     testing.assert_same_bits(y, x + shift)
@@ -486,5 +512,7 @@ def test_bad_packing_gets_one_sentence(call, error, text):
 
 
 def test_additive_bad_input():
-    with pytest.raises(ValueError, match=r"^additive_coupling: shift must have the shape of x, \(2, 4\), got \(4, 2\)$"):
+    with pytest.raises(
+        ValueError, match=r"^additive_coupling: shift must have the shape of x, \(2, 4\), got \(4, 2\)$"
+    ):
         ops.additive_coupling(X, X.T)

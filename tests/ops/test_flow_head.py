@@ -38,12 +38,16 @@ def check(h, log_scale, prior):
     # z: exp 1.1 ulp and the product; the density: squared, or softplus; then the sum
     size = (z * z + 2 * z.abs() + 2 + sd.abs()).flatten(1).sum(1) if h.dim() > 1 else z * z + 2 * z.abs() + 2
     terms = max(1, h[0].numel()) if len(h) else 1
-    testing.assert_within(out, want, 12 * u * size + testing.sum_error(terms, size, testing.compute_dtype(h.dtype)), "log_prob")
+    testing.assert_within(
+        out, want, 12 * u * size + testing.sum_error(terms, size, testing.compute_dtype(h.dtype)), "log_prob"
+    )
     column = weights.double().abs().reshape(-1, *(1,) * (h.dim() - 1))
     testing.assert_within(grads[0], want_grads[0], 16 * u * column * sd.exp() * (z.abs() + 1), "grad h")
     if log_scale is not None:
         # at most 32 additions in float32 before the sum goes on in float64
-        testing.assert_within(grads[1], want_grads[1], 48 * u * (column * (z * z + z.abs() + 1)).sum(0), "grad log_scale")
+        testing.assert_within(
+            grads[1], want_grads[1], 48 * u * (column * (z * z + z.abs() + 1)).sum(0), "grad log_scale"
+        )
 
 
 @pytest.mark.parametrize("prior", PRIORS)
@@ -128,7 +132,10 @@ def test_nan_and_infinity_travel_as_in_the_reference(prior):
 @pytest.mark.parametrize("prior", PRIORS)
 def test_gradcheck_twice(prior):
     h, log_scale = (v.requires_grad_() for v in inputs((3, 2, 2), torch.float64))
-    for f, leaves in ((lambda h, s: ops.flow_log_prob(h, s, prior=prior), (h, log_scale)), (lambda h: ops.flow_log_prob(h, prior=prior), (h,))):
+    for f, leaves in (
+        (lambda h, s: ops.flow_log_prob(h, s, prior=prior), (h, log_scale)),
+        (lambda h: ops.flow_log_prob(h, prior=prior), (h,)),
+    ):
         assert torch.autograd.gradcheck(f, leaves)
         assert torch.autograd.gradgradcheck(f, leaves)
 
@@ -138,7 +145,9 @@ def test_backward_takes_any_gradient_layout(layout):
     leaves = [v.requires_grad_() for v in inputs((6, 20))]
     out = ops.flow_log_prob(*leaves)
     grad = testing.gradient_layouts(torch.randn(6, 3))[layout][:, 0]
-    for a, b in zip(torch.autograd.grad(out, leaves, grad, retain_graph=True), torch.autograd.grad(out, leaves, grad.contiguous())):
+    for a, b in zip(
+        torch.autograd.grad(out, leaves, grad, retain_graph=True), torch.autograd.grad(out, leaves, grad.contiguous())
+    ):
         testing.assert_same_bits(a, b)
 
 
@@ -205,7 +214,11 @@ H = torch.zeros(2, 4)
         (lambda f: f([1.0]), TypeError, "h must be a tensor, got list"),
         (lambda f: f(H.long()), TypeError, "h must be float32, float64, bfloat16 or float16, got int64"),
         (lambda f: f(torch.zeros(())), ValueError, "h must have at least one dim, the batch, got a scalar"),
-        (lambda f: f(H, H), ValueError, r"log_scale must have the shape of h without its batch dim, \(4,\), got \(2, 4\)"),
+        (
+            lambda f: f(H, H),
+            ValueError,
+            r"log_scale must have the shape of h without its batch dim, \(4,\), got \(2, 4\)",
+        ),
         (lambda f: f(H, prior="cauchy"), ValueError, "prior must be one of gaussian, logistic, got 'cauchy'"),
     ],
 )

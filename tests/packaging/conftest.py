@@ -67,7 +67,19 @@ def sdist(tree, tmp_path_factory):
 
 def build_wheel(source, folder, **environment):
     """Build a wheel as pip does; returns its path and the build's output."""
-    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-index", "--no-build-isolation", "-w", folder, source]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-v",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        source,
+    ]
     done = run(*command, env={**os.environ, **environment})
     (wheel,) = Path(folder).glob("*.whl")
     return wheel, done.stdout + done.stderr

@@ -39,7 +39,9 @@ def test_sdist_holds_what_a_build_needs(sdist):
 
 def test_every_package_is_in_the_sdist(sdist):
     # a folder without __init__.py would be left out without a word
-    modules = [p.relative_to(ROOT) for top in ("pyflow", "triton_kernels", "benchmarks") for p in (ROOT / top).rglob("*.py")]
+    modules = [
+        p.relative_to(ROOT) for top in ("pyflow", "triton_kernels", "benchmarks") for p in (ROOT / top).rglob("*.py")
+    ]
     assert len(modules) > 10
     assert not [m for m in modules if not (sdist / m).is_file()]
 
@@ -69,17 +71,30 @@ def test_wheel_from_the_sdist_works_in_a_clean_environment(sdist, tmp_path):
 def test_without_a_compiler_the_wheel_is_pure(tree, tmp_path):
     wheel, output = build_wheel(tree, tmp_path, PATH="/nonexistent", CXX="", PYFLOW_NATIVE="")
     assert wheel.name == f"pyflow_kernels-{pyflow.__version__}-py3-none-any.whl"
-    assert output.count("pyflow is built without its native kernels and will run on plain torch: no C++ compiler is on PATH") == 1
+    assert (
+        output.count(
+            "pyflow is built without its native kernels and will run on plain torch: no C++ compiler is on PATH"
+        )
+        == 1
+    )
     assert not [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")]
 
 
 def test_native_can_be_demanded(tree):
     with pytest.raises(AssertionError, match="pyflow: the native modules cannot be built: no C"):
-        run(sys.executable, "setup.py", "--version", cwd=tree, env={**os.environ, "PATH": "", "CXX": "", "PYFLOW_NATIVE": "1"})
+        run(
+            sys.executable,
+            "setup.py",
+            "--version",
+            cwd=tree,
+            env={**os.environ, "PATH": "", "CXX": "", "PYFLOW_NATIVE": "1"},
+        )
 
 
 def test_without_its_binaries_pyflow_imports_warns_once_and_works(tmp_path):
-    shutil.copytree(Path(pyflow.__file__).parent, tmp_path / "pyflow", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(
+        Path(pyflow.__file__).parent, tmp_path / "pyflow", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
     code = USE + (
         "assert len(ours) == 1 and 'runs its plain-torch reference' in str(ours[0].message), caught\n"
         "assert pyflow._backend.runs_reference('affine_coupling', y)\n"
@@ -91,7 +106,9 @@ def test_without_its_binaries_pyflow_imports_warns_once_and_works(tmp_path):
 
 def test_nothing_imports_the_top_level_folders():
     # a second copy of the modules, and Triton's own package of that name in the shade
-    for path in (p for top in ("pyflow", "triton_kernels", "benchmarks", "tests", "tools") for p in (ROOT / top).rglob("*.py")):
+    for path in (
+        p for top in ("pyflow", "triton_kernels", "benchmarks", "tests", "tools") for p in (ROOT / top).rglob("*.py")
+    ):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -105,7 +122,18 @@ def test_cli(tmp_path):
 
     assert pyflow_command("--version").split() == ["pyflow", pyflow.__version__]
     info = pyflow_command("info")
-    for line in ("pyflow:", "Python:", "torch:", "triton:", "numpy:", "system:", "CPU:", "threads:", "cpu backend:", "chosen:"):
+    for line in (
+        "pyflow:",
+        "Python:",
+        "torch:",
+        "triton:",
+        "numpy:",
+        "system:",
+        "CPU:",
+        "threads:",
+        "cpu backend:",
+        "chosen:",
+    ):
         assert f"\n{line}" in f"\n{info}", line
     assert "usage: pyflow demo" in pyflow_command("demo")
     with pytest.raises(AssertionError, match="invalid choice: 'nonsense'"):

@@ -49,10 +49,17 @@ def test_instructions_stay_within_their_set(kernels):
 
 
 def simd_loops(name):
-    """(first, last) line of every function part that starts with `#pragma omp simd`."""
+    """(first, last) line of every loop that starts with `#pragma omp simd`."""
     lines = (ROOT / f"csrc/cpu/{name}.cpp").read_text().splitlines()
-    starts = [number for number, line in enumerate(lines, 1) if line.strip() == "#pragma omp simd"]
-    return [(s, next(n for n, line in enumerate(lines, 1) if n > s and line.startswith("}"))) for s in starts]
+    spans = []
+    for start, line in enumerate(lines, 1):
+        if line.strip() != "#pragma omp simd":
+            continue
+        indent = re.match(" *", lines[start])[0]  # of the `for` below
+        braced = lines[start].endswith("{")
+        end = next(n for n in range(start + 2, len(lines)) if lines[n - 1] == indent + "}") if braced else start + 2
+        spans.append((start, end))
+    return spans
 
 
 def test_every_simd_loop_is_vectorised(kernels):
@@ -83,7 +90,9 @@ def test_coupling_maps_use_packed_instructions(kernels):
     if ("v4", "coupling") not in kernels.objects:
         pytest.skip("not an x86-64 build")
     for isa, register in (("v3", "ymm"), ("v4", "zmm")):
-        functions = re.split(r"\n[0-9a-f]+ <", run("objdump", "-dC", "--no-show-raw-insn", kernels.objects[isa, "coupling"]).stdout)
+        functions = re.split(
+            r"\n[0-9a-f]+ <", run("objdump", "-dC", "--no-show-raw-insn", kernels.objects[isa, "coupling"]).stdout
+        )
         maps = [f for f in functions if re.match(r"void pyflow::\w+::map_chunk<.*float>\(", f) and "vfmadd" in f]
         assert maps, isa
         for body in maps:
@@ -101,7 +110,9 @@ def assert_same_bits(ours, theirs):
         if a != b:
             (case, *x), (_, *y) = a.split(), b.split()
             wrong = [i for i, (p, q) in enumerate(zip(x, y, strict=True)) if p != q]
-            pytest.fail(f"{case}: {len(wrong)} of {len(x)} differ, first at {wrong[0]}: {x[wrong[0]]} and {y[wrong[0]]}")
+            pytest.fail(
+                f"{case}: {len(wrong)} of {len(x)} differ, first at {wrong[0]}: {x[wrong[0]]} and {y[wrong[0]]}"
+            )
 
 
 def test_same_bits_on_avx2_and_avx512(kernels):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import importlib
+
 import re
 import subprocess
 import tempfile

@@ -1,4 +1,4 @@
-"""Makes the virtual environment `make` works in, or brings it up to date: python tools/environment.py .venv
+"""Makes the virtual environment `make` works in, or brings it up to date: python .ci/environment.py .venv
 
 A torch that the running Python can import is used as it is; only without one the pinned torch is installed.
 """
@@ -39,7 +39,9 @@ def main(folder):
         try:
             import ensurepip  # noqa: F401
         except ImportError:
-            return "pyflow: this Python cannot make virtual environments (Debian and Ubuntu: apt-get install python3-venv)"
+            return (
+                "pyflow: this Python cannot make virtual environments (Debian and Ubuntu: apt-get install python3-venv)"
+            )
         print(f"making {folder} with {sys.executable}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     version = ask(python, TORCH)
