@@ -42,6 +42,7 @@ COPIES = ("copy", "warm copy")
 MIN_ROUNDS, MAX_ROUNDS = 10, 50
 # long against the clock and the round's own cost
 ROUND_SECONDS = 2e-3
+SETTLE_SECONDS = 8e-3
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -152,7 +153,8 @@ class Runner:
         if self.device.type == "cuda":
             return _cuda_seconds(call, calls), 0.0
         # worker threads of the contender before (or of another process) spin for a moment, then sleep
-        time.sleep(ROUND_SECONDS)
+        time.sleep(SETTLE_SECONDS)
+        call()  # wakes this contender's threads and warms its code, as in a loop of them
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         start = time.perf_counter()
         for _ in range(calls):
@@ -367,7 +369,7 @@ class Bench:
         runs = [name for name in names if name in result.ready]
         result.times = {name: [] for name in runs}
         result.faults = {name: [] for name in runs}
-        one_round = sum(ready.calls * ready.seconds + ROUND_SECONDS for ready in result.ready.values())
+        one_round = sum((ready.calls + 1) * ready.seconds + SETTLE_SECONDS for ready in result.ready.values())
         rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(self.settings.budget / max(one_round, 1e-3))))
         everybody = (self.local, *self.workers.values())
         before, ours = cpu_seconds(), sum(place.cpu_seconds() for place in everybody)
