@@ -9,7 +9,7 @@ template <class T>
 struct Chunk {
   int64_t n;
   const T *x, *shift, *scale, *mask, *gy, *gl;
-  T *g, *e, *slope;
+  T *g, *slope;
   T *y, *gx, *gshift, *gscale;
 };
 
@@ -47,24 +47,17 @@ void map_chunk(const Chunk<T>& c, const CouplingArgs& a) {
   }
 }
 
-// e = exp(+-g), in a loop of its own: with the map's constants in the same loop the registers run out
-template <class T>
-void exp_chunk(const Chunk<T>& c, bool inverse) {
-  const T* __restrict g = c.g;
-  T* __restrict e = c.e;
-  const T sign = inverse ? T(-1) : T(1);
-#pragma omp simd
-  for (int64_t i = 0; i < c.n; ++i) e[i] = exp_(sign * g[i]);
-}
-
+// e = exp(+-g) here and not with g above: with the map's constants in the same loop the registers run out
 template <bool Inverse, bool ShiftFirst, class T>
 void couple_chunk(const Chunk<T>& c) {
   const T* __restrict x = c.x;
   const T* __restrict shift = c.shift;
-  const T* __restrict e = c.e;
+  const T* __restrict g = c.g;
   T* __restrict y = c.y;
 #pragma omp simd
-  for (int64_t i = 0; i < c.n; ++i) y[i] = couple<Inverse, ShiftFirst>(x[i], shift[i], e[i]);
+  for (int64_t i = 0; i < c.n; ++i) {
+    y[i] = couple<Inverse, ShiftFirst>(x[i], shift[i], exp_(Inverse ? -g[i] : g[i]));
+  }
 }
 
 template <class T>
@@ -92,7 +85,7 @@ void couple_backward_chunk(const Chunk<T>& c, const Tile& t) {
   const T* __restrict gy = c.gy;
   const T* __restrict x = c.x;
   const T* __restrict shift = c.shift;
-  const T* __restrict e = c.e;
+  const T* __restrict g = c.g;
   const T* __restrict slope = c.slope;
   T* __restrict gx = c.gx;
   T* __restrict gshift = c.gshift;
@@ -101,7 +94,8 @@ void couple_backward_chunk(const Chunk<T>& c, const Tile& t) {
     const T gl = c.gl[r];
 #pragma omp simd
     for (int64_t i = r * t.cols; i < (r + 1) * t.cols; ++i) {
-      const auto d = couple_backward<Inverse, ShiftFirst>(gy[i], gl, x[i], shift[i], e[i], slope[i]);
+      const T e = exp_(Inverse ? -g[i] : g[i]);
+      const auto d = couple_backward<Inverse, ShiftFirst>(gy[i], gl, x[i], shift[i], e, slope[i]);
       gx[i] = d.x;
       if constexpr (NeedShift) gshift[i] = d.shift;
       gscale[i] = d.scale;
@@ -148,7 +142,7 @@ Tile unit_tile(const CouplingArgs& a, int64_t unit) {
 
 template <class T>
 void forward_unit(const CouplingForward& a, const Tile& unit, int64_t segment) {
-  alignas(64) T x[kChunk], shift[kChunk], scale[kChunk], mask[kChunk], g[kChunk], e[kChunk], y[kChunk];
+  alignas(64) T x[kChunk], shift[kChunk], scale[kChunk], mask[kChunk], g[kChunk], y[kChunk];
   const Space& s = a.space;
   double total = -0.0;  // of one row (a unit of several rows has one chunk); -0 + v is v to the bit
   for (int64_t c0 = 0; c0 < unit.cols; c0 += kChunk) {
@@ -171,9 +165,7 @@ void forward_unit(const CouplingForward& a, const Tile& unit, int64_t segment) {
     }
     if (a.affine) {
       c.g = g;
-      c.e = e;
       map_chunk<false>(c, a);
-      exp_chunk(c, a.inverse);
       couple_chunk(c, a);
     } else {
       add_chunk(c, a.inverse);
@@ -204,8 +196,7 @@ void forward_unit(const CouplingForward& a, const Tile& unit, int64_t segment) {
 
 template <class T>
 void backward_unit(const CouplingBackward& a, const Tile& unit) {
-  alignas(64) T x[kChunk], shift[kChunk], scale[kChunk], mask[kChunk], g[kChunk], e[kChunk];
-  alignas(64) T slope[kChunk];
+  alignas(64) T x[kChunk], shift[kChunk], scale[kChunk], mask[kChunk], g[kChunk], slope[kChunk];
   alignas(64) T gy[kChunk], gl[kChunk], gx[kChunk], gshift[kChunk], gscale[kChunk];
   const Space& s = a.space;
   if (!a.gy.data) fill(gy, T(0), kChunk);
@@ -229,10 +220,8 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
     }
     c.gl = gl;
     c.g = g;
-    c.e = e;
     c.slope = slope;
     map_chunk<true>(c, a);
-    exp_chunk(c, a.inverse);
     c.gx = target(s, a.gx, t, gx);
     c.gscale = target(s, a.gscale, t, gscale);
     if (a.gshift.data) c.gshift = target(s, a.gshift, t, gshift);
