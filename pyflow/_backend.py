@@ -144,7 +144,7 @@ def _select(name: str) -> None:
         _interpreter = torch.library.Library("pyflow", "IMPL")
         for op, family in _families.items():
             kernel = getattr(importlib.import_module(f"pyflow.triton_kernels.{family}"), op)
-            _interpreter.impl(op, kernel, "CPU", allow_override=True)
+            _interpreter.impl(op, kernel, "CPU")
 
 
 def runs_reference(op: str, x: Tensor) -> bool:
