@@ -290,7 +290,7 @@ def log_scale_slope(s, arg, MAP: tl.constexpr):
         return log(p), div(sigmoid(s), p)
     elif MAP == TANH:
         t = tanh(s * div(constant(1.0, s), arg))
-        return arg * t, (1.0 - t) * (1.0 + t)
+        return arg * t, tl.fma(neg(t), t, constant(1.0, s))
     elif MAP == ATAN:
         gain = arg * constant(ATAN_GAIN, s)
         return gain * atan(s), div(gain, 1.0 + s * s)

@@ -148,7 +148,7 @@ void forward_unit(const CouplingForward& a, const Tile& unit, int64_t segment) {
   for (int64_t c0 = 0; c0 < unit.cols; c0 += kChunk) {
     const int64_t cols = unit.cols - c0 < kChunk ? unit.cols - c0 : kChunk;
     const Tile t{unit.row, unit.rows, unit.col + c0, cols};
-    const Tile next{t.row + t.rows, t.rows, t.col, t.cols};
+    const Tile next = after(unit, t);
     const View* const inputs[] = {&a.x, &a.shift, &a.scale};
     for (const View* v : inputs) prefetch(s, *v, next);
     Chunk<T> c{};
@@ -203,7 +203,7 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
   for (int64_t c0 = 0; c0 < unit.cols; c0 += kChunk) {
     const int64_t cols = unit.cols - c0 < kChunk ? unit.cols - c0 : kChunk;
     const Tile t{unit.row, unit.rows, unit.col + c0, cols};
-    const Tile next{t.row + t.rows, t.rows, t.col, t.cols};
+    const Tile next = after(unit, t);
     const View* const inputs[] = {&a.x, &a.shift, &a.scale, &a.gy};
     const View* const outputs[] = {&a.gx, &a.gshift, &a.gscale};
     for (const View* v : inputs) prefetch(s, *v, next);

@@ -18,6 +18,13 @@ struct Tile {
   int64_t count() const { return rows * cols; }
 };
 
+// the chunk of a unit that is worked on after t: the next one of the same rows, or the first of the rows below
+PYFLOW_FN Tile after(const Tile& unit, const Tile& t) {
+  const int64_t end = unit.col + unit.cols, col = t.col + t.cols;
+  if (col < end) return {t.row, t.rows, col, end - col < kChunk ? end - col : kChunk};
+  return {t.row + t.rows, t.rows, unit.col, unit.cols < kChunk ? unit.cols : kChunk};
+}
+
 template <class T>
 constexpr DType kComputeType = sizeof(T) == 8 ? DType::f64 : DType::f32;
 

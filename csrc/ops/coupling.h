@@ -76,7 +76,7 @@ PYFLOW_FN LogScale<T> log_scale_slope(T s, T arg) {
     return {log_(p), sigmoid(s) / p};
   } else if constexpr (M == ScaleMap::tanh) {
     const T t = tanh_(s * (T(1) / arg));
-    return {arg * t, (T(1) - t) * (T(1) + t)};
+    return {arg * t, fma_(-t, t, T(1))};
   } else if constexpr (M == ScaleMap::atan) {
     return {arg * T(kAtanGain) * atan_(s), arg * T(kAtanGain) / (T(1) + s * s)};
   } else {

@@ -62,7 +62,7 @@ def expected(x, shift, scale, scale_map, inverse, first, mask=None, event_dims=N
         gl = gl.reshape(gl.shape + (1,) * event_dims)
         pull = gy.abs() * size * e + gl.abs()
         pull_error = gy.abs() * size * (e_error + 4 * u * e)
-        # the slope of tanh is (1 - t)(1 + t), absolutely accurate only
+        # the slope of tanh is 1 - t^2, absolutely accurate only
         errors += [gy.abs() * e_error] * 2 + [pull_error * slope.abs() + pull * u * (8 + 8 * slope.abs())]
     return [v.detach() for v in values], errors
 
