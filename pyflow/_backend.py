@@ -27,6 +27,7 @@ _choice = "auto"
 _native_devices: frozenset[str] = frozenset()
 
 _families: dict[str, str] = {}  # operator -> family, whose name is the file in every room
+_operators: dict[str, torch._ops.OpOverload] = {}
 _functions: dict[str, type] = {}  # operator -> its torch.autograd.Function
 _interpreter: torch.library.Library | None = None  # holds the CPU kernels while the interpreter stands in
 
@@ -165,7 +166,7 @@ def call(name: str, *args: object) -> object:
     The dispatcher would find the same function after two more hops through Python, which cost 20 us on a
     warm cache and 200 us on one that a large tensor has just gone through.
     """
-    op = getattr(torch.ops.pyflow, name).default
+    op = _operators[name]
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return op(*args)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
@@ -238,7 +239,8 @@ def register(
     torch.library.register_fake(name, fake, lib=library)
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
     torch.library.register_vmap(name, vmap, lib=library)
-    _functions[op] = _function(getattr(torch.ops.pyflow, op).default, setup_context, backward)
+    _operators[op] = getattr(torch.ops.pyflow, op).default
+    _functions[op] = _function(_operators[op], setup_context, backward)
 
 
 def finish() -> None:
