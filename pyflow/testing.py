@@ -8,15 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .reference import compute_dtype as compute_dtype
+
 # half the spacing of numbers near 1: the relative error of one rounding
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # smallest positive number: the absolute error of one rounding near 0
 TINY = {torch.float64: 5e-324, torch.float32: 1.5e-45, torch.bfloat16: 9.2e-41, torch.float16: 6e-8}
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which an op computes on tensors of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def sum_error(terms: int, magnitudes: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ namespace pyflow::PYFLOW_ISA {
 template <class T>
 struct Chunk {
   int64_t n;
-  const T *x, *shift, *scale, *mask, *gy, *gl;
+  const T *x, *shift, *scale, *gy, *gl;
   T *g, *slope;
   T *y, *gx, *gshift, *gscale;
 };

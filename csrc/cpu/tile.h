@@ -43,10 +43,6 @@ PYFLOW_FN int64_t row_offset(const Space& s, const View& v, int64_t row) {
   return offset + row * v.stride[0];
 }
 
-PYFLOW_FN float to_compute(float v) { return v; }
-PYFLOW_FN double to_compute(double v) { return v; }
-PYFLOW_FN float to_compute(uint8_t v) { return v ? 1.f : 0.f; }
-
 // strides 1 and 2 are spelled out: the compiler vectorises those
 template <class T, class S, class F>
 PYFLOW_FN void read_run(const S* __restrict src, int64_t stride, int64_t n, T* __restrict dst, F f) {

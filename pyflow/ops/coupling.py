@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._backend import call, register, runs_reference
 from .._schemas import PACKINGS, SCALE_MAPS
+from ..reference import compute_dtype
 from ..reference import coupling as ref
 from ._transforms import batch_first, vector_jacobian
 
@@ -235,8 +236,7 @@ def _keywords(mask, scale_map, map_arg, shift_first, inverse, event_dims):
 
 
 def _logdet_like(x: Tensor, event_dims: int) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape[: x.dim() - event_dims], dtype=dtype)
+    return x.new_empty(x.shape[: x.dim() - event_dims], dtype=compute_dtype(x.dtype))
 
 
 def _additive_reference(x, shift, mask, inverse):

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._backend import call, register, runs_reference
 from .._schemas import PRIORS
+from ..reference import compute_dtype
 from ..reference import flow_head as ref
 from ._transforms import one_by_one, vector_jacobian
 
@@ -61,7 +62,7 @@ def _reference(h, log_scale, prior):
 
 
 def _fake(h, log_scale, prior):
-    return h.new_empty(h.shape[:1], dtype=torch.float64 if h.dtype == torch.float64 else torch.float32)
+    return h.new_empty(h.shape[:1], dtype=compute_dtype(h.dtype))
 
 
 def _setup(ctx, inputs, output):

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from . import compute_dtype
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -81,7 +79,7 @@ def pack(shift: Tensor, scale: Tensor, packing: str, dim: int) -> Tensor:
 
 
 def additive_coupling(x: Tensor, shift: Tensor, *, inverse: bool = False, mask: Tensor | None = None) -> Tensor:
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x.dtype)
     y = x.to(dtype) - shift.to(dtype) if inverse else x.to(dtype) + shift.to(dtype)
     y = y.to(x.dtype)
     return y if mask is None else torch.where(mask, x, y)
@@ -99,7 +97,7 @@ def affine_coupling(
     mask: Tensor | None,
     event_dims: int,
 ) -> tuple[Tensor, Tensor]:
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x.dtype)
     x_, t, g = x.to(dtype), shift.to(dtype), log_scale(scale.to(dtype), scale_map, map_arg)
     if inverse:
         y = x_ * torch.exp(-g) - t if shift_first else (x_ - t) * torch.exp(-g)
@@ -130,7 +128,7 @@ def affine_coupling_backward(
 
     `shift` may be None where the formula has none (forward, scale first; inverse, shift first).
     """
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x.dtype)
     x_, s = x.to(dtype), scale.to(dtype)
     t = None if shift is None else shift.to(dtype)
     g, slope = log_scale(s, scale_map, map_arg), log_scale_slope(s, scale_map, map_arg)

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from . import compute_dtype
+
 
 def _scaled(h: Tensor, log_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(h.dtype)
     if log_scale is None:
         return h.to(dtype), None
     return h.to(dtype) * torch.exp(log_scale.to(dtype)), log_scale.to(dtype)
