@@ -228,19 +228,23 @@ def register(
     reference: Callable,
     fake: Callable,
     vmap: Callable,
-    setup_context: Callable,
-    backward: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
 ) -> None:
-    """Tell torch everything about one operator. All callables take the schema's arguments in order."""
+    """Tell torch everything about one operator. All callables take the schema's arguments in order.
+
+    Without `backward` nothing the operator takes is differentiable.
+    """
     name = f"pyflow::{op}"
     _families[op] = family
     library.impl(op, reference, "CompositeExplicitAutograd")
     library.impl(op, _cuda_kernel(op), "CUDA")
     torch.library.register_fake(name, fake, lib=library)
-    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
     torch.library.register_vmap(name, vmap, lib=library)
     _operators[op] = getattr(torch.ops.pyflow, op).default
-    _functions[op] = _function(_operators[op], setup_context, backward)
+    if backward is not None:
+        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
+        _functions[op] = _function(_operators[op], setup_context, backward)
 
 
 def finish() -> None:

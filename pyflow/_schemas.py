@@ -1,9 +1,10 @@
 """Every operator's schema and tags, in one place.
 
 An operator is opaque to Inductor: its bits are the same eager and compiled. The integers `scale_map`,
-`packing` and `prior` index the tuples below; `map_arg` is the one constant a scale map uses
+`packing`, `prior` and `variant` index the tuples below; `map_arg` is the one constant a scale map uses
 (clamp, eps or c). A `*_backward` operator returns an empty tensor for a gradient it was not asked for
-(shift_dtype: the dtype of shift, or None where its gradient is that of y or of x).
+(shift_dtype: the dtype of shift, or None where its gradient is that of y or of x). `fsq` and `residual_fsq`
+take and return their channels in front; `dim` of `fsq_decode` is where they go.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 SCALE_MAPS = ("exp", "sigmoid", "sigmoid_inv", "softplus", "tanh", "atan", "softsign")
 PACKINGS = ("shift_scale", "scale_shift", "interleaved")
 PRIORS = ("gaussian", "logistic")
+FSQ_VARIANTS = ("vqp", "paper", "symmetric", "sigmoid", "hard", "symmetric_hard")
 
 _MAP = "int scale_map, float map_arg, bool shift_first, bool inverse, int event_dims"
 
@@ -32,6 +34,13 @@ SCHEMAS = {
     ),
     "flow_log_prob": "(Tensor h, Tensor? log_scale, int prior) -> Tensor",
     "flow_log_prob_backward": "(Tensor grad, Tensor h, Tensor? log_scale, int prior) -> (Tensor, Tensor)",
+    "fsq": "(Tensor z, int[] levels, int variant, bool return_indices) -> (Tensor, Tensor)",
+    "fsq_backward": "(Tensor grad, Tensor z, int[] levels, int variant) -> Tensor",
+    "fsq_decode": "(Tensor indices, int[] levels, int variant, int dim, ScalarType dtype) -> Tensor",
+    "residual_fsq": "(Tensor x, int[] levels, int variant, int stages, Tensor? active) -> (Tensor, Tensor)",
+    "residual_fsq_backward": (
+        "(Tensor grad, Tensor x, int[] levels, int variant, int stages, Tensor? active) -> Tensor"
+    ),
 }
 
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)

@@ -1,0 +1,427 @@
+"""Finite scalar quantisation: bound, round, code and index in one pass; decode; residual stages."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._backend import call, register, runs_reference
+from .._schemas import FSQ_VARIANTS
+from ..reference import fsq as ref
+from ._transforms import batch_first, vector_jacobian
+
+RESIDUAL_VARIANTS = ("symmetric", "symmetric_hard")
+MOST_LEVELS = 2**22  # float32 rounds to integers up to here
+
+
+def fsq(
+    z: Tensor, levels: Sequence[int], *, variant: str = "vqp", dim: int = -1, return_indices: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Quantise every channel of z to its number of levels, and number the combination.
+
+    "vqp" (vector-quantize-pytorch, Cosmos) and "paper" (google-research, NeMo): round(tanh(z + shift) half - offset);
+    "symmetric": floor((L - 1) (tanh(z) + 1) / 2 + 1/2); "sigmoid": round((L - 1) sigmoid(z)); "hard" and
+    "symmetric_hard": as "vqp" and "symmetric" with a clamp for tanh. A model needs the variant it was trained with.
+
+    Args:
+        z: float32, float64, bfloat16 or float16 of any rank and strides, with len(levels) channels in `dim`.
+        levels: number of levels of each channel, 2 to 2**22 (from 3 for "vqp" and "hard").
+        variant: one of the words above.
+        dim: where the channels are; no layout is copied.
+        return_indices: whether to return indices.
+
+    Returns:
+        codes: like z, in [-1, 1] ("sigmoid": [0, 1]), with the straight-through gradient of the bound.
+        indices: the shape of z without `dim`; sum of digit * (product of the levels before it), so the first
+            channel runs fastest. int32 while the codebook has at most 2**31 entries, int64 to 2**63. None if not
+            asked for.
+
+    Raises:
+        TypeError: not a tensor, a wrong dtype, levels that are not a list of integers.
+        ValueError: unknown variant, levels out of range, another number of channels, a codebook beyond int64.
+
+    Notes:
+        Bounded in float32 (float64 for float64 z), rounded half to even, summed as integers. Codes and indices
+        have the same bits on every compiled backend; `fsq_decode(indices)` has those of codes. A NaN gives a
+        NaN code and the index -1; infinities saturate. Backward keeps nothing but z. Double backward works.
+
+    Source:
+        Mentzer et al. 2023, Finite Scalar Quantization, arXiv:2309.15505; "symmetric": arXiv:2411.19842, section 3.2.
+
+    Example:
+        >>> codes, indices = fsq(torch.tensor([[0.0, 2.0, -9.0]]), (8, 5, 3))
+        >>> codes, indices
+        (tensor([[ 0.,  1., -1.]]), tensor([36], dtype=torch.int32))
+    """
+    op = "fsq"
+    check.float_tensor(op, "z", z)
+    index = check.choice(op, "variant", variant, FSQ_VARIANTS)
+    levels = _levels(op, levels, variant, return_indices)
+    z = _channels_first(op, "z", z, levels, dim)
+    if runs_reference(op, z):
+        codes, indices = ref.fsq(z, levels, variant=variant, return_indices=return_indices)
+    else:
+        codes, indices = call(op, z, levels, index, return_indices)
+    return codes.movedim(0, dim), indices if return_indices else None
+
+
+def fsq_decode(
+    indices: Tensor,
+    levels: Sequence[int],
+    *,
+    variant: str = "vqp",
+    dim: int = -1,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The codes of indices, bit for bit those `fsq` returned with them.
+
+    Args:
+        indices: integers in [0, product of levels), any shape; -1 gives NaN.
+        levels, variant: as for `fsq`.
+        dim: where the channels go in the result.
+        dtype: of the result; that of z gives the codes of z.
+
+    Returns:
+        The shape of indices with len(levels) channels in `dim`.
+
+    Raises:
+        TypeError: indices that are not integers, a dtype that is not a float.
+        ValueError: as for `fsq`; on a CPU an index outside the codebook (on an accelerator it gives NaN).
+
+    Example:
+        >>> fsq_decode(torch.tensor([36]), (8, 5, 3))
+        tensor([[ 0.,  1., -1.]])
+    """
+    op = "fsq_decode"
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{op}: indices must be a tensor, got {type(indices).__name__}")
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise TypeError(f"{op}: indices must be integers, got {check.short(indices.dtype)}")
+    if dtype not in check.FLOATS:
+        raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16, got {check.short(dtype)}")
+    index = check.choice(op, "variant", variant, FSQ_VARIANTS)
+    levels = _levels(op, levels, variant, True)
+    dim = _dim(op, dim, indices.dim() + 1) % (indices.dim() + 1)
+    if indices.numel() and check.values_are_checked(indices):
+        low, high = (int(v) for v in indices.aminmax())
+        if low < -1 or high >= math.prod(levels):
+            worst = low if low < -1 else high
+            raise ValueError(f"{op}: indices must lie in [-1, {math.prod(levels)}), got {worst}")
+    if indices.dtype not in (torch.int32, torch.int64):
+        indices = indices.to(torch.int32 if indices.element_size() < 4 else torch.int64)
+    if runs_reference(op, indices):
+        return ref.fsq_decode(indices, levels, variant=variant, dtype=dtype).movedim(0, dim)
+    return call(op, indices, levels, index, dim, dtype)
+
+
+def residual_fsq(
+    x: Tensor,
+    levels: Sequence[int],
+    num_quantizers: int,
+    *,
+    variant: str = "symmetric_hard",
+    dim: int = -1,
+    active: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Quantise x, then what is left of it with L times finer digits, and so on: all stages in one pass.
+
+    Stage q adds s fsq(r / s), s = L**-q, where r is x less the stages before.
+
+    Args:
+        x: as z of `fsq`, already clamped to the range of the codes.
+        levels: as for `fsq`.
+        num_quantizers: number of stages Q, at least 1.
+        variant: "symmetric" or "symmetric_hard".
+        dim: where the channels are.
+        active: 0-d integer tensor on the device of x: only so many stages quantise (quantiser dropout); read on
+            the device, never by the host.
+
+    Returns:
+        out: like x, the sum of the stages, with the sum of their straight-through gradients.
+        indices: the shape of x without `dim`, times Q at the end; -1 from stage `active` on and for NaN. int32 or
+            int64 as for `fsq`, int64 with `active`.
+
+    Raises:
+        TypeError, ValueError: as for `fsq`.
+
+    Source:
+        Zeghidour et al. 2021, SoundStream, arXiv:2107.03312, algorithm 1, with `fsq` for the quantiser.
+
+    Example:
+        >>> residual_fsq(torch.tensor([[0.3, -0.6]]), (5, 5), 2)
+        (tensor([[ 0.3000, -0.6000]]), tensor([[[ 8, 14]]], dtype=torch.int32))
+    """
+    op = "residual_fsq"
+    check.float_tensor(op, "x", x)
+    check.choice(op, "variant", variant, RESIDUAL_VARIANTS)
+    index = FSQ_VARIANTS.index(variant)
+    levels = _levels(op, levels, variant, True)
+    if isinstance(num_quantizers, bool) or not isinstance(num_quantizers, numbers.Integral):
+        raise TypeError(f"{op}: num_quantizers must be an integer, got {type(num_quantizers).__name__}")
+    if num_quantizers < 1:
+        raise ValueError(f"{op}: num_quantizers must be at least 1, got {num_quantizers}")
+    if active is not None:
+        _check_active(op, active, x)
+    x = _channels_first(op, "x", x, levels, dim)
+    if runs_reference(op, x):
+        out, indices = ref.residual_fsq(x, levels, variant=variant, stages=num_quantizers, active=active)
+    else:
+        out, indices = call(op, x, levels, index, int(num_quantizers), active)
+    return out.movedim(0, dim), indices
+
+
+class CodebookUsage(NamedTuple):
+    """How a codebook is used: `counts` of the entries that occur, 0-d `fraction` of all entries that do, 0-d
+    `perplexity`, exp of the entropy of the distribution over entries."""
+
+    counts: Tensor
+    fraction: Tensor
+    perplexity: Tensor
+
+
+def codebook_usage(indices: Tensor, size: int) -> CodebookUsage:
+    """Fraction of the codebook's entries that occur, and the perplexity of their distribution.
+
+    Args:
+        indices: integers of any shape; negative ones (padding, dropped stages) do not count.
+        size: number of entries of the codebook; it is never materialised.
+
+    Returns:
+        counts (entries that occur,) int64, fraction and perplexity 0-d float32; both 0 without any index.
+
+    Raises:
+        TypeError: indices that are not an integer tensor.
+        ValueError: size below 1, or on a CPU an index beyond it.
+
+    Example:
+        >>> codebook_usage(torch.tensor([0, 0, 3, -1]), 4).fraction
+        tensor(0.5000)
+    """
+    op = "codebook_usage"
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{op}: indices must be a tensor, got {type(indices).__name__}")
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise TypeError(f"{op}: indices must be integers, got {check.short(indices.dtype)}")
+    if size < 1:
+        raise ValueError(f"{op}: size must be at least 1, got {size}")
+    used = indices[indices >= 0]
+    if used.numel() and check.values_are_checked(used) and int(used.max()) >= size:
+        raise ValueError(f"{op}: indices must lie below the codebook's size, {size}, got {int(used.max())}")
+    counts = used.unique(return_counts=True)[1]
+    p = counts.double() / max(1, used.numel())
+    perplexity = torch.exp(-(p * p.log()).sum()) if used.numel() else p.sum()
+    return CodebookUsage(counts, torch.tensor(counts.numel() / size, device=indices.device), perplexity.float())
+
+
+def _levels(op: str, levels: Sequence[int], variant: str, numbered: bool) -> list[int]:
+    if isinstance(levels, (str, Tensor)) or not isinstance(levels, Sequence):
+        raise TypeError(f"{op}: levels must be a list of integers, got {type(levels).__name__}")
+    whole = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in levels)
+    if not whole or not levels or min(levels) < 2:
+        raise ValueError(f"{op}: levels must be integers >= 2, got {tuple(levels)}")
+    if max(levels) > MOST_LEVELS:
+        raise ValueError(f"{op}: levels must be at most 2**22, which float32 can tell apart, got {tuple(levels)}")
+    if variant in ("vqp", "hard") and min(levels) == 2:
+        raise ValueError(f"{op}: levels must be at least 3 for variant {variant}, got {tuple(levels)}")
+    if numbered and math.prod(levels) > 2**63:
+        raise ValueError(f"{op}: levels must have a product of at most 2**63 to be numbered, got {tuple(levels)}")
+    return [int(n) for n in levels]
+
+
+def _dim(op: str, dim: int, dims: int) -> int:
+    if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
+        raise TypeError(f"{op}: dim must be an integer, got {type(dim).__name__}")
+    if not -dims <= dim < dims:
+        raise ValueError(f"{op}: dim must lie in [{-dims}, {dims}), got {dim}")
+    return int(dim)
+
+
+def _channels_first(op: str, name: str, x: Tensor, levels: list[int], dim: int) -> Tensor:
+    if x.dim() == 0:
+        raise ValueError(f"{op}: {name} must have at least one dim, the channels, got a scalar")
+    dim = _dim(op, dim, x.dim())
+    if x.shape[dim] != len(levels):
+        raise ValueError(
+            f"{op}: {name} must have {len(levels)} channels in dim {dim}, one for each level, got {x.shape[dim]}"
+        )
+    return x.movedim(dim, 0)
+
+
+def _check_active(op: str, active: object, x: Tensor) -> None:
+    if not isinstance(active, Tensor):
+        raise TypeError(f"{op}: active must be a tensor, got {type(active).__name__}")
+    if active.dtype != torch.int64:
+        raise TypeError(f"{op}: active must be int64, got {check.short(active.dtype)}")
+    if active.dim() != 0:
+        raise ValueError(f"{op}: active must be 0-d, got {tuple(active.shape)}")
+    if active.device != x.device:
+        raise ValueError(f"{op}: active must be on the device of x, {x.device}, got {active.device}")
+
+
+# what torch must know of each operator, arguments in the order of its schema
+
+
+def _like(tensor: Tensor, values: Tensor) -> Tensor:
+    return torch.empty_like(tensor).copy_(values)
+
+
+def _reference(z, levels, variant, return_indices):
+    codes, indices = ref.fsq(z, levels, variant=FSQ_VARIANTS[variant], return_indices=return_indices)
+    return _like(z, codes), indices.contiguous() if return_indices else z.new_empty(0, dtype=torch.int32)
+
+
+def _fake(z, levels, variant, return_indices):
+    if not return_indices:
+        return torch.empty_like(z), z.new_empty(0, dtype=torch.int32)
+    return torch.empty_like(z), z.new_empty(z.shape[1:], dtype=ref.index_dtype(levels))
+
+
+def _setup(ctx, inputs, output):
+    z, ctx.levels, ctx.variant, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z)
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return None, None, None, None
+    return call("fsq_backward", grad, *ctx.saved_tensors, ctx.levels, ctx.variant), None, None, None
+
+
+def _vmap(info, in_dims, z, levels, variant, return_indices):
+    out = torch.ops.pyflow.fsq(z.movedim(in_dims[0], 1), levels, variant, return_indices)
+    return out, (1, 0 if return_indices else None)
+
+
+def _backward_reference(grad, z, levels, variant):
+    return _like(z, ref.fsq_backward(grad, z, levels, variant=FSQ_VARIANTS[variant]))
+
+
+def _backward_fake(grad, z, levels, variant):
+    return torch.empty_like(z)
+
+
+def _backward_setup(ctx, inputs, output):
+    *tensors, ctx.levels, ctx.variant = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_backward(ctx, grad):
+    formula = lambda g, z: (ref.fsq_backward(g, z, ctx.levels, variant=FSQ_VARIANTS[ctx.variant]),)  # noqa: E731
+    return (*vector_jacobian(formula, ctx.saved_tensors, (grad,)), None, None)
+
+
+def _channels_then_batch(info: object, in_dims: Sequence[int | None], *tensors: Tensor) -> list[Tensor]:
+    return [t.movedim(0, 1) for t in batch_first(info, in_dims, *tensors)]
+
+
+def _backward_vmap(info, in_dims, grad, z, levels, variant):
+    return torch.ops.pyflow.fsq_backward(*_channels_then_batch(info, in_dims, grad, z), levels, variant), 1
+
+
+def _decode_reference(indices, levels, variant, dim, dtype):
+    codes = ref.fsq_decode(indices, levels, variant=FSQ_VARIANTS[variant], dtype=dtype)
+    return codes.movedim(0, dim).contiguous()
+
+
+def _decode_fake(indices, levels, variant, dim, dtype):
+    shape = list(indices.shape)
+    shape.insert(dim, len(levels))
+    return indices.new_empty(shape, dtype=dtype)
+
+
+def _decode_vmap(info, in_dims, indices, levels, variant, dim, dtype):
+    return torch.ops.pyflow.fsq_decode(indices.movedim(in_dims[0], 0), levels, variant, dim + 1, dtype), 0
+
+
+def _residual_reference(x, levels, variant, stages, active):
+    out, indices = ref.residual_fsq(x, levels, variant=FSQ_VARIANTS[variant], stages=stages, active=active)
+    return _like(x, out), indices
+
+
+def _residual_fake(x, levels, variant, stages, active):
+    dtype = torch.int64 if active is not None else ref.index_dtype(levels)
+    return torch.empty_like(x), x.new_empty((*x.shape[1:], stages), dtype=dtype)
+
+
+def _residual_setup(ctx, inputs, output):
+    x, ctx.levels, ctx.variant, ctx.stages, active = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, active)
+
+
+def _residual_backward(ctx, grad, _):
+    if grad is None:
+        return None, None, None, None, None
+    x, active = ctx.saved_tensors
+    grad = call("residual_fsq_backward", grad, x, ctx.levels, ctx.variant, ctx.stages, active)
+    return grad, None, None, None, None
+
+
+def _residual_vmap(info, in_dims, x, levels, variant, stages, active):
+    if in_dims[4] is not None:
+        calls = [
+            torch.ops.pyflow.residual_fsq(one, levels, variant, stages, n)
+            for one, n in zip(*batch_first(info, (in_dims[0], in_dims[4]), x, active))
+        ]
+        return tuple(torch.stack(outputs) for outputs in zip(*calls)), (0, 0)
+    return torch.ops.pyflow.residual_fsq(x.movedim(in_dims[0], 1), levels, variant, stages, active), (1, 0)
+
+
+def _residual_backward_reference(grad, x, levels, variant, stages, active):
+    variant = FSQ_VARIANTS[variant]
+    return _like(x, ref.residual_fsq_backward(grad, x, levels, variant=variant, stages=stages, active=active))
+
+
+def _residual_backward_fake(grad, x, levels, variant, stages, active):
+    return torch.empty_like(x)
+
+
+def _residual_backward_setup(ctx, inputs, output):
+    grad, x, ctx.levels, ctx.variant, ctx.stages, active = inputs
+    ctx.save_for_backward(grad, x, active)
+
+
+def _residual_backward_backward(ctx, grad):
+    def formula(g, x, active=None):
+        variant = FSQ_VARIANTS[ctx.variant]
+        return (ref.residual_fsq_backward(g, x, ctx.levels, variant=variant, stages=ctx.stages, active=active),)
+
+    *tensors, active = ctx.saved_tensors
+    grads = vector_jacobian(lambda g, x: formula(g, x, active), tensors, (grad,))
+    return (*grads, None, None, None, None)
+
+
+def _residual_backward_vmap(info, in_dims, grad, x, levels, variant, stages, active):
+    if in_dims[5] is not None:
+        calls = [
+            torch.ops.pyflow.residual_fsq_backward(g, one, levels, variant, stages, n)
+            for g, one, n in zip(*batch_first(info, (*in_dims[:2], in_dims[5]), grad, x, active))
+        ]
+        return torch.stack(calls), 0
+    both = _channels_then_batch(info, in_dims, grad, x)
+    return torch.ops.pyflow.residual_fsq_backward(*both, levels, variant, stages, active), 1
+
+
+register(
+    "fsq", "fsq", reference=_reference, fake=_fake, vmap=_vmap, setup_context=_setup, backward=_backward
+)  # fmt: skip
+register(
+    "fsq_backward", "fsq", reference=_backward_reference, fake=_backward_fake, vmap=_backward_vmap,
+    setup_context=_backward_setup, backward=_backward_backward,
+)  # fmt: skip
+register("fsq_decode", "fsq", reference=_decode_reference, fake=_decode_fake, vmap=_decode_vmap)
+register(
+    "residual_fsq", "fsq", reference=_residual_reference, fake=_residual_fake, vmap=_residual_vmap,
+    setup_context=_residual_setup, backward=_residual_backward,
+)  # fmt: skip
+register(
+    "residual_fsq_backward", "fsq", reference=_residual_backward_reference, fake=_residual_backward_fake,
+    vmap=_residual_backward_vmap, setup_context=_residual_backward_setup, backward=_residual_backward_backward,
+)  # fmt: skip

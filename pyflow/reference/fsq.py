@@ -1,0 +1,185 @@
+"""Finite scalar quantisation in plain torch: the specification in code. Channels are the first dim.
+
+Codes carry the straight-through gradient, that of the bound before it is rounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import compute_dtype
+
+
+class Constants(NamedTuple):
+    """Per channel, exact in float32: the bound is half * f(z + shift) - offset, digits reach from 0 to top."""
+
+    half: list[float]
+    shift: list[float]
+    offset: list[float]
+    width: list[int]  # L // 2, the divisor of the code
+    top: list[int]  # L - 1
+    step: list[float]  # 2 / (L - 1)
+
+
+def constants(levels: Sequence[int], variant: str) -> Constants:
+    """Rounded to float32 after every operation, in the order of vector-quantize-pytorch."""
+    single = np.float32
+    margin = single(1 - 1e-3 if variant == "paper" else 1 + 1e-3)
+    half = [single(n - 1) * margin / single(2) for n in levels]
+    offset = [single(0.5 if n % 2 == 0 else 0.0) for n in levels]
+    unbound = {"paper": math.tan, "hard": float}.get(variant, math.atanh)
+    needs_shift = variant in ("vqp", "paper", "hard")
+    shift = [float(single(unbound(float(o / h)))) if needs_shift else 0.0 for o, h in zip(offset, half)]
+    step = [float(single(2) / single(n - 1)) for n in levels]
+    return Constants(
+        [float(h) for h in half], shift, [float(o) for o in offset], [n // 2 for n in levels],
+        [n - 1 for n in levels], step,
+    )  # fmt: skip
+
+
+def basis(levels: Sequence[int]) -> list[int]:
+    """What a digit of each channel adds to the index: the first channel runs fastest."""
+    out = [1]
+    for n in levels[:-1]:
+        out.append(out[-1] * n)
+    return out
+
+
+def index_dtype(levels: Sequence[int]) -> torch.dtype:
+    return torch.int32 if math.prod(levels) <= 2**31 else torch.int64
+
+
+def _columns(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=like.device).reshape(-1, *(1,) * (like.dim() - 1))
+
+
+def bound(z: Tensor, levels: Sequence[int], variant: str) -> Tensor:
+    """The bounded value, of which the digit is the rounded one (less L // 2 for vqp, paper and hard)."""
+    dtype = compute_dtype(z.dtype)
+    c = constants(levels, variant)
+    z = z.to(dtype)
+    if variant == "sigmoid":
+        return _columns(c.top, z, dtype) * torch.sigmoid(z)
+    if variant in ("symmetric", "symmetric_hard"):
+        return _columns(c.top, z, dtype) * ((torch.tanh(z) if variant == "symmetric" else z.clamp(-1, 1)) + 1) / 2
+    u = z + _columns(c.shift, z, dtype)
+    u = u.clamp(-1, 1) if variant == "hard" else torch.tanh(u)
+    return u * _columns(c.half, z, dtype) - _columns(c.offset, z, dtype)
+
+
+def code(b: Tensor, levels: Sequence[int], variant: str) -> Tensor:
+    """The code of a digit; of a bound, the value that the straight-through gradient belongs to."""
+    c = constants(levels, variant)
+    if variant == "sigmoid":
+        return b / _columns(c.top, b, b.dtype)
+    if variant in ("symmetric", "symmetric_hard"):
+        return b * _columns(c.step, b, b.dtype) - 1
+    width = _columns(c.width, b, b.dtype)
+    return (b - width) / width
+
+
+def _digits(b: Tensor, levels: Sequence[int], variant: str) -> Tensor:
+    c = constants(levels, variant)
+    if variant in ("symmetric", "symmetric_hard"):
+        digits = torch.floor(b + 0.5)
+    else:
+        digits = torch.round(b)
+        if variant != "sigmoid":
+            digits = digits + _columns(c.width, b, b.dtype)
+    return torch.minimum(digits.clamp(min=0), _columns(c.top, b, b.dtype))
+
+
+def _indices(digits: Tensor, levels: Sequence[int], dtype: torch.dtype) -> Tensor:
+    whole = digits.nan_to_num(0).long() * _columns(basis(levels), digits, torch.int64)
+    return torch.where(digits.isnan().any(0), -1, whole.sum(0)).to(dtype)
+
+
+def fsq(z: Tensor, levels: Sequence[int], *, variant: str, return_indices: bool = True) -> tuple[Tensor, Tensor | None]:
+    b = bound(z, levels, variant)
+    digits = _digits(b.detach(), levels, variant)
+    centred = b if variant in ("symmetric", "sigmoid", "symmetric_hard") else b + _columns(
+        constants(levels, variant).width, b, b.dtype
+    )
+    soft = code(centred, levels, variant)
+    codes = (soft - soft.detach() + code(digits, levels, variant)).to(z.dtype)
+    return codes, _indices(digits, levels, index_dtype(levels)) if return_indices else None
+
+
+def slope(z: Tensor, levels: Sequence[int], variant: str) -> Tensor:
+    """d soft code / dz."""
+    dtype = compute_dtype(z.dtype)
+    c = constants(levels, variant)
+    z = z.to(dtype)
+    if variant == "sigmoid":
+        return torch.sigmoid(z) * torch.sigmoid(-z)
+    if variant == "symmetric":
+        return 1 - torch.tanh(z) ** 2
+    if variant == "symmetric_hard":
+        return ((z >= -1) & (z <= 1)).to(dtype)
+    gain = _columns(c.half, z, dtype) / _columns(c.width, z, dtype)
+    u = z + _columns(c.shift, z, dtype)
+    if variant == "hard":
+        return torch.where((u >= -1) & (u <= 1), gain, 0)
+    return gain * (1 - torch.tanh(u) ** 2)
+
+
+def fsq_backward(grad: Tensor, z: Tensor, levels: Sequence[int], *, variant: str) -> Tensor:
+    """The straight-through gradient of z."""
+    return (grad.to(compute_dtype(z.dtype)) * slope(z, levels, variant)).to(z.dtype)
+
+
+def fsq_decode(indices: Tensor, levels: Sequence[int], *, variant: str, dtype: torch.dtype) -> Tensor:
+    """(...) -> (d, ...); an index outside the codebook gives NaN."""
+    known = (indices >= 0) & (indices <= math.prod(levels) - 1)
+    whole = torch.where(known, indices, 0).long()
+    shape = (len(levels), *(1,) * indices.dim())
+    columns = [torch.tensor(v, device=indices.device).reshape(shape) for v in (basis(levels), list(levels))]
+    digits = whole // columns[0] % columns[1]
+    codes = code(digits.to(compute_dtype(dtype)), levels, variant)
+    return torch.where(known, codes, torch.nan).to(dtype)
+
+
+def scales(levels: Sequence[int], stages: int) -> list[list[float]]:
+    """By stage and channel: the size of one digit, L**-stage, in float32."""
+    return [[float(np.float32(float(n) ** -stage)) for n in levels] for stage in range(stages)]
+
+
+def residual_fsq(
+    x: Tensor, levels: Sequence[int], *, variant: str, stages: int, active: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Each stage quantises what the stages before left over; indices (..., stages), -1 from stage `active` on."""
+    dtype = compute_dtype(x.dtype)
+    residual, out, indices = x.to(dtype), torch.zeros_like(x, dtype=dtype), []
+    for stage, factors in enumerate(scales(levels, stages)):
+        factor = _columns(factors, x, dtype)
+        quantized, index = fsq(residual / factor, levels, variant=variant)
+        quantized = quantized * factor
+        if active is not None:
+            on = stage < active
+            quantized, index = torch.where(on, quantized, 0), torch.where(on, index.long(), -1)
+        residual, out = residual - quantized.detach(), out + quantized
+        indices.append(index)
+    return out.to(x.dtype), torch.stack(indices, -1)
+
+
+def residual_fsq_backward(
+    grad: Tensor, x: Tensor, levels: Sequence[int], *, variant: str, stages: int, active: Tensor | None
+) -> Tensor:
+    """Every stage passes the gradient on by its own slope."""
+    dtype = compute_dtype(x.dtype)
+    residual, total = x.to(dtype), torch.zeros_like(x, dtype=dtype)
+    for stage, factors in enumerate(scales(levels, stages)):
+        factor = _columns(factors, x, dtype)
+        scaled = residual / factor
+        quantized = fsq(scaled, levels, variant=variant, return_indices=False)[0].detach() * factor
+        here = slope(scaled, levels, variant)
+        if active is not None:
+            quantized, here = torch.where(stage < active, quantized, 0), torch.where(stage < active, here, 0)
+        residual, total = residual - quantized, total + here
+    return (grad.to(dtype) * total).to(x.dtype)
