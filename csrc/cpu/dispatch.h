@@ -9,6 +9,11 @@ struct CouplingForward;
 struct CouplingBackward;
 struct FlowHeadForward;
 struct FlowHeadBackward;
+struct FsqForward;
+struct FsqBackward;
+struct FsqDecode;
+struct ResidualFsqForward;
+struct ResidualFsqBackward;
 struct MathArgs;
 
 struct CpuTable {
@@ -18,6 +23,11 @@ struct CpuTable {
   void (*flow_head_forward)(const FlowHeadForward&, int64_t begin, int64_t end);
   void (*flow_head_backward)(const FlowHeadBackward&, int64_t begin, int64_t end);
   void (*flow_head_reduce)(const FlowHeadBackward&, int64_t begin, int64_t end);
+  void (*fsq_forward)(const FsqForward&, int64_t begin, int64_t end);
+  void (*fsq_backward)(const FsqBackward&, int64_t begin, int64_t end);
+  void (*fsq_decode)(const FsqDecode&, int64_t begin, int64_t end);
+  void (*residual_fsq_forward)(const ResidualFsqForward&, int64_t begin, int64_t end);
+  void (*residual_fsq_backward)(const ResidualFsqBackward&, int64_t begin, int64_t end);
   void (*math_evaluate)(const MathArgs&, int64_t begin, int64_t end);
 };
 

@@ -5,8 +5,9 @@
 
 namespace pyflow {
 
-enum class MathFunction : int { exp, tanh, log, log1p01, softplus, sigmoid, atan };
-constexpr const char* kMathFunctions[] = {"exp", "tanh", "log", "log1p01", "softplus", "sigmoid", "atan"};
+enum class MathFunction : int { exp, exp_unfused, tanh, tanh_unfused, log, log1p01, softplus, sigmoid, atan };
+constexpr const char* kMathFunctions[] = {"exp",     "exp_unfused", "tanh",    "tanh_unfused", "log",
+                                          "log1p01", "softplus",    "sigmoid", "atan"};
 
 struct MathArgs {
   MathFunction function;

@@ -108,13 +108,13 @@ def fsq_decode(
     index = check.choice(op, "variant", variant, FSQ_VARIANTS)
     levels = _levels(op, levels, variant, True)
     dim = _dim(op, dim, indices.dim() + 1) % (indices.dim() + 1)
+    if indices.dtype not in (torch.int32, torch.int64):
+        indices = indices.to(torch.int32 if indices.element_size() < 4 else torch.int64)
     if indices.numel() and check.values_are_checked(indices):
         low, high = (int(v) for v in indices.aminmax())
         if low < -1 or high >= math.prod(levels):
             worst = low if low < -1 else high
             raise ValueError(f"{op}: indices must lie in [-1, {math.prod(levels)}), got {worst}")
-    if indices.dtype not in (torch.int32, torch.int64):
-        indices = indices.to(torch.int32 if indices.element_size() < 4 else torch.int64)
     if runs_reference(op, indices):
         return ref.fsq_decode(indices, levels, variant=variant, dtype=dtype).movedim(0, dim)
     return call(op, indices, levels, index, dim, dtype)
