@@ -172,12 +172,13 @@ void scatter(const FsqArgs& a, const View& v, int64_t position, int64_t n, const
 
 // a stage: what it adds to the sum is taken from the rest
 template <FsqVariant V, class T>
-void take_stage(const EachElement<T>& constants, const T* __restrict scale, T* __restrict rest, T* __restrict sum,
+void take_stage(EachElement<T> constants, const T* __restrict scale, T* __restrict rest, T* __restrict sum,
                 T* __restrict digits, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
+    const T scaled = rest[i] / scale[i];
     const FsqChannel<T> c = EachElement<T>::at(constants, i);
-    const T digit = fsq_digit<V>(rest[i] / scale[i], c);
+    const T digit = fsq_digit<V>(scaled, c);
     const T part = fsq_code<V>(digit, c) * scale[i];
     digits[i] = digit;
     rest[i] -= part;
@@ -205,12 +206,12 @@ void residual_forward(const ResidualFsqForward& a, int64_t position, int64_t n) 
 
 // as take_stage; the sum is that of the slopes
 template <FsqVariant V, class T>
-void add_slope(const EachElement<T>& constants, const T* __restrict scale, T* __restrict rest, T* __restrict sum,
+void add_slope(EachElement<T> constants, const T* __restrict scale, T* __restrict rest, T* __restrict sum,
                int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const FsqChannel<T> c = EachElement<T>::at(constants, i);
     const T scaled = rest[i] / scale[i];
+    const FsqChannel<T> c = EachElement<T>::at(constants, i);
     sum[i] += fsq_slope<V>(scaled, c);
     rest[i] -= fsq_code<V>(fsq_digit<V>(scaled, c), c) * scale[i];
   }
