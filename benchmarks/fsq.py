@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -87,5 +88,40 @@ CASES = [
         ("channel first", (64, 4, 128, 128), (2, 4, 3, 5), LEVELS[0], 1),
         ("256 tokens", (256, 4), (9, 4), LEVELS[0], -1),
     ]
+    for backward in (False, True)
+]
+
+
+def _modules(shape: tuple[int, ...], device: torch.device, *, stages: int, backward: bool) -> Problem:
+    """Residual stages, with all the modules do around them."""
+    x = normals(shape, device, 1)[0]
+    theirs = peer(PEER, "vector_quantize_pytorch").ResidualFSQ(levels=list(LEVELS[0]), num_quantizers=stages).to(device)
+    ours = pyflow.nn.ResidualFSQ(levels=list(LEVELS[0]), num_quantizers=stages).to(device)
+    cotangents = normals(shape, device, 1) if backward else None
+
+    def of(module: torch.nn.Module) -> Callable[[Tensor], Outputs]:
+        results = slice(0, 1) if backward else slice(0, 2)
+        return lambda x: tuple(t[0] for t in module(x[None])[results])
+
+    def eager(x: Tensor) -> Outputs:
+        with pyflow.backend("reference"):
+            return of(ours)(x)
+
+    functions = {"eager": eager, PEER: of(theirs), PEER_COMPILED: compiled(of(theirs)), "pyflow": of(ours)}
+    calls = {name: bind(function, (x,), cotangents) for name, function in functions.items()}
+    moved = 5 * x.nbytes if backward else 2 * x.nbytes + 4 * stages * shape[0]
+    # the last stages are finer than float32 resolves x: in float64 their tokens would be others
+    return Problem(calls, calls["eager"], moved)
+
+
+CASES += [
+    Case(
+        f"fsq/residual, 8 stages, {'forward+backward' if backward else 'forward'}",
+        partial(_modules, stages=8, backward=backward),
+        (1 << 18, 4),
+        (5, 4),
+        contenders=("eager", PEER, PEER_COMPILED, "pyflow"),
+        peer=PEER,
+    )
     for backward in (False, True)
 ]
