@@ -21,6 +21,12 @@ def place(segments, INDEX: tl.constexpr, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
+def width(cols, c, VEC: tl.constexpr):
+    """Elements of a row, in the type of c: cols alone may be an int32 where the product is none."""
+    return tl.full([], VEC, c.dtype) * cols
+
+
+@triton.jit
 def row_offset(r, sizes, strides):
     at = tl.zeros(r.shape, tl.int64)
     for i in tl.static_range(len(strides) - 1, 0, -1):
@@ -35,8 +41,7 @@ def col_offset(c, sizes, strides, VEC: tl.constexpr):
         return c.to(tl.int64) * strides[0]
     else:
         last: tl.constexpr = len(strides) - 1
-        # in the type of c: the size alone may be an int32 where the product is none
-        inner = tl.full([], VEC, c.dtype) * sizes[last - 1]
+        inner = width(sizes[last - 1], c, VEC)
         at = (c % inner).to(tl.int64) * strides[last]
         c = c // inner
         for i in tl.static_range(last - 1, 0, -1):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _launch
 from ._math import exp, log_scale, log_scale_slope, neg, resolve
-from ._tiles import fold, load, place, row_offset, scalar, store
+from ._tiles import fold, load, place, row_offset, scalar, store, width
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def additive_kernel(
     r = row[:, None]
     for c0 in range(0, SEGMENT, BLOCK_C):
         c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (c < cols * VEC)
+        inside = (r < rows) & (c < width(cols, c, VEC))
         a = load(x, x_at, sizes, r, c, inside, VEC, dtype)
         t = load(shift, shift_at, sizes, r, c, inside, VEC, dtype)
         b = a - t if INVERSE else a + t
@@ -54,7 +54,7 @@ def forward_kernel(
     acc = tl.zeros((BLOCK_R, BLOCK_C), dtype)
     for c0 in range(0, SEGMENT, BLOCK_C):
         c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (c < cols * VEC)
+        inside = (r < rows) & (c < width(cols, c, VEC))
         a = load(x, x_at, sizes, r, c, inside, VEC, dtype)
         t = load(shift, shift_at, sizes, r, c, inside, VEC, dtype)
         g = log_scale(load(scale, scale_at, sizes, r, c, inside, VEC, dtype), arg, MAP)
@@ -87,7 +87,7 @@ def backward_kernel(
         dlogdet = tl.load(gl + row_offset(row, sizes[0], gl_at), mask=row < rows).to(dtype)[:, None]
     for c0 in range(0, SEGMENT, BLOCK_C):
         c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (c < cols * VEC)
+        inside = (r < rows) & (c < width(cols, c, VEC))
         dy = tl.zeros((BLOCK_R, BLOCK_C), dtype)
         if gy is not None:
             dy = load(gy, gy_at, sizes, r, c, inside, VEC, dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._schemas import PRIORS
 from . import _launch
 from ._math import constant, exp, log1p01, neg, tanh
-from ._tiles import col_offset, fold, fold_rows, load, place, row_offset, scalar, store, store_as
+from ._tiles import col_offset, fold, fold_rows, load, place, row_offset, scalar, store, store_as, width
 
 GAUSSIAN = tl.constexpr(PRIORS.index("gaussian"))
 LOGISTIC = tl.constexpr(PRIORS.index("logistic"))
@@ -50,11 +50,11 @@ def forward_kernel(
     acc = tl.zeros((BLOCK_R, BLOCK_C), dtype)
     for c0 in range(0, SEGMENT, BLOCK_C):
         c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (c < cols * VEC)
+        inside = (r < rows) & (c < width(cols, c, VEC))
         z = load(h, h_at, sizes, r, c, inside, VEC, dtype)
         if log_scale is not None:
             at = log_scale + col_offset(c, sizes[1], log_scale_at[1], VEC)
-            s = tl.load(at, mask=c < cols * VEC).to(dtype)
+            s = tl.load(at, mask=c < width(cols, c, VEC)).to(dtype)
             term = log_density(z * exp(s), PRIOR) + s
         else:
             term = log_density(z, PRIOR)
@@ -75,7 +75,7 @@ def backward_kernel(
     block = (program // segments).to(INDEX)
     col = (program % segments).to(INDEX) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = col[None, :]
-    in_row = c < cols * VEC
+    in_row = c < width(cols, c, VEC)
     e = tl.full((1, BLOCK_C), 1.0, dtype)
     if log_scale is not None:
         e = exp(tl.load(log_scale + col_offset(c, sizes[1], log_scale_at[1], VEC), mask=in_row).to(dtype))
@@ -91,7 +91,7 @@ def backward_kernel(
         if log_scale is not None:
             acc = tl.where(inside, tl.fma(g, tl.fma(d, z, constant(1.0, z)), acc), acc)
     if log_scale is not None:
-        tl.store(partial + block.to(tl.int64) * cols * VEC + col, fold_rows(acc), mask=col < cols * VEC)
+        tl.store(partial + block.to(tl.int64) * cols * VEC + col, fold_rows(acc), mask=col < width(cols, col, VEC))
 
 
 @triton.jit(do_not_specialize=["blocks", "cols"])
@@ -103,9 +103,9 @@ def sum_blocks(
     acc = tl.zeros((BLOCK_R, BLOCK_C), partial.dtype.element_ty)
     for first in range(0, blocks, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
-        inside = (r < blocks)[:, None] & (c < cols * VEC)[None, :]
+        inside = (r < blocks)[:, None] & (c < width(cols, c, VEC))[None, :]
         acc += tl.load(partial + (r.to(tl.int64) * cols * VEC)[:, None] + c[None, :], mask=inside, other=0.0)
-    store_as(out + col_offset(c, sizes[1], out_at[1], VEC), fold_rows(acc), c < cols * VEC)
+    store_as(out + col_offset(c, sizes[1], out_at[1], VEC), fold_rows(acc), c < width(cols, c, VEC))
 
 
 def flow_log_prob(h: Tensor, log_scale: Tensor | None, prior: int) -> Tensor:

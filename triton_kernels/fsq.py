@@ -22,7 +22,7 @@ from .._schemas import FSQ_VARIANTS
 from ..reference import fsq as ref
 from . import _launch
 from ._math import constant, div, exp_unfused, floor, neg, round_even, tanh_unfused
-from ._tiles import col_offset, row_offset, store_as
+from ._tiles import col_offset, row_offset, store_as, width
 
 SIGMOID = tl.constexpr(FSQ_VARIANTS.index("sigmoid"))
 SYMMETRIC = tl.constexpr(FSQ_VARIANTS.index("symmetric"))
@@ -193,18 +193,12 @@ def first_position(step, TILE: tl.constexpr):
 
 
 @triton.jit
-def count_of(cols, first, TILE: tl.constexpr):
-    """Number of positions; cols alone may be an int32 where the product is none."""
-    return tl.full([], TILE.vec, first.dtype) * cols
-
-
-@triton.jit
 def is_inside(i, first, cols, TILE: tl.constexpr):
     real = i < TILE.positions * TILE.channels
     if TILE.dense:
-        return real & (first * TILE.channels + i < count_of(cols, first, TILE) * TILE.channels)
+        return real & (first * TILE.channels + i < width(cols, first, TILE.vec) * TILE.channels)
     else:
-        return real & (first + position_of(i, TILE) < count_of(cols, first, TILE))
+        return real & (first + position_of(i, TILE) < width(cols, first, TILE.vec))
 
 
 @triton.jit
@@ -257,7 +251,7 @@ def number(digit, c, DIGITS: tl.constexpr, TILE: tl.constexpr):
 def store_indices(indices, at, sizes, values, first, cols, TILE: tl.constexpr):
     q = tl.arange(0, TILE.padded[1])
     p = first + q
-    inside = (q < TILE.positions) & (p < count_of(cols, first, TILE))
+    inside = (q < TILE.positions) & (p < width(cols, first, TILE.vec))
     values = values.to(indices.dtype.element_ty)
     tl.store(indices + col_offset(p, sizes[1], at[1], TILE.vec), values, mask=inside)
 
