@@ -10,6 +10,8 @@
   F(flow_head_forward, FlowHeadForward)    \
   F(flow_head_backward, FlowHeadBackward)  \
   F(flow_head_reduce, FlowHeadBackward)    \
+  F(noise, NoiseArgs)                      \
+  F(philox_words, PhiloxArgs)              \
   F(math_evaluate, MathArgs)
 
 #define PYFLOW_DECLARE_KERNEL(name, Args) void name(const Args&, int64_t, int64_t);

@@ -9,6 +9,8 @@ struct CouplingForward;
 struct CouplingBackward;
 struct FlowHeadForward;
 struct FlowHeadBackward;
+struct NoiseArgs;
+struct PhiloxArgs;
 struct MathArgs;
 
 struct CpuTable {
@@ -18,6 +20,8 @@ struct CpuTable {
   void (*flow_head_forward)(const FlowHeadForward&, int64_t begin, int64_t end);
   void (*flow_head_backward)(const FlowHeadBackward&, int64_t begin, int64_t end);
   void (*flow_head_reduce)(const FlowHeadBackward&, int64_t begin, int64_t end);
+  void (*noise)(const NoiseArgs&, int64_t begin, int64_t end);
+  void (*philox_words)(const PhiloxArgs&, int64_t begin, int64_t end);
   void (*math_evaluate)(const MathArgs&, int64_t begin, int64_t end);
 };
 

@@ -5,8 +5,9 @@
 
 namespace pyflow {
 
-enum class MathFunction : int { exp, tanh, log, log1p01, softplus, sigmoid, atan };
-constexpr const char* kMathFunctions[] = {"exp", "tanh", "log", "log1p01", "softplus", "sigmoid", "atan"};
+enum class MathFunction : int { exp, tanh, log, log1p01, softplus, sigmoid, atan, log_plain, radius, sin_turns, cos_turns };
+constexpr const char* kMathFunctions[] = {"exp", "tanh", "log", "log1p01", "softplus", "sigmoid", "atan",
+                                           "log_plain", "radius", "sin_turns", "cos_turns"};
 
 struct MathArgs {
   MathFunction function;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
@@ -14,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
     pytest.skip("the interpreter and compilation exclude each other", allow_module_level=True)
 
 from pyflow._schemas import PRIORS, SCALE_MAPS  # noqa: E402
-from pyflow.triton_kernels import coupling, flow_head  # noqa: E402
+from pyflow.triton_kernels import _random, coupling, flow_head, noise  # noqa: E402
 
 from . import aot  # noqa: E402
 
@@ -52,6 +53,30 @@ def head(h, log_scale, prior):
     return launches
 
 
+@contextlib.contextmanager
+def scalars_on_the_device():
+    """0-d CPU tensors stand for those of a GPU, not for numbers."""
+    real, _random.by_value = _random.by_value, lambda tensor: False
+    try:
+        yield
+    finally:
+        _random.by_value = real
+
+
+def drawn(size, seed, dtype, kind=1):
+    with aot.recorded() as launches:
+        noise.noise(size, seed, torch.tensor(3), kind, 0, dtype)
+        with scalars_on_the_device():
+            noise.noise(size, seed, torch.tensor(3), kind, 0, dtype)
+    return launches
+
+
+def random_words():
+    with aot.recorded() as launches:
+        noise.philox(torch.zeros(100, 4, dtype=torch.int64), torch.zeros(100, 2, dtype=torch.int64))
+    return launches
+
+
 def dense(dtype, count, shape=SHAPE):
     return [torch.empty(shape, dtype=dtype) for _ in range(count)]
 
@@ -79,6 +104,11 @@ def cases():
             for dtype in (F32, F64, BF16, F16)[: 4 if target == "sm_90" else 2]:
                 name = f"{target}-{str(dtype)[6:]}-head{prior}"
                 table[name] = head(*dense(dtype, 1), torch.empty(392, dtype=dtype), prior)
+        seeds = torch.zeros(64, dtype=torch.int64)
+        for dtype in (F32, F64, BF16, F16)[: 4 if target == "sm_90" else 1]:
+            table[f"{target}-noise-{str(dtype)[6:]}"] = drawn(SHAPE, seeds[0], dtype) + drawn(SHAPE, seeds, dtype, 0)
+        table[f"{target}-philox"] = random_words()
+    table["sm_90-noise-odd"] = drawn((5, 2), seeds[:5], F32)
     for inverse in (False, True):
         for first in (False, True):
             options = dict(inverse=inverse, first=first)
@@ -111,7 +141,8 @@ def test_every_kernel_has_a_case():
     for name in aot.launched_kernels():
         compiled = set().union(*(dtypes(launch) for launch in launches if launch.name == name))
         # the sums over partial results read float32 or float64, whatever the input
-        assert compiled >= ({F32, F64} if name == "_tiles.sum_segments" else {F32, F64, BF16, F16}), name
+        due = {"_tiles.sum_segments": {F32, F64}, "noise.philox_kernel": {torch.int64}}
+        assert compiled >= due.get(name, {F32, F64, BF16, F16}), name
 
 
 @pytest.mark.parametrize("case", CASES)
