@@ -44,6 +44,7 @@ MIN_ROUNDS, MAX_ROUNDS = 10, 50
 ROUND_SECONDS = 2e-3
 SETTLE_SECONDS = 8e-3
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+TOLERANCE |= {torch.int32: 1e-10, torch.int64: 1e-10}  # indices are exact
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ class Judge:
 
 def _with_sizes(truths: Outputs) -> list[tuple[Tensor, Tensor]]:
     """Each truth and what its error is relative to."""
-    truths = tuple(t.detach() for t in truths)
+    truths = tuple(t.detach().double() for t in truths)
     return [(t, t.abs().add_(t.square().mean().sqrt()).clamp_min_(1e-30)) for t in truths]
 
 

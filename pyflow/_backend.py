@@ -84,7 +84,7 @@ def status() -> dict[str, str | None]:
 
 def _find_native_devices() -> frozenset[str]:
     devices = set()
-    if cpu_missing is None or _choice == "triton":
+    if interpreting() if _choice == "triton" else cpu_missing is None:
         devices.add("cpu")
     if torch.cuda.is_available() and (_triton_missing() is None or _cuda_missing() is None):
         devices.add("cuda")
@@ -155,9 +155,11 @@ def runs_reference(op: str, x: Tensor) -> bool:
     if _under_transform():
         return True
     kind = x.device.type
-    if _choice not in ("auto", "triton") and _choice != kind:
+    if kind in _native_devices and _choice in ("auto", "triton", kind):
+        return False
+    if _choice != "auto":
         raise RuntimeError(f"{op}: backend {_choice} cannot run on a tensor on {x.device}")
-    return kind not in _native_devices
+    return True
 
 
 def call(name: str, *args: object) -> object:

@@ -56,6 +56,21 @@ def positive(op: str, name: str, value: object) -> float:
     return result
 
 
+def integer_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{op}: {name} must be integers, got {short(value.dtype)}")
+
+
+def at_least(op: str, name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+    return int(value)
+
+
 def mask_for(op: str, mask: object, x: Tensor) -> Tensor:
     """The mask as a bool view with the shape of x."""
     if not isinstance(mask, Tensor):

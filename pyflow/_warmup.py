@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from . import ops
-from ._schemas import PACKINGS, PRIORS, SCALE_MAPS
+from ._schemas import FSQ_VARIANTS, PACKINGS, PRIORS, SCALE_MAPS
 
 
 def warmup(
@@ -15,6 +15,7 @@ def warmup(
     *,
     dtypes: Iterable[torch.dtype] = (torch.float32,),
     scale_maps: Iterable[str] = SCALE_MAPS,
+    levels: Iterable[tuple[int, ...]] = ((8, 5, 5, 5),),
 ) -> None:
     """Run every operation once, forward and backward, on small tensors of these dtypes.
 
@@ -25,6 +26,7 @@ def warmup(
         device: where the kernels will run.
         dtypes: of the inputs.
         scale_maps: the maps of the coupling layers to prepare.
+        levels: the level sets of FSQ to prepare.
 
     Example:
         >>> warmup("cpu", scale_maps=["tanh"])
@@ -40,4 +42,14 @@ def warmup(
                     options = dict(packing=packing, scale_map=scale_map, inverse=inverse)
                     outputs += ops.affine_coupling_packed(x, params, **options)
         outputs += [ops.flow_log_prob(x, x[0], prior=prior) for prior in PRIORS]
+        for numbers in levels:
+            z = torch.zeros(2, len(numbers), dtype=dtype, device=device, requires_grad=True)
+            for variant in FSQ_VARIANTS:
+                if min(numbers) == 2 and variant in ("vqp", "hard"):
+                    continue
+                codes, indices = ops.fsq(z, numbers, variant=variant)
+                outputs.append(codes)
+                ops.fsq_decode(indices, numbers, variant=variant, dtype=dtype)
+            for variant in ("symmetric", "symmetric_hard"):
+                outputs.append(ops.residual_fsq(z, numbers, 2, variant=variant)[0])
         torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])

@@ -74,3 +74,12 @@ def test_a_device_without_kernels_runs_the_reference():
     x = torch.zeros(2, 3, device="meta")
     assert _backend.runs_reference("affine_coupling", x)
     assert pyflow.ops.affine_coupling(x, x, x)[0].device.type == "meta"
+
+
+def test_triton_without_the_interpreter_refuses_cpu_tensors(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_backend, "_choice", "triton")
+    monkeypatch.setattr(_backend, "_native_devices", _backend._find_native_devices())
+    x = torch.zeros(2, 3)
+    with pytest.raises(RuntimeError, match="^affine_coupling: backend triton cannot run on a tensor on cpu$"):
+        pyflow.ops.affine_coupling(x, x, x)

@@ -4,14 +4,19 @@
 #include <cstring>
 
 // one line per kernel, in the order of CpuTable
-#define PYFLOW_KERNELS(F)                  \
-  F(coupling_forward, CouplingForward)     \
-  F(coupling_backward, CouplingBackward)   \
-  F(flow_head_forward, FlowHeadForward)    \
-  F(flow_head_backward, FlowHeadBackward)  \
-  F(flow_head_reduce, FlowHeadBackward)    \
-  F(noise, NoiseArgs)                      \
-  F(philox_words, PhiloxArgs)              \
+#define PYFLOW_KERNELS(F)                                         \
+  F(coupling_forward, CouplingForward)                            \
+  F(coupling_backward, CouplingBackward)                          \
+  F(flow_head_forward, FlowHeadForward)                           \
+  F(flow_head_backward, FlowHeadBackward)                         \
+  F(flow_head_reduce, FlowHeadBackward)                           \
+  F(fsq_forward, FsqForward)                                      \
+  F(fsq_backward, FsqBackward)                                    \
+  F(fsq_decode, FsqDecode)                                        \
+  F(residual_fsq_forward, ResidualFsqForward)                     \
+  F(residual_fsq_backward, ResidualFsqBackward)                   \
+  F(noise, NoiseArgs)                                             \
+  F(philox_words, PhiloxArgs)                                     \
   F(math_evaluate, MathArgs)
 
 #define PYFLOW_DECLARE_KERNEL(name, Args) void name(const Args&, int64_t, int64_t);

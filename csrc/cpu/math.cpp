@@ -19,7 +19,9 @@ PYFLOW_FN void each(const MathArgs& a, int64_t begin, int64_t end, F f) {
 void math_evaluate(const MathArgs& a, int64_t begin, int64_t end) {
   switch (a.function) {
     case MathFunction::exp: return each(a, begin, end, [](float x) { return exp_(x); });
+    case MathFunction::exp_unfused: return each(a, begin, end, [](float x) { return exp_unfused(x); });
     case MathFunction::tanh: return each(a, begin, end, [](float x) { return tanh_(x); });
+    case MathFunction::tanh_unfused: return each(a, begin, end, [](float x) { return tanh_unfused(x); });
     case MathFunction::log: return each(a, begin, end, [](float x) { return log_(x); });
     case MathFunction::log1p01: return each(a, begin, end, [](float x) { return log1p01(x); });
     case MathFunction::softplus: return each(a, begin, end, [](float x) { return softplus(x); });

@@ -89,6 +89,8 @@ void read_typed(const View& v, int64_t offset, int64_t stride, int64_t n, T* dst
     case DType::u8:
       read_run((const uint8_t*)v.data + offset, stride, n, dst, [](uint8_t x) { return x ? 1.f : 0.f; });
       break;
+    default:
+      break;  // indices have their own
   }
 }
 
@@ -107,8 +109,8 @@ void write_typed(const View& v, int64_t offset, int64_t stride, int64_t n, const
     case DType::f16:
       write_run(src, stride, n, (uint16_t*)v.data + offset, [](T x) { return float_to_half(float(x)); });
       break;
-    case DType::u8:
-      break;  // masks are read only
+    default:
+      break;  // masks are read only, indices have their own
   }
 }
 

@@ -6,7 +6,7 @@
 
 namespace pyflow {
 
-enum class DType : int { f32, f64, bf16, f16, u8 };
+enum class DType : int { f32, f64, bf16, f16, u8, i32, i64 };  // integers: indices, read and written as they are
 
 constexpr int kMaxDims = 12;  // after neighbours are merged, so any real tensor fits
 

@@ -42,6 +42,6 @@ PYBIND11_MODULE(_host, m) {
       },
       "The instruction set in use, or None where none of this build runs on this CPU.");
   m.def("evaluate", &evaluate, py::arg("name"), py::arg("x"),
-        "An elementary function (exp, tanh, log, log1p01, softplus, sigmoid, atan) of every float32 in x, flat.");
+        "An elementary function of csrc/math of every float32 in x, flat.");
   m.def("compiler", []() { return __VERSION__; }, "Version of the C++ compiler of this build.");
 }

@@ -36,6 +36,12 @@ PYFLOW_FN float float_of(uint32_t u) {
 
 PYFLOW_FN float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 PYFLOW_FN double fma_(double a, double b, double c) { return __builtin_fma(a, b, c); }
+// a * b + c with one rounding, or with two: what is fused nowhere has the same bits everywhere, Triton's
+// interpreter included
+template <bool Fused>
+PYFLOW_FN float mul_add(float a, float b, float c) {
+  return Fused ? fma_(a, b, c) : a * b + c;
+}
 PYFLOW_FN float abs_(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 PYFLOW_FN double abs_(double x) { return __builtin_fabs(x); }
 

@@ -22,7 +22,7 @@ PYFLOW_FN Words philox4x32(const Words& counter, uint32_t key0, uint32_t key1) {
   PhiloxLane c0 = counter.v[0], c1 = counter.v[1], c2 = counter.v[2], c3 = counter.v[3];
 #if defined(__CUDA_ARCH__)
 #pragma unroll
-#else
+#elif !defined(__CUDACC__)
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {

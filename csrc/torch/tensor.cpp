@@ -8,6 +8,13 @@ Layout::Layout(const Tensor& like, int64_t col_dims) {
   for (int d = 0; d < dims_; ++d) size_[d] = like.size(d);
 }
 
+Layout::Layout(int64_t rows, const Tensor& event) {
+  dims_ = int(event.dim()) + 1;
+  row_dims_ = 1;
+  size_[0] = rows;
+  for (int d = 1; d < dims_; ++d) size_[d] = event.size(d - 1);
+}
+
 Layout::Entry& Layout::entry(View& view, const Tensor& t) {
   view.dtype = dtype_of(t);
   view.data = (char*)t.data_ptr();
@@ -28,6 +35,13 @@ void Layout::add_slice(View& view, const Tensor& t, int64_t dim, int64_t offset,
   if (dims_ == 0) return;
   view.data += offset * e.stride[dim] * int64_t(t.element_size());
   e.stride[dim] *= step;
+}
+
+void Layout::add_moved(View& view, const Tensor& t, int64_t dim) {
+  Entry& e = entry(view, t);
+  const auto strides = t.strides();
+  e.stride[0] = strides[dim];
+  for (int d = 1; d < dims_; ++d) e.stride[d] = strides[d <= dim ? d - 1 : d];
 }
 
 void Layout::add_rows(View& view, const Tensor& t) {

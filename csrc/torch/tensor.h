@@ -22,6 +22,8 @@ inline DType dtype_of(const Tensor& t) {
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
     case ScalarType::Bool: return DType::u8;
+    case ScalarType::Int: return DType::i32;
+    case ScalarType::Long: return DType::i64;
     default: break;
   }
   STD_TORCH_CHECK(false, "pyflow: unsupported dtype");
@@ -32,9 +34,13 @@ class Layout {
  public:
   // the last `col_dims` dims of `like` are the event
   Layout(const Tensor& like, int64_t col_dims);
+  // an event of the sizes of `event`, one row dim in front
+  Layout(int64_t rows, const Tensor& event);
   // `t` has the sizes of `like`; `offset` and `step` pick a slice along `dim` without a copy
   void add(View& view, const Tensor& t);
   void add_slice(View& view, const Tensor& t, int64_t dim, int64_t offset, int64_t step);
+  // `t` has the row dim, the only one, at `dim`
+  void add_moved(View& view, const Tensor& t, int64_t dim);
   // `t` has the sizes of the row dims of `like`
   void add_rows(View& view, const Tensor& t);
   // `t` has the sizes of the event dims of `like`

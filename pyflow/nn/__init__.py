@@ -1,7 +1,19 @@
-"""Invertible layers. Every one maps `forward(x) -> (y, logdet)` and `inverse(y) -> (x, logdet)`."""
+"""Invertible layers, every one `forward(x) -> (y, logdet)` and `inverse(y) -> (x, logdet)`, and quantisers."""
 
 from .coupling import AdditiveCoupling, AffineCoupling
+from .fsq import FSQ
 from .linear import ActNorm, Invertible1x1Conv, Scale
+from .residual_fsq import GroupedResidualFSQ, ResidualFSQ
 from .reversible import ReversibleSequential
 
-__all__ = ["ActNorm", "AdditiveCoupling", "AffineCoupling", "Invertible1x1Conv", "ReversibleSequential", "Scale"]
+__all__ = [
+    "FSQ",
+    "ActNorm",
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "GroupedResidualFSQ",
+    "Invertible1x1Conv",
+    "ResidualFSQ",
+    "ReversibleSequential",
+    "Scale",
+]

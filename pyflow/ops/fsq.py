@@ -62,7 +62,7 @@ def fsq(
     op = "fsq"
     check.float_tensor(op, "z", z)
     index = check.choice(op, "variant", variant, FSQ_VARIANTS)
-    levels = _levels(op, levels, variant, return_indices)
+    levels = checked_levels(op, levels, variant, return_indices)
     z = _channels_first(op, "z", z, levels, dim)
     if runs_reference(op, z):
         codes, indices = ref.fsq(z, levels, variant=variant, return_indices=return_indices)
@@ -99,22 +99,19 @@ def fsq_decode(
         tensor([[ 0.,  1., -1.]])
     """
     op = "fsq_decode"
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"{op}: indices must be a tensor, got {type(indices).__name__}")
-    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-        raise TypeError(f"{op}: indices must be integers, got {check.short(indices.dtype)}")
+    check.integer_tensor(op, "indices", indices)
     if dtype not in check.FLOATS:
         raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16, got {check.short(dtype)}")
     index = check.choice(op, "variant", variant, FSQ_VARIANTS)
-    levels = _levels(op, levels, variant, True)
+    levels = checked_levels(op, levels, variant, True)
     dim = _dim(op, dim, indices.dim() + 1) % (indices.dim() + 1)
+    if indices.dtype not in (torch.int32, torch.int64):
+        indices = indices.to(torch.int32 if indices.element_size() < 4 else torch.int64)
     if indices.numel() and check.values_are_checked(indices):
         low, high = (int(v) for v in indices.aminmax())
         if low < -1 or high >= math.prod(levels):
             worst = low if low < -1 else high
             raise ValueError(f"{op}: indices must lie in [-1, {math.prod(levels)}), got {worst}")
-    if indices.dtype not in (torch.int32, torch.int64):
-        indices = indices.to(torch.int32 if indices.element_size() < 4 else torch.int64)
     if runs_reference(op, indices):
         return ref.fsq_decode(indices, levels, variant=variant, dtype=dtype).movedim(0, dim)
     return call(op, indices, levels, index, dim, dtype)
@@ -155,24 +152,21 @@ def residual_fsq(
 
     Example:
         >>> residual_fsq(torch.tensor([[0.3, -0.6]]), (5, 5), 2)
-        (tensor([[ 0.3000, -0.6000]]), tensor([[[ 8, 14]]], dtype=torch.int32))
+        (tensor([[ 0.3000, -0.6000]]), tensor([[8, 5]], dtype=torch.int32))
     """
     op = "residual_fsq"
     check.float_tensor(op, "x", x)
     check.choice(op, "variant", variant, RESIDUAL_VARIANTS)
     index = FSQ_VARIANTS.index(variant)
-    levels = _levels(op, levels, variant, True)
-    if isinstance(num_quantizers, bool) or not isinstance(num_quantizers, numbers.Integral):
-        raise TypeError(f"{op}: num_quantizers must be an integer, got {type(num_quantizers).__name__}")
-    if num_quantizers < 1:
-        raise ValueError(f"{op}: num_quantizers must be at least 1, got {num_quantizers}")
+    levels = checked_levels(op, levels, variant, True)
+    stages = check.at_least(op, "num_quantizers", num_quantizers, 1)
     if active is not None:
         _check_active(op, active, x)
     x = _channels_first(op, "x", x, levels, dim)
     if runs_reference(op, x):
-        out, indices = ref.residual_fsq(x, levels, variant=variant, stages=num_quantizers, active=active)
+        out, indices = ref.residual_fsq(x, levels, variant=variant, stages=stages, active=active)
     else:
-        out, indices = call(op, x, levels, index, int(num_quantizers), active)
+        out, indices = call(op, x, levels, index, stages, active)
     return out.movedim(0, dim), indices
 
 
@@ -204,22 +198,26 @@ def codebook_usage(indices: Tensor, size: int) -> CodebookUsage:
         tensor(0.5000)
     """
     op = "codebook_usage"
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"{op}: indices must be a tensor, got {type(indices).__name__}")
-    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-        raise TypeError(f"{op}: indices must be integers, got {check.short(indices.dtype)}")
+    check.integer_tensor(op, "indices", indices)
     if size < 1:
         raise ValueError(f"{op}: size must be at least 1, got {size}")
     used = indices[indices >= 0]
     if used.numel() and check.values_are_checked(used) and int(used.max()) >= size:
         raise ValueError(f"{op}: indices must lie below the codebook's size, {size}, got {int(used.max())}")
-    counts = used.unique(return_counts=True)[1]
-    p = counts.double() / max(1, used.numel())
-    perplexity = torch.exp(-(p * p.log()).sum()) if used.numel() else p.sum()
-    return CodebookUsage(counts, torch.tensor(counts.numel() / size, device=indices.device), perplexity.float())
+    return usage_of(used.unique(return_counts=True)[1], size)
 
 
-def _levels(op: str, levels: Sequence[int], variant: str, numbered: bool) -> list[int]:
+def usage_of(counts: Tensor, size: int) -> CodebookUsage:
+    """From the counts of the entries that occur."""
+    p = counts.double() / counts.sum()
+    fraction = torch.tensor(counts.numel() / size, device=counts.device)
+    # an empty sum is 0, which exp would make 1
+    perplexity = torch.exp(-(p * p.log()).sum()) if counts.numel() else p.sum()
+    return CodebookUsage(counts, fraction, perplexity.float())
+
+
+def checked_levels(op: str, levels: Sequence[int], variant: str, numbered: bool) -> list[int]:
+    """The levels as a list, or one clear sentence; `numbered`: their combinations have an index."""
     if isinstance(levels, (str, Tensor)) or not isinstance(levels, Sequence):
         raise TypeError(f"{op}: levels must be a list of integers, got {type(levels).__name__}")
     whole = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in levels)

@@ -59,29 +59,38 @@ def _columns(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tenso
     return torch.tensor(values, dtype=dtype, device=like.device).reshape(-1, *(1,) * (like.dim() - 1))
 
 
+def _squash(z: Tensor, levels: Sequence[int], variant: str) -> Tensor:
+    """Into (-1, 1), for sigmoid (0, 1), in the compute dtype."""
+    z = z.to(compute_dtype(z.dtype))
+    if variant in ("vqp", "paper", "hard"):
+        z = z + _columns(constants(levels, variant).shift, z, z.dtype)
+    if variant in ("hard", "symmetric_hard"):
+        return z.clamp(-1, 1)
+    return torch.sigmoid(z) if variant == "sigmoid" else torch.tanh(z)
+
+
+def _spread(squashed: Tensor, levels: Sequence[int], variant: str) -> Tensor:
+    c, dtype = constants(levels, variant), squashed.dtype
+    if variant == "sigmoid":
+        return _columns(c.top, squashed, dtype) * squashed
+    if variant in ("symmetric", "symmetric_hard"):
+        return _columns(c.top, squashed, dtype) * (squashed + 1) / 2
+    return squashed * _columns(c.half, squashed, dtype) - _columns(c.offset, squashed, dtype)
+
+
 def bound(z: Tensor, levels: Sequence[int], variant: str) -> Tensor:
     """The bounded value, of which the digit is the rounded one (less L // 2 for vqp, paper and hard)."""
-    dtype = compute_dtype(z.dtype)
-    c = constants(levels, variant)
-    z = z.to(dtype)
-    if variant == "sigmoid":
-        return _columns(c.top, z, dtype) * torch.sigmoid(z)
-    if variant in ("symmetric", "symmetric_hard"):
-        return _columns(c.top, z, dtype) * ((torch.tanh(z) if variant == "symmetric" else z.clamp(-1, 1)) + 1) / 2
-    u = z + _columns(c.shift, z, dtype)
-    u = u.clamp(-1, 1) if variant == "hard" else torch.tanh(u)
-    return u * _columns(c.half, z, dtype) - _columns(c.offset, z, dtype)
+    return _spread(_squash(z, levels, variant), levels, variant)
 
 
-def code(b: Tensor, levels: Sequence[int], variant: str) -> Tensor:
-    """The code of a digit; of a bound, the value that the straight-through gradient belongs to."""
-    c = constants(levels, variant)
+def _code(digits: Tensor, levels: Sequence[int], variant: str) -> Tensor:
+    c, dtype = constants(levels, variant), digits.dtype
     if variant == "sigmoid":
-        return b / _columns(c.top, b, b.dtype)
+        return digits / _columns(c.top, digits, dtype)
     if variant in ("symmetric", "symmetric_hard"):
-        return b * _columns(c.step, b, b.dtype) - 1
-    width = _columns(c.width, b, b.dtype)
-    return (b - width) / width
+        return digits * _columns(c.step, digits, dtype) - 1
+    width = _columns(c.width, digits, dtype)
+    return (digits - width) / width
 
 
 def _digits(b: Tensor, levels: Sequence[int], variant: str) -> Tensor:
@@ -101,18 +110,17 @@ def _indices(digits: Tensor, levels: Sequence[int], dtype: torch.dtype) -> Tenso
 
 
 def fsq(z: Tensor, levels: Sequence[int], *, variant: str, return_indices: bool = True) -> tuple[Tensor, Tensor | None]:
-    b = bound(z, levels, variant)
+    squashed = _squash(z, levels, variant)
+    b = _spread(squashed, levels, variant)
     digits = _digits(b.detach(), levels, variant)
-    centred = b if variant in ("symmetric", "sigmoid", "symmetric_hard") else b + _columns(
-        constants(levels, variant).width, b, b.dtype
-    )
-    soft = code(centred, levels, variant)
-    codes = (soft - soft.detach() + code(digits, levels, variant)).to(z.dtype)
+    centred = variant in ("vqp", "paper", "hard")
+    soft = b / _columns(constants(levels, variant).width, b, b.dtype) if centred else squashed
+    codes = (soft - soft.detach() + _code(digits, levels, variant)).to(z.dtype)
     return codes, _indices(digits, levels, index_dtype(levels)) if return_indices else None
 
 
 def slope(z: Tensor, levels: Sequence[int], variant: str) -> Tensor:
-    """d soft code / dz."""
+    """d code / dz before rounding."""
     dtype = compute_dtype(z.dtype)
     c = constants(levels, variant)
     z = z.to(dtype)
@@ -129,9 +137,15 @@ def slope(z: Tensor, levels: Sequence[int], variant: str) -> Tensor:
     return gain * (1 - torch.tanh(u) ** 2)
 
 
+def _through(grad: Tensor, slope: Tensor, variant: str) -> Tensor:
+    """grad * slope; a clamped value passes no gradient, not even an infinite one."""
+    grad = grad.to(slope.dtype)
+    return torch.where(slope == 0, 0, grad * slope) if variant in ("hard", "symmetric_hard") else grad * slope
+
+
 def fsq_backward(grad: Tensor, z: Tensor, levels: Sequence[int], *, variant: str) -> Tensor:
     """The straight-through gradient of z."""
-    return (grad.to(compute_dtype(z.dtype)) * slope(z, levels, variant)).to(z.dtype)
+    return _through(grad, slope(z, levels, variant), variant).to(z.dtype)
 
 
 def fsq_decode(indices: Tensor, levels: Sequence[int], *, variant: str, dtype: torch.dtype) -> Tensor:
@@ -141,7 +155,7 @@ def fsq_decode(indices: Tensor, levels: Sequence[int], *, variant: str, dtype: t
     shape = (len(levels), *(1,) * indices.dim())
     columns = [torch.tensor(v, device=indices.device).reshape(shape) for v in (basis(levels), list(levels))]
     digits = whole // columns[0] % columns[1]
-    codes = code(digits.to(compute_dtype(dtype)), levels, variant)
+    codes = _code(digits.to(compute_dtype(dtype)), levels, variant)
     return torch.where(known, codes, torch.nan).to(dtype)
 
 
@@ -182,4 +196,4 @@ def residual_fsq_backward(
         if active is not None:
             quantized, here = torch.where(stage < active, quantized, 0), torch.where(stage < active, here, 0)
         residual, total = residual - quantized, total + here
-    return (grad.to(dtype) * total).to(x.dtype)
+    return _through(grad, total, variant).to(x.dtype)

@@ -1,0 +1,95 @@
+// Finite scalar quantisation of one value: bound, digit, code, and the slope of the straight-through
+// gradient. Nothing is fused, so that every room has the same bits.
+#pragma once
+
+#include "../math/exp.h"
+#include "../math/tanh.h"
+
+namespace pyflow {
+
+// the order is the `variant` integer of the operator schema
+enum class FsqVariant : int { vqp, paper, symmetric, sigmoid, hard, symmetric_hard };
+
+// a channel's constants, exact in float32: the bound is half f(z + shift) - offset
+template <class T>
+struct FsqChannel {
+  T shift, half, offset;
+  T width;  // L / 2, the divisor of the code
+  T top;    // L - 1
+  T step;   // 2 / (L - 1)
+};
+
+constexpr bool is_symmetric(FsqVariant v) { return v == FsqVariant::symmetric || v == FsqVariant::symmetric_hard; }
+constexpr bool is_hard(FsqVariant v) { return v == FsqVariant::hard || v == FsqVariant::symmetric_hard; }
+
+#if defined(__CUDA_ARCH__)
+PYFLOW_FN float round_even(float x) { return rintf(x); }
+PYFLOW_FN double round_even(double x) { return rint(x); }
+PYFLOW_FN float floor_(float x) { return floorf(x); }
+PYFLOW_FN double floor_(double x) { return floor(x); }
+#else
+PYFLOW_FN float round_even(float x) { return __builtin_rintf(x); }
+PYFLOW_FN double round_even(double x) { return __builtin_rint(x); }
+PYFLOW_FN float floor_(float x) { return __builtin_floorf(x); }
+PYFLOW_FN double floor_(double x) { return __builtin_floor(x); }
+#endif
+
+// NaN passes
+template <class T>
+PYFLOW_FN T clamp_(T x, T low, T high) {
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
+template <FsqVariant V, class T>
+PYFLOW_FN T squash(T x) {
+  return is_hard(V) ? clamp_(x, T(-1), T(1)) : tanh_unfused(x);
+}
+
+// 0 to top, or NaN
+template <FsqVariant V, class T>
+PYFLOW_FN T fsq_digit(T z, const FsqChannel<T>& c) {
+  T digit;
+  if constexpr (V == FsqVariant::sigmoid) {
+    digit = round_even(c.top * (T(1) / (T(1) + exp_unfused(-z))));
+  } else if constexpr (is_symmetric(V)) {
+    digit = floor_(c.top * (squash<V>(z) + T(1)) / T(2) + T(0.5));
+  } else {
+    digit = round_even(squash<V>(z + c.shift) * c.half - c.offset) + c.width;
+  }
+  return clamp_(digit, T(0), c.top);
+}
+
+template <FsqVariant V, class T>
+PYFLOW_FN T fsq_code(T digit, const FsqChannel<T>& c) {
+  if constexpr (V == FsqVariant::sigmoid) {
+    return digit / c.top;
+  } else if constexpr (is_symmetric(V)) {
+    return digit * c.step - T(1);
+  } else {
+    return (digit - c.width) / c.width;
+  }
+}
+
+// d code / dz before rounding
+template <FsqVariant V, class T>
+PYFLOW_FN T fsq_slope(T z, const FsqChannel<T>& c) {
+  const T u = V == FsqVariant::sigmoid || is_symmetric(V) ? z : z + c.shift;
+  const T gain = V == FsqVariant::sigmoid || is_symmetric(V) ? T(1) : c.half / c.width;
+  if constexpr (is_hard(V)) {
+    return u >= T(-1) && u <= T(1) ? gain : T(0);
+  } else {
+    // sigmoid' = e / (1 + e)^2 with e = exp(-|u|), tanh' four times that with e = exp(-2 |u|)
+    constexpr T k = V == FsqVariant::sigmoid ? T(1) : T(2);
+    const T e = exp_unfused(-k * abs_(u));
+    return gain * (k * k * e / ((T(1) + e) * (T(1) + e)));
+  }
+}
+
+// a clamped value passes no gradient, not even an infinite one
+template <FsqVariant V, class T>
+PYFLOW_FN T fsq_gradient(T grad, T slope) {
+  return is_hard(V) && slope == T(0) ? T(0) : grad * slope;
+}
+
+}  // namespace pyflow

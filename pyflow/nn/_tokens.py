@@ -1,0 +1,77 @@
+"""What the quantisers share: which positions are padding, and how often each codebook entry was seen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from ..ops.fsq import CodebookUsage, usage_of
+
+MOST_COUNTED = 2**24
+
+
+def valid_positions(op: str, shape: torch.Size, like: Tensor, mask: object, lengths: object) -> Tensor | None:
+    """Bool of this shape, (B, n) or any other for a mask: false at padding; None where nothing is."""
+    if mask is not None and lengths is not None:
+        raise ValueError(f"{op}: mask and lengths must not be given together, got both")
+    if mask is not None:
+        _check_positions(op, "mask", mask, shape, like)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{op}: mask must be bool, true at valid positions, got {check.short(mask.dtype)}")
+        return mask
+    if lengths is None:
+        return None
+    if len(shape) != 2:
+        raise ValueError(f"{op}: lengths must come with sequences, positions of shape (B, n), got {tuple(shape)}")
+    _check_positions(op, "lengths", lengths, shape[:1], like)
+    check.integer_tensor(op, "lengths", lengths)
+    if lengths.numel() and check.values_are_checked(lengths):
+        low, high = (int(v) for v in lengths.aminmax())
+        if low < 0 or high > shape[1]:
+            raise ValueError(f"{op}: lengths must lie in [0, {shape[1]}], got {low if low < 0 else high}")
+    return torch.arange(shape[1], device=like.device) < lengths[:, None]
+
+
+def _check_positions(op: str, name: str, value: object, shape: torch.Size, like: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.shape != shape:
+        raise ValueError(f"{op}: {name} must have the shape {tuple(shape)}, got {tuple(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{op}: {name} must be on the device of the input, {like.device}, got {value.device}")
+
+
+class CountsUsage(nn.Module):
+    """A module that can count the entries of its codebook, apart for every column of its indices."""
+
+    codebook_size: int
+    columns = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("_counts", None, persistent=False)
+
+    def track_usage(self) -> None:
+        """Count from now on which entries of the codebook occur; a second call starts from zero.
+
+        DistributedDataParallel copies buffers from rank 0: what it has seen counts.
+        """
+        if self.codebook_size > MOST_COUNTED:
+            raise ValueError(
+                f"{type(self).__name__}: track_usage needs a codebook of at most 2**24 entries, got "
+                f"{self.codebook_size}; collect indices and use pyflow.ops.codebook_usage"
+            )
+        device = next(self.buffers()).device
+        # slot 0 takes padding, dropped stages and NaN
+        self._counts = torch.zeros(self.columns, self.codebook_size + 1, dtype=torch.int64, device=device)
+
+    def _count(self, indices: Tensor) -> None:
+        if self._counts is not None:
+            slots = indices.detach().reshape(-1, self.columns).T.long() + 1
+            self._counts.scatter_add_(1, slots, slots.new_ones(()).expand_as(slots))
+
+    def _usages(self) -> tuple[CodebookUsage, ...]:
+        if self._counts is None:
+            raise RuntimeError(f"{type(self).__name__}: usage needs track_usage() to be called first")
+        return tuple(usage_of(row[row > 0], self.codebook_size) for row in self._counts[:, 1:])

@@ -1,0 +1,300 @@
+"""Finite scalar quantisation as a module, in the place of vector-quantize-pytorch's."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from ..ops import fsq, fsq_decode
+from ..ops.fsq import CodebookUsage, checked_levels
+from ..reference import compute_dtype
+from ._tokens import CountsUsage, valid_positions
+
+EPS = 1e-3  # the margin of the bound that the operator is built with
+
+
+class FSQ(CountsUsage):
+    """Quantise every channel to a few levels; their combination is the token.
+
+    out = project_out(codes of project_in(z)), with the straight-through gradient of the bound.
+
+    Args:
+        levels: number of levels of each channel, from 3 (from 2 with preserve_symmetry).
+        dim: number of channels of z; where it is not num_codebooks * len(levels), linear layers project.
+        num_codebooks: quantise so many groups of channels, each to a token of its own.
+        keep_num_codebooks_dim: whether indices end in a dim for the codebooks; by default if there are several.
+        channel_first: whether sequences are (B, dim, n) instead of (B, n, dim).
+        projection_has_bias: of the linear layers.
+        return_indices: whether forward returns indices, or None in their place.
+        preserve_symmetry: digits floor((L - 1) (tanh(z) + 1) / 2 + 1/2), `variant` "symmetric", instead of "vqp".
+        noise_dropout: with preserve_symmetry, the share of the codes that training moves by up to half a unit.
+        bound_hard_clamp: clamp to [-1, 1] where the variant takes the tanh.
+        orthogonal_rotation: quantise in a random rotation of the channels, a buffer, and rotate back.
+        scale, allowed_dtypes, force_quantization_f32: kept as attributes. The bound is always taken in float32
+            (float64 for float64 z), and out has the dtype of z.
+
+    Returns:
+        `forward(z, mask=None, lengths=None)`: (out, indices). z is (..., dim); with four dims and more, as images and
+        videos, (B, dim, ...), which channel_first asks of three dims too. out is like z, indices like z without the
+        channels, with num_codebooks at the end if kept: int32 while the codebook has at most 2**31 entries, int64 to
+        2**63. mask is bool like z without the channels, true at valid positions; lengths, integers (B,), say the
+        same of sequences. At padding out is 0 and the index -1, and nothing there reaches an output or a gradient,
+        not even a NaN.
+
+    Raises:
+        TypeError, ValueError: levels out of range, channels that do not fit, options that exclude one another.
+
+    Notes:
+        Parameters, buffers, methods and return values are those of vector-quantize-pytorch 1.32; a state_dict
+        loads in both directions. Unlike there, indices are exact for codebooks above 2**24 entries, noise_dropout
+        is the share it names (there it is always one half), a NaN gives the index -1, and no codebook is stored.
+        Without projection one pass reads z and writes out and indices, and nothing else is allocated.
+
+    Source:
+        Mentzer et al. 2023, Finite Scalar Quantization, arXiv:2309.15505; preserve_symmetry and noise_dropout:
+        Parker et al. 2024, arXiv:2411.19842, section 3.2.
+
+    Example:
+        >>> quantizer = FSQ([8, 5, 5])
+        >>> out, indices = quantizer(torch.tensor([[[0.0, 2.0, -9.0], [9.0, 0.3, 0.0]]]))
+        >>> out, indices
+        (tensor([[[ 0.0000,  1.0000, -1.0000],
+                 [ 0.7500,  0.5000,  0.0000]]]), tensor([[ 36, 111]], dtype=torch.int32))
+        >>> bool(quantizer.indices_to_codes(indices).equal(out))
+        True
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[int],
+        dim: int | None = None,
+        num_codebooks: int = 1,
+        keep_num_codebooks_dim: bool | None = None,
+        scale: float | None = None,
+        allowed_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64),
+        channel_first: bool = False,
+        projection_has_bias: bool = True,
+        return_indices: bool = True,
+        force_quantization_f32: bool = True,
+        preserve_symmetry: bool = False,
+        noise_dropout: float = 0.0,
+        bound_hard_clamp: bool = False,
+        orthogonal_rotation: bool = False,
+    ) -> None:
+        super().__init__()
+        self.levels = checked_levels("FSQ", levels, "symmetric", return_indices)
+        if min(self.levels) == 2 and not preserve_symmetry:
+            raise ValueError(f"FSQ: levels must be at least 3 without preserve_symmetry, got {tuple(self.levels)}")
+        self.preserve_symmetry, self.bound_hard_clamp = preserve_symmetry, bound_hard_clamp
+        self.noise_dropout = _share("noise_dropout", noise_dropout)
+        if noise_dropout > 0 and not preserve_symmetry:
+            raise ValueError(f"FSQ: noise_dropout must be 0 without preserve_symmetry, got {noise_dropout}")
+        self.num_codebooks = check.at_least("FSQ", "num_codebooks", num_codebooks, 1)
+        several = num_codebooks > 1
+        self.keep_num_codebooks_dim = several if keep_num_codebooks_dim is None else keep_num_codebooks_dim
+        if several and not self.keep_num_codebooks_dim:
+            raise ValueError(f"FSQ: keep_num_codebooks_dim must be true for {num_codebooks} codebooks, got False")
+
+        self.codebook_dim = len(self.levels)
+        self.codebook_size = math.prod(self.levels)
+        self.effective_codebook_dim = self.codebook_dim * num_codebooks
+        self.dim = self.effective_codebook_dim if dim is None else check.at_least("FSQ", "dim", dim, 1)
+        self.scale, self.channel_first, self.return_indices = scale, channel_first, return_indices
+        self.allowed_dtypes, self.force_quantization_f32 = allowed_dtypes, force_quantization_f32
+
+        self.register_buffer("_levels", torch.tensor(self.levels, dtype=torch.int32), persistent=False)
+        self.register_buffer("_basis", _basis(self.levels), persistent=False)
+        self.has_projections = self.dim != self.effective_codebook_dim
+        self.project_in, self.project_out = nn.Identity(), nn.Identity()
+        if self.has_projections:
+            self.project_in = nn.Linear(self.dim, self.effective_codebook_dim, bias=projection_has_bias)
+            self.project_out = nn.Linear(self.effective_codebook_dim, self.dim, bias=projection_has_bias)
+        self.orthogonal_rotation = orthogonal_rotation
+        if orthogonal_rotation:
+            if len(set(self.levels)) > 1:
+                warnings.warn(
+                    f"FSQ: orthogonal_rotation suits levels that are all the same, got {tuple(self.levels)}",
+                    stacklevel=2,
+                )
+            rotation = torch.empty(self.codebook_dim, self.codebook_dim)
+            self.register_buffer("orthogonal_rot", nn.init.orthogonal_(rotation))
+
+    @property
+    def variant(self) -> str:
+        """The variant of `pyflow.ops.fsq`."""
+        if self.preserve_symmetry:
+            return "symmetric_hard" if self.bound_hard_clamp else "symmetric"
+        return "hard" if self.bound_hard_clamp else "vqp"
+
+    @property
+    def implicit_codebook(self) -> Tensor:
+        """The codes of all indices, (codebook_size, len(levels)), made at every access."""
+        return self._indices_to_codes(torch.arange(self.codebook_size, device=self._levels.device))
+
+    def forward(
+        self, z: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        check.float_tensor("FSQ", "z", z)
+        channel = 1 if self._channels_in_front(z.dim()) else -1
+        if z.dim() == 0 or z.shape[channel] != self.dim:
+            raise ValueError(f"FSQ: z must have {self.dim} channels in dim {channel}, got shape {tuple(z.shape)}")
+        z = z.movedim(channel, -1)
+        valid = valid_positions("FSQ", z.shape[:-1], z, mask, lengths)
+        if valid is not None:
+            z = torch.where(valid[..., None], z, 0)
+        z = self.project_in(z).unflatten(-1, (self.num_codebooks, self.codebook_dim))
+        codes, indices = self._encode(z, self.return_indices or self._counts is not None)
+        out = self.project_out(codes.flatten(-2))
+        if valid is not None:
+            out = torch.where(valid[..., None], out, 0)
+            indices = None if indices is None else torch.where(valid[..., None], indices, -1)
+        if indices is not None:
+            self._count(indices)
+        out = out.movedim(-1, channel)
+        if not self.return_indices:
+            return out, None
+        return out, indices if self.keep_num_codebooks_dim else indices.squeeze(-1)
+
+    def _channels_in_front(self, dims: int) -> bool:
+        return dims >= 4 or (self.channel_first and dims == 3)
+
+    def _encode(self, z: Tensor, return_indices: bool) -> tuple[Tensor, Tensor | None]:
+        """Codes and indices of (..., codebooks, channels)."""
+        dtype, noisy = z.dtype, self.training and self.noise_dropout > 0
+        if noisy or self.orthogonal_rotation:
+            z = z.to(compute_dtype(dtype))
+        if self.orthogonal_rotation:
+            z = _rotate(z, self.orthogonal_rot)
+        codes, indices = fsq(z, self.levels, variant=self.variant, return_indices=return_indices)
+        if noisy:
+            codes = self.maybe_apply_noise(codes)
+        if self.orthogonal_rotation:
+            codes = _rotate(codes, self.orthogonal_rot.t())
+        return codes.to(dtype), indices
+
+    def bound(self, z: Tensor, eps: float = EPS, hard_clamp: bool = False) -> Tensor:
+        """Codes of z (..., len(levels)) as without preserve_symmetry."""
+        if eps == EPS:
+            return fsq(z, self.levels, variant="hard" if hard_clamp else "vqp", return_indices=False)[0]
+        half = (self._levels - 1) * (1 + eps) / 2
+        offset = torch.where(self._levels % 2 == 0, 0.5, 0.0)
+        u = (z + offset / half).clamp(-1, 1) if hard_clamp else torch.tanh(z + torch.atanh(offset / half))
+        bounded = u * half - offset
+        return (bounded + (bounded.round() - bounded).detach()) / (self._levels // 2)
+
+    def symmetry_preserving_bound(self, z: Tensor, hard_clamp: bool = False) -> Tensor:
+        """Codes of z (..., len(levels)) as with preserve_symmetry."""
+        return fsq(z, self.levels, variant="symmetric_hard" if hard_clamp else "symmetric", return_indices=False)[0]
+
+    def quantize(self, z: Tensor) -> Tensor:
+        """Codes of z (..., len(levels))."""
+        return fsq(z, self.levels, variant=self.variant, return_indices=False)[0]
+
+    def maybe_apply_noise(self, bounded_z: Tensor) -> Tensor:
+        """In training, move a share `noise_dropout` of the codes by up to half a unit."""
+        if not self.training or self.noise_dropout == 0:
+            return bounded_z
+        # drawn in the order of the elements, whatever the layout
+        dense = {"memory_format": torch.contiguous_format}
+        moved = torch.empty_like(bounded_z, **dense).bernoulli_(self.noise_dropout).bool()
+        offset = torch.rand_like(bounded_z, **dense) - 0.5
+        return torch.where(moved, bounded_z + offset, bounded_z).clamp(-1.0, 1.0)
+
+    def codes_to_indices(self, zhat: Tensor) -> Tensor:
+        """Indices of codes (..., len(levels)); -1 for NaN."""
+        check.float_tensor("FSQ", "zhat", zhat)
+        if zhat.dim() == 0 or zhat.shape[-1] != self.codebook_dim:
+            raise ValueError(f"FSQ: zhat must have {self.codebook_dim} channels last, got shape {tuple(zhat.shape)}")
+        basis = self._numbered()
+        digits = self._scale_and_shift(zhat.to(compute_dtype(zhat.dtype))).round().clamp(min=0)
+        digits = torch.minimum(digits, self._levels - 1)
+        indices = (digits.nan_to_num(0).long() * basis).sum(-1)
+        return torch.where(digits.isnan().any(-1), -1, indices).to(basis.dtype)
+
+    def indices_to_level_indices(self, indices: Tensor) -> Tensor:
+        """The digit of every channel, (..., len(levels)); -1 where the index is."""
+        check.integer_tensor("FSQ", "indices", indices)
+        indices = indices[..., None]
+        return torch.where(indices < 0, -1, indices // self._numbered() % self._levels)
+
+    def indices_to_codes(self, indices: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """What forward returned with these indices: project_out of their codes, channels where forward has them.
+
+        An index of -1 is NaN, but 0 at the padding that mask or lengths tell of.
+        """
+        check.integer_tensor("FSQ", "indices", indices)
+        if not self.keep_num_codebooks_dim:
+            indices = indices[..., None]
+        elif indices.dim() == 0 or indices.shape[-1] != self.num_codebooks:
+            raise ValueError(
+                f"FSQ: indices must end in a dim of {self.num_codebooks} codebooks, got shape {tuple(indices.shape)}"
+            )
+        valid = valid_positions("FSQ", indices.shape[:-1], indices, mask, lengths)
+        if valid is not None:
+            indices = torch.where(valid[..., None], indices, 0)
+        codes = self._indices_to_codes(indices)
+        if self.orthogonal_rotation:
+            codes = _rotate(codes, self.orthogonal_rot.t())
+        if self.has_projections:
+            codes = codes.to(self.project_out.weight.dtype)
+        out = self.project_out(codes.flatten(-2))
+        if valid is not None:
+            out = torch.where(valid[..., None], out, 0)
+        return out.movedim(-1, 1) if self._channels_in_front(out.dim()) else out
+
+    def _indices_to_codes(self, indices: Tensor) -> Tensor:
+        return fsq_decode(indices, self.levels, variant=self.variant, dtype=torch.get_default_dtype())
+
+    def _scale_and_shift(self, zhat_normalized: Tensor) -> Tensor:
+        if self.preserve_symmetry:
+            return (zhat_normalized + 1.0) / (2.0 / (self._levels - 1))
+        width = self._levels // 2
+        return zhat_normalized * width + width
+
+    def _scale_and_shift_inverse(self, zhat: Tensor) -> Tensor:
+        if self.preserve_symmetry:
+            return zhat * (2.0 / (self._levels - 1)) - 1.0
+        width = self._levels // 2
+        return (zhat - width) / width
+
+    def _numbered(self) -> Tensor:
+        if self._basis is None:
+            raise ValueError(
+                f"FSQ: levels must have a product of at most 2**63 to be numbered, got {tuple(self.levels)}"
+            )
+        return self._basis
+
+    def usage(self) -> CodebookUsage:
+        """Counts, fraction and perplexity of the tokens since `track_usage()`, all codebooks together."""
+        return self._usages()[0]
+
+    def extra_repr(self) -> str:
+        return (
+            f"levels={tuple(self.levels)}, dim={self.dim}, num_codebooks={self.num_codebooks}, variant={self.variant}"
+        )
+
+
+def _basis(levels: list[int]) -> Tensor | None:
+    """What a digit of each channel adds to the index, in the dtype of the index; None beyond int64."""
+    size = math.prod(levels)
+    if size > 2**63:
+        return None
+    return torch.tensor([math.prod(levels[:i]) for i in range(len(levels))]).to(
+        torch.int32 if size <= 2**31 else torch.int64
+    )
+
+
+def _rotate(z: Tensor, matrix: Tensor) -> Tensor:
+    with torch.autocast(z.device.type, enabled=False):
+        return z @ matrix.to(z.dtype)
+
+
+def _share(name: str, value: object) -> float:
+    if not 0 <= check.number("FSQ", name, value) <= 1:
+        raise ValueError(f"FSQ: {name} must lie in [0, 1], got {value}")
+    return value

@@ -1,0 +1,367 @@
+"""Residual stages of finite scalar quantisation, in the place of vector-quantize-pytorch's modules."""
+
+from __future__ import annotations
+
+import numbers
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+
+from .. import _checks as check
+from ..ops import fsq_decode, residual_fsq
+from ..ops.fsq import CodebookUsage, checked_levels
+from ..reference import compute_dtype
+from ._tokens import CountsUsage, valid_positions
+from .fsq import FSQ, _rotate
+
+# options of FSQ that a stage cannot have, and what they are instead
+STAGE = {"num_codebooks": 1, "keep_num_codebooks_dim": False, "channel_first": False, "return_indices": True}
+
+
+class ResidualFSQ(CountsUsage):
+    """Quantise, then quantise what is left over with finer digits, and so on: a token per stage.
+
+    out = project_out(sum over stages q of L**-q codes_q), codes_q those of L**q (h - stages before), h = project_in(x)
+    softly clamped.
+
+    Args:
+        levels: number of levels of each channel, from 2.
+        num_quantizers: number of stages Q.
+        dim: number of channels of x; where it is not len(levels), linear layers project.
+        is_channel_first: whether x is (B, dim, ...) instead of (..., dim).
+        quantize_dropout: training drops the last stages, a number drawn anew for every batch.
+        quantize_dropout_cutoff_index: at least so many stages and one more stay.
+        quantize_dropout_multiple_of: the number that stays is rounded up to a multiple.
+        soft_clamp_input_value: h becomes c tanh(h / c), c a number, a list with one for each channel, or a tensor.
+        bound_hard_clamp: clamp to [-1, 1] where stages take the tanh; sets c = 1 + 1 / (L - 1).
+        kwargs: further options of `FSQ` for the stages, with preserve_symmetry.
+
+    Returns:
+        `forward(x, return_all_codes=False, rand_quantize_dropout_fixed_seed=None, mask=None, lengths=None,
+        active=None)`: (out, indices), and what every stage adds, (Q, B, ..., len(levels)), if asked for. out is like
+        x, in its dtype; indices like x without the channels, with Q at the end (in dim 1 with is_channel_first), -1
+        for a dropped stage and for NaN: int32 or int64 as for `FSQ`, int64 when stages may be dropped. mask and
+        lengths as for `FSQ`. active, a 0-d int64 tensor on the device of x, sets how many stages quantise, in
+        training or not, instead of a draw.
+
+    Raises:
+        TypeError, ValueError: levels out of range, channels that do not fit, options that exclude one another.
+
+    Notes:
+        Parameters, buffers, methods and return values are those of vector-quantize-pytorch 1.32; a state_dict
+        loads in both directions. All stages run in one pass (stage by stage with noise_dropout in training and
+        with orthogonal_rotation). The number of stages is drawn and used on the device, the host never waits; it
+        is the same on all ranks of torch.distributed; rand_quantize_dropout_fixed_seed gives that of the original.
+        Float32 between the projections (float64 for float64 x). Unlike there, decoding undoes orthogonal_rotation.
+
+    Source:
+        Zeghidour et al. 2021, SoundStream, arXiv:2107.03312, algorithm 1 and section III-C.
+
+    Example:
+        >>> quantizer = ResidualFSQ(levels=[5, 5], num_quantizers=3)
+        >>> out, indices = quantizer(torch.tensor([[[0.3, -0.6]]]))
+        >>> indices
+        tensor([[[ 8,  5, 22]]], dtype=torch.int32)
+        >>> bool(quantizer.get_output_from_indices(indices).allclose(out))
+        True
+    """
+
+    def __init__(
+        self,
+        *,
+        levels: Sequence[int],
+        num_quantizers: int,
+        dim: int | None = None,
+        is_channel_first: bool = False,
+        quantize_dropout: bool = False,
+        quantize_dropout_cutoff_index: int = 0,
+        quantize_dropout_multiple_of: int = 1,
+        soft_clamp_input_value: float | Sequence[float] | Tensor | None = None,
+        bound_hard_clamp: bool = True,
+        **kwargs: object,
+    ) -> None:
+        super().__init__()
+        op = "ResidualFSQ"
+        self.levels = checked_levels(op, levels, "symmetric", True)
+        self.num_quantizers = self.columns = check.at_least(op, "num_quantizers", num_quantizers, 1)
+        for name, value in STAGE.items():
+            if kwargs.get(name) not in (None, value):
+                raise ValueError(f"{op}: {name} must be {value} in the stages, got {kwargs[name]}")
+        self.quantize_dropout = bool(quantize_dropout) and num_quantizers > 1
+        self.quantize_dropout_cutoff_index = check.at_least(
+            op, "quantize_dropout_cutoff_index", quantize_dropout_cutoff_index, 0
+        )
+        self.quantize_dropout_multiple_of = check.at_least(
+            op, "quantize_dropout_multiple_of", quantize_dropout_multiple_of, 1
+        )
+        if self.quantize_dropout and quantize_dropout_cutoff_index >= num_quantizers:
+            raise ValueError(
+                f"{op}: quantize_dropout_cutoff_index must lie below num_quantizers, {num_quantizers}, "
+                f"got {quantize_dropout_cutoff_index}"
+            )
+
+        channels = len(self.levels)
+        self.dim = channels if dim is None else check.at_least(op, "dim", dim, 1)
+        self.is_channel_first = is_channel_first
+        self.has_projections = self.dim != channels
+        self.project_in = nn.Linear(self.dim, channels) if self.has_projections else nn.Identity()
+        self.project_out = nn.Linear(channels, self.dim) if self.has_projections else nn.Identity()
+
+        stage = {"dim": channels, "preserve_symmetry": True, "bound_hard_clamp": bound_hard_clamp}
+        self.layers = nn.ModuleList(FSQ(self.levels, **stage, **kwargs) for _ in range(num_quantizers))
+        self.codebook_size = self.layers[0].codebook_size
+        sizes = torch.tensor(self.levels)
+        scales = torch.stack([sizes.float() ** -stage for stage in range(num_quantizers)])
+        self.register_buffer("scales", scales, persistent=False)
+        if bound_hard_clamp:
+            if soft_clamp_input_value is not None:
+                raise ValueError(f"{op}: soft_clamp_input_value must be None with bound_hard_clamp, got a value")
+            soft_clamp_input_value = 1 + 1 / (sizes - 1)
+        self.register_buffer("soft_clamp_input_value", _clamp(soft_clamp_input_value, channels), persistent=False)
+
+    @property
+    def codebooks(self) -> Tensor:
+        """The codes of all indices, (Q, codebook_size, len(levels)), made at every access."""
+        return self.layers[0].implicit_codebook.expand(self.num_quantizers, -1, -1)
+
+    def forward(
+        self,
+        x: Tensor,
+        return_all_codes: bool = False,
+        rand_quantize_dropout_fixed_seed: int | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        active: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        op = "ResidualFSQ"
+        check.float_tensor(op, "x", x)
+        channel = 1 if self.is_channel_first else -1
+        if x.dim() < max(channel + 1, 1) or x.shape[channel] != self.dim:
+            raise ValueError(f"{op}: x must have {self.dim} channels in dim {channel}, got shape {tuple(x.shape)}")
+        x = x.movedim(channel, -1)
+        valid = valid_positions(op, x.shape[:-1], x, mask, lengths)
+        if valid is not None:
+            x = torch.where(valid[..., None], x, 0)
+        if active is None:
+            active = self._draw_active(x.device, rand_quantize_dropout_fixed_seed)
+        h = self.project_in(x)
+        out, indices = self._quantize(h, active)
+        out = self.project_out(out.to(h.dtype))
+        if valid is not None:
+            out = torch.where(valid[..., None], out, 0)
+            indices = torch.where(valid[..., None], indices, -1)
+        self._count(indices)
+        ret = out.movedim(-1, channel), indices.movedim(-1, channel)
+        return (*ret, self.get_codes_from_indices(indices)) if return_all_codes else ret
+
+    def _draw_active(self, device: torch.device, seed: int | None) -> Tensor | None:
+        """How many stages quantise, 0-d on the device; None for all."""
+        if not (self.training and self.quantize_dropout and torch.is_grad_enabled()):
+            return None
+        few, many = self.quantize_dropout_cutoff_index + 1, self.num_quantizers + 1
+        multiple = self.quantize_dropout_multiple_of
+        if seed is None:
+            active = _same_on_all_ranks(torch.randint(few, many, (), device=device))
+        else:
+            active = _drawn_from(seed, few, many, device)
+        return active if multiple == 1 else (active + multiple - 1) // multiple * multiple
+
+    def _quantize(self, h: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor]:
+        clamp, layer = self.soft_clamp_input_value, self.layers[0]
+        if clamp is not None:
+            h = h.to(compute_dtype(h.dtype))
+            h = (h / clamp).tanh() * clamp
+        if layer.orthogonal_rotation or (self.training and layer.noise_dropout > 0):
+            return self._stage_by_stage(h, active)
+        return residual_fsq(h, self.levels, self.num_quantizers, variant=layer.variant, active=active)
+
+    def _stage_by_stage(self, h: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What no operator does: a rotation or noise in every stage."""
+        residual, out, indices = h.to(compute_dtype(h.dtype)), 0.0, []
+        for stage, (layer, scale) in enumerate(zip(self.layers, self.scales)):
+            codes, index = layer._encode((residual / scale).unsqueeze(-2), True)
+            quantized = codes.squeeze(-2) * scale
+            if active is not None:
+                quantized, index = torch.where(stage < active, quantized, 0), torch.where(stage < active, index, -1)
+            residual, out = residual - quantized.detach(), out + quantized
+            indices.append(index.squeeze(-1))
+        indices = torch.stack(indices, -1)
+        return out, indices if active is None else indices.long()
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """What every stage adds, (Q, B, ..., len(levels)), of indices (B, ..., Q): stages last in any layout.
+
+        An index of -1 adds 0. With quantize_dropout there may be fewer stages.
+        """
+        return torch.stack(list(self._stages(indices))).to(self.scales.dtype)
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """What forward returned with indices (B, ..., Q), bit for bit; channels last in any layout."""
+        # in the order of forward, which sum(0) does not keep
+        return self.project_out(sum(self._stages(indices)).to(self.scales.dtype))
+
+    def _stages(self, indices: Tensor) -> Iterator[Tensor]:
+        op = "ResidualFSQ"
+        check.integer_tensor(op, "indices", indices)
+        given = indices.shape[-1] if indices.dim() else 0
+        if given != self.num_quantizers and not (self.quantize_dropout and 0 < given < self.num_quantizers):
+            raise ValueError(
+                f"{op}: indices must end in a dim of {self.num_quantizers} stages (fewer only with quantize_dropout), "
+                f"got shape {tuple(indices.shape)}"
+            )
+        indices = F.pad(indices, (0, self.num_quantizers - given), value=-1)
+        dtype = compute_dtype(self.scales.dtype)
+        for layer, scale, index in zip(self.layers, self.scales.to(dtype), indices.unbind(-1)):
+            codes = fsq_decode(index, self.levels, variant=layer.variant, dtype=dtype)
+            codes = codes.masked_fill(index[..., None] == -1, 0)
+            if layer.orthogonal_rotation:
+                codes = _rotate(codes, layer.orthogonal_rot.t())
+            yield codes * scale
+
+    def usage(self) -> tuple[CodebookUsage, ...]:
+        """Counts, fraction and perplexity of the tokens since `track_usage()`, for every stage."""
+        return self._usages()
+
+    def extra_repr(self) -> str:
+        return f"levels={tuple(self.levels)}, num_quantizers={self.num_quantizers}, dim={self.dim}"
+
+
+class GroupedResidualFSQ(nn.Module):
+    """A `ResidualFSQ` for every group of channels.
+
+    Args:
+        dim: number of channels of x.
+        groups: number of groups, a divisor of dim.
+        accept_image_fmap: whether x is (B, dim, ...) instead of (..., dim).
+        kwargs: options of `ResidualFSQ`.
+
+    Returns:
+        `forward(x, return_all_codes=False, mask=None, lengths=None, active=None)`: (out, indices), and all codes if
+        asked for; out is like x, indices and codes are those of the groups stacked in front. Arguments as for
+        `ResidualFSQ`; training drops the same stages in all groups.
+
+    Raises:
+        TypeError, ValueError: as `ResidualFSQ`; dim that groups do not divide.
+
+    Notes:
+        As `ResidualFSQ`. is_channel_first is accept_image_fmap.
+
+    Source:
+        Yang et al. 2023, HiFi-Codec, arXiv:2305.02765, with `ResidualFSQ` in the groups.
+
+    Example:
+        >>> quantizer = GroupedResidualFSQ(dim=4, groups=2, levels=[5, 5], num_quantizers=3)
+        >>> out, indices = quantizer(torch.zeros(1, 7, 4))
+        >>> out.shape, indices.shape
+        (torch.Size([1, 7, 4]), torch.Size([2, 1, 7, 3]))
+    """
+
+    def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: object) -> None:
+        super().__init__()
+        op = "GroupedResidualFSQ"
+        self.dim, self.groups = check.at_least(op, "dim", dim, 1), check.at_least(op, "groups", groups, 1)
+        if dim % groups:
+            raise ValueError(f"{op}: groups must divide dim, {dim}, got {groups}")
+        self.accept_image_fmap = bool(accept_image_fmap)
+        if bool(kwargs.setdefault("is_channel_first", self.accept_image_fmap)) != self.accept_image_fmap:
+            raise ValueError(
+                f"{op}: is_channel_first must equal accept_image_fmap, {self.accept_image_fmap}, "
+                f"got {kwargs['is_channel_first']}"
+            )
+        self.rvqs = nn.ModuleList(ResidualFSQ(dim=dim // groups, **kwargs) for _ in range(groups))
+        self.codebook_size = self.rvqs[0].codebook_size
+
+    @property
+    def codebooks(self) -> Tensor:
+        """The codes of all indices, (groups, Q, codebook_size, len(levels)), made at every access."""
+        return self.rvqs[0].codebooks.expand(self.groups, -1, -1, -1)
+
+    @property
+    def split_dim(self) -> int:
+        """Where the channels are."""
+        return 1 if self.accept_image_fmap else -1
+
+    def forward(
+        self,
+        x: Tensor,
+        return_all_codes: bool = False,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        active: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        op, split = "GroupedResidualFSQ", self.split_dim
+        check.float_tensor(op, "x", x)
+        if x.dim() < max(split + 1, 1) or x.shape[split] != self.dim:
+            raise ValueError(f"{op}: x must have {self.dim} channels in dim {split}, got shape {tuple(x.shape)}")
+        if active is None:
+            active = self.rvqs[0]._draw_active(x.device, None)
+        options = {"return_all_codes": return_all_codes, "mask": mask, "lengths": lengths, "active": active}
+        groups = [rvq(part, **options) for rvq, part in zip(self.rvqs, x.chunk(self.groups, split))]
+        out, *rest = zip(*groups)
+        return torch.cat(out, split), *(torch.stack(part) for part in rest)
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """What every stage adds, (groups, Q, B, ..., len(levels)), of indices (groups, B, ..., Q)."""
+        return torch.stack([rvq.get_codes_from_indices(part) for rvq, part in self._by_group(indices)])
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """What forward returned with indices (groups, B, ..., Q), stages last in any layout."""
+        out = torch.cat([rvq.get_output_from_indices(part) for rvq, part in self._by_group(indices)], -1)
+        return out.movedim(-1, self.split_dim)
+
+    def _by_group(self, indices: Tensor) -> list[tuple[ResidualFSQ, Tensor]]:
+        check.integer_tensor("GroupedResidualFSQ", "indices", indices)
+        if indices.dim() == 0 or indices.shape[0] != self.groups:
+            raise ValueError(
+                f"GroupedResidualFSQ: indices must start with a dim of {self.groups} groups, "
+                f"got shape {tuple(indices.shape)}"
+            )
+        return list(zip(self.rvqs, indices))
+
+    def track_usage(self) -> None:
+        """Count from now on which entries of the codebooks occur; a second call starts from zero."""
+        for rvq in self.rvqs:
+            rvq.track_usage()
+
+    def usage(self) -> tuple[tuple[CodebookUsage, ...], ...]:
+        """Counts, fraction and perplexity of the tokens since `track_usage()`, for every group and stage."""
+        return tuple(rvq.usage() for rvq in self.rvqs)
+
+
+# an operator, so that torch.compile traces no generator and compiles once for all seeds
+@torch.library.custom_op("pyflow::drawn_from", mutates_args=())
+def _drawn_from(seed: int, low: int, high: int, device: torch.device) -> Tensor:
+    return torch.full((), random.Random(seed).randrange(low, high), dtype=torch.int64, device=device)
+
+
+@_drawn_from.register_fake
+def _(seed: int, low: int, high: int, device: torch.device) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)
+
+
+def _same_on_all_ranks(number: Tensor) -> Tensor:
+    """The number of rank 0. An all_reduce, since torch.compile cannot trace a broadcast."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        number = number if distributed.get_rank() == 0 else torch.zeros_like(number)
+        distributed.all_reduce(number)
+    return number
+
+
+def _clamp(value: object, channels: int) -> Tensor | None:
+    if value is None:
+        return None
+    if isinstance(value, (numbers.Real, list, tuple)):
+        value = torch.tensor(value, dtype=torch.get_default_dtype())
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"ResidualFSQ: soft_clamp_input_value must be a number, a list or a tensor, got {type(value).__name__}"
+        )
+    if value.dim() > 1 or value.numel() not in (1, channels):
+        raise ValueError(
+            f"ResidualFSQ: soft_clamp_input_value must be one number or one for each of {channels} channels, "
+            f"got shape {tuple(value.shape)}"
+        )
+    return value
