@@ -192,8 +192,14 @@ def integer_tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be int64, got {check.short(value.dtype)}")
 
 
-def seed_tensor(op: str, seed: object, shape: Sequence[int] | None, device: torch.device | None) -> Tensor:
-    """The seed as an int64 tensor, 0-d or one per sample; a number's is on `device`."""
+def seed_tensor(
+    op: str,
+    seed: object,
+    shape: Sequence[int] | None,
+    device: torch.device | None,
+    number_device: torch.device | str | None = None,
+) -> Tensor:
+    """The seed as an int64 tensor, 0-d or one per sample; a number's is on `number_device`, else on `device`."""
     if seed is None:
         # as a tensor on the device: torch's own generator is safe in a CUDA graph, a number read from it is not
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
@@ -211,7 +217,7 @@ def seed_tensor(op: str, seed: object, shape: Sequence[int] | None, device: torc
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"{op}: seed must fit 64 bits, got {seed}")
         seed = int(seed) - (2**64 if seed >= 2**63 else 0)
-    return torch.full((), seed, dtype=torch.int64, device=device)
+    return torch.full((), seed, dtype=torch.int64, device=number_device or device)
 
 
 def step_tensor(op: str, step: object, device: torch.device) -> Tensor:
