@@ -58,7 +58,9 @@ def log_likelihood(
         Song et al. 2021, arXiv:2011.13456, section 4.3 and appendix D.2; Skilling 1989 and Hutchinson 1990.
 
     Example:
-        >>> nats = log_likelihood(VPSDE(), lambda x, t: -x, torch.zeros(1, 2), divergence="exact")
+        >>> import pyflow
+        >>> sde = pyflow.sde.VPSDE()
+        >>> nats = log_likelihood(sde, lambda x, t: -x, torch.zeros(1, 2), divergence="exact")
         >>> round(nats.item(), 3), round(-math.log(2 * math.pi), 3)
         (-1.838, -1.838)
     """

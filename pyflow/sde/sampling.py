@@ -88,15 +88,18 @@ def sample(
     Notes:
         Noise and update have the same bits in any batch, on any number of ranks (each passes
         `sample_seeds(seed, n, start=...)`) and on every backend. The score is a matter of the network: GEMM and
-        convolution bits depend on the batch they run in. With `micro_batch` every call has the same shape, so sample
-        k is independent of the batch as far as the kernels treat all places of a micro-batch alike; with
-        micro_batch=1 it always is.
+        convolution bits depend on the batch they run in. In micro-batches every call has one shape, and sample k of
+        the batch stands at place k % micro_batch: with micro_batch=1, and between ranks that start at multiples of
+        it, samples are equal bit for bit. At another place they are so where the network's kernels treat all places
+        alike; on a CPU an activation does not if the elements of a micro-batch are no multiple of the vector width,
+        because its last ones go through a scalar loop.
 
     Source:
         Song et al. 2021, arXiv:2011.13456, appendices D, E, F and G.
 
     Example:
-        >>> sde = VPSDE()
+        >>> import pyflow
+        >>> sde = pyflow.sde.VPSDE()
         >>> def score(x, t):  # of data that is standard normal
         ...     return -x
         >>> x = sample(sde, score, (2, 3), steps=50, seed=0, progress=False)
@@ -146,7 +149,9 @@ def make_step(
         reads nothing. Another shape of x compiles anew.
 
     Example:
-        >>> step = make_step(VPSDE(), lambda x, t: -x, "ancestral", steps=100, backend="eager")
+        >>> import pyflow
+        >>> sde = pyflow.sde.VPSDE()
+        >>> step = make_step(sde, lambda x, t: -x, "ancestral", steps=100, backend="eager")
         >>> step(torch.zeros(2, 3), 99, torch.zeros(2, dtype=torch.int64)).shape
         torch.Size([2, 3])
     """
@@ -218,6 +223,7 @@ class _Plan:
     sde: SDE
     times: tuple[float, ...]
     table: Tensor  # (5, steps): t, a, b, c, alpha
+    noisy: bool
     corrector_steps: int
     langevin: dict[str, object]
     micro_batch: int | None
@@ -247,10 +253,11 @@ class _Plan:
         grid = Grid.of(steps, eps)
         a, b, c = _row(sde, method, predictor, grid)
         if denoise:
-            c[-1] = 0
+            c = torch.cat((c[:-1], c.new_zeros(1)))
         alpha = sde.corrector_alpha(grid) if corrected else torch.ones_like(a)
         table = torch.stack((grid.times, a, b, c, alpha)).float()
-        return cls(sde, tuple(grid.times.tolist()), table, corrector_steps * corrected, langevin, micro_batch)
+        noisy = "probability_flow" not in (method, predictor)
+        return cls(sde, tuple(grid.times.tolist()), table, noisy, corrector_steps * corrected, langevin, micro_batch)
 
     def rows(self, device: torch.device) -> list[tuple]:
         """(t, a, b, c, alpha, step, (corrector's steps)) of every step as 0-d tensors on the device."""
@@ -268,12 +275,14 @@ class _Plan:
     def advance(self, score_fn: Score) -> Callable[..., Tensor]:
         if self.micro_batch:
             score_fn = _in_micro_batches(score_fn, self.micro_batch)
-        langevin = self.langevin
+        langevin, noisy = self.langevin, self.noisy
 
         def advance(x, t, seed, a, b, c, alpha, step, corrector_steps):
             for number in corrector_steps:
                 x = langevin_step(x, score_fn(x, t), alpha=alpha, seed=seed, step=number, **langevin)
-            return sde_step(x, score_fn(x, t), a, b, c, seed=seed, step=step)
+            score = score_fn(x, t)
+            # c is 0 on a probability flow: any noise will do, so none is drawn
+            return sde_step(x, score, a, b, c, seed=seed, step=step, noise=None if noisy else score)
 
         return advance
 

@@ -84,7 +84,7 @@ def test_prior_sample_is_a_function_of_each_samples_seed():
 
 
 def test_grid_places_every_time_in_its_table():
-    for steps, eps in ((1, 0.5), (2, 1e-3), (1000, 1e-3), (1000, 1e-5), (2000, 1e-3), (37, 0.3)):
+    for steps, eps in ((1, 0.5), (2, 1e-3), (1000, 1e-3), (1000, 1e-5), (1001, 1e-3), (2000, 1e-3), (37, 0.3)):
         grid = Grid.of(steps, eps)
         assert grid.times[0] == 1 and (steps == 1 or grid.times[-1] == pytest.approx(eps))
         # a hair above, for the times where t (N - 1) is whole and rounding may fall below it
