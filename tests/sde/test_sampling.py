@@ -146,13 +146,13 @@ def test_places_that_kernels_treat_differently_are_kept_apart():
     torch.manual_seed(0)
     # widths whose activations end in a scalar loop: rows of one micro-batch get other bits
     net = torch.nn.Sequential(torch.nn.Linear(5, 13), torch.nn.Softplus(), torch.nn.Linear(13, 5))
-    arguments = {"steps": 50, "progress": False}
+    arguments = {"score_fn": lambda x, t: net(x) - x, "steps": 50, "progress": False}
     for micro_batch, starts in ((1, range(10)), (4, (0, 4, 8))):
-        together = sample(VPSDE(), net, (10, 5), seed=2, micro_batch=micro_batch, **arguments)
+        together = sample(VPSDE(), shape=(10, 5), seed=2, micro_batch=micro_batch, **arguments)
         for start in starts:
             n = min(micro_batch, 10 - start)
             seeds = sample_seeds(2, n, start=start)
-            part = sample(VPSDE(), net, (n, 5), seed=seeds, micro_batch=micro_batch, **arguments)
+            part = sample(VPSDE(), shape=(n, 5), seed=seeds, micro_batch=micro_batch, **arguments)
             assert_same_bits(together[start : start + n], part)
 
 
