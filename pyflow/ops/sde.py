@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 
 import torch
@@ -155,7 +156,7 @@ def denoising_loss(
     else:
         loss = call(op, pred, std, seed, step)
     if average:
-        loss = loss / (pred.numel() // pred.shape[0] if pred.shape[0] else 1)
+        loss = loss / max(1, math.prod(pred.shape[1:]))
     return loss if weight is None else loss * weight.to(loss.dtype)
 
 
