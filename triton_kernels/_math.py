@@ -28,6 +28,7 @@ LOG2E = tl.constexpr(1.44269504)
 LN2_HI = tl.constexpr(0.693145752)
 LN2_LO = tl.constexpr(1.42860677e-6)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to nearest even
+ROUND_F64 = tl.constexpr(1.5 * 2.0**52)
 ROUND_BITS = tl.constexpr(0x4B400000)
 SMALLEST = tl.constexpr(2.0**-126)  # normal number; anything below would be a float64 literal
 BITS_OF_20 = tl.constexpr(0x41A00000)
@@ -81,18 +82,27 @@ def copysign(x, s):
 
 
 @triton.jit
-def expm1_reduced(x):
+def mul_add(a, b, c, FUSED: tl.constexpr):
+    """a * b + c with one rounding, or with two."""
+    if FUSED:
+        return tl.fma(a, b, c)
+    else:
+        return a * b + c
+
+
+@triton.jit
+def expm1_reduced(x, FUSED: tl.constexpr = True):
     """expm1(r) and k with x = k ln2 + r, |r| <= ln2 / 2."""
-    shifted = tl.fma(x, LOG2E, ROUND)
+    shifted = mul_add(x, LOG2E, ROUND, FUSED)
     kf = shifted - ROUND
     k = bits(shifted) - ROUND_BITS
-    r = tl.fma(kf, -LN2_HI, x)
-    r = tl.fma(kf, -LN2_LO, r)
-    q = tl.fma(r, 0.0013946447288617492, 0.008366581983864307)
-    q = tl.fma(q, r, 0.04166628047823906)
-    q = tl.fma(q, r, 0.1666654348373413)
-    q = tl.fma(q, r, 0.5)
-    return tl.fma(r * r, q, r), k
+    r = mul_add(kf, -LN2_HI, x, FUSED)
+    r = mul_add(kf, -LN2_LO, r, FUSED)
+    q = mul_add(r, 0.0013946447288617492, 0.008366581983864307, FUSED)
+    q = mul_add(q, r, 0.04166628047823906, FUSED)
+    q = mul_add(q, r, 0.1666654348373413, FUSED)
+    q = mul_add(q, r, 0.5, FUSED)
+    return mul_add(r * r, q, r, FUSED), k
 
 
 @triton.jit
@@ -108,15 +118,20 @@ def clamp_magnitude(x, LIMIT_BITS: tl.constexpr):
 
 
 @triton.jit
-def exp(x):
+def exp(x, FUSED: tl.constexpr = True):
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
-        m, k = expm1_reduced(clamp_magnitude(x, BITS_OF_104))
+        m, k = expm1_reduced(clamp_magnitude(x, BITS_OF_104), FUSED)
         p = 1.0 + m
         half = k >> 1
         y = p * pow2(half) * pow2(k - half)
         return tl.where(x == x, y, x)
+
+
+@triton.jit
+def exp_unfused(x):
+    return exp(x, False)
 
 
 @triton.jit
@@ -195,6 +210,35 @@ def tanh(x):
         p = tl.fma(p, z, -0.33332955837249756)
         small = tl.fma(z * a, p, a)
         return copysign(tl.where(a >= 0.55, large, small), x)
+
+
+@triton.jit
+def tanh_unfused(x):
+    if x.dtype == tl.float64:
+        return tanh(x)
+    else:
+        a = tl.abs(x)
+        m, k = expm1_reduced(clamp_magnitude(2.0 * a, BITS_OF_20), False)
+        p = pow2(k)
+        t = m * p + (p - 1.0)
+        return copysign(tl.where(a == a, div(t, t + 2.0), a), x)
+
+
+@triton.jit
+def round_even(x):
+    """To the nearest integer, ties to even, of |x| < 2**22 (float64: 2**51)."""
+    if x.dtype == tl.float64:
+        shift = constant(ROUND_F64, x)
+    else:
+        shift = constant(ROUND, x)
+    return x + shift - shift
+
+
+@triton.jit
+def floor(x):
+    """Of the same range, without a conversion, which flushes denormals and is slow."""
+    y = round_even(x)
+    return tl.where(y > x, y - 1.0, y)
 
 
 @triton.jit

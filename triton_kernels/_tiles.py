@@ -35,7 +35,8 @@ def col_offset(c, sizes, strides, VEC: tl.constexpr):
         return c.to(tl.int64) * strides[0]
     else:
         last: tl.constexpr = len(strides) - 1
-        inner = sizes[last - 1] * VEC
+        # in the type of c: the size alone may be an int32 where the product is none
+        inner = tl.full([], VEC, c.dtype) * sizes[last - 1]
         at = (c % inner).to(tl.int64) * strides[last]
         c = c // inner
         for i in tl.static_range(last - 1, 0, -1):

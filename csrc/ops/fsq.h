@@ -19,8 +19,10 @@ struct FsqChannel {
   T step;   // 2 / (L - 1)
 };
 
-constexpr bool is_symmetric(FsqVariant v) { return v == FsqVariant::symmetric || v == FsqVariant::symmetric_hard; }
-constexpr bool is_hard(FsqVariant v) { return v == FsqVariant::hard || v == FsqVariant::symmetric_hard; }
+PYFLOW_FN constexpr bool is_symmetric(FsqVariant v) {
+  return v == FsqVariant::symmetric || v == FsqVariant::symmetric_hard;
+}
+PYFLOW_FN constexpr bool is_hard(FsqVariant v) { return v == FsqVariant::hard || v == FsqVariant::symmetric_hard; }
 
 #if defined(__CUDA_ARCH__)
 PYFLOW_FN float round_even(float x) { return rintf(x); }

@@ -1,38 +1,13 @@
-#include "../cpu/fsq.h"
+#include "fsq.h"
 
 #include <algorithm>
-#include <cmath>
 #include <initializer_list>
-#include <vector>
 
 #include "../cpu/dispatch.h"
-#include "../ops/fsq.h"
-#include "tensor.h"
+#include "../cpu/fsq.h"
 
 namespace pyflow {
 namespace {
-
-using Levels = std::vector<int64_t>;
-
-// rounded to float32 after every operation, in the order of vector-quantize-pytorch
-FsqChannel<float> channel_of(int64_t level, FsqVariant v) {
-  const float half = float(level - 1) * (v == FsqVariant::paper ? 0.999f : 1.001f) / 2.f;
-  const float offset = level % 2 == 0 ? 0.5f : 0.f;
-  const double ratio = double(offset / half);
-  const double shift = v == FsqVariant::paper ? std::tan(ratio) : v == FsqVariant::hard ? ratio : std::atanh(ratio);
-  return {float(shift), half, offset, float(level / 2), float(level - 1), 2.f / float(level - 1)};
-}
-
-uint64_t product(const Levels& levels, size_t count) {
-  uint64_t size = 1;
-  for (size_t c = 0; c < count; ++c) size *= uint64_t(levels[c]);
-  return size;
-}
-
-// whether the largest index is beyond int32
-bool is_wide(const Levels& levels) { return product(levels, levels.size()) > uint64_t(1) << 31; }
-
-ScalarType index_dtype(bool wide) { return wide ? ScalarType::Long : ScalarType::Int; }
 
 // what the pointers of FsqArgs point to
 struct Table {
@@ -68,7 +43,7 @@ void fill_table(FsqArgs& a, Table& table, const Levels& levels) {
 
 // L^-stage, rounded to float32
 const char* fill_scales(const FsqArgs& a, Table& table, const Levels& levels, int64_t stages) {
-  const auto scale = [&](int64_t stage, int64_t c) { return float(std::pow(double(levels[c]), -double(stage))); };
+  const auto scale = [&](int64_t stage, int64_t c) { return scale_of(levels[c], stage); };
   return a.f64 ? fill_runs<double>(table.scales, a, stages, scale) : fill_runs<float>(table.scales, a, stages, scale);
 }
 

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 NAMES = ("digits", "mnist", "cifar10")
+# colour photographs that lie in the installed packages, no download; of the stereo pair only the left one
+SHIPPED = {
+    "skimage": ("data", ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")),
+    "sklearn": ("datasets/images", ("china.jpg", "flower.jpg")),
+}
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+TILE = 64
+# of a folder, evenly picked; a photograph's longer side is reduced to so many pixels
+MOST_PHOTOGRAPHS, LONGEST_SIDE = 256, 1024
 
 
 class DataMissing(RuntimeError):
@@ -62,3 +75,71 @@ def _torchvision(name: str, root: Path) -> tuple[Tensor, Tensor]:
         raise DataMissing(f"--data {name} could not be loaded or downloaded into {root}: {error}") from error
     train, test = (torch.as_tensor(part.data) for part in parts)
     return train, test
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Tiles cut from photographs side by side, (N, 3, TILE, TILE) uint8: no pixel is in two of them."""
+
+    train: Tensor
+    test: Tensor
+    names: tuple[str, ...]
+
+
+def photographs(folder: Path | None = None) -> Photographs:
+    """The photographs of a folder, or those of scikit-image and scikit-learn; the same split every time."""
+    files = _shipped() if folder is None else _images_in(folder)
+    parts = {}
+    for file in files:
+        pixels = _pixels(file)
+        # a second copy of a photograph could fall on the other side of the split
+        parts.setdefault(hash(pixels.numpy().tobytes()), (file.name, _tiles(pixels)))
+    tiles = torch.cat([tiles for _, tiles in parts.values()])
+    if len(tiles) < 10:
+        raise DataMissing(
+            f"--data {folder} must hold photographs for at least 10 tiles of {TILE} x {TILE} pixels, got {len(tiles)}"
+        )
+    order = torch.randperm(len(tiles), generator=torch.Generator().manual_seed(0))
+    test, train = order.split([len(order) // 5, len(order) - len(order) // 5])
+    names = tuple(name for name, tiles in parts.values() if len(tiles))
+    return Photographs(tiles[train], tiles[test.sort().values], names)
+
+
+def _shipped() -> list[Path]:
+    files = []
+    for package, (folder, names) in SHIPPED.items():
+        # found, not imported: what is missing is seen before anything tries to download it
+        spec = importlib.util.find_spec(package)
+        if spec is not None:
+            files += [Path(spec.origin).parent / folder / name for name in names]
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise DataMissing(
+            "the photographs of scikit-image are not here; pip install scikit-image, or use --data FOLDER"
+        )
+    return files
+
+
+def _images_in(folder: Path) -> Sequence[Path]:
+    if not folder.is_dir():
+        raise DataMissing(f"--data {folder} is not a folder")
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise DataMissing(f"--data {folder} holds no images ({', '.join(SUFFIXES)})")
+    return files[:: -(-len(files) // MOST_PHOTOGRAPHS)]
+
+
+def _pixels(file: Path) -> Tensor:
+    """(3, H, W) uint8."""
+    try:
+        with Image.open(file) as image:
+            image = image.convert("RGB")
+    except OSError as error:
+        raise DataMissing(f"{file} cannot be read as an image: {error}") from error
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    return torch.from_numpy(np.array(image)).movedim(-1, 0)
+
+
+def _tiles(pixels: Tensor) -> Tensor:
+    """(N, 3, TILE, TILE), in rows from the top left; a remainder at the right and the bottom is left out."""
+    return pixels.unfold(1, TILE, TILE).unfold(2, TILE, TILE).movedim(0, 2).flatten(0, 1).contiguous()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import torch
 
 matplotlib.use("Agg")
 
@@ -24,11 +25,18 @@ class Panel:
     images: Tensor
 
 
-def draw(path: Path, title: str, subtitle: str, panels: Sequence[Panel]) -> None:
-    """Write the panels below each other."""
+def code_map(indices: Tensor, size: int) -> Tensor:
+    """Indices below `size`, any shape, as colours (..., 3), each code in one of its own, the same every time."""
+    hue, value = torch.rand(2, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    channels = (hue[:, None] + torch.tensor([0, 1 / 3, 2 / 3])).mul(2 * torch.pi).cos().mul(0.5).add(0.5)
+    return (channels * (0.35 + 0.65 * value[:, None]))[indices.cpu().long()].float()
+
+
+def draw(path: Path, title: str, subtitle: str, panels: Sequence[Panel], cell: float = 0.62) -> None:
+    """Write the panels below each other, an image `cell` inches wide."""
     columns = max(panel.images.shape[1] for panel in panels)
     rows = sum(panel.images.shape[0] for panel in panels)
-    cell, head, top, left = 0.62, 0.55, 0.75, 1.3  # inches
+    head, top, left = 0.55, 0.75, 1.3  # inches
     width = left + columns * cell + 0.2
     height = top + rows * cell + head * len(panels) + 0.15
     figure = plt.figure(figsize=(width, height), facecolor="white")

@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
     pytest.skip("the interpreter and compilation exclude each other", allow_module_level=True)
 
-from pyflow._schemas import PRIORS, SCALE_MAPS  # noqa: E402
-from pyflow.triton_kernels import _random, coupling, flow_head, noise, sde  # noqa: E402
+from pyflow._schemas import FSQ_VARIANTS, PRIORS, SCALE_MAPS  # noqa: E402
+from pyflow.triton_kernels import _random, coupling, flow_head, fsq, noise, sde  # noqa: E402
 
 from . import aot  # noqa: E402
 
@@ -97,6 +97,29 @@ def random_words():
     return launches
 
 
+def quantizer(z, levels, variant, stages=2):
+    """Launches of every operator of the family; z has its channels in front."""
+    levels, active = list(levels), torch.empty((), dtype=torch.int64)
+    variant, grad = FSQ_VARIANTS.index(variant), torch.empty_like(z)
+    with aot.recorded() as launches:
+        _, indices = fsq.fsq(z, levels, variant, True)
+        fsq.fsq(z, levels, variant, False)
+        fsq.fsq_backward(grad, z, levels, variant)
+        at = z.dim() - 1 if z.stride(0) == 1 else min(1, z.dim() - 1)
+        fsq.fsq_decode(indices, levels, variant, at, z.dtype)
+        fsq.fsq_decode(indices.long(), levels, variant, at, z.dtype)
+        if variant in (FSQ_VARIANTS.index("symmetric"), FSQ_VARIANTS.index("symmetric_hard")):
+            fsq.residual_fsq(z, levels, variant, stages, None)
+            fsq.residual_fsq(z, levels, variant, stages, active)
+            fsq.residual_fsq_backward(grad, z, levels, variant, stages, active)
+    return launches
+
+
+def positions(dtype, *shape, dim=-1):
+    """A tensor of this shape, its channels brought to the front."""
+    return torch.empty(shape, dtype=dtype).movedim(dim, 0)
+
+
 def dense(dtype, count, shape=SHAPE):
     return [torch.empty(shape, dtype=dtype) for _ in range(count)]
 
@@ -153,6 +176,24 @@ def cases():
     table["sm_90-float32-odd"] = affine(*dense(F32, 3, (5, 37)))
     table["sm_90-float32-no-log-scale"] = head(*dense(F32, 1), None, 0)
     table["sm_90-mixed-head"] = head(*dense(F32, 1), torch.empty(392, dtype=BF16), 1)
+    for number, variant in enumerate(FSQ_VARIANTS):
+        for target, dtypes in (("sm_90", (F32, F64, BF16, F16)), (("sm_80", "sm_100", "gfx942")[number % 3], (F32,))):
+            for dtype in dtypes:
+                name = f"{target}-{str(dtype)[6:]}-fsq-{variant}"
+                table[name] = quantizer(positions(dtype, 40, 102, 5), (7, 5, 5, 5, 5), variant)
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        for name, z, levels in [
+            ("first", positions(F32, 8, 4, 32, 32, dim=1), (8, 5, 5, 5)),
+            ("first-bfloat16", positions(BF16, 8, 6, 32, 32, dim=1), (8, 8, 8, 5, 5, 5)),
+            ("wide", positions(F32, 500, 21), (8,) * 21),
+            ("wide-float64", positions(F64, 500, 39), (3,) * 39),
+            ("most", positions(F32, 500, 63), (2,) * 63),
+        ]:
+            table[f"{target}-fsq-{name}"] = quantizer(z, levels, "symmetric")
+    table["sm_90-float32-fsq-odd"] = quantizer(positions(F32, 333, 5), (7, 5, 5, 5, 5), "vqp")
+    table["sm_90-float32-fsq-halves"] = quantizer(positions(F32, 100, 10)[:5], (7, 5, 5, 5, 5), "symmetric_hard")
+    table["sm_90-float32-fsq-large"] = quantizer(torch.empty(1, 1).expand(4, 2**21), (8, 5, 5, 5), "paper")
+    table["sm_90-float32-fsq-stages"] = quantizer(positions(F32, 500, 4), (8, 5, 5, 5), "symmetric", stages=8)
     for packing in range(3):
         table[f"sm_90-float32-packed{packing}"] = packed(dense(F32, 1)[0], wide(), packing, 1)
         table[f"sm_90-bfloat16-packed{packing}"] = packed(dense(BF16, 1)[0], wide(BF16), packing, 1)
@@ -196,6 +237,7 @@ def check_ptx(ptx, launch, where):
     if F64 in dtypes(launch):
         return  # exp and log are the vendor's, which have their own ways
     assert ".f64" not in ptx, where
+    assert not (launch.name.startswith("fsq.") and re.search(r"\bfma\.", ptx)), where
     loose = re.findall(r"\b(?:mul|add|sub|fma|div)\.f32\b|\S*\.(?:ftz|approx|full)\b\S*", ptx)
     assert not loose, f"{where}: {loose}"
 
@@ -203,15 +245,19 @@ def check_ptx(ptx, launch, where):
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_unit_stride_data_moves_in_128_bit_vectors(dtype, target):
-    for launch in affine(*dense(dtype, 3)) + head(*dense(dtype, 1), torch.empty(392, dtype=dtype), 1):
+    launches = affine(*dense(dtype, 3)) + head(*dense(dtype, 1), torch.empty(392, dtype=dtype), 1)
+    launches += quantizer(positions(dtype, 1000, 5), (7, 5, 5, 5, 5), "symmetric")
+    launches += quantizer(positions(dtype, 4, 5, 1000, dim=1), (7, 5, 5, 5, 5), "symmetric")
+    for launch in launches:
         ptx = aot.compiled(launch, target).asm["ptx"]
         widths = Counter(re.findall(r"\b((?:ld|st)\.global)\S*?((?:\.v\d)?\.b\d+)", ptx))
         full = {".v4.b32", ".v2.b64"}
         loads = sum(n for (op, width), n in widths.items() if op == "ld.global" and width in full)
         stores = sum(n for (op, width), n in widths.items() if op == "st.global" and width in full)
         size = 16 // torch.empty((), dtype=dtype).element_size()
-        assert loads, f"{launch.name}: {widths}"
-        # a row's own values (log-determinants and their gradients, sums) are all that moves alone
+        # the indices that are decoded: a position's is read by each of its channels
+        assert loads or launch.name == "fsq.decode_kernel", f"{launch.name}: {widths}"
+        # a row's own values (log-determinants and their gradients, sums, indices) are all that moves alone
         narrow = {k: n for k, n in widths.items() if k[1] not in full}
         assert sum(narrow.values()) <= 8, f"{launch.name}, {size} a vector: {narrow}"
         assert stores or launch.name in ("flow_head.forward_kernel", "flow_head.sum_blocks"), f"{launch.name}: {widths}"

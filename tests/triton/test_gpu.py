@@ -9,7 +9,7 @@ import torch
 
 import pyflow
 from pyflow import _backend, ops, testing
-from pyflow._schemas import PACKINGS, PRIORS, SCALE_MAPS
+from pyflow._schemas import FSQ_VARIANTS, PACKINGS, PRIORS, SCALE_MAPS
 
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU", allow_module_level=True)
@@ -127,6 +127,147 @@ def test_flow_head(gpu, prior, dtype, scaled):
     for shape in shapes if dtype == torch.float32 else [(33, 37), (3, 9001)]:
         leaves = [draw(*shape, dtype=dtype), 0.3 * draw(*shape[1:], dtype=dtype, seed=1)][: 1 + scaled]
         compare(gpu, lambda *v: ops.flow_log_prob(*v, prior=prior), leaves, sums=(0, 2))
+
+
+QUANTIZERS = [
+    ((8, 5, 5, 5), (3001, 4), -1), ((7, 5, 5, 5, 5), (2, 1063, 5), 2), ((8, 8, 8, 5, 5, 5), (3, 6, 37, 41), 1),
+    ((5,) * 8, (2, 8, 1024), 1), ((3,), (1, 9007), 0), ((12, 1001), (2, 6000), 0), ((4, 6, 9), (3,), 0),
+    ((3,) * 39, (900, 39), 1), ((2**22, 2**22, 2**19), (700, 3), 1), ((5, 3, 4), (0, 3), 1),
+]  # fmt: skip
+
+
+def quantized(gpu, function, z):
+    """Outputs and the gradient of the first, bit for bit those of the C++ kernels (float64: within rounding)."""
+    results = []
+    for backend, device in ((gpu, "cuda"), ("auto", "cpu")):
+        leaf = z.to(device).requires_grad_()
+        with pyflow.backend(backend):
+            outputs = function(leaf)
+            gradient = torch.autograd.grad(outputs[0], leaf, draw(*z.shape, dtype=z.dtype, seed=9).to(device))
+        results.append([v.detach().cpu() for v in (*outputs, *gradient)])
+    for i, (a, b) in enumerate(zip(*results)):
+        assert a.dtype == b.dtype and (a.stride() == b.stride() or a.numel() == 0), f"output {i}"
+        if not a.is_floating_point():
+            # tanh of float64 is the vendor's: a value at a boundary may fall to the other side
+            close = (a == b).double().mean() > 0.999 if a.numel() else True
+            assert close if z.dtype == torch.float64 else torch.equal(a, b), f"output {i}"
+        elif z.dtype == torch.float64 and i < len(results[0]) - 1:
+            assert a.numel() == 0 or ((a == b) | a.isnan() & b.isnan()).double().mean() > 0.999, f"output {i}"
+        elif z.dtype == torch.float64:
+            testing.assert_within(a, b, 1e-12 * (1 + b.abs()), f"output {i}")
+        elif _backend.cpu_missing is None:
+            testing.assert_same_bits(a, b, f"output {i}")
+    return results[0]
+
+
+def quantize(levels, dim, variant):
+    def function(z):
+        codes, indices = ops.fsq(z, levels, variant=variant, dim=dim)
+        alone, _ = ops.fsq(z, levels, variant=variant, dim=dim, return_indices=False)
+        decoded = ops.fsq_decode(indices, levels, variant=variant, dim=dim, dtype=z.dtype)
+        return codes, indices, alone, decoded
+
+    return function
+
+
+@pytest.mark.parametrize("variant", FSQ_VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fsq(gpu, variant, dtype):
+    for levels, shape, dim in QUANTIZERS:
+        z = draw(*shape, dtype=dtype, spread=1.5)
+        codes, _, alone, decoded, _ = quantized(gpu, quantize(levels, dim, variant), z)
+        testing.assert_same_bits(alone, codes)
+        testing.assert_same_bits(decoded, codes)
+
+
+@pytest.mark.parametrize("variant", FSQ_VARIANTS)
+def test_fsq_of_every_magnitude(gpu, variant):
+    bits = torch.arange(-(2**31), 2**31, 4096, dtype=torch.int64).to(torch.int32)
+    quantized(gpu, quantize((8, 6, 5, 1000), 0, variant), bits.view(torch.float32).reshape(4, -1))
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_fsq_layouts(gpu, layout, dim):
+    shape = [4, 6, 5, 12]
+    shape[dim] = 3
+    z = draw(*shape)
+    laid_out = lambda function: lambda v: function(testing.laid_out(v, layout))  # noqa: E731
+    quantized(gpu, laid_out(quantize((7, 5, 6), dim, "vqp")), z)
+    quantized(gpu, laid_out(lambda v: ops.residual_fsq(v, (7, 5, 6), 3, dim=dim)), z)
+    part = lambda v: torch.cat((v, v), dim).narrow(dim, 1, 3)  # noqa: E731
+    quantized(gpu, lambda v: quantize((7, 5, 6), dim, "symmetric")(part(v)), z)
+
+
+def test_fsq_of_many_channels(gpu):
+    for levels in ((3,) * 40 + (5,) * 39, (6,) * 100):
+        for z in (draw(200, len(levels)), draw(len(levels), 200).t()):
+            quantized(gpu, lambda v: ops.fsq(v, levels, return_indices=False)[:1], z)  # noqa: B023
+
+
+@pytest.mark.parametrize("variant", ["symmetric", "symmetric_hard"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residual_fsq(gpu, variant, dtype):
+    for levels, shape, dim in QUANTIZERS:
+        z = draw(*shape, dtype=dtype)
+        for active in (None, 0, 2, 5):
+            count = None if active is None else torch.tensor(active)
+
+            def function(v):
+                given = None if count is None else count.to(v.device)  # noqa: B023
+                return ops.residual_fsq(v, levels, 3, variant=variant, dim=dim, active=given)  # noqa: B023
+
+            quantized(gpu, function, z)
+
+
+def test_fsq_decodes_what_is_no_index_to_nan(gpu):
+    wild = torch.tensor([-(2**63), -2, -1, 420, 2**31 + 5, 2**63 - 1], device="cuda")
+    assert ops.fsq_decode(wild, (3, 4, 5, 7)).isnan().all()
+    z = torch.full((5, 4), float("nan"), device="cuda")
+    codes, indices = ops.fsq(z, (3, 4, 5, 7))
+    assert codes.isnan().all() and indices.eq(-1).all()
+
+
+def test_fsq_in_a_cuda_graph_follows_active(gpu):
+    z = draw(1000, 5).cuda()
+    active = torch.tensor(1, device="cuda")
+
+    def step():
+        codes, indices = ops.fsq(z, (7, 5, 5, 5, 5))
+        out, stages = ops.residual_fsq(codes, (7, 5, 5, 5, 5), 3, active=active)
+        return codes, indices, out, stages, ops.fsq_decode(indices, (7, 5, 5, 5, 5))
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for count in (1, 3, 0):
+        active.fill_(count)
+        z.mul_(0.7)
+        graph.replay()
+        for a, b in zip(captured, step()):
+            assert torch.equal(a, b)
+        assert (captured[3] >= 0).all(0).tolist() == [stage < count for stage in range(3)]
+
+
+def test_fsq_compiles_without_a_break(gpu):
+    z = draw(300, 5).cuda().requires_grad_()
+
+    def function(z):
+        codes, indices = ops.fsq(z, (7, 5, 5, 5, 5))
+        out, stages = ops.residual_fsq(z, (7, 5, 5, 5, 5), 2)
+        return codes.square().sum() + out.square().sum(), indices, stages
+
+    for a, b in zip(function(z), torch.compile(function, fullgraph=True)(z)):
+        torch.testing.assert_close(a, b)
+    eager = torch.autograd.grad(function(z)[0], z)
+    testing.assert_same_bits(eager[0], torch.autograd.grad(torch.compile(function, fullgraph=True)(z)[0], z)[0])
 
 
 @pytest.mark.skipif(bool(_backend.status()["cuda"] or _backend.status()["triton"]), reason="needs both backends")
@@ -257,3 +398,19 @@ def test_more_elements_than_an_int32_counts(gpu):
         y = torch.ops.pyflow.additive_coupling(x, shift, None, False)
         assert y[0, :5].eq(1.5).all() and y[-1, -5:].eq(3.5).all() and y[-1, -6] == 1.5
         del x, y
+
+
+def test_fsq_of_more_elements_than_an_int32_counts(gpu):
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    levels = (5, 5, 5)
+    for shape, dim in [((2**31 // 3 + 4097, 3), -1), ((3, 2**31 // 3 + 4096), 0), ((2, 3, 2**30 // 3 + 4096), 1)]:
+        z = torch.zeros(shape, dtype=torch.bfloat16, device="cuda").movedim(dim, 0)
+        last = (slice(None), *(-1,) * (z.dim() - 1))
+        z[last] = torch.tensor([-9.0, 9.0, 9.0])
+        codes, indices = ops.fsq(z, levels, dim=0)
+        assert indices.flatten()[:5].eq(62).all() and indices.flatten()[-2:].tolist() == [62, 120]
+        assert codes[last].tolist() == [-1, 1, 1] and int(codes.count_nonzero()) == 3
+        del z
+        assert int((ops.fsq_decode(indices, levels, dim=0, dtype=torch.bfloat16) != codes).sum()) == 0
+        del codes, indices

@@ -1,0 +1,339 @@
+"""Train an autoencoder on photographs with FSQ and with VQ, below and above 1,000 codes, and compare them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from vector_quantize_pytorch import VectorQuantize
+
+import pyflow
+from pyflow.nn import FSQ
+from pyflow.ops import codebook_usage
+
+from . import _data, _pictures
+from .nice import _positive, synchronize, threads
+
+# the paper's level sets for 2**8 and 2**12 codes; a VQ codebook gets as many codes as the FSQ one beside it
+LEVELS = ((8, 6, 5), (7, 5, 5, 5, 5))
+CROSSOVER = 1000
+# what its README recommends against unused codes
+REVIVED = {"kmeans_init": True, "threshold_ema_dead_code": 2}
+VQS = {"plain": ("VQ",), "revived": ("VQ revived",), "both": ("VQ", "VQ revived")}
+# usage from here on counts as "near 100 %", a smaller difference in PSNR as none
+NEAR, EQUAL = 0.95, 0.1
+DOWN = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The autoencoder and its training, the same for every quantiser."""
+
+    width: int = 64
+    latent: int = 16
+    blocks: int = 2
+    steps: int = 700
+    batch: int = 12
+    crop: int = 32
+    rate: float = 5e-3
+    warmup: int = 50
+    # of the CPU; on layers this small two wait for each other, and one gives the same numbers on every machine
+    threads: int | None = 1
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one trained autoencoder does; usage over the tokens of all tiles, and of the held-out ones alone."""
+
+    quantizer: str
+    codes: int
+    mse: float
+    psnr: float
+    usage: float
+    perplexity: float
+    held_out_usage: float
+    held_out_perplexity: float
+    step_seconds: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="of images; default those in scikit-image, scikit-learn"
+    )
+    parser.add_argument("--steps", type=_positive, help=f"of each training, default {Settings.steps}")
+    parser.add_argument(
+        "--vq", choices=VQS, default="both",
+        help="vector-quantize-pytorch as it is, or with k-means and dead codes replaced; default both",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and VQ's own draws")
+    parser.add_argument("--out", type=Path, default=Path("outputs/fsq.png"), help="the picture; metrics go beside it")
+    parser.add_argument("--device", help="default cuda where there is one, else cpu")
+    parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The demo; 0, or 1 after one sentence about what is missing."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    settings = Settings(steps=20, warmup=5) if args.quick else Settings()
+    if args.steps:
+        settings = replace(settings, steps=args.steps)
+    try:
+        with pyflow.backend(args.backend), threads(settings.threads):
+            metrics = demo(_data.photographs(args.data), settings, args, device)
+    except (_data.DataMissing, RuntimeError, ValueError) as error:
+        if not isinstance(error, _data.DataMissing) and not str(error).startswith("backend:"):
+            raise
+        print(f"demo fsq: {error}", file=sys.stderr)
+        return 1
+    args.out.with_suffix(".json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print(f"\nwrote {args.out} and {args.out.with_suffix('.json').name}")
+    return 0
+
+
+def demo(
+    photographs: _data.Photographs, settings: Settings, args: argparse.Namespace, device: torch.device
+) -> dict[str, object]:
+    """Train with every quantiser at every size, score, draw; returns the metrics."""
+    began = time.perf_counter()
+    train, test = photographs.train, photographs.test
+    tokens = (len(train) + len(test)) * (_data.TILE // DOWN) ** 2
+    print(
+        f"{len(train):,} tiles of {_data.TILE} x {_data.TILE} pixels to train on, {len(test):,} held out, no pixel in "
+        f"two, from {len(photographs.names)} photographs: {shortened(photographs.names)}\n"
+        f"the same first weights and batches for all, {settings.steps:,} steps each; one token for {DOWN} x {DOWN} pixels"
+    )
+    for name in VQS[args.vq]:
+        options = [f"{key}={value}" for key, value in REVIVED.items() if name == "VQ revived"]
+        print(f"{name}: VectorQuantize({', '.join([str(settings.latent), 'codes', *options])}), all else as it comes")
+    models, scores = [], []
+    for levels in LEVELS:
+        for name in ("FSQ", *VQS[args.vq]):
+            model = build(name, levels, settings, args.seed).to(device)
+            seconds = fit(model, train, settings, args.seed, f"{name} {math.prod(levels):,}")
+            models.append(model)
+            scores.append(score(model, photographs, name, math.prod(levels), seconds))
+    print(f"\n{table(scores)}\nusage and perplexity: of the {tokens:,} tokens of all tiles; the rest held out alone\n")
+    sentences = verdict(scores)
+    print("\n".join(sentences))
+    print(
+        f"The paper's figures are of ImageNet, these of {settings.steps:,} steps on {len(photographs.names)} photographs."
+    )
+    picture(models, scores, test, f"{settings.steps:,} steps each, seed {args.seed}", args.out)
+    return {
+        "data": str(args.data or "scikit-image, scikit-learn"), "photographs": photographs.names, "seed": args.seed,
+        "device": str(device), "backend": args.backend, "settings": asdict(settings), "tokens": tokens,
+        "scores": [asdict(s) for s in scores], "verdict": sentences, "total_seconds": time.perf_counter() - began,
+    }  # fmt: skip
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+class Autoencoder(nn.Module):
+    """Encoder, quantiser, decoder; a token for DOWN x DOWN pixels."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        width, pixels = settings.width, 3 * DOWN**2
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(DOWN), nn.Conv2d(pixels, width, 3, padding=1),
+            *(Residual(width) for _ in range(settings.blocks)), nn.Conv2d(width, settings.latent, 1),
+        )  # fmt: skip
+        self.decoder = nn.Sequential(
+            nn.Conv2d(settings.latent, width, 1), *(Residual(width) for _ in range(settings.blocks)),
+            nn.Conv2d(width, pixels, 3, padding=1), nn.PixelShuffle(DOWN),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | int]:
+        """x (B, 3, H, W) in [-1, 1] -> (its reconstruction, tokens (B, H / DOWN, W / DOWN), the quantiser's loss)."""
+        z, indices, *losses = self.quantizer(self.encoder(x))
+        return self.decoder(z), indices, sum(losses)
+
+
+def build(name: str, levels: Sequence[int], settings: Settings, seed: int) -> Autoencoder:
+    """The autoencoder with one of the quantisers; encoder and decoder start the same whatever the quantiser."""
+    torch.manual_seed(seed)
+    model = Autoencoder(settings)
+    if name == "FSQ":
+        model.quantizer = FSQ(levels, dim=settings.latent)
+    else:
+        options = REVIVED if name == "VQ revived" else {}
+        model.quantizer = VectorQuantize(settings.latent, math.prod(levels), accept_image_fmap=True, **options)
+    return model
+
+
+def fit(model: Autoencoder, tiles: Tensor, settings: Settings, seed: int, name: str) -> float:
+    """Train on random crops; returns the seconds per step."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(model.quantizer, VectorQuantize):
+        start_codebook(model, tiles, settings, device)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
+    model.train()
+    running, began = None, time.perf_counter()
+    with tqdm(total=settings.steps, desc=f"{name:<16}", unit="step", dynamic_ncols=True, mininterval=0.2) as bar:
+        for step in range(settings.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step, settings)
+            x = scaled(crops(tiles, settings.batch, settings.crop, generator).to(device))
+            reconstruction, _, penalty = model(x)
+            error = F.mse_loss(reconstruction, x)
+            optimizer.zero_grad()
+            (error + penalty).backward()
+            optimizer.step()
+            error = error.detach()
+            running = error if running is None else running.lerp(error, 0.05)
+            bar.update()
+            if step % 20 == 19 or step + 1 == settings.steps:
+                bar.set_postfix_str(f"loss {running.item():.4f}, {decibels(running.item() / 4):.2f} dB")
+        synchronize(device)
+    return (time.perf_counter() - began) / settings.steps
+
+
+@torch.no_grad()
+def start_codebook(model: Autoencoder, tiles: Tensor, settings: Settings, device: torch.device) -> None:
+    """Let k-means, if it is on, see two tokens for a code: the first batch has fewer than codes."""
+    if not model.quantizer._codebook.initted:
+        n = -(-2 * model.quantizer.codebook_size * DOWN**2 // settings.crop**2)
+        x = crops(tiles, n, settings.crop, torch.Generator().manual_seed(0))
+        model.quantizer(model.encoder(scaled(x.to(device))))
+
+
+def rate(step: int, settings: Settings) -> float:
+    """A short linear start, then half a cosine down to 0."""
+    start = min(1.0, (step + 1) / settings.warmup)
+    return settings.rate * start * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+
+
+def crops(tiles: Tensor, n: int, size: int, generator: torch.Generator) -> Tensor:
+    """n random crops (n, 3, size, size) of the tiles."""
+    which = torch.randint(len(tiles), (n,), generator=generator).tolist()
+    corners = torch.randint(_data.TILE - size + 1, (n, 2), generator=generator).tolist()
+    return torch.stack([tiles[i, :, y : y + size, x : x + size] for i, (y, x) in zip(which, corners)])
+
+
+def scaled(pixels: Tensor) -> Tensor:
+    """uint8 to [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def decibels(mse: float) -> float:
+    """Peak signal-to-noise ratio of a mean squared error of pixels in [0, 1]."""
+    return -10 * math.log10(mse)
+
+
+@torch.no_grad()
+def reconstruct(model: Autoencoder, tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """(pixels in [0, 1] like tiles, tokens), both on the CPU."""
+    device = next(model.parameters()).device
+    model.eval()
+    pixels, tokens = [], []
+    # VQ holds a distance for every token and code
+    for part in tiles.split(3):
+        reconstruction, indices, _ = model(scaled(part.to(device)))
+        pixels.append((reconstruction.clamp(-1, 1) / 2 + 0.5).cpu())
+        tokens.append(indices.cpu())
+    return torch.cat(pixels), torch.cat(tokens)
+
+
+def score(model: Autoencoder, photographs: _data.Photographs, name: str, codes: int, seconds: float) -> Score:
+    pixels, held_out = reconstruct(model, photographs.test)
+    mse = F.mse_loss(pixels.double(), photographs.test.double() / 255).item()
+    tokens = torch.cat((held_out, reconstruct(model, photographs.train)[1]))
+    every, some = codebook_usage(tokens, codes), codebook_usage(held_out, codes)
+    return Score(
+        name, codes, mse, decibels(mse), every.fraction.item(), every.perplexity.item(), some.fraction.item(),
+        some.perplexity.item(), seconds,
+    )  # fmt: skip
+
+
+def table(scores: Sequence[Score]) -> str:
+    words = ("codes", "MSE", "PSNR", "usage", "perplexity", "held out", "perplexity", "s/step")
+    lines = [" " * 12 + "".join(f"{word:>{n}}" for word, n in zip(words, (7, 10, 10, 9, 12, 10, 12, 9)))]
+    lines += [
+        f"{s.quantizer:<12}{s.codes:>7,}{s.mse:>10.5f}{s.psnr:>7.2f} dB{s.usage:>8.1%} {s.perplexity:>11,.0f}"
+        f"{s.held_out_usage:>10.1%}{s.held_out_perplexity:>12,.0f}{s.step_seconds:>9.4f}"
+        for s in scores
+    ]
+    return "\n".join(lines)
+
+
+def verdict(scores: Sequence[Score]) -> list[str]:
+    """Whether what the paper reports holds in these numbers."""
+    fsq = [s for s in scores if s.quantizer == "FSQ"]
+    near = [s.usage >= NEAR for s in fsq]
+    used = " and ".join(f"{s.usage:.1%} of {s.codes:,} codes" for s in fsq)
+    sentences = [
+        f"Paper: FSQ uses nearly every code. Here it uses {used}: "
+        + ("this holds." if all(near) else "this does not hold." if not any(near) else partly(fsq))
+    ]
+    for name in dict.fromkeys(s.quantizer for s in scores if s.quantizer != "FSQ"):
+        sentences.append(crossover(fsq, [s for s in scores if s.quantizer == name]))
+    return sentences
+
+
+def partly(fsq: Sequence[Score]) -> str:
+    held, missed = ([f"{s.codes:,}" for s in fsq if (s.usage >= NEAR) == near] for near in (True, False))
+    return f"this holds at {' and '.join(held)}, not at {' and '.join(missed)}."
+
+
+def crossover(fsq: Sequence[Score], vq: Sequence[Score]) -> str:
+    """One sentence on who reconstructs better below and above CROSSOVER codes."""
+    gains = [theirs.psnr - ours.psnr for ours, theirs in zip(fsq, vq)]
+    said = [f"at {s.codes:,} codes {winner(gain, vq[0].quantizer)}" for s, gain in zip(fsq, gains)]
+    holds = all(gain > EQUAL if s.codes < CROSSOVER else gain < -EQUAL for s, gain in zip(fsq, gains))
+    more = [f"{s[0].quantizer} {s[-1].psnr - s[0].psnr:+.2f} dB" for s in (fsq, vq)]
+    return (
+        f"Paper: VQ reconstructs better below about {CROSSOVER:,} codes, FSQ above. Here, {' and '.join(said)}: "
+        f"this {'holds' if holds else 'does not hold'}; the larger codebook brings {' and '.join(more)}, "
+        f"and {vq[0].quantizer} uses {vq[-1].usage:.1%} of it."
+    )
+
+
+def winner(gain: float, name: str) -> str:
+    if abs(gain) <= EQUAL:
+        return f"the two are equal within {EQUAL} dB ({name} {gain:+.2f} dB)"
+    return f"{name if gain > 0 else 'FSQ'} is better by {abs(gain):.2f} dB"
+
+
+def picture(models: Sequence[Autoencoder], scores: Sequence[Score], test: Tensor, subtitle: str, out: Path) -> None:
+    """Draw held-out tiles, their reconstructions at both sizes and their tokens."""
+    rich = test.float().std((1, 2, 3)).argsort(descending=True)[: max(1, len(test) // 2)].sort().values
+    tiles = test[rich[:: -(-len(rich) // 10)]]
+    drawn = [reconstruct(model, tiles) for model in models]
+
+    def rows(title: str, codes: int, images: Sequence[Tensor]) -> _pictures.Panel:
+        here = [(s, image) for s, image in zip(scores, images) if s.codes == codes]
+        labels = [f"{s.quantizer}\n{s.psnr:.1f} dB\n{s.usage:.0%} used" for s, _ in here]
+        return _pictures.Panel(f"{codes:,} codes: {title}", labels, torch.stack([image for _, image in here]))
+
+    reconstructions = [pixels.movedim(1, -1) for pixels, _ in drawn]
+    maps = [_pictures.code_map(tokens, s.codes) for s, (_, tokens) in zip(scores, drawn)]
+    panels = [_pictures.Panel("Held-out photographs", ["original"], tiles.movedim(1, -1)[None] / 255)]
+    sizes = list(dict.fromkeys(s.codes for s in scores))
+    panels += [rows("reconstruction", codes, reconstructions) for codes in sizes]
+    panels += [rows("code map, a colour for each code", codes, maps) for codes in sizes]
+    _pictures.draw(out, "FSQ and VQ on photographs", subtitle, panels, cell=0.9)
+
+
+def shortened(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

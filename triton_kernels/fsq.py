@@ -1,0 +1,519 @@
+"""Finite scalar quantisation: codes and indices in one pass, backward, decode, and the residual stages.
+
+A program works on a tile of positions with all their channels, numbered so that neighbours in memory are
+neighbours in the tile: channels fastest where they lie side by side, else positions. Nothing is fused, so that
+codes and indices have the bits of the C++ kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._schemas import FSQ_VARIANTS
+from ..reference import fsq as ref
+from . import _launch
+from ._math import constant, div, exp_unfused, floor, neg, round_even, tanh_unfused
+from ._tiles import col_offset, row_offset, store_as
+
+SIGMOID = tl.constexpr(FSQ_VARIANTS.index("sigmoid"))
+SYMMETRIC = tl.constexpr(FSQ_VARIANTS.index("symmetric"))
+HARD = tl.constexpr(FSQ_VARIANTS.index("hard"))
+SYMMETRIC_HARD = tl.constexpr(FSQ_VARIANTS.index("symmetric_hard"))
+
+MOST_CHANNELS = 64  # of one launch
+MANY_TILES = 4096  # from there on a program takes several, to find its constants once
+
+
+class Divisors(NamedTuple):
+    values: tuple[float, ...]
+    reciprocals: tuple[float, ...]  # where all are exact, else empty
+
+
+class Channels(NamedTuple):
+    """By channel; constants of the kernels, because a float argument may arrive as another float."""
+
+    shift: tuple[float, ...]
+    half: tuple[float, ...]
+    offset: tuple[float, ...]
+    width: Divisors
+    top: Divisors
+    step: tuple[float, ...]
+    gain: tuple[float, ...]  # half / width
+
+
+class Magic(NamedTuple):
+    """floor(n / divisor) = (2 n * factor >> bits of n) >> shift for all n without the topmost bit."""
+
+    factor: tuple[int, ...]
+    shift: tuple[int, ...]
+
+
+class Digits(NamedTuple):
+    """How digits make an index, and how it comes apart."""
+
+    last: int  # the largest index
+    wide: bool  # needs 64 bits
+    basis: tuple[int, ...]
+    levels: tuple[int, ...]
+    by_basis: Magic
+    by_levels: Magic
+
+
+class Tile(NamedTuple):
+    channels: int
+    positions: int  # a multiple of 8, so that tiles start on whole vectors
+    elements: int  # power of two, at least positions * channels
+    padded: tuple[int, int]  # the next powers of two of channels and positions
+    inner: bool  # channels run fastest, else positions
+    dense: bool  # the tensors lie in memory in just that order, without gaps
+    runs: bool  # else: `vec` positions lie side by side
+    vec: int
+    steps: int  # tiles of a program
+    wide: bool  # an element's number needs 64 bits
+
+
+@triton.constexpr_function
+def entry(table, k):
+    return table[k]
+
+
+@triton.jit
+def pick(values: tl.constexpr, c, dtype: tl.constexpr):
+    """values[c]; a scalar where all are equal."""
+    out = tl.full([], values[0], dtype)
+    for k in tl.static_range(1, len(values)):
+        if values[k] != values[k - 1]:
+            out = tl.where(c >= k, tl.full([], values[k], dtype), out)
+    return out
+
+
+@triton.jit
+def divide(x, BY: tl.constexpr, c):
+    """x / BY.values[c], IEEE."""
+    if len(BY.reciprocals) > 0:
+        return x * pick(BY.reciprocals, c, x.dtype)
+    else:
+        return div(x, pick(BY.values, c, x.dtype))
+
+
+@triton.jit
+def clamp(x, low, high):
+    """NaN passes."""
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)
+
+
+@triton.jit
+def squash(x, VARIANT: tl.constexpr):
+    if VARIANT == HARD or VARIANT == SYMMETRIC_HARD:
+        return clamp(x, constant(-1.0, x), constant(1.0, x))
+    else:
+        return tanh_unfused(x)
+
+
+@triton.jit
+def digit_of(z, c, CHANNELS: tl.constexpr, VARIANT: tl.constexpr):
+    """0 to top, or NaN."""
+    dtype: tl.constexpr = z.dtype
+    top = pick(CHANNELS.top.values, c, dtype)
+    if VARIANT == SIGMOID:
+        digit = round_even(top * div(constant(1.0, z), 1.0 + exp_unfused(neg(z))))
+    elif VARIANT == SYMMETRIC or VARIANT == SYMMETRIC_HARD:
+        digit = floor(top * (squash(z, VARIANT) + 1.0) * 0.5 + 0.5)
+    else:
+        u = squash(z + pick(CHANNELS.shift, c, dtype), VARIANT)
+        bound = u * pick(CHANNELS.half, c, dtype) - pick(CHANNELS.offset, c, dtype)
+        digit = round_even(bound) + pick(CHANNELS.width.values, c, dtype)
+    return clamp(digit, constant(0.0, z), top)
+
+
+@triton.jit
+def code_of(digit, c, CHANNELS: tl.constexpr, VARIANT: tl.constexpr):
+    if VARIANT == SIGMOID:
+        return divide(digit, CHANNELS.top, c)
+    elif VARIANT == SYMMETRIC or VARIANT == SYMMETRIC_HARD:
+        return digit * pick(CHANNELS.step, c, digit.dtype) - 1.0
+    else:
+        return divide(digit - pick(CHANNELS.width.values, c, digit.dtype), CHANNELS.width, c)
+
+
+@triton.jit
+def slope_of(z, c, CHANNELS: tl.constexpr, VARIANT: tl.constexpr):
+    """d code / dz before rounding."""
+    shifted: tl.constexpr = VARIANT != SIGMOID and VARIANT != SYMMETRIC and VARIANT != SYMMETRIC_HARD
+    if shifted:
+        u = z + pick(CHANNELS.shift, c, z.dtype)
+        gain = pick(CHANNELS.gain, c, z.dtype)
+    else:
+        u = z
+        gain = constant(1.0, z)
+    if VARIANT == HARD or VARIANT == SYMMETRIC_HARD:
+        return tl.where((u >= -1.0) & (u <= 1.0), gain, constant(0.0, z))
+    else:
+        k: tl.constexpr = 1.0 if VARIANT == SIGMOID else 2.0
+        e = exp_unfused(tl.abs(u) * -k)
+        slope = div(e * (k * k), (1.0 + e) * (1.0 + e))
+        return gain * slope if shifted else slope
+
+
+@triton.jit
+def gradient(grad, slope, VARIANT: tl.constexpr):
+    """A clamped value passes no gradient, not even an infinite one."""
+    if VARIANT == HARD or VARIANT == SYMMETRIC_HARD:
+        return tl.where(slope == 0.0, 0.0, grad * slope)
+    else:
+        return grad * slope
+
+
+@triton.jit
+def channel_of(i, TILE: tl.constexpr):
+    return i % TILE.channels if TILE.inner else i // TILE.positions
+
+
+@triton.jit
+def position_of(i, TILE: tl.constexpr):
+    return i // TILE.channels if TILE.inner else i % TILE.positions
+
+
+@triton.jit
+def first_position(step, TILE: tl.constexpr):
+    program = tl.program_id(0)
+    if TILE.wide:
+        program = program.to(tl.int64)
+    return (program * TILE.steps + step) * TILE.positions
+
+
+@triton.jit
+def count_of(cols, first, TILE: tl.constexpr):
+    """Number of positions; cols alone may be an int32 where the product is none."""
+    return tl.full([], TILE.vec, first.dtype) * cols
+
+
+@triton.jit
+def is_inside(i, first, cols, TILE: tl.constexpr):
+    real = i < TILE.positions * TILE.channels
+    if TILE.dense:
+        return real & (first * TILE.channels + i < count_of(cols, first, TILE) * TILE.channels)
+    else:
+        return real & (first + position_of(i, TILE) < count_of(cols, first, TILE))
+
+
+@triton.jit
+def elements(tensor, at, sizes, i, first, TILE: tl.constexpr):
+    """Pointers to a tile's elements."""
+    if TILE.dense:
+        return tensor + first.to(tl.int64) * TILE.channels + i
+    else:
+        c = channel_of(i, TILE)
+        p = first + position_of(i, TILE)
+        vec: tl.constexpr = TILE.vec
+        offset = row_offset(c, sizes[0], at[0]) * vec + col_offset(p, sizes[1], at[1], vec)
+        if TILE.runs:
+            # the compiler does not see it through two remainders
+            offset = tl.max_contiguous(tl.multiple_of(offset, vec), vec)
+        return tensor + offset
+
+
+@triton.jit
+def number(digit, c, DIGITS: tl.constexpr, TILE: tl.constexpr):
+    """The indices of a tile's positions, -1 where a digit is NaN."""
+    dtype: tl.constexpr = tl.int64 if DIGITS.wide else tl.int32
+    known = digit == digit
+    weight = tl.where(known, digit, 0.0).to(tl.int32).to(dtype) * pick(DIGITS.basis, c, dtype)
+    weight = tl.where(known, weight, -1)
+    channels: tl.constexpr = TILE.padded[0]
+    positions: tl.constexpr = TILE.padded[1]
+    if TILE.channels * TILE.positions == TILE.elements:
+        if TILE.inner:
+            parts = tl.reshape(weight, (positions, channels))
+            axis: tl.constexpr = 1
+        else:
+            parts = tl.reshape(weight, (channels, positions))
+            axis: tl.constexpr = 0
+    else:
+        k = tl.arange(0, channels * positions)
+        channel = k // positions
+        position = k % positions
+        if TILE.inner:
+            i = position * TILE.channels + channel
+        else:
+            i = channel * TILE.positions + position
+        part = tl.gather(weight, tl.minimum(i, TILE.elements - 1), 0)
+        parts = tl.reshape(tl.where(channel < TILE.channels, part, 0), (channels, positions))
+        axis: tl.constexpr = 0
+    return tl.where(tl.min(parts, axis) < 0, -1, tl.sum(parts, axis))
+
+
+@triton.jit
+def store_indices(indices, at, sizes, values, first, cols, TILE: tl.constexpr):
+    q = tl.arange(0, TILE.padded[1])
+    p = first + q
+    inside = (q < TILE.positions) & (p < count_of(cols, first, TILE))
+    values = values.to(indices.dtype.element_ty)
+    tl.store(indices + col_offset(p, sizes[1], at[1], TILE.vec), values, mask=inside)
+
+
+@triton.jit(do_not_specialize=["cols"])
+def forward_kernel(
+    z, z_at, codes, codes_at, indices, indices_at, sizes, cols,
+    CHANNELS: tl.constexpr, DIGITS: tl.constexpr, VARIANT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.arange(0, TILE.elements)
+    c = channel_of(i, TILE)
+    for step in range(TILE.steps):
+        first = first_position(step, TILE)
+        inside = is_inside(i, first, cols, TILE)
+        value = tl.load(elements(z, z_at, sizes, i, first, TILE), mask=inside).to(dtype)
+        digit = digit_of(value, c, CHANNELS, VARIANT)
+        store_as(elements(codes, codes_at, sizes, i, first, TILE), code_of(digit, c, CHANNELS, VARIANT), inside)
+        if indices is not None:
+            index = number(digit, c, DIGITS, TILE)
+            store_indices(indices, indices_at, sizes, index, first, cols, TILE)
+
+
+@triton.jit(do_not_specialize=["cols"])
+def backward_kernel(
+    z, z_at, grad, grad_at, gz, gz_at, sizes, cols,
+    CHANNELS: tl.constexpr, VARIANT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.arange(0, TILE.elements)
+    c = channel_of(i, TILE)
+    for step in range(TILE.steps):
+        first = first_position(step, TILE)
+        inside = is_inside(i, first, cols, TILE)
+        value = tl.load(elements(z, z_at, sizes, i, first, TILE), mask=inside).to(dtype)
+        g = tl.load(elements(grad, grad_at, sizes, i, first, TILE), mask=inside).to(dtype)
+        value = gradient(g, slope_of(value, c, CHANNELS, VARIANT), VARIANT)
+        store_as(elements(gz, gz_at, sizes, i, first, TILE), value, inside)
+
+
+@triton.jit
+def quotient(n, BY: tl.constexpr, c):
+    return tl.umulhi(n << 1, pick(BY.factor, c, n.dtype)) >> pick(BY.shift, c, n.dtype)
+
+
+@triton.jit(do_not_specialize=["cols"])
+def decode_kernel(
+    codes, codes_at, indices, indices_at, sizes, cols,
+    CHANNELS: tl.constexpr, DIGITS: tl.constexpr, VARIANT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = tl.float64 if codes.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.arange(0, TILE.elements)
+    c = channel_of(i, TILE)
+    for step in range(TILE.steps):
+        first = first_position(step, TILE)
+        inside = is_inside(i, first, cols, TILE)
+        p = first + position_of(i, TILE)
+        index = tl.load(indices + col_offset(p, sizes[1], indices_at[1], TILE.vec), mask=inside)
+        if DIGITS.wide:
+            index = index.to(tl.int64)
+        known = (index >= 0) & (index <= DIGITS.last)
+        whole = tl.where(known, index, 0).to(tl.uint64 if DIGITS.wide else tl.uint32)
+        rest = quotient(whole, DIGITS.by_basis, c)
+        digit = rest - quotient(rest, DIGITS.by_levels, c) * pick(DIGITS.levels, c, rest.dtype)
+        code = code_of(digit.to(tl.int32).to(dtype), c, CHANNELS, VARIANT)
+        code = tl.where(known, code, float("nan"))
+        store_as(elements(codes, codes_at, sizes, i, first, TILE), code, inside)
+
+
+@triton.jit(do_not_specialize=["cols"])
+def residual_kernel(
+    x, x_at, out, out_at, indices, indices_at, active, sizes, cols,
+    CHANNELS: tl.constexpr, SCALES: tl.constexpr, DIGITS: tl.constexpr, VARIANT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """`indices` is that of the first stage; those of a position lie side by side."""
+    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.arange(0, TILE.elements)
+    c = channel_of(i, TILE)
+    first = first_position(0, TILE)
+    inside = is_inside(i, first, cols, TILE)
+    rest = tl.load(elements(x, x_at, sizes, i, first, TILE), mask=inside).to(dtype)
+    total = tl.full((TILE.elements,), 0.0, dtype)
+    count = len(SCALES)
+    if active is not None:
+        count = tl.load(active)
+    for stage in tl.static_range(len(SCALES)):
+        index = tl.full((TILE.padded[1],), -1, tl.int64 if DIGITS.wide else tl.int32)
+        if stage < count:
+            scale: tl.constexpr = entry(SCALES, stage)
+            digit = digit_of(divide(rest, scale, c), c, CHANNELS, VARIANT)
+            part = code_of(digit, c, CHANNELS, VARIANT) * pick(scale.values, c, dtype)
+            rest -= part
+            total += part
+            index = number(digit, c, DIGITS, TILE)
+        store_indices(indices + stage, indices_at, sizes, index, first, cols, TILE)
+    store_as(elements(out, out_at, sizes, i, first, TILE), total, inside)
+
+
+@triton.jit(do_not_specialize=["cols"])
+def residual_backward_kernel(
+    x, x_at, grad, grad_at, gx, gx_at, active, sizes, cols,
+    CHANNELS: tl.constexpr, SCALES: tl.constexpr, VARIANT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.arange(0, TILE.elements)
+    c = channel_of(i, TILE)
+    first = first_position(0, TILE)
+    inside = is_inside(i, first, cols, TILE)
+    rest = tl.load(elements(x, x_at, sizes, i, first, TILE), mask=inside).to(dtype)
+    g = tl.load(elements(grad, grad_at, sizes, i, first, TILE), mask=inside).to(dtype)
+    total = tl.full((TILE.elements,), 0.0, dtype)
+    count = len(SCALES)
+    if active is not None:
+        count = tl.load(active)
+    for stage in tl.static_range(len(SCALES)):
+        if stage < count:
+            scale: tl.constexpr = entry(SCALES, stage)
+            scaled = divide(rest, scale, c)
+            total += slope_of(scaled, c, CHANNELS, VARIANT)
+            code = code_of(digit_of(scaled, c, CHANNELS, VARIANT), c, CHANNELS, VARIANT)
+            rest -= code * pick(scale.values, c, dtype)
+    store_as(elements(gx, gx_at, sizes, i, first, TILE), gradient(g, total, VARIANT), inside)
+
+
+def fsq(z: Tensor, levels: Sequence[int], variant: int, return_indices: bool) -> tuple[Tensor, Tensor]:
+    codes = torch.empty_like(z)
+    if return_indices:
+        indices = z.new_empty(z.shape[1:], dtype=ref.index_dtype(levels))
+        views = (z, codes, indices.expand(z.shape))
+        _over(forward_kernel, levels, variant, views, DIGITS=_digits(tuple(levels)))
+        return codes, indices
+    for part, views in _parts(levels, z, codes):
+        _over(forward_kernel, part, variant, (*views, None), DIGITS=None)
+    return codes, z.new_empty(0, dtype=torch.int32)
+
+
+def fsq_backward(grad: Tensor, z: Tensor, levels: Sequence[int], variant: int) -> Tensor:
+    gz = torch.empty_like(z)
+    for part, views in _parts(levels, z, grad, gz):
+        _over(backward_kernel, part, variant, views)
+    return gz
+
+
+def fsq_decode(indices: Tensor, levels: Sequence[int], variant: int, dim: int, dtype: torch.dtype) -> Tensor:
+    shape = list(indices.shape)
+    shape.insert(dim, len(levels))
+    codes = indices.new_empty(shape, dtype=dtype)
+    front = codes.movedim(dim, 0)
+    _over(decode_kernel, levels, variant, (front, indices.expand(front.shape)), DIGITS=_digits(tuple(levels)))
+    return codes
+
+
+def residual_fsq(
+    x: Tensor, levels: Sequence[int], variant: int, stages: int, active: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(x)
+    dtype = ref.index_dtype(levels) if active is None else torch.int64
+    indices = x.new_empty((*x.shape[1:], stages), dtype=dtype)
+    _over(
+        residual_kernel, levels, variant, (x, out, indices[..., 0].expand(x.shape)), active, most_steps=1,
+        SCALES=_scales(tuple(levels), stages), DIGITS=_digits(tuple(levels)),
+    )  # fmt: skip
+    return out, indices
+
+
+def residual_fsq_backward(
+    grad: Tensor, x: Tensor, levels: Sequence[int], variant: int, stages: int, active: Tensor | None
+) -> Tensor:
+    gx = torch.empty_like(x)
+    _over(
+        residual_backward_kernel, levels, variant, (x, grad, gx), active, most_steps=1,
+        SCALES=_scales(tuple(levels), stages),
+    )  # fmt: skip
+    return gx
+
+
+def _parts(levels: Sequence[int], *tensors: Tensor) -> Iterator[tuple[Sequence[int], tuple[Tensor, ...]]]:
+    """Without indices channels have nothing in common: equal ones are more positions, many come in groups."""
+    if min(levels) == max(levels):
+        yield levels[:1], tuple(t.unsqueeze(0) for t in tensors)
+        return
+    for start in range(0, len(levels), MOST_CHANNELS):
+        part = levels[start : start + MOST_CHANNELS]
+        yield part, tuple(t.narrow(0, start, len(part)) for t in tensors)
+
+
+def _over(
+    kernel: object,
+    levels: Sequence[int],
+    variant: int,
+    views: Sequence[Tensor | None],
+    *more: object,
+    most_steps: int = 4,
+    **constants: object,
+) -> None:
+    """Run a kernel over views of one shape, (channels, positions...), the first of which decides the rest."""
+    lead = views[0]
+    if lead.numel() == 0:
+        return
+    f64 = lead.dtype == torch.float64
+    space = _launch.collapse(lead.dim() - 1, views)
+    tile = _tile(space, [at for t, at in zip(views, space.at) if t is not None and t.is_floating_point()], most_steps)
+    # float64: half the elements per thread, for the registers
+    _launch.launch(
+        kernel, -(-space.cols // (tile.positions * tile.steps)), lead.device, *_launch.with_strides(views, space.at),
+        *more, num_warps=8 if f64 else 4, sizes=space.sizes, cols=space.cols // tile.vec,
+        CHANNELS=_channels(tuple(levels), variant, f64), VARIANT=variant, TILE=tile, **constants,
+    )  # fmt: skip
+
+
+def _tile(space: _launch.Space, at: Sequence[tuple], most_steps: int) -> Tile:
+    d, elements, vec = space.rows, _launch.TILE, space.vec
+    positions = elements // d // 8 * 8
+    (row_strides, col_strides) = at[0]
+    inner = d > 1 and row_strides[0] * vec < col_strides[-1]
+    dense = inner and vec == 1 and all(strides == ((1,), (d,)) for strides in at)
+    runs = not inner and vec > 1 and all(col_strides[-1] == 1 for _, col_strides in at)
+    if dense:
+        vec = math.gcd(8, space.cols)
+    tiles = -(-space.cols // positions)
+    return Tile(
+        d, positions, elements, (_launch.power_of_two(d), _launch.power_of_two(positions)), inner, dense,
+        runs, vec, steps=most_steps if tiles >= MANY_TILES else 1, wide=d * space.cols > 2**31 - 2 * _launch.SEGMENT,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _channels(levels: tuple[int, ...], variant: int, f64: bool) -> Channels:
+    c = ref.constants(levels, FSQ_VARIANTS[variant])
+    real = float if f64 else np.float32
+    gain = tuple(float(real(h) / real(w)) for h, w in zip(c.half, c.width))
+    return Channels(
+        tuple(c.shift), tuple(c.half), tuple(c.offset), _divisors(c.width), _divisors(c.top), tuple(c.step), gain
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _scales(levels: tuple[int, ...], stages: int) -> tuple[Divisors, ...]:
+    return tuple(_divisors(scale) for scale in ref.scales(levels, stages))
+
+
+def _divisors(values: Sequence[float]) -> Divisors:
+    values = tuple(float(v) for v in values)
+    exact = all(v >= 2.0**-126 and math.frexp(v)[0] == 0.5 for v in values)
+    return Divisors(values, tuple(1.0 / v for v in values) if exact else ())
+
+
+@functools.lru_cache(maxsize=256)
+def _digits(levels: tuple[int, ...]) -> Digits:
+    size = math.prod(levels)
+    wide = size > 2**31
+    basis = tuple(ref.basis(levels))
+    return Digits(size - 1, wide, basis, levels, _magic(basis, wide), _magic(levels, wide))
+
+
+def _magic(divisors: Sequence[int], wide: bool) -> Magic:
+    shifts = tuple((n - 1).bit_length() for n in divisors)
+    bits = 63 if wide else 31
+    return Magic(tuple(-(-(1 << bits + s) // n) for n, s in zip(divisors, shifts)), shifts)
