@@ -140,6 +140,18 @@ def test_the_pipeline_runs_unchanged():
     assert single.shape == (2, 8, 8, 3)
 
 
+def test_a_pipeline_saves_and_loads_with_its_scheduler(tmp_path):
+    pipeline = theirs.ScoreSdeVePipeline(small_unet(), ScoreSdeVeScheduler(sigma_max=2.0))
+    pipeline.save_pretrained(tmp_path)
+    again = theirs.ScoreSdeVePipeline.from_pretrained(tmp_path)
+    assert type(again.scheduler) is ScoreSdeVeScheduler
+    images = []
+    for each in (pipeline, again):
+        each.set_progress_bar_config(disable=True)
+        images.append(each(num_inference_steps=3, generator=generators(1)[0], output_type="np").images)
+    assert (images[0] == images[1]).all()
+
+
 def test_config_saves_loads_and_passes_to_diffusers(tmp_path):
     ours = ScoreSdeVeScheduler(snr=0.2, sigma_max=50.0, norm="sample")
     ours.save_pretrained(tmp_path / "ve")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -146,3 +148,10 @@ def test_check_finite_stops_at_the_step():
     # without the option NaN travels
     assert draw(VESDE(), breaks, steps=11).isnan().all()
     assert draw(check_finite=True).isfinite().all()
+
+
+def test_a_missing_solver_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    with pytest.raises(ImportError) as caught:
+        log_likelihood(VPSDE(), score, torch.zeros(2, 3))
+    assert str(caught.value) == "log_likelihood: needs the package torchdiffeq (pip install torchdiffeq)"

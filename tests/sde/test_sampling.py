@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 
 import pytest
 import torch
 
+import pyflow
 from pyflow.ops import normal, sample_seeds
 from pyflow.sde import VESDE, VPSDE, SubVPSDE, from_marginals, sample
 from pyflow.sde.equations import Grid
-from pyflow.testing import assert_same_bits
+from pyflow.testing import assert_same_bits, threads
 
 MEAN = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
 COVARIANCE = torch.tensor([[1.0, 0.6, 0.0], [0.6, 0.8, -0.3], [0.0, -0.3, 0.5]], dtype=torch.float64)
@@ -115,6 +117,18 @@ def test_a_sample_does_not_depend_on_its_batch(name, method):
     assert not torch.equal(together, sample(sde, gaussian_score(sde), (9, 3), seed=3, **arguments))
 
 
+@pytest.mark.parametrize("method", ["euler_maruyama", "ancestral", "probability_flow"])
+def test_every_backend_and_thread_count_gives_the_same_sample(method):
+    def draw():
+        return sample(VPSDE(), gaussian_score(VPSDE()), (500, 3), steps=25, method=method, seed=6, progress=False)
+
+    wanted = draw()
+    with threads(1):
+        assert_same_bits(draw(), wanted)
+    with pyflow.backend("reference"):
+        assert_same_bits(draw(), wanted)
+
+
 class Net(torch.nn.Module):
     def __init__(self, channels=8):
         super().__init__()
@@ -194,7 +208,7 @@ def test_denoise_leaves_out_the_noise_of_the_last_step_only():
     torch.testing.assert_close(noisy - mean, c * z, rtol=1e-4, atol=1e-6)
 
 
-def test_callback_and_progress():
+def test_callback_and_progress(monkeypatch):
     seen = []
     bar = io.StringIO()
     with contextlib.redirect_stderr(bar):
@@ -203,9 +217,12 @@ def test_callback_and_progress():
     assert [i for i, _, _ in seen] == [0, 1, 2, 3, 4]
     assert [t for _, t, _ in seen] == pytest.approx(torch.linspace(1, 1e-3, 5).tolist())
     assert seen[-1][2] is x and not torch.equal(seen[0][2], x)
-    with contextlib.redirect_stderr(io.StringIO()) as silent:
-        sample(VESDE(), lambda x, t: -x, (2, 3), steps=5, progress=False)
-    assert not silent.getvalue()
+    for hidden, progress in (({}, False), ({"tqdm": None}, True)):
+        for name, module in hidden.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        with contextlib.redirect_stderr(io.StringIO()) as silent:
+            sample(VESDE(), lambda x, t: -x, (2, 3), steps=5, progress=progress)
+        assert not silent.getvalue()
 
 
 def test_a_score_that_changes_its_time_in_place_does_no_harm():
