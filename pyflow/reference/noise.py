@@ -99,4 +99,4 @@ def noise(
     count = math.prod(size[1:] if seed.dim() else size)
     word = words(seed, step, PURPOSES.index(purpose), count + count % 2)
     values = (normal(word) if kind == "normal" else uniform(word))[..., :count]
-    return values.reshape(size).to(dtype)
+    return values.reshape(size).to(dtype).contiguous()
