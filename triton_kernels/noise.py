@@ -49,9 +49,7 @@ def philox_kernel(counter, key, out, count, BLOCK: tl.constexpr):
     tl.store(out + 4 * i + 3, w3.to(tl.int64), mask=inside)
 
 
-def noise(
-    size: Sequence[int], seed: Tensor, step: Tensor, kind: int, purpose: int, dtype: torch.dtype
-) -> Tensor:
+def noise(size: Sequence[int], seed: Tensor, step: Tensor, kind: int, purpose: int, dtype: torch.dtype) -> Tensor:
     out = seed.new_empty(size, dtype=dtype)
     if out.numel() == 0:
         return out

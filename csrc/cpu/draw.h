@@ -1,6 +1,7 @@
 // Noise for a tile of rows x columns, as contiguous floats in L1.
 #pragma once
 
+#include "lanes.h"
 #include "noise.h"
 #include "tile.h"
 
@@ -15,12 +16,45 @@ struct DrawBuffer {
   alignas(64) float z[4 * kBlockRoom];
 };
 
+#if defined(PYFLOW_LANES)
+// words of the blocks in `block` on lanes i and after; what a buffer holds beyond its last block is never used
+template <class Key>
+PYFLOW_FN void draw_vector(const Stream& s, const Lanes& block, Key key0, Key key1, int i, DrawBuffer& b) {
+  Lanes c0 = block, c1 = block >> 32;
+  Lanes c2 = lanes_of(uint32_t(s.step), 0), c3 = lanes_of(high_of_step(s.step, s.purpose), 0);
+  philox_rounds(c0, c1, c2, c3, key0, key1, [](const Lanes& words, uint32_t by) { return product(words, by); });
+  narrow(c0, b.word[0] + i);
+  narrow(c1, b.word[1] + i);
+  narrow(c2, b.word[2] + i);
+  narrow(c3, b.word[3] + i);
+}
+
 // words of `n` blocks of one stream from `block` on
 inline void draw_run(const Stream& s, uint64_t seed, uint64_t block, int n, DrawBuffer& b) {
-  uint32_t* __restrict w0 = b.word[0];
-  uint32_t* __restrict w1 = b.word[1];
-  uint32_t* __restrict w2 = b.word[2];
-  uint32_t* __restrict w3 = b.word[3];
+  Lanes blocks = lanes_of(block, 1);
+  for (int i = 0; i < n; i += kLanes) {
+    draw_vector(s, blocks, uint64_t(uint32_t(seed)), seed >> 32, i, b);
+    blocks += uint64_t(kLanes);
+  }
+}
+
+// likewise with the block and the seed of each lane as the buffer holds them
+inline void draw_lanes(const Stream& s, int n, DrawBuffer& b) {
+  for (int i = 0; i < n; i += kLanes) {
+    draw_vector(s, widen(b.block + i), widen(b.seed_low + i), widen(b.seed_high + i), i, b);
+  }
+}
+#else
+PYFLOW_FN void put_words(const Words& w, int i, uint32_t* __restrict w0, uint32_t* __restrict w1,
+                         uint32_t* __restrict w2, uint32_t* __restrict w3) {
+  w0[i] = w.v[0];
+  w1[i] = w.v[1];
+  w2[i] = w.v[2];
+  w3[i] = w.v[3];
+}
+
+// words of `n` blocks of one stream from `block` on
+inline void draw_run(const Stream& s, uint64_t seed, uint64_t block, int n, DrawBuffer& b) {
   const uint32_t low = uint32_t(block), high = uint32_t(block >> 32);
   const uint32_t step_low = uint32_t(s.step), step_high = high_of_step(s.step, s.purpose);
   const uint32_t seed_low = uint32_t(seed), seed_high = uint32_t(seed >> 32);
@@ -28,32 +62,20 @@ inline void draw_run(const Stream& s, uint64_t seed, uint64_t block, int n, Draw
   for (int i = 0; i < n; ++i) {
     const uint32_t here = low + uint32_t(i);
     const Words w = block_words(here, high + (here < low ? 1u : 0u), step_low, step_high, seed_low, seed_high);
-    w0[i] = w.v[0];
-    w1[i] = w.v[1];
-    w2[i] = w.v[2];
-    w3[i] = w.v[3];
+    put_words(w, i, b.word[0], b.word[1], b.word[2], b.word[3]);
   }
 }
 
 // likewise with the block and the seed of each lane as the buffer holds them
 inline void draw_lanes(const Stream& s, int n, DrawBuffer& b) {
-  uint32_t* __restrict w0 = b.word[0];
-  uint32_t* __restrict w1 = b.word[1];
-  uint32_t* __restrict w2 = b.word[2];
-  uint32_t* __restrict w3 = b.word[3];
-  const uint32_t* __restrict block = b.block;
-  const uint32_t* __restrict seed_low = b.seed_low;
-  const uint32_t* __restrict seed_high = b.seed_high;
   const uint32_t step_low = uint32_t(s.step), step_high = high_of_step(s.step, s.purpose);
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    const Words w = block_words(block[i], 0u, step_low, step_high, seed_low[i], seed_high[i]);
-    w0[i] = w.v[0];
-    w1[i] = w.v[1];
-    w2[i] = w.v[2];
-    w3[i] = w.v[3];
+    const Words w = block_words(b.block[i], 0u, step_low, step_high, b.seed_low[i], b.seed_high[i]);
+    put_words(w, i, b.word[0], b.word[1], b.word[2], b.word[3]);
   }
 }
+#endif
 
 // the words of n blocks to floats
 template <NoiseKind K>

@@ -10,32 +10,31 @@ struct Words {
   uint32_t v[4];
 };
 
-// a word between rounds: as wide as its product where that spares the vectoriser the shuffles (twice as fast
-// on AVX-512), and only its low half counts
-#if defined(__AVX512DQ__)
-using PhiloxLane = uint64_t;
-#else
-using PhiloxLane = uint32_t;
-#endif
-
-PYFLOW_FN Words philox4x32(const Words& counter, uint32_t key0, uint32_t key1) {
-  PhiloxLane c0 = counter.v[0], c1 = counter.v[1], c2 = counter.v[2], c3 = counter.v[3];
+// The ten rounds on words, or on vectors of them (Lane: 64 bits, of which only the low half counts, or 32). `product`
+// multiplies low halves.
+template <class Lane, class Key, class Product>
+PYFLOW_FN void philox_rounds(Lane& c0, Lane& c1, Lane& c2, Lane& c3, Key key0, Key key1,
+                             Product product) {
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #elif !defined(__CUDACC__)
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(0xD2511F53u) * uint32_t(c0);
-    const uint64_t p1 = uint64_t(0xCD9E8D57u) * uint32_t(c2);
-    c0 = PhiloxLane(p1 >> 32) ^ c1 ^ key0;
-    c1 = PhiloxLane(p1);
-    c2 = PhiloxLane(p0 >> 32) ^ c3 ^ key1;
-    c3 = PhiloxLane(p0);
+    const auto p0 = product(c0, 0xD2511F53u), p1 = product(c2, 0xCD9E8D57u);
+    c0 = Lane(p1 >> 32) ^ c1 ^ key0;
+    c1 = Lane(p1);
+    c2 = Lane(p0 >> 32) ^ c3 ^ key1;
+    c3 = Lane(p0);
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  return {{uint32_t(c0), uint32_t(c1), uint32_t(c2), uint32_t(c3)}};
+}
+
+PYFLOW_FN Words philox4x32(const Words& counter, uint32_t key0, uint32_t key1) {
+  uint32_t c0 = counter.v[0], c1 = counter.v[1], c2 = counter.v[2], c3 = counter.v[3];
+  philox_rounds(c0, c1, c2, c3, key0, key1, [](uint32_t word, uint32_t by) { return uint64_t(word) * by; });
+  return {{c0, c1, c2, c3}};
 }
 
 // the words of elements 4 * block to 4 * block + 3 of a stream; `step_high` comes from the function below

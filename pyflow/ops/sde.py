@@ -312,7 +312,9 @@ def _fake(x, score, a, b, c, seed, step, noise, purpose, return_mean):
 def _setup(ctx, inputs, output):
     x, score, a, b, c, seed, step, noise, ctx.purpose, ctx.return_mean = inputs
     needs = ctx.needs_input_grad
-    ctx.dtypes = [t.dtype if t is not None and need else None for t, need in zip((x, score, noise), (*needs[:2], needs[7]))]
+    ctx.dtypes = [
+        t.dtype if t is not None and need else None for t, need in zip((x, score, noise), (*needs[:2], needs[7]))
+    ]
     ctx.f64 = x.dtype == torch.float64
     ctx.set_materialize_grads(False)
     if any(needs[2:5]):

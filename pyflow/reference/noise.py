@@ -92,9 +92,7 @@ def normal(word: Tensor) -> Tensor:
     return torch.stack((r * cosine, r * sine), -1).flatten(-2)
 
 
-def noise(
-    size: Sequence[int], seed: Tensor, step: Tensor, *, kind: str, purpose: str, dtype: torch.dtype
-) -> Tensor:
+def noise(size: Sequence[int], seed: Tensor, step: Tensor, *, kind: str, purpose: str, dtype: torch.dtype) -> Tensor:
     """One stream over all elements in C order, or with seed (B,) one for each sample."""
     count = math.prod(size[1:] if seed.dim() else size)
     word = words(seed, step, PURPOSES.index(purpose), count + count % 2)

@@ -71,9 +71,7 @@ def denoising_loss(pred: Tensor, std: Tensor | None, z: Tensor) -> Tensor:
     return rows(residual(pred, std, z).square()) / 2
 
 
-def denoising_loss_backward(
-    grad: Tensor, pred: Tensor, std: Tensor | None, z: Tensor
-) -> tuple[Tensor, Tensor]:
+def denoising_loss_backward(grad: Tensor, pred: Tensor, std: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of pred and, (B,), of std."""
     r, grad = residual(pred, std, z), grad.to(z.dtype)
     slope = column(grad, pred) if std is None else column(grad, pred) * column(std, pred)
@@ -83,5 +81,3 @@ def denoising_loss_backward(
 def langevin_squares(score: Tensor, z: Tensor) -> Tensor:
     """(2, rows): squared norms of score and noise."""
     return torch.stack((rows(score.to(z.dtype).square()), rows(z.square())))
-
-

@@ -120,7 +120,9 @@ def test_numbers_and_tensors_are_the_same_seeds_and_steps(draw):
     want = draw((50,), seed=11, step=12)
     testing.assert_same_bits(draw((50,), seed=torch.tensor(11), step=torch.tensor(12)), want)
     testing.assert_same_bits(draw((50,), seed=2**64 - 1), draw((50,), seed=-1))
-    different = [draw((50,), seed=s, step=t, purpose=p) for s, t, p in ((10, 12, "noise"), (11, 13, "noise"), (11, 12, "prior"))]
+    different = [
+        draw((50,), seed=s, step=t, purpose=p) for s, t, p in ((10, 12, "noise"), (11, 13, "noise"), (11, 12, "prior"))
+    ]
     for other in different:
         assert not torch.equal(other, want)
     strided = torch.tensor([[1, 9], [2, 9], [3, 9]])[:, 0]

@@ -119,7 +119,9 @@ def test_no_noise_where_c_is_zero():
             testing.assert_same_bits(got, want)
             testing.assert_same_bits(got, torch.tensor([0.0, 0.0, 2.0, -2.0]))
     mixed = torch.tensor([0.0, 1.0, 0.0, 1.0])
-    testing.assert_same_bits(ops.sde_step(x, x, 1.0, 1.0, mixed, seed=0)[1::2], ops.sde_step(x, x, 1.0, 1.0, 1.0, seed=0)[1::2])
+    testing.assert_same_bits(
+        ops.sde_step(x, x, 1.0, 1.0, mixed, seed=0)[1::2], ops.sde_step(x, x, 1.0, 1.0, 1.0, seed=0)[1::2]
+    )
 
 
 def test_numbers_and_tensors_are_the_same():
@@ -218,7 +220,9 @@ def test_langevin_step_of_a_given_size():
         testing.assert_same_bits(got, ops.sde_step(x, score, 1.0, 0.02, math.sqrt(0.04), noise=z))
         testing.assert_same_bits(got, ops.langevin_step(x, score, step_size=size, noise=z))
     with_rule = ops.langevin_step(x, score, snr=0.1, noise=z)
-    testing.assert_same_bits(with_rule, ops.langevin_step(x, score, snr=torch.tensor(0.1, dtype=torch.float64), seed=3, step=2))
+    testing.assert_same_bits(
+        with_rule, ops.langevin_step(x, score, snr=torch.tensor(0.1, dtype=torch.float64), seed=3, step=2)
+    )
 
 
 def test_a_zero_score_moves_nothing_and_nan_travels():
@@ -451,7 +455,8 @@ def test_compiles_without_a_graph_break_to_the_same_bits():
         for a, b in zip(got, want):
             testing.assert_same_bits(a, b)
         for a, b in zip(
-            torch.autograd.grad([v.sum() for v in got], (x, score)), torch.autograd.grad([v.sum() for v in want], (x, score))
+            torch.autograd.grad([v.sum() for v in got], (x, score)),
+            torch.autograd.grad([v.sum() for v in want], (x, score)),
         ):
             torch.testing.assert_close(a, b)  # sums of gradients are Inductor's
 
