@@ -4,7 +4,10 @@ An operator is opaque to Inductor: its bits are the same eager and compiled. The
 `packing`, `prior` and `variant` index the tuples below; `map_arg` is the one constant a scale map uses
 (clamp, eps or c). A `*_backward` operator returns an empty tensor for a gradient it was not asked for
 (shift_dtype: the dtype of shift, or None where its gradient is that of y or of x). `fsq` and `residual_fsq`
-take and return their channels in front; `dim` of `fsq_decode` is where they go.
+take and return their channels in front; `dim` of `fsq_decode` is where they go. `kind` and `purpose` of noise
+index theirs. Seeds are int64, 0-d or one per sample; `step` and what else changes from call to call are tensors,
+0-d on the CPU where the caller gave a number, so that nothing is compiled anew for another value. `sde_step_backward` sums the gradients of a, b and c, (3, rows),
+where it is given x; `denoising_loss` without std takes pred for the noise.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ import torch
 SCALE_MAPS = ("exp", "sigmoid", "sigmoid_inv", "softplus", "tanh", "atan", "softsign")
 PACKINGS = ("shift_scale", "scale_shift", "interleaved")
 PRIORS = ("gaussian", "logistic")
+NOISES = ("uniform", "normal")
+# what a draw is for: the top byte of a stream's last counter word, so that no two of them share a word
+PURPOSES = ("noise", "corrector", "prior", "accept", "data", "permutation", "monte_carlo")
 FSQ_VARIANTS = ("vqp", "paper", "symmetric", "sigmoid", "hard", "symmetric_hard")
 
 _MAP = "int scale_map, float map_arg, bool shift_first, bool inverse, int event_dims"
@@ -34,6 +40,22 @@ SCHEMAS = {
     ),
     "flow_log_prob": "(Tensor h, Tensor? log_scale, int prior) -> Tensor",
     "flow_log_prob_backward": "(Tensor grad, Tensor h, Tensor? log_scale, int prior) -> (Tensor, Tensor)",
+    "philox": "(Tensor counter, Tensor key) -> Tensor",
+    "noise": "(SymInt[] size, Tensor seed, Tensor step, int kind, int purpose, ScalarType dtype) -> Tensor",
+    "sde_step": (
+        "(Tensor x, Tensor? score, Tensor a, Tensor? b, Tensor c, Tensor? seed, Tensor? step, Tensor? noise, "
+        "int purpose, bool return_mean) -> (Tensor, Tensor)"
+    ),
+    "sde_step_backward": (
+        "(Tensor? grad, Tensor? grad_mean, Tensor? x, Tensor? score, Tensor a, Tensor? b, Tensor c, Tensor? seed, "
+        "Tensor? step, Tensor? noise, int purpose, ScalarType? x_dtype, ScalarType? score_dtype, "
+        "ScalarType? noise_dtype, bool f64) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "denoising_loss": "(Tensor pred, Tensor? std, Tensor seed, Tensor step) -> Tensor",
+    "denoising_loss_backward": (
+        "(Tensor grad, Tensor pred, Tensor? std, Tensor seed, Tensor step) -> (Tensor, Tensor)"
+    ),
+    "langevin_squares": "(Tensor score, Tensor? seed, Tensor? step, Tensor? noise, int purpose) -> Tensor",
     "fsq": "(Tensor z, int[] levels, int variant, bool return_indices) -> (Tensor, Tensor)",
     "fsq_backward": "(Tensor grad, Tensor z, int[] levels, int variant) -> Tensor",
     "fsq_decode": "(Tensor indices, int[] levels, int variant, int dim, ScalarType dtype) -> Tensor",

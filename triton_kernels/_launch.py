@@ -48,8 +48,10 @@ class Blocks(NamedTuple):
         return Blocks(self.rows, self.cols, self.cols, segments, -(-space.rows // block_rows) * segments)
 
 
-def collapse(event_dims: int, tensors: Sequence[Tensor | None], row_tensors: Sequence[Tensor | None] = ()) -> Space:
-    """Merge the dims that all tensors lay out alike; the first tensor's event order leads."""
+def collapse(
+    event_dims: int, tensors: Sequence[Tensor | None], row_tensors: Sequence[Tensor | None] = (), c_order: bool = False
+) -> Space:
+    """Merge the dims that all tensors lay out alike; the first tensor's event order leads, or that of the dims."""
     lead = tensors[0]
     shape, split = lead.shape, lead.dim() - event_dims
     rows, cols = math.prod(shape[:split]), math.prod(shape[split:])
@@ -65,7 +67,7 @@ def collapse(event_dims: int, tensors: Sequence[Tensor | None], row_tensors: Seq
 
     strides = [t.stride() + (0,) * (lead.dim() - t.dim()) for t in present]
     # event dims in the memory order of the first tensor: a sum does not mind, a cache does
-    event = sorted(range(split, lead.dim()), key=lambda d: -strides[0][d])
+    event = sorted(range(split, lead.dim()), key=lambda d: 0 if c_order else -strides[0][d])
     row_sizes, row_strides = _merge(range(split), shape, strides, cols)
     col_sizes, col_strides = _merge(event, shape, strides, 1)
     whole = len([t for t in tensors if t is not None])

@@ -130,16 +130,6 @@ void fill(T* dst, T value, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = value;
 }
 
-Tile unit_tile(const CouplingArgs& a, int64_t unit) {
-  const int64_t block = unit / a.plan.segments;
-  const int64_t segment = unit % a.plan.segments;
-  const int64_t row = block * a.plan.tile_rows;
-  const int64_t col = segment * kSegment;
-  const int64_t rows = a.space.rows - row < a.plan.tile_rows ? a.space.rows - row : a.plan.tile_rows;
-  const int64_t cols = a.space.cols - col < kSegment ? a.space.cols - col : kSegment;
-  return {row, rows, col, cols};
-}
-
 template <class T>
 void forward_unit(const CouplingForward& a, const Tile& unit, int64_t segment) {
   alignas(64) T x[kChunk], shift[kChunk], scale[kChunk], mask[kChunk], g[kChunk], y[kChunk];
@@ -244,7 +234,7 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
 
 void coupling_forward(const CouplingForward& a, int64_t begin, int64_t end) {
   for (int64_t u = begin; u < end; ++u) {
-    const Tile t = unit_tile(a, u);
+    const Tile t = unit_tile(a.space, a.plan, u);
     const int64_t segment = u % a.plan.segments;
     a.f64 ? forward_unit<double>(a, t, segment) : forward_unit<float>(a, t, segment);
   }
@@ -253,7 +243,7 @@ void coupling_forward(const CouplingForward& a, int64_t begin, int64_t end) {
 
 void coupling_backward(const CouplingBackward& a, int64_t begin, int64_t end) {
   for (int64_t u = begin; u < end; ++u) {
-    const Tile t = unit_tile(a, u);
+    const Tile t = unit_tile(a.space, a.plan, u);
     a.f64 ? backward_unit<double>(a, t) : backward_unit<float>(a, t);
   }
   stream_fence();

@@ -15,6 +15,12 @@
   F(fsq_decode, FsqDecode)                                        \
   F(residual_fsq_forward, ResidualFsqForward)                     \
   F(residual_fsq_backward, ResidualFsqBackward)                   \
+  F(noise, NoiseArgs)                                             \
+  F(philox_words, PhiloxArgs)                                     \
+  F(sde_step, SdeArgs)                                            \
+  F(sde_step_backward, SdeArgs)                                   \
+  F(denoising_loss, SdeArgs)                                      \
+  F(langevin_squares, SdeArgs)                                    \
   F(math_evaluate, MathArgs)
 
 #define PYFLOW_DECLARE_KERNEL(name, Args) void name(const Args&, int64_t, int64_t);

@@ -14,6 +14,9 @@ struct FsqBackward;
 struct FsqDecode;
 struct ResidualFsqForward;
 struct ResidualFsqBackward;
+struct NoiseArgs;
+struct PhiloxArgs;
+struct SdeArgs;
 struct MathArgs;
 
 struct CpuTable {
@@ -28,6 +31,12 @@ struct CpuTable {
   void (*fsq_decode)(const FsqDecode&, int64_t begin, int64_t end);
   void (*residual_fsq_forward)(const ResidualFsqForward&, int64_t begin, int64_t end);
   void (*residual_fsq_backward)(const ResidualFsqBackward&, int64_t begin, int64_t end);
+  void (*noise)(const NoiseArgs&, int64_t begin, int64_t end);
+  void (*philox_words)(const PhiloxArgs&, int64_t begin, int64_t end);
+  void (*sde_step)(const SdeArgs&, int64_t begin, int64_t end);
+  void (*sde_step_backward)(const SdeArgs&, int64_t begin, int64_t end);
+  void (*denoising_loss)(const SdeArgs&, int64_t begin, int64_t end);
+  void (*langevin_squares)(const SdeArgs&, int64_t begin, int64_t end);
   void (*math_evaluate)(const MathArgs&, int64_t begin, int64_t end);
 };
 

@@ -3,6 +3,7 @@
 #include "../math/atan.h"
 #include "../math/exp.h"
 #include "../math/log.h"
+#include "../math/normal.h"
 #include "../math/tanh.h"
 
 namespace pyflow::PYFLOW_ISA {
@@ -26,6 +27,11 @@ void math_evaluate(const MathArgs& a, int64_t begin, int64_t end) {
     case MathFunction::softplus: return each(a, begin, end, [](float x) { return softplus(x); });
     case MathFunction::sigmoid: return each(a, begin, end, [](float x) { return sigmoid(x); });
     case MathFunction::atan: return each(a, begin, end, [](float x) { return atan_(x); });
+    case MathFunction::log_plain: return each(a, begin, end, [](float x) { return log_plain(x); });
+    // of a random word, which is the float's bits
+    case MathFunction::radius: return each(a, begin, end, [](float x) { return radius(bits_of(x)); });
+    case MathFunction::sin_turns: return each(a, begin, end, [](float x) { return sincos_turns(bits_of(x) >> 8).sin; });
+    case MathFunction::cos_turns: return each(a, begin, end, [](float x) { return sincos_turns(bits_of(x) >> 8).cos; });
   }
 }
 

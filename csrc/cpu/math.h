@@ -5,9 +5,12 @@
 
 namespace pyflow {
 
-enum class MathFunction : int { exp, exp_unfused, tanh, tanh_unfused, log, log1p01, softplus, sigmoid, atan };
-constexpr const char* kMathFunctions[] = {"exp",     "exp_unfused", "tanh",    "tanh_unfused", "log",
-                                          "log1p01", "softplus",    "sigmoid", "atan"};
+enum class MathFunction : int {
+  exp, exp_unfused, tanh, tanh_unfused, log, log1p01, softplus, sigmoid, atan, log_plain, radius, sin_turns, cos_turns
+};
+constexpr const char* kMathFunctions[] = {"exp",     "exp_unfused", "tanh",      "tanh_unfused", "log",
+                                          "log1p01", "softplus",    "sigmoid",   "atan",         "log_plain",
+                                          "radius",  "sin_turns",   "cos_turns"};
 
 struct MathArgs {
   MathFunction function;

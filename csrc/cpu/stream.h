@@ -1,6 +1,7 @@
 // Writing past the caches. An ordinary store first reads the line it writes to; for an output that no
 // cache will hold until it is read, that is a fifth of a coupling's traffic (two cores of a Zen 5, forward
-// at 6.4 M floats: see README). The one place with intrinsics: the compiler has no other word for it.
+// at 6.4 M floats: see README). With lanes.h the one place with intrinsics: the compiler has no other
+// word for it.
 #pragma once
 
 #include <cstdint>

@@ -18,6 +18,13 @@ struct Tile {
   int64_t count() const { return rows * cols; }
 };
 
+// the part of the space that a unit of the plan is
+PYFLOW_FN Tile unit_tile(const Space& s, const Plan& p, int64_t unit) {
+  const int64_t row = unit / p.segments * p.tile_rows, col = unit % p.segments * kSegment;
+  const int64_t rows = s.rows - row < p.tile_rows ? s.rows - row : p.tile_rows;
+  return {row, rows, col, s.cols - col < kSegment ? s.cols - col : kSegment};
+}
+
 // the chunk of a unit that is worked on after t: the next one of the same rows, or the first of the rows below
 PYFLOW_FN Tile after(const Tile& unit, const Tile& t) {
   const int64_t end = unit.col + unit.cols, col = t.col + t.cols;

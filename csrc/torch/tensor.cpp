@@ -2,7 +2,7 @@
 
 namespace pyflow {
 
-Layout::Layout(const Tensor& like, int64_t col_dims) {
+Layout::Layout(const Tensor& like, int64_t col_dims, bool c_order) : c_order_(c_order) {
   dims_ = int(like.dim());
   row_dims_ = dims_ - int(col_dims);
   for (int d = 0; d < dims_; ++d) size_[d] = like.size(d);
@@ -61,7 +61,7 @@ Space Layout::merge() {
   int order[64];
   for (int d = 0; d < dims_; ++d) order[d] = d;
   const int64_t* lead = entries_[0].stride;
-  for (int i = row_dims_ + 1; i < dims_; ++i) {
+  for (int i = row_dims_ + 1; !c_order_ && i < dims_; ++i) {
     for (int j = i; j > row_dims_ && lead[order[j]] > lead[order[j - 1]]; --j) {
       const int swapped = order[j];
       order[j] = order[j - 1];

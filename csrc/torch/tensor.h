@@ -32,8 +32,8 @@ inline DType dtype_of(const Tensor& t) {
 // Collects the tensors of one call, then merges the dims that all of them lay out alike.
 class Layout {
  public:
-  // the last `col_dims` dims of `like` are the event
-  Layout(const Tensor& like, int64_t col_dims);
+  // the last `col_dims` dims of `like` are the event, visited in C order or, for the cache, in that of memory
+  Layout(const Tensor& like, int64_t col_dims, bool c_order = false);
   // an event of the sizes of `event`, one row dim in front
   Layout(int64_t rows, const Tensor& event);
   // `t` has the sizes of `like`; `offset` and `step` pick a slice along `dim` without a copy
@@ -61,7 +61,7 @@ class Layout {
   int64_t size_[64];
   Entry entries_[kMaxViews];
   int count_ = 0;
-  bool flat_ = true;
+  bool flat_ = true, c_order_ = false;
 };
 
 // uninitialised, with the strides torch.empty_like gives

@@ -3,14 +3,24 @@
 from .coupling import additive_coupling, affine_coupling, affine_coupling_packed
 from .flow_head import flow_log_prob
 from .fsq import codebook_usage, fsq, fsq_decode, residual_fsq
+from .noise import normal, philox, sample_seeds, uniform
+from .sde import denoising_loss, langevin_step, perturb, sde_step
 
 __all__ = [
     "additive_coupling",
     "affine_coupling",
     "affine_coupling_packed",
     "codebook_usage",
+    "denoising_loss",
     "flow_log_prob",
     "fsq",
     "fsq_decode",
+    "langevin_step",
+    "normal",
+    "perturb",
+    "philox",
     "residual_fsq",
+    "sample_seeds",
+    "sde_step",
+    "uniform",
 ]

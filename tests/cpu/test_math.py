@@ -23,6 +23,7 @@ FUNCTIONS = {
     "softplus": (lambda x: torch.logaddexp(x, torch.zeros_like(x)), (-103.0, torch.inf), 1.7),
     "sigmoid": (torch.sigmoid, (-103.0, torch.inf), 2.4),
     "atan": (torch.atan, (-torch.inf, torch.inf), 1.6),
+    "log_plain": (torch.log, (1.1754944e-38, 3.4028235e38), 0.9),
 }
 
 
@@ -59,6 +60,8 @@ def test_error_over_all_floats(name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_special_values(name):
     x = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, -1e-40, 200.0, -200.0])
+    if name == "log_plain":
+        x = torch.tensor([1.0, 0.5, 2.0**-126, 2.0**-32])
     if name == "log1p01":
         x = torch.tensor([0.0, 1.0, torch.nan, 1e-40])
     got, want = evaluate(name, x), FUNCTIONS[name][0](x.double()).float()
@@ -68,10 +71,31 @@ def test_special_values(name):
         assert torch.equal(torch.signbit(got[:2]), torch.tensor([False, True]))
 
 
+# functions of a random word, which comes as the bits of a float: name -> (float64 function, largest error in ulp)
+WORD_FUNCTIONS = {
+    "radius": (lambda w: torch.sqrt(-2 * torch.log(((w.float() + 1) * 2.0**-32).double())), 1.0),
+    "sin_turns": (lambda w: torch.sin(2 * torch.pi * (w >> 8).double() / 2**24), 1.6),
+    "cos_turns": (lambda w: torch.cos(2 * torch.pi * (w >> 8).double() / 2**24), 1.6),
+}
+
+
+@pytest.mark.parametrize("name", WORD_FUNCTIONS)
+def test_error_over_random_words(name):
+    function, bound = WORD_FUNCTIONS[name]
+    # every angle there is
+    words = torch.arange(0, 2**32, 256) if name != "radius" else torch.arange(0, 2**32, 509)
+    got = evaluate(name, words.to(torch.int32).view(torch.float32))
+    exact = function(words)
+    # float64's own 2 pi is not exact: sin(pi) is not 0 there
+    kept = exact.abs() > 1e-12
+    assert testing.ulp_error(got[kept], exact[kept]).max() <= bound
+    assert (got[~kept] == 0).all()
+
+
 def digest() -> str:
     h = hashlib.sha256()
     bits = np.arange(0, 2**32, 65521, dtype=np.uint64).astype(np.uint32)
-    for name in FUNCTIONS:
+    for name in (*FUNCTIONS, *WORD_FUNCTIONS):
         y = host.evaluate(name, bits.view(np.float32))
         h.update(np.where(np.isnan(y), np.float32(0), y).tobytes())
     return h.hexdigest()

@@ -99,6 +99,16 @@ def test_coupling_maps_use_packed_instructions(kernels):
             assert len(re.findall(rf"vfn?m(?:add|sub)\w+ps .*%{register}", body)) >= 8, f"{isa}: {body[:120]}"
 
 
+def test_noise_uses_packed_instructions(kernels):
+    if ("v4", "noise") not in kernels.objects:
+        pytest.skip("not an x86-64 build")
+    for isa, register in (("v3", "ymm"), ("v4", "zmm")):
+        for name in ("noise", "sde"):
+            text = run("objdump", "-dC", "--no-show-raw-insn", kernels.objects[isa, name]).stdout
+            assert len(re.findall(rf"vpmuludq .*%{register}", text)) >= 20, f"{isa}/{name}: the rounds of the generator"
+            assert len(re.findall(rf"vsqrtps .*%{register}", text)) >= 2, f"{isa}/{name}: the radius of the normals"
+
+
 def bits(command, **environment):
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env={**os.environ, **environment})
     return done.stdout.splitlines() if done.returncode == 0 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
@@ -14,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
     pytest.skip("the interpreter and compilation exclude each other", allow_module_level=True)
 
 from pyflow._schemas import FSQ_VARIANTS, PRIORS, SCALE_MAPS  # noqa: E402
-from pyflow.triton_kernels import coupling, flow_head, fsq  # noqa: E402
+from pyflow.triton_kernels import _random, coupling, flow_head, fsq, noise, sde  # noqa: E402
 
 from . import aot  # noqa: E402
 
@@ -49,6 +50,50 @@ def head(h, log_scale, prior):
     with aot.recorded() as launches:
         flow_head.flow_log_prob(h, log_scale, prior)
         flow_head.flow_log_prob_backward(torch.empty(h.shape[0]), h, log_scale, prior)
+    return launches
+
+
+@contextlib.contextmanager
+def scalars_on_the_device():
+    """0-d CPU tensors stand for those of a GPU, not for numbers."""
+    real, _random.by_value = _random.by_value, lambda tensor: False
+    try:
+        yield
+    finally:
+        _random.by_value = real
+
+
+def drawn(size, seed, dtype, kind=1):
+    with aot.recorded() as launches:
+        noise.noise(size, seed, torch.tensor(3), kind, 0, dtype)
+        with scalars_on_the_device():
+            noise.noise(size, seed, torch.tensor(3), kind, 0, dtype)
+    return launches
+
+
+def stepped(x, score, seed, values, injected=None):
+    """Launches of every sde operator, forward and backward."""
+    a, b, c = values
+    step, grad = torch.tensor(3), torch.empty_like(x)
+    f64 = x.dtype == F64
+    sums = torch.empty(x.shape[0], dtype=F64 if f64 else F32)
+    stream = (None, None, injected) if injected is not None else (seed, step, None)
+    dtypes = (x.dtype, score.dtype, None if injected is None else injected.dtype)
+    with aot.recorded() as launches:
+        sde.sde_step(x, score, a, b, c, *stream, 0, True)
+        sde.sde_step(x, None, a, None, c, *stream, 1, False)
+        sde.sde_step_backward(grad, grad, x, score, a, b, c, *stream, 0, *dtypes, f64)
+        sde.sde_step_backward(grad, None, None, None, a, b, c, None, None, None, 0, *dtypes, f64)
+        sde.langevin_squares(score, *stream, 1)
+        for std in (c, None):
+            sde.denoising_loss(x, std, seed, step)
+            sde.denoising_loss_backward(sums, x, std, seed, step)
+    return launches
+
+
+def random_words():
+    with aot.recorded() as launches:
+        noise.philox(torch.zeros(100, 4, dtype=torch.int64), torch.zeros(100, 2, dtype=torch.int64))
     return launches
 
 
@@ -102,6 +147,22 @@ def cases():
             for dtype in (F32, F64, BF16, F16)[: 4 if target == "sm_90" else 2]:
                 name = f"{target}-{str(dtype)[6:]}-head{prior}"
                 table[name] = head(*dense(dtype, 1), torch.empty(392, dtype=dtype), prior)
+        seeds = torch.zeros(64, dtype=torch.int64)
+        for dtype in (F32, F64, BF16, F16)[: 4 if target == "sm_90" else 1]:
+            table[f"{target}-noise-{str(dtype)[6:]}"] = drawn(SHAPE, seeds[0], dtype) + drawn(SHAPE, seeds, dtype, 0)
+        table[f"{target}-philox"] = random_words()
+        numbers, own = [torch.tensor(0.5, dtype=F64)] * 3, [torch.empty(64)] * 3
+        for dtype in (F32, F64, BF16, F16)[: 4 if target == "sm_90" else 2]:
+            name = f"{target}-sde-{str(dtype)[6:]}"
+            table[name] = stepped(*dense(dtype, 2), seeds[0], numbers)
+            table[f"{name}-per-sample"] = stepped(*dense(dtype, 2), seeds, own)
+    table["sm_90-noise-odd"] = drawn((5, 2), seeds[:5], F32)
+    table["sm_90-sde-odd"] = stepped(*dense(F32, 2, (5, 37)), seeds[0], numbers)
+    table["sm_90-sde-injected"] = stepped(*dense(F32, 2), seeds[0], numbers, torch.empty(SHAPE))
+    table["sm_90-sde-long"] = stepped(*dense(F32, 2, (64, 20000)), seeds, own)
+    table["sm_90-sde-mixed"] = stepped(*dense(F32, 1), *dense(BF16, 1), seeds, [torch.empty(64, dtype=F16)] * 3)
+    with scalars_on_the_device():
+        table["sm_90-sde-device-scalars"] = stepped(*dense(F32, 2), seeds[0], [torch.tensor(0.5)] * 3)
     for inverse in (False, True):
         for first in (False, True):
             options = dict(inverse=inverse, first=first)
@@ -152,7 +213,8 @@ def test_every_kernel_has_a_case():
     for name in aot.launched_kernels():
         compiled = set().union(*(dtypes(launch) for launch in launches if launch.name == name))
         # the sums over partial results read float32 or float64, whatever the input
-        assert compiled >= ({F32, F64} if name == "_tiles.sum_segments" else {F32, F64, BF16, F16}), name
+        due = {"_tiles.sum_segments": {F32, F64}, "noise.philox_kernel": {torch.int64}}
+        assert compiled >= due.get(name, {F32, F64, BF16, F16}), name
 
 
 @pytest.mark.parametrize("case", CASES)

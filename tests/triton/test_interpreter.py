@@ -12,9 +12,10 @@ import pytest
 FILE = Path(__file__).with_name("under_interpreter.py")
 # by name, so that a failure is found again quickly
 PARTS = {
-    "coupling": "not flow_head and not dtypes and not fsq",
+    "coupling": "not flow_head and not dtypes and not fsq and not noise and not sde",
     "dtypes and flow head": "flow_head or dtypes",
     "fsq": "fsq",
+    "noise and sde": "noise or sde",
 }
 
 

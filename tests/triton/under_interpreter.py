@@ -16,6 +16,7 @@ import triton.language as tl
 from pyflow import _backend, ops, testing
 from pyflow._schemas import FSQ_VARIANTS, PACKINGS, PRIORS, SCALE_MAPS
 from pyflow.triton_kernels import fsq
+from pyflow.triton_kernels import _random
 from triton.runtime import interpreter
 
 FORMS = [(inverse, first) for inverse in (False, True) for first in (False, True)]
@@ -413,3 +414,86 @@ def test_fsq_residual(variant, dtype):
     # the scale of the later stages is denormal, then 0
     z = draw((17, 2), dtype)
     both_backends(lambda v: ops.residual_fsq(v, (1000, 4096), 16, variant=variant), z)
+
+
+@pytest.fixture(params=["numbers", "on the device"])
+def scalars(request, monkeypatch):
+    """0-d tensors on the CPU are the caller's numbers; on a GPU they lie in its memory."""
+    if request.param == "on the device":
+        monkeypatch.setattr(_random, "by_value", lambda tensor: False)
+
+
+def same_on_every_backend(function):
+    """Bits of the reference, which are those of C++."""
+    got = function()
+    for backend in ("reference",) + ("cpu",) * (_backend.cpu_missing is None):
+        with pyflow.backend(backend):
+            want = function()
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            assert a.stride() == b.stride()
+            testing.assert_same_bits(a, b, f"output {i} against {backend}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_noise(dtype, scalars):
+    for shape in [(), (0,), (7,), (10, 33), (5, 3, 7), (300, 2), (3, 1027), (4, 4, 4)]:
+        for seed in (3, 2**64 - 5, *(torch.arange(n) * 2**33 - 2 for n in shape[:1])):
+            for draw in (ops.normal, ops.uniform):
+                options = dict(seed=seed, step=2**40 + 3, dtype=dtype, purpose="prior")
+                same_on_every_backend(lambda: (draw(shape, **options),))  # noqa: B023
+
+
+def test_noise_words():
+    counter, key = torch.randint(2**32, (3, 50, 4)), torch.randint(2**32, (50, 2))
+    same_on_every_backend(lambda: (ops.philox(counter, key), ops.philox(counter[:0], key), ops.sample_seeds(5, 9)))
+
+
+def sde_leaves(shape, dtype, kind):
+    rows = shape[:1] if kind == "per sample" else ()
+    x, score = draw(shape, dtype), draw(shape, torch.float32, 1)
+    return [x, score, draw(rows, seed=2), draw(rows, seed=3), draw(rows, seed=4).abs()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["0-d", "per sample"])
+def test_sde_step(dtype, kind, scalars):
+    long = [(33, 63), (300, 3), (2, 9001)] * (dtype == torch.float32)
+    for shape in [(), (9,), (0, 4), (4, 0), (3, 1), (5, 2, 7, 3), *long]:
+        if kind == "per sample" and not shape:
+            continue
+        leaves = sde_leaves(shape, dtype, kind)
+        for seed in (3, *(ops.sample_seeds(3, n) for n in shape[:1])):
+            step = lambda *v: ops.sde_step(*v, seed=seed, step=2**33, return_mean=True)  # noqa: B023, E731
+            compare(step, leaves, sums=(4, 5, 6), error=3e-4)
+            compare(lambda x, a, c: ops.perturb(x, a, c, seed=seed), [leaves[0], *leaves[2::2]], sums=(2, 3), error=3e-4)  # noqa: B023
+        injected = lambda *v: ops.sde_step(*v[:5], noise=v[5], return_mean=True)  # noqa: E731
+        compare(injected, [*leaves, draw(shape, dtype, 6)], sums=(4, 5, 6), error=3e-4)
+        numbers = lambda x, s: ops.sde_step(x, s, 1.1, 0.3, 0.7, seed=3)  # noqa: E731
+        compare(numbers, leaves[:2])
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_sde_layouts(layout):
+    x, score, noise = (draw((6, 5, 4, 10), seed=i) for i in range(3))
+    viewed = [testing.laid_out(v, layout) for v in (x, score, noise)]
+    for seed in (3, ops.sample_seeds(3, 6)):
+        compare(lambda x, s: ops.sde_step(x, s, 1.1, 0.3, 0.7, seed=seed), viewed[:2])  # noqa: B023
+        compare(lambda x, s: ops.sde_step(x, s, 1.1, 0.3, 0.7, seed=seed), [viewed[0], score])  # noqa: B023
+        loss = lambda p, c: ops.denoising_loss(p, c, seed=seed)  # noqa: B023, E731
+        compare(loss, [viewed[0], draw((6,), seed=4).abs()], sums=(0, 2), error=3e-4)
+    compare(lambda x, s, z: ops.sde_step(x, s, 1.1, 0.3, 0.7, noise=z), viewed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sde_loss_and_norms(dtype, scalars):
+    for shape in [(9,), (0, 4), (4, 0), (5, 2, 7, 3), *[(33, 63), (2, 9001)] * (dtype == torch.float32)]:
+        pred, score, _, _, std = sde_leaves(shape, dtype, "per sample")
+        for seed in (3, ops.sample_seeds(3, shape[0])):
+            loss = lambda p, c: ops.denoising_loss(p, c, seed=seed)  # noqa: B023, E731
+            compare(loss, [pred, std], sums=(0, 2), error=3e-4)
+            epsilon = lambda p: ops.denoising_loss(p, seed=seed, parameterization="epsilon")  # noqa: B023, E731
+            compare(epsilon, [pred], sums=(0,), error=3e-4)
+            for norm in ("sample", "batch"):
+                options = dict(snr=0.2, norm=norm, seed=seed)
+                corrector = lambda x, s: ops.langevin_step(x, s, **options)  # noqa: B023, E731
+                compare(corrector, [pred, score], sums=(0, 2), error=3e-4)

@@ -1,0 +1,198 @@
+"""Cases of SDE steps: x' = a x + b score + c z on (16, 3, 256, 256) images, float32 unless the name says otherwise.
+
+Everybody draws the noise they would draw: torch its own, pyflow its. Where results can be compared value by value
+they are: the cases with "given noise" hold every contender to one z; in the others a contender of torch's is held to
+the moments of (x' - mean) / c, as in `noise`, and pyflow to its reference.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import pyflow
+from pyflow.reference import sde as ref
+
+from .noise import IMAGES, MOMENTS, TOLERANCE, deviations
+from .registry import Call, Case, Missing, Outputs, Problem, bind, compiled, normals, peer, wide
+
+SMALL = (4, 3, 32, 32)
+SCALARS = (1.01, 0.05, 0.3)
+SEED, STEP = 5, 7
+
+
+def _columns(values: Outputs, x: Tensor) -> Outputs:
+    return tuple(v.reshape(-1, *(1,) * (x.dim() - 1)) for v in values)
+
+
+def _own(shape: tuple[int, ...], device: torch.device) -> Outputs:
+    """Coefficients of each sample."""
+    spread = torch.linspace(0.9, 1.1, shape[0], device=device)
+    return tuple(v * spread for v in SCALARS)
+
+
+def _diffusers(shape: tuple[int, ...], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """step_pred of the VE scheduler: its step is x + g**2 score + g z with the g of its last time."""
+    scheduler = peer("diffusers", "diffusers").ScoreSdeVeScheduler()
+    scheduler.set_timesteps(10)
+    scheduler.set_sigmas(10)
+    time = scheduler.timesteps[5]
+    return lambda x, score: scheduler.step_pred(score, time, x).prev_sample
+
+
+def _gain(device: torch.device) -> float:
+    """That g."""
+    scheduler = peer("diffusers", "diffusers").ScoreSdeVeScheduler()
+    scheduler.set_timesteps(10)
+    scheduler.set_sigmas(10)
+    index = (scheduler.timesteps[5] * (len(scheduler.timesteps) - 1)).long()
+    sigma, before = scheduler.discrete_sigmas[index], scheduler.discrete_sigmas[index - 1]
+    return float((sigma**2 - before**2).sqrt())
+
+
+def _standardised(x: Tensor, score: Tensor, a: object, b: object, c: object) -> Callable[[Outputs], Outputs]:
+    """What a contender added, as standard normal values if it is right, to its moments."""
+    mean = a * x.double() + b * score.double()
+    return lambda result: deviations((result[0].double() - mean) / c, "normal")
+
+
+def _problem(
+    shape: tuple[int, ...], device: torch.device, *, own: bool = False, with_peer: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Problem:  # fmt: skip
+    x, score = normals(shape, device, 2, dtype)
+    missing = {}
+    values = _own(shape, device) if own else SCALARS
+    if with_peer:
+        try:
+            values = (1.0, _gain(device) ** 2, _gain(device))
+        except Missing as why:
+            missing["diffusers"] = str(why)
+    a, b, c = _columns(values, x) if own else values
+    seed = pyflow.ops.sample_seeds(torch.tensor(SEED, device=device), shape[0]) if own else SEED
+
+    def eager(x: Tensor, score: Tensor) -> Outputs:
+        return ((a * x + b * score + c * torch.randn_like(x)).to(x.dtype),)
+
+    def op(x: Tensor, score: Tensor, scalars: tuple = values, seed: object = seed) -> Outputs:
+        return (pyflow.ops.sde_step(x, score, *scalars, seed=seed, step=STEP),)
+
+    functions = {"eager": eager, "compile": compiled(eager), "pyflow": op}
+    if with_peer and not missing:
+        step = _diffusers(shape, device)
+        functions["diffusers"] = lambda x, score: (step(x, score),)
+    if own:
+        functions["pyflow scalars"] = partial(op, scalars=SCALARS, seed=SEED)
+    calls = {name: bind(function, (x, score)) for name, function in functions.items()}
+
+    def truth(scalars: tuple, seed: object) -> Call:
+        as_tensors = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in scalars]
+        z = pyflow.ops.normal(shape, seed=seed, step=STEP, dtype=torch.float64, device=device)
+        return lambda: (ref.sde_step(*wide((x, score)), *as_tensors, z)[0],)
+
+    truths = defaultdict(lambda: truth(values, seed), {"pyflow scalars": truth(SCALARS, SEED)})
+    others = ("eager", "compile", "diffusers")
+    for name in others:
+        truths[name] = lambda: (torch.ones(len(MOMENTS["normal"]), dtype=torch.float64, device=device),)
+    forms = dict.fromkeys(set(others) & set(calls), _standardised(x, score, a, b, c))
+    tolerance = TOLERANCE if dtype == torch.float32 else 1e-2
+    return Problem(calls, truths, 3 * x.nbytes, missing=missing, forms=forms, tolerance=tolerance)
+
+
+def _given(shape: tuple[int, ...], device: torch.device, *, backward: bool = False) -> Problem:
+    """Everybody with the same z, value by value; backward to x, score and the coefficients of each sample."""
+    x, score, z = normals(shape, device, 3)
+    inputs = (x, score, *_own(shape, device))
+    cotangents = normals(shape, device, 1) if backward else None
+
+    def eager(x: Tensor, score: Tensor, *scalars: Tensor, noise: Tensor = z) -> Outputs:
+        a, b, c = _columns(scalars, x)
+        return (a * x + b * score + c * noise,)
+
+    def op(x: Tensor, score: Tensor, *scalars: Tensor) -> Outputs:
+        return (pyflow.ops.sde_step(x, score, *scalars, noise=z),)
+
+    functions = {"eager": eager, "compile": compiled(eager), "pyflow": op}
+    calls = {name: bind(function, inputs, cotangents) for name, function in functions.items()}
+    truth = bind(partial(eager, noise=z.double()), wide(inputs), cotangents and wide(cotangents))
+    # x, score, z -> y; then those and the gradient again -> two gradients
+    return Problem(calls, truth, (4 + 6 * backward) * x.nbytes)
+
+
+def _loss(shape: tuple[int, ...], device: torch.device, *, backward: bool) -> Problem:
+    """perturb's z again; eager has kept it, which it must have stored."""
+    (pred,) = normals(shape, device, 1)
+    std = torch.linspace(0.1, 1.0, shape[0], device=device)
+    z = pyflow.ops.normal(shape, seed=SEED, step=STEP, device=device)
+    cotangents = normals(shape[:1], device, 1) if backward else None
+
+    def eager(pred: Tensor, noise: Tensor = z, std: Tensor = std) -> Outputs:
+        return ((_columns((std,), pred)[0] * pred + noise).square().flatten(1).sum(1) / 2,)
+
+    def op(pred: Tensor) -> Outputs:
+        return (pyflow.ops.denoising_loss(pred, std, seed=SEED, step=STEP),)
+
+    functions = {"eager": eager, "compile": compiled(eager), "pyflow": op}
+    calls = {name: bind(function, (pred,), cotangents) for name, function in functions.items()}
+    exact = partial(eager, noise=z.double(), std=std.double())
+    truth = bind(exact, wide((pred,)), cotangents and wide(cotangents))
+    return Problem(calls, truth, (1 + 2 * backward) * pred.nbytes)
+
+
+def _langevin(shape: tuple[int, ...], device: torch.device) -> Problem:
+    x, score = normals(shape, device, 2)
+    snr = 0.16
+
+    def eager(x: Tensor, score: Tensor) -> Outputs:
+        return _corrected(x, score, torch.randn_like(x), snr)
+
+    def op(x: Tensor, score: Tensor) -> Outputs:
+        return (pyflow.ops.langevin_step(x, score, snr=snr, seed=SEED, step=STEP),)
+
+    def exact() -> Outputs:
+        z = pyflow.ops.normal(shape, seed=SEED, step=STEP, purpose="corrector", device=device)
+        return _corrected(*wide((x, score, z)), snr)
+
+    # with other noise only the size of the result is the same
+    def size_of(result: Outputs) -> Outputs:
+        return (result[0].double().flatten(1).norm(dim=1),)
+
+    calls = {n: bind(f, (x, score)) for n, f in (("eager", eager), ("compile", compiled(eager)), ("pyflow", op))}
+    truths = defaultdict(lambda: exact)
+    for name in ("eager", "compile"):
+        truths[name] = lambda: size_of(exact())
+    return Problem(calls, truths, 4 * x.nbytes, forms=dict.fromkeys(("eager", "compile"), size_of), tolerance=0.05)
+
+
+def _corrected(x: Tensor, score: Tensor, z: Tensor, snr: float) -> Outputs:
+    norms = [v.flatten(1).norm(dim=1) for v in (z, score)]
+    (size,) = _columns((2 * (snr * norms[0] / norms[1]) ** 2,), x)
+    return (x + size * score + (2 * size).sqrt() * z,)
+
+
+def _case(name: str, build: Callable[..., Problem], shape: tuple[int, ...] = IMAGES, **more: object) -> Case:
+    return Case(f"sde/{name}", build, shape, (4, 3, 64, 64), **more)
+
+
+_with_peer = ("eager", "compile", "diffusers", "pyflow")
+CASES = [
+    _case("step", partial(_problem, with_peer=True), contenders=_with_peer, peer="diffusers", quick=True),
+    _case(
+        "step, fresh pages", partial(_problem, with_peer=True), contenders=_with_peer, peer="diffusers", pages="fresh"
+    ),
+    _case(
+        "step per sample", partial(_problem, own=True), contenders=("eager", "compile", "pyflow scalars", "pyflow"),
+        compare=(("pyflow", "pyflow scalars"),), quick=True,
+    ),
+    _case("step, small", _problem, SMALL, quick=True),
+    _case("step, bf16", partial(_problem, dtype=torch.bfloat16)),
+    _case("step, given noise", _given),
+    _case("step, given noise forward+backward", partial(_given, backward=True)),
+    _case("denoising loss", partial(_loss, backward=False)),
+    _case("denoising loss forward+backward", partial(_loss, backward=True), quick=True),
+    _case("langevin step", _langevin),
+]  # fmt: skip

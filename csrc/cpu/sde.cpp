@@ -1,0 +1,264 @@
+#include "sde.h"
+
+#include "../ops/sde.h"
+#include "draw.h"
+
+namespace pyflow::PYFLOW_ISA {
+
+template <class T>
+T coefficient(const View& v, int64_t row) {
+  T value = T(0);
+  if (v.data) read_typed(v, row * v.stride[0], 1, 1, &value);
+  return value;
+}
+
+// whether all rows have the coefficients of the first
+bool shared(const SdeArgs& a) {
+  return a.a.stride[0] == 0 && a.b.stride[0] == 0 && a.c.stride[0] == 0;
+}
+
+template <class T>
+void fill(T* to, T value, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = value;
+}
+
+// the tile's noise in the compute type: given, or drawn into `buffer`
+PYFLOW_FN const float* noise_values(const SdeArgs& a, const Tile& t, DrawBuffer& b, float* buffer) {
+  if (a.noise.data) return load(a.space, a.noise, t, buffer);
+  draw<NoiseKind::normal>(a.stream, a.space, t, b, buffer);
+  return buffer;
+}
+
+PYFLOW_FN const double* noise_values(const SdeArgs& a, const Tile& t, DrawBuffer& b, double* buffer) {
+  if (a.noise.data) return load(a.space, a.noise, t, buffer);
+  alignas(64) float z[kChunk];
+  draw<NoiseKind::normal>(a.stream, a.space, t, b, z);
+  for (int64_t i = 0; i < t.count(); ++i) buffer[i] = double(z[i]);
+  return buffer;
+}
+
+template <class T>
+void mean_row(const T* __restrict x, const T* __restrict score, T a, T b, T* __restrict mean, int64_t n) {
+  if (score) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      mean[i] = drift(x[i], score[i], a, b);
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      mean[i] = a * x[i];
+    }
+  }
+}
+
+template <class T>
+void diffuse_row(const T* __restrict mean, const T* __restrict z, T c, T* __restrict y, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    y[i] = diffuse(mean[i], c, z[i]);
+  }
+}
+
+template <class T>
+void scale_row(const T* __restrict from, T by, T* __restrict to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] = by * from[i];
+  }
+}
+
+template <class T>
+void add_row(const T* __restrict from, T* __restrict to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] += from[i];
+  }
+}
+
+// sum of p q over n <= kChunk elements
+template <class T>
+double dot_row(const T* __restrict p, const T* __restrict q, int64_t n) {
+  alignas(64) T product[kChunk];
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    product[i] = p[i] * q[i];
+  }
+  return double(lane_sum(product, n));
+}
+
+template <bool Score, class T>
+void residual_row(const T* __restrict pred, const T* __restrict z, T std, T* __restrict r, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    r[i] = residual<Score>(pred[i], std, z[i]);
+  }
+}
+
+// calls work(tile) for every chunk of a unit
+template <class F>
+PYFLOW_FN void each_chunk(const SdeArgs& a, const Tile& unit, F work) {
+  for (int64_t c = 0; c < unit.cols; c += kChunk) {
+    const Tile t{unit.row, unit.rows, unit.col + c, unit.cols - c < kChunk ? unit.cols - c : kChunk};
+    const Tile next = after(unit, t);
+    const View* const inputs[] = {&a.x, &a.score, &a.noise, &a.gy, &a.gmean};
+    for (const View* v : inputs) prefetch(a.space, *v, next);
+    work(t);
+  }
+}
+
+template <class T>
+bool adds_noise(const SdeArgs& a, const Tile& t) {
+  const int64_t rows = a.c.stride[0] == 0 ? 1 : t.rows;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (coefficient<T>(a.c, t.row + r) != T(0)) return true;
+  }
+  return a.noise.data != nullptr;
+}
+
+template <class T>
+void step_unit(const SdeArgs& a, const Tile& unit, DrawBuffer& draws) {
+  alignas(64) T xs[kChunk], scores[kChunk], zs[kChunk], means[kChunk], ys[kChunk];
+  const Space& s = a.space;
+  each_chunk(a, unit, [&](const Tile& t) {
+    const T* x = load(s, a.x, t, xs);
+    const T* score = a.score.data ? load(s, a.score, t, scores) : nullptr;
+    const T* z = zs;
+    if (adds_noise<T>(a, t)) {
+      z = noise_values(a, t, draws, zs);
+    } else {
+      fill(zs, T(0), t.count());
+    }
+    T* mean = a.mean.data ? target(s, a.mean, t, means) : means;
+    T* y = target(s, a.y, t, ys);
+    const int64_t rows = shared(a) ? 1 : t.rows, n = t.count() / rows;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = r * n, row = t.row + r;
+      mean_row(x + at, score ? score + at : nullptr, coefficient<T>(a.a, row), coefficient<T>(a.b, row), mean + at, n);
+      diffuse_row(mean + at, z + at, coefficient<T>(a.c, row), y + at, n);
+    }
+    if (a.mean.data) store(s, a.mean, t, mean);
+    store(s, a.y, t, y);
+  });
+}
+
+template <class T>
+void step_backward_unit(const SdeArgs& a, const Tile& unit, int64_t segment, DrawBuffer& draws) {
+  alignas(64) T gys[kChunk], gmeans[kChunk], total[kChunk], buffer[kChunk], out[kChunk];
+  const Space& s = a.space;
+  double* sums = a.sums ? a.sums + (unit.row * a.plan.segments + segment) * kSums : nullptr;
+  if (sums) fill(sums, -0.0, unit.rows * kSums);  // a unit of several rows has one segment
+  each_chunk(a, unit, [&](const Tile& t) {
+    const int64_t count = t.count();
+    fill(total, T(0), count);
+    const T* gy = a.gy.data ? load(s, a.gy, t, gys) : nullptr;
+    if (gy) add_row(gy, total, count);
+    if (a.gmean.data) add_row(load(s, a.gmean, t, gmeans), total, count);
+    const auto scaled = [&](const View& view, const View& by, const T* from) {
+      if (!view.data) return;
+      T* to = target(s, view, t, out);
+      if (!from) fill(to, T(0), count);
+      for (int64_t r = 0; from && r < t.rows; ++r) {
+        scale_row(from + r * t.cols, coefficient<T>(by, t.row + r), to + r * t.cols, t.cols);
+      }
+      store(s, view, t, to);
+    };
+    scaled(a.gx, a.a, total);
+    scaled(a.gscore, a.b, total);
+    scaled(a.gnoise, a.c, gy);
+    if (!sums) return;
+    const auto add_products = [&](int which, const T* p, const T* q) {
+      for (int64_t r = 0; r < t.rows; ++r) sums[r * kSums + which] += dot_row(p + r * t.cols, q + r * t.cols, t.cols);
+    };
+    add_products(0, total, load(s, a.x, t, buffer));
+    if (a.score.data) add_products(1, total, load(s, a.score, t, buffer));
+    if (gy) add_products(2, gy, noise_values(a, t, draws, buffer));
+  });
+}
+
+template <bool Score, class T>
+void loss_unit(const SdeArgs& a, const Tile& unit, int64_t segment, DrawBuffer& draws) {
+  alignas(64) T preds[kChunk], zs[kChunk], r[kChunk], out[kChunk];
+  const Space& s = a.space;
+  double* sums = a.sums + (unit.row * a.plan.segments + segment) * kSums;
+  fill(sums, -0.0, unit.rows * kSums);
+  each_chunk(a, unit, [&](const Tile& t) {
+    const T* pred = load(s, a.x, t, preds);
+    const T* z = noise_values(a, t, draws, zs);
+    T* gx = a.gx.data ? target(s, a.gx, t, out) : nullptr;
+    for (int64_t i = 0; i < t.rows; ++i) {
+      const int64_t at = i * t.cols, row = t.row + i;
+      const T std = Score ? coefficient<T>(a.c, row) : T(1);
+      residual_row<Score>(pred + at, z + at, std, r + at, t.cols);
+      if (gx) {
+        const T grad = coefficient<T>(a.a, row);
+        scale_row(r + at, grad * std, gx + at, t.cols);
+        sums[i * kSums] += double(grad) * dot_row(pred + at, r + at, t.cols);
+      } else {
+        sums[i * kSums] += 0.5 * dot_row(r + at, r + at, t.cols);
+      }
+    }
+    if (gx) store(s, a.gx, t, gx);
+  });
+}
+
+template <class T>
+void squares_unit(const SdeArgs& a, const Tile& unit, int64_t segment, DrawBuffer& draws) {
+  alignas(64) T scores[kChunk], zs[kChunk];
+  double* sums = a.sums + (unit.row * a.plan.segments + segment) * kSums;
+  fill(sums, -0.0, unit.rows * kSums);
+  each_chunk(a, unit, [&](const Tile& t) {
+    const T* score = load(a.space, a.score, t, scores);
+    const T* z = noise_values(a, t, draws, zs);
+    for (int64_t i = 0; i < t.rows; ++i) {
+      const int64_t at = i * t.cols;
+      sums[i * kSums] += dot_row(score + at, score + at, t.cols);
+      sums[i * kSums + 1] += dot_row(z + at, z + at, t.cols);
+    }
+  });
+}
+
+void sde_step(const SdeArgs& a, int64_t begin, int64_t end) {
+  DrawBuffer draws;
+  for (int64_t u = begin; u < end; ++u) {
+    const Tile t = unit_tile(a.space, a.plan, u);
+    a.f64 ? step_unit<double>(a, t, draws) : step_unit<float>(a, t, draws);
+  }
+  stream_fence();
+}
+
+void sde_step_backward(const SdeArgs& a, int64_t begin, int64_t end) {
+  DrawBuffer draws;
+  for (int64_t u = begin; u < end; ++u) {
+    const Tile t = unit_tile(a.space, a.plan, u);
+    const int64_t segment = u % a.plan.segments;
+    a.f64 ? step_backward_unit<double>(a, t, segment, draws) : step_backward_unit<float>(a, t, segment, draws);
+  }
+  stream_fence();
+}
+
+// with gx the backward
+void denoising_loss(const SdeArgs& a, int64_t begin, int64_t end) {
+  DrawBuffer draws;
+  for (int64_t u = begin; u < end; ++u) {
+    const Tile t = unit_tile(a.space, a.plan, u);
+    const int64_t segment = u % a.plan.segments;
+    if (a.c.data) {
+      a.f64 ? loss_unit<true, double>(a, t, segment, draws) : loss_unit<true, float>(a, t, segment, draws);
+    } else {
+      a.f64 ? loss_unit<false, double>(a, t, segment, draws) : loss_unit<false, float>(a, t, segment, draws);
+    }
+  }
+  stream_fence();
+}
+
+void langevin_squares(const SdeArgs& a, int64_t begin, int64_t end) {
+  DrawBuffer draws;
+  for (int64_t u = begin; u < end; ++u) {
+    const Tile t = unit_tile(a.space, a.plan, u);
+    const int64_t segment = u % a.plan.segments;
+    a.f64 ? squares_unit<double>(a, t, segment, draws) : squares_unit<float>(a, t, segment, draws);
+  }
+}
+
+}  // namespace pyflow::PYFLOW_ISA

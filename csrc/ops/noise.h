@@ -1,0 +1,26 @@
+// Counter-based noise: what a random word becomes.
+#pragma once
+
+#include "../math/normal.h"
+
+namespace pyflow {
+
+// the order is the `kind` integer of the operator schema
+enum class NoiseKind : int { uniform, normal };
+
+// four neighbours of a stream, from the words of their block
+struct Four {
+  float v[4];
+};
+
+template <NoiseKind K>
+PYFLOW_FN Four noise_of(const Words& w) {
+  if constexpr (K == NoiseKind::normal) {
+    const Pair p = box_muller(w.v[0], w.v[1]), q = box_muller(w.v[2], w.v[3]);
+    return {{p.even, p.odd, q.even, q.odd}};
+  } else {
+    return {{uniform(w.v[0]), uniform(w.v[1]), uniform(w.v[2]), uniform(w.v[3])}};
+  }
+}
+
+}  // namespace pyflow

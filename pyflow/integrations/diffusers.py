@@ -1,0 +1,227 @@
+"""Schedulers of diffusers whose steps are one fused pass: change the import, keep the pipeline.
+
+Config, timesteps, sigmas, saving and loading are diffusers' own.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+
+import torch
+from diffusers import ScoreSdeVeScheduler as _Ve
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_sde_ve import SdeVeOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from torch import Generator, Tensor
+
+from .. import _checks as check
+from ..ops import langevin_step, perturb, sample_seeds, sde_step
+from ..sde import VPSDE
+
+Seeds = Generator | Sequence[Generator] | int | Tensor | None
+
+
+class _Noise:
+    """Seeds for a scheduler's steps from whatever the caller calls a generator."""
+
+    _predictions = _corrections = 0
+
+    def _seeds(self, op: str, generator: Seeds, x: Tensor, step: int) -> dict[str, object]:
+        """`seed` and `step`: a generator moves on with every draw, seeds count the scheduler's steps."""
+        if generator is None:
+            return {"seed": None}
+        if isinstance(generator, Generator):
+            return {"seed": _draw(generator, ()).to(x.device)}
+        if isinstance(generator, (list, tuple)):
+            if len(generator) != x.shape[0]:
+                raise ValueError(f"{op}: generator must have one entry per sample, {x.shape[0]}, got {len(generator)}")
+            for each in generator:
+                if not isinstance(each, Generator):
+                    raise TypeError(f"{op}: generator must hold torch.Generators, got {type(each).__name__}")
+            return {"seed": torch.cat([_draw(each, (1,)) for each in generator]).to(x.device)}
+        if isinstance(generator, Tensor) and generator.dim():
+            return {"seed": generator.to(x.device), "step": step}
+        if isinstance(generator, (numbers.Integral, Tensor)):
+            return {"seed": sample_seeds(generator, x.shape[0]).to(x.device), "step": step}
+        raise TypeError(f"{op}: generator must be torch.Generators or seeds, got {type(generator).__name__}")
+
+    def _check_timesteps(self, op: str) -> None:
+        if self.timesteps is None:
+            raise ValueError(f"{op}: timesteps are not set, call set_timesteps first")
+
+
+class ScoreSdeVeScheduler(_Noise, _Ve):
+    """diffusers' variance-exploding scheduler with fused steps.
+
+    step_pred: x' = x + (sigma_i**2 - sigma_{i-1}**2) score + sqrt(sigma_i**2 - sigma_{i-1}**2) z;
+    step_correct: x' = x + eps score + sqrt(2 eps) z, eps = 2 (snr |z| / |score|)**2.
+
+    Args:
+        num_train_timesteps, snr, sigma_min, sigma_max, sampling_eps, correct_steps: as in diffusers.
+        norm: of the corrector, "batch" as published and in diffusers, or "sample", which makes every sample
+            independent of the others.
+
+    Raises:
+        ValueError: unknown norm; a step before `set_timesteps`; generators or seeds that are not one per sample.
+        TypeError: a generator of another kind.
+
+    Notes:
+        Results keep the dtype of the sample. `generator` of the steps: a torch.Generator, one per sample, or seeds
+        (an integer, which `pyflow.ops.sample_seeds` spreads over the samples, or (B,) int64), whose noise is
+        numbered by the calls since `set_timesteps`. With one generator or seed per sample and norm="sample" a
+        sample's noise does not depend on its batch. `noise=` injects z instead.
+
+    Source:
+        diffusers 0.42, `ScoreSdeVeScheduler`; Song et al. 2021, arXiv:2011.13456, algorithm 2.
+
+    Example:
+        >>> scheduler = ScoreSdeVeScheduler(sigma_max=50.0)
+        >>> scheduler.set_timesteps(10)
+        >>> scheduler.set_sigmas(10)
+        >>> x = torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16)
+        >>> scheduler.step_pred(x, scheduler.timesteps[0], x, generator=0).prev_sample.dtype
+        torch.bfloat16
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 2000,
+        snr: float = 0.15,
+        sigma_min: float = 0.01,
+        sigma_max: float = 1348.0,
+        sampling_eps: float = 1e-5,
+        correct_steps: int = 1,
+        norm: str = "batch",
+    ) -> None:
+        check.choice("ScoreSdeVeScheduler", "norm", norm, ("batch", "sample"))
+        super().__init__(num_train_timesteps, snr, sigma_min, sigma_max, sampling_eps, correct_steps)
+
+    def set_timesteps(
+        self, num_inference_steps: int, sampling_eps: float | None = None, device: str | torch.device | None = None
+    ) -> None:
+        super().set_timesteps(num_inference_steps, sampling_eps, device)
+        # the noise of given seeds begins anew
+        self._predictions = self._corrections = 0
+
+    def step_pred(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Seeds = None,
+        return_dict: bool = True,
+        *,
+        noise: Tensor | None = None,
+    ) -> SdeVeOutput | tuple[Tensor, Tensor]:
+        op = "step_pred"
+        self._check_timesteps(op)
+        index = (torch.as_tensor(timestep, dtype=torch.float32) * (len(self.timesteps) - 1)).long()
+        sigmas = self.discrete_sigmas.to(index.device)
+        below = torch.where(index == 0, 0, sigmas[index - 1])
+        gap = (sigmas[index] ** 2 - below**2).to(sample.device)
+        seeds = {} if noise is not None else self._seeds(op, generator, sample, self._predictions)
+        self._predictions += 1
+        moved, mean = sde_step(sample, model_output, 1.0, gap, gap.sqrt(), noise=noise, return_mean=True, **seeds)
+        return SdeVeOutput(prev_sample=moved, prev_sample_mean=mean) if return_dict else (moved, mean)
+
+    def step_correct(
+        self,
+        model_output: Tensor,
+        sample: Tensor,
+        generator: Seeds = None,
+        return_dict: bool = True,
+        *,
+        noise: Tensor | None = None,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        op = "step_correct"
+        self._check_timesteps(op)
+        seeds = {} if noise is not None else self._seeds(op, generator, sample, self._corrections)
+        moved = langevin_step(sample, model_output, snr=self.config.snr, norm=self.config.norm, noise=noise, **seeds)
+        self._corrections += 1
+        return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor:
+        """x + sigma z with sigma of each sample's index into the discrete sigmas; noise None draws z."""
+        sigma = self.discrete_sigmas.to(original_samples.device)[timesteps.to(original_samples.device)]
+        return _noised(original_samples, noise, torch.ones_like(sigma), sigma)
+
+
+class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):
+    """diffusers' variance-preserving scheduler with fused steps.
+
+    step_pred: score = -model output / std(t), then the Euler-Maruyama step of `pyflow.sde.VPSDE`.
+
+    Args:
+        num_train_timesteps, beta_min, beta_max, sampling_eps: as in diffusers.
+
+    Raises:
+        ValueError: a step before `set_timesteps`; generators or seeds that are not one per sample.
+        TypeError: a generator of another kind.
+
+    Notes:
+        dtype, `generator` and `noise=` as in `ScoreSdeVeScheduler`. std comes from expm1, diffusers' from a
+        difference that loses digits near t = 0. `add_noise`, which diffusers lacks here, takes times in [0, 1].
+
+    Source:
+        diffusers 0.42, `ScoreSdeVpScheduler`; Song et al. 2021, arXiv:2011.13456, section 3.4.
+
+    Example:
+        >>> scheduler = ScoreSdeVpScheduler()
+        >>> scheduler.set_timesteps(10)
+        >>> x, mean = scheduler.step_pred(torch.zeros(2, 3), torch.ones(2, 3), scheduler.timesteps[0], generator=0)
+        >>> mean[0].tolist()
+        [2.0, 2.0, 2.0]
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 2000,
+        beta_min: float = 0.1,
+        beta_max: float = 20,
+        sampling_eps: float = 1e-3,
+    ) -> None:
+        self.sigmas = self.discrete_sigmas = self.timesteps = None
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        self.timesteps = torch.linspace(1, self.config.sampling_eps, num_inference_steps, device=device)
+        self._predictions = 0
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    def step_pred(
+        self, score: Tensor, x: Tensor, t: float | Tensor, generator: Seeds = None, *, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        op = "step_pred"
+        self._check_timesteps(op)
+        sde = self._sde()
+        t = torch.as_tensor(t, dtype=torch.float32, device=x.device)
+        beta = sde.beta(t) / len(self.timesteps)
+        seeds = {} if noise is not None else self._seeds(op, generator, x, self._predictions)
+        self._predictions += 1
+        factor = -beta / sde.marginal(t)[1]
+        return sde_step(x, score, 1 + beta / 2, factor, beta.sqrt(), noise=noise, return_mean=True, **seeds)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor:
+        """alpha x + std z at each sample's time in [0, 1]; noise None draws z."""
+        alpha, std = self._sde().marginal(timesteps.to(original_samples.device))
+        return _noised(original_samples, noise, alpha, std)
+
+    def _sde(self) -> VPSDE:
+        return VPSDE(self.config.beta_min, self.config.beta_max)
+
+
+def _draw(generator: Generator, shape: tuple[int, ...]) -> Tensor:
+    return torch.randint(2**63 - 1, shape, generator=generator, device=generator.device)
+
+
+def _noised(x: Tensor, noise: Tensor | None, alpha: Tensor, std: Tensor) -> Tensor:
+    if noise is None:
+        return perturb(x, alpha, std, seed=None)
+    alpha, std = (v.reshape(v.shape + (1,) * (x.dim() - v.dim())) for v in (alpha, std))
+    return (alpha * x + std * noise).to(x.dtype)

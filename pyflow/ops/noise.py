@@ -1,0 +1,290 @@
+"""Counter-based noise: the same seed gives the same floats on every backend, in any batch."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._backend import call, register, runs_reference
+from .._schemas import NOISES, PURPOSES
+from ..reference import noise as ref
+from ._transforms import batch_first, one_by_one
+
+STEPS = 2**56  # the rest of the counter's last word says what a draw is for
+
+
+def philox(counter: Tensor, key: Tensor) -> Tensor:
+    """Philox4x32-10: four random words from each counter and key.
+
+    Args:
+        counter: (..., 4) int64 with values in [0, 2**32), low word first.
+        key: (..., 2) likewise; its leading dims broadcast to those of counter.
+
+    Returns:
+        (..., 4) int64, values in [0, 2**32).
+
+    Raises:
+        TypeError: not int64 tensors.
+        ValueError: wrong shapes or devices; on a CPU values outside the range.
+
+    Source:
+        Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3, section 3.3.
+
+    Example:
+        >>> [hex(word) for word in philox(torch.zeros(4).long(), torch.zeros(2).long())]
+        ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    """
+    op = "philox"
+    for name, value, count in (("counter", counter, 4), ("key", key, 2)):
+        integer_tensor(op, name, value)
+        if value.dim() == 0 or value.shape[-1] != count:
+            raise ValueError(f"{op}: {name} must have {count} words in its last dim, got {tuple(value.shape)}")
+    if key.device != counter.device:
+        raise ValueError(f"{op}: key must be on the device of counter, {counter.device}, got {key.device}")
+    if not _broadcasts(key.shape[:-1], counter.shape[:-1]):
+        raise ValueError(
+            f"{op}: key must broadcast to counter, {tuple(counter.shape[:-1])}, got {tuple(key.shape[:-1])}"
+        )
+    for name, value in (("counter", counter), ("key", key)):
+        if check.values_are_checked(value) and bool(((value < 0) | (value > ref.MASK)).any()):
+            raise ValueError(f"{op}: {name} must hold words in [0, 2**32), got other values")
+    key = key.expand(*counter.shape[:-1], 2)
+    if runs_reference(op, counter):
+        return _philox_reference(counter, key)
+    return call(op, counter, key)
+
+
+def normal(
+    shape: Sequence[int],
+    *,
+    seed: int | Tensor | None,
+    step: int | Tensor = 0,
+    purpose: str = "noise",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Standard normal noise that is a function of seed, step and position alone.
+
+    Box-Muller on pairs of Philox words: sqrt(-2 ln u) cos(phi), sqrt(-2 ln u) sin(phi).
+
+    Args:
+        shape: of the result.
+        seed: an integer, a 0-d int64 tensor on the device, or (B,) int64, a stream of its own for each sample of
+            the first dim (see `sample_seeds`): a sample then does not depend on the batch around it. None draws
+            one from torch's default generator.
+        step: integer in [0, 2**56) or 0-d int64 tensor: another step of the same seed is independent noise.
+        purpose: "noise", "corrector", "prior", "accept", "data", "permutation" or "monte_carlo": draws of one
+            seed and step for different ends share nothing.
+        dtype: of the result.
+        device: that of seed if it is a tensor, else torch's default.
+
+    Returns:
+        Contiguous tensor; magnitudes reach 6.66.
+
+    Raises:
+        TypeError: a seed or step that is neither an integer nor an int64 tensor; a dtype that is not a float.
+        ValueError: seeds of a wrong length or device, a step outside the range, an unknown purpose.
+
+    Notes:
+        The same bits from every backend and thread count, eager and compiled. Drawn in float32 whatever the dtype:
+        bfloat16 and float16 are its rounding, float64 is it widened. Nothing is read by the host, so a seed and a
+        step in device tensors may change between replays of a CUDA graph.
+
+    Source:
+        Salmon et al. 2011 (Philox4x32-10); Box and Muller 1958.
+
+    Example:
+        >>> normal((2, 2), seed=0)
+        tensor([[ 0.9911, -0.9247],
+                [-0.6176, -0.4821]])
+    """
+    return _noise("normal", shape, seed, step, purpose, dtype, device)
+
+
+def uniform(
+    shape: Sequence[int],
+    *,
+    seed: int | Tensor | None,
+    step: int | Tensor = 0,
+    purpose: str = "noise",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Uniform noise in [0, 1), multiples of 2**-24, that is a function of seed, step and position alone.
+
+    Args:
+        shape, seed, step, purpose, dtype, device: as for `normal`. Rounded to bfloat16 or float16 a value may be 1.
+
+    Returns:
+        Contiguous tensor.
+
+    Raises:
+        TypeError, ValueError: as for `normal`.
+
+    Example:
+        >>> uniform((3,), seed=0)
+        tensor([0.3990, 0.8805, 0.7357])
+    """
+    return _noise("uniform", shape, seed, step, purpose, dtype, device)
+
+
+def sample_seeds(seed: int | Tensor | None, n: int, start: int = 0) -> Tensor:
+    """Seeds for samples start to start + n - 1: one stream each, the same in any batch and on any rank.
+
+    Args:
+        seed: integer or 0-d int64 tensor; None draws one from torch's default generator.
+        n: number of samples, at least 0.
+        start: number of the first one, at least 0; a rank of a sharded batch passes its own.
+
+    Returns:
+        (n,) int64 on the device of seed: the first two words of a Philox block that is not used for noise.
+
+    Raises:
+        TypeError, ValueError: not integers, or out of range.
+
+    Example:
+        >>> bool((sample_seeds(5, 4)[2:] == sample_seeds(5, 2, start=2)).all())
+        True
+    """
+    op = "sample_seeds"
+    for name, value in (("n", n), ("start", start)):
+        if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+            raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
+        if value < 0:
+            raise ValueError(f"{op}: {name} must be at least 0, got {value}")
+    seed = seed_tensor(op, seed, None, None)
+    if seed.dim():
+        raise ValueError(f"{op}: seed must be an integer or a 0-d tensor, got {tuple(seed.shape)}")
+    sample = torch.arange(start, start + n, device=seed.device)
+    zero = torch.zeros_like(sample)
+    # the top byte of the last word is no purpose of PURPOSES
+    counter = torch.stack((sample & ref.MASK, sample >> 32, zero, zero + (0xFF << 24)), 1)
+    key = torch.stack((seed & ref.MASK, seed >> 32 & ref.MASK)).expand(n, 2)
+    words = _philox_reference(counter, key) if runs_reference(op, counter) else call("philox", counter, key)
+    return words[:, 0] | words[:, 1] << 32
+
+
+def _noise(op, shape, seed, step, purpose, dtype, device):
+    size = [int(n) if isinstance(n, numbers.Integral) else n for n in shape]
+    if any(n < 0 for n in size):
+        raise ValueError(f"{op}: shape must not be negative, got {tuple(size)}")
+    if dtype not in check.FLOATS:
+        raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16, got {_dtype_name(dtype)}")
+    number = check.choice(op, "purpose", purpose, PURPOSES)
+    seed = seed_tensor(op, seed, size, None if device is None else _with_index(torch.device(device)))
+    step = step_tensor(op, step, seed.device)
+    if runs_reference(op, seed):
+        return ref.noise(size, seed, step, kind=op, purpose=purpose, dtype=dtype)
+    return call("noise", size, seed, step, NOISES.index(op), number, dtype)
+
+
+# what the operators that draw noise share
+
+
+def integer_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{op}: {name} must be int64, got {check.short(value.dtype)}")
+
+
+def seed_tensor(
+    op: str,
+    seed: object,
+    shape: Sequence[int] | None,
+    device: torch.device | None,
+    number_device: torch.device | str | None = None,
+) -> Tensor:
+    """The seed as an int64 tensor, 0-d or one per sample; a number's is on `number_device`, else on `device`."""
+    if seed is None:
+        # as a tensor on the device: torch's own generator is safe in a CUDA graph, a number read from it is not
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        integer_tensor(op, "seed", seed)
+        if device is not None and seed.device != device:
+            raise ValueError(f"{op}: seed must be on the device of the result, {device}, got {seed.device}")
+        if seed.dim() > 1 or (seed.dim() and shape is not None and tuple(shape[:1]) != tuple(seed.shape)):
+            samples = "()" if not shape else f"() or ({shape[0]},)"
+            raise ValueError(f"{op}: seed must have the shape {samples}, got {tuple(seed.shape)}")
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{op}: seed must be an integer or an int64 tensor, got {type(seed).__name__}")
+    if not isinstance(seed, torch.SymInt):
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"{op}: seed must fit 64 bits, got {seed}")
+        seed = int(seed) - (2**64 if seed >= 2**63 else 0)
+    return torch.full((), seed, dtype=torch.int64, device=number_device or device)
+
+
+def step_tensor(op: str, step: object, device: torch.device) -> Tensor:
+    """The step as a 0-d int64 tensor; a number's is on the CPU."""
+    if isinstance(step, Tensor):
+        integer_tensor(op, "step", step)
+        if step.dim():
+            raise ValueError(f"{op}: step must be an integer or a 0-d tensor, got {tuple(step.shape)}")
+        if step.device != device:
+            raise ValueError(f"{op}: step must be on the device of the result, {device}, got {step.device}")
+        if check.values_are_checked(step):
+            _check_step(op, step.item())
+        return step
+    if isinstance(step, bool) or not isinstance(step, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{op}: step must be an integer or an int64 tensor, got {type(step).__name__}")
+    if not isinstance(step, torch.SymInt):
+        _check_step(op, step)
+    return torch.full((), step, dtype=torch.int64, device="cpu")
+
+
+def _check_step(op: str, step: int) -> None:
+    if not 0 <= step < STEPS:
+        raise ValueError(f"{op}: step must be in [0, 2**56), got {step}")
+
+
+def _dtype_name(dtype: object) -> str:
+    return check.short(dtype) if isinstance(dtype, torch.dtype) else type(dtype).__name__
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return len(shape) <= len(to) and all(m in (1, n) for m, n in zip(reversed(shape), reversed(to)))
+
+
+# what torch must know of each operator, arguments in the order of its schema
+
+
+def _philox_reference(counter, key):
+    return torch.stack(ref.philox(counter.unbind(-1), key.unbind(-1)), -1)
+
+
+def _philox_vmap(info, in_dims, counter, key):
+    return torch.ops.pyflow.philox(*batch_first(info, in_dims, counter, key)), 0
+
+
+def _reference(size, seed, step, kind, purpose, dtype):
+    return ref.noise(size, seed, step, kind=NOISES[kind], purpose=PURPOSES[purpose], dtype=dtype)
+
+
+def _fake(size, seed, step, kind, purpose, dtype):
+    return seed.new_empty(size, dtype=dtype)
+
+
+def _vmap(info, in_dims, size, seed, step, *options):
+    def draw(seed, step):
+        return (torch.ops.pyflow.noise(size, seed, step, *options),)
+
+    return one_by_one(info, in_dims[1:3], draw, (seed, step))[0], 0
+
+
+register(
+    "philox", "noise", reference=_philox_reference, vmap=_philox_vmap,
+    fake=lambda counter, key: counter.new_empty(counter.shape),
+)  # fmt: skip
+register("noise", "noise", reference=_reference, fake=_fake, vmap=_vmap)

@@ -1,0 +1,505 @@
+"""Steps of stochastic differential equations: one pass, noise drawn on the way and never stored."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._backend import call, register, runs_reference
+from .._schemas import PURPOSES
+from ..reference import compute_dtype
+from ..reference import sde as ref
+from ._transforms import one_by_one, vector_jacobian
+from .noise import seed_tensor, step_tensor
+
+PARAMETERIZATIONS = ("score", "epsilon")
+REDUCTIONS = ("sum", "mean")
+NORMS = ("sample", "batch")
+
+Scalar = float | Tensor
+
+
+def sde_step(
+    x: Tensor,
+    score: Tensor,
+    a: Scalar,
+    b: Scalar,
+    c: Scalar,
+    *,
+    seed: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    noise: Tensor | None = None,
+    return_mean: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x' = a x + b score + c z with standard normal z: every sampler of a reverse SDE with its own a, b, c.
+
+    Args:
+        x: float32, float64, bfloat16 or float16, any rank and strides; the first dim is the batch.
+        score: like x; its dtype may differ.
+        a, b, c: numbers, 0-d tensors, or (B,) tensors with a value per sample; c at least 0.
+        seed, step: say which z, as for `normal`, whose value of x's shape it is; seed (B,) gives each sample its
+            own stream. None draws a seed from torch's default generator.
+        noise: z itself, like x; seed and step are then not used.
+        return_mean: whether to return a x + b score too.
+
+    Returns:
+        x', in x's dtype and strides; with return_mean (x', mean).
+
+    Raises:
+        TypeError: not a tensor, a wrong dtype, a coefficient that is neither a number nor a tensor.
+        ValueError: a shape or device that does not fit; c below 0 (of a tensor on a CPU, or with PYFLOW_CHECK=1).
+
+    Notes:
+        float32 arithmetic (float64 for float64 x), no fma: the same bits on every backend, in any batch where each
+        sample has its seed, eager and compiled. Another a, b, c, seed or step compiles nothing anew, as tensors not
+        even once. Differentiable in x, score, a, b, c and noise, twice; z is drawn again, not stored. Nothing
+        is read by the host: safe in CUDA graphs.
+
+    Source:
+        Song et al. 2021, Score-Based Generative Modeling through SDEs, arXiv:2011.13456, appendices D to F.
+
+    Example:
+        >>> x, score = torch.zeros(2, 3), torch.ones(2, 3)
+        >>> sde_step(x, score, 1.0, 0.5, 0.0, seed=0)
+        tensor([[0.5000, 0.5000, 0.5000],
+                [0.5000, 0.5000, 0.5000]])
+    """
+    op = "sde_step"
+    check.float_tensor(op, "x", x)
+    check.like(op, "score", score, "x", x.shape, x.device)
+    a, b, c = coefficient(op, "a", a, x), coefficient(op, "b", b, x), at_least_zero(op, "c", c, x)
+    y, mean = _step(x, score, a, b, c, _stream(op, seed, step, x, noise), "noise", return_mean)
+    return (y, mean) if return_mean else y
+
+
+def perturb(x0: Tensor, alpha: Scalar, std: Scalar, *, seed: int | Tensor | None, step: int | Tensor = 0) -> Tensor:
+    """x_t = alpha x0 + std z: data at a time of the forward SDE.
+
+    Args:
+        x0: as x of `sde_step`.
+        alpha, std: numbers, 0-d or (B,) tensors; std at least 0.
+        seed, step: as for `sde_step`; `denoising_loss` with the same draws the same z.
+
+    Returns:
+        x_t, in x0's dtype and strides.
+
+    Raises:
+        TypeError, ValueError: as for `sde_step`.
+
+    Example:
+        >>> from pyflow.ops import normal
+        >>> torch.equal(perturb(torch.zeros(2, 3), 1.0, 2.0, seed=7), 2 * normal((2, 3), seed=7))
+        True
+    """
+    op = "perturb"
+    check.float_tensor(op, "x0", x0)
+    alpha, std = coefficient(op, "alpha", alpha, x0), at_least_zero(op, "std", std, x0)
+    return _step(x0, None, alpha, None, std, _stream(op, seed, step, x0), "noise", False)[0]
+
+
+def denoising_loss(
+    pred: Tensor,
+    std: Scalar | None = None,
+    *,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    weight: Scalar | None = None,
+    parameterization: str = "score",
+    reduction: str = "sum",
+) -> Tensor:
+    """Denoising score matching of each sample against the z that `perturb` added, drawn again instead of kept.
+
+    "score": sum (std pred + z)**2 / 2; "epsilon": sum (pred - z)**2 / 2.
+
+    Args:
+        pred: (B, ...) what the network returns, as x of `sde_step`.
+        std: that of `perturb`; not used for "epsilon".
+        seed, step: those of `perturb`.
+        weight: number, 0-d or (B,) tensor that multiplies the loss.
+        parameterization: what pred estimates: "score", of x_t, or "epsilon", z.
+        reduction: over the elements of a sample, "sum" or "mean".
+
+    Returns:
+        (B,) float32 (float64 for float64 pred).
+
+    Raises:
+        TypeError, ValueError: as for `sde_step`; an unknown word; "score" without std.
+
+    Notes:
+        Sums of at most 512 terms in float32, beyond that in float64: on a CPU the same bits for any thread count,
+        instruction set and batch. Differentiable in pred, std and weight, twice.
+
+    Source:
+        Vincent 2011, A Connection Between Score Matching and Denoising Autoencoders; arXiv:2011.13456, equation 7.
+
+    Example:
+        >>> from pyflow.ops import normal
+        >>> z = normal((2, 3), seed=7)
+        >>> denoising_loss(-z / 0.5, 0.5, seed=7)
+        tensor([0., 0.])
+    """
+    op = "denoising_loss"
+    check.float_tensor(op, "pred", pred)
+    if pred.dim() == 0:
+        raise ValueError(f"{op}: pred must have at least one dim, the batch, got a scalar")
+    of_score = check.choice(op, "parameterization", parameterization, PARAMETERIZATIONS) == 0
+    average = check.choice(op, "reduction", reduction, REDUCTIONS) == 1
+    if of_score and std is None:
+        raise ValueError(f"{op}: std must be given for the parameterization score, got None")
+    std = at_least_zero(op, "std", std, pred) if of_score else None
+    weight = None if weight is None else coefficient(op, "weight", weight, pred)
+    seed, step, _ = _stream(op, seed, step, pred)
+    if runs_reference(op, pred):
+        loss = ref.denoising_loss(pred, std, ref.noise_like(pred, seed, step, None, "noise"))
+    else:
+        loss = call(op, pred, std, seed, step)
+    if average:
+        loss = loss / max(1, math.prod(pred.shape[1:]))
+    return loss if weight is None else loss * weight.to(loss.dtype)
+
+
+def langevin_step(
+    x: Tensor,
+    score: Tensor,
+    *,
+    step_size: Scalar | None = None,
+    snr: Scalar | None = None,
+    alpha: Scalar = 1.0,
+    norm: str = "sample",
+    seed: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    noise: Tensor | None = None,
+    return_mean: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x' = x + e score + sqrt(2 e) z: a step of Langevin dynamics, or of a sampler's corrector.
+
+    With snr, e = 2 alpha (snr |z| / |score|)**2.
+
+    Args:
+        x, score: as for `sde_step`.
+        step_size: e; number, 0-d or (B,) tensor, at least 0.
+        snr: signal-to-noise ratio, likewise, at least 0; exactly one of the two is given.
+        alpha: number, 0-d or (B,) tensor: that of the corrector's schedule; only with snr.
+        norm: "sample", norms of each sample, or "batch", their means over the batch as published.
+        seed, step, noise: as for `sde_step`; the stream is that of the purpose "corrector", so that a predictor
+            with the same seed and step draws other noise.
+        return_mean: whether to return x + e score too.
+
+    Returns:
+        x', in x's dtype and strides; with return_mean (x', mean).
+
+    Raises:
+        TypeError, ValueError: as for `sde_step`; both or none of step_size and snr.
+
+    Notes:
+        A zero score leaves x as it is under the snr rule; NaN travels. No host sync. The norms are sums: on a CPU
+        the same bits for any thread count, instruction set and (with "sample") batch.
+
+    Source:
+        Song et al. 2021, arXiv:2011.13456, algorithms 4 and 5.
+
+    Example:
+        >>> x = torch.ones(2, 3)
+        >>> torch.equal(langevin_step(x, torch.zeros(2, 3), snr=0.16, seed=0), x)
+        True
+    """
+    op = "langevin_step"
+    check.float_tensor(op, "x", x)
+    check.like(op, "score", score, "x", x.shape, x.device)
+    over_batch = check.choice(op, "norm", norm, NORMS) == 1
+    if (step_size is None) == (snr is None):
+        given = "none" if snr is None else "both"
+        raise ValueError(f"{op}: exactly one of step_size and snr must be given, got {given}")
+    # one seed for both passes
+    stream = _stream(op, seed, step, x, noise)
+    if step_size is not None:
+        size = at_least_zero(op, "step_size", step_size, x).double()
+    else:
+        snr, alpha = at_least_zero(op, "snr", snr, x), at_least_zero(op, "alpha", alpha, x)
+        size = _snr_rule(_squares(score, stream).double(), snr.double(), alpha.double(), over_batch)
+    one = torch.full((), 1.0, dtype=torch.float64, device="cpu")
+    # in float64, so that a root that is not exact leaves no trace in float32
+    y, mean = _step(x, score, one, size, _root(2 * size), stream, "corrector", return_mean)
+    return (y, mean) if return_mean else y
+
+
+def _squares(score: Tensor, stream: tuple[Tensor | None, ...]) -> Tensor:
+    if runs_reference("langevin_step", score):
+        return ref.langevin_squares(score, ref.noise_like(score, *stream, "corrector"))
+    return call("langevin_squares", score, *stream, PURPOSES.index("corrector"))
+
+
+def _root(x: Tensor) -> Tensor:
+    """Square root whose gradient at 0 is 0."""
+    zero = x == 0
+    return torch.where(zero, 0, torch.where(zero, 1, x).sqrt())
+
+
+def _snr_rule(squares: Tensor, snr: Tensor, alpha: Tensor, over_batch: bool) -> Tensor:
+    of_score, of_noise = _root(squares).unbind(0)
+    if over_batch:
+        of_score, of_noise = of_score.mean(), of_noise.mean()
+    still = of_score == 0
+    return torch.where(still, 0, 2 * alpha * (snr * of_noise / torch.where(still, 1, of_score)) ** 2)
+
+
+def coefficient(op: str, name: str, value: object, x: Tensor) -> Tensor:
+    """A coefficient as a 0-d or (B,) tensor; a number's is on the CPU."""
+    if isinstance(value, Tensor):
+        check.float_tensor(op, name, value)
+        if value.dim() and (x.dim() == 0 or value.shape != x.shape[:1]):
+            samples = f"() or ({x.shape[0]},)" if x.dim() else "()"
+            raise ValueError(f"{op}: {name} must have the shape {samples}, got {tuple(value.shape)}")
+        if value.device != x.device:
+            raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {value.device}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(value).__name__}")
+    return torch.full((), value, dtype=torch.float64, device="cpu")
+
+
+def at_least_zero(op: str, name: str, value: object, x: Tensor) -> Tensor:
+    """Likewise, checked for its sign where its value may be read."""
+    result = coefficient(op, name, value, x)
+    if check.values_are_checked(result) and result.numel():
+        least = result.item() if result.dim() == 0 else result.min().item()
+        if least < 0:
+            raise ValueError(f"{op}: {name} must be at least 0, got {least}")
+    return result
+
+
+def _stream(op: str, seed: object, step: object, x: Tensor, noise: object = None) -> tuple[Tensor | None, ...]:
+    """Seed, step and noise: tensors of which the first two or the last are absent."""
+    if noise is not None:
+        check.like(op, "noise", noise, "x", x.shape, x.device)
+        return None, None, noise
+    return seed_tensor(op, seed, x.shape, x.device, "cpu"), step_tensor(op, step, x.device), None
+
+
+def _step(x, score, a, b, c, stream, purpose, return_mean):
+    if runs_reference("sde_step", x):
+        z = ref.noise_like(x, *stream, purpose)
+        return tuple(v.to(x.dtype) for v in ref.sde_step(x, score, a, b, c, z))
+    return call("sde_step", x, score, a, b, c, *stream, PURPOSES.index(purpose), return_mean)
+
+
+# what torch must know of each operator, arguments in the order of its schema
+
+
+def _copy_like(like: Tensor, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return _like(like, dtype or like.dtype).copy_(values)
+
+
+def _like(like: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The layout of an output: that of `like`, contiguous in another dtype, empty where none is asked for."""
+    if dtype is None:
+        return like.new_empty(0)
+    return torch.empty_like(like) if dtype == like.dtype else like.new_empty(like.shape, dtype=dtype)
+
+
+def _reference(x, score, a, b, c, seed, step, noise, purpose, return_mean):
+    z = ref.noise_like(x, seed, step, noise, PURPOSES[purpose])
+    y, mean = ref.sde_step(x, score, a, b, c, z)
+    return _copy_like(x, y), _copy_like(x, mean) if return_mean else x.new_empty(0)
+
+
+def _fake(x, score, a, b, c, seed, step, noise, purpose, return_mean):
+    return torch.empty_like(x), torch.empty_like(x) if return_mean else x.new_empty(0)
+
+
+def _setup(ctx, inputs, output):
+    x, score, a, b, c, seed, step, noise, ctx.purpose, ctx.return_mean = inputs
+    needs = ctx.needs_input_grad
+    ctx.dtypes = [
+        t.dtype if t is not None and need else None for t, need in zip((x, score, noise), (*needs[:2], needs[7]))
+    ]
+    ctx.f64 = x.dtype == torch.float64
+    ctx.set_materialize_grads(False)
+    if any(needs[2:5]):
+        ctx.save_for_backward(x, score, a, b, c, seed, step, noise)
+    else:
+        # the gradients of x and score are multiples of the one that comes
+        ctx.save_for_backward(None, None, a, b, c, None, None, None)
+
+
+def _backward(ctx, grad, grad_mean):
+    if not ctx.return_mean:
+        grad_mean = None
+    if grad is None and grad_mean is None:
+        return (None,) * 10
+    _, _, a, b, c, *_ = saved = ctx.saved_tensors
+    of_x, of_score, of_noise, sums = call(
+        "sde_step_backward", grad, grad_mean, *saved, ctx.purpose, *ctx.dtypes, ctx.f64
+    )  # fmt: skip
+    grads = [None if dtype is None else g for dtype, g in zip(ctx.dtypes, (of_x, of_score, of_noise))]
+    needs = ctx.needs_input_grad
+    of = [_of_coefficient(sums[i], t) if needs[2 + i] else None for i, t in enumerate((a, b, c))]
+    return *grads[:2], *of, None, None, grads[2], None, None
+
+
+def _of_coefficient(sums: Tensor, coefficient: Tensor) -> Tensor:
+    return (sums if coefficient.dim() else sums.sum()).to(coefficient.dtype)
+
+
+def _vmap(info, in_dims, x, score, a, b, c, seed, step, noise, *options):
+    tensors = (x, score, a, b, c, seed, step, noise)
+    return one_by_one(info, in_dims, torch.ops.pyflow.sde_step, tensors, *options), (0, 0)
+
+
+def _formula(purpose, f64):
+    """The reference of sde_step_backward on its tensors; what is absent is zero, and gives no gradient."""
+
+    def formula(grad, grad_mean, x, score, a, b, c, seed, step, noise):
+        lead = grad if grad is not None else grad_mean
+        dtype = torch.float64 if f64 else torch.float32
+        absent = torch.zeros_like(lead, dtype=dtype)
+        grad, grad_mean = (absent if g is None else g.to(dtype) for g in (grad, grad_mean))
+        z = None if x is None else ref.noise_like(absent, seed, step, noise, PURPOSES[purpose])
+        return ref.sde_step_backward(grad, grad_mean, x, score, a, b, c, z)
+
+    return formula
+
+
+def _backward_reference(grad, grad_mean, *rest):
+    *tensors, purpose, x_dtype, score_dtype, noise_dtype, f64 = rest
+    lead = grad if grad is not None else grad_mean
+    of_x, of_score, of_noise, sums = _formula(purpose, f64)(grad, grad_mean, *tensors)
+    outputs = [
+        _like(lead, dtype) if dtype is None else _copy_like(lead, value, dtype)
+        for dtype, value in zip((x_dtype, score_dtype, noise_dtype), (of_x, of_score, of_noise))
+    ]
+    return *outputs, lead.new_empty(0, dtype=of_x.dtype) if sums is None else sums.contiguous()
+
+
+def _backward_fake(grad, grad_mean, x, *rest):
+    *_, x_dtype, score_dtype, noise_dtype, f64 = rest
+    lead = grad if grad is not None else grad_mean
+    dtype = torch.float64 if f64 else torch.float32
+    count = lead.shape[0] if lead.dim() else 1
+    sums = lead.new_empty(0 if x is None else (3, count), dtype=dtype)
+    return *(_like(lead, d) for d in (x_dtype, score_dtype, noise_dtype)), sums
+
+
+def _backward_setup(ctx, inputs, output):
+    *tensors, ctx.purpose, ctx.x_dtype, ctx.score_dtype, ctx.noise_dtype, ctx.f64 = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_backward(ctx, *grads):
+    *variables, seed, step, noise = ctx.saved_tensors
+    asked = [d is not None for d in (ctx.x_dtype, ctx.score_dtype, ctx.noise_dtype)] + [variables[2] is not None]
+
+    def formula(*tensors):
+        *inner, noise = tensors
+        out = _formula(ctx.purpose, ctx.f64)(*inner, seed, step, noise)
+        return tuple(value for value, due in zip(out, asked) if due)
+
+    kept = [grad for grad, due in zip(grads, asked) if due]
+    inner = vector_jacobian(formula, (*variables, noise), kept)
+    return (*inner[:7], None, None, inner[7], *(None,) * 5)
+
+
+def _backward_vmap(info, in_dims, *args):
+    return one_by_one(info, in_dims, torch.ops.pyflow.sde_step_backward, args[:10], *args[10:]), (0, 0, 0, 0)
+
+
+def _sums_like(pred: Tensor) -> Tensor:
+    return pred.new_empty(pred.shape[:1], dtype=compute_dtype(pred.dtype))
+
+
+def _loss_reference(pred, std, seed, step):
+    return ref.denoising_loss(pred, std, ref.noise_like(pred, seed, step, None, "noise")).contiguous()
+
+
+def _loss_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _loss_backward(ctx, grad):
+    _, std, _, _ = ctx.saved_tensors
+    of_pred, of_std = call("denoising_loss_backward", grad, *ctx.saved_tensors)
+    return of_pred, _of_coefficient(of_std, std) if ctx.needs_input_grad[1] else None, None, None
+
+
+def _loss_vmap(info, in_dims, *tensors):
+    single = lambda *args: (torch.ops.pyflow.denoising_loss(*args),)  # noqa: E731
+    return one_by_one(info, in_dims, single, tensors)[0], 0
+
+
+def _loss_backward_reference(grad, pred, std, seed, step):
+    z = ref.noise_like(pred, seed, step, None, "noise")
+    of_pred, of_std = ref.denoising_loss_backward(grad, pred, std, z)
+    return _copy_like(pred, of_pred), of_std.contiguous()
+
+
+def _loss_backward_backward(ctx, *grads):
+    grad, pred, std, seed, step = ctx.saved_tensors
+
+    def formula(grad, pred, std):
+        return ref.denoising_loss_backward(grad, pred, std, ref.noise_like(pred, seed, step, None, "noise"))
+
+    return (*vector_jacobian(formula, (grad, pred, std), grads), None, None)
+
+
+def _loss_backward_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _loss_backward_vmap(info, in_dims, *tensors):
+    return one_by_one(info, in_dims, torch.ops.pyflow.denoising_loss_backward, tensors), (0, 0)
+
+
+def _squares_reference(score, seed, step, noise, purpose):
+    return ref.langevin_squares(score, ref.noise_like(score, seed, step, noise, PURPOSES[purpose])).contiguous()
+
+
+def _squares_fake(score, seed, step, noise, purpose):
+    return score.new_empty((2, score.shape[0] if score.dim() else 1), dtype=compute_dtype(score.dtype))
+
+
+def _squares_setup(ctx, inputs, output):
+    score, _, _, noise, _ = inputs
+    ctx.save_for_backward(score, noise)
+
+
+def _squares_backward(ctx, grad):
+    score, noise = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    of = [
+        (2 * ref.column(g, t) * t).to(t.dtype) if need else None
+        for g, t, need in zip(grad, (score, noise), (needs[0], needs[3]))
+    ]
+    return of[0], None, None, of[1], None
+
+
+def _squares_vmap(info, in_dims, *args):
+    single = lambda *tensors: (torch.ops.pyflow.langevin_squares(*tensors),)  # noqa: E731
+    return one_by_one(info, in_dims, single, args[:4], *args[4:])[0], 0
+
+
+register(
+    "sde_step", "sde", reference=_reference, fake=_fake, vmap=_vmap, setup_context=_setup, backward=_backward,
+)  # fmt: skip
+register(
+    "sde_step_backward", "sde", reference=_backward_reference, fake=_backward_fake, vmap=_backward_vmap,
+    setup_context=_backward_setup, backward=_backward_backward,
+)  # fmt: skip
+register(
+    "denoising_loss", "sde", reference=_loss_reference, vmap=_loss_vmap,
+    fake=lambda pred, std, seed, step: _sums_like(pred), setup_context=_loss_setup, backward=_loss_backward,
+)  # fmt: skip
+register(
+    "denoising_loss_backward", "sde", reference=_loss_backward_reference, vmap=_loss_backward_vmap,
+    fake=lambda grad, pred, std, seed, step: (torch.empty_like(pred), _sums_like(pred)),
+    setup_context=_loss_backward_setup, backward=_loss_backward_backward,
+)  # fmt: skip
+register(
+    "langevin_squares", "sde", reference=_squares_reference, fake=_squares_fake, vmap=_squares_vmap,
+    setup_context=_squares_setup, backward=_squares_backward,
+)  # fmt: skip

@@ -1,0 +1,19 @@
+"""Diffusions by reverse SDEs: schedules, samplers of one fused pass per step, log-likelihood."""
+
+from ..flows.images import bits_per_dim
+from .equations import SDE, VESDE, VPSDE, SubVPSDE, from_marginals
+from .likelihood import log_likelihood
+from .sampling import Step, make_step, sample
+
+__all__ = [
+    "SDE",
+    "VESDE",
+    "VPSDE",
+    "Step",
+    "SubVPSDE",
+    "bits_per_dim",
+    "from_marginals",
+    "log_likelihood",
+    "make_step",
+    "sample",
+]

@@ -1,0 +1,348 @@
+"""Reverse-time samplers: every method is one fused step with its own three scalars."""
+
+from __future__ import annotations
+
+import contextlib
+import numbers
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from ..ops import langevin_step, sde_step
+from .equations import SDE, Grid, Row, count, seeds_for
+
+Score = Callable[[Tensor, Tensor], Tensor]
+
+METHODS = ("euler_maruyama", "reverse_diffusion", "ancestral", "pc", "probability_flow")
+PREDICTORS = ("euler_maruyama", "reverse_diffusion", "ancestral", "probability_flow")
+CORRECTORS = ("langevin", "none")
+NORMS = ("sample", "batch")
+
+
+def sample(
+    sde: SDE,
+    score_fn: Score,
+    shape: Sequence[int],
+    *,
+    steps: int = 1000,
+    method: str = "euler_maruyama",
+    predictor: str | None = None,
+    corrector: str = "langevin",
+    corrector_steps: int = 1,
+    snr: float = 0.16,
+    step_size: float | None = None,
+    norm: str = "sample",
+    eps: float = 1e-3,
+    denoise: bool = True,
+    micro_batch: int | None = None,
+    seed: int | Tensor | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+    callback: Callable[[int, float, Tensor], object] | None = None,
+    check_finite: bool = False,
+) -> Tensor:
+    """Samples of the model whose score is given, by solving the SDE backwards from its prior.
+
+    x' = a x + b score + c z per step, at times linspace(1, eps, steps).
+
+    Args:
+        sde: `VPSDE`, `SubVPSDE`, `VESDE`, `from_marginals(...)` or a subclass of `SDE`.
+        score_fn: called as score_fn(x, t) with x (B, ...) in `dtype` and t (B,) float32; returns the score in x's
+            shape, in any float dtype. A function or a module.
+        shape: (B, ...) of the result.
+        steps: number of steps. The discrete methods of VPSDE, and "pc" for VPSDE and SubVPSDE, need more than
+            beta_max.
+        method: "euler_maruyama", "reverse_diffusion", "ancestral" (VPSDE and VESDE), "pc" (a Langevin corrector
+            before every predictor step) or "probability_flow" (no noise but the prior's).
+        predictor: of "pc" any other method, default "reverse_diffusion"; of "probability_flow" the SDE step whose
+            score term is halved, "euler_maruyama" (default) or "reverse_diffusion".
+        corrector: of "pc", "langevin" or "none".
+        corrector_steps: Langevin steps per predictor step.
+        snr: signal-to-noise ratio of the corrector, eps_i = 2 alpha (snr |z| / |score|)**2.
+        step_size: a fixed eps_i instead.
+        norm: "sample" takes |z| and |score| of each sample; "batch" their means over the batch, as published, which
+            makes samples depend on each other.
+        eps: time of the last step, in (0, 1).
+        denoise: the last step adds no noise, it ends on the mean.
+        micro_batch: evaluate the score for this many samples at a time, the last ones padded.
+        seed: an integer, which `pyflow.ops.sample_seeds` spreads over the samples, or (B,) int64, a stream each;
+            None draws one from torch's default generator.
+        device: default that of seed, or of score_fn's parameters.
+        dtype: of x; a, b, c and t are float32 whatever it is.
+        progress: show a bar, where tqdm is installed.
+        callback: called as callback(i, t, x) after step i, which was taken at time t; x is the new state.
+        check_finite: stop when x is not finite. This reads the device after every step.
+
+    Returns:
+        x of the given shape and dtype, without a graph.
+
+    Raises:
+        TypeError: score_fn is not callable, a wrong dtype, a count that is no integer.
+        ValueError: an unknown word, steps < 1, eps outside (0, 1), a method that is not defined for the SDE.
+        FloatingPointError: check_finite found NaN or an infinity; the text has the step.
+
+    Notes:
+        Noise and update have the same bits in any batch, on any number of ranks (each passes
+        `sample_seeds(seed, n, start=...)`) and on every backend. The score is a matter of the network: GEMM and
+        convolution bits depend on the batch they run in. In micro-batches every call has one shape, and sample k of
+        the batch stands at place k % micro_batch: with micro_batch=1, and between ranks that start at multiples of
+        it, samples are equal bit for bit. At another place they are so where the network's kernels treat all places
+        alike; on a CPU an activation does not if the elements of a micro-batch are no multiple of the vector width,
+        because its last ones go through a scalar loop.
+
+    Source:
+        Song et al. 2021, arXiv:2011.13456, appendices D, E, F and G.
+
+    Example:
+        >>> import pyflow
+        >>> sde = pyflow.sde.VPSDE()
+        >>> def score(x, t):  # of data that is standard normal
+        ...     return -x
+        >>> x = sample(sde, score, (2, 3), steps=50, seed=0, progress=False)
+        >>> bool((x[1] == sample(sde, score, (4, 3), steps=50, seed=0, progress=False)[1]).all())
+        True
+    """
+    plan = _Plan.checked(
+        "sample", sde, score_fn, method, predictor, corrector, corrector_steps, snr, step_size, norm, steps, eps,
+        denoise, micro_batch,
+    )  # fmt: skip
+    return Step(plan, score_fn, plan.advance(score_fn)).sample(
+        shape, seed=seed, device=device, dtype=dtype, progress=progress, callback=callback, check_finite=check_finite
+    )
+
+
+def make_step(
+    sde: SDE,
+    score_fn: Score,
+    method: str = "euler_maruyama",
+    *,
+    steps: int = 1000,
+    predictor: str | None = None,
+    corrector: str = "langevin",
+    corrector_steps: int = 1,
+    snr: float = 0.16,
+    step_size: float | None = None,
+    norm: str = "sample",
+    eps: float = 1e-3,
+    denoise: bool = True,
+    micro_batch: int | None = None,
+    **compile_options: object,
+) -> Step:
+    """The step of a sampler, score and update compiled together once for all times.
+
+    Args:
+        sde, score_fn, method, steps, predictor, ..., micro_batch: as for `sample`.
+        compile_options: for `torch.compile`, as mode="reduce-overhead"; fullgraph is always on.
+
+    Returns:
+        `Step`: `step(x, i, seed) -> x'` for i = 0 ... steps - 1, and `step.sample(shape, seed=..., ...)`, the loop.
+
+    Raises:
+        TypeError, ValueError: as for `sample`.
+
+    Notes:
+        Time, scalars and step number enter as 0-d tensors on x's device: one graph serves all of them, and the host
+        reads nothing. Another shape of x compiles anew.
+
+    Example:
+        >>> import pyflow
+        >>> sde = pyflow.sde.VPSDE()
+        >>> step = make_step(sde, lambda x, t: -x, "ancestral", steps=100, backend="eager")
+        >>> step(torch.zeros(2, 3), 99, torch.zeros(2, dtype=torch.int64)).shape
+        torch.Size([2, 3])
+    """
+    plan = _Plan.checked(
+        "make_step", sde, score_fn, method, predictor, corrector, corrector_steps, snr, step_size, norm, steps, eps,
+        denoise, micro_batch,
+    )  # fmt: skip
+    return Step(plan, score_fn, torch.compile(plan.advance(score_fn), fullgraph=True, **compile_options))
+
+
+class Step:
+    """One step of a sampler for every time, and the loop over it; made by `make_step`."""
+
+    def __init__(self, plan: _Plan, score_fn: Score, advance: Callable[..., Tensor]) -> None:
+        self._plan, self._score_fn, self._advance = plan, score_fn, advance
+        self.times = plan.times
+        self._rows: dict[torch.device, list[tuple]] = {}
+        self._t = torch.empty(0)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, i: int, seed: Tensor) -> Tensor:
+        """x after step i from x before it; seed: (B,) int64, or 0-d for one stream over the batch."""
+        rows = self._rows.get(x.device) or self._load(x.device)
+        t, *row = rows[i]
+        if self._t.shape != x.shape[:1] or self._t.device != x.device:
+            self._t = torch.empty(x.shape[0], device=x.device)
+        # a buffer of its own: a score function that scales t in place does no harm
+        return self._advance(x, self._t.copy_(t), seed, *row)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        seed: int | Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        progress: bool = True,
+        callback: Callable[[int, float, Tensor], object] | None = None,
+        check_finite: bool = False,
+    ) -> Tensor:
+        """Every step from the prior down; the arguments are those of `pyflow.sde.sample`."""
+        shape = _checked_shape(shape)
+        if dtype not in check.FLOATS:
+            got = check.short(dtype) if isinstance(dtype, torch.dtype) else type(dtype).__name__
+            raise TypeError(f"sample: dtype must be float32, float64, bfloat16 or float16, got {got}")
+        if device is None and not isinstance(seed, Tensor):
+            device = _device_of(self._score_fn)
+        seed = seeds_for("sample", shape[0], seed, device)
+        x = self._plan.sde.prior_sample(shape, seed, dtype=dtype)
+        steps = len(self.times)
+        for i, t in enumerate(_bar(self.times, progress)):
+            x = self(x, i, seed)
+            if check_finite and not bool(x.isfinite().all()):
+                raise FloatingPointError(f"sample: x is not finite after step {i} of {steps}, t = {t:.4g}")
+            if callback is not None:
+                callback(i, t, x)
+        return x
+
+    def _load(self, device: torch.device) -> list[tuple]:
+        rows = self._rows[device] = self._plan.rows(device)
+        return rows
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A sampler's arguments, checked, with a, b, c of every step and alpha of every corrector step."""
+
+    sde: SDE
+    times: tuple[float, ...]
+    table: Tensor  # (5, steps): t, a, b, c, alpha
+    noisy: bool
+    corrector_steps: int
+    langevin: dict[str, object]
+    micro_batch: int | None
+
+    @classmethod
+    def checked(
+        cls, op, sde, score_fn, method, predictor, corrector, corrector_steps, snr, step_size, norm, steps, eps,
+        denoise, micro_batch,
+    ):  # fmt: skip
+        if not isinstance(sde, SDE):
+            raise TypeError(f"{op}: sde must be a pyflow.sde.SDE, got {type(sde).__name__}")
+        if not callable(score_fn):
+            raise TypeError(f"{op}: score_fn must be callable, got {type(score_fn).__name__}")
+        count(op, "steps", steps)
+        if not 0 < check.number(op, "eps", eps) < sde.T:
+            raise ValueError(f"{op}: eps must be in (0, {sde.T:g}), got {eps}")
+        if micro_batch is not None:
+            count(op, "micro_batch", micro_batch)
+        predictor = _predictor(op, method, predictor)
+        corrected = check.choice(op, "corrector", corrector, CORRECTORS) == 0 and method == "pc"
+        check.choice(op, "norm", norm, NORMS)
+        if step_size is None:
+            langevin = {"snr": check.positive(op, "snr", snr), "norm": norm}
+        else:
+            langevin = {"step_size": check.positive(op, "step_size", step_size)}
+        count(op, "corrector_steps", corrector_steps)
+        grid = Grid.of(steps, eps)
+        a, b, c = _row(sde, method, predictor, grid)
+        if denoise:
+            c = torch.cat((c[:-1], c.new_zeros(1)))
+        alpha = sde.corrector_alpha(grid) if corrected else torch.ones_like(a)
+        table = torch.stack((grid.times, a, b, c, alpha)).float()
+        noisy = "probability_flow" not in (method, predictor)
+        return cls(sde, tuple(grid.times.tolist()), table, noisy, corrector_steps * corrected, langevin, micro_batch)
+
+    def rows(self, device: torch.device) -> list[tuple]:
+        """(t, a, b, c, alpha, step, (corrector's steps)) of every step as 0-d tensors on the device."""
+        # sixteen bytes apart: compiled code copies an input that is not aligned
+        scalars = self.table.new_zeros(*self.table.shape, 4)
+        scalars[..., 0] = self.table
+        counters = torch.zeros(len(self.times), 1 + self.corrector_steps, 2, dtype=torch.int64)
+        counters[:, 0, 0] = torch.arange(len(self.times))
+        counters[:, 1:, 0] = torch.arange(len(self.times) * self.corrector_steps).view(len(self.times), -1)
+        scalars, counters = scalars.to(device)[..., 0], counters.to(device)[..., 0]
+        columns = [column.unbind() for column in scalars]
+        counts = [row.unbind() for row in counters]
+        return [(*row, step, tuple(rest)) for *row, (step, *rest) in zip(*columns, counts)]
+
+    def advance(self, score_fn: Score) -> Callable[..., Tensor]:
+        if self.micro_batch:
+            score_fn = _in_micro_batches(score_fn, self.micro_batch)
+        langevin, noisy = self.langevin, self.noisy
+
+        def advance(x, t, seed, a, b, c, alpha, step, corrector_steps):
+            for number in corrector_steps:
+                x = langevin_step(x, score_fn(x, t), alpha=alpha, seed=seed, step=number, **langevin)
+            score = score_fn(x, t)
+            # c is 0 on a probability flow: any noise will do, so none is drawn
+            return sde_step(x, score, a, b, c, seed=seed, step=step, noise=None if noisy else score)
+
+        return advance
+
+
+def _predictor(op: str, method: str, predictor: str | None) -> str:
+    check.choice(op, "method", method, METHODS)
+    if predictor is not None:
+        check.choice(op, "predictor", predictor, PREDICTORS)
+    if method == "pc":
+        return predictor or "reverse_diffusion"
+    if method == "probability_flow":
+        if predictor in ("ancestral", "probability_flow"):
+            raise ValueError(f"{op}: predictor of probability_flow must be euler_maruyama or reverse_diffusion, got "
+                             f"{predictor!r}")  # fmt: skip
+        return predictor or "euler_maruyama"
+    if predictor is not None:
+        raise ValueError(f"{op}: predictor goes with pc and probability_flow, got method {method!r}")
+    return method
+
+
+def _row(sde: SDE, method: str, predictor: str, grid: Grid) -> Row:
+    if predictor == "probability_flow":
+        method, predictor = predictor, "euler_maruyama"
+    a, b, c = getattr(sde, predictor)(grid)
+    return (a, b / 2, torch.zeros_like(c)) if method == "probability_flow" else (a, b, c)
+
+
+def _in_micro_batches(score_fn: Score, size: int) -> Score:
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        n = x.shape[0]
+        scores = []
+        for start in range(0, n, size):
+            part, times = x[start : start + size], t[start : start + size]
+            missing = size - part.shape[0]
+            if missing:
+                # copies of a sample, for which the network is sure to be defined
+                part = torch.cat((part, part[-1:].expand(missing, *part.shape[1:])))
+                times = torch.cat((times, times[-1:].expand(missing)))
+            scores.append(score_fn(part, times)[: size - missing])
+        return torch.cat(scores) if scores else torch.empty_like(x)
+
+    return score
+
+
+def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    shape = tuple(shape)
+    if not shape or any(isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 0 for n in shape):
+        raise ValueError(f"sample: shape must be (B, ...) of integers that are not negative, got {shape}")
+    return shape
+
+
+def _device_of(score_fn: Score) -> torch.device:
+    parameter = next(score_fn.parameters(), None) if isinstance(score_fn, nn.Module) else None
+    return torch.get_default_device() if parameter is None else parameter.device
+
+
+def _bar(times: tuple[float, ...], progress: bool) -> Iterable[float]:
+    if progress:
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm
+
+            return tqdm(times, unit="step", dynamic_ncols=True, mininterval=0.2)
+    return times

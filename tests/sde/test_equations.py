@@ -1,0 +1,152 @@
+"""Schedules against their formulas in exact arithmetic, and the tables of each method."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pyflow.sde import VESDE, VPSDE, SubVPSDE, from_marginals
+from pyflow.sde.equations import Grid
+
+SDES = (VPSDE(), SubVPSDE(), VESDE())
+TIMES = torch.tensor([1e-5, 1e-3, 0.1, 0.5, 0.9, 1.0])
+
+
+def named(sde):
+    return type(sde).__name__
+
+
+@pytest.mark.parametrize("sde", SDES, ids=named)
+def test_marginal_keeps_its_relative_accuracy_near_0_in_float32(sde):
+    exact, single = sde.marginal(TIMES.double()), sde.marginal(TIMES)
+    for ours, wanted in zip(single, exact):
+        assert ours.dtype == torch.float32
+        assert bool(((ours - wanted).abs() <= 1e-5 * wanted).all())
+
+
+def test_marginals_are_the_published_formulas():
+    t = TIMES.double()
+    log_alpha = -0.25 * t**2 * (20 - 0.1) - 0.5 * t * 0.1
+    for sde, alpha, variance in (
+        (VPSDE(), log_alpha.exp(), 1 - (2 * log_alpha).exp()),
+        (SubVPSDE(), log_alpha.exp(), (1 - (2 * log_alpha).exp()) ** 2),
+        (VESDE(), torch.ones_like(t), (0.01 * 5000**t) ** 2),
+    ):
+        ours = sde.marginal(t)
+        torch.testing.assert_close(ours[0], alpha)
+        torch.testing.assert_close(ours[1] ** 2, variance, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("sde", SDES, ids=named)
+def test_rates_are_those_of_the_marginals(sde):
+    twin = from_marginals(lambda t: sde.marginal(t)[0], lambda t: sde.marginal(t)[1])
+    t = TIMES.double()
+    for ours, derived in zip(sde.rates(t), twin.rates(t)):
+        torch.testing.assert_close(ours, derived, rtol=1e-8, atol=1e-12)
+    assert twin.prior_std == pytest.approx(sde.marginal(1.0)[1].item())
+    torch.testing.assert_close(twin.diffusion(t), sde.diffusion(t), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("sde", SDES, ids=named)
+def test_drift_takes_one_time_per_sample(sde):
+    x = torch.randn(2, 3, 4)
+    drift = sde.drift(x, torch.tensor([0.2, 0.7]))
+    f = sde.rates(torch.tensor([0.2, 0.7]))[0]
+    torch.testing.assert_close(drift, torch.stack((f[0] * x[0], f[1] * x[1])))
+    assert sde.drift(x.bfloat16(), 0.5).dtype == torch.bfloat16
+    assert sde.marginal(torch.tensor(0.5, dtype=torch.bfloat16))[1].dtype == torch.float32
+
+
+def test_a_constant_marginal_may_be_a_number():
+    f, g2 = from_marginals(lambda t: 1.0, lambda t: 2 * t).rates(torch.tensor([0.25, 0.5]))
+    assert f.tolist() == [0, 0]
+    torch.testing.assert_close(g2, torch.tensor([2.0, 4.0]))
+
+
+def test_a_learned_schedule_has_gradients():
+    power = torch.tensor(1.5, requires_grad=True)
+    sde = from_marginals(lambda t: torch.cos(t), lambda t: torch.sin(t) ** power)
+    assert sde.rates(torch.tensor([0.3]))[1].requires_grad
+    with torch.no_grad():
+        assert not sde.rates(torch.tensor([0.3]))[1].requires_grad
+
+
+def test_prior_sample_is_a_function_of_each_samples_seed():
+    from pyflow.ops import sample_seeds
+
+    for sde, std in ((VPSDE(), 1.0), (SubVPSDE(), 1.0), (VESDE(), 50.0)):
+        x = sde.prior_sample((6, 5000), 3)
+        assert torch.equal(x[4:5], sde.prior_sample((1, 5000), sample_seeds(3, 1, start=4)))
+        assert abs(x.std().item() / std - 1) < 3 / math.sqrt(2 * x.numel())
+        assert torch.equal(sde.prior_sample((6, 5000), 3, dtype=torch.bfloat16), x.bfloat16())
+
+
+def test_grid_places_every_time_in_its_table():
+    for steps, eps in ((1, 0.5), (2, 1e-3), (1000, 1e-3), (1000, 1e-5), (1001, 1e-3), (2000, 1e-3), (37, 0.3)):
+        grid = Grid.of(steps, eps)
+        assert grid.times[0] == 1 and (steps == 1 or grid.times[-1] == pytest.approx(eps))
+        # a hair above, for the times where t (N - 1) is whole and rounding may fall below it
+        wanted = (grid.times * (steps - 1) + 1e-9).floor().long()
+        assert torch.equal(grid.index, wanted)
+
+
+def test_rows_are_those_of_the_table():
+    n = 100
+    grid = Grid.of(n, 1e-3)
+    t, i = grid.times, grid.index.double()
+    vp, sub, ve = SDES
+    beta_t = (0.1 + t * 19.9) / n
+    beta = torch.linspace(0.1 / n, 20 / n, n, dtype=torch.float64)[grid.index]
+    alpha_bar = vp.marginal(t)[0]
+    g2 = (0.1 + t * 19.9) * (1 - alpha_bar**4)
+    sigma_t = 0.01 * 5000**t
+    sigma = 0.01 * 5000 ** (i / (n - 1))
+    below = torch.where(i > 0, 0.01 * 5000 ** ((i - 1) / (n - 1)), 0)
+    gap = sigma**2 - below**2
+    growth = 2 * math.log(5000)
+    one = torch.ones_like(t)
+    rows = {
+        vp.euler_maruyama: (1 + beta_t / 2, beta_t, beta_t.sqrt()),
+        vp.reverse_diffusion: (2 - (1 - beta).sqrt(), beta, beta.sqrt()),
+        vp.ancestral: (1 / (1 - beta).sqrt(), beta / (1 - beta).sqrt(), beta.sqrt()),
+        sub.euler_maruyama: (1 + beta_t / 2, g2 / n, (g2 / n).sqrt()),
+        sub.reverse_diffusion: (1 + beta_t / 2, g2 / n, (g2 / n).sqrt()),
+        ve.euler_maruyama: (one, sigma_t**2 * growth / n, sigma_t * math.sqrt(growth / n)),
+        ve.reverse_diffusion: (one, gap, gap.sqrt()),
+        ve.ancestral: (one, gap, (below**2 * gap / sigma**2).sqrt()),
+    }
+    for method, wanted in rows.items():
+        for ours, value in zip(method(grid), wanted):
+            torch.testing.assert_close(ours, value, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(vp.corrector_alpha(grid), 1 - beta)
+    torch.testing.assert_close(sub.corrector_alpha(grid), 1 - beta)
+    torch.testing.assert_close(ve.corrector_alpha(grid), one)
+    assert repr(vp) == "VPSDE(beta_min=0.1, beta_max=20)" and repr(ve) == "VESDE(sigma_min=0.01, sigma_max=50)"
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: VPSDE(0.0), ValueError, "VPSDE: beta_min must be positive and finite, got 0.0"),
+        (lambda: SubVPSDE(2, 1), ValueError, "SubVPSDE: beta_max must be finite and at least beta_min, 2, got 1"),
+        (lambda: VESDE(sigma_min=-1), ValueError, "VESDE: sigma_min must be positive and finite, got -1"),
+        (lambda: VESDE(1.0, 1.0), ValueError, "VESDE: sigma_max must be finite and above sigma_min, 1.0, got 1.0"),
+        (lambda: from_marginals(1, 2), TypeError, "from_marginals: alpha must be callable, got int"),
+        (
+            lambda: from_marginals(lambda t: 1.0, lambda t: t[None]),
+            ValueError,
+            "from_marginals: std(t) must have the shape of t, got (1,)",
+        ),
+        (
+            lambda: from_marginals(lambda t: 1.0, lambda t: 2 - t).rates(0.5),
+            ValueError,
+            "from_marginals: std / alpha must not fall as t grows",
+        ),
+    ],
+)
+def test_wrong_arguments(make, error, text):
+    with pytest.raises(error) as caught:
+        make()
+    assert str(caught.value) == text

@@ -1,0 +1,264 @@
+"""Samplers on a Gaussian, where the discretised chain is linear in x and its moments are known exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+
+import pytest
+import torch
+
+import pyflow
+from pyflow.ops import normal, sample_seeds
+from pyflow.sde import VESDE, VPSDE, SubVPSDE, from_marginals, sample
+from pyflow.sde.equations import Grid
+from pyflow.testing import assert_same_bits, threads
+
+MEAN = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
+COVARIANCE = torch.tensor([[1.0, 0.6, 0.0], [0.6, 0.8, -0.3], [0.0, -0.3, 0.5]], dtype=torch.float64)
+SDES = {
+    "vp": VPSDE(),
+    "sub_vp": SubVPSDE(),
+    "ve": VESDE(),
+    "marginals": from_marginals(lambda t: torch.cos(1.5 * t), lambda t: torch.sin(1.5 * t)),
+}
+METHODS = ("euler_maruyama", "reverse_diffusion", "ancestral", "pc", "probability_flow")
+CASES = [(s, m) for s in SDES for m in METHODS if m != "ancestral" or s in ("vp", "ve")]
+STEPS, LANGEVIN = 60, 0.002
+
+
+def linear_score(sde, t):
+    """(A, mean of x_t) with score = A (x - mean)."""
+    alpha, std = sde.marginal(t)
+    return -torch.linalg.inv(alpha**2 * COVARIANCE + std**2 * torch.eye(3, dtype=torch.float64)), alpha * MEAN
+
+
+def gaussian_score(sde):
+    def score(x, t):
+        matrix, mean = linear_score(sde, t[0].double())
+        # written out: a GEMM's bits depend on the batch
+        residual = x - mean.to(x)
+        return sum(residual[:, j : j + 1] * matrix[:, j].to(x) for j in range(3))
+
+    return score
+
+
+def scalars(sde, method, steps, eps=1e-3):
+    """(t, a, b, c) of every predictor step."""
+    grid = Grid.of(steps, eps)
+    rows = {"pc": sde.reverse_diffusion, "probability_flow": sde.euler_maruyama}
+    a, b, c = (rows.get(method) or getattr(sde, method))(grid)
+    if method == "probability_flow":
+        b, c = b / 2, 0 * c
+    c[-1] = 0
+    return zip(grid.times, a, b, c)
+
+
+def chain_moments(sde, method, steps):
+    """Mean and covariance after every step of the chain, in float64."""
+    one = torch.eye(3, dtype=torch.float64)
+    mean, covariance = torch.zeros(3, dtype=torch.float64), sde.prior_std**2 * one
+
+    def move(a, b, c, t):
+        matrix, centre = linear_score(sde, t)
+        factor = a * one + b * matrix
+        return factor @ mean - b * matrix @ centre, factor @ covariance @ factor.T + c**2 * one
+
+    for t, a, b, c in scalars(sde, method, steps):
+        if method == "pc":
+            mean, covariance = move(1.0, LANGEVIN, (2 * LANGEVIN) ** 0.5, t)
+        mean, covariance = move(a, b, c, t)
+    return mean, covariance
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_moments_are_those_of_the_discretised_chain(name, method):
+    sde, n = SDES[name], 20_000
+    x = sample(
+        sde, gaussian_score(sde), (n, 3), steps=STEPS, method=method, step_size=LANGEVIN, seed=1, progress=False
+    ).double()
+    mean, covariance = chain_moments(sde, method, STEPS)
+    variances = covariance.diagonal()
+    mean_error = (variances / n).sqrt()
+    covariance_error = ((variances[:, None] * variances + covariance**2) / n).sqrt()
+    assert bool(((x.mean(0) - mean).abs() <= 3 * mean_error).all())
+    assert bool(((x.T.cov() - covariance).abs() <= 3 * covariance_error).all())
+
+
+@pytest.mark.parametrize("norm", ["sample", "batch"])
+@pytest.mark.parametrize("name", SDES)
+def test_snr_rule_is_the_eager_loop_on_the_same_noise(name, norm):
+    sde, shape, steps, snr = SDES[name], (7, 3), 30, 0.05
+    score, seeds = gaussian_score(sde), sample_seeds(5, 7)
+    alphas = sde.corrector_alpha(Grid.of(steps, 1e-3))
+    x = sde.prior_std * normal(shape, seed=seeds, purpose="prior")
+    for i, (t, a, b, c) in enumerate(scalars(sde, "pc", steps)):
+        times = t.float().expand(7)
+        z, grad = normal(shape, seed=seeds, step=i, purpose="corrector"), score(x, times)
+        z_norm, grad_norm = z.norm(dim=1, keepdim=True), grad.norm(dim=1, keepdim=True)
+        if norm == "batch":
+            z_norm, grad_norm = z_norm.mean(), grad_norm.mean()
+        step_size = 2 * alphas[i].float() * (snr * z_norm / grad_norm) ** 2
+        x = x + step_size * grad + (2 * step_size).sqrt() * z
+        x = a.float() * x + b.float() * score(x, times) + c.float() * normal(shape, seed=seeds, step=i)
+    ours = sample(sde, score, shape, steps=steps, method="pc", snr=snr, norm=norm, seed=5, progress=False)
+    torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_a_sample_does_not_depend_on_its_batch(name, method):
+    sde = SDES[name]
+    arguments = {"steps": 25, "method": method, "progress": False}
+    together = sample(sde, gaussian_score(sde), (9, 3), seed=2, **arguments)
+    alone = sample(sde, gaussian_score(sde), (1, 3), seed=sample_seeds(2, 1, start=5), **arguments)
+    assert_same_bits(together[5:6], alone)
+    assert_same_bits(together, sample(sde, gaussian_score(sde), (9, 3), seed=2, **arguments))
+    assert not torch.equal(together, sample(sde, gaussian_score(sde), (9, 3), seed=3, **arguments))
+
+
+@pytest.mark.parametrize("method", ["euler_maruyama", "ancestral", "probability_flow"])
+def test_every_backend_and_thread_count_gives_the_same_sample(method):
+    def draw():
+        return sample(VPSDE(), gaussian_score(VPSDE()), (500, 3), steps=25, method=method, seed=6, progress=False)
+
+    wanted = draw()
+    with threads(1):
+        assert_same_bits(draw(), wanted)
+    with pyflow.backend("reference"):
+        assert_same_bits(draw(), wanted)
+
+
+class Net(torch.nn.Module):
+    def __init__(self, channels=8):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = torch.nn.Conv2d(1, channels, 3, padding=1), torch.nn.Conv2d(channels, 1, 3, padding=1)
+        self.time, self.mix = torch.nn.Linear(1, channels), torch.nn.Linear(64, 64)
+        self.batches = []
+
+    def forward(self, x, t):
+        self.batches.append(len(x))
+        h = torch.nn.functional.silu(self.first(x) + self.time(t[:, None].to(x.dtype))[:, :, None, None])
+        return self.mix(self.last(h).flatten(1)).view_as(x) - x
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_a_network_in_micro_batches_gives_the_same_sample_in_any_batch(micro_batch):
+    net = Net()
+    arguments = {"steps": 25, "method": "pc", "micro_batch": micro_batch, "progress": False}
+    together = sample(VPSDE(), net, (10, 1, 8, 8), seed=2, **arguments)
+    assert set(net.batches) == {micro_batch}
+    for k in (0, 3, 9):
+        alone = sample(VPSDE(), net, (1, 1, 8, 8), seed=sample_seeds(2, 1, start=k), **arguments)
+        assert_same_bits(together[k : k + 1], alone)
+    plain = sample(VPSDE(), net, (10, 1, 8, 8), seed=2, steps=25, method="pc", progress=False)
+    torch.testing.assert_close(together, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_places_that_kernels_treat_differently_are_kept_apart():
+    torch.manual_seed(0)
+    # widths whose activations end in a scalar loop: rows of one micro-batch get other bits
+    net = torch.nn.Sequential(torch.nn.Linear(5, 13), torch.nn.Softplus(), torch.nn.Linear(13, 5))
+    arguments = {"score_fn": lambda x, t: net(x) - x, "steps": 50, "progress": False}
+    for micro_batch, starts in ((1, range(10)), (4, (0, 4, 8))):
+        together = sample(VPSDE(), shape=(10, 5), seed=2, micro_batch=micro_batch, **arguments)
+        for start in starts:
+            n = min(micro_batch, 10 - start)
+            seeds = sample_seeds(2, n, start=start)
+            part = sample(VPSDE(), shape=(n, 5), seed=seeds, micro_batch=micro_batch, **arguments)
+            assert_same_bits(together[start : start + n], part)
+
+
+def test_an_empty_batch_is_an_empty_sample():
+    x = sample(VPSDE(), Net(), (0, 1, 8, 8), steps=3, micro_batch=4, progress=False)
+    assert x.shape == (0, 1, 8, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_times_and_scalars_stay_float32(dtype):
+    seen = []
+
+    def score(x, t):
+        seen.append((x.dtype, t.dtype, t.shape))
+        return -x
+
+    x = sample(VPSDE(), score, (4, 2), steps=40, method="ancestral", dtype=dtype, seed=0, progress=False)
+    assert x.dtype == dtype and set(seen) == {(dtype, torch.float32, (4,))}
+    wide = sample(VPSDE(), lambda x, t: -x, (4, 2), steps=40, method="ancestral", seed=0, progress=False)
+    # forty roundings of the state
+    limit = 40 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(x.float(), wide, rtol=limit, atol=limit)
+
+
+def test_denoise_leaves_out_the_noise_of_the_last_step_only():
+    sde, last = VPSDE(), []
+
+    def keep(i, t, x):
+        last.append(x)
+
+    arguments = {"steps": 30, "method": "pc", "snr": 0.05, "seed": 4, "progress": False}
+    mean = sample(sde, gaussian_score(sde), (3, 3), callback=keep, **arguments)
+    states, last = last, []
+    noisy = sample(sde, gaussian_score(sde), (3, 3), denoise=False, callback=keep, **arguments)
+    for ours, other in zip(states[:-1], last[:-1]):
+        assert_same_bits(ours, other)
+    c = sde.reverse_diffusion(Grid.of(30, 1e-3))[2][-1].item()
+    z = normal((3, 3), seed=sample_seeds(4, 3), step=29)
+    torch.testing.assert_close(noisy - mean, c * z, rtol=1e-4, atol=1e-6)
+
+
+def test_callback_and_progress(monkeypatch):
+    seen = []
+    bar = io.StringIO()
+    with contextlib.redirect_stderr(bar):
+        x = sample(VESDE(), lambda x, t: -x, (2, 3), steps=5, callback=lambda *args: seen.append(args), seed=0)
+    assert "5/5" in bar.getvalue()
+    assert [i for i, _, _ in seen] == [0, 1, 2, 3, 4]
+    assert [t for _, t, _ in seen] == pytest.approx(torch.linspace(1, 1e-3, 5).tolist())
+    assert seen[-1][2] is x and not torch.equal(seen[0][2], x)
+    for hidden, progress in (({}, False), ({"tqdm": None}, True)):
+        for name, module in hidden.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        with contextlib.redirect_stderr(io.StringIO()) as silent:
+            sample(VESDE(), lambda x, t: -x, (2, 3), steps=5, progress=progress)
+        assert not silent.getvalue()
+
+
+def test_a_score_that_changes_its_time_in_place_does_no_harm():
+    times = []
+
+    def score(x, t):
+        times.append(t[0].item())
+        t.mul_(1000)
+        return -x
+
+    sample(VPSDE(), score, (1, 2), steps=5, progress=False)
+    assert times == pytest.approx(torch.linspace(1, 1e-3, 5).tolist())
+
+
+def test_the_seed_comes_from_torch_when_none_is_given():
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(11)
+        draws.append(sample(VPSDE(), lambda x, t: -x, (2, 3), steps=5, progress=False))
+    assert torch.equal(*draws)
+    assert not torch.equal(draws[0], sample(VPSDE(), lambda x, t: -x, (2, 3), steps=5, progress=False))
+
+
+def test_predictor_and_corrector_choices():
+    sde, score = VPSDE(), gaussian_score(VPSDE())
+    arguments = {"steps": 30, "seed": 4, "progress": False}
+    plain = sample(sde, score, (3, 3), method="ancestral", **arguments)
+    bare = sample(sde, score, (3, 3), method="pc", predictor="ancestral", corrector="none", **arguments)
+    assert_same_bits(plain, bare)
+    corrected = [
+        sample(sde, score, (3, 3), method="pc", corrector_steps=k, step_size=LANGEVIN, **arguments) for k in (1, 2)
+    ]
+    assert not torch.equal(*corrected)
+    flows = [
+        sample(sde, score, (3, 3), method="probability_flow", predictor=p, **arguments)
+        for p in ("euler_maruyama", "reverse_diffusion")
+    ]
+    assert not torch.equal(*flows)
+    torch.testing.assert_close(*flows, rtol=0.5, atol=0.5)

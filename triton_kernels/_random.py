@@ -1,0 +1,187 @@
+"""Noise on the device: csrc/math/philox.h and normal.h operation for operation, no fma anywhere."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._math import LN2_HI, LN2_LO, SQRT_HALF_BITS, bits, from_bits
+
+UNIFORM = tl.constexpr(0)
+NORMAL = tl.constexpr(1)
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Four words (uint32) from a counter and a key."""
+    for _ in tl.static_range(10):
+        p0 = c0.to(tl.uint64) * tl.full([], 0xD2511F53, tl.uint64)
+        p1 = c2.to(tl.uint64) * tl.full([], 0xCD9E8D57, tl.uint64)
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = p1.to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = p0.to(tl.uint32)
+        k0 = k0 + tl.full([], 0x9E3779B9, tl.uint32)
+        k1 = k1 + tl.full([], 0xBB67AE85, tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def uniform(word):
+    return (word >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-8
+
+
+@triton.jit
+def log_plain(x):
+    """Of positive normal float32."""
+    i = bits(x) - SQRT_HALF_BITS
+    k = (i >> 23).to(tl.float32)
+    f = from_bits((i & 0x007FFFFF) + SQRT_HALF_BITS) - 1.0
+    p = f * -0.07857371121644974 + 0.1288098394870758
+    p = p * f + -0.13129225373268127
+    p = p * f + 0.14181305468082428
+    p = p * f + -0.1662452220916748
+    p = p * f + 0.20002280175685883
+    p = p * f + -0.25000810623168945
+    p = p * f + 0.33333316445350647
+    f2 = f * f
+    tail = f2 * f * p + -0.5 * f2
+    return k * LN2_HI + (f + (k * LN2_LO + tail))
+
+
+@triton.jit
+def flip(x, sign):
+    """-x where the highest bit of sign (int32) is set."""
+    return from_bits(bits(x) ^ sign)
+
+
+@triton.jit
+def sincos_turns(turn):
+    """Sine and cosine of 2 pi turn / 2**24 (turn: int32)."""
+    quarter = (turn + 0x200000) >> 22
+    r = (turn - (quarter << 22)).to(tl.float32) * 5.9604644775390625e-8
+    s = r * r
+    p = s * -75.87133026123047 + 81.6053695678711
+    p = s * p + -41.34176254272461
+    p = s * p + 6.2831854820251465
+    sine = r * p
+    q = s * 58.07190704345703 + -85.41180419921875
+    q = s * q + 64.93907928466797
+    q = s * q + -19.739208221435547
+    cosine = s * q + 1.0
+    swapped = (quarter & 1) != 0
+    a = tl.where(swapped, cosine, sine)
+    b = tl.where(swapped, sine, cosine)
+    return flip(a, (quarter & 2) << 30), flip(b, ((quarter + 1) & 2) << 30)
+
+
+@triton.jit
+def box_muller(even, odd):
+    r = tl.sqrt_rn(-2.0 * log_plain((even.to(tl.float32) + 1.0) * 2.3283064365386963e-10))
+    sine, cosine = sincos_turns((odd >> 8).to(tl.int32))
+    return r * cosine, r * sine
+
+
+@triton.jit
+def halves(value):
+    """The two words of an int64."""
+    return (value & 0xFFFFFFFF).to(tl.uint32), ((value >> 32) & 0xFFFFFFFF).to(tl.uint32)
+
+
+@triton.jit
+def key_of(seed, seed_at, seed_low, seed_high, r, inside):
+    """The key of rows r: from the tensor, or the number that came by value."""
+    if seed is None:
+        return seed_low.to(tl.uint32), seed_high.to(tl.uint32)
+    else:
+        return halves(tl.load(seed + r.to(tl.int64) * seed_at, mask=inside, other=0))
+
+
+@triton.jit
+def words_at(k, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, inside):
+    """The words of the blocks that elements k (int64) are in."""
+    low, high = key_of(seed, seed_at, seed_low, seed_high, r, inside)
+    if step is None:
+        s0 = step_low.to(tl.uint32)
+        s1 = step_high.to(tl.uint32)
+    else:
+        s0, s1 = halves(tl.load(step))
+    s1 = (s1 & 0xFFFFFF) | (purpose.to(tl.uint32) << 24)
+    b0, b1 = halves(k >> 2)
+    return philox(b0, b1, s0, s1, low, high)
+
+
+@triton.jit
+def draw(
+    seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, c0, rows, cols,
+    KIND: tl.constexpr, PER_ROW: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Noise for rows r (R, 1) and the BLOCK_C columns from c0 on, of rows of `cols` elements.
+
+    ALIGNED: every row's tile begins with a block, so that a block is drawn once for its four elements.
+    """
+    inside = r < rows
+    if ALIGNED:
+        k = (c0 + 4 * tl.arange(0, BLOCK_C // 4)).to(tl.int64)[None, :]
+        k = r.to(tl.int64) * 0 + k if PER_ROW else r.to(tl.int64) * cols + k
+        w0, w1, w2, w3 = words_at(
+            k, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, inside
+        )  # fmt: skip
+        if KIND == NORMAL:
+            z0, z1 = box_muller(w0, w1)
+            z2, z3 = box_muller(w2, w3)
+        else:
+            z0, z1, z2, z3 = uniform(w0), uniform(w1), uniform(w2), uniform(w3)
+        return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+    else:
+        k = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)[None, :]
+        k = r.to(tl.int64) * 0 + k if PER_ROW else r.to(tl.int64) * cols + k
+        w0, w1, w2, w3 = words_at(
+            k, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, inside
+        )  # fmt: skip
+        odd = (k & 1) != 0
+        even, after = tl.where((k & 2) == 0, w0, w2), tl.where((k & 2) == 0, w1, w3)
+        if KIND == NORMAL:
+            first, second = box_muller(even, after)
+            return tl.where(odd, second, first)
+        else:
+            return uniform(tl.where(odd, after, even))
+
+
+def _signed(word: int) -> int:
+    """A word as the int32 with its bits: a launch argument of one type whatever its value."""
+    return word - 2**32 if word >= 2**31 else word
+
+
+def by_value(tensor: Tensor) -> bool:
+    """Whether a scalar is in the host's hands: the caller gave a number."""
+    return tensor.dim() == 0 and tensor.device.type == "cpu"
+
+
+def number(value: Tensor) -> tuple[Tensor | None, int, int]:
+    """(tensor or None, low word, high word) of a 0-d int64."""
+    if not by_value(value):
+        return value, 0, 0
+    whole = value.item() & (2**64 - 1)
+    return None, _signed(whole & 0xFFFFFFFF), _signed(whole >> 32)
+
+
+def stream(seed: Tensor, step: Tensor, purpose: int) -> dict[str, object]:
+    """The arguments of `draw` that say which stream, by name."""
+    of_seed, seed_low, seed_high = number(seed)
+    of_step, step_low, step_high = number(step)
+    return {
+        "seed": of_seed, "seed_at": seed.stride(0) if seed.dim() else 0, "seed_low": seed_low,
+        "seed_high": seed_high, "step": of_step, "step_low": step_low, "step_high": step_high, "purpose": purpose,
+        "PER_ROW": seed.dim() > 0,
+    }  # fmt: skip
+
+
+def aligned(seed: Tensor, rows: int, cols: int, block_cols: int) -> bool:
+    """Whether every row of every tile begins with a block."""
+    return block_cols % 4 == 0 and (seed.dim() > 0 or rows == 1 or cols % 4 == 0)
+
+
+# arguments that change from call to call: no kernel is compiled for their values
+SCALARS = ["rows", "cols", "segments", "seed_at", "seed_low", "seed_high", "step_low", "step_high", "purpose"]
