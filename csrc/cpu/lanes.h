@@ -1,5 +1,6 @@
 // Philox on vectors. Its product of two 32-bit words is one instruction on 64-bit lanes, which gcc does not find: it
-// multiplies all 64 bits by several (a quarter more time for a normal on a core of a Xeon, with AVX2 as with AVX-512). Besides stream.h the one place with intrinsics; without them the compiler vectorises words.
+// multiplies all 64 bits by several (a quarter more time for a normal on a core of a Xeon, with AVX2 as with
+// AVX-512). Besides stream.h the one place with intrinsics; without them the compiler vectorises words.
 #pragma once
 
 #if defined(__AVX2__)
