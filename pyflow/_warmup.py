@@ -52,4 +52,13 @@ def warmup(
                 ops.fsq_decode(indices, numbers, variant=variant, dtype=dtype)
             for variant in ("symmetric", "symmetric_hard"):
                 outputs.append(ops.residual_fsq(z, numbers, 2, variant=variant)[0])
+        seeds = ops.sample_seeds(torch.tensor(0, device=device), len(x))
+        scale = torch.ones(len(x), device=device, requires_grad=True)
+        for seed in (0, seeds):
+            ops.normal(x.shape, seed=seed, dtype=dtype, device=device)
+            ops.uniform(x.shape, seed=seed, dtype=dtype, device=device)
+            outputs += [ops.sde_step(x, x, *values, seed=seed) for values in ((1.0, 1.0, 1.0), (scale,) * 3)]
+            outputs += [ops.perturb(x, 1.0, 1.0, seed=seed), ops.langevin_step(x, x, snr=0.1, seed=seed)]
+            outputs.append(ops.denoising_loss(x, 1.0, seed=seed))
+            outputs.append(ops.denoising_loss(x, seed=seed, parameterization="epsilon"))
         torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])

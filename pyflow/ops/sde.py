@@ -91,7 +91,8 @@ def perturb(x0: Tensor, alpha: Scalar, std: Scalar, *, seed: int | Tensor | None
         TypeError, ValueError: as for `sde_step`.
 
     Example:
-        >>> torch.equal(perturb(torch.zeros(2, 3), 1.0, 2.0, seed=7), 2 * pyflow.ops.normal((2, 3), seed=7))
+        >>> from pyflow.ops import normal
+        >>> torch.equal(perturb(torch.zeros(2, 3), 1.0, 2.0, seed=7), 2 * normal((2, 3), seed=7))
         True
     """
     op = "perturb"
@@ -136,7 +137,8 @@ def denoising_loss(
         Vincent 2011, A Connection Between Score Matching and Denoising Autoencoders; arXiv:2011.13456, equation 7.
 
     Example:
-        >>> z = pyflow.ops.normal((2, 3), seed=7)
+        >>> from pyflow.ops import normal
+        >>> z = normal((2, 3), seed=7)
         >>> denoising_loss(-z / 0.5, 0.5, seed=7)
         tensor([0., 0.])
     """

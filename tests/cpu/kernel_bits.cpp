@@ -9,6 +9,7 @@
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/cpu/fsq.h"
 #include "../../csrc/cpu/math.h"
+#include "../../csrc/cpu/sde.h"
 #include "../../csrc/math/half.h"
 #include "../../csrc/ops/coupling.h"
 #include "../../csrc/ops/fsq.h"
@@ -171,6 +172,53 @@ void fsq(FsqVariant variant, bool flat) {
   show("residual_fsq");
 }
 
+Stream stream(std::vector<int64_t>& seeds, bool per_row) {
+  for (size_t i = 0; i < seeds.size(); ++i) seeds[i] = int64_t(i) * 0x123456789abcdef - 7;
+  return {seeds.data(), per_row ? 1 : 0, per_row, (uint64_t(1) << 40) + 3, 2};
+}
+
+void noise(int64_t rows, int64_t cols, NoiseKind kind, bool per_row) {
+  std::vector<float> out(rows * cols);
+  std::vector<int64_t> seeds(rows);
+  NoiseArgs a{};
+  a.space = space(rows, cols);
+  a.plan = plan_of(a.space, true);
+  a.kind = kind;
+  a.stream = stream(seeds, per_row);
+  a.out = view(out, DType::f32, cols);
+  table->noise(a, 0, a.plan.units);
+  char name[64];
+  std::snprintf(name, sizeof name, "noise[kind=%d,per_row=%d,%dx%d]", int(kind), per_row, int(rows), int(cols));
+  print(name, out);
+}
+
+void sde(int64_t rows, int64_t cols) {
+  const int64_t n = rows * cols;
+  auto x = values(n, 3), score = values(n, 2), a = values(rows, 1), b = values(rows, 1), c = values(rows, 1);
+  std::vector<float> y(n), mean(n);
+  std::vector<int64_t> seeds(rows);
+  SdeArgs s{};
+  s.space = space(rows, cols);
+  s.plan = plan_of(s.space, true);
+  s.stream = stream(seeds, true);
+  s.x = view(x, DType::f32, cols);
+  s.score = view(score, DType::f32, cols);
+  s.a = view(a, DType::f32, 1);
+  s.b = view(b, DType::f32, 1);
+  s.c = view(c, DType::f32, 1);
+  s.y = view(y, DType::f32, cols);
+  s.mean = view(mean, DType::f32, cols);
+  table->sde_step(s, 0, s.plan.units);
+  print("sde_step", y);
+  print("sde_step_mean", mean);
+  std::vector<double> sums(rows * s.plan.segments * kSums);
+  s.sums = sums.data();
+  table->denoising_loss(s, 0, s.plan.units);
+  std::vector<float> losses;
+  for (size_t i = 0; i < sums.size(); i += kSums) losses.push_back(float(sums[i]));
+  print("denoising_loss", losses);
+}
+
 // storage in half precision: the conversions are ours too
 void additive(DType dtype, const char* name) {
   const int64_t rows = 3, cols = 211;
@@ -215,6 +263,10 @@ int main() {
   }
   for (int variant = 0; variant <= int(FsqVariant::symmetric_hard); ++variant) {
     for (int flat = 0; flat < 2; ++flat) fsq(FsqVariant(variant), flat);
+  }
+  for (const auto& s : shapes) {
+    for (int flags = 0; flags < 4; ++flags) noise(s[0], s[1], NoiseKind(flags & 1), flags & 2);
+    sde(s[0], s[1]);
   }
   additive(DType::bf16, "additive[bf16]");
   additive(DType::f16, "additive[f16]");
