@@ -19,38 +19,58 @@ namespace pyflow::PYFLOW_ISA {
 #define PYFLOW_LANES 1
 
 #if defined(__AVX512F__)
-typedef uint64_t Lanes __attribute__((vector_size(64)));
+typedef uint64_t Vector __attribute__((vector_size(64)));
 #else
-typedef uint64_t Lanes __attribute__((vector_size(32)));
+typedef uint64_t Vector __attribute__((vector_size(32)));
 #endif
-constexpr int kLanes = sizeof(Lanes) / 8;
-typedef uint32_t Narrow __attribute__((vector_size(4 * kLanes)));
+constexpr int kHalf = sizeof(Vector) / 8;
+typedef uint32_t Narrow __attribute__((vector_size(4 * kHalf)));
 
-PYFLOW_FN Lanes lanes_of(uint64_t first, uint64_t step) {
-  Lanes v{};
-  for (int i = 0; i < kLanes; ++i) v[i] = first + uint64_t(i) * step;
+// two vectors, so that one chain of rounds fills the waits of the other
+struct Lanes {
+  Vector a, b;
+};
+constexpr int kLanes = 2 * kHalf;
+
+PYFLOW_FN Lanes operator^(const Lanes& x, const Lanes& y) { return {x.a ^ y.a, x.b ^ y.b}; }
+PYFLOW_FN Lanes operator^(const Lanes& x, uint64_t y) { return {x.a ^ y, x.b ^ y}; }
+PYFLOW_FN Lanes operator>>(const Lanes& x, int bits) { return {x.a >> bits, x.b >> bits}; }
+PYFLOW_FN Lanes& operator+=(Lanes& x, uint64_t y) { return x = {x.a + y, x.b + y}; }
+
+PYFLOW_FN Vector vector_of(uint64_t first, uint64_t step) {
+  Vector v{};
+  for (int i = 0; i < kHalf; ++i) v[i] = first + uint64_t(i) * step;
   return v;
 }
 
+PYFLOW_FN Lanes lanes_of(uint64_t first, uint64_t step) {
+  return {vector_of(first, step), vector_of(first + kHalf * step, step)};
+}
+
 // of the low halves
-PYFLOW_FN Lanes product(const Lanes& words, uint32_t by) {
+PYFLOW_FN Vector product(const Vector& words, uint32_t by) {
 #if defined(__AVX512F__)
   // masked: gcc 12 warns of its own header otherwise
-  return (Lanes)_mm512_maskz_mul_epu32(0xff, (__m512i)words, (__m512i)lanes_of(by, 0));
+  return (Vector)_mm512_maskz_mul_epu32(0xff, (__m512i)words, (__m512i)vector_of(by, 0));
 #else
-  return (Lanes)_mm256_mul_epu32((__m256i)words, (__m256i)lanes_of(by, 0));
+  return (Vector)_mm256_mul_epu32((__m256i)words, (__m256i)vector_of(by, 0));
 #endif
 }
 
-PYFLOW_FN Lanes widen(const uint32_t* from) {
+PYFLOW_FN Lanes product(const Lanes& words, uint32_t by) { return {product(words.a, by), product(words.b, by)}; }
+
+PYFLOW_FN Vector widen_half(const uint32_t* from) {
   Narrow v;
   __builtin_memcpy(&v, from, sizeof v);
-  return __builtin_convertvector(v, Lanes);
+  return __builtin_convertvector(v, Vector);
 }
 
+PYFLOW_FN Lanes widen(const uint32_t* from) { return {widen_half(from), widen_half(from + kHalf)}; }
+
 PYFLOW_FN void narrow(const Lanes& from, uint32_t* to) {
-  const Narrow v = __builtin_convertvector(from, Narrow);
-  __builtin_memcpy(to, &v, sizeof v);
+  const Narrow a = __builtin_convertvector(from.a, Narrow), b = __builtin_convertvector(from.b, Narrow);
+  __builtin_memcpy(to, &a, sizeof a);
+  __builtin_memcpy(to + kHalf, &b, sizeof b);
 }
 #endif
 

@@ -457,7 +457,7 @@ def sde_leaves(shape, dtype, kind):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["0-d", "per sample"])
 def test_sde_step(dtype, kind, scalars):
-    long = [(33, 63), (300, 3), (2, 9001)] * (dtype == torch.float32)
+    long = [(33, 63), (300, 3)] * (dtype == torch.float32)
     for shape in [(), (9,), (0, 4), (4, 0), (3, 1), (5, 2, 7, 3), *long]:
         if kind == "per sample" and not shape:
             continue

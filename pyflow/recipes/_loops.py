@@ -1,0 +1,129 @@
+"""One Euler-Maruyama loop written four ways, timed: what a user writes in torch, pyflow's, and both compiled."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyflow.ops import normal, sample_seeds
+from pyflow.sde import VPSDE, make_step, sample
+
+from .nice import synchronize
+
+Score = Callable[[Tensor, Tensor], Tensor]
+
+LOOPS = ("eager torch", "torch.compile", "pyflow", "pyflow, compiled")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the loops are timed on."""
+
+    name: str
+    shape: tuple[int, ...]
+    network: bool
+    steps: int
+
+
+CASES = (
+    Case("with the network, 64 digits", (64, 64), True, 100),
+    Case("without, 64 digits", (64, 64), False, 100),
+    Case("without, (16, 3, 256, 256)", (16, 3, 256, 256), False, 10),
+)
+
+
+def plain_rows(sde: VPSDE, steps: int, eps: float, device: torch.device) -> list[tuple[Tensor, ...]]:
+    """(t, a, b, c) of every step as 0-d tensors, for which torch.compile compiles once."""
+    t = torch.linspace(1, eps, steps, dtype=torch.float64)
+    beta = sde.beta(t) / steps
+    # the last step adds no noise
+    c = torch.cat((beta[:-1].sqrt(), beta.new_zeros(1)))
+    columns = torch.stack((t, 1 + beta / 2, beta, c)).float().to(device)
+    return [*zip(*(column.unbind() for column in columns))]
+
+
+def plain_step(score: Score, noise: Callable[[Tensor], Tensor] = torch.randn_like) -> Callable[..., Tensor]:
+    """x' = a x + b score + c z in torch."""
+
+    def step(x: Tensor, t: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return a * x + b * score(x, t) + c * noise(x)
+
+    return step
+
+
+@torch.no_grad()
+def plain_loop(step: Callable[..., Tensor], x: Tensor, rows: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    for t, *row in rows:
+        x = step(x, t.expand(len(x)), *row)
+    return x
+
+
+def pace(
+    sde: VPSDE, net: Score, case: Case, *, eps: float, rounds: int, compiled: bool, device: torch.device
+) -> dict[str, float]:
+    """Steps per second of every loop, the prior's draw included: medians of rounds in turn."""
+    zero = torch.zeros(case.shape, device=device)
+    score = net if case.network else lambda x, t: zero
+    rows = plain_rows(sde, case.steps, eps, device)
+    options = {"seed": 0, "device": device, "progress": False}
+
+    def in_torch(step: Callable[..., Tensor]) -> Callable[[], Tensor]:
+        return lambda: plain_loop(step, torch.randn(case.shape, device=device), rows)
+
+    loops = {
+        "eager torch": in_torch(plain_step(score)),
+        "pyflow": lambda: sample(sde, score, case.shape, steps=case.steps, eps=eps, **options),
+    }
+    if compiled:
+        step = make_step(sde, score, steps=case.steps, eps=eps)
+        loops["torch.compile"] = in_torch(torch.compile(plain_step(score), fullgraph=True))
+        loops["pyflow, compiled"] = lambda: step.sample(case.shape, **options)
+    seconds = {name: [] for name in LOOPS if name in loops and works(name, loops[name])}
+    for _ in range(rounds):
+        for name, taken in seconds.items():
+            synchronize(device)
+            began = time.perf_counter()
+            loops[name]()
+            synchronize(device)
+            taken.append(time.perf_counter() - began)
+    return {name: case.steps / statistics.median(taken) for name, taken in seconds.items()}
+
+
+def works(name: str, loop: Callable[[], Tensor]) -> bool:
+    """Run a loop once; one that is compiled may lack a compiler."""
+    try:
+        loop()
+    except RuntimeError as error:
+        if "compile" not in name:
+            raise
+        print(f"{name} is off: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return False
+    return True
+
+
+def difference(sde: VPSDE, score: Score, shape: tuple[int, ...], steps: int, eps: float, device: torch.device) -> float:
+    """The largest, between the samples of `sample` and of the loop in eager torch given the same noise."""
+    seeds = sample_seeds(0, shape[0]).to(device)
+    numbers = iter(range(steps))
+    step = plain_step(score, lambda x: normal(x.shape, seed=seeds, step=next(numbers)))
+    theirs = plain_loop(step, normal(shape, seed=seeds, purpose="prior"), plain_rows(sde, steps, eps, device))
+    ours = sample(sde, score, shape, steps=steps, eps=eps, seed=seeds, progress=False)
+    return (ours - theirs).abs().max().item()
+
+
+def table(paces: Mapping[str, Mapping[str, float]]) -> str:
+    """Steps per second and how many times those of eager torch."""
+    lines = [f"{'steps/s, Euler-Maruyama':<28}" + "".join(f"{name:>22}" for name in LOOPS)]
+    for name, speeds in paces.items():
+        cells = (
+            f"{speeds[loop]:,.0f}{speeds[loop] / speeds['eager torch']:>8.2f} x" if loop in speeds else "not timed"
+            for loop in LOOPS
+        )
+        lines.append(f"{name:<28}" + "".join(f"{cell:>22}" for cell in cells))
+    return "\n".join(lines)
