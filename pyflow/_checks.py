@@ -63,6 +63,13 @@ def integer_tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be integers, got {short(value.dtype)}")
 
 
+def int64_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{op}: {name} must be int64, got {short(value.dtype)}")
+
+
 def at_least(op: str, name: str, value: object, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")

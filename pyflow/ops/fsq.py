@@ -252,10 +252,7 @@ def _channels_first(op: str, name: str, x: Tensor, levels: list[int], dim: int) 
 
 
 def _check_active(op: str, active: object, x: Tensor) -> None:
-    if not isinstance(active, Tensor):
-        raise TypeError(f"{op}: active must be a tensor, got {type(active).__name__}")
-    if active.dtype != torch.int64:
-        raise TypeError(f"{op}: active must be int64, got {check.short(active.dtype)}")
+    check.int64_tensor(op, "active", active)
     if active.dim() != 0:
         raise ValueError(f"{op}: active must be 0-d, got {tuple(active.shape)}")
     if active.device != x.device:

@@ -40,7 +40,7 @@ def philox(counter: Tensor, key: Tensor) -> Tensor:
     """
     op = "philox"
     for name, value, count in (("counter", counter, 4), ("key", key, 2)):
-        int64_tensor(op, name, value)
+        check.int64_tensor(op, name, value)
         if value.dim() == 0 or value.shape[-1] != count:
             raise ValueError(f"{op}: {name} must have {count} words in its last dim, got {tuple(value.shape)}")
     if key.device != counter.device:
@@ -185,13 +185,6 @@ def _noise(op, shape, seed, step, purpose, dtype, device):
 # what the operators that draw noise share
 
 
-def int64_tensor(op: str, name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
-    if value.dtype != torch.int64:
-        raise TypeError(f"{op}: {name} must be int64, got {check.short(value.dtype)}")
-
-
 def seed_tensor(
     op: str,
     seed: object,
@@ -204,7 +197,7 @@ def seed_tensor(
         # as a tensor on the device: torch's own generator is safe in a CUDA graph, a number read from it is not
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
-        int64_tensor(op, "seed", seed)
+        check.int64_tensor(op, "seed", seed)
         if device is not None and seed.device != device:
             raise ValueError(f"{op}: seed must be on the device of the result, {device}, got {seed.device}")
         if seed.dim() > 1 or (seed.dim() and shape is not None and tuple(shape[:1]) != tuple(seed.shape)):
@@ -223,7 +216,7 @@ def seed_tensor(
 def step_tensor(op: str, step: object, device: torch.device) -> Tensor:
     """The step as a 0-d int64 tensor; a number's is on the CPU."""
     if isinstance(step, Tensor):
-        int64_tensor(op, "step", step)
+        check.int64_tensor(op, "step", step)
         if step.dim():
             raise ValueError(f"{op}: step must be an integer or a 0-d tensor, got {tuple(step.shape)}")
         if step.device != device:

@@ -7,7 +7,6 @@ and `prior_sample`; what is given in float64 is computed in float64.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -346,13 +345,6 @@ def seeds_for(op: str, n: int, seed: int | Tensor | None, device: torch.device |
     elif seed.shape != (n,):
         raise ValueError(f"{op}: seed must have one entry per sample, ({n},), got {tuple(seed.shape)}")
     return seed if device is None else seed.to(device)
-
-
-def count(op: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{op}: {name} must be at least 1, got {value}")
 
 
 def _time(t: float | Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..ops import uniform
 from ..reference import compute_dtype
-from .equations import SDE, count, seeds_for
+from .equations import SDE, seeds_for
 
 DIVERGENCES = ("hutchinson", "exact")
 
@@ -73,7 +73,7 @@ def log_likelihood(
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have at least one dim, the batch, got a scalar")
     exact = check.choice(op, "divergence", divergence, DIVERGENCES) == 1
-    count(op, "probes", probes)
+    check.at_least(op, "probes", probes, 1)
     if not 0 < check.number(op, "eps", eps) < sde.T:
         raise ValueError(f"{op}: eps must be in (0, {sde.T:g}), got {eps}")
     for name, value in (("rtol", rtol), ("atol", atol)):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..ops import langevin_step, sde_step
-from .equations import SDE, Grid, Row, count, seeds_for
+from .equations import SDE, Grid, Row, seeds_for
 
 Score = Callable[[Tensor, Tensor], Tensor]
 
@@ -237,11 +237,11 @@ class _Plan:
             raise TypeError(f"{op}: sde must be a pyflow.sde.SDE, got {type(sde).__name__}")
         if not callable(score_fn):
             raise TypeError(f"{op}: score_fn must be callable, got {type(score_fn).__name__}")
-        count(op, "steps", steps)
+        check.at_least(op, "steps", steps, 1)
         if not 0 < check.number(op, "eps", eps) < sde.T:
             raise ValueError(f"{op}: eps must be in (0, {sde.T:g}), got {eps}")
         if micro_batch is not None:
-            count(op, "micro_batch", micro_batch)
+            check.at_least(op, "micro_batch", micro_batch, 1)
         predictor = _predictor(op, method, predictor)
         corrected = check.choice(op, "corrector", corrector, CORRECTORS) == 0 and method == "pc"
         check.choice(op, "norm", norm, NORMS)
@@ -249,7 +249,7 @@ class _Plan:
             langevin = {"snr": check.positive(op, "snr", snr), "norm": norm}
         else:
             langevin = {"step_size": check.positive(op, "step_size", step_size)}
-        count(op, "corrector_steps", corrector_steps)
+        check.at_least(op, "corrector_steps", corrector_steps, 1)
         grid = Grid.of(steps, eps)
         a, b, c = _row(sde, method, predictor, grid)
         if denoise:

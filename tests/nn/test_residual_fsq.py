@@ -48,17 +48,6 @@ compiled_kernels = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def peer():
-    return pytest.importorskip("vector_quantize_pytorch")
-
-
-@pytest.fixture(params=["auto", "reference"])
-def backend(request):
-    with pyflow.backend(request.param):
-        yield request.param
-
-
 def twins(theirs, ours, **options):
     """The two modules with the same weights."""
     torch.manual_seed(1)
