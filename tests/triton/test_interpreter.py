@@ -1,4 +1,4 @@
-"""Runs under_interpreter.py in a process with TRITON_INTERPRET=1, which excludes compilation."""
+"""Runs the files of interpreted/ in processes with TRITON_INTERPRET=1, which excludes compilation."""
 
 from __future__ import annotations
 
@@ -9,22 +9,16 @@ from pathlib import Path
 
 import pytest
 
-FILE = Path(__file__).with_name("under_interpreter.py")
-# by name, so that a failure is found again quickly
-PARTS = {
-    "coupling": "not flow_head and not dtypes and not fsq and not noise and not sde",
-    "dtypes and flow head": "flow_head or dtypes",
-    "fsq": "fsq",
-    "noise and sde": "noise or sde",
-}
+FOLDER = Path(__file__).with_name("interpreted")
+FAMILIES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "conftest"))
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_kernels_under_the_interpreter(part):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_under_the_interpreter(family):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", PARTS[part], str(FILE)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / f"{family}.py")]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment.pop("PYFLOW_BACKEND", None)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=FILE.parent.parent.parent)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=FOLDER.parent.parent.parent)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
