@@ -7,7 +7,9 @@ An operator is opaque to Inductor: its bits are the same eager and compiled. The
 take and return their channels in front; `dim` of `fsq_decode` is where they go. `kind` and `purpose` of noise
 index theirs. Seeds are int64, 0-d or one per sample; `step` and what else changes from call to call are tensors,
 0-d on the CPU where the caller gave a number, so that nothing is compiled anew for another value. `sde_step_backward` sums the gradients of a, b and c, (3, rows),
-where it is given x; `denoising_loss` without std takes pred for the noise.
+where it is given x; `denoising_loss` without std takes pred for the noise. `hsic_sums` takes several variables side by
+side in z, (B, n, sum of dims), already divided by their bandwidths, and shift (B, variables), which is subtracted from
+the kernel; `pairs` lists which of them are multiplied, `part` of `parts` says which tiles are visited.
 """
 
 from __future__ import annotations
@@ -22,7 +24,11 @@ NOISES = ("uniform", "normal")
 PURPOSES = ("noise", "corrector", "prior", "accept", "data", "permutation", "monte_carlo")
 FSQ_VARIANTS = ("vqp", "paper", "symmetric", "sigmoid", "hard", "symmetric_hard")
 
+# kernels of HSIC; a linear one is polynomial of degree 1
+HSIC_KERNELS = ("rbf", "laplacian", "polynomial", "delta", "precomputed")
+
 _MAP = "int scale_map, float map_arg, bool shift_first, bool inverse, int event_dims"
+_GRAMS = "int[] dims, int[] kernels, int[] degrees, int[] pairs, bool allow_tf32"
 
 SCHEMAS = {
     "additive_coupling": "(Tensor x, Tensor shift, Tensor? mask, bool inverse) -> Tensor",
@@ -63,6 +69,11 @@ SCHEMAS = {
     "residual_fsq_backward": (
         "(Tensor grad, Tensor x, int[] levels, int variant, int stages, Tensor? active) -> Tensor"
     ),
+    "hsic_sums": f"(Tensor z, Tensor shift, {_GRAMS}, int part, int parts) -> (Tensor, Tensor)",
+    "hsic_sums_backward": f"(Tensor grad_rows, Tensor grad_cross, Tensor z, Tensor shift, {_GRAMS}) -> Tensor",
+    "hsic_permuted": "(Tensor gram_x, Tensor gram_y, Tensor permutations) -> Tensor",
+    "center_gram": "(Tensor gram) -> Tensor",
+    "center_gram_": "(Tensor(a!) gram) -> ()",
 }
 
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)

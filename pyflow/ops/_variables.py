@@ -1,0 +1,180 @@
+"""A variable of HSIC: data and kernel brought into the form that the operators take.
+
+Every kernel is a function of z alone: bandwidths and factors are divided into z, so that their gradients, and those
+of whatever made them, come from torch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._schemas import HSIC_KERNELS
+from ..reference import compute_dtype
+from .noise import uniform
+
+KERNELS = ("rbf", "laplacian", "linear", "polynomial", "delta", "precomputed")
+MEDIAN_ROWS = 1000
+
+
+class Variable(NamedTuple):
+    """What `hsic_sums` is given for one variable; `batch` are leading dims."""
+
+    z: Tensor  # (*batch, n, d)
+    kernel: int  # of HSIC_KERNELS
+    degree: int
+    shift: Tensor  # (*batch) 0 or 1: the operators see K - shift, for which HSIC is the same
+    diagonal: Tensor  # (*batch, n) of K - shift, float64
+    linear: bool
+
+
+def variable(
+    op: str,
+    name: str,
+    x: Tensor,
+    kernel: str,
+    bandwidth: float | Tensor | str,
+    degree: int = 3,
+    gamma: float | None = None,
+    coef0: float = 1.0,
+) -> Variable:
+    """Check one input and prepare it."""
+    check.choice(op, "kernel" if name == "x" else "kernel_y", kernel, KERNELS)
+    if kernel == "delta":
+        return _labels(op, name, x)
+    check.float_tensor(op, name, x)
+    if x.dim() < 2:
+        raise ValueError(f"{op}: {name} must be (..., n, d), got a tensor of shape {tuple(x.shape)}")
+    if x.shape[-1] == 0:
+        raise ValueError(f"{op}: {name} must have at least one column, got shape {tuple(x.shape)}")
+    if check.values_are_checked(x) and not bool(x.isfinite().all()):
+        raise ValueError(f"{op}: {name} must be finite, got NaN or infinity")
+    x = x.to(compute_dtype(x.dtype))
+    if kernel == "precomputed":
+        return _matrix(op, name, x)
+    if kernel in ("linear", "polynomial"):
+        return _products(op, x, kernel, degree, gamma, coef0)
+    return _distances(op, name, x, kernel, bandwidth)
+
+
+def _distances(op: str, name: str, x: Tensor, kernel: str, bandwidth: float | Tensor | str) -> Variable:
+    n = x.shape[-2]
+    centred = x - x.detach().mean(-2, keepdim=True)
+    if isinstance(bandwidth, str):
+        if bandwidth != "median":
+            raise ValueError(f"{op}: bandwidth must be a number, a tensor or 'median', got {bandwidth!r}")
+        sigma = median_distance(centred.detach(), 1.0 if kernel == "laplacian" else 2.0)
+    else:
+        sigma = _bandwidth(op, "bandwidth" if name == "x" else "bandwidth_y", bandwidth, x)
+    z = centred / sigma[..., None, None]
+    with torch.no_grad():
+        # mean squared distance at most 4 sigma^2, mean absolute distance (of normal data) at most 2 sigma
+        spread = z.square().sum(-2) / max(n - 1, 1)
+        if kernel == "rbf":
+            shift = spread.sum(-1) <= 2
+        else:
+            shift = spread.sqrt().sum(-1) <= math.sqrt(math.pi)
+        shift = shift.to(z.dtype)
+        diagonal = (1 - shift.double()).unsqueeze(-1).expand(z.shape[:-1])
+    return Variable(z, HSIC_KERNELS.index(kernel), 1, shift, diagonal, False)
+
+
+def _bandwidth(op: str, name: str, value: float | Tensor, x: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.full((), check.positive(op, name, value), dtype=x.dtype, device=x.device)
+    check.float_tensor(op, name, value)
+    batch = x.shape[:-2]
+    fits = value.dim() <= len(batch) and all(m in (1, n) for m, n in zip(reversed(value.shape), reversed(batch)))
+    if not fits:
+        raise ValueError(
+            f"{op}: {name} must broadcast to the batch dims {tuple(batch)}, got shape {tuple(value.shape)}"
+        )
+    if check.values_are_checked(value) and not bool(((value > 0) & value.isfinite()).all()):
+        raise ValueError(f"{op}: {name} must be positive and finite, got other values")
+    return value.to(x.device, x.dtype)
+
+
+def _products(op: str, x: Tensor, kernel: str, degree: int, gamma: float | None, coef0: float) -> Variable:
+    if kernel == "linear":
+        z, degree = x - x.detach().mean(-2, keepdim=True), 1
+    else:
+        degree = check.at_least(op, "degree", degree, 1)
+        gamma = 1 / x.shape[-1] if gamma is None else check.positive(op, "gamma", gamma)
+        coef0 = check.number(op, "coef0", coef0)
+        if not 0 <= coef0 < math.inf:
+            raise ValueError(f"{op}: coef0 must be at least 0 and finite, got {coef0}")
+        # a column more: its products are coef0
+        z = torch.cat((x * math.sqrt(gamma), x.new_full((*x.shape[:-1], 1), math.sqrt(coef0))), -1)
+    diagonal = z.double().square().sum(-1) ** degree
+    return Variable(
+        z, HSIC_KERNELS.index("polynomial"), degree, z.new_zeros(z.shape[:-2]), diagonal, kernel == "linear"
+    )
+
+
+def _matrix(op: str, name: str, x: Tensor) -> Variable:
+    if x.shape[-1] != x.shape[-2]:
+        raise ValueError(f"{op}: {name} must be square with a precomputed kernel, got shape {tuple(x.shape)}")
+    if check.values_are_checked(x):
+        error = (x - x.mT).abs().amax() if x.numel() else x.new_zeros(())
+        if bool(error > 1e-5 * x.abs().amax() if x.numel() else False):
+            raise ValueError(f"{op}: {name} must be symmetric with a precomputed kernel, off by {error.item():.3g}")
+    # HSIC does not change, and the sums are of smaller numbers
+    z = x - x.detach().mean((-2, -1), keepdim=True)
+    diagonal = z.diagonal(dim1=-2, dim2=-1).double()
+    return Variable(z, HSIC_KERNELS.index("precomputed"), 1, z.new_zeros(z.shape[:-2]), diagonal, False)
+
+
+def _labels(op: str, name: str, x: object) -> Variable:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.is_complex():
+        raise TypeError(f"{op}: {name} must not be complex, got {check.short(x.dtype)}")
+    if x.dim() == 0:
+        raise ValueError(f"{op}: {name} must be (n,) or (..., n, d), got a scalar")
+    x = x.unsqueeze(-1) if x.dim() == 1 else x
+    if x.is_floating_point():
+        z = x.detach().to(compute_dtype(x.dtype))
+    else:
+        # float32 holds 24 bits exactly
+        pieces = [x & 0xFFFFFF, x >> 24 & 0xFFFFFF, x >> 48] if x.dtype in (torch.int64, torch.int32) else [x]
+        z = torch.cat([piece.float() for piece in pieces], -1)
+    shift = z.new_zeros(z.shape[:-2])
+    diagonal = torch.ones(z.shape[:-1], dtype=torch.float64, device=z.device)
+    return Variable(z, HSIC_KERNELS.index("delta"), 1, shift, diagonal, False)
+
+
+def median_distance(x: Tensor, p: float = 2.0) -> Tensor:
+    """The median of the distances between rows, as NumPy's; their mean where it is 0, and 1 where that is 0 too.
+
+    Args:
+        x: (..., n, d); of more than 1,000 rows the same 1,000 are picked for every batch.
+        p: 2 for Euclidean distances, 1 for sums of absolute differences.
+
+    Returns:
+        (...) of x's dtype.
+    """
+    n = x.shape[-2]
+    if n < 2:
+        return x.new_ones(x.shape[:-2])
+    if n > MEDIAN_ROWS:
+        rows = uniform((n,), seed=0, device=x.device).topk(MEDIAN_ROWS).indices
+        x = x.index_select(-2, rows)
+    flat = [_median_distance(one, p) for one in x.reshape(-1, *x.shape[-2:])]
+    return torch.stack(flat).reshape(x.shape[:-2]) if flat else x.new_ones(x.shape[:-2])
+
+
+def _median_distance(x: Tensor, p: float) -> Tensor:
+    distances = torch.pdist(x, p)
+    count = len(distances)
+    upper = distances.kthvalue(count // 2 + 1).values
+    if count % 2 == 0:
+        below = distances < upper
+        largest_below = torch.where(below, distances, 0.0).amax()
+        lower = torch.where(below.sum() == count // 2, largest_below, upper)
+        upper = (lower + upper) / 2
+    mean = distances.mean()
+    return torch.where(upper > 0, upper, torch.where(mean > 0, mean, torch.ones_like(mean)))

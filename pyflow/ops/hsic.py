@@ -1,0 +1,460 @@
+"""Hilbert-Schmidt independence criterion and centred kernel alignment, without an n x n matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._backend import call, register, runs_reference
+from ..reference import hsic as ref
+from ._transforms import one_by_one, vector_jacobian
+from ._variables import Variable, variable
+
+ESTIMATORS = ("biased", "biased_n2", "unbiased")
+
+Bandwidth = float | Tensor | str
+
+
+def hsic(
+    x: Tensor,
+    y: Tensor,
+    *,
+    kernel: str = "rbf",
+    bandwidth: Bandwidth = "median",
+    kernel_y: str | None = None,
+    bandwidth_y: Bandwidth | None = None,
+    estimator: str = "biased",
+    normalize: bool = False,
+    degree: int = 3,
+    gamma: float | None = None,
+    coef0: float = 1.0,
+    allow_tf32: bool = False,
+    approximate: str | None = None,
+    n_features: int = 512,
+    seed: int = 0,
+) -> Tensor:
+    """How dependent x and y are: tr(K H L H) / (n - 1)**2, zero where they are independent.
+
+    Kernels: "rbf" exp(-|a - b|^2 / (2 sigma^2)), "laplacian" exp(-|a - b|_1 / sigma), "linear" a.b, "polynomial"
+    (gamma a.b + coef0)^degree, "delta" (all entries equal), "precomputed" (x itself is the matrix).
+
+    Args:
+        x: (..., n, d_x) float32, float64, bfloat16 or float16; (..., n, n) symmetric for "precomputed"; for "delta"
+            any dtype, or labels (n,).
+        y: (..., n, d_y) likewise; leading dims broadcast.
+        kernel, kernel_y: of x and of y; None: the same.
+        bandwidth, bandwidth_y: sigma, a number or a tensor that broadcasts to the leading dims (differentiable), or
+            "median": the median distance between two rows, of each variable on its own, on 1,000 rows above that, no
+            gradient through it; the mean distance where it is 0. bandwidth_y None: the same as for x.
+        estimator: "biased" (over (n - 1)**2), "biased_n2" (over n**2) or "unbiased" (Song et al. 2012).
+        normalize: divide by sqrt(hsic(x, x) hsic(y, y)), 0 where that is not positive.
+        degree, gamma, coef0: of the polynomial kernel; gamma None is 1 / d.
+        allow_tf32: let a GPU round the factors of dot products to 10 bits.
+        approximate: None, "rff" (random Fourier features; rbf and laplacian) or "nystrom" (landmark rows).
+        n_features, seed: of the approximation.
+
+    Returns:
+        (...) float32 (float64 if an input is). All rows equal: 0.
+
+    Raises:
+        TypeError: not a tensor, or a wrong dtype.
+        ValueError: different n, too few rows (2, unbiased 4), unknown words, a bandwidth that is not positive, a
+            precomputed matrix that is not square or not symmetric, values that are not finite.
+
+    Notes:
+        Memory O(n (d_x + d_y)): tiles of both matrices are made, used and dropped, forward and backward. Products in
+        float32, K - 1 in place of K at wide bandwidths, sums in float64. On a CPU the same bits for any thread count,
+        instruction set and batch. The backward visits all pairs again; double backward makes the matrices.
+        Linear kernels use d_x x d_y covariances where these are cheaper.
+
+    Source:
+        Gretton et al. 2005, Measuring Statistical Dependence with Hilbert-Schmidt Norms; Song et al. 2012, Feature
+        Selection via Dependence Maximization.
+
+    Example:
+        >>> x = torch.linspace(-1, 1, 50).unsqueeze(1)
+        >>> round(hsic(x, x**2, normalize=True).item(), 3), round(hsic(x, x, normalize=True).item(), 3)
+        (0.289, 1.0)
+    """
+    op = "hsic"
+    if approximate is not None:
+        from ._features import approximate_hsic
+
+        return approximate_hsic(
+            op, x, y, kernel=kernel, bandwidth=bandwidth, kernel_y=kernel_y, bandwidth_y=bandwidth_y,
+            estimator=estimator, normalize=normalize, approximate=approximate, n_features=n_features, seed=seed,
+        )  # fmt: skip
+    pair = variables(op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
+    rows_needed(op, pair[0].z.shape[-2], estimator)
+    if normalize:
+        xy, xx, yy = values(op, pair, [(0, 1), (0, 0), (1, 1)], estimator, allow_tf32).unbind(-1)
+        result = ratio(xy, xx, yy)
+    else:
+        result = values(op, pair, [(0, 1)], estimator, allow_tf32).squeeze(-1)
+    return result.to(pair[0].z.dtype)
+
+
+def cka(x: Tensor, y: Tensor, **options: object) -> Tensor:
+    """Centred kernel alignment: `hsic` with normalize=True, which is 1 for y = x.
+
+    Args:
+        x, y, options: as for `hsic`, without normalize.
+
+    Returns:
+        (...) float32 (float64 if an input is).
+
+    Source:
+        Kornblith et al. 2019, Similarity of Neural Network Representations Revisited, arXiv:1905.00414.
+
+    Example:
+        >>> x = torch.eye(6)
+        >>> round(cka(x, 3 * x, kernel="linear").item(), 4)
+        1.0
+    """
+    if "normalize" in options:
+        raise TypeError("cka: normalize is always on")
+    return hsic(x, y, normalize=True, **options)
+
+
+def hsic_matrix(
+    xs: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    *,
+    kernel: str = "rbf",
+    bandwidth: Bandwidth = "median",
+    kernel_y: str | None = None,
+    bandwidth_y: Bandwidth | None = None,
+    estimator: str = "biased",
+    normalize: bool = False,
+    degree: int = 3,
+    gamma: float | None = None,
+    coef0: float = 1.0,
+    allow_tf32: bool = False,
+) -> Tensor:
+    """HSIC of every x with every y, representations of the same n samples, each Gram tile made once.
+
+    Args:
+        xs, ys: lists of (..., n, d) tensors with the same leading dims; d may differ. The rest as for `hsic`.
+
+    Returns:
+        (..., len(xs), len(ys)) float32 (float64 if an input is).
+
+    Raises:
+        TypeError, ValueError: as for `hsic`, or an empty list.
+
+    Example:
+        >>> x = torch.eye(5)
+        >>> hsic_matrix([x, x[:, :2]], [x], kernel="linear", normalize=True).shape
+        torch.Size([2, 1])
+    """
+    op = "hsic_matrix"
+    xs, ys = list(xs), list(ys)
+    if not xs or not ys:
+        raise ValueError(f"{op}: xs and ys must not be empty, got {len(xs)} and {len(ys)} tensors")
+    kernel_y = kernel if kernel_y is None else kernel_y
+    bandwidth_y = bandwidth if bandwidth_y is None else bandwidth_y
+    every = [variable(op, "x", x, kernel, bandwidth, degree, gamma, coef0) for x in xs]
+    every += [variable(op, "y", y, kernel_y, bandwidth_y, degree, gamma, coef0) for y in ys]
+    every = together(op, every)
+    rows_needed(op, every[0].z.shape[-2], estimator)
+    p, q = len(xs), len(ys)
+    pairs = [(i, p + j) for i in range(p) for j in range(q)]
+    if normalize:
+        pairs += [(m, m) for m in range(p + q)]
+    result = values(op, every, pairs, estimator, allow_tf32)
+    cross = result[..., : p * q].unflatten(-1, (p, q))
+    if normalize:
+        own = result[..., p * q :]
+        cross = ratio(cross, own[..., :p, None], own[..., None, p:])
+    return cross.to(every[0].z.dtype)
+
+
+def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
+    """H K H with H = I - 1/n: rows and columns that sum to zero, in one read and one write.
+
+    Args:
+        gram: (..., n, n) float32, float64, bfloat16 or float16; need not be symmetric.
+        inplace: write into gram, which then must not require a gradient.
+
+    Returns:
+        (..., n, n) of gram's dtype; gram itself if inplace.
+
+    Raises:
+        TypeError: not a tensor, or a wrong dtype.
+        ValueError: not square; inplace on a tensor that requires a gradient.
+
+    Notes:
+        Sums in fixed order, in float64: the same bits for any thread count, instruction set and batch on a CPU.
+
+    Example:
+        >>> center_gram(torch.eye(2))
+        tensor([[ 0.5000, -0.5000],
+                [-0.5000,  0.5000]])
+    """
+    op = "center_gram"
+    check.float_tensor(op, "gram", gram)
+    if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2]:
+        raise ValueError(f"{op}: gram must be (..., n, n), got shape {tuple(gram.shape)}")
+    if inplace:
+        if gram.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: inplace must not be used on a tensor that requires a gradient")
+        if runs_reference(op, gram):
+            return gram.copy_(ref.center_gram(gram.to(_wide(gram.dtype))))
+        call("center_gram_", gram)
+        return gram
+    if runs_reference(op, gram):
+        return ref.center_gram(gram.to(_wide(gram.dtype))).to(gram.dtype)
+    return call("center_gram", gram)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def variables(
+    op: str,
+    x: Tensor,
+    y: Tensor,
+    kernel: str,
+    bandwidth: Bandwidth,
+    kernel_y: str | None,
+    bandwidth_y: Bandwidth | None,
+    degree: int = 3,
+    gamma: float | None = None,
+    coef0: float = 1.0,
+) -> list[Variable]:
+    """x and y checked and prepared, of one dtype and with the same leading dims."""
+    kernel_y = kernel if kernel_y is None else kernel_y
+    bandwidth_y = bandwidth if bandwidth_y is None else bandwidth_y
+    return together(
+        op,
+        [
+            variable(op, "x", x, kernel, bandwidth, degree, gamma, coef0),
+            variable(op, "y", y, kernel_y, bandwidth_y, degree, gamma, coef0),
+        ],
+    )
+
+
+def together(op: str, every: list[Variable]) -> list[Variable]:
+    """The variables with one dtype and the same leading dims."""
+    first = every[0].z
+    for other in every[1:]:
+        if other.z.device != first.device:
+            raise ValueError(f"{op}: all inputs must be on one device, got {first.device} and {other.z.device}")
+        if other.z.shape[-2] != first.shape[-2]:
+            raise ValueError(
+                f"{op}: all inputs must have the same number of rows, got {first.shape[-2]} and {other.z.shape[-2]}"
+            )
+    try:
+        batch = torch.broadcast_shapes(*(v.z.shape[:-2] for v in every))
+    except RuntimeError:
+        shapes = ", ".join(str(tuple(v.z.shape[:-2])) for v in every)
+        raise ValueError(f"{op}: leading dims must broadcast, got {shapes}") from None
+    dtype = torch.float64 if any(v.z.dtype == torch.float64 for v in every) else torch.float32
+    return [
+        v._replace(
+            z=v.z.to(dtype).expand(*batch, *v.z.shape[-2:]),
+            shift=v.shift.to(dtype).expand(batch),
+            diagonal=v.diagonal.expand(*batch, -1),
+        )
+        for v in every
+    ]
+
+
+def rows_needed(op: str, n: int, estimator: str) -> None:
+    check.choice(op, "estimator", estimator, ESTIMATORS)
+    least = 4 if estimator == "unbiased" else 2
+    if n < least:
+        raise ValueError(f"{op}: the {estimator} estimator needs at least {least} rows, got {n}")
+
+
+def ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
+    """xy / sqrt(xx yy), 0 where one of them is not positive."""
+    defined = (xx > 0) & (yy > 0)
+    # selected before the division, so that no NaN reaches a gradient
+    xx, yy = (torch.where(defined, v, torch.ones_like(v)) for v in (xx, yy))
+    return torch.where(defined, xy / (xx.sqrt() * yy.sqrt()), torch.zeros_like(xy))
+
+
+def values(
+    op: str, every: Sequence[Variable], pairs: Sequence[tuple[int, int]], estimator: str, allow_tf32: bool
+) -> Tensor:
+    """(*batch, P) the estimate of every pair of variables, float64."""
+    n = every[0].z.shape[-2]
+    if all(v.linear for v in every):
+        used = [every[m] for pair in pairs for m in pair]
+        widths = [(a.z.shape[-1], b.z.shape[-1]) for a, b in zip(used[::2], used[1::2])]
+        if sum(a * b for a, b in widths) < n * sum(v.z.shape[-1] for v in every) / 2:
+            return torch.stack([_of_covariance(every[a].z, every[b].z, estimator) for a, b in pairs], -1)
+    rows, cross = sums(op, every, pairs, allow_tf32)
+    return torch.stack(
+        [
+            estimate(cross[..., p], rows[..., a, :], rows[..., b, :], every[a].diagonal, every[b].diagonal, estimator)
+            for p, (a, b) in enumerate(pairs)
+        ],
+        -1,
+    )
+
+
+def sums(
+    op: str,
+    every: Sequence[Variable],
+    pairs: Sequence[tuple[int, int]],
+    allow_tf32: bool = False,
+    part: int = 0,
+    parts: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Row sums (*batch, M, n) and sums of products (*batch, P) over i != j of K - shift, float64.
+
+    Of the tiles only part `part` of `parts` is visited: the results of all parts add up.
+    """
+    batch = every[0].z.shape[:-2]
+    z = torch.cat([v.z for v in every], -1)
+    z = z.reshape(-1, *z.shape[-2:])
+    shift = torch.stack([v.shift for v in every], -1).reshape(-1, len(every))
+    dims = [v.z.shape[-1] for v in every]
+    kernels, degrees = [v.kernel for v in every], [v.degree for v in every]
+    flat = [m for pair in pairs for m in pair]
+    if runs_reference(op, z):
+        rows, cross = ref.hsic_sums(z, shift, dims, kernels, degrees, flat)
+        if part > 0:
+            rows, cross = torch.zeros_like(rows), torch.zeros_like(cross)
+    else:
+        rows, cross = call("hsic_sums", z, shift, dims, kernels, degrees, flat, allow_tf32, part, parts)
+    return rows.reshape(*batch, *rows.shape[1:]), cross.reshape(*batch, cross.shape[1])
+
+
+def estimate(cross: Tensor, k: Tensor, m: Tensor, diag_k: Tensor, diag_l: Tensor, estimator: str) -> Tensor:
+    """HSIC from the sum of K_ij L_ij over i != j, both row sums without and both diagonals, float64."""
+    n = k.shape[-1]
+    if estimator == "unbiased":
+        product = k.sum(-1) * m.sum(-1) / ((n - 1) * (n - 2))
+        return (cross + product - 2 / (n - 2) * (k * m).sum(-1)) / (n * (n - 3))
+    k, m = k + diag_k, m + diag_l
+    total = cross + (diag_k * diag_l).sum(-1) - 2 / n * (k * m).sum(-1) + k.sum(-1) * m.sum(-1) / n**2
+    return total / (n**2 if estimator == "biased_n2" else (n - 1) ** 2)
+
+
+def _of_covariance(x: Tensor, y: Tensor, estimator: str) -> Tensor:
+    """HSIC of linear kernels of centred x and y: the squares of their covariances."""
+    n = x.shape[-2]
+    total = (x.mT @ y).double().square().sum((-2, -1))
+    if estimator != "unbiased":
+        return total / (n**2 if estimator == "biased_n2" else (n - 1) ** 2)
+    a, b = x.double().square().sum(-1), y.double().square().sum(-1)
+    ab = (a * b).sum(-1)
+    return (total - ab + a.sum(-1) * b.sum(-1) / ((n - 1) * (n - 2)) - 2 / (n - 2) * ab) / (n * (n - 3))
+
+
+def permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:
+    """(R,) sum over i != j of K[i, j] L[p[i], p[j]], float64, for every row p of permutations (R, n) int32."""
+    if runs_reference("hsic_permuted", gram_x):
+        return ref.hsic_permuted(gram_x, gram_y, permutations)
+    return call("hsic_permuted", gram_x, gram_y, permutations)
+
+
+# what torch must know of each operator, arguments in the order of its schema
+
+
+def _reference(z, shift, dims, kernels, degrees, pairs, allow_tf32, part, parts):
+    rows, cross = ref.hsic_sums(z, shift, dims, kernels, degrees, pairs)
+    return (rows, cross) if part == 0 else (torch.zeros_like(rows), torch.zeros_like(cross))
+
+
+def _fake(z, shift, dims, kernels, degrees, pairs, allow_tf32, part, parts):
+    rows = z.new_empty((z.shape[0], len(dims), z.shape[1]), dtype=torch.float64)
+    return rows, z.new_empty((z.shape[0], len(pairs) // 2), dtype=torch.float64)
+
+
+def _setup(ctx, inputs, output):
+    z, shift, *ctx.grams, part, ctx.parts = inputs
+    ctx.save_for_backward(z, shift)
+
+
+def _backward(ctx, grad_rows, grad_cross):
+    if ctx.parts != 1:
+        raise RuntimeError("hsic: a part of the tiles has no gradient")
+    z, shift = ctx.saved_tensors
+    grad = call("hsic_sums_backward", grad_rows, grad_cross, z, shift, *ctx.grams)
+    return grad, None, *[None] * (len(ctx.grams) + 2)
+
+
+def _vmap(info, in_dims, z, shift, *options):
+    return one_by_one(info, in_dims, torch.ops.pyflow.hsic_sums, (z, shift), *options), (0, 0)
+
+
+def _sums_gradient(grad_rows, grad_cross, z, shift, dims, kernels, degrees, pairs, allow_tf32):
+    formula = lambda z: ref.hsic_sums(z, shift, dims, kernels, degrees, pairs)  # noqa: E731
+    return vector_jacobian(formula, (z,), (grad_rows, grad_cross))[0]
+
+
+def _backward_reference(grad_rows, grad_cross, z, shift, *grams):
+    with torch.no_grad():
+        return _sums_gradient(grad_rows, grad_cross, z, shift, *grams).contiguous()
+
+
+def _backward_fake(grad_rows, grad_cross, z, shift, *grams):
+    return z.new_empty(z.shape)
+
+
+def _backward_setup(ctx, inputs, output):
+    *tensors, ctx.grams = *inputs[:4], inputs[4:]
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_backward(ctx, grad):
+    grad_rows, grad_cross, z, shift = ctx.saved_tensors
+    formula = lambda rows, cross, z: (_sums_gradient(rows, cross, z, shift, *ctx.grams),)  # noqa: E731
+    grads = vector_jacobian(formula, (grad_rows, grad_cross, z), (grad,))
+    return *grads, None, *[None] * len(ctx.grams)
+
+
+def _backward_vmap(info, in_dims, *args):
+    single = lambda *tensors: (torch.ops.pyflow.hsic_sums_backward(*tensors),)  # noqa: E731
+    return one_by_one(info, in_dims, single, args[:4], *args[4:])[0], 0
+
+
+register("hsic_sums", "hsic", reference=_reference, fake=_fake, vmap=_vmap, setup_context=_setup, backward=_backward)
+register(
+    "hsic_sums_backward", "hsic", reference=_backward_reference, fake=_backward_fake, vmap=_backward_vmap,
+    setup_context=_backward_setup, backward=_backward_backward,
+)  # fmt: skip
+
+
+def _permuted_vmap(info, in_dims, *tensors):
+    single = lambda *slices: (torch.ops.pyflow.hsic_permuted(*slices),)  # noqa: E731
+    return one_by_one(info, in_dims, single, tensors)[0], 0
+
+
+register(
+    "hsic_permuted", "hsic", reference=ref.hsic_permuted, vmap=_permuted_vmap,
+    fake=lambda gram_x, gram_y, permutations: gram_x.new_empty(permutations.shape[:1], dtype=torch.float64),
+)  # fmt: skip
+
+
+def _center_reference(gram):
+    return ref.center_gram(gram.to(_wide(gram.dtype))).to(gram.dtype).contiguous()
+
+
+def _center_vmap(info, in_dims, gram):
+    return torch.ops.pyflow.center_gram(gram.movedim(in_dims[0], 0)), 0
+
+
+def _center_inplace_reference(gram):
+    gram.copy_(_center_reference(gram))
+
+
+def _center_inplace_vmap(info, in_dims, gram):
+    torch.ops.pyflow.center_gram_(gram.movedim(in_dims[0], 0))
+    return None, None
+
+
+register(
+    "center_gram", "hsic", reference=_center_reference, fake=lambda gram: gram.new_empty(gram.shape),
+    vmap=_center_vmap, setup_context=lambda ctx, inputs, output: None,
+    backward=lambda ctx, grad: call("center_gram", grad),
+)  # fmt: skip
+register("center_gram_", "hsic", reference=_center_inplace_reference, fake=lambda gram: None, vmap=_center_inplace_vmap)
