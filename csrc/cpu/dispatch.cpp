@@ -21,9 +21,10 @@
   F(sde_step_backward, SdeArgs)                                   \
   F(denoising_loss, SdeArgs)                                      \
   F(langevin_squares, SdeArgs)                                    \
+  F(gram_stats, GramArgs)                                         \
   F(gram_pack, GramArgs)                                          \
   F(gram_sums, GramSums)                                          \
-  F(gram_backward_pack, GramBackward)                             \
+  F(gram_clear, GramBackward)                                     \
   F(gram_backward, GramBackward)                                  \
   F(gram_finish, GramBackward)                                    \
   F(gram_permuted, PermutedArgs)                                  \

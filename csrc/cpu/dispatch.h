@@ -42,9 +42,10 @@ struct CpuTable {
   void (*sde_step_backward)(const SdeArgs&, int64_t begin, int64_t end);
   void (*denoising_loss)(const SdeArgs&, int64_t begin, int64_t end);
   void (*langevin_squares)(const SdeArgs&, int64_t begin, int64_t end);
+  void (*gram_stats)(const GramArgs&, int64_t begin, int64_t end);
   void (*gram_pack)(const GramArgs&, int64_t begin, int64_t end);
   void (*gram_sums)(const GramSums&, int64_t begin, int64_t end);
-  void (*gram_backward_pack)(const GramBackward&, int64_t begin, int64_t end);
+  void (*gram_clear)(const GramBackward&, int64_t begin, int64_t end);
   void (*gram_backward)(const GramBackward&, int64_t begin, int64_t end);
   void (*gram_finish)(const GramBackward&, int64_t begin, int64_t end);
   void (*gram_permuted)(const PermutedArgs&, int64_t begin, int64_t end);

@@ -15,6 +15,8 @@ template <class T>
 constexpr int kCols = kStripBytes / sizeof(T);
 static_assert(kRows <= kPanel && kPad % kCols<float> == 0);
 
+PYFLOW_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 PYFLOW_FN double fold(double* lane) {
   for (int width = 8; width > 0; width /= 2) {
     for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
@@ -83,15 +85,15 @@ PYFLOW_FN int64_t first_column(const Panel& p) {
 
 template <RawSum R, class T>
 void raw_panel(const GramArgs& a, const GramVariable& v, int64_t slot, const Panel& p, T* out) {
-  const T* rows = (const T*)a.z + ((a.item + slot) * a.tournament.n + p.row) * a.columns + v.first;
-  const T* strips = (const T*)a.workspace + slot * a.workspace_size + v.strips;
+  const T* item = (const T*)a.workspace + slot * a.workspace_size;
+  const T *rows = item + v.rows + p.row * v.width, *strips = item + v.strips;
   for (int64_t c = first_column<T>(p); c < p.cols; c += kCols<T>) {
     const T* strip = strips + (p.col + c) * v.dim;
     if (p.rows == kRows) {
-      raw_block<R, kRows>(rows, a.columns, strip, v.dim, out + c, p.stride);
+      raw_block<R, kRows>(rows, v.width, strip, v.dim, out + c, p.stride);
     } else {
       for (int64_t r = 0; r < p.rows; ++r) {
-        raw_block<R, 1>(rows + r * a.columns, a.columns, strip, v.dim, out + r * p.stride + c, p.stride);
+        raw_block<R, 1>(rows + r * v.width, v.width, strip, v.dim, out + r * p.stride + c, p.stride);
       }
     }
   }
@@ -124,7 +126,7 @@ PYFLOW_FN void each_value(const Panel& p, T* out, F f) {
 template <class T>
 void gram_panel(const GramArgs& a, int64_t m, int64_t slot, const Panel& p, T* out) {
   const GramVariable& v = a.variable[m];
-  const T shift = ((const T*)a.shift)[(a.item + slot) * a.variables + m];
+  const T shift = T(a.shift[(a.item + slot) * a.variables + m]);
   switch (raw_sum(v.kernel, v.dim)) {
     case RawSum::product: {
       raw_panel<RawSum::product>(a, v, slot, p, out);
@@ -160,54 +162,104 @@ void gram_panel(const GramArgs& a, int64_t m, int64_t slot, const Panel& p, T* o
   clear_outside(p, out);
 }
 
-// strips of columns: a variable's features of kCols rows side by side, and the rows' halves
+// the means of a variable's features, and from their variances what is subtracted from the kernel
+template <class T>
+void item_stats(const GramArgs& a, int64_t slot, int64_t m) {
+  const GramVariable& v = a.variable[m];
+  const int64_t n = a.tournament.n, item = a.item + slot;
+  double& shift = a.shift[item * a.variables + m];
+  shift = 0;
+  if (!of_distances(v.kernel)) return;
+  const double scale = double(((const T*)a.scale)[item * a.variables + m]);
+  const T* z = (const T*)a.z + item * n * a.columns + v.first;
+  T* means = (T*)a.means + slot * a.columns + v.first;
+  double spread = 0;
+  for (int64_t k = 0; k < v.dim; k += kChunk) {
+    const int64_t count = smaller(kChunk, v.dim - k);
+    // of what a row is more than the first: a common offset costs no digits
+    double sum[kChunk] = {}, square[kChunk] = {};
+    const T* __restrict first = z + k;
+    for (int64_t j = 1; j < n; ++j) {
+      const T* __restrict row = first + j * a.columns;
+#pragma omp simd
+      for (int64_t c = 0; c < count; ++c) {
+        const double more = double(row[c]) - double(first[c]);
+        sum[c] += more;
+        square[c] = fma_(more, more, square[c]);
+      }
+    }
+    for (int64_t c = 0; c < count; ++c) {
+      const double mean = sum[c] / double(n);
+      const double variance = (square[c] - mean * sum[c]) / double(n > 1 ? n - 1 : 1);
+      means[k + c] = T(double(first[c]) + mean);
+      spread += v.kernel == GramKernel::rbf ? variance : __builtin_sqrt(variance > 0 ? variance : 0);
+    }
+  }
+  shift = v.kernel == GramKernel::rbf ? spread * scale * scale <= kWideVariance : spread * scale <= kWideDeviation;
+}
+
+// units: (item, variable)
+void gram_stats(const GramArgs& a, int64_t begin, int64_t end) {
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t slot = u / a.variables, m = u % a.variables;
+    a.f64 ? item_stats<double>(a, slot, m) : item_stats<float>(a, slot, m);
+  }
+}
+
+// kCols rows, centred and scaled: as they are, and as a strip, their features side by side; and half their squares
 template <class T>
 void pack_strip(const GramArgs& a, int64_t slot, int64_t m, int64_t strip) {
   const GramVariable& v = a.variable[m];
-  const RawSum raw = raw_sum(v.kernel, v.dim);
-  if (raw == RawSum::none) return;
-  const int64_t n = a.tournament.n, begin = strip * kCols<T>;
-  const int64_t count = n - begin < kCols<T> ? n - begin : kCols<T>;
-  const T* z = (const T*)a.z + ((a.item + slot) * n + begin) * a.columns + v.first;
-  T* out = (T*)a.workspace + slot * a.workspace_size + v.strips + begin * v.dim;
-  for (int64_t k = 0; k < v.dim; ++k) {
-    for (int64_t c = 0; c < kCols<T>; ++c) out[k * kCols<T> + c] = c < count ? z[c * a.columns + k] : T(0);
-  }
-  if (raw != RawSum::product) return;
-  T* halves = (T*)a.halves + (slot * a.variables + m) * a.padded + begin;
+  if (v.width == 0) return;
+  const bool centred = of_distances(v.kernel);
+  const int64_t n = a.tournament.n, item = a.item + slot, begin = strip * kCols<T>;
+  const T scale = centred ? ((const T*)a.scale)[item * a.variables + m] : T(1);
+  const T* __restrict means = (const T*)a.means + slot * a.columns + v.first;
+  T* rows = (T*)a.workspace + slot * a.workspace_size + v.rows + begin * v.width;
+  T* __restrict out = (T*)a.workspace + slot * a.workspace_size + v.strips + begin * v.dim;
   for (int64_t c = 0; c < kCols<T>; ++c) {
-    double square = 0;
-    for (int64_t k = 0; c < count && k < v.dim; ++k) square += double(z[c * a.columns + k]) * double(z[c * a.columns + k]);
-    halves[c] = T(0.5 * square);
+    const T* __restrict z = (const T*)a.z + (item * n + begin + c) * a.columns + v.first;
+    T* __restrict row = rows + c * v.width;
+    for (int64_t k = 0; k < v.width; ++k) row[k] = T(0);
+    if (begin + c < n) {
+      for (int64_t k = 0; k < v.dim; ++k) row[k] = centred ? (z[k] - means[k]) * scale : z[k];
+    }
+    for (int64_t k = 0; k < v.dim; ++k) out[k * kCols<T> + c] = row[k];
   }
+  if (raw_sum(v.kernel, v.dim) != RawSum::product) return;
+  double square[kCols<T>] = {};
+  for (int64_t k = 0; k < v.dim; ++k) {
+#pragma omp simd
+    for (int c = 0; c < kCols<T>; ++c) {
+      const double value = double(out[k * kCols<T> + c]);
+      square[c] = fma_(value, value, square[c]);
+    }
+  }
+  T* halves = (T*)a.halves + (slot * a.variables + m) * a.padded + begin;
+  for (int c = 0; c < kCols<T>; ++c) halves[c] = T(0.5 * square[c]);
 }
 
-// padded rows, their gradient and the sums of weights at 0
+// the gradient's rows and the sums of weights at 0
 template <class T>
-void pack_rows(const GramBackward& a, int64_t slot, int64_t m, int64_t strip) {
+void clear_strip(const GramBackward& a, int64_t slot, int64_t m, int64_t strip) {
   const GramVariable& v = a.variable[m];
-  const int64_t n = a.tournament.n, at = slot * a.workspace_size + v.rows;
-  for (int64_t j = strip * kCols<T>; j < (strip + 1) * kCols<T> && j < n; ++j) {
-    const T* z = (const T*)a.z + ((a.item + slot) * n + j) * a.columns + v.first;
-    T* grad = (T*)a.grad + ((a.item + slot) * n + j) * a.columns + v.first;
+  const int64_t n = a.tournament.n, begin = strip * kCols<T>;
+  for (int64_t j = begin; j < begin + kCols<T> && j < n; ++j) {
     a.weight_sums[(slot * a.variables + m) * a.padded + j] = 0;
-    if (v.width == 0) {
-      for (int64_t k = 0; k < v.dim; ++k) grad[k] = T(0);
-    }
-    for (int64_t k = 0; k < v.width; ++k) {
-      ((T*)a.workspace)[at + j * v.width + k] = k < v.dim ? z[k] : T(0);
-      ((T*)a.grad_workspace)[at + j * v.width + k] = T(0);
-    }
+    T* row = (T*)a.grad_workspace + slot * a.workspace_size + v.rows + j * v.width;
+    for (int64_t k = 0; k < v.width; ++k) row[k] = T(0);
+    T* grad = (T*)a.grad + ((a.item + slot) * n + j) * a.columns + v.first;
+    for (int64_t k = 0; k < v.dim; ++k) grad[k] = T(0);
   }
 }
 
-// units: (item, variable, strip) of the largest strip's width in both types
+// units: (item, variable, kPad rows)
 template <class F>
 PYFLOW_FN void each_strip(const GramArgs& a, int64_t begin, int64_t end, F f) {
-  const int64_t strips = a.padded / kPad, each = kPad / (a.f64 ? kCols<double> : kCols<float>);
+  const int64_t groups = a.padded / kPad, strips = kPad / (a.f64 ? kCols<double> : kCols<float>);
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t row = u / strips, first = u % strips * each;
-    for (int64_t s = first; s < first + each; ++s) f(row / a.variables, row % a.variables, s);
+    const int64_t row = u / groups, first = u % groups * strips;
+    for (int64_t s = first; s < first + strips; ++s) f(row / a.variables, row % a.variables, s);
   }
 }
 
@@ -217,14 +269,11 @@ void gram_pack(const GramArgs& a, int64_t begin, int64_t end) {
   });
 }
 
-void gram_backward_pack(const GramBackward& a, int64_t begin, int64_t end) {
+void gram_clear(const GramBackward& a, int64_t begin, int64_t end) {
   each_strip(a, begin, end, [&](int64_t slot, int64_t m, int64_t strip) {
-    a.f64 ? pack_strip<double>(a, slot, m, strip) : pack_strip<float>(a, slot, m, strip);
-    a.f64 ? pack_rows<double>(a, slot, m, strip) : pack_rows<float>(a, slot, m, strip);
+    a.f64 ? clear_strip<double>(a, slot, m, strip) : clear_strip<float>(a, slot, m, strip);
   });
 }
-
-PYFLOW_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // the rows by the columns of a tile, (row, rows, col, cols); no rows where the tile is not visited
 PYFLOW_FN Tile gram_tile(const GramArgs& a, int64_t tile) {
@@ -290,8 +339,8 @@ void weight_panel(const GramBackward& a, int64_t m, int64_t slot, const Panel& p
     const T* other = values + a.pair[k ^ 1] * tile;
     each_value(p, out, [=](T w, int64_t r, int64_t c) { return fma_(twice, other[r * stride + c], w); });
   }
-  if (v.kernel == GramKernel::rbf || v.kernel == GramKernel::laplacian) {
-    const T shift = ((const T*)a.shift)[item * a.variables + m];
+  if (of_distances(v.kernel)) {
+    const T shift = T(a.shift[item * a.variables + m]);
     const T* own = values + m * tile;
     each_value(p, out, [=](T w, int64_t r, int64_t c) { return w * (own[r * stride + c] + shift); });
   } else if (v.kernel == GramKernel::polynomial && v.degree != 1) {
@@ -424,14 +473,15 @@ void finish_row(const GramBackward& a, int64_t slot, int64_t row) {
   const int64_t n = a.tournament.n;
   for (int64_t m = 0; m < a.variables; ++m) {
     const GramVariable& v = a.variable[m];
-    if (v.width == 0) continue;
+    if (v.width == 0 || v.kernel == GramKernel::delta) continue;
     const int64_t at = slot * a.workspace_size + v.rows + row * v.width;
     const T *z = (const T*)a.workspace + at, *sum = (const T*)a.grad_workspace + at;
     // of an rbf kernel: the weights times z_j - z_i
     const bool rbf = v.kernel == GramKernel::rbf;
     const T own = rbf ? T(a.weight_sums[(slot * a.variables + m) * a.padded + row]) : T(0);
     T* grad = (T*)a.grad + ((a.item + slot) * n + row) * a.columns + v.first;
-    for (int64_t k = 0; k < v.dim; ++k) grad[k] = fma_(-own, z[k], sum[k]);
+    const T scale = of_distances(v.kernel) ? ((const T*)a.scale)[(a.item + slot) * a.variables + m] : T(1);
+    for (int64_t k = 0; k < v.dim; ++k) grad[k] = scale * fma_(-own, z[k], sum[k]);
   }
 }
 

@@ -45,9 +45,8 @@ struct GramVariable {
   GramKernel kernel;
   int degree;
   int64_t dim, first;  // its columns of z
-  int64_t strips;      // where they begin in an item's workspace
-  int64_t width;       // of a padded row, dim or a little more
-  int64_t rows;        // where the padded rows begin in an item's workspace, those of the gradient in one like it
+  int64_t width;       // dim, made a multiple of 8; 0 where nothing is packed
+  int64_t strips, rows;  // where they begin in an item's workspace; the gradient's rows in one like it
 };
 
 // Works on batch items [item, item + items); what it needs of them lies side by side in workspaces.
@@ -57,10 +56,12 @@ struct GramArgs {
   const GramVariable* variable;
   const int64_t* pair;  // two variables each
   const char* z;        // (B, n, columns), contiguous, of the compute type, as all that is char*
-  const char* shift;    // (B, variables)
-  char* workspace;
+  const char* scale;    // (B, variables); of a kernel of distances, whose rows are centred first
+  double* shift;        // (B, variables): 0, or 1 where K - 1 takes the place of K
+  char* means;          // (items, columns)
+  char* workspace;      // strips and padded rows, centred and scaled
   int64_t workspace_size;  // elements of an item
-  char* halves;            // (items, variables, padded): |z|^2 / 2
+  char* halves;            // (items, variables, padded): half the squares of rows
   int64_t padded;          // n, made a multiple of kPad
   char* scratch;           // of this thread
   int64_t item, items;
@@ -77,7 +78,7 @@ struct GramBackward : GramArgs {
   const double* grad_rows;   // (B, variables, n)
   const double* grad_cross;  // (B, pairs)
   double* weight_sums;       // (items, variables, padded), added to
-  char* grad_workspace;      // added to
+  char* grad_workspace;      // added to; as the workspace
   char* grad;                // (B, n, columns)
 };
 

@@ -8,6 +8,14 @@ namespace pyflow {
 // the order is HSIC_KERNELS of the operator schemas
 enum class GramKernel : int { rbf, laplacian, polynomial, delta, precomputed };
 
+PYFLOW_FN bool of_distances(GramKernel kernel) { return kernel == GramKernel::rbf || kernel == GramKernel::laplacian; }
+
+// At wide bandwidths the sums of K cancel: K - 1 takes its place, for which HSIC is the same; at narrow ones K - 1
+// would lose what K keeps. The mean squared distance is twice the sum of the features' variances, here in units of the
+// squared bandwidth; that of absolute ones, of normal data, 2 / sqrt(pi) times the sum of their deviations.
+constexpr double kWideVariance = 2;
+constexpr double kWideDeviation = 1.7724538509055159;
+
 // what is summed over the features
 enum class RawSum : int { product, square, distance, mismatch, none };
 

@@ -21,14 +21,14 @@ void in_parallel(int64_t units, int64_t grain, F f) {
 
 // A call's arguments and what it allocates.
 struct Grams {
-  Tensor z, shift, workspace, halves, scratch;
+  Tensor z, scale, shift, means, workspace, halves, scratch;
   std::vector<GramVariable> variables;
   int64_t batch, items, scratch_bytes;
 
-  Grams(GramArgs& a, const Tensor& z_, const Tensor& shift_, const std::vector<int64_t>& dims,
+  Grams(GramArgs& a, const Tensor& z_, const Tensor& scale_, const std::vector<int64_t>& dims,
         const std::vector<int64_t>& kernels, const std::vector<int64_t>& degrees, const std::vector<int64_t>& pairs,
         bool backward)
-      : z(torch::stable::contiguous(z_)), shift(torch::stable::contiguous(shift_)) {
+      : z(torch::stable::contiguous(z_)), scale(torch::stable::contiguous(scale_)) {
     a.f64 = z.scalar_type() == ScalarType::Double;
     a.tournament = tournament_of(z.size(1));
     a.padded = (z.size(1) + kPad - 1) / kPad * kPad;
@@ -38,13 +38,12 @@ struct Grams {
     a.pair = pairs.data();
     int64_t first = 0;
     for (size_t m = 0; m < dims.size(); ++m) {
-      GramVariable v{GramKernel(kernels[m]), int(degrees[m]), dims[m], first, a.workspace_size, 0, 0};
+      GramVariable v{GramKernel(kernels[m]), int(degrees[m]), dims[m], first, 0, a.workspace_size, 0};
       first += v.dim;
-      if (v.kernel != GramKernel::precomputed) a.workspace_size += a.padded * v.dim;
-      if (backward && v.kernel != GramKernel::precomputed && v.kernel != GramKernel::delta) {
+      if (v.kernel != GramKernel::precomputed) {
         v.width = (v.dim + 7) / 8 * 8;
-        v.rows = a.workspace_size;
-        a.workspace_size += a.padded * v.width;
+        v.rows = v.strips + a.padded * v.dim;
+        a.workspace_size = v.rows + a.padded * v.width;
       }
       variables.push_back(v);
     }
@@ -53,12 +52,17 @@ struct Grams {
     const int64_t bytes = a.workspace_size * int64_t(z.element_size());
     items = bytes > 0 ? kWorkspaceBytes / bytes : batch;
     items = items < 1 ? 1 : items < batch ? items : batch;
+    const int64_t sizes[] = {batch, a.variables};
+    shift = new_empty(z, sizes, 2, ScalarType::Double);
+    means = buffer(z, items * a.columns, z.scalar_type());
     workspace = buffer(z, items * a.workspace_size, z.scalar_type());
     halves = buffer(z, items * a.variables * a.padded, z.scalar_type());
     scratch_bytes = (scratch_of(a, backward) + 63) / 64 * 64;
     scratch = buffer(z, torch::stable::get_num_threads() * scratch_bytes / 8, ScalarType::Double);
     a.z = (const char*)z.data_ptr();
-    a.shift = (const char*)shift.data_ptr();
+    a.scale = (const char*)scale.data_ptr();
+    a.shift = (double*)shift.data_ptr();
+    a.means = (char*)means.data_ptr();
     a.workspace = (char*)workspace.data_ptr();
     a.halves = (char*)halves.data_ptr();
     a.parts = 1;
@@ -66,6 +70,15 @@ struct Grams {
 
   // element-ops of a tile, over which threads are worth starting
   int64_t grain(const GramArgs& a) const { return grain_of(a.tournament.block * a.tournament.block * (a.columns + 16)); }
+
+  void pack(const GramArgs& a) const {
+    const CpuTable& cpu = *cpu_table();
+    in_parallel(a.items * a.variables, grain_of(a.tournament.n * a.columns / (a.variables + 1)),
+                [&](int64_t begin, int64_t end) { cpu.gram_stats(a, begin, end); });
+    in_parallel(strips(a), strip_grain(a), [&](int64_t begin, int64_t end) { cpu.gram_pack(a, begin, end); });
+  }
+  int64_t strips(const GramArgs& a) const { return a.items * a.variables * (a.padded / kPad); }
+  int64_t strip_grain(const GramArgs& a) const { return grain_of(kPad * a.columns / (a.variables + 1)); }
 
   // every tile, round after round, each thread with its own scratch
   template <class A>
@@ -84,11 +97,11 @@ struct Grams {
 
 void fill_zero(Tensor& t) { std::memset(t.data_ptr(), 0, size_t(t.numel()) * t.element_size()); }
 
-std::tuple<Tensor, Tensor> hsic_sums(Tensor z, Tensor shift, std::vector<int64_t> dims, std::vector<int64_t> kernels,
+std::tuple<Tensor, Tensor, Tensor> hsic_sums(Tensor z, Tensor scale, std::vector<int64_t> dims, std::vector<int64_t> kernels,
                                      std::vector<int64_t> degrees, std::vector<int64_t> pairs, bool, int64_t part,
                                      int64_t parts) {
   GramSums a{};
-  Grams grams(a, z, shift, dims, kernels, degrees, pairs, false);
+  Grams grams(a, z, scale, dims, kernels, degrees, pairs, false);
   a.part = part;
   a.parts = parts;
   const CpuTable& cpu = *cpu_table();
@@ -102,8 +115,7 @@ std::tuple<Tensor, Tensor> hsic_sums(Tensor z, Tensor shift, std::vector<int64_t
   for (a.item = 0; a.item < grams.batch; a.item += grams.items) {
     a.items = grams.batch - a.item < grams.items ? grams.batch - a.item : grams.items;
     fill_zero(partial);
-    in_parallel(a.items * a.variables * (a.padded / kPad), grain_of(kPad * (a.columns / a.variables + 1)),
-                [&](int64_t begin, int64_t end) { cpu.gram_pack(a, begin, end); });
+    grams.pack(a);
     grams.rounds(a, cpu.gram_sums);
     for (int64_t i = 0; i < a.items; ++i) {
       for (int64_t k = 0; k < a.pairs; ++k) {
@@ -113,13 +125,13 @@ std::tuple<Tensor, Tensor> hsic_sums(Tensor z, Tensor shift, std::vector<int64_t
       }
     }
   }
-  return {rows, cross};
+  return {rows, cross, grams.shift};
 }
 
-Tensor hsic_sums_backward(Tensor grad_rows, Tensor grad_cross, Tensor z, Tensor shift, std::vector<int64_t> dims,
+Tensor hsic_sums_backward(Tensor grad_rows, Tensor grad_cross, Tensor z, Tensor scale, std::vector<int64_t> dims,
                           std::vector<int64_t> kernels, std::vector<int64_t> degrees, std::vector<int64_t> pairs, bool) {
   GramBackward a{};
-  Grams grams(a, z, shift, dims, kernels, degrees, pairs, true);
+  Grams grams(a, z, scale, dims, kernels, degrees, pairs, true);
   const CpuTable& cpu = *cpu_table();
   const Tensor rows = torch::stable::contiguous(grad_rows), cross = torch::stable::contiguous(grad_cross);
   const int64_t sizes[] = {grams.batch, a.tournament.n, a.columns};
@@ -133,8 +145,9 @@ Tensor hsic_sums_backward(Tensor grad_rows, Tensor grad_cross, Tensor z, Tensor 
   a.grad = (char*)grad.data_ptr();
   for (a.item = 0; a.item < grams.batch; a.item += grams.items) {
     a.items = grams.batch - a.item < grams.items ? grams.batch - a.item : grams.items;
-    in_parallel(a.items * a.variables * (a.padded / kPad), grain_of(kPad * (a.columns / a.variables + 1)),
-                [&](int64_t begin, int64_t end) { cpu.gram_backward_pack(a, begin, end); });
+    grams.pack(a);
+    in_parallel(grams.strips(a), grams.strip_grain(a),
+                [&](int64_t begin, int64_t end) { cpu.gram_clear(a, begin, end); });
     grams.rounds(a, cpu.gram_backward);
     in_parallel(a.items * a.tournament.n, grain_of(a.columns),
                 [&](int64_t begin, int64_t end) { cpu.gram_finish(a, begin, end); });
