@@ -21,6 +21,8 @@
   F(sde_step_backward, SdeArgs)                                   \
   F(denoising_loss, SdeArgs)                                      \
   F(langevin_squares, SdeArgs)                                    \
+  F(sector_formula, SectorFormula)                                \
+  F(sector_trials, SectorTrials)                                  \
   F(math_evaluate, MathArgs)
 
 #define PYFLOW_DECLARE_KERNEL(name, Args) void name(const Args&, int64_t, int64_t);

@@ -17,6 +17,8 @@ struct ResidualFsqBackward;
 struct NoiseArgs;
 struct PhiloxArgs;
 struct SdeArgs;
+struct SectorFormula;
+struct SectorTrials;
 struct MathArgs;
 
 struct CpuTable {
@@ -37,6 +39,8 @@ struct CpuTable {
   void (*sde_step_backward)(const SdeArgs&, int64_t begin, int64_t end);
   void (*denoising_loss)(const SdeArgs&, int64_t begin, int64_t end);
   void (*langevin_squares)(const SdeArgs&, int64_t begin, int64_t end);
+  void (*sector_formula)(const SectorFormula&, int64_t begin, int64_t end);
+  void (*sector_trials)(const SectorTrials&, int64_t begin, int64_t end);
   void (*math_evaluate)(const MathArgs&, int64_t begin, int64_t end);
 };
 
