@@ -51,13 +51,21 @@ def sector_counts(
     if thresholds.dtype != torch.float64:
         raise TypeError(f"{op}: thresholds must be float64, got {check.short(thresholds.dtype)}")
     points, trials = count(op, "points", points), count(op, "trials", trials)
+    return counts_for(op, thresholds, points, trials, seed, step)
+
+
+# what the estimate of the probability shares
+
+
+def counts_for(op: str, thresholds: Tensor, points: int, trials: int, seed: object, step: object) -> Tensor:
+    """The counts, for the public function `op`, which has checked all but seed and step."""
     thresholds = thresholds.detach()
     seed = seed_tensor(op, seed, (), thresholds.device, "cpu")
     step = step_tensor(op, step, thresholds.device)
     purpose = PURPOSES.index("monte_carlo")
-    if runs_reference(op, thresholds):
+    if runs_reference("sector_counts", thresholds):
         return ref.sector_counts(thresholds, points, trials, seed, step, purpose=purpose)
-    return call(op, thresholds, points, trials, seed, step, purpose)
+    return call("sector_counts", thresholds, points, trials, seed, step, purpose)
 
 
 def count(op: str, name: str, value: object) -> int:

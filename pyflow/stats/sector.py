@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _backend
 from .. import _checks as check
-from ..ops.sector import count, sector_counts
+from ..ops.sector import count, counts_for
 from ..reference import sector as ref
 
 
@@ -66,8 +66,8 @@ def sector_probability(
         >>> import math
         >>> round(sector_probability(4, math.pi), 12)  # four ducks, half a pond
         0.5
-        >>> sector_probability([2, 40, 400], 6.0, complement=True).round(6).tolist()
-        [0.0, 0.003061, 0.999996]
+        >>> sector_probability([50, 100, 400], 6.0, complement=True).round(6).tolist()
+        [5.1e-05, 0.307843, 0.999996]
         >>> round(sector_probability(10000, 6.28, complement=True, log=True), 6)
         -69.02574
     """
@@ -88,7 +88,7 @@ def sector_probability(
     values = values.reshape(points.shape)
     if device is not None:
         return torch.from_numpy(values).to(device)
-    return values if any(isinstance(v, np.ndarray) or not np.isscalar(v) for v in (n, theta)) else values.item()
+    return values.item() if np.isscalar(n) and np.isscalar(theta) else values
 
 
 def sector_probability_mc(
@@ -141,10 +141,11 @@ def sector_probability_mc(
     x = ((high - angle) + low) / high
     # no largest gap exceeds the circle, and each is above 0
     x = torch.where(angle <= 0, 2.0, torch.where(angle > high, 0.0, x))
-    counts = sector_counts(x, n, trials, seed=seed, step=step)
+    counts = counts_for(op, x, n, trials, seed, step)
     if not isinstance(theta, Tensor):
         counts = counts.cpu().numpy()
-    share, near = counts / trials, (counts + 1) / (trials + 2)
+    wide = counts.astype(float) if isinstance(counts, np.ndarray) else counts.double()
+    share, near = wide / trials, (wide + 1) / (trials + 2)
     error = (near * (1 - near) / trials) ** 0.5
     if np.isscalar(theta):
         return SectorEstimate(share.item(), error.item(), counts.item(), trials)
@@ -165,7 +166,7 @@ def _array(value: object) -> np.ndarray:
 
 def _points(op: str, n: object) -> np.ndarray:
     points = _array(n)
-    if points.dtype.kind not in "iu":
+    if points.size and points.dtype.kind not in "iu":
         raise TypeError(f"{op}: n must be integers, got {_kind(points)}")
     least, most = (points.min(), points.max()) if points.size else (1, 1)
     if least < 1 or most >= 2**53:
