@@ -46,7 +46,7 @@ def trials(shape: tuple[int, ...], device: torch.device) -> Problem:
         angles = np.sort(2 * math.pi * generator.random((count, n)), axis=1)
         around = 2 * math.pi + angles[:, :1] - angles[:, -1:]
         largest = np.concatenate((np.diff(angles, axis=1), around), axis=1).max(axis=1)
-        return (torch.tensor(int((largest >= limit).sum())),)
+        return (torch.tensor(int((largest >= limit).sum()), device=device),)
 
     def ours() -> Outputs:
         return (sector_probability_mc(n, theta, count, SEED).count,)
@@ -60,7 +60,7 @@ def trials(shape: tuple[int, ...], device: torch.device) -> Problem:
         counted = ours()[0].double()
     truths = defaultdict(lambda: lambda: (counted,))
     for name in ("eager", "numpy"):
-        truths[name] = lambda: (torch.ones((), dtype=torch.float64, device=device if name == "eager" else "cpu"),)
+        truths[name] = lambda: (torch.ones((), dtype=torch.float64, device=device),)
     calls = {"eager": eager, "numpy": numpy, "pyflow": ours}
     return Problem(calls, truths, 16, forms=dict.fromkeys(("eager", "numpy"), deviation), tolerance=TOLERANCE)
 

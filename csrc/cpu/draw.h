@@ -40,8 +40,10 @@ inline void draw_run(const Stream& s, uint64_t seed, uint64_t block, int n, Draw
 
 // likewise of every `step`-th block
 inline void draw_every(const Stream& s, uint64_t seed, uint64_t block, uint64_t step, int n, DrawBuffer& b) {
+  Lanes blocks = lanes_of(block, step);
   for (int i = 0; i < n; i += kLanes) {
-    draw_vector(s, lanes_of(block + uint64_t(i) * step, step), uint64_t(uint32_t(seed)), seed >> 32, i, b);
+    draw_vector(s, blocks, uint64_t(uint32_t(seed)), seed >> 32, i, b);
+    blocks += uint64_t(kLanes) * step;
   }
 }
 
