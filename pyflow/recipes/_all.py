@@ -109,7 +109,7 @@ def play(name: str, argv: Sequence[str], folder: Path) -> Result:
     # a clock of the file system may be coarser than ours
     pictures = [p for p in folder.rglob("*") if p.suffix in PICTURES and p.stat().st_mtime >= began - 1]
     printed, said = (text.decode("utf-8", "replace") for text in texts)
-    last = [line.rpartition("\r")[2] for line in said.splitlines()[-12:]]
+    last = [line.rpartition("\r")[2] for line in said.rstrip().split("\n")[-12:]]
     shown = " ".join(("pyflow demo", *argv[argv.index(name) :])) if name in argv else " ".join(argv)
     return Result(name, shown, process.returncode, seconds, printed, "\n".join(last), tuple(sorted(pictures)))
 
