@@ -225,7 +225,8 @@ void sector(int64_t points, int64_t trials) {
   std::vector<double> thresholds;
   for (int k = 0; k < 16; ++k) thresholds.push_back(double(k * k) / 256);
   std::vector<int64_t> counts(thresholds.size()), seeds(1);
-  table->sector_trials({thresholds.data(), 16, points, stream(seeds, false), counts.data()}, 0, trials);
+  const int64_t begin = int64_t(1) << 33;  // blocks beyond 32 bits
+  table->sector_trials({thresholds.data(), 16, points, stream(seeds, false), counts.data()}, begin, begin + trials);
   print("sector_trials", std::vector<float>(counts.begin(), counts.end()));
 }
 

@@ -168,6 +168,26 @@ def test_the_reference_is_the_native_formula():
             np.testing.assert_allclose(got, want, rtol=1e-13)
 
 
+def exactly(pair):
+    return Fraction(pair[0]) + Fraction(pair[1])
+
+
+def test_double_doubles_err_as_their_header_says():
+    draws = np.random.default_rng(0).random((300, 4)) + 1e-3
+    for a, b, c, d in draws.tolist():
+        x, y = (a, a * c * 2.0**-54), (b, -b * d * 2.0**-54)
+        for got, exact in (
+            (ref.mul(x, y), exactly(x) * exactly(y)), (ref.div(x, y), exactly(x) / exactly(y)),
+            (ref.add(x, y), exactly(x) + exactly(y)),
+        ):  # fmt: skip
+            assert abs(exactly(got) / exact - 1) <= Fraction(1, 2**102)
+        for n in (1, 2, 9, 1000):
+            value, exponent = ref.power(x, n)
+            assert 0.5 <= value[0] < 1 or value[0] == 1
+            exact = exactly(x) ** n / Fraction(2) ** exponent
+            assert abs(exactly(value) / exact - 1) <= Fraction(n, 2**101)
+
+
 def test_kinds_and_broadcasting():
     value = sector_probability(3, 2.0)
     assert type(value) is float
