@@ -63,6 +63,9 @@ SCHEMAS = {
         "(Tensor grad, Tensor pred, Tensor? std, Tensor seed, Tensor step) -> (Tensor, Tensor)"
     ),
     "langevin_squares": "(Tensor score, Tensor? seed, Tensor? step, Tensor? noise, int purpose) -> Tensor",
+    "sector_counts": (
+        "(Tensor thresholds, SymInt points, SymInt trials, Tensor seed, Tensor step, int purpose) -> Tensor"
+    ),
     "fsq": "(Tensor z, int[] levels, int variant, bool return_indices) -> (Tensor, Tensor)",
     "fsq_backward": "(Tensor grad, Tensor z, int[] levels, int variant) -> Tensor",
     "fsq_decode": "(Tensor indices, int[] levels, int variant, int dim, ScalarType dtype) -> Tensor",

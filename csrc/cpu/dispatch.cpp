@@ -31,6 +31,8 @@
   F(center_sums, CenterArgs)                                      \
   F(center_means, CenterArgs)                                     \
   F(center_apply, CenterArgs)                                     \
+  F(sector_formula, SectorFormula)                                \
+  F(sector_trials, SectorTrials)                                  \
   F(math_evaluate, MathArgs)
 
 #define PYFLOW_DECLARE_KERNEL(name, Args) void name(const Args&, int64_t, int64_t);

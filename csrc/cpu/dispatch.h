@@ -22,6 +22,8 @@ struct GramSums;
 struct GramBackward;
 struct PermutedArgs;
 struct CenterArgs;
+struct SectorFormula;
+struct SectorTrials;
 struct MathArgs;
 
 struct CpuTable {
@@ -52,6 +54,8 @@ struct CpuTable {
   void (*center_sums)(const CenterArgs&, int64_t begin, int64_t end);
   void (*center_means)(const CenterArgs&, int64_t begin, int64_t end);
   void (*center_apply)(const CenterArgs&, int64_t begin, int64_t end);
+  void (*sector_formula)(const SectorFormula&, int64_t begin, int64_t end);
+  void (*sector_trials)(const SectorTrials&, int64_t begin, int64_t end);
   void (*math_evaluate)(const MathArgs&, int64_t begin, int64_t end);
 };
 

@@ -6,6 +6,7 @@ from .fsq import codebook_usage, fsq, fsq_decode, residual_fsq
 from .hsic import center_gram, cka, hsic, hsic_matrix
 from .noise import normal, philox, sample_seeds, uniform
 from .sde import denoising_loss, langevin_step, perturb, sde_step
+from .sector import sector_counts
 
 __all__ = [
     "additive_coupling",
@@ -27,5 +28,6 @@ __all__ = [
     "residual_fsq",
     "sample_seeds",
     "sde_step",
+    "sector_counts",
     "uniform",
 ]

@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
     pytest.skip("the interpreter and compilation exclude each other", allow_module_level=True)
 
 from pyflow._schemas import FSQ_VARIANTS, HSIC_KERNELS, PRIORS, SCALE_MAPS  # noqa: E402
-from pyflow.triton_kernels import _random, coupling, flow_head, fsq, hsic, noise, sde  # noqa: E402
+from pyflow.triton_kernels import _random, coupling, flow_head, fsq, hsic, noise, sde, sector  # noqa: E402
 
 from . import aot  # noqa: E402
 
@@ -97,6 +97,15 @@ def random_words():
     return launches
 
 
+def sector_counts():
+    with aot.recorded() as launches:
+        arguments = torch.zeros(3, dtype=F64), 33, 10**6, torch.tensor(1), torch.tensor(3), 6
+        sector.sector_counts(*arguments)
+        with scalars_on_the_device():
+            sector.sector_counts(*arguments)
+    return launches
+
+
 def quantizer(z, levels, variant, stages=2):
     """Launches of every operator of the family; z has its channels in front."""
     levels, active = list(levels), torch.empty((), dtype=torch.int64)
@@ -173,6 +182,7 @@ def cases():
         for dtype in (F32, F64, BF16, F16)[: 4 if target == "sm_90" else 1]:
             table[f"{target}-noise-{str(dtype)[6:]}"] = drawn(SHAPE, seeds[0], dtype) + drawn(SHAPE, seeds, dtype, 0)
         table[f"{target}-philox"] = random_words()
+        table[f"{target}-float64-sector"] = sector_counts()
         numbers, own = [torch.tensor(0.5, dtype=F64)] * 3, [torch.empty(64)] * 3
         for dtype in (F32, F64, BF16, F16)[: 4 if target == "sm_90" else 2]:
             name = f"{target}-sde-{str(dtype)[6:]}"
@@ -251,6 +261,7 @@ def test_every_kernel_has_a_case():
         due = {"_tiles.sum_segments": {F32, F64}, "noise.philox_kernel": {torch.int64}}
         # matrices are of the compute type
         due |= {f"hsic.{kernel}": {F32, F64} for kernel in GRAM_KERNELS}
+        due["sector.counts_kernel"] = {F64, torch.int64}
         assert compiled >= due.get(name, {F32, F64, BF16, F16}), name
 
 
