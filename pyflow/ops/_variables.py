@@ -92,7 +92,7 @@ def _bandwidth(op: str, name: str, value: float | Tensor, x: Tensor) -> Tensor:
 
 def _products(op: str, x: Tensor, kernel: str, degree: int, gamma: float | None, coef0: float) -> Variable:
     if kernel == "linear":
-        z, degree = x - x.detach().mean(-2, keepdim=True), 1
+        z, degree = x - x.mean(-2, keepdim=True), 1
     else:
         degree = check.at_least(op, "degree", degree, 1)
         gamma = 1 / x.shape[-1] if gamma is None else check.positive(op, "gamma", gamma)
