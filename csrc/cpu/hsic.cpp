@@ -228,11 +228,10 @@ void pack_strip(const GramArgs& a, int64_t slot, int64_t m, int64_t strip) {
   }
   if (raw_sum(v.kernel, v.dim) != RawSum::product) return;
   double square[kCols<T>] = {};
-  for (int64_t k = 0; k < v.dim; ++k) {
+  for (const T* __restrict values = out; values < out + v.dim * kCols<T>; values += kCols<T>) {
 #pragma omp simd
     for (int c = 0; c < kCols<T>; ++c) {
-      const double value = double(out[k * kCols<T> + c]);
-      square[c] = fma_(value, value, square[c]);
+      square[c] = fma_(double(values[c]), double(values[c]), square[c]);
     }
   }
   T* halves = (T*)a.halves + (slot * a.variables + m) * a.padded + begin;
