@@ -1,13 +1,14 @@
 """Every operator's schema and tags, in one place.
 
 An operator is opaque to Inductor: its bits are the same eager and compiled. The integers `scale_map`,
-`packing`, `prior` and `variant` index the tuples below; `map_arg` is the one constant a scale map uses
+`packing`, `prior`, `variant` and `distance` index the tuples below; `map_arg` is the one constant a scale map uses
 (clamp, eps or c). A `*_backward` operator returns an empty tensor for a gradient it was not asked for
 (shift_dtype: the dtype of shift, or None where its gradient is that of y or of x). `fsq` and `residual_fsq`
 take and return their channels in front; `dim` of `fsq_decode` is where they go. `kind` and `purpose` of noise
 index theirs. Seeds are int64, 0-d or one per sample; `step` and what else changes from call to call are tensors,
 0-d on the CPU where the caller gave a number, so that nothing is compiled anew for another value. `sde_step_backward` sums the gradients of a, b and c, (3, rows),
-where it is given x; `denoising_loss` without std takes pred for the noise.
+where it is given x; `denoising_loss` without std takes pred for the noise. `gan_qp_loss`
+returns the distances too, all that its backward needs of the samples.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ PRIORS = ("gaussian", "logistic")
 NOISES = ("uniform", "normal")
 # what a draw is for: the top byte of a stream's last counter word, so that no two of them share a word
 PURPOSES = ("noise", "corrector", "prior", "accept", "data", "permutation", "monte_carlo")
+DISTANCES = ("l1", "l2")
 FSQ_VARIANTS = ("vqp", "paper", "symmetric", "sigmoid", "hard", "symmetric_hard")
 
 _MAP = "int scale_map, float map_arg, bool shift_first, bool inverse, int event_dims"
@@ -62,6 +64,13 @@ SCHEMAS = {
     "residual_fsq": "(Tensor x, int[] levels, int variant, int stages, Tensor? active) -> (Tensor, Tensor)",
     "residual_fsq_backward": (
         "(Tensor grad, Tensor x, int[] levels, int variant, int stages, Tensor? active) -> Tensor"
+    ),
+    "gan_qp_loss": (
+        "(Tensor t_real, Tensor t_fake, Tensor x_real, Tensor x_fake, Tensor? z_real, Tensor? z_fake, float lam, "
+        "float eps, int distance) -> (Tensor, Tensor)"
+    ),
+    "gan_qp_loss_backward": (
+        "(Tensor grad, Tensor t_real, Tensor t_fake, Tensor d, float lam, float eps) -> (Tensor, Tensor)"
     ),
 }
 

@@ -17,6 +17,9 @@ struct ResidualFsqBackward;
 struct NoiseArgs;
 struct PhiloxArgs;
 struct SdeArgs;
+struct GanQpSums;
+struct GanQpLoss;
+struct GanQpLossBackward;
 struct MathArgs;
 
 struct CpuTable {
@@ -37,6 +40,9 @@ struct CpuTable {
   void (*sde_step_backward)(const SdeArgs&, int64_t begin, int64_t end);
   void (*denoising_loss)(const SdeArgs&, int64_t begin, int64_t end);
   void (*langevin_squares)(const SdeArgs&, int64_t begin, int64_t end);
+  void (*gan_qp_sums)(const GanQpSums&, int64_t begin, int64_t end);
+  void (*gan_qp_loss)(const GanQpLoss&, int64_t begin, int64_t end);
+  void (*gan_qp_loss_backward)(const GanQpLossBackward&, int64_t begin, int64_t end);
   void (*math_evaluate)(const MathArgs&, int64_t begin, int64_t end);
 };
 
