@@ -78,7 +78,11 @@ def loss_kernel(
     tl.store(d + r, distance, mask=r < rows)
 
 
-@triton.jit(do_not_specialize=["grad_at", "t_real_at", "t_fake_at", "d_at", "g_real_at", "g_fake_at", "rows", "lam2", "eps"])
+@triton.jit(
+    do_not_specialize=[
+        "grad_at", "t_real_at", "t_fake_at", "d_at", "g_real_at", "g_fake_at", "rows", "lam2", "eps",
+    ]
+)  # fmt: skip
 def backward_kernel(
     grad, grad_at, t_real, t_real_at, t_fake, t_fake_at, d, d_at, g_real, g_real_at, g_fake, g_fake_at, rows, lam2,
     eps, BLOCK_R: tl.constexpr,

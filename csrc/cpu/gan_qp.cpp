@@ -5,34 +5,44 @@
 
 namespace pyflow::PYFLOW_ISA {
 
-// the sum of n <= kChunk deviations, in the order of lane_sum
+// two accumulators of AVX-512 hide each other's latency, and the order of a sum is that of every instruction set
+constexpr int kLanes = 32;
+
+// adds n <= kChunk deviations to the lanes of a row
 template <Distance D, class T>
-T sum_deviations(const T* __restrict real, const T* __restrict fake, int64_t n) {
-  T lane[16] = {};
+void add_deviations(const T* __restrict real, const T* __restrict fake, int64_t n, double* __restrict lanes) {
+  T lane[kLanes] = {};
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
+  for (; i + kLanes <= n; i += kLanes) {
 #pragma omp simd
-    for (int j = 0; j < 16; ++j) {
+    for (int j = 0; j < kLanes; ++j) {
       lane[j] += deviation<D>(real[i + j], fake[i + j]);
     }
   }
   for (int j = 0; i + j < n; ++j) lane[j] += deviation<D>(real[i + j], fake[i + j]);
-  return lane_sum(lane, 16);
+  for (int j = 0; j < kLanes; ++j) lanes[j] += double(lane[j]);
+}
+
+PYFLOW_FN double fold(double* lanes) {
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+  }
+  return lanes[0];
 }
 
 template <Distance D, class T>
 void sums_unit(const GanQpSums& a, const Tile& unit, double* sums) {
   alignas(64) T reals[kChunk], fakes[kChunk];
-  for (int64_t r = 0; r < unit.rows; ++r) sums[r * a.plan.segments] = 0;
+  alignas(64) double lanes[kLanes];
   for (int64_t c = 0; c < unit.cols; c += kChunk) {
     const Tile t{unit.row, unit.rows, unit.col + c, unit.cols - c < kChunk ? unit.cols - c : kChunk};
-    const Tile next = after(unit, t);
-    prefetch(a.space, a.real, next);
-    prefetch(a.space, a.fake, next);
     const T* real = load(a.space, a.real, t, reals);
     const T* fake = load(a.space, a.fake, t, fakes);
+    // a unit of several rows is one chunk
     for (int64_t r = 0; r < t.rows; ++r) {
-      sums[r * a.plan.segments] += double(sum_deviations<D>(real + r * t.cols, fake + r * t.cols, t.cols));
+      for (int j = 0; c == 0 && j < kLanes; ++j) lanes[j] = 0;
+      add_deviations<D>(real + r * t.cols, fake + r * t.cols, t.cols, lanes);
+      if (c + t.cols == unit.cols) sums[r * a.plan.segments] = fold(lanes);
     }
   }
 }

@@ -295,14 +295,14 @@ def test_function_transforms_agree_with_the_reference(distance, latents):
     tensors = inputs((3, 4), torch.float64, latents=latents)
     loss = lambda *v: ops.gan_qp_loss(*v, distance=distance)  # noqa: E731
     row = lambda *v: loss(*(t[None] for t in v))  # noqa: E731
-    every = tuple(range(len(tensors)))
+    every, one = tuple(range(len(tensors))), (0, *(None,) * (len(tensors) - 1))
     transforms = {
         "grad": lambda: torch.func.grad(loss, every)(*tensors),
         "jacrev": lambda: torch.func.jacrev(loss, every)(*tensors),
         "jacfwd": lambda: torch.func.jacfwd(loss, every)(*tensors),
         "vmap of grad": lambda: torch.vmap(torch.func.grad(row, (0, 1)))(*tensors),
         "vmap": lambda: (torch.vmap(row)(*tensors),),
-        "vmap of one": lambda: (torch.vmap(loss, (0, *(None,) * (len(tensors) - 1)))(tensors[0].expand(2, 3), *tensors[1:]),),
+        "vmap of one": lambda: (torch.vmap(loss, one)(tensors[0].expand(2, 3), *tensors[1:]),),
         "jvp": lambda: torch.func.jvp(loss, tuple(tensors), tuple(tensors)),
     }  # fmt: skip
     for name, transform in transforms.items():
@@ -352,7 +352,11 @@ T, X, Z = torch.zeros(4), torch.zeros(4, 3, 2), torch.zeros(4, 5)
             "t_fake must be float32, float64, bfloat16 or float16, got int32",
         ),
         (lambda f: f(T, T, X.byte(), X), TypeError, "x_real must be float32, float64, bfloat16 or float16, got uint8"),
-        (lambda f: f(T, T, X, X[:, :2]), ValueError, r"x_fake must have the shape of x_real, \(4, 3, 2\), got \(4, 2, 2\)"),
+        (
+            lambda f: f(T, T, X, X[:, :2]),
+            ValueError,
+            r"x_fake must have the shape of x_real, \(4, 3, 2\), got \(4, 2, 2\)",
+        ),
         (lambda f: f(T, T, T[0], T[0]), ValueError, "x_real must have at least one dim, the batch, got a scalar"),
         (
             lambda f: f(T, T, X[:, :0], X[:, :0]),
@@ -372,7 +376,11 @@ T, X, Z = torch.zeros(4), torch.zeros(4, 3, 2), torch.zeros(4, 5)
         (lambda f: f(T, T, X, X, Z), ValueError, "z_real must come with z_fake, got None for z_fake"),
         (lambda f: f(T, T, X, X, None, Z), ValueError, "z_fake must come with z_real, got None for z_real"),
         (lambda f: f(T, T, X, X, Z[:2], Z[:2]), ValueError, r"z_real must have the 4 samples of x_real, got \(2, 5\)"),
-        (lambda f: f(T, T, X, X, Z, Z[:, 1:]), ValueError, r"z_fake must have the shape of z_real, \(4, 5\), got \(4, 4\)"),
+        (
+            lambda f: f(T, T, X, X, Z, Z[:, 1:]),
+            ValueError,
+            r"z_fake must have the shape of z_real, \(4, 5\), got \(4, 4\)",
+        ),
         (lambda f: f(T.to("meta"), T, X, X), ValueError, "t_real must be on the device of x_real, cpu, got meta"),
         (lambda f: f(T, T, X, X, lam=0), ValueError, "lam must be positive and finite, got 0"),
         (lambda f: f(T, T, X, X, lam=-1.5), ValueError, "lam must be positive and finite, got -1.5"),

@@ -18,7 +18,7 @@ BACKENDS = [
     if name in ("triton", "cuda")
 ]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SHAPES = [(3, 1), (65, 3), (33, 37), (7, 1000), (5, 2049), (3, 9001), (2, 50001), (5, 3, 8, 8), (2000, 64), (9,), (0, 4)]
+SHAPES = [(3, 1), (65, 3), (33, 37), (5, 2049), (3, 9001), (2, 50001), (5, 3, 8, 8), (2000, 64), (9,), (0, 4)]
 
 
 @pytest.fixture(params=BACKENDS)
