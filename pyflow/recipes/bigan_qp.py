@@ -248,30 +248,30 @@ def picture(
     model: BiGan, train: Tensor, test: Tensor, samples: Tensor, images: _data.Images, subtitle: str, out: Path
 ) -> None:
     """Samples, reconstructions, ways between latents, and the samples' nearest neighbours."""
-    pairs = torch.stack((test, model.reconstruct(test)), 1)[: 3 * COLUMNS // 2].flatten(0, 1)
+    across = min(len(test), COLUMNS // 2)
+    shown = test[: min(3, len(test) // across) * across]
+    pairs = torch.stack((shown, model.reconstruct(shown)), 1).unflatten(0, (-1, across)).flatten(1, 2)
     weights = torch.linspace(0, 1, COLUMNS, device=test.device)[:, None]
     with torch.no_grad():
-        ends = model.encoder(test[:6]).unflatten(0, (2, 3))
-        ways = torch.stack([model.generator(torch.lerp(a, b, weights)) for a, b in zip(*ends)])
-    shown = samples[:COLUMNS]
-    rows = lambda x: x[: len(x) // COLUMNS * COLUMNS].unflatten(0, (-1, COLUMNS))  # noqa: E731
+        starts, ends = model.encoder(test[: min(6, len(test) // 2 * 2)]).chunk(2)
+        ways = torch.stack([model.generator(torch.lerp(a, b, weights)) for a, b in zip(starts, ends)])
+    grid = samples[: 2 * COLUMNS].unflatten(0, (-1, COLUMNS))
 
     def panel(title: str, labels: list[str], values: Tensor) -> _pictures.Panel:
         return _pictures.Panel(title, labels, ((values + 1) / 2).unflatten(-1, images.shape))
 
-    grid, originals = rows(samples[: 2 * COLUMNS]), rows(pairs)
     _pictures.draw(
         out, "BiGAN-QP: no Lipschitz constraint, no gradient penalty", subtitle,
         [
             panel("Samples G(z)", ["samples"] + [""] * (len(grid) - 1), grid),
             panel(
                 "Held-out images, left the original, right its reconstruction G(E(x))",
-                ["pairs"] + [""] * (len(originals) - 1), originals,
+                ["pairs"] + [""] * (len(pairs) - 1), pairs,
             ),
             panel("From the latent of one held-out image to another's", ["ways"] + [""] * (len(ways) - 1), ways),
             panel(
                 "Samples, and below each its nearest training image", ["sample", "nearest"],
-                torch.stack((shown, train[nearest(shown, train)[1]])),
+                torch.stack((grid[0], train[nearest(grid[0], train)[1]])),
             ),
         ],
     )  # fmt: skip
