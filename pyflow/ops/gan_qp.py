@@ -56,9 +56,9 @@ def gan_qp_loss(
     Notes:
         Gradients reach t_real and t_fake only: the distance is a constant of the critic's step, so nothing flows to the
         samples, attached or not, and the backward does not read them: what is kept is one distance per sample. A sample
-        of distance 0 (x_real equal to x_fake, eps 0) contributes a loss and gradients of 0. Sums of at most 512 terms
-        in float32, beyond that in float64: on a CPU a sample's loss has the same bits for any thread count, instruction
-        set and batch. Double backward works. No host sync: safe in CUDA graphs.
+        of distance 0 (x_real equal to x_fake, eps 0) contributes a loss and gradients of 0. float32 arithmetic, on a
+        CPU with sums that go on in float64 after 512 terms: there a sample's loss has the same bits for any thread
+        count, instruction set and batch. Double backward works. No host sync: safe in CUDA graphs.
 
     Source:
         Su 2018, GAN-QP, arXiv:1811.07296, section 3.2.
@@ -115,8 +115,8 @@ def gan_qp_generator_loss(
         TypeError, ValueError: as for `gan_qp_loss`; a beta below 0.
 
     Notes:
-        Gradients reach t_real, t_fake, x_rec and z_rec; x and z are constants. Plain torch, which a network's
-        backward through x_rec needs anyway: there is nothing to keep that autograd does not.
+        Gradients reach t_real, t_fake, x_rec and z_rec; x and z are constants. float32 arithmetic in plain torch,
+        fused by torch.compile; twice differentiable.
 
     Source:
         Su 2018, GAN-QP, arXiv:1811.07296; its BiGAN-QP code, models of 128 and 256 pixels.

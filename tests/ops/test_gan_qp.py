@@ -259,6 +259,14 @@ def test_what_is_kept_for_the_backward_is_a_value_per_sample():
     assert kept and all(t.numel() <= 8 for t in kept)
 
 
+@pytest.mark.slow
+def test_more_elements_than_an_int32_counts():
+    n = 2**31 + 100
+    x = torch.zeros(1, dtype=torch.bfloat16).expand(1, n)
+    loss = ops.gan_qp_loss(torch.ones(1), torch.zeros(1), x, torch.ones(1).expand(1, n), lam=1.0)
+    assert loss.item() == -0.5
+
+
 def operator_calls():
     t_real, t_fake, *samples = inputs((3, 4, 5))
     leaves = (t_real.requires_grad_(), t_fake.requires_grad_())

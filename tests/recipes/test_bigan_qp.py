@@ -85,6 +85,15 @@ def test_other_data(data, shape, folder, small, tmp_path):
     assert _data.gallery(str(data), tmp_path).shape == shape
 
 
+def test_a_small_set_gets_fewer_steps_unless_they_are_given(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(bigan_qp, "QUICK", bigan_qp.replace(SETTINGS, showings=2))
+    out = tmp_path / "x.png"
+    for given, steps in (((), 2 * 80 // (2 * 16)), (("--steps", 7), 7)):
+        assert run("--quick", "--data", "faces", *given, "--out", out) == 0
+        metrics = json.loads(out.with_suffix(".json").read_text())
+        assert metrics["settings"]["steps"] == metrics["errors"][-1]["step"] == steps
+
+
 def test_faces_and_folders_are_split_without_loss(folder, tmp_path):
     faces = _data.gallery("faces", tmp_path)
     assert (len(faces.train), len(faces.validation), len(faces.test)) == (80, 0, 20) and faces.levels == 256
