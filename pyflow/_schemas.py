@@ -1,7 +1,7 @@
 """Every operator's schema and tags, in one place.
 
 An operator is opaque to Inductor: its bits are the same eager and compiled. The integers `scale_map`,
-`packing`, `prior` and `variant` index the tuples below; `map_arg` is the one constant a scale map uses
+`packing`, `prior`, `variant` and `distance` index the tuples below; `map_arg` is the one constant a scale map uses
 (clamp, eps or c). A `*_backward` operator returns an empty tensor for a gradient it was not asked for
 (shift_dtype: the dtype of shift, or None where its gradient is that of y or of x). `fsq` and `residual_fsq`
 take and return their channels in front; `dim` of `fsq_decode` is where they go. `kind` and `purpose` of noise
@@ -11,6 +11,8 @@ where it is given x; `denoising_loss` without std takes pred for the noise. `hsi
 side in z, (B, n, sum of dims), and what they are scaled by, (B, variables), one over their bandwidths; `pairs` lists
 which of them are multiplied, `part` of `parts` says which tiles are visited. It returns, of their matrices less a
 shift, row sums and sums of products, and (B, variables) that shift. `hsic_permuted` takes symmetric matrices.
+where it is given x; `denoising_loss` without std takes pred for the noise. `gan_qp_loss`
+returns the distances too, all that its backward needs of the samples.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ PRIORS = ("gaussian", "logistic")
 NOISES = ("uniform", "normal")
 # what a draw is for: the top byte of a stream's last counter word, so that no two of them share a word
 PURPOSES = ("noise", "corrector", "prior", "accept", "data", "permutation", "monte_carlo")
+DISTANCES = ("l1", "l2")
 FSQ_VARIANTS = ("vqp", "paper", "symmetric", "sigmoid", "hard", "symmetric_hard")
 
 # kernels of HSIC; a linear one is polynomial of degree 1
@@ -78,6 +81,13 @@ SCHEMAS = {
     "hsic_permuted": "(Tensor gram_x, Tensor gram_y, Tensor permutations) -> Tensor",
     "center_gram": "(Tensor gram) -> Tensor",
     "center_gram_": "(Tensor(a!) gram) -> ()",
+    "gan_qp_loss": (
+        "(Tensor t_real, Tensor t_fake, Tensor x_real, Tensor x_fake, Tensor? z_real, Tensor? z_fake, float lam, "
+        "float eps, int distance) -> (Tensor, Tensor)"
+    ),
+    "gan_qp_loss_backward": (
+        "(Tensor grad, Tensor t_real, Tensor t_fake, Tensor d, float lam, float eps) -> (Tensor, Tensor)"
+    ),
 }
 
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)

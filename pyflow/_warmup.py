@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from . import ops
-from ._schemas import FSQ_VARIANTS, PACKINGS, PRIORS, SCALE_MAPS
+from ._schemas import DISTANCES, FSQ_VARIANTS, PACKINGS, PRIORS, SCALE_MAPS
 
 
 def warmup(
@@ -42,6 +42,8 @@ def warmup(
                     options = dict(packing=packing, scale_map=scale_map, inverse=inverse)
                     outputs += ops.affine_coupling_packed(x, params, **options)
         outputs += [ops.flow_log_prob(x, x[0], prior=prior) for prior in PRIORS]
+        for distance in DISTANCES:
+            outputs += [ops.gan_qp_loss(x[:, 0], x[:, 0], x, x, *z, distance=distance) for z in ((), (x, x))]
         for numbers in levels:
             z = torch.zeros(2, len(numbers), dtype=dtype, device=device, requires_grad=True)
             for variant in FSQ_VARIANTS:

@@ -103,13 +103,19 @@ def fold_rows(v):
     return tl.reshape(v, (v.shape[1],))
 
 
-@triton.jit(do_not_specialize=["rows", "segments"])
-def sum_segments(partial, out, rows, segments, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(rows, segments) -> (rows,)."""
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    acc = tl.zeros((BLOCK_R, BLOCK_C), partial.dtype.element_ty)
+@triton.jit
+def row_sums(partial, r, rows, segments, BLOCK_C: tl.constexpr):
+    """(rows, segments) -> (R,): those of rows r, int64."""
+    acc = tl.zeros((r.shape[0], BLOCK_C), partial.dtype.element_ty)
     for first in range(0, segments, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         inside = (r < rows)[:, None] & (c < segments)[None, :]
         acc += tl.load(partial + (r * segments)[:, None] + c[None, :], mask=inside, other=0.0)
-    tl.store(out + r, fold(acc), mask=r < rows)
+    return fold(acc)
+
+
+@triton.jit(do_not_specialize=["rows", "segments"])
+def sum_segments(partial, out, rows, segments, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(rows, segments) -> (rows,)."""
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    tl.store(out + r, row_sums(partial, r, rows, segments, BLOCK_C), mask=r < rows)

@@ -33,6 +33,9 @@
   F(center_apply, CenterArgs)                                     \
   F(sector_formula, SectorFormula)                                \
   F(sector_trials, SectorTrials)                                  \
+  F(gan_qp_sums, GanQpSums)                                       \
+  F(gan_qp_loss, GanQpLoss)                                       \
+  F(gan_qp_loss_backward, GanQpLossBackward)                      \
   F(math_evaluate, MathArgs)
 
 #define PYFLOW_DECLARE_KERNEL(name, Args) void name(const Args&, int64_t, int64_t);

@@ -24,6 +24,9 @@ struct PermutedArgs;
 struct CenterArgs;
 struct SectorFormula;
 struct SectorTrials;
+struct GanQpSums;
+struct GanQpLoss;
+struct GanQpLossBackward;
 struct MathArgs;
 
 struct CpuTable {
@@ -56,6 +59,9 @@ struct CpuTable {
   void (*center_apply)(const CenterArgs&, int64_t begin, int64_t end);
   void (*sector_formula)(const SectorFormula&, int64_t begin, int64_t end);
   void (*sector_trials)(const SectorTrials&, int64_t begin, int64_t end);
+  void (*gan_qp_sums)(const GanQpSums&, int64_t begin, int64_t end);
+  void (*gan_qp_loss)(const GanQpLoss&, int64_t begin, int64_t end);
+  void (*gan_qp_loss_backward)(const GanQpLossBackward&, int64_t begin, int64_t end);
   void (*math_evaluate)(const MathArgs&, int64_t begin, int64_t end);
 };
 

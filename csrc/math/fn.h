@@ -45,6 +45,22 @@ PYFLOW_FN float mul_add(float a, float b, float c) {
 PYFLOW_FN float abs_(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 PYFLOW_FN double abs_(double x) { return __builtin_fabs(x); }
 
+// IEEE on every backend
+PYFLOW_FN float sqrt_(float x) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(x);
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+PYFLOW_FN double sqrt_(double x) {
+#if defined(__CUDA_ARCH__)
+  return __dsqrt_rn(x);
+#else
+  return __builtin_sqrt(x);
+#endif
+}
+
 // x >= 0 with the sign of s
 PYFLOW_FN float with_sign(float x, float s) { return float_of(bits_of(x) | (bits_of(s) & 0x80000000u)); }
 

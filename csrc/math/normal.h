@@ -30,14 +30,6 @@ PYFLOW_FN float log_plain(float x) {
   return k * 0.693145752f + (f + (k * 1.42860677e-6f + tail));
 }
 
-PYFLOW_FN float sqrt_(float x) {
-#if defined(__CUDA_ARCH__)
-  return __fsqrt_rn(x);
-#else
-  return __builtin_sqrtf(x);
-#endif
-}
-
 // all 32 bits of the word: with 24 the tail ends at 5.77 standard deviations
 PYFLOW_FN float radius(uint32_t word) {
   return sqrt_(-2.f * log_plain((float(word) + 1.f) * 2.3283064365386963e-10f));  // 2^-32

@@ -3,6 +3,7 @@
 from .coupling import additive_coupling, affine_coupling, affine_coupling_packed
 from .flow_head import flow_log_prob
 from .fsq import codebook_usage, fsq, fsq_decode, residual_fsq
+from .gan_qp import gan_qp_generator_loss, gan_qp_loss
 from .hsic import center_gram, cka, hsic, hsic_matrix
 from .noise import normal, philox, sample_seeds, uniform
 from .sde import denoising_loss, langevin_step, perturb, sde_step
@@ -19,6 +20,8 @@ __all__ = [
     "flow_log_prob",
     "fsq",
     "fsq_decode",
+    "gan_qp_generator_loss",
+    "gan_qp_loss",
     "hsic",
     "hsic_matrix",
     "langevin_step",

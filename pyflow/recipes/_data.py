@@ -21,6 +21,8 @@ SHIPPED = {
 }
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TILE = 64
+# the first of scikit-image's file are faces, 25 x 25 pixels; a folder's images are brought to SIDE x SIDE
+FACES, SIDE = 100, 32
 # of a folder, evenly picked; a photograph's longer side is reduced to so many pixels
 MOST_PHOTOGRAPHS, LONGEST_SIDE = 256, 1024
 
@@ -58,6 +60,36 @@ def load(name: str, root: Path) -> Images:
 
 def _images(train: Tensor, validation: Tensor, test: Tensor, levels: int) -> Images:
     return Images(train.flatten(1), validation.flatten(1), test.flatten(1), tuple(train.shape[1:]), levels)
+
+
+def gallery(data: str, root: Path) -> Images:
+    """One of NAMES, "faces", or the images of a folder, the middle of each; of the last two a fifth is held out."""
+    if data in NAMES:
+        return load(data, root)
+    pixels = _faces() if data == "faces" else torch.stack([_middle(file) for file in _images_in(Path(data))])
+    if len(pixels) < 10:
+        raise DataMissing(f"--data {data} must hold at least 10 images, got {len(pixels)}")
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    test, train = order.split([len(order) // 5, len(order) - len(order) // 5])
+    return _images(pixels[train], pixels[:0], pixels[test], 256)
+
+
+def _faces() -> Tensor:
+    """(FACES, 25, 25) uint8."""
+    spec = importlib.util.find_spec("skimage")
+    file = spec and Path(spec.origin).parent / "data/lfw_subset.npy"
+    if not file or not file.is_file():
+        raise DataMissing("the faces of scikit-image are not here; pip install scikit-image, or use --data digits")
+    return torch.from_numpy(np.load(file)[:FACES] * 255).round().to(torch.uint8)
+
+
+def _middle(file: Path) -> Tensor:
+    """(SIDE, SIDE, 3) uint8: the largest square in the middle of an image, reduced or enlarged."""
+    image = _opened(file)
+    edge = min(image.size)
+    left, top = ((length - edge) // 2 for length in image.size)
+    square = image.resize((SIDE, SIDE), Image.Resampling.BOX, (left, top, left + edge, top + edge))
+    return torch.from_numpy(np.array(square))
 
 
 def _torchvision(name: str, root: Path) -> tuple[Tensor, Tensor]:
@@ -129,13 +161,17 @@ def _images_in(folder: Path) -> Sequence[Path]:
     return files[:: -(-len(files) // MOST_PHOTOGRAPHS)]
 
 
-def _pixels(file: Path) -> Tensor:
-    """(3, H, W) uint8."""
+def _opened(file: Path) -> Image.Image:
     try:
         with Image.open(file) as image:
-            image = image.convert("RGB")
+            return image.convert("RGB")
     except OSError as error:
         raise DataMissing(f"{file} cannot be read as an image: {error}") from error
+
+
+def _pixels(file: Path) -> Tensor:
+    """(3, H, W) uint8."""
+    image = _opened(file)
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     return torch.from_numpy(np.array(image)).movedim(-1, 0)
 

@@ -27,7 +27,7 @@ def test_quick_is_a_selection():
 
 
 def test_pattern():
-    assert [case.name for case in registry.select("small forward")] == [
+    assert [case.name for case in registry.select("coupling/small forward")] == [
         "coupling/small forward", "coupling/small forward+backward",
     ]  # fmt: skip
     assert registry.select("no such case") == []

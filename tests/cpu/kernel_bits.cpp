@@ -9,12 +9,14 @@
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/cpu/fsq.h"
 #include "../../csrc/cpu/hsic.h"
+#include "../../csrc/cpu/gan_qp.h"
 #include "../../csrc/cpu/math.h"
 #include "../../csrc/cpu/sde.h"
 #include "../../csrc/cpu/sector.h"
 #include "../../csrc/math/half.h"
 #include "../../csrc/ops/coupling.h"
 #include "../../csrc/ops/fsq.h"
+#include "../../csrc/ops/gan_qp.h"
 
 namespace {
 
@@ -313,6 +315,45 @@ void grams(int64_t n, GramKernel kernel, int64_t dim, float scale) {
   narrow.insert(narrow.end(), shift.begin(), shift.end());
   print(name, narrow);
   print(name, grad);
+void gan_qp(int64_t rows, int64_t cols, Distance distance) {
+  const int64_t n = rows * cols;
+  auto x_real = values(n, 2), x_fake = values(n, 2), z_real = values(rows, 1), z_fake = values(rows, 1);
+  auto t_real = values(rows, 3), t_fake = values(rows, 3), grad = values(rows, 1);
+  std::vector<float> loss(rows), d(rows), g_real(rows), g_fake(rows);
+  const auto sums = [&](std::vector<float>& real, std::vector<float>& fake, int64_t width, std::vector<double>& memory) {
+    GanQpSums s{};
+    s.space = space(rows, width);
+    s.plan = plan_of(s.space, true);
+    s.distance = int(distance);
+    s.real = view(real, DType::f32, width);
+    s.fake = view(fake, DType::f32, width);
+    memory.resize(rows * s.plan.segments);
+    s.sums = memory.data();
+    table->gan_qp_sums(s, 0, s.plan.units);
+    return s;
+  };
+  std::vector<double> of_x, of_z;
+  const GanQpSums x = sums(x_real, x_fake, cols, of_x), z = sums(z_real, z_fake, 1, of_z);
+  GanQpLoss f{};
+  f.t_real = view(t_real, DType::f32, 1);
+  f.t_fake = view(t_fake, DType::f32, 1);
+  f.lam2 = 20;
+  f.eps = 0.25;
+  GanQpLossBackward b{};
+  static_cast<GanQpValues&>(b) = f;
+  f.x = &x;
+  f.z = &z;
+  f.loss = (char*)loss.data();
+  f.d = (char*)d.data();
+  table->gan_qp_loss(f, 0, rows);
+  b.grad = view(grad, DType::f32, 1);
+  b.d = view(d, DType::f32, 1);
+  b.g_real = view(g_real, DType::f32, 1);
+  b.g_fake = view(g_fake, DType::f32, 1);
+  table->gan_qp_loss_backward(b, 0, rows);
+  char name[64];
+  std::snprintf(name, sizeof name, "gan_qp[distance=%d,%dx%d]", int(distance), int(rows), int(cols));
+  for (const auto* v : {&loss, &d, &g_real, &g_fake}) print(name, *v);
 }
 
 // storage in half precision: the conversions are ours too
@@ -363,6 +404,7 @@ int main() {
   for (const auto& s : shapes) {
     for (int flags = 0; flags < 4; ++flags) noise(s[0], s[1], NoiseKind(flags & 1), flags & 2);
     sde(s[0], s[1]);
+    for (int distance = 0; distance < 2; ++distance) gan_qp(s[0], s[1], Distance(distance));
   }
   for (int64_t points : {1, 4, 7, 33}) sector(points, 1000);
   sector_formula();

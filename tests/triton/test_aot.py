@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
     pytest.skip("the interpreter and compilation exclude each other", allow_module_level=True)
 
-from pyflow._schemas import FSQ_VARIANTS, HSIC_KERNELS, PRIORS, SCALE_MAPS  # noqa: E402
-from pyflow.triton_kernels import _random, coupling, flow_head, fsq, hsic, noise, sde, sector  # noqa: E402
+from pyflow._schemas import DISTANCES, FSQ_VARIANTS, HSIC_KERNELS, PRIORS, SCALE_MAPS  # noqa: E402
+from pyflow.triton_kernels import _random, coupling, flow_head, fsq, gan_qp, hsic, noise, sde, sector  # noqa: E402
 
 from . import aot  # noqa: E402
 
@@ -50,6 +50,15 @@ def head(h, log_scale, prior):
     with aot.recorded() as launches:
         flow_head.flow_log_prob(h, log_scale, prior)
         flow_head.flow_log_prob_backward(torch.empty(h.shape[0]), h, log_scale, prior)
+    return launches
+
+
+def critic(x, z, t, distance=0):
+    """Launches of a loss with latents or without, and of its backward; x and z stand for real and fake."""
+    d = torch.empty(t.shape, dtype=F64 if F64 in {v.dtype for v in (x, t)} else F32)
+    with aot.recorded() as launches:
+        gan_qp.gan_qp_loss(t, t, x, x, z, z, 10.0, 0.0, distance)
+        gan_qp.gan_qp_loss_backward(torch.empty_like(d), t, t, d, 10.0, 0.0)
     return launches
 
 
@@ -188,6 +197,14 @@ def cases():
             name = f"{target}-sde-{str(dtype)[6:]}"
             table[name] = stepped(*dense(dtype, 2), seeds[0], numbers)
             table[f"{name}-per-sample"] = stepped(*dense(dtype, 2), seeds, own)
+        for number, distance in enumerate(DISTANCES):
+            for dtype in (F32, F64, BF16, F16)[: 4 if target == "sm_90" else 2]:
+                x, t = torch.empty(64, 3, 32, 32, dtype=dtype), torch.empty(64, dtype=dtype)
+                name = f"{target}-gan_qp-{distance}-{str(dtype)[6:]}"
+                table[name] = critic(x, torch.empty(64, 128, dtype=dtype), t, number)
+    table["sm_90-gan_qp-long"] = critic(torch.empty(64, 3, 128, 128), None, torch.empty(64))
+    table["sm_90-gan_qp-mixed"] = critic(torch.empty(64, 3, 32, 32, dtype=BF16), torch.empty(64, 128), torch.empty(64))
+    table["sm_90-gan_qp-odd"] = critic(torch.empty(5, 37), torch.empty(5, 10)[:, ::2], torch.empty(5, 2)[:, 0])
     table["sm_90-noise-odd"] = drawn((5, 2), seeds[:5], F32)
     table["sm_90-sde-odd"] = stepped(*dense(F32, 2, (5, 37)), seeds[0], numbers)
     table["sm_90-sde-injected"] = stepped(*dense(F32, 2), seeds[0], numbers, torch.empty(SHAPE))
@@ -298,6 +315,7 @@ def check_ptx(ptx, launch, where):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_unit_stride_data_moves_in_128_bit_vectors(dtype, target):
     launches = affine(*dense(dtype, 3)) + head(*dense(dtype, 1), torch.empty(392, dtype=dtype), 1)
+    launches += critic(torch.empty(64, 3, 32, 32, dtype=dtype), None, torch.empty(64, dtype=dtype))[:1]
     launches += quantizer(positions(dtype, 1000, 5), (7, 5, 5, 5, 5), "symmetric")
     launches += quantizer(positions(dtype, 4, 5, 1000, dim=1), (7, 5, 5, 5, 5), "symmetric")
     for launch in launches:
@@ -312,4 +330,5 @@ def test_unit_stride_data_moves_in_128_bit_vectors(dtype, target):
         # a row's own values (log-determinants and their gradients, sums, indices) are all that moves alone
         narrow = {k: n for k, n in widths.items() if k[1] not in full}
         assert sum(narrow.values()) <= 8, f"{launch.name}, {size} a vector: {narrow}"
-        assert stores or launch.name in ("flow_head.forward_kernel", "flow_head.sum_blocks"), f"{launch.name}: {widths}"
+        sums = ("flow_head.forward_kernel", "flow_head.sum_blocks", "gan_qp.sums_kernel")
+        assert stores or launch.name in sums, f"{launch.name}: {widths}"

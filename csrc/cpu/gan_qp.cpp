@@ -1,0 +1,138 @@
+#include "gan_qp.h"
+
+#include "../ops/gan_qp.h"
+#include "tile.h"
+
+namespace pyflow::PYFLOW_ISA {
+
+// two accumulators of AVX-512 hide each other's latency, and the order of a sum is that of every instruction set
+constexpr int kLanes = 32;
+
+// adds n <= kChunk deviations to the lanes of a row
+template <Distance D, class T>
+void add_deviations(const T* __restrict real, const T* __restrict fake, int64_t n, double* __restrict lanes) {
+  T lane[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int j = 0; j < kLanes; ++j) {
+      lane[j] += deviation<D>(real[i + j], fake[i + j]);
+    }
+  }
+  for (int j = 0; i + j < n; ++j) lane[j] += deviation<D>(real[i + j], fake[i + j]);
+  for (int j = 0; j < kLanes; ++j) lanes[j] += double(lane[j]);
+}
+
+PYFLOW_FN double fold(double* lanes) {
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+  }
+  return lanes[0];
+}
+
+template <Distance D, class T>
+void sums_unit(const GanQpSums& a, const Tile& unit, double* sums) {
+  alignas(64) T reals[kChunk], fakes[kChunk];
+  alignas(64) double lanes[kLanes];
+  for (int64_t c = 0; c < unit.cols; c += kChunk) {
+    const Tile t{unit.row, unit.rows, unit.col + c, unit.cols - c < kChunk ? unit.cols - c : kChunk};
+    const T* real = load(a.space, a.real, t, reals);
+    const T* fake = load(a.space, a.fake, t, fakes);
+    // a unit of several rows is one chunk
+    for (int64_t r = 0; r < t.rows; ++r) {
+      for (int j = 0; c == 0 && j < kLanes; ++j) lanes[j] = 0;
+      add_deviations<D>(real + r * t.cols, fake + r * t.cols, t.cols, lanes);
+      if (c + t.cols == unit.cols) sums[r * a.plan.segments] = fold(lanes);
+    }
+  }
+}
+
+void gan_qp_sums(const GanQpSums& a, int64_t begin, int64_t end) {
+  for (int64_t u = begin; u < end; ++u) {
+    const Tile t = unit_tile(a.space, a.plan, u);
+    double* sums = a.sums + t.row * a.plan.segments + u % a.plan.segments;
+    if (Distance(a.distance) == Distance::l1) {
+      a.f64 ? sums_unit<Distance::l1, double>(a, t, sums) : sums_unit<Distance::l1, float>(a, t, sums);
+    } else {
+      a.f64 ? sums_unit<Distance::l2, double>(a, t, sums) : sums_unit<Distance::l2, float>(a, t, sums);
+    }
+  }
+}
+
+double distance_of(const GanQpSums& a, int64_t row) {
+  const double* sums = a.sums + row * a.plan.segments;
+  double total = sums[0];
+  for (int64_t i = 1; i < a.plan.segments; ++i) total += sums[i];
+  return mean_distance(Distance(a.distance), total, a.space.cols);
+}
+
+template <class T>
+void loss_rows(const T* __restrict real, const T* __restrict fake, const T* __restrict d, T lam2, T eps,
+               T* __restrict loss, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    loss[i] = quadratic_loss(real[i] - fake[i], width_of(d[i], lam2, eps));
+  }
+}
+
+template <class T>
+void slope_rows(const T* __restrict real, const T* __restrict fake, const T* __restrict d, const T* __restrict grad,
+                T lam2, T eps, T* __restrict g_real, T* __restrict g_fake, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const T g = grad[i] * quadratic_slope(real[i] - fake[i], width_of(d[i], lam2, eps));
+    g_real[i] = g;
+    g_fake[i] = -g;
+  }
+}
+
+template <class T>
+void read_rows(const View& v, int64_t begin, int64_t n, T* to) {
+  read_typed(v, begin * v.stride[0], v.stride[0], n, to);
+}
+
+template <class T>
+void write_rows(const View& v, int64_t begin, int64_t n, const T* from) {
+  write_typed(v, begin * v.stride[0], v.stride[0], n, from);
+}
+
+template <class T>
+void loss_chunk(const GanQpLoss& a, int64_t begin, int64_t n) {
+  alignas(64) T real[kChunk], fake[kChunk];
+  T* d = (T*)a.d + begin;
+  read_rows(a.t_real, begin, n, real);
+  read_rows(a.t_fake, begin, n, fake);
+  for (int64_t i = 0; i < n; ++i) {
+    const double of_x = distance_of(*a.x, begin + i);
+    d[i] = T(a.z ? of_x + distance_of(*a.z, begin + i) : of_x);
+  }
+  loss_rows(real, fake, d, T(a.lam2), T(a.eps), (T*)a.loss + begin, n);
+}
+
+template <class T>
+void backward_chunk(const GanQpLossBackward& a, int64_t begin, int64_t n) {
+  alignas(64) T real[kChunk], fake[kChunk], d[kChunk], grad[kChunk], g_real[kChunk], g_fake[kChunk];
+  read_rows(a.t_real, begin, n, real);
+  read_rows(a.t_fake, begin, n, fake);
+  read_rows(a.d, begin, n, d);
+  read_rows(a.grad, begin, n, grad);
+  slope_rows(real, fake, d, grad, T(a.lam2), T(a.eps), g_real, g_fake, n);
+  write_rows(a.g_real, begin, n, g_real);
+  write_rows(a.g_fake, begin, n, g_fake);
+}
+
+void gan_qp_loss(const GanQpLoss& a, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kChunk) {
+    const int64_t n = end - i < kChunk ? end - i : kChunk;
+    a.f64 ? loss_chunk<double>(a, i, n) : loss_chunk<float>(a, i, n);
+  }
+}
+
+void gan_qp_loss_backward(const GanQpLossBackward& a, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kChunk) {
+    const int64_t n = end - i < kChunk ? end - i : kChunk;
+    a.f64 ? backward_chunk<double>(a, i, n) : backward_chunk<float>(a, i, n);
+  }
+}
+
+}  // namespace pyflow::PYFLOW_ISA

@@ -1,0 +1,44 @@
+// The critic of a GAN-QP: the distance of two samples, and a sample's loss -D + D^2 / (2 lam (d + eps)) of
+// D = t_real - t_fake. No fma.
+#pragma once
+
+#include "../math/fn.h"
+
+namespace pyflow {
+
+// the order is the `distance` integer of the operator schema
+enum class Distance : int { l1, l2 };
+
+// what the distance is the mean of, or the root of the mean
+template <Distance D, class T>
+PYFLOW_FN T deviation(T real, T fake) {
+  const T difference = real - fake;
+  return D == Distance::l1 ? abs_(difference) : difference * difference;
+}
+
+template <class T>
+PYFLOW_FN T mean_distance(Distance distance, T sum, int64_t n) {
+  const T mean = sum / T(n);
+  return distance == Distance::l1 ? mean : sqrt_(mean);
+}
+
+// 2 lam (d + eps); 0: the sample has no distance, and no loss
+template <class T>
+PYFLOW_FN T width_of(T d, T lam2, T eps) {
+  return lam2 * (d + eps);
+}
+
+template <class T>
+PYFLOW_FN T quadratic_loss(T delta, T width) {
+  const T loss = delta * (delta / width) - delta;
+  return width == T(0) ? T(0) : loss;
+}
+
+// d/dD of the above
+template <class T>
+PYFLOW_FN T quadratic_slope(T delta, T width) {
+  const T slope = T(2) * (delta / width) - T(1);
+  return width == T(0) ? T(0) : slope;
+}
+
+}  // namespace pyflow

@@ -1,0 +1,259 @@
+"""GAN-QP: the critic's quadratic loss against the distance of its samples, in one pass over the images."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._backend import call, register, runs_reference
+from .._schemas import DISTANCES
+from ..reference import gan_qp as ref
+from ._transforms import one_by_one, vector_jacobian
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def gan_qp_loss(
+    t_real: Tensor,
+    t_fake: Tensor,
+    x_real: Tensor,
+    x_fake: Tensor,
+    z_real: Tensor | None = None,
+    z_fake: Tensor | None = None,
+    *,
+    lam: float = 10.0,
+    distance: str = "l1",
+    eps: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """What the critic T of a GAN-QP minimises: -Delta + Delta**2 / (2 lam (d + eps)), Delta = t_real - t_fake.
+
+    Sample i of x_real is paired with sample i of x_fake; d_i is the mean of |x_real - x_fake| over its elements ("l2":
+    the root of the mean square), plus the same of z where latents are given. The quadratic term takes the place of a
+    Lipschitz constraint: no gradient penalty, no normalisation of the critic's weights.
+
+    Args:
+        t_real, t_fake: (B,), or (B, 1, ...): the critic's values of real and generated samples; float32, float64,
+            bfloat16 or float16.
+        x_real, x_fake: (B, ...) the samples, of one shape, any strides; each dtype is read as it is.
+        z_real, z_fake: (B, ...) their latents, both or none: E(x_real), and the z of x_fake.
+        lam: positive; the critic's best Delta is lam (d + eps), where its loss is -lam (d + eps) / 2.
+        distance: "l1" or "l2".
+        eps: added to the distance, at least 0.
+        reduction: over the samples: "mean", "sum" or "none".
+
+    Returns:
+        A scalar, or (B,) for "none"; float32 (float64 where one of the tensors is).
+
+    Raises:
+        TypeError: not a tensor, or a wrong dtype.
+        ValueError: shapes or devices that do not pair, samples without elements, lam not positive, eps below 0, an
+            unknown word.
+
+    Notes:
+        Gradients reach t_real and t_fake only: the distance is a constant of the critic's step, so nothing flows to the
+        samples, attached or not, and the backward does not read them: what is kept is one distance per sample. A sample
+        of distance 0 (x_real equal to x_fake, eps 0) contributes a loss and gradients of 0. float32 arithmetic, on a
+        CPU with sums that go on in float64 after 512 terms: there a sample's loss has the same bits for any thread
+        count, instruction set and batch. Double backward works. No host sync: safe in CUDA graphs.
+
+    Source:
+        Su 2018, GAN-QP, arXiv:1811.07296, section 3.2.
+
+    Example:
+        >>> x_real, x_fake = torch.zeros(2, 3), torch.full((2, 3), 0.5)
+        >>> gan_qp_loss(torch.full((2,), 5.0), torch.zeros(2), x_real, x_fake)
+        tensor(-2.5000)
+    """
+    op = "gan_qp_loss"
+    _samples(op, "x_real", x_real)
+    check.like(op, "x_fake", x_fake, "x_real", x_real.shape, x_real.device)
+    _pair(op, x_real, "x_real", z_real, z_fake, "z_real", "z_fake")
+    t_real, t_fake = (_values(op, n, t, x_real, "x_real") for n, t in (("t_real", t_real), ("t_fake", t_fake)))
+    lam = check.positive(op, "lam", lam)
+    eps = _weight(op, "eps", eps)
+    index = check.choice(op, "distance", distance, DISTANCES)
+    check.choice(op, "reduction", reduction, REDUCTIONS)
+    tensors = (t_real, t_fake, x_real, x_fake, z_real, z_fake)
+    if runs_reference(op, x_real):
+        loss, _ = ref.gan_qp_loss(*tensors, lam=lam, eps=eps, distance=distance)
+    else:
+        loss, _ = call(op, *tensors, lam, eps, index)
+    return _reduced(loss, reduction)
+
+
+def gan_qp_generator_loss(
+    t_real: Tensor,
+    t_fake: Tensor,
+    x: Tensor | None = None,
+    x_rec: Tensor | None = None,
+    z: Tensor | None = None,
+    z_rec: Tensor | None = None,
+    betas: tuple[float, float] = (2.0, 3.0),
+    *,
+    reduction: str = "mean",
+) -> Tensor:
+    """What generator and encoder of a (Bi)GAN-QP minimise: Delta + betas[0] MSE(z, z_rec) + betas[1] MSE(x, x_rec).
+
+    Delta = t_real - t_fake; the critic's quadratic term is no part of it. BiGAN-QP passes x_rec = G(sg[E(x)]) and
+    z_rec = E(sg[G(z)]), sg for `detach`: each network is taught by its own reconstruction.
+
+    Args:
+        t_real, t_fake: as for `gan_qp_loss`.
+        x, x_rec: (B, ...) real samples and their reconstructions, both or none.
+        z, z_rec: (B, ...) latents and their reconstructions, both or none.
+        betas: weights of the errors of z and of x, at least 0; published (2, 3) at 128 pixels, (4, 6) at 256.
+        reduction: over the samples: "mean", "sum" or "none".
+
+    Returns:
+        A scalar, or (B,) for "none"; float32 (float64 where one of the tensors is).
+
+    Raises:
+        TypeError, ValueError: as for `gan_qp_loss`; a beta below 0.
+
+    Notes:
+        Gradients reach t_real, t_fake, x_rec and z_rec; x and z are constants. float32 arithmetic in plain torch,
+        fused by torch.compile; twice differentiable.
+
+    Source:
+        Su 2018, GAN-QP, arXiv:1811.07296; its BiGAN-QP code, models of 128 and 256 pixels.
+
+    Example:
+        >>> t, x, z = torch.zeros(2), torch.zeros(2, 3), torch.zeros(2, 5)
+        >>> gan_qp_generator_loss(t, t, x, x + 1, z, z + 2)
+        tensor(11.)
+    """
+    op = "gan_qp_generator_loss"
+    _samples(op, "t_real", t_real)
+    t_real, t_fake = (_values(op, n, t, t_real, "t_real") for n, t in (("t_real", t_real), ("t_fake", t_fake)))
+    for names, pair in ((("x", "x_rec"), (x, x_rec)), (("z", "z_rec"), (z, z_rec))):
+        _pair(op, t_real, "t_real", *pair, *names)
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"{op}: betas must be two numbers, got {betas!r}")
+    weights = tuple(_weight(op, f"betas[{i}]", beta) for i, beta in enumerate(betas))
+    check.choice(op, "reduction", reduction, REDUCTIONS)
+    return _reduced(ref.gan_qp_generator_loss(t_real, t_fake, x, x_rec, z, z_rec, weights), reduction)
+
+
+def _samples(op: str, name: str, x: object) -> None:
+    check.float_tensor(op, name, x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: {name} must have at least one dim, the batch, got a scalar")
+    if math.prod(x.shape[1:]) == 0:
+        raise ValueError(f"{op}: {name} must have at least one element per sample, got {tuple(x.shape)}")
+
+
+def _values(op: str, name: str, t: object, like: Tensor, like_name: str) -> Tensor:
+    """One value per sample of `like`, (B,)."""
+    check.float_tensor(op, name, t)
+    batch = like.shape[0]
+    if t.dim() == 0 or t.shape[0] != batch or any(n != 1 for n in t.shape[1:]):
+        raise ValueError(
+            f"{op}: {name} must have one value for each sample of {like_name}, ({batch},) or ({batch}, 1), "
+            f"got {tuple(t.shape)}"
+        )
+    if t.device != like.device:
+        raise ValueError(f"{op}: {name} must be on the device of {like_name}, {like.device}, got {t.device}")
+    return t if t.dim() == 1 else t.reshape(batch)
+
+
+def _pair(op: str, like: Tensor, like_name: str, one: object, other: object, *names: str) -> None:
+    """Both absent, or of one shape with as many samples as `like`."""
+    if (one is None) != (other is None):
+        given, lacking = names if other is None else names[::-1]
+        raise ValueError(f"{op}: {given} must come with {lacking}, got None for {lacking}")
+    if one is None:
+        return
+    _samples(op, names[0], one)
+    if one.shape[0] != like.shape[0]:
+        raise ValueError(
+            f"{op}: {names[0]} must have the {like.shape[0]} samples of {like_name}, got {tuple(one.shape)}"
+        )
+    if one.device != like.device:
+        raise ValueError(f"{op}: {names[0]} must be on the device of {like_name}, {like.device}, got {one.device}")
+    check.like(op, names[1], other, names[0], one.shape, one.device)
+
+
+def _weight(op: str, name: str, value: object) -> float:
+    result = check.number(op, name, value)
+    if not 0 <= result < math.inf:
+        raise ValueError(f"{op}: {name} must be at least 0 and finite, got {value}")
+    return result
+
+
+def _reduced(loss: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
+
+
+# what torch must know of each operator, arguments in the order of its schema
+
+
+def _reference(*args):
+    *tensors, lam, eps, distance = args
+    loss, d = ref.gan_qp_loss(*tensors, lam=lam, eps=eps, distance=DISTANCES[distance])
+    return loss.contiguous(), d.contiguous()
+
+
+def _fake(t_real, t_fake, x_real, x_fake, z_real, z_fake, lam, eps, distance):
+    dtype = ref.common_dtype(t_real, t_fake, x_real, x_fake, z_real, z_fake)
+    return tuple(x_real.new_empty(x_real.shape[:1], dtype=dtype) for _ in range(2))
+
+
+def _setup(ctx, inputs, output):
+    t_real, t_fake, *_, ctx.lam, ctx.eps, _ = inputs
+    # without a gradient for the distance, whose own is 0
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(t_real, t_fake, output[1])
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 9
+    of_real, of_fake = call("gan_qp_loss_backward", grad, *ctx.saved_tensors, ctx.lam, ctx.eps)
+    return of_real, of_fake, *(None,) * 7
+
+
+def _vmap(info, in_dims, *args):
+    return one_by_one(info, in_dims, torch.ops.pyflow.gan_qp_loss, args[:6], *args[6:]), (0, 0)
+
+
+def _backward_reference(grad, t_real, t_fake, d, lam, eps):
+    grads = ref.gan_qp_loss_backward(grad, t_real, t_fake, d, lam=lam, eps=eps)
+    return tuple(torch.empty_like(t).copy_(g) for t, g in zip((t_real, t_fake), grads))
+
+
+def _backward_fake(grad, t_real, t_fake, d, lam, eps):
+    return torch.empty_like(t_real), torch.empty_like(t_fake)
+
+
+def _backward_setup(ctx, inputs, output):
+    *tensors, ctx.lam, ctx.eps = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_backward(ctx, *grads):
+    grad, t_real, t_fake, d = ctx.saved_tensors
+
+    def formula(grad, t_real, t_fake):
+        return ref.gan_qp_loss_backward(grad, t_real, t_fake, d, lam=ctx.lam, eps=ctx.eps)
+
+    return (*vector_jacobian(formula, (grad, t_real, t_fake), grads), None, None, None)
+
+
+def _backward_vmap(info, in_dims, *args):
+    return one_by_one(info, in_dims, torch.ops.pyflow.gan_qp_loss_backward, args[:4], *args[4:]), (0, 0)
+
+
+register(
+    "gan_qp_loss", "gan_qp", reference=_reference, fake=_fake, vmap=_vmap, setup_context=_setup, backward=_backward,
+)  # fmt: skip
+register(
+    "gan_qp_loss_backward", "gan_qp", reference=_backward_reference, fake=_backward_fake, vmap=_backward_vmap,
+    setup_context=_backward_setup, backward=_backward_backward,
+)  # fmt: skip

@@ -1,0 +1,159 @@
+"""The BiGAN-QP demo, run short: it trains, measures, draws and reports; each loss teaches whom it should."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+import torch
+
+for package in ("matplotlib", "PIL", "skimage", "sklearn", "tqdm"):
+    pytest.importorskip(package)
+
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from pyflow.recipes import _data, bigan_qp, nice  # noqa: E402
+
+SETTINGS = bigan_qp.Settings(width=16, latent=4, steps=30, batch=16, looks=2)
+
+
+def run(*argv):
+    parser = argparse.ArgumentParser()
+    bigan_qp.add_arguments(parser)
+    return bigan_qp.run(parser.parse_args([*map(str, argv)]))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two that wait for each other on a busy machine take six times as long."""
+    with nice.threads(1):
+        yield
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(bigan_qp, "QUICK", SETTINGS)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve pictures, grey in a red frame that the middle square leaves out, and one that is no picture."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(12):
+        pixels = np.zeros((40, 60, 3), np.uint8)
+        pixels[..., 0] = 255
+        pixels[:, 10:50] = 20 * number
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_short_run_and_the_same_seed_repeats_it(small, tmp_path, capsys):
+    metrics = []
+    for name in ("a.png", "b.png"):
+        out = tmp_path / "pictures" / name
+        assert run("--quick", "--seed", 3, "--device", "cpu", "--out", out) == 0
+        metrics.append(json.loads(out.with_suffix(".json").read_text()))
+    printed = capsys.readouterr()
+    from matplotlib.image import imread
+
+    picture = imread(out)
+    assert picture.shape[0] > 1000 and picture.shape[1] > 900 and picture.std() > 0.1
+    got = metrics[0]
+    assert [e["step"] for e in got["errors"]] == [0, 15, 30]
+    first, last = (got["errors"][i]["held_out"] for i in (0, -1))
+    assert 0 < last < first and f"{first:.4f}" in printed.out and f"{last / first:.1%}" in printed.out
+    assert "fell to" in printed.out and str(out) in printed.out
+    assert "no Lipschitz constraint and no gradient penalty is used" in printed.out.replace("\n", " ")
+    assert 0 < got["error_of_linear_components"] < got["error_of_the_mean"] < 0.1
+    assert "reconstruction" in printed.err and "critic" in printed.err
+    for each in metrics:
+        each.pop("training_seconds"), each.pop("total_seconds")
+    assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize("data, shape", [("faces", (25, 25)), ("folder", (32, 32, 3))])
+def test_other_data(data, shape, folder, small, tmp_path):
+    data = folder if data == "folder" else data
+    out = tmp_path / "x.png"
+    assert run("--quick", "--data", data, "--steps", 3, "--latent", 5, "--out", out) == 0
+    metrics = json.loads(out.with_suffix(".json").read_text())
+    assert metrics["settings"]["latent"] == 5 and out.exists()
+    assert _data.gallery(str(data), tmp_path).shape == shape
+
+
+def test_a_small_set_gets_fewer_steps_unless_they_are_given(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(bigan_qp, "QUICK", bigan_qp.replace(SETTINGS, showings=2))
+    out = tmp_path / "x.png"
+    for given, steps in (((), 2 * 80 // (2 * 16)), (("--steps", 7), 7)):
+        assert run("--quick", "--data", "faces", *given, "--out", out) == 0
+        metrics = json.loads(out.with_suffix(".json").read_text())
+        assert metrics["settings"]["steps"] == metrics["errors"][-1]["step"] == steps
+
+
+def test_faces_and_folders_are_split_without_loss(folder, tmp_path):
+    faces = _data.gallery("faces", tmp_path)
+    assert (len(faces.train), len(faces.validation), len(faces.test)) == (80, 0, 20) and faces.levels == 256
+    assert faces.train.dtype == torch.uint8 and faces.train.float().std() > 30
+    assert len(torch.cat((faces.train, faces.test)).unique(dim=0)) == 100
+    images = _data.gallery(str(folder), tmp_path)
+    values = torch.cat((images.train, images.test))
+    # the frame is cut off
+    assert (values == values[:, :1]).all() and values[:, 0].sort().values.tolist() == list(range(0, 240, 20))
+    again = _data.gallery(str(folder), tmp_path)
+    assert torch.equal(images.train, again.train) and torch.equal(images.test, again.test)
+
+
+def test_each_loss_teaches_whom_it_should():
+    torch.manual_seed(0)
+    model = bigan_qp.BiGan(6, SETTINGS)
+    x, z = torch.rand(16, 6) * 2 - 1, torch.randn(16, 4)
+    networks = {name: list(getattr(model, name).parameters()) for name in ("generator", "encoder", "critic")}
+    taught = lambda: {n for n, ps in networks.items() if any(p.grad is not None for p in ps)}  # noqa: E731
+    bigan_qp.critic_loss(model, x, z, 10.0).backward()
+    assert taught() == {"critic"}
+    model.zero_grad()
+    # the critic's own part taken away, generator and encoder learn from one reconstruction each
+    for parameter in model.critic.parameters():
+        torch.nn.init.zeros_(parameter)
+    bigan_qp.generator_loss(model, x, z, (1.0, 0.0)).backward()
+    assert all(p.grad.count_nonzero() for p in networks["encoder"][:1])
+    assert not any(p.grad is not None and p.grad.count_nonzero() for p in networks["generator"])
+    model.zero_grad()
+    bigan_qp.generator_loss(model, x, z, (0.0, 1.0)).backward()
+    assert all(p.grad.count_nonzero() for p in networks["generator"][:1])
+    assert not any(p.grad is not None and p.grad.count_nonzero() for p in networks["encoder"])
+
+
+def test_baselines_and_neighbours():
+    torch.manual_seed(0)
+    train = torch.randn(50, 2) @ torch.randn(2, 8)
+    mean, linear = bigan_qp.baselines(train, train, 2)
+    assert linear < 1e-8 < mean == pytest.approx((train - train.mean(0)).square().mean().item() / 4)
+    distance, which = bigan_qp.nearest(train[[7, 3]] + torch.tensor([[0.0], [1e-3]]), train)
+    assert which.tolist() == [7, 3] and distance.tolist() == pytest.approx([0, 5e-4], abs=1e-4)
+
+
+def test_wrong_arguments_are_one_sentence(tmp_path, folder, capsys, monkeypatch):
+    out = tmp_path / "x.png"
+    assert run("--data", tmp_path / "nowhere", "--out", out) == 1
+    assert capsys.readouterr().err == f"demo bigan-qp: --data {tmp_path / 'nowhere'} is not a folder\n"
+    assert run("--backend", "vulkan", "--out", out) == 1
+    assert "backend: name must be one of" in capsys.readouterr().err
+    for number in range(3, 12):
+        (folder / f"{number:02}.png").unlink()
+    assert run("--data", folder, "--out", out) == 1
+    assert f"--data {folder} must hold at least 10 images, got 3" in capsys.readouterr().err
+    (folder / "broken.png").write_text("no picture")
+    assert run("--data", folder, "--out", out) == 1
+    assert "broken.png cannot be read as an image" in capsys.readouterr().err
+    monkeypatch.setattr(_data.importlib.util, "find_spec", lambda name: None)
+    assert run("--data", "faces", "--out", out) == 1
+    assert "the faces of scikit-image are not here; pip install scikit-image" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--steps", 0)
+    assert "must be at least 1, got 0" in capsys.readouterr().err
+    assert not out.exists()

@@ -1,0 +1,156 @@
+"""The critic of a GAN-QP: sums of deviations over the samples, then a loss and a slope for each sample."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._schemas import DISTANCES
+from . import _launch
+from ._math import div, neg
+from ._tiles import fold, load, place, row_sums, scalar, store_as, width
+
+L1 = tl.constexpr(DISTANCES.index("l1"))
+L2 = tl.constexpr(DISTANCES.index("l2"))
+
+
+@triton.jit(do_not_specialize=["rows", "cols", "segments"])
+def sums_kernel(
+    real, real_at, fake, fake_at, out, sizes, rows, cols, segments,
+    DISTANCE: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """(rows, segments): sums of |real - fake|, or of its square."""
+    dtype: tl.constexpr = out.dtype.element_ty
+    row, segment = place(segments, INDEX, BLOCK_R)
+    r = row[:, None]
+    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype)
+    for c0 in range(0, SEGMENT, BLOCK_C):
+        c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
+        inside = (r < rows) & (c < width(cols, c, VEC))
+        x = load(real, real_at, sizes, r, c, inside, VEC, dtype)
+        difference = x - load(fake, fake_at, sizes, r, c, inside, VEC, dtype)
+        if DISTANCE == L1:
+            term = tl.abs(difference)
+        else:
+            tl.static_assert(DISTANCE == L2)
+            term = difference * difference
+        acc += tl.where(inside, term, 0.0)
+    tl.store(out + row.to(tl.int64) * segments + segment, fold(acc), mask=row < rows)
+
+
+@triton.jit
+def mean_distance(sums, r, rows, segments, count, DISTANCE: tl.constexpr, BLOCK_C: tl.constexpr):
+    mean = div(row_sums(sums, r, rows, segments, BLOCK_C), scalar(count, sums.dtype.element_ty))
+    if DISTANCE == L1:
+        return mean
+    else:
+        return tl.sqrt(mean) if sums.dtype.element_ty == tl.float64 else tl.sqrt_rn(mean)
+
+
+@triton.jit
+def quotient(delta, d, lam2, eps):
+    """(delta / (2 lam (d + eps)), whether that is 0 / 0 or so)."""
+    width = scalar(lam2, d.dtype) * (d + scalar(eps, d.dtype))
+    return div(delta, width), width == 0.0
+
+
+@triton.jit(
+    do_not_specialize=[
+        "t_real_at", "t_fake_at", "rows", "x_segments", "x_count", "z_segments", "z_count", "lam2", "eps",
+    ]
+)  # fmt: skip
+def loss_kernel(
+    t_real, t_real_at, t_fake, t_fake_at, x_sums, x_segments, x_count, z_sums, z_segments, z_count, loss, d, rows,
+    lam2, eps, DISTANCE: tl.constexpr, BLOCK_R: tl.constexpr, X_BLOCK: tl.constexpr, Z_BLOCK: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = loss.dtype.element_ty
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    distance = mean_distance(x_sums, r, rows, x_segments, x_count, DISTANCE, X_BLOCK)
+    if z_sums is not None:
+        distance += mean_distance(z_sums, r, rows, z_segments, z_count, DISTANCE, Z_BLOCK)
+    delta = tl.load(t_real + r * t_real_at, mask=r < rows).to(dtype)
+    delta = delta - tl.load(t_fake + r * t_fake_at, mask=r < rows).to(dtype)
+    q, still = quotient(delta, distance, lam2, eps)
+    tl.store(loss + r, tl.where(still, 0.0, delta * q - delta), mask=r < rows)
+    tl.store(d + r, distance, mask=r < rows)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "grad_at", "t_real_at", "t_fake_at", "d_at", "g_real_at", "g_fake_at", "rows", "lam2", "eps",
+    ]
+)  # fmt: skip
+def backward_kernel(
+    grad, grad_at, t_real, t_real_at, t_fake, t_fake_at, d, d_at, g_real, g_real_at, g_fake, g_fake_at, rows, lam2,
+    eps, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = d.dtype.element_ty
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = r < rows
+    delta = tl.load(t_real + r * t_real_at, mask=inside).to(dtype)
+    delta = delta - tl.load(t_fake + r * t_fake_at, mask=inside).to(dtype)
+    q, still = quotient(delta, tl.load(d + r * d_at, mask=inside), lam2, eps)
+    slope = tl.where(still, 0.0, 2.0 * q - 1.0)
+    g = tl.load(grad + r * grad_at, mask=inside).to(dtype) * slope
+    store_as(g_real + r * g_real_at, g, inside)
+    store_as(g_fake + r * g_fake_at, neg(g), inside)
+
+
+def gan_qp_loss(
+    t_real: Tensor,
+    t_fake: Tensor,
+    x_real: Tensor,
+    x_fake: Tensor,
+    z_real: Tensor | None,
+    z_fake: Tensor | None,
+    lam: float,
+    eps: float,
+    distance: int,
+) -> tuple[Tensor, Tensor]:
+    tensors = (t_real, t_fake, x_real, x_fake, z_real, z_fake)
+    dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    rows = x_real.shape[0]
+    loss, d = (x_real.new_empty(rows, dtype=dtype) for _ in range(2))
+    if rows == 0:
+        return loss, d
+    x, x_count = _sums(x_real, x_fake, distance, dtype)
+    z, z_count = (None, 1) if z_real is None else _sums(z_real, z_fake, distance, dtype)
+    segments = [1 if sums is None else sums.shape[1] for sums in (x, z)]
+    blocks = [min(_launch.TILE, _launch.power_of_two(n)) for n in segments]
+    # a tile of the wider one
+    block = _launch.TILE // max(blocks)
+    _launch.launch(
+        loss_kernel, -(-rows // block), x_real.device, t_real, t_real.stride(0), t_fake, t_fake.stride(0), x,
+        segments[0], _launch.bits(x_count, dtype), z, segments[1], _launch.bits(z_count, dtype), loss, d, rows,
+        _launch.bits(2 * lam, dtype), _launch.bits(eps, dtype), DISTANCE=distance, BLOCK_R=block, X_BLOCK=blocks[0],
+        Z_BLOCK=blocks[1],
+    )  # fmt: skip
+    return loss, d
+
+
+def gan_qp_loss_backward(
+    grad: Tensor, t_real: Tensor, t_fake: Tensor, d: Tensor, lam: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    g_real, g_fake = torch.empty_like(t_real), torch.empty_like(t_fake)
+    rows, dtype = t_real.shape[0], d.dtype
+    if rows:
+        tensors = (grad, t_real, t_fake, d, g_real, g_fake)
+        _launch.launch(
+            backward_kernel, -(-rows // _launch.TILE), d.device,
+            *_launch.with_strides(tensors, [t.stride(0) for t in tensors]), rows, _launch.bits(2 * lam, dtype),
+            _launch.bits(eps, dtype), BLOCK_R=_launch.TILE,
+        )  # fmt: skip
+    return g_real, g_fake
+
+
+def _sums(real: Tensor, fake: Tensor, distance: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Sums of deviations (rows, segments), and the elements of a sample."""
+    space = _launch.collapse(real.dim() - 1, (real, fake))
+    sums = real.new_empty((space.rows, _launch.cut(space).segments), dtype=dtype)
+    _launch.over_space(
+        sums_kernel, space, sums, *_launch.with_strides((real, fake), space.at), sums, DISTANCE=distance
+    )  # fmt: skip
+    return sums, space.cols
