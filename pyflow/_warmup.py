@@ -64,4 +64,9 @@ def warmup(
             outputs.append(ops.denoising_loss(x, 1.0, seed=seed))
             outputs.append(ops.denoising_loss(x, seed=seed, parameterization="epsilon"))
         ops.sector_counts(torch.zeros(1, dtype=torch.float64, device=device), 4, 1, seed=0)
+        for kernel in ("rbf", "laplacian", "polynomial"):
+            for columns in (8, 64):
+                rows = torch.zeros(8, columns, dtype=dtype, device=device, requires_grad=True)
+                outputs.append(ops.hsic(rows, rows[:, :8], kernel=kernel, bandwidth=1.0))
+        outputs.append(ops.center_gram(x[:, :2]))
         torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])

@@ -1,0 +1,77 @@
+// HKH of Gram matrices: part of the family hsic.
+#include "hsic.h"
+#include "sums.h"
+#include "tile.h"
+
+namespace pyflow::PYFLOW_ISA {
+
+// a block of rows: their means, and what they add to the columns
+template <class T>
+void center_sums_block(const CenterArgs& a, int64_t unit) {
+  const int64_t first = unit / a.blocks * a.n, row = unit % a.blocks * kCenterRows;
+  double* __restrict column = a.columns + unit * a.n;
+  for (int64_t c = 0; c < a.n; ++c) column[c] = 0;
+  alignas(64) T buffer[kChunk];
+  for (int64_t r = row; r < smaller(row + kCenterRows, a.n); ++r) {
+    double total = 0;
+    for (int64_t c = 0; c < a.n; c += kChunk) {
+      const int64_t count = smaller(kChunk, a.n - c), whole = count / 16 * 16;
+      const T* values = load(a.space, a.gram, {first + r, 1, c, count}, buffer);
+      total += add_row(values, column + c, whole);
+      for (int64_t k = whole; k < count; ++k) {
+        total += double(values[k]);
+        column[c + k] += double(values[k]);
+      }
+    }
+    a.row_means[first + r] = total / double(a.n);
+  }
+}
+
+void center_sums(const CenterArgs& a, int64_t begin, int64_t end) {
+  for (int64_t u = begin; u < end; ++u) a.f64 ? center_sums_block<double>(a, u) : center_sums_block<float>(a, u);
+}
+
+// units: matrices
+void center_means(const CenterArgs& a, int64_t begin, int64_t end) {
+  for (int64_t u = begin; u < end; ++u) {
+    double* __restrict column = a.columns + u * a.blocks * a.n;
+    for (int64_t b = 1; b < a.blocks; ++b) {
+      const double* __restrict more = column + b * a.n;
+      for (int64_t c = 0; c < a.n; ++c) column[c] += more[c];
+    }
+    double total = 0;
+    for (int64_t c = 0; c < a.n; ++c) {
+      total += column[c];
+      column[c] /= double(a.n);
+    }
+    a.means[u] = total / (double(a.n) * double(a.n));
+  }
+}
+
+template <class T>
+void center_block(const CenterArgs& a, int64_t unit) {
+  const int64_t matrix = unit / a.blocks, first = matrix * a.n, row = unit % a.blocks * kCenterRows;
+  const double* __restrict column = a.columns + matrix * a.blocks * a.n;
+  alignas(64) T buffer[kChunk], out[kChunk];
+  for (int64_t r = row; r < smaller(row + kCenterRows, a.n); ++r) {
+    const double own = a.row_means[first + r] - a.means[matrix];
+    for (int64_t c = 0; c < a.n; c += kChunk) {
+      const Tile t{first + r, 1, c, smaller(kChunk, a.n - c)};
+      // may be the same memory
+      const T* values = load(a.space, a.gram, t, buffer);
+      T* to = target(a.space, a.out, t, out);
+#pragma omp simd
+      for (int64_t k = 0; k < t.cols; ++k) {
+        to[k] = T(double(values[k]) - (own + column[c + k]));
+      }
+      store(a.space, a.out, t, to);
+    }
+  }
+}
+
+void center_apply(const CenterArgs& a, int64_t begin, int64_t end) {
+  for (int64_t u = begin; u < end; ++u) a.f64 ? center_block<double>(a, u) : center_block<float>(a, u);
+  stream_fence();
+}
+
+}  // namespace pyflow::PYFLOW_ISA

@@ -1,0 +1,36 @@
+// Sums in float64 through sixteen lanes and a fixed fold: the same bits for every vector width.
+#pragma once
+
+#include "../math/fn.h"
+
+#if !defined(PYFLOW_ISA)
+#error "compiled once per instruction set: PYFLOW_ISA names it"
+#endif
+
+namespace pyflow::PYFLOW_ISA {
+
+PYFLOW_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+PYFLOW_FN double fold(double* lane) {
+  for (int width = 8; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+  }
+  return lane[0];
+}
+
+// the sum of n values, each also added to its column's; n a multiple of 16
+template <class T>
+double add_row(const T* __restrict value, double* __restrict column, int64_t n) {
+  double lane[16] = {};
+  for (int64_t i = 0; i < n; i += 16) {
+#pragma omp simd
+    for (int j = 0; j < 16; ++j) {
+      const double v = double(value[i + j]);
+      lane[j] += v;
+      column[i + j] += v;
+    }
+  }
+  return fold(lane);
+}
+
+}  // namespace pyflow::PYFLOW_ISA
