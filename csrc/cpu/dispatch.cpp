@@ -21,6 +21,9 @@
   F(sde_step_backward, SdeArgs)                                   \
   F(denoising_loss, SdeArgs)                                      \
   F(langevin_squares, SdeArgs)                                    \
+  F(mala_sums, MalaArgs)                                          \
+  F(mala_accept, MalaArgs)                                        \
+  F(row_squares, SquaresArgs)                                     \
   F(math_evaluate, MathArgs)
 
 #define PYFLOW_DECLARE_KERNEL(name, Args) void name(const Args&, int64_t, int64_t);

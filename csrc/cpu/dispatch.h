@@ -17,6 +17,8 @@ struct ResidualFsqBackward;
 struct NoiseArgs;
 struct PhiloxArgs;
 struct SdeArgs;
+struct MalaArgs;
+struct SquaresArgs;
 struct MathArgs;
 
 struct CpuTable {
@@ -37,6 +39,9 @@ struct CpuTable {
   void (*sde_step_backward)(const SdeArgs&, int64_t begin, int64_t end);
   void (*denoising_loss)(const SdeArgs&, int64_t begin, int64_t end);
   void (*langevin_squares)(const SdeArgs&, int64_t begin, int64_t end);
+  void (*mala_sums)(const MalaArgs&, int64_t begin, int64_t end);
+  void (*mala_accept)(const MalaArgs&, int64_t begin, int64_t end);
+  void (*row_squares)(const SquaresArgs&, int64_t begin, int64_t end);
   void (*math_evaluate)(const MathArgs&, int64_t begin, int64_t end);
 };
 

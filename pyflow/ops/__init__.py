@@ -1,6 +1,7 @@
 """The operations, one public function each."""
 
 from .coupling import additive_coupling, affine_coupling, affine_coupling_packed
+from .energy import energy_and_grad, energy_loss, grad_norm_penalty, mala_accept, mala_propose, mala_step
 from .flow_head import flow_log_prob
 from .fsq import codebook_usage, fsq, fsq_decode, residual_fsq
 from .noise import normal, philox, sample_seeds, uniform
@@ -12,10 +13,16 @@ __all__ = [
     "affine_coupling_packed",
     "codebook_usage",
     "denoising_loss",
+    "energy_and_grad",
+    "energy_loss",
     "flow_log_prob",
     "fsq",
     "fsq_decode",
+    "grad_norm_penalty",
     "langevin_step",
+    "mala_accept",
+    "mala_propose",
+    "mala_step",
     "normal",
     "perturb",
     "philox",
