@@ -1,7 +1,14 @@
 """The operations, one public function each."""
 
 from .coupling import additive_coupling, affine_coupling, affine_coupling_packed
-from .energy import energy_and_grad, energy_loss, grad_norm_penalty, mala_accept, mala_propose, mala_step
+from .energy import (
+    energy_and_grad,
+    energy_loss,
+    grad_norm_penalty,
+    mala_accept,
+    mala_propose,
+    mala_step,
+)
 from .flow_head import flow_log_prob
 from .fsq import codebook_usage, fsq, fsq_decode, residual_fsq
 from .noise import normal, philox, sample_seeds, uniform
