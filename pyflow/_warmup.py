@@ -61,4 +61,7 @@ def warmup(
             outputs += [ops.perturb(x, 1.0, 1.0, seed=seed), ops.langevin_step(x, x, snr=0.1, seed=seed)]
             outputs.append(ops.denoising_loss(x, 1.0, seed=seed))
             outputs.append(ops.denoising_loss(x, seed=seed, parameterization="epsilon"))
+            for alpha in (1.0, scale):
+                ops.mala_accept(x, x, scale, scale, x, x, alpha, seed=seed)
+        outputs.append(ops.grad_norm_penalty(x))
         torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
