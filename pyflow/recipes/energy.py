@@ -232,15 +232,15 @@ def picture(
     limit = 1.5 * PLACES[-1]
     line = torch.linspace(-limit, limit, 200, device=before.device)
     with torch.no_grad():
-        landscape = grid.energy_of(torch.cartesian_prod(line, line)).reshape(200, 200).T.cpu()
+        landscape = grid.energy_of(torch.cartesian_prod(line, line)).reshape(200, 200).T.cpu().numpy()
     extent = (-limit, limit, -limit, limit)
     axes[0, 0].imshow(landscape, origin="lower", extent=extent, cmap="viridis")
     axes[0, 0].set_title("energy: low where data are")
     for axis, x, title in ((axes[0, 1], before, "generator"), (axes[0, 2], after, "after MALA")):
-        axis.plot(*x.cpu().T, ".", markersize=1.5, color="0.2")
+        axis.plot(*x.cpu().numpy().T, ".", markersize=1.5, color="0.2")
         axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     for axis, (name, x) in zip(axes[1], drawn.items()):
-        tiles = x.reshape(8, 8, 8, 8).permute(0, 2, 1, 3).reshape(64, 64).cpu()
+        tiles = x.reshape(8, 8, 8, 8).permute(0, 2, 1, 3).reshape(64, 64).cpu().numpy()
         axis.imshow(tiles, cmap="gray", vmin=0, vmax=1)
         axis.set_title(f"digits, {name}")
         axis.axis("off")
