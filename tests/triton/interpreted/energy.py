@@ -25,22 +25,21 @@ def chain(shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_accept(dtype):
-    for shape in [(7,), (33, 5), (12, 600), (2, 9001), (5, 3, 4, 6), (4, 0), (0, 3)]:
+    for shape in [(7,), (33, 5), (12, 600), (5, 3, 4, 6), (4, 0), (0, 3)] + [(2, 9001)] * (dtype == torch.float32):
         args = chain(shape, dtype)
-        for alpha in (0.01, torch.full(shape[:1], 0.02), torch.tensor(0.01)):
-            for seed in (3, ops.sample_seeds(5, shape[0])):
-                results = []
-                for backend in ("triton", "reference") + ("cpu",) * (_backend.cpu_missing is None):
-                    with pyflow.backend(backend):
-                        results.append(ops.mala_accept(*args, alpha, seed=seed, step=2**35 + 1))
-                for other in results[1:]:
-                    for name, a, b in zip(("z", "u", "grad", "accepted"), results[0], other, strict=True):
-                        assert a.stride() == b.stride(), f"{name}, {shape}"
-                        if name == "accepted":
-                            assert torch.equal(a, b), shape
-                        else:
-                            testing.assert_same_bits(a, b, f"{name}, {shape}")
-                assert not any(v.isnan().any() for v in results[0][:3])
+        for alpha, seed in ((0.01, ops.sample_seeds(5, shape[0])), (torch.full(shape[:1], 0.02), 3)):
+            results = []
+            for backend in ("triton", "reference") + ("cpu",) * (_backend.cpu_missing is None):
+                with pyflow.backend(backend):
+                    results.append(ops.mala_accept(*args, alpha, seed=seed, step=2**35 + 1))
+            for other in results[1:]:
+                for name, a, b in zip(("z", "u", "grad", "accepted"), results[0], other, strict=True):
+                    assert a.stride() == b.stride(), f"{name}, {shape}"
+                    if name == "accepted":
+                        assert torch.equal(a, b), shape
+                    else:
+                        testing.assert_same_bits(a, b, f"{name}, {shape}")
+            assert not any(v.isnan().any() for v in results[0][:3])
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
