@@ -58,7 +58,8 @@ def sample(
         TypeError, ValueError: as for `pyflow.ops.mala_step`; fewer than one step.
 
     Example:
-        >>> chains = sample(lambda z: z.square().sum(1) / 2, torch.zeros(1000, 2), 0.5, steps=20, seed=0, progress=False)
+        >>> energy = lambda z: z.square().sum(1) / 2
+        >>> chains = sample(energy, torch.zeros(1000, 2), 0.5, steps=20, seed=0, progress=False)
         >>> abs(float(chains.z.var()) - 1) < 0.1
         True
     """

@@ -61,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chain-steps", type=_positive, help=f"of the chains, default {Settings.chain_steps}")
     parser.add_argument("--held-out", type=int, choices=range(10), default=1, help="digit that is the anomaly")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and chains")
-    parser.add_argument("--out", type=Path, default=Path("outputs/energy.png"), help="the picture; metrics go beside it")
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/energy.png"), help="the picture; metrics go beside it"
+    )
     parser.add_argument("--device", help="default cuda where there is one, else cpu")
     parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
@@ -201,7 +203,7 @@ def fit(model: MEG, draw: Callable[[int], Tensor], settings: Settings, name: str
 
 
 def modes(x: Tensor, centres: Tensor) -> tuple[int, float]:
-    """Modes with at least a fifth of their share of the samples within four standard deviations, and the share there."""
+    """Modes with a fifth of their share of the samples within four standard deviations, and the share near any."""
     distance, nearest = torch.cdist(x, centres).min(1)
     near = distance < 4 * SPREAD
     counts = torch.bincount(nearest[near], minlength=len(centres))

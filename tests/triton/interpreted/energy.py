@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import pyflow
 import pytest
 import torch
-
-import pyflow
 from pyflow import _backend, ops, testing
 
 from .common import DTYPES, compare, draw
