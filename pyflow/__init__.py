@@ -1,6 +1,7 @@
 """pyflow: fused kernels for generative modelling in PyTorch, each held to a plain-torch reference."""
 
 from . import _backend
+from . import energy as energy
 from . import ops as ops
 from . import sde as sde
 from . import stats as stats

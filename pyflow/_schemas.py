@@ -69,6 +69,11 @@ SCHEMAS = {
     "sector_counts": (
         "(Tensor thresholds, SymInt points, SymInt trials, Tensor seed, Tensor step, int purpose) -> Tensor"
     ),
+    "mala_accept": (
+        "(Tensor z, Tensor z_new, Tensor u, Tensor u_new, Tensor grad, Tensor grad_new, Tensor alpha, Tensor seed, "
+        "Tensor step) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "grad_norm_penalty": "(Tensor grad) -> Tensor",
     "fsq": "(Tensor z, int[] levels, int variant, bool return_indices) -> (Tensor, Tensor)",
     "fsq_backward": "(Tensor grad, Tensor z, int[] levels, int variant) -> Tensor",
     "fsq_decode": "(Tensor indices, int[] levels, int variant, int dim, ScalarType dtype) -> Tensor",

@@ -63,10 +63,13 @@ def warmup(
             outputs += [ops.perturb(x, 1.0, 1.0, seed=seed), ops.langevin_step(x, x, snr=0.1, seed=seed)]
             outputs.append(ops.denoising_loss(x, 1.0, seed=seed))
             outputs.append(ops.denoising_loss(x, seed=seed, parameterization="epsilon"))
+            for alpha in (1.0, scale):
+                ops.mala_accept(x, x, scale, scale, x, x, alpha, seed=seed)
         ops.sector_counts(torch.zeros(1, dtype=torch.float64, device=device), 4, 1, seed=0)
         for kernel in ("rbf", "laplacian", "polynomial"):
             for columns in (8, 64):
                 rows = torch.zeros(8, columns, dtype=dtype, device=device, requires_grad=True)
                 outputs.append(ops.hsic(rows, rows[:, :8], kernel=kernel, bandwidth=1.0))
         outputs.append(ops.center_gram(x[:, :2]))
+        outputs.append(ops.grad_norm_penalty(x))
         torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])

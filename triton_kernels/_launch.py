@@ -140,14 +140,15 @@ def bits(value: float, dtype: torch.dtype) -> int:
 
 
 def over_space(
-    kernel: object, space: Space, x: Tensor, *args: object, blocks: Blocks | None = None, **constants: object
-) -> None:
+    kernel: object, space: Space, x: Tensor, *args: object, blocks: Blocks | None = None,
+    num_warps: int | None = None, **constants: object,
+) -> None:  # fmt: skip
     """Run a kernel whose signature ends with sizes, rows, cols, segments and the block shapes; x decides the rest."""
     blocks = blocks or cut(space)
     # float64: half the elements per thread, for the registers
     launch(
-        kernel, blocks.count, x.device, *args, num_warps=8 if x.dtype == torch.float64 else 4, sizes=space.sizes,
-        rows=space.rows, cols=space.cols // space.vec, segments=blocks.segments,
+        kernel, blocks.count, x.device, *args, num_warps=num_warps or (8 if x.dtype == torch.float64 else 4),
+        sizes=space.sizes, rows=space.rows, cols=space.cols // space.vec, segments=blocks.segments,
         INDEX=tl.int64 if space.wide else tl.int32, VEC=space.vec, BLOCK_R=blocks.rows, BLOCK_C=blocks.cols,
         SEGMENT=blocks.segment, **constants,
     )  # fmt: skip

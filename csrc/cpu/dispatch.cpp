@@ -36,6 +36,9 @@
   F(gan_qp_sums, GanQpSums)                                       \
   F(gan_qp_loss, GanQpLoss)                                       \
   F(gan_qp_loss_backward, GanQpLossBackward)                      \
+  F(mala_sums, MalaArgs)                                          \
+  F(mala_accept, MalaArgs)                                        \
+  F(row_squares, SquaresArgs)                                     \
   F(math_evaluate, MathArgs)
 
 #define PYFLOW_DECLARE_KERNEL(name, Args) void name(const Args&, int64_t, int64_t);

@@ -27,6 +27,8 @@ struct SectorTrials;
 struct GanQpSums;
 struct GanQpLoss;
 struct GanQpLossBackward;
+struct MalaArgs;
+struct SquaresArgs;
 struct MathArgs;
 
 struct CpuTable {
@@ -62,6 +64,9 @@ struct CpuTable {
   void (*gan_qp_sums)(const GanQpSums&, int64_t begin, int64_t end);
   void (*gan_qp_loss)(const GanQpLoss&, int64_t begin, int64_t end);
   void (*gan_qp_loss_backward)(const GanQpLossBackward&, int64_t begin, int64_t end);
+  void (*mala_sums)(const MalaArgs&, int64_t begin, int64_t end);
+  void (*mala_accept)(const MalaArgs&, int64_t begin, int64_t end);
+  void (*row_squares)(const SquaresArgs&, int64_t begin, int64_t end);
   void (*math_evaluate)(const MathArgs&, int64_t begin, int64_t end);
 };
 

@@ -1,6 +1,7 @@
 """The operations, one public function each."""
 
 from .coupling import additive_coupling, affine_coupling, affine_coupling_packed
+from .energy import energy_and_grad, energy_loss, grad_norm_penalty, mala_accept, mala_propose, mala_step
 from .flow_head import flow_log_prob
 from .fsq import codebook_usage, fsq, fsq_decode, residual_fsq
 from .gan_qp import gan_qp_generator_loss, gan_qp_loss
@@ -17,14 +18,20 @@ __all__ = [
     "cka",
     "codebook_usage",
     "denoising_loss",
+    "energy_and_grad",
+    "energy_loss",
     "flow_log_prob",
     "fsq",
     "fsq_decode",
     "gan_qp_generator_loss",
     "gan_qp_loss",
+    "grad_norm_penalty",
     "hsic",
     "hsic_matrix",
     "langevin_step",
+    "mala_accept",
+    "mala_propose",
+    "mala_step",
     "normal",
     "perturb",
     "philox",

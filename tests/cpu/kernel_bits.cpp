@@ -7,6 +7,7 @@
 
 #include "../../csrc/cpu/coupling.h"
 #include "../../csrc/cpu/dispatch.h"
+#include "../../csrc/cpu/energy.h"
 #include "../../csrc/cpu/fsq.h"
 #include "../../csrc/cpu/hsic.h"
 #include "../../csrc/cpu/gan_qp.h"
@@ -354,6 +355,46 @@ void gan_qp(int64_t rows, int64_t cols, Distance distance) {
   char name[64];
   std::snprintf(name, sizeof name, "gan_qp[distance=%d,%dx%d]", int(distance), int(rows), int(cols));
   for (const auto* v : {&loss, &d, &g_real, &g_fake}) print(name, *v);
+void mala(int64_t rows, int64_t cols) {
+  const int64_t n = rows * cols;
+  std::vector<float> in[4], u(rows), u_new(rows), alpha(rows, 0.1f), z_out(n), grad_out(n), u_out(rows);
+  for (auto& v : in) {
+    v.resize(n);
+    for (float& x : v) x = 0.1f * uniform();
+  }
+  for (float& x : u_new) x = uniform();
+  std::vector<uint8_t> accepted(rows);
+  std::vector<int64_t> seeds(rows);
+  MalaArgs m{};
+  m.space = space(rows, cols);
+  m.plan = plan_of(m.space, true);
+  m.stream = stream(seeds, true);
+  View* const views[] = {&m.z, &m.z_new, &m.grad, &m.grad_new};
+  for (int i = 0; i < 4; ++i) *views[i] = view(in[i], DType::f32, cols);
+  m.alpha = view(alpha, DType::f32, 1);
+  m.u = view(u, DType::f32, 1);
+  m.u_new = view(u_new, DType::f32, 1);
+  m.z_out = view(z_out, DType::f32, cols);
+  m.grad_out = view(grad_out, DType::f32, cols);
+  m.u_out = view(u_out, DType::f32, 1);
+  m.accepted = accepted.data();
+  std::vector<double> sums(rows * m.plan.segments);
+  m.sums = sums.data();
+  if (m.plan.segments > 1) table->mala_sums(m, 0, m.plan.units);
+  table->mala_accept(m, 0, m.plan.units);
+  print("mala_z", z_out);
+  print("mala_grad", grad_out);
+  print("mala_u", u_out);
+  std::vector<float> totals(sums.begin(), sums.end());
+  print("mala_sums", totals);
+  SquaresArgs q{};
+  q.space = m.space;
+  q.plan = m.plan;
+  q.x = m.z;
+  q.sums = sums.data();
+  table->row_squares(q, 0, q.plan.units);
+  totals.assign(sums.begin(), sums.end());
+  print("row_squares", totals);
 }
 
 // storage in half precision: the conversions are ours too
@@ -412,6 +453,7 @@ int main() {
     for (const int64_t dim : {3, 21}) {
       for (const int64_t n : {37, 200}) grams(n, GramKernel(kernel), dim, kernel % 2 ? 1.f : 0.05f);
     }
+    mala(s[0], s[1]);
   }
   additive(DType::bf16, "additive[bf16]");
   additive(DType::f16, "additive[f16]");

@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
     pytest.skip("the interpreter and compilation exclude each other", allow_module_level=True)
 
 from pyflow._schemas import DISTANCES, FSQ_VARIANTS, HSIC_KERNELS, PRIORS, SCALE_MAPS  # noqa: E402
-from pyflow.triton_kernels import _random, coupling, flow_head, fsq, gan_qp, hsic, noise, sde, sector  # noqa: E402
+from pyflow.triton_kernels import _random, coupling, energy, flow_head, fsq, gan_qp, hsic, noise, sde, sector  # noqa: E402
 
 from . import aot  # noqa: E402
 
@@ -97,6 +97,16 @@ def stepped(x, score, seed, values, injected=None):
         for std in (c, None):
             sde.denoising_loss(x, std, seed, step)
             sde.denoising_loss_backward(sums, x, std, seed, step)
+    return launches
+
+
+def chained(shape, dtype, seed, alpha, energies=F32):
+    """Launches of an accept step, and of the penalty."""
+    z, z_new, grad, grad_new = dense(dtype, 4, shape)
+    u, u_new = dense(energies, 2, shape[:1])
+    with aot.recorded() as launches:
+        energy.mala_accept(z, z_new, u, u_new, grad, grad_new, alpha, seed, torch.tensor(3))
+        energy.grad_norm_penalty(grad)
     return launches
 
 
@@ -205,6 +215,13 @@ def cases():
     table["sm_90-gan_qp-long"] = critic(torch.empty(64, 3, 128, 128), None, torch.empty(64))
     table["sm_90-gan_qp-mixed"] = critic(torch.empty(64, 3, 32, 32, dtype=BF16), torch.empty(64, 128), torch.empty(64))
     table["sm_90-gan_qp-odd"] = critic(torch.empty(5, 37), torch.empty(5, 10)[:, ::2], torch.empty(5, 2)[:, 0])
+        for dtype in (F32, F64, BF16, F16)[: 4 if target == "sm_90" else 2]:
+            name = f"{target}-energy-{str(dtype)[6:]}"
+            energies = F64 if dtype == F64 else F32
+            table[name] = chained(SHAPE, dtype, seeds[0], numbers[0], energies)
+            table[f"{name}-long"] = chained((64, 20000), dtype, seeds, own[0], energies)
+    with scalars_on_the_device():
+        table["sm_90-energy-device-scalars"] = chained((5, 37), F32, seeds[0], torch.tensor(0.5), BF16)
     table["sm_90-noise-odd"] = drawn((5, 2), seeds[:5], F32)
     table["sm_90-sde-odd"] = stepped(*dense(F32, 2, (5, 37)), seeds[0], numbers)
     table["sm_90-sde-injected"] = stepped(*dense(F32, 2), seeds[0], numbers, torch.empty(SHAPE))
