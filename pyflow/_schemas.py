@@ -1,18 +1,21 @@
 """Every operator's schema and tags, in one place.
 
-An operator is opaque to Inductor: its bits are the same eager and compiled. The integers `scale_map`,
-`packing`, `prior`, `variant` and `distance` index the tuples below; `map_arg` is the one constant a scale map uses
-(clamp, eps or c). A `*_backward` operator returns an empty tensor for a gradient it was not asked for
-(shift_dtype: the dtype of shift, or None where its gradient is that of y or of x). `fsq` and `residual_fsq`
-take and return their channels in front; `dim` of `fsq_decode` is where they go. `kind` and `purpose` of noise
-index theirs. Seeds are int64, 0-d or one per sample; `step` and what else changes from call to call are tensors,
-0-d on the CPU where the caller gave a number, so that nothing is compiled anew for another value. `sde_step_backward` sums the gradients of a, b and c, (3, rows),
-where it is given x; `denoising_loss` without std takes pred for the noise. `hsic_sums` takes several variables side by
-side in z, (B, n, sum of dims), and what they are scaled by, (B, variables), one over their bandwidths; `pairs` lists
-which of them are multiplied, `part` of `parts` says which tiles are visited. It returns, of their matrices less a
-shift, row sums and sums of products, and (B, variables) that shift. `hsic_permuted` takes symmetric matrices.
-where it is given x; `denoising_loss` without std takes pred for the noise. `gan_qp_loss`
-returns the distances too, all that its backward needs of the samples.
+An operator is opaque to Inductor: its bits are the same eager and compiled. The integers `scale_map`, `packing`,
+`prior`, `variant` and `distance` index the tuples below, as do `kind` and `purpose` of noise; `map_arg` is the one
+constant a scale map uses (clamp, eps or c). A `*_backward` operator returns an empty tensor for a gradient it was not
+asked for (shift_dtype: the dtype of shift, or None where its gradient is that of y or of x).
+
+Seeds are int64, 0-d or one per sample; `step` and what else changes from call to call are tensors, 0-d on the CPU where
+the caller gave a number, so that nothing is compiled anew for another value.
+
+- fsq, residual_fsq take and return their channels in front; `dim` of fsq_decode is where they go.
+- sde_step_backward sums the gradients of a, b and c, (3, rows), where it is given x; denoising_loss without std takes
+  pred for the noise.
+- hsic_sums takes several variables side by side in z, (B, n, sum of dims), and what they are scaled by, (B, variables),
+  one over their bandwidths; `pairs` lists which of them are multiplied, `part` of `parts` which tiles are visited. Of
+  their matrices less a shift it returns row sums and sums of products, and that shift, (B, variables).
+  hsic_permuted takes symmetric matrices.
+- gan_qp_loss returns the distances too, all that its backward needs of the samples.
 """
 
 from __future__ import annotations
