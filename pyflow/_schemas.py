@@ -7,7 +7,8 @@ An operator is opaque to Inductor: its bits are the same eager and compiled. The
 take and return their channels in front; `dim` of `fsq_decode` is where they go. `kind` and `purpose` of noise
 index theirs. Seeds are int64, 0-d or one per sample; `step` and what else changes from call to call are tensors,
 0-d on the CPU where the caller gave a number, so that nothing is compiled anew for another value. `sde_step_backward` sums the gradients of a, b and c, (3, rows),
-where it is given x; `denoising_loss` without std takes pred for the noise.
+where it is given x; `denoising_loss` without std takes pred for the noise. `spectral_normalize` returns the normalised
+weights, u, v and sigmas one list after the other; a vector's u and v are empty.
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ SCHEMAS = {
     "residual_fsq": "(Tensor x, int[] levels, int variant, int stages, Tensor? active) -> (Tensor, Tensor)",
     "residual_fsq_backward": (
         "(Tensor grad, Tensor x, int[] levels, int variant, int stages, Tensor? active) -> Tensor"
+    ),
+    "spectral_normalize": "(Tensor[] weights, Tensor[] u, Tensor[] v, int n_iter) -> Tensor[]",
+    "spectral_normalize_backward": (
+        "(Tensor[] grads, Tensor[] grad_sigmas, Tensor[] weights, Tensor[] u, Tensor[] v, Tensor[] sigmas) -> Tensor[]"
     ),
 }
 

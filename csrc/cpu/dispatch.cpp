@@ -21,6 +21,12 @@
   F(sde_step_backward, SdeArgs)                                   \
   F(denoising_loss, SdeArgs)                                      \
   F(langevin_squares, SdeArgs)                                    \
+  F(spectral_start, SpectralArgs)                                 \
+  F(spectral_product, SpectralArgs)                               \
+  F(spectral_iterate, SpectralArgs)                               \
+  F(spectral_scale, SpectralArgs)                                 \
+  F(spectral_dot, SpectralArgs)                                   \
+  F(spectral_gradient, SpectralArgs)                              \
   F(math_evaluate, MathArgs)
 
 #define PYFLOW_DECLARE_KERNEL(name, Args) void name(const Args&, int64_t, int64_t);

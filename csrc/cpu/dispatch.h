@@ -17,6 +17,7 @@ struct ResidualFsqBackward;
 struct NoiseArgs;
 struct PhiloxArgs;
 struct SdeArgs;
+struct SpectralArgs;
 struct MathArgs;
 
 struct CpuTable {
@@ -37,6 +38,12 @@ struct CpuTable {
   void (*sde_step_backward)(const SdeArgs&, int64_t begin, int64_t end);
   void (*denoising_loss)(const SdeArgs&, int64_t begin, int64_t end);
   void (*langevin_squares)(const SdeArgs&, int64_t begin, int64_t end);
+  void (*spectral_start)(const SpectralArgs&, int64_t begin, int64_t end);
+  void (*spectral_product)(const SpectralArgs&, int64_t begin, int64_t end);
+  void (*spectral_iterate)(const SpectralArgs&, int64_t begin, int64_t end);
+  void (*spectral_scale)(const SpectralArgs&, int64_t begin, int64_t end);
+  void (*spectral_dot)(const SpectralArgs&, int64_t begin, int64_t end);
+  void (*spectral_gradient)(const SpectralArgs&, int64_t begin, int64_t end);
   void (*math_evaluate)(const MathArgs&, int64_t begin, int64_t end);
 };
 

@@ -5,6 +5,7 @@ from .flow_head import flow_log_prob
 from .fsq import codebook_usage, fsq, fsq_decode, residual_fsq
 from .noise import normal, philox, sample_seeds, uniform
 from .sde import denoising_loss, langevin_step, perturb, sde_step
+from .spectral import spectral_normalize
 
 __all__ = [
     "additive_coupling",
@@ -22,5 +23,6 @@ __all__ = [
     "residual_fsq",
     "sample_seeds",
     "sde_step",
+    "spectral_normalize",
     "uniform",
 ]
