@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
     pytest.skip("the interpreter and compilation exclude each other", allow_module_level=True)
 
 from pyflow._schemas import FSQ_VARIANTS, PRIORS, SCALE_MAPS  # noqa: E402
-from pyflow.triton_kernels import _random, coupling, flow_head, fsq, noise, sde  # noqa: E402
+from pyflow.triton_kernels import _random, coupling, flow_head, fsq, noise, sde, spectral  # noqa: E402
 
 from . import aot  # noqa: E402
 
@@ -50,6 +50,17 @@ def head(h, log_scale, prior):
     with aot.recorded() as launches:
         flow_head.flow_log_prob(h, log_scale, prior)
         flow_head.flow_log_prob_backward(torch.empty(h.shape[0]), h, log_scale, prior)
+    return launches
+
+
+def normalised(dtype):
+    """Launches of both operators on a matrix and a vector."""
+    weights = [torch.empty(64, 392, dtype=dtype), torch.empty(64, dtype=dtype)]
+    u, v = ([torch.empty(n, dtype=dtype), torch.empty(0, dtype=dtype)] for n in (64, 392))
+    with aot.recorded() as launches:
+        out = spectral.spectral_normalize(weights, u, v, 2)
+        spectral.spectral_normalize(weights, u, v, 0)
+        spectral.spectral_normalize_backward(weights, out[6:], weights, u, v, out[6:])
     return launches
 
 
@@ -194,6 +205,9 @@ def cases():
     table["sm_90-float32-fsq-halves"] = quantizer(positions(F32, 100, 10)[:5], (7, 5, 5, 5, 5), "symmetric_hard")
     table["sm_90-float32-fsq-large"] = quantizer(torch.empty(1, 1).expand(4, 2**21), (8, 5, 5, 5), "paper")
     table["sm_90-float32-fsq-stages"] = quantizer(positions(F32, 500, 4), (8, 5, 5, 5), "symmetric", stages=8)
+    for target, dtypes in (("sm_80", (F32,)), ("sm_90", (F32, F64, BF16, F16)), ("sm_100", (F32,)), ("gfx942", (F32,))):
+        for dtype in dtypes:
+            table[f"{target}-{str(dtype)[6:]}-spectral"] = normalised(dtype)
     for packing in range(3):
         table[f"sm_90-float32-packed{packing}"] = packed(dense(F32, 1)[0], wide(), packing, 1)
         table[f"sm_90-bfloat16-packed{packing}"] = packed(dense(BF16, 1)[0], wide(BF16), packing, 1)
@@ -214,6 +228,7 @@ def test_every_kernel_has_a_case():
         compiled = set().union(*(dtypes(launch) for launch in launches if launch.name == name))
         # the sums over partial results read float32 or float64, whatever the input
         due = {"_tiles.sum_segments": {F32, F64}, "noise.philox_kernel": {torch.int64}}
+        due |= {"spectral.reduce_kernel": {F32, F64}, "spectral.slope_kernel": {F32, F64}}
         assert compiled >= due.get(name, {F32, F64, BF16, F16}), name
 
 
