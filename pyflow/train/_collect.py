@@ -48,6 +48,7 @@ class _Blocks(threading.local):
 
 
 _blocks = _Blocks()
+_outside_the_graph = torch.compiler.disable(reason="the list behind collect() lives outside the graph")
 
 
 @contextlib.contextmanager
@@ -73,7 +74,7 @@ def collect() -> Iterator[Collected]:
         _blocks.open.remove(collected)
 
 
-@torch.compiler.disable
+@_outside_the_graph
 def add_loss(value: Tensor | float, name: str) -> None:
     """Add a scalar to the losses of this name; outside a `collect()` block nothing happens.
 
@@ -96,7 +97,7 @@ def add_loss(value: Tensor | float, name: str) -> None:
         losses[name] = losses[name] + scalar if name in losses else scalar
 
 
-@torch.compiler.disable
+@_outside_the_graph
 def add_metric(value: Tensor | float, name: str) -> None:
     """Add a scalar to the metrics of this name, which are averaged; as `add_loss`, but without gradient."""
     scalar = _scalar("add_metric", value, name)
