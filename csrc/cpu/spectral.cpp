@@ -65,8 +65,8 @@ void add_row(const T* __restrict w, T y, T* __restrict sum, int64_t n) {
 }
 
 template <class T>
-void add_four_rows(const T* __restrict a, const T* __restrict b, const T* __restrict c, const T* __restrict d, const T* y,
-                   T* __restrict sum, int64_t n) {
+void add_four_rows(const T* __restrict a, const T* __restrict b, const T* __restrict c, const T* __restrict d,
+                   const T* y, T* __restrict sum, int64_t n) {
   const T ya = y[0], yb = y[1], yc = y[2], yd = y[3];
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {

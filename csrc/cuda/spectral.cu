@@ -43,7 +43,9 @@ __global__ void __launch_bounds__(kThreads, 2) product(View w, View v, T* y, T* 
   const int count = int(rows - first < kRows ? rows - first : kRows);
   for (int r = 0; r < count; ++r) {
     T acc = T(0);
-    for (int64_t c = threadIdx.x; c < cols; c += kThreads) acc = fma_(read<T>(w, (first + r) * cols + c), read<T>(v, c), acc);
+    for (int64_t c = threadIdx.x; c < cols; c += kThreads) {
+      acc = fma_(read<T>(w, (first + r) * cols + c), read<T>(v, c), acc);
+    }
     const T sum = total(acc);
     if (threadIdx.x == 0) sums[r] = y[first + r] = sum;
   }
@@ -150,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, 2) gradient(const __grid_constant__ 
   write(a.out, i, spectral_gradient_of(read<T>(a.grad, i), inverse, left, right));
 }
 
-Tensor contiguous(const Tensor& t) {
+Tensor dense(const Tensor& t) {
   if (t.is_contiguous()) return t;
   const auto sizes = t.sizes();
   Tensor out = new_empty(t, sizes.data(), int64_t(sizes.size()), t.scalar_type());
@@ -158,7 +160,7 @@ Tensor contiguous(const Tensor& t) {
 }
 
 // the values in the strides of empty_like(like)
-Tensor as(const Tensor& like, Tensor values) {
+Tensor as(const Tensor& like, const Tensor& values) {
   if (like.is_contiguous()) return values;
   Tensor out = new_like(like);
   return torch::stable::copy_(out, values);
@@ -177,16 +179,17 @@ struct Layer {
 
 template <class T>
 Layer normalized(const Tensor& weight, Tensor u, Tensor v, int64_t n_iter) {
-  const Tensor w = contiguous(weight);
+  const Tensor w = dense(weight);
   const bool vector = w.dim() == 1;
   const ScalarType dtype = sum_dtype(w);
   const int64_t rows = vector ? 1 : w.size(0), count = w.numel(), cols = count / rows;
   const Tensor sigma = new_empty(w, nullptr, 0, dtype);
-  u = contiguous(u);
-  v = contiguous(v);
+  u = dense(u);
+  v = dense(v);
   Tensor new_u = copied(u), new_v = copied(v);
   if (vector) {
-    launch(finish<T>, 1, w, Finish{flat(w), flat(w), flat(u), flat(v), flat(new_u), flat(new_v), flat(sigma), 1, cols, true, true});
+    const Finish a{flat(w), flat(w), flat(u), flat(v), flat(new_u), flat(new_v), flat(sigma), 1, cols, true, true};
+    launch(finish<T>, 1, w, a);
   } else {
     const int64_t blocks = ceil_div(rows, kRows);
     const Tensor y = vector_like(w, rows, dtype), z = vector_like(w, cols, dtype);
@@ -198,7 +201,9 @@ Layer normalized(const Tensor& weight, Tensor u, Tensor v, int64_t n_iter) {
       const Tensor to_u = last ? new_u : vector_like(w, rows, dtype), to_v = last ? new_v : vector_like(w, cols, dtype);
       launch(product<T>, blocks, w, flat(w), flat(v), (T*)y.data_ptr(), parts, rows, cols);
       if (n_iter > 0) launch(reduce<T>, ceil_div(cols, kThreads), w, (const T*)parts, (T*)z.data_ptr(), blocks, cols);
-      launch(finish<T>, 1, w, Finish{flat(y), flat(z), flat(u), flat(v), flat(to_u), flat(to_v), flat(sigma), rows, cols, false, n_iter > 0});
+      const Finish a{flat(y),    flat(z),     flat(u), flat(v), flat(to_u),
+                     flat(to_v), flat(sigma), rows,    cols,    false,      n_iter > 0};
+      launch(finish<T>, 1, w, a);
       u = to_u;
       v = to_v;
     }
@@ -209,14 +214,15 @@ Layer normalized(const Tensor& weight, Tensor u, Tensor v, int64_t n_iter) {
 }
 
 template <class T>
-Tensor gradient_of(const Tensor& grad, const Tensor& grad_sigma, const Tensor& weight, const Tensor& left, const Tensor& right,
-                   const Tensor& sigma) {
-  const Tensor w = contiguous(weight), g = contiguous(grad), u = contiguous(left), v = contiguous(right);
+Tensor gradient_of(const Tensor& grad, const Tensor& grad_sigma, const Tensor& weight, const Tensor& left,
+                   const Tensor& right, const Tensor& sigma) {
+  const Tensor w = dense(weight), g = dense(grad), u = dense(left), v = dense(right);
   const Tensor out = new_like(w);
   const int64_t count = w.numel();
   if (count == 0) return as(weight, out);
   const int64_t blocks = ceil_div(count, kTile);
-  const Tensor partial = vector_like(sigma, blocks, sigma.scalar_type()), slope = vector_like(sigma, 1, sigma.scalar_type());
+  const ScalarType dtype = sigma.scalar_type();
+  const Tensor partial = vector_like(sigma, blocks, dtype), slope = vector_like(sigma, 1, dtype);
   launch(dot<T>, blocks, w, flat(g), flat(w), (T*)partial.data_ptr(), count);
   launch(slope_of<T>, 1, w, (const T*)partial.data_ptr(), flat(grad_sigma), flat(sigma), (T*)slope.data_ptr(), blocks);
   const Gradient a{flat(g), flat(w), flat(u), flat(v), flat(sigma), flat(out), count, count / w.size(0), w.dim() == 1};

@@ -46,7 +46,8 @@ def test_matches_the_reference(dtype, n_iter):
     weights, u, v = inputs(dtype=dtype)
     got = forward_backward(weights, u, v, n_iter=n_iter)
     with pyflow.backend("reference"):
-        want = forward_backward(*[[None if x is None else x.double() for x in xs] for xs in (weights, u, v)], n_iter=n_iter)
+        wide = [[None if x is None else x.double() for x in values] for values in (weights, u, v)]
+        want = forward_backward(*wide, n_iter=n_iter)
     # u and v come back rounded, and gradients are made of them; with arbitrary u and v sigma may cancel
     unit_error = (400 if n_iter == 0 else 40) * testing.UNIT[dtype]
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
