@@ -42,6 +42,9 @@ def warmup(
                     options = dict(packing=packing, scale_map=scale_map, inverse=inverse)
                     outputs += ops.affine_coupling_packed(x, params, **options)
         outputs += [ops.flow_log_prob(x, x[0], prior=prior) for prior in PRIORS]
+        u, v = x.detach()[:, 0], x.detach()[0]
+        for n_iter in (0, 2):
+            outputs += ops.spectral_normalize([x, x[0]], [u, None], [v, None], n_iter=n_iter)[0]
         for numbers in levels:
             z = torch.zeros(2, len(numbers), dtype=dtype, device=device, requires_grad=True)
             for variant in FSQ_VARIANTS:
