@@ -65,7 +65,7 @@ def spectral_normalize(
     op = "spectral_normalize"
     weights, u, v = _checked(op, weights, u, v)
     n_iter = check.at_least(op, "n_iter", n_iter, 0)
-    if through_iteration or any(runs_reference(op, w) for w in weights[:1]):
+    if through_iteration or runs_reference(op, weights[0]):
         lists = ref.spectral_normalize(weights, u, v, n_iter=n_iter, through_iteration=through_iteration)
     else:
         flat, n = torch.ops.pyflow.spectral_normalize.default(weights, u, v, n_iter), len(weights)

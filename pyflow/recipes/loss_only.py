@@ -1,4 +1,4 @@
-"""Train a VAE that returns nothing and has no loss outside: it adds its losses inside, every layer spectrally normalised."""
+"""Train a VAE by the losses it adds inside: no output, no loss outside, every layer of singular value 1."""
 
 from __future__ import annotations
 
