@@ -14,7 +14,7 @@ Outputs = tuple[Tensor, ...]
 Call = Callable[[], Outputs]
 
 # a family is the file of that name
-FAMILIES = ("coupling", "energy", "flow_head", "fsq", "gan_qp", "hsic", "noise", "sde", "sector")
+FAMILIES = ("coupling", "energy", "flow_head", "fsq", "gan_qp", "hsic", "noise", "sde", "sector", "spectral")
 
 
 class Missing(Exception):

@@ -16,6 +16,8 @@ the caller gave a number, so that nothing is compiled anew for another value.
   their matrices less a shift it returns row sums and sums of products, and that shift, (B, variables).
   hsic_permuted takes symmetric matrices.
 - gan_qp_loss returns the distances too, all that its backward needs of the samples.
+- spectral_normalize returns the normalised weights, u, v and sigmas, one list after the other; a vector's u and v are
+  empty.
 """
 
 from __future__ import annotations
@@ -95,6 +97,10 @@ SCHEMAS = {
     ),
     "gan_qp_loss_backward": (
         "(Tensor grad, Tensor t_real, Tensor t_fake, Tensor d, float lam, float eps) -> (Tensor, Tensor)"
+    ),
+    "spectral_normalize": "(Tensor[] weights, Tensor[] u, Tensor[] v, int n_iter) -> Tensor[]",
+    "spectral_normalize_backward": (
+        "(Tensor[] grads, Tensor[] grad_sigmas, Tensor[] weights, Tensor[] u, Tensor[] v, Tensor[] sigmas) -> Tensor[]"
     ),
 }
 

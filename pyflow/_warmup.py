@@ -44,6 +44,9 @@ def warmup(
         outputs += [ops.flow_log_prob(x, x[0], prior=prior) for prior in PRIORS]
         for distance in DISTANCES:
             outputs += [ops.gan_qp_loss(x[:, 0], x[:, 0], x, x, *z, distance=distance) for z in ((), (x, x))]
+        u, v = x.detach()[:, 0], x.detach()[0]
+        for n_iter in (0, 2):
+            outputs += ops.spectral_normalize([x, x[0]], [u, None], [v, None], n_iter=n_iter)[0]
         for numbers in levels:
             z = torch.zeros(2, len(numbers), dtype=dtype, device=device, requires_grad=True)
             for variant in FSQ_VARIANTS:

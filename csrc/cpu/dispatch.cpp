@@ -39,6 +39,12 @@
   F(mala_sums, MalaArgs)                                          \
   F(mala_accept, MalaArgs)                                        \
   F(row_squares, SquaresArgs)                                     \
+  F(spectral_start, SpectralArgs)                                 \
+  F(spectral_product, SpectralArgs)                               \
+  F(spectral_iterate, SpectralArgs)                               \
+  F(spectral_scale, SpectralArgs)                                 \
+  F(spectral_dot, SpectralArgs)                                   \
+  F(spectral_gradient, SpectralArgs)                              \
   F(math_evaluate, MathArgs)
 
 #define PYFLOW_DECLARE_KERNEL(name, Args) void name(const Args&, int64_t, int64_t);

@@ -29,6 +29,7 @@ struct GanQpLoss;
 struct GanQpLossBackward;
 struct MalaArgs;
 struct SquaresArgs;
+struct SpectralArgs;
 struct MathArgs;
 
 struct CpuTable {
@@ -67,6 +68,12 @@ struct CpuTable {
   void (*mala_sums)(const MalaArgs&, int64_t begin, int64_t end);
   void (*mala_accept)(const MalaArgs&, int64_t begin, int64_t end);
   void (*row_squares)(const SquaresArgs&, int64_t begin, int64_t end);
+  void (*spectral_start)(const SpectralArgs&, int64_t begin, int64_t end);
+  void (*spectral_product)(const SpectralArgs&, int64_t begin, int64_t end);
+  void (*spectral_iterate)(const SpectralArgs&, int64_t begin, int64_t end);
+  void (*spectral_scale)(const SpectralArgs&, int64_t begin, int64_t end);
+  void (*spectral_dot)(const SpectralArgs&, int64_t begin, int64_t end);
+  void (*spectral_gradient)(const SpectralArgs&, int64_t begin, int64_t end);
   void (*math_evaluate)(const MathArgs&, int64_t begin, int64_t end);
 };
 

@@ -1,10 +1,12 @@
-"""Invertible layers, every one `forward(x) -> (y, logdet)` and `inverse(y) -> (x, logdet)`, and quantisers."""
+"""Invertible layers, every one `forward(x) -> (y, logdet)` and `inverse(y) -> (x, logdet)`, quantisers,
+and the normalisation of any layer's weight."""
 
 from .coupling import AdditiveCoupling, AffineCoupling
 from .fsq import FSQ
 from .linear import ActNorm, Invertible1x1Conv, Scale
 from .residual_fsq import GroupedResidualFSQ, ResidualFSQ
 from .reversible import ReversibleSequential
+from .spectral import apply_spectral_norm, apply_weight_norm, remove_spectral_norm, remove_weight_norm
 
 __all__ = [
     "FSQ",
@@ -16,4 +18,8 @@ __all__ = [
     "ResidualFSQ",
     "ReversibleSequential",
     "Scale",
+    "apply_spectral_norm",
+    "apply_weight_norm",
+    "remove_spectral_norm",
+    "remove_weight_norm",
 ]

@@ -9,6 +9,7 @@ from .hsic import center_gram, cka, hsic, hsic_matrix
 from .noise import normal, philox, sample_seeds, uniform
 from .sde import denoising_loss, langevin_step, perturb, sde_step
 from .sector import sector_counts
+from .spectral import spectral_normalize
 
 __all__ = [
     "additive_coupling",
@@ -39,5 +40,6 @@ __all__ = [
     "sample_seeds",
     "sde_step",
     "sector_counts",
+    "spectral_normalize",
     "uniform",
 ]

@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
     pytest.skip("the interpreter and compilation exclude each other", allow_module_level=True)
 
 from pyflow._schemas import DISTANCES, FSQ_VARIANTS, HSIC_KERNELS, PRIORS, SCALE_MAPS  # noqa: E402
-from pyflow.triton_kernels import _random, coupling, energy, flow_head, fsq, gan_qp, hsic, noise, sde, sector  # noqa: E402
+from pyflow.triton_kernels import _random, coupling, energy, flow_head, fsq, gan_qp, hsic, noise, sde, sector, spectral  # noqa: E402
 
 from . import aot  # noqa: E402
 
@@ -59,6 +59,14 @@ def critic(x, z, t, distance=0):
     with aot.recorded() as launches:
         gan_qp.gan_qp_loss(t, t, x, x, z, z, 10.0, 0.0, distance)
         gan_qp.gan_qp_loss_backward(torch.empty_like(d), t, t, d, 10.0, 0.0)
+def normalised(dtype):
+    """Launches of both operators on a matrix and a vector."""
+    weights = [torch.empty(64, 392, dtype=dtype), torch.empty(64, dtype=dtype)]
+    u, v = ([torch.empty(n, dtype=dtype), torch.empty(0, dtype=dtype)] for n in (64, 392))
+    with aot.recorded() as launches:
+        out = spectral.spectral_normalize(weights, u, v, 2)
+        spectral.spectral_normalize(weights, u, v, 0)
+        spectral.spectral_normalize_backward(weights, out[6:], weights, u, v, out[6:])
     return launches
 
 
@@ -271,6 +279,9 @@ def cases():
         table[f"{name}-laplacian"] = grams(dtype, ("laplacian", "polynomial"), (10, 20), degree=3)
         table[f"{name}-linear"] = grams(dtype, ("polynomial", "delta"), (64, 1))
         table[f"{name}-precomputed"] = grams(dtype, ("precomputed", "rbf"), (0, 64))
+    for target, dtypes in (("sm_80", (F32,)), ("sm_90", (F32, F64, BF16, F16)), ("sm_100", (F32,)), ("gfx942", (F32,))):
+        for dtype in dtypes:
+            table[f"{target}-{str(dtype)[6:]}-spectral"] = normalised(dtype)
     for packing in range(3):
         table[f"sm_90-float32-packed{packing}"] = packed(dense(F32, 1)[0], wide(), packing, 1)
         table[f"sm_90-bfloat16-packed{packing}"] = packed(dense(BF16, 1)[0], wide(BF16), packing, 1)
@@ -296,6 +307,7 @@ def test_every_kernel_has_a_case():
         # matrices are of the compute type
         due |= {f"hsic.{kernel}": {F32, F64} for kernel in GRAM_KERNELS}
         due["sector.counts_kernel"] = {F64, torch.int64}
+        due |= {"spectral.reduce_kernel": {F32, F64}, "spectral.slope_kernel": {F32, F64}}
         assert compiled >= due.get(name, {F32, F64, BF16, F16}), name
 
 

@@ -1,0 +1,176 @@
+#include "../cpu/spectral.h"
+
+#include <vector>
+
+#include "../cpu/dispatch.h"
+#include "tensor.h"
+
+namespace pyflow {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+View along(const Tensor& t) {
+  View v;
+  v.data = (char*)t.data_ptr();
+  v.dtype = dtype_of(t);
+  v.stride[0] = t.dim() > 0 ? t.stride(0) : 0;
+  return v;
+}
+
+// what all layers share: the cut into units, and memory for what the kernels keep between passes
+class Layers {
+ public:
+  explicit Layers(const Tensors& weights) : layers_(weights.size()) {}
+
+  SpectralLayer& operator[](size_t i) { return layers_[i]; }
+
+  // `layout` holds every view of the weight's size; a vector is one row
+  void place(SpectralLayer& l, Layout& layout, const Tensor& w) {
+    l.f64 = w.scalar_type() == ScalarType::Double;
+    l.space = layout.merge();
+    const int64_t rows = kSpectralUnit / (l.space.cols > 0 ? l.space.cols : 1) / 4 * 4;
+    l.unit_rows = rows < 4 ? 4 : rows;
+    l.units = (l.space.rows + l.unit_rows - 1) / l.unit_rows;
+    l.first_unit = units_;
+    units_ += l.units;
+  }
+
+  // one allocation for all layers
+  void reserve(const Tensor& like, bool backward) {
+    int64_t bytes = 0;
+    const auto take = [&](int64_t n) {
+      const int64_t at = bytes;
+      bytes += (n + 63) / 64 * 64;
+      return at;
+    };
+    std::vector<int64_t> at;
+    for (const SpectralLayer& l : layers_) {
+      const int64_t size = l.f64 ? 8 : 4, cols = l.space.cols;
+      at.push_back(take(8 * (backward ? l.units : l.units * cols)));
+      at.push_back(take(backward ? 0 : 8 * l.space.rows));
+      at.push_back(take(backward ? 0 : size * l.units * cols));
+      at.push_back(take(backward ? 0 : size * cols));
+    }
+    memory_ = new_empty(like, &bytes, 1, ScalarType::Byte);
+    char* base = (char*)memory_.data_ptr();
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      layers_[i].partial = (double*)(base + at[4 * i]);
+      layers_[i].y = (double*)(base + at[4 * i + 1]);
+      layers_[i].sum = base + at[4 * i + 2];
+      layers_[i].right = base + at[4 * i + 3];
+    }
+  }
+
+  // pass(args, first unit, end unit) for groups of neighbours whose weights stay in the cache between passes
+  template <class Pass>
+  void for_each_group(const Pass& pass) {
+    for (size_t i = 0; i < layers_.size();) {
+      size_t end = i;
+      for (int64_t bytes = 0; end < layers_.size() && (end == i || bytes < kSpectralGroup); ++end) {
+        bytes += layers_[end].space.rows * layers_[end].space.cols * (layers_[end].f64 ? 8 : 4);
+      }
+      pass(SpectralArgs{&layers_[i], int64_t(end - i), false, false}, layers_[i].first_unit,
+           layers_[end - 1].first_unit + layers_[end - 1].units);
+      i = end;
+    }
+  }
+
+  // an output is written past the caches where all of them together do not fit
+  void stream(const Tensors& outputs) {
+    int64_t bytes = 0;
+    for (size_t i = 0; i < layers_.size(); ++i) bytes += outputs[i].numel() * int64_t(outputs[i].element_size());
+    for (SpectralLayer& l : layers_) l.out.stream = bytes >= kStreamBytes;
+  }
+
+ private:
+  std::vector<SpectralLayer> layers_;
+  int64_t units_ = 0;
+  Tensor memory_;
+};
+
+using Kernel = void (*)(const SpectralArgs&, int64_t, int64_t);
+
+void run(Kernel kernel, const SpectralArgs& a, int64_t first, int64_t last) {
+  torch::stable::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+}
+
+Layout layout_of(const Tensor& w) { return Layout(w, w.dim() > 1 ? w.dim() - 1 : 1, true); }
+
+Tensors spectral_normalize(Tensors weights, Tensors u, Tensors v, int64_t n_iter) {
+  const size_t n = weights.size();
+  const CpuTable& cpu = *cpu_table();
+  Layers layers(weights);
+  Tensors out(4 * n);
+  for (size_t i = 0; i < n; ++i) {
+    SpectralLayer& l = layers[i];
+    const Tensor& w = weights[i];
+    out[i] = new_like(w);
+    const int64_t rows = u[i].numel(), cols = v[i].numel();
+    out[n + i] = new_empty(u[i], &rows, 1, u[i].scalar_type());
+    out[2 * n + i] = new_empty(v[i], &cols, 1, v[i].scalar_type());
+    Layout layout = layout_of(w);
+    layout.add(l.w, w);
+    layout.add(l.out, out[i]);
+    layers.place(l, layout, w);
+    out[3 * n + i] = new_empty(w, nullptr, 0, l.f64 ? ScalarType::Double : ScalarType::Float);
+    l.sigma = along(out[3 * n + i]);
+    if (w.dim() == 1) continue;
+    l.u = along(u[i]);
+    l.v = along(v[i]);
+    l.u_out = along(out[n + i]);
+    l.v_out = along(out[2 * n + i]);
+  }
+  layers.reserve(weights[0], false);
+  layers.stream(out);
+  layers.for_each_group([&](SpectralArgs a, int64_t first, int64_t last) {
+    a.iterates = n_iter > 0;
+    run(cpu.spectral_start, a, 0, a.count);
+    for (int64_t round = 0; !a.last; ++round) {
+      a.last = round + 1 >= n_iter;
+      run(cpu.spectral_product, a, first, last);
+      run(cpu.spectral_iterate, a, 0, a.count);
+    }
+    run(cpu.spectral_scale, a, first, last);
+  });
+  return out;
+}
+
+Tensors spectral_normalize_backward(Tensors grads, Tensors grad_sigmas, Tensors weights, Tensors u, Tensors v,
+                                    Tensors sigmas) {
+  const size_t n = weights.size();
+  const CpuTable& cpu = *cpu_table();
+  Layers layers(weights);
+  Tensors out(n);
+  for (size_t i = 0; i < n; ++i) {
+    SpectralLayer& l = layers[i];
+    const Tensor& w = weights[i];
+    out[i] = new_like(w);
+    Layout layout = layout_of(w);
+    layout.add(l.w, w);
+    layout.add(l.grad, grads[i]);
+    layout.add(l.out, out[i]);
+    layers.place(l, layout, w);
+    l.sigma = along(sigmas[i]);
+    l.grad_sigma = along(grad_sigmas[i]);
+    if (w.dim() == 1) continue;
+    l.u = along(u[i]);
+    l.v = along(v[i]);
+  }
+  layers.reserve(weights[0], true);
+  layers.stream(out);
+  layers.for_each_group([&](const SpectralArgs& a, int64_t first, int64_t last) {
+    run(cpu.spectral_dot, a, first, last);
+    run(cpu.spectral_gradient, a, first, last);
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pyflow, CPU, m) {
+  m.impl("spectral_normalize", TORCH_BOX(&spectral_normalize));
+  m.impl("spectral_normalize_backward", TORCH_BOX(&spectral_normalize_backward));
+}
+
+}  // namespace pyflow

@@ -1,0 +1,209 @@
+"""Spectral normalisation of many layers in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._backend import register, runs_reference
+from ..reference import compute_dtype
+from ..reference import spectral as ref
+from ._transforms import vector_jacobian
+
+Lists = tuple[list[Tensor], list[Tensor | None], list[Tensor | None], list[Tensor]]
+
+
+def spectral_normalize(
+    weights: Sequence[Tensor],
+    u: Sequence[Tensor | None],
+    v: Sequence[Tensor | None],
+    *,
+    n_iter: int = 1,
+    through_iteration: bool = False,
+) -> Lists:
+    """Power iteration and scaling of all layers at once: W / sigma(W) with W flattened to (out, -1).
+
+    A round is u = Wv / |Wv|, v = W'u / |W'u|; then sigma = u'Wv. A vector's sigma is its norm.
+
+    Args:
+        weights: tensors of one dim or more; float32, float64, bfloat16 or float16, any strides, one device.
+        u: for every weight (out,), its left singular vector as far as known; None for a vector.
+        v: likewise (weight[0].numel(),), the right one, from which a round starts.
+        n_iter: rounds of power iteration; 0 takes u and v as they are.
+        through_iteration: let gradients pass through the rounds, to u and v too. The usual form holds u and v.
+
+    Returns:
+        (weights, u, v, sigmas): the normalised weights in dtype and strides of the given ones, new u and v (nothing
+        is changed in place), and 0-d sigmas, float32 (float64 for float64 weights).
+
+    Raises:
+        TypeError: not a list, not a tensor, or a wrong dtype.
+        ValueError: an empty list, lists of different lengths, u or v of the wrong size or device, n_iter < 0.
+
+    Notes:
+        A v orthogonal to the leading singular vector never reaches it: v = ones stalls on a matrix whose leading
+        right singular vector sums to 0, and keeps a smaller singular value. Start from random vectors.
+        Norms and sigma are not allowed below 1e-12: a zero matrix stays zero and keeps its u and v.
+        One round reads W once: W'(Wv) grows row by row while W passes, and sigma is the ratio of two norms, so
+        sigma^2 has to be a float32 (sigma < 1e19). Sums over fixed blocks, on a CPU the same bits for any thread
+        count and instruction set. The backward is dW = g / sigma + (g_sigma - sum(g W) / sigma^2) u v'; double
+        backward works. `through_iteration` runs the reference: its backward keeps every round's vectors, and the
+        layers that ask for it are few.
+
+    Source:
+        Miyato et al. 2018, Spectral normalization for GANs, arXiv:1802.05957, algorithm 1.
+
+    Example:
+        >>> w = torch.diag(torch.tensor([3.0, 1.0]))
+        >>> weights, u, v, sigmas = spectral_normalize([w], [torch.ones(2)], [torch.ones(2)], n_iter=20)
+        >>> sigmas[0], weights[0].diagonal()
+        (tensor(3.), tensor([1.0000, 0.3333]))
+    """
+    op = "spectral_normalize"
+    weights, u, v = _checked(op, weights, u, v)
+    n_iter = check.at_least(op, "n_iter", n_iter, 0)
+    if through_iteration or runs_reference(op, weights[0]):
+        lists = ref.spectral_normalize(weights, u, v, n_iter=n_iter, through_iteration=through_iteration)
+    else:
+        flat, n = torch.ops.pyflow.spectral_normalize.default(weights, u, v, n_iter), len(weights)
+        lists = tuple(flat[i * n : (i + 1) * n] for i in range(4))
+    scaled, new_u, new_v, sigmas = lists
+    vectors = [w.dim() == 1 for w in weights]
+    return (
+        scaled,
+        [None if vector else x for vector, x in zip(vectors, new_u)],
+        [None if vector else x for vector, x in zip(vectors, new_v)],
+        sigmas,
+    )
+
+
+def _checked(op: str, *lists: object) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The three lists, with an empty tensor for the u and v of a vector."""
+    for name, values in zip(("weights", "u", "v"), lists):
+        if not isinstance(values, (list, tuple)):
+            raise TypeError(f"{op}: {name} must be a list, got {type(values).__name__}")
+        if len(values) != len(lists[0]):
+            raise ValueError(f"{op}: {name} must be as many as weights, {len(lists[0])}, got {len(values)}")
+    if not lists[0]:
+        raise ValueError(f"{op}: weights must hold at least one tensor, got an empty list")
+    for i, (weight, *vectors) in enumerate(zip(*lists)):
+        check.float_tensor(op, f"weights[{i}]", weight)
+        if weight.dim() == 0:
+            raise ValueError(f"{op}: weights[{i}] must have at least one dim, got a scalar")
+        if weight.device != lists[0][0].device:
+            raise ValueError(f"{op}: weights must be on one device, {lists[0][0].device}, got {weight.device}")
+        rows, size = weight.shape[0], weight.numel()
+        if weight.dim() > 1 and size == 0:
+            raise ValueError(f"{op}: weights[{i}] must not be empty, got shape {tuple(weight.shape)}")
+        for name, vector, length in zip("uv", vectors, (rows, size // max(rows, 1))):
+            if weight.dim() == 1:
+                if vector is not None:
+                    raise ValueError(f"{op}: {name}[{i}] must be None, weights[{i}] is a vector")
+                continue
+            check.float_tensor(op, f"{name}[{i}]", vector)
+            if vector.shape != (length,):
+                raise ValueError(f"{op}: {name}[{i}] must have shape ({length},), got {tuple(vector.shape)}")
+            if vector.device != weight.device:
+                raise ValueError(f"{op}: {name}[{i}] must be on the device of weights, got {vector.device}")
+    weights, u, v = lists
+    none = weights[0].new_empty(0) if any(x is None for x in u) else None
+    return list(weights), [none if x is None else x for x in u], [none if x is None else x for x in v]
+
+
+# what torch must know of each operator, arguments in the order of its schema
+
+
+def _parts(tensors, count):
+    """A flat list cut into `count` lists."""
+    n = len(tensors) // count
+    return [list(tensors[i * n : (i + 1) * n]) for i in range(count)]
+
+
+def _like(weights, values):
+    return [torch.empty_like(w).copy_(x) for w, x in zip(weights, values)]
+
+
+def _reference(weights, u, v, n_iter):
+    scaled, *rest = ref.spectral_normalize(weights, u, v, n_iter=n_iter)
+    return [*_like(weights, scaled), *(x.clone() for values in rest for x in values)]
+
+
+def _fake(weights, u, v, n_iter):
+    vectors = [x.new_empty(x.shape) for x in (*u, *v)]
+    return [
+        *(torch.empty_like(w) for w in weights), *vectors,
+        *(w.new_empty((), dtype=compute_dtype(w.dtype)) for w in weights),
+    ]  # fmt: skip
+
+
+def _setup(ctx, inputs, output):
+    weights, n = inputs[0], len(inputs[0])
+    ctx.mark_non_differentiable(*output[n : 3 * n])
+    ctx.save_for_backward(*weights, *output[n:])
+
+
+def _backward(ctx, grads):
+    weights, u, v, sigmas = _parts(ctx.saved_tensors, 4)
+    n = len(weights)
+    grads, grad_sigmas = (_present(g, like) for g, like in ((grads[:n], weights), (grads[3 * n :], sigmas)))
+    result = torch.ops.pyflow.spectral_normalize_backward.default(grads, grad_sigmas, weights, u, v, sigmas)
+    return list(result), [None] * n, [None] * n, None
+
+
+def _present(grads, like):
+    return [t.new_zeros(()).expand(t.shape) if g is None else g for g, t in zip(grads, like)]
+
+
+def _slices(info, in_dims, lists):
+    """Per slice of the vmapped dim, the lists."""
+    for i in range(info.batch_size):
+        yield [
+            [x if d is None else x.select(d, i) for x, d in zip(values, dims or [None] * len(values))]
+            for values, dims in zip(lists, in_dims)
+        ]
+
+
+def _stacked(calls):
+    outputs = [torch.stack(slices) for slices in zip(*calls)]
+    return outputs, [0] * len(outputs)
+
+
+def _vmap(info, in_dims, weights, u, v, n_iter):
+    op = torch.ops.pyflow.spectral_normalize
+    return _stacked([op(*lists, n_iter) for lists in _slices(info, in_dims, (weights, u, v))])
+
+
+def _backward_reference(grads, grad_sigmas, weights, u, v, sigmas):
+    return _like(weights, ref.spectral_normalize_backward(grads, grad_sigmas, weights, u, v, sigmas))
+
+
+def _backward_fake(grads, grad_sigmas, weights, u, v, sigmas):
+    return [torch.empty_like(w) for w in weights]
+
+
+def _backward_setup(ctx, inputs, output):
+    ctx.save_for_backward(*(x for values in inputs for x in values))
+
+
+def _backward_backward(ctx, grads):
+    def formula(*tensors):
+        return ref.spectral_normalize_backward(*_parts(tensors, 6))
+
+    return tuple(_parts(vector_jacobian(formula, ctx.saved_tensors, grads), 6))
+
+
+def _backward_vmap(info, in_dims, *lists):
+    return _stacked([torch.ops.pyflow.spectral_normalize_backward(*x) for x in _slices(info, in_dims, lists)])
+
+
+register(
+    "spectral_normalize", "spectral", reference=_reference, fake=_fake, vmap=_vmap,
+    setup_context=_setup, backward=_backward,
+)  # fmt: skip
+register(
+    "spectral_normalize_backward", "spectral", reference=_backward_reference, fake=_backward_fake,
+    vmap=_backward_vmap, setup_context=_backward_setup, backward=_backward_backward,
+)  # fmt: skip

@@ -1,0 +1,21 @@
+"""Loss-only training: losses and metrics are added inside a model, and training is whatever collects them."""
+
+from __future__ import annotations
+
+from ._collect import Collected, add_loss, add_metric, collect
+
+__all__ = ["Collected", "LossOnlyModule", "add_loss", "add_metric", "collect"]
+
+
+def __getattr__(name: str) -> object:
+    if name != "LossOnlyModule":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from ._lightning import LossOnlyModule
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lightning":
+            raise
+        raise ImportError(
+            "pyflow.train.LossOnlyModule needs the package lightning: pip install 'pyflow-kernels[train]'"
+        ) from error
+    return LossOnlyModule

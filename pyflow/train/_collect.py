@@ -1,0 +1,123 @@
+"""Losses and metrics, added anywhere inside a model, gathered around its call."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+
+
+class Collected:
+    """What was added while a `collect()` block was the innermost one.
+
+    Attributes:
+        losses: name -> sum of the losses of that name, in the order of their first appearance.
+        metrics: name -> mean of the metrics of that name, without gradient.
+    """
+
+    def __init__(self) -> None:
+        self.losses: dict[str, Tensor] = {}
+        self._metrics: dict[str, tuple[Tensor, int]] = {}
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        return {name: total / count for name, (total, count) in self._metrics.items()}
+
+    def total(self) -> Tensor:
+        """The sum of all losses.
+
+        Raises:
+            RuntimeError: nothing was added.
+        """
+        if not self.losses:
+            raise RuntimeError("collect: the model added no loss; call pyflow.train.add_loss inside its forward")
+        first, *rest = self.losses.values()
+        return sum(rest, first)
+
+
+class _Blocks(threading.local):
+    """The open blocks of a thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.open: list[Collected] = []
+
+
+_blocks = _Blocks()
+_outside_the_graph = torch.compiler.disable(reason="the list behind collect() lives outside the graph")
+
+
+@contextlib.contextmanager
+def collect() -> Iterator[Collected]:
+    """Gather what `add_loss` and `add_metric` are given inside the block, in this thread.
+
+    Notes:
+        Blocks nest; the innermost one receives. Tensors on accelerators are not read, nothing waits.
+
+    Example:
+        >>> with collect() as c:
+        ...     add_loss(torch.tensor(2.0), "fit")
+        ...     add_loss(torch.tensor(1.0), "fit")
+        ...     add_metric(0.5, "share")
+        >>> c.losses, c.metrics, c.total()
+        ({'fit': tensor(3.)}, {'share': tensor(0.5000)}, tensor(3.))
+    """
+    collected = Collected()
+    _blocks.open.append(collected)
+    try:
+        yield collected
+    finally:
+        _blocks.open.remove(collected)
+
+
+@_outside_the_graph
+def add_loss(value: Tensor | float, name: str) -> None:
+    """Add a scalar to the losses of this name; outside a `collect()` block nothing happens.
+
+    Args:
+        value: a tensor of one element, in the graph that it will be minimised through, or a number.
+        name: what it is called in bars and logs.
+
+    Raises:
+        TypeError: value is neither a tensor nor a number; name is not a string.
+        ValueError: value has more than one element; name is empty.
+
+    Notes:
+        A block that activation checkpointing recomputes during the backward does not add again. Use it with
+        use_reentrant=False: the reentrant one runs the block without a graph, so a loss inside cannot train.
+        Under torch.compile the surrounding graph breaks here, because the block lives outside the graph.
+    """
+    scalar = _scalar("add_loss", value, name)
+    if scalar is not None:
+        losses = _blocks.open[-1].losses
+        losses[name] = losses[name] + scalar if name in losses else scalar
+
+
+@_outside_the_graph
+def add_metric(value: Tensor | float, name: str) -> None:
+    """Add a scalar to the metrics of this name, which are averaged; as `add_loss`, but without gradient."""
+    scalar = _scalar("add_metric", value, name)
+    if scalar is not None:
+        metrics = _blocks.open[-1]._metrics
+        total, count = metrics.get(name, (0, 0))
+        metrics[name] = (total + scalar.detach(), count + 1)
+
+
+def _scalar(op: str, value: object, name: object) -> Tensor | None:
+    """The value as a 0-d tensor; None where it is not collected."""
+    if not isinstance(name, str):
+        raise TypeError(f"{op}: name must be a string, got {type(name).__name__}")
+    if not name:
+        raise ValueError(f"{op}: name must not be empty")
+    if not isinstance(value, Tensor):
+        value = torch.tensor(check.number(op, "value", value))
+    if value.numel() != 1:
+        raise ValueError(f"{op}: value must be a scalar, got shape {tuple(value.shape)}")
+    # inside a backward: a block that is recomputed
+    if not _blocks.open or torch._C._current_graph_task_id() != -1:
+        return None
+    return value.reshape(())

@@ -1,0 +1,85 @@
+"""A Lightning module that trains whatever adds losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from ._collect import Collected, collect
+
+
+class LossOnlyModule(lightning.LightningModule):
+    """Train a model by the losses it adds inside itself; its output is not looked at.
+
+    The bar shows every named loss and metric as its running mean over the epoch, and `loss`, the sum of the losses.
+    Loggers receive the epoch's means as train/NAME and val/NAME.
+
+    Args:
+        model: calls `pyflow.train.add_loss` in its forward. A tuple or list as a batch is passed as positional
+            arguments, a dict as keywords, anything else as the only argument.
+        optimizer: parameters -> optimizer, or whatever else Lightning's configure_optimizers may return.
+
+    Raises:
+        TypeError: model is not a module, or optimizer is not callable.
+        RuntimeError: at the first step, if the model adds no loss.
+
+    Example:
+        >>> from functools import partial
+        >>> module = LossOnlyModule(nn.Linear(2, 1), partial(torch.optim.Adam, lr=1e-3))
+        >>> type(module.configure_optimizers()).__name__
+        'Adam'
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Callable[[Iterable[nn.Parameter]], object]) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"LossOnlyModule: model must be a module, got {type(model).__name__}")
+        if not callable(optimizer):
+            raise TypeError(f"LossOnlyModule: optimizer must be callable, got {type(optimizer).__name__}")
+        self.model = model
+        self._optimizer_of = optimizer
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def forward(self, batch: object) -> object:
+        if isinstance(batch, (tuple, list)):
+            return self.model(*batch)
+        return self.model(**batch) if isinstance(batch, dict) else self.model(batch)
+
+    def configure_optimizers(self) -> object:
+        return self._optimizer_of(p for p in self.model.parameters() if p.requires_grad)
+
+    def on_train_epoch_start(self) -> None:
+        self._sums, self._counts = {}, {}
+
+    def training_step(self, batch: object, batch_idx: int) -> Tensor:
+        with collect() as collected:
+            self(batch)
+        loss, size = collected.total(), _batch_size(batch)
+        for name, value in _named(collected, loss).items():
+            self._sums[name] = self._sums.get(name, 0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+            mean = self._sums[name] / self._counts[name]
+            self.log(name, mean, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+            self.log(f"train/{name}", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
+        return loss
+
+    def validation_step(self, batch: object, batch_idx: int) -> None:
+        with collect() as collected:
+            self(batch)
+        for name, value in _named(collected, collected.total()).items():
+            self.log(f"val/{name}", value, prog_bar=True, sync_dist=True, batch_size=_batch_size(batch))
+
+
+def _named(collected: Collected, total: Tensor) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in {**collected.losses, **collected.metrics, "loss": total}.items()}
+
+
+def _batch_size(batch: object) -> int:
+    """Of the first tensor found."""
+    while isinstance(batch, (tuple, list, dict)) and batch:
+        batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
+    return len(batch) if isinstance(batch, torch.Tensor) and batch.dim() else 1

@@ -1,0 +1,249 @@
+"""Normalised layers against torch's own parametrizations, alone, compiled, copied and in two processes."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+
+from pyflow.nn import apply_spectral_norm, apply_weight_norm, remove_spectral_norm, remove_weight_norm
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3), nn.Flatten(), nn.Linear(256, 10)
+    )
+
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+LAYERS = (0, 1, 3, 5)
+
+
+def torchs(model):
+    for layer in [*model.modules()]:
+        if isinstance(getattr(layer, "weight", None), nn.Parameter):
+            parametrizations.spectral_norm(layer)
+    return model
+
+
+def test_is_torchs_spectral_norm_and_shares_its_state():
+    ours, theirs = apply_spectral_norm(net()), torchs(net())
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    theirs.load_state_dict(ours.state_dict())
+    for _ in range(3):
+        a, b = ours(X), theirs(X)
+        torch.testing.assert_close(a, b)
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(
+            *(torch.autograd.grad(y.square().sum(), r, retain_graph=True)[0] for y, r in ((a, p), (b, q))),
+            rtol=1e-4, atol=1e-5,
+        )  # fmt: skip
+    again = apply_spectral_norm(net())
+    again.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(again.eval()(X), theirs.eval()(X))
+
+
+def test_every_layer_has_singular_value_one():
+    model = nn.ModuleDict({"body": net(), "table": nn.Embedding(20, 6), "gain": nn.LayerNorm(6)})
+    model.forward = lambda x, i: (model["body"](x), model["gain"](model["table"](i)))
+    apply_spectral_norm(model)
+    for _ in range(200):
+        model(X, torch.arange(3))
+    model.eval()
+    for layer in [*(model["body"][i] for i in LAYERS), model["table"], model["gain"]]:
+        weight = layer.weight.movedim(1, 0) if isinstance(layer, nn.ConvTranspose2d) else layer.weight
+        assert torch.linalg.svdvals(weight.reshape(1, -1) if weight.dim() == 1 else weight.flatten(1))[0].item() == (
+            pytest.approx(1, abs=1e-5)
+        )
+
+
+def test_eval_does_not_iterate():
+    model = apply_spectral_norm(net()).eval()
+    before = copy.deepcopy(model.state_dict())
+    model(X)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model.train()(X)
+    assert not torch.equal(model[0].parametrizations.weight[0]._u, before["0.parametrizations.weight.0._u"])
+
+
+def test_two_forwards_before_one_backward():
+    model = apply_spectral_norm(net().double())
+    twin = copy.deepcopy(model)
+    x = X.double()
+    (model(x).square().sum() - model(2 * x).sum()).backward()
+    twin(x).square().sum().backward()
+    (-twin(2 * x).sum()).backward()
+    for p, q in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_copies_are_independent_and_state_dicts_resume():
+    model = apply_spectral_norm(net())
+    model(X)
+    other = copy.deepcopy(model)
+    norm, copied = model[0].parametrizations.weight[0], other[0].parametrizations.weight[0]
+    assert copied._u is not norm._u and copied._kept is None
+    torch.testing.assert_close(other(X), model(X))
+    other(X)
+    assert not torch.equal(copied._u, norm._u)
+
+
+def test_compiled_whole():
+    model = apply_spectral_norm(net())
+    other = copy.deepcopy(model)
+    compiled = torch.compile(other, fullgraph=True)
+    for _ in range(3):
+        a, b = model(X), compiled(X)
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(*(torch.autograd.grad(y.sum(), m[5].bias)[0] for y, m in ((a, model), (b, other))))
+    torch.testing.assert_close(other[0].parametrizations.weight[0]._u, model[0].parametrizations.weight[0]._u)
+
+
+def test_autocast():
+    model = apply_spectral_norm(net())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(X)
+    assert y.dtype == torch.bfloat16 and model[0].parametrizations.weight[0]._u.dtype == torch.float32
+    y.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, recompute=False):
+        h = checkpoint(self.first, x, use_reentrant=False) if recompute else self.first(x)
+        return self.second(h.tanh())
+
+
+def test_a_recomputed_block_sees_the_same_weight():
+    x = torch.randn(4, 6, requires_grad=True)
+    model = apply_spectral_norm(Checkpointed())
+    twin = copy.deepcopy(model)
+    model(x, recompute=True).square().sum().backward()
+    twin(x).square().sum().backward()
+    for p, q in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(p.grad, q.grad)
+    assert torch.equal(model.first.parametrizations.weight[0]._u, twin.first.parametrizations.weight[0]._u)
+
+
+def test_through_iteration_starts_from_ones_and_has_no_buffers():
+    model = apply_spectral_norm(net(), through_iteration=True)
+    assert not any("_u" in k for k in model.state_dict())
+    assert model[0].parametrizations.weight[0].rounds == 5
+    a, b = model(X), model.eval()(X)
+    assert a.shape == b.shape
+    weight = model[0].parametrizations.weight.original
+    (gradient,) = torch.autograd.grad(model[0].weight.square().sum(), weight)
+    # the gradient of |W / sigma|^2 is orthogonal to W whatever the rounds
+    assert abs((gradient * weight).sum().item()) < 1e-4
+
+
+def test_a_part_that_is_called_on_its_own():
+    model = apply_spectral_norm(net())
+    before = model[5].parametrizations.weight[0]._u.clone()
+    model[5](torch.randn(1, 256))
+    assert not torch.equal(model[5].parametrizations.weight[0]._u, before)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(1))
+    assert all(model[i].parametrizations.weight[0]._given is None for i in LAYERS)
+
+
+def test_zero_weights_are_allowed_and_wake_up():
+    model = nn.Sequential(nn.Linear(4, 3))
+    nn.init.zeros_(model[0].weight)
+    apply_spectral_norm(model)
+    assert model(torch.ones(1, 4)).isfinite().all()
+    with torch.no_grad():
+        model[0].parametrizations.weight.original.normal_()
+    for _ in range(100):
+        model(torch.ones(1, 4))
+    assert torch.linalg.svdvals(model.eval()[0].weight)[0].item() == pytest.approx(1, abs=1e-5)
+
+
+def test_remove():
+    model = apply_spectral_norm(net())
+    model(X)
+    y = model.eval()(X)
+    remove_spectral_norm(model)
+    assert not any(parametrize.is_parametrized(m) for m in model.modules())
+    assert not (model._forward_hooks or model._forward_pre_hooks or model._forward_hooks_always_called)
+    torch.testing.assert_close(model(X), y)
+    model = apply_weight_norm(net())
+    y = model.eval()(X)
+    assert not any(parametrize.is_parametrized(m) for m in remove_weight_norm(model).modules())
+    torch.testing.assert_close(model(X), y)
+
+
+def test_weight_norm_is_torchs():
+    ours, theirs = apply_weight_norm(net()), net()
+    for i in LAYERS:
+        parametrizations.weight_norm(theirs[i], dim=None if i == 1 else 0)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    torch.testing.assert_close(ours(X), theirs(X))
+    torch.testing.assert_close(ours(X), net()(X))
+
+
+def test_filter_and_names():
+    model = apply_spectral_norm(net(), lambda name, layer: isinstance(layer, nn.Linear))
+    assert [i for i in LAYERS if parametrize.is_parametrized(model[i])] == [5]
+    model = apply_spectral_norm(nn.Sequential(nn.LSTM(3, 4)), name="weight_hh_l0")
+    assert parametrize.is_parametrized(model[0], "weight_hh_l0")
+    model = apply_spectral_norm(nn.Sequential(nn.Linear(2, 2), nn.PReLU()))
+    assert not parametrize.is_parametrized(model[1])
+
+
+@pytest.mark.parametrize(
+    "call, error, text",
+    [
+        (
+            lambda: apply_spectral_norm(net(), n_iter=0), ValueError,
+            "apply_spectral_norm: n_iter must be at least 1, got 0",
+        ),
+        (
+            lambda: apply_spectral_norm(net(), n_iter=1.5), TypeError,
+            "apply_spectral_norm: n_iter must be an integer, got float",
+        ),
+        (
+            lambda: apply_spectral_norm(nn.ReLU()), ValueError,
+            "apply_spectral_norm: no layer of ReLU was picked that has a parameter 'weight'",
+        ),
+        (
+            lambda: apply_spectral_norm(net(), lambda name, layer: name == "2"), ValueError,
+            "apply_spectral_norm: ReLU '2' has no parameter 'weight' of one dim or more",
+        ),
+        (
+            lambda: apply_spectral_norm(apply_spectral_norm(net()), lambda name, layer: name == "0"), ValueError,
+            "apply_spectral_norm: 0.weight must not be parametrized already",
+        ),
+        (
+            lambda: apply_weight_norm(nn.BatchNorm1d(3).apply(lambda m: nn.init.zeros_(m.weight))), ValueError,
+            "apply_weight_norm: weight must not have a row of zeros, it has no direction",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_sentence(call, error, text):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == text
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_ddp_keeps_parameters_and_buffers_in_step(tmp_path):
+    script = str(Path(__file__).with_name("replicated.py"))
+    done = subprocess.run([sys.executable, script, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name

@@ -1,0 +1,138 @@
+"""Losses and metrics added inside a model."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import pyflow
+from pyflow.train import add_loss, add_metric, collect
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.linear(x).tanh()
+        add_loss(y.square().mean(), "size")
+        add_metric(y.abs().mean(), "magnitude")
+        return y
+
+
+class Stack(nn.Module):
+    def __init__(self, recompute=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks, self.recompute = nn.ModuleList([Block(), Block()]), recompute
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+def test_same_names_sum_and_average():
+    with collect() as c:
+        add_loss(torch.tensor(1.0), "a")
+        add_loss(torch.tensor([[2.0]]), "a")
+        add_loss(3, "b")
+        add_metric(1.0, "m")
+        add_metric(torch.tensor(2.0, requires_grad=True), "m")
+    assert {k: v.item() for k, v in c.losses.items()} == {"a": 3.0, "b": 3.0}
+    assert c.metrics["m"].item() == 1.5 and not c.metrics["m"].requires_grad and c.total().item() == 6
+
+
+def test_outside_nothing_happens_and_blocks_nest():
+    add_loss(torch.tensor(1.0), "a")
+    with collect() as outer:
+        add_loss(1.0, "a")
+        with collect() as inner:
+            add_loss(2.0, "a")
+        add_loss(3.0, "b")
+        with pytest.raises(KeyError), collect():
+            raise KeyError
+        add_loss(4.0, "b")
+    add_loss(5.0, "b")
+    assert {k: v.item() for k, v in outer.losses.items()} == {"a": 1.0, "b": 7.0}
+    assert inner.losses["a"].item() == 2.0
+
+
+def test_a_recomputed_block_does_not_add_twice():
+    results = []
+    for recompute in (False, True):
+        model = Stack(recompute)
+        with collect() as c:
+            model(X)
+            before = c.losses["size"].item()
+            c.total().backward()
+        assert c.losses["size"].item() == before and c._metrics["magnitude"][1] == 2
+        results.append([c.losses["size"].detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+def test_threads_do_not_mix():
+    with collect() as c:
+        thread = threading.Thread(target=lambda: add_loss(1.0, "other"))
+        thread.start()
+        thread.join()
+        add_loss(2.0, "mine")
+    assert list(c.losses) == ["mine"]
+
+
+def test_under_compile_the_graph_breaks_and_the_result_is_the_same():
+    model = Stack()
+    with collect() as want:
+        model(X)
+    with collect() as got:
+        torch.compile(model)(X)
+    torch.testing.assert_close(got.losses, want.losses)
+    torch.testing.assert_close(got.metrics, want.metrics)
+    got.total().backward()
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="collect\\(\\) lives outside the graph"):
+        torch.compile(model, fullgraph=True)(X)
+
+
+def test_without_lightning_only_the_module_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    monkeypatch.delitem(sys.modules, "pyflow.train._lightning", raising=False)
+    with pytest.raises(ImportError, match=r"needs the package lightning: pip install 'pyflow-kernels\[train\]'"):
+        pyflow.train.LossOnlyModule  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
+        pyflow.train.Trainer  # noqa: B018
+
+
+@pytest.mark.parametrize("op", [add_loss, add_metric])
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize(
+    "args, error, text",
+    [
+        ((torch.zeros(3), "a"), ValueError, r"value must be a scalar, got shape \(3,\)"),
+        (("1", "a"), TypeError, "value must be a number, got str"),
+        ((1.0, 2), TypeError, "name must be a string, got int"),
+        ((1.0, ""), ValueError, "name must not be empty"),
+    ],
+)
+def test_bad_input_gets_one_sentence(op, inside, args, error, text):
+    with pytest.raises(error, match=f"^{op.__name__}: {text}$"):
+        if inside:
+            with collect():
+                op(*args)
+        op(*args)
+
+
+def test_a_model_without_losses():
+    with pytest.raises(RuntimeError, match="^collect: the model added no loss; call pyflow.train.add_loss"):
+        with collect() as c:
+            pass
+        c.total()

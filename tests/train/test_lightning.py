@@ -1,0 +1,82 @@
+"""Lightning trains a model by the losses inside it."""
+
+from __future__ import annotations
+
+import csv
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+lightning = pytest.importorskip("lightning")
+
+from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+
+from pyflow.train import LossOnlyModule, add_loss, add_metric  # noqa: E402
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 1)
+
+    def forward(self, x, y):
+        error = self.linear(x)[:, 0] - y
+        add_loss(error.square().mean(), "square")
+        add_loss(1e-3 * self.linear.weight.square().sum(), "decay")
+        add_metric(error.abs().mean(), "distance")
+
+
+def loader(shuffle=False):
+    x = torch.randn(48, 4, generator=torch.Generator().manual_seed(0))
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x.sum(1)), 8, shuffle=shuffle)
+
+
+def fit(tmp_path, epochs, **options):
+    module = LossOnlyModule(Model(), partial(torch.optim.Adam, lr=0.05))
+    trainer = lightning.Trainer(
+        max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
+        logger=CSVLogger(tmp_path, name="log"), log_every_n_steps=1,
+    )  # fmt: skip
+    trainer.fit(module, loader(), loader(), **options)
+    return module, trainer
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trains_shows_logs_and_resumes(tmp_path):
+    module, trainer = fit(tmp_path / "a", 4)
+    assert set(trainer.progress_bar_metrics) >= {"square", "decay", "distance", "loss", "val/square", "val/loss"}
+    # the bar's value is the mean over the epoch so far
+    mean = module._sums["square"] / module._counts["square"]
+    assert module._counts["square"] == 6 and trainer.progress_bar_metrics["square"] == pytest.approx(mean.item())
+    rows = list(csv.DictReader(open(trainer.logger.log_dir + "/metrics.csv")))
+    losses = [float(row["train/loss"]) for row in rows if row.get("train/loss")]
+    assert len(losses) == 4 and losses[-1] < 0.7 * losses[0]
+    assert losses[-1] == pytest.approx(trainer.progress_bar_metrics["loss"], rel=1e-5)
+    assert any(row.get("val/distance") for row in rows)
+
+    _, half = fit(tmp_path / "b", 2)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = fit(tmp_path / "c", 4, ckpt_path=tmp_path / "half.ckpt")
+    for a, b in zip(module.parameters(), resumed.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_batches_of_every_form():
+    seen = []
+    module = LossOnlyModule(nn.Identity(), torch.optim.SGD)
+    module.model.forward = lambda *args, **keywords: seen.append((args, keywords))
+    for batch in ((1, 2), [1], {"x": 3}, 4):
+        module(batch)
+    assert seen == [((1, 2), {}), ((1,), {}), ((), {"x": 3}), ((4,), {})]
+
+
+def test_bad_input_gets_one_sentence():
+    with pytest.raises(TypeError, match="^LossOnlyModule: model must be a module, got int$"):
+        LossOnlyModule(1, torch.optim.SGD)
+    with pytest.raises(TypeError, match="^LossOnlyModule: optimizer must be callable, got str$"):
+        LossOnlyModule(nn.Identity(), "adam")
+    with pytest.raises(RuntimeError, match="the model added no loss"):
+        LossOnlyModule(nn.Identity(), torch.optim.SGD).training_step(torch.zeros(1), 0)
