@@ -2,6 +2,8 @@
 
 from . import _backend
 from . import energy as energy
+from . import flows as flows
+from . import nn as nn
 from . import ops as ops
 from . import sde as sde
 from . import stats as stats
