@@ -3,6 +3,7 @@
 from . import _backend
 from . import ops as ops
 from . import sde as sde
+from . import stats as stats
 from ._backend import backend as backend
 from ._version import __version__ as __version__
 from ._warmup import warmup as warmup

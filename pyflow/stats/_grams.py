@@ -1,0 +1,111 @@
+"""Centred Gram matrices in blocks of rows, in float64: what permutations and the gamma approximation need.
+
+Plain torch on purpose: a matrix is made once, for thousands of permutations of its index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .._schemas import HSIC_KERNELS
+from ..ops._variables import Variable
+
+# elements of a block
+BLOCK = 2**22
+
+
+def kernel(v: Variable, a: Tensor, b: Tensor) -> Tensor:
+    """(..., m, n) kernel minus v's shift between rows a (..., m, d) and b (..., n, d) of v.z, float64."""
+    a, b = a.double(), b.double()
+    name = HSIC_KERNELS[v.kernel]
+    if name == "polynomial":
+        return (a @ b.mT) ** v.degree
+    if name == "delta":
+        return (torch.cdist(a, b, p=0) == 0).double()
+    if name == "laplacian":
+        exponent = -torch.cdist(a, b, p=1)
+    else:
+        half = [t.square().sum(-1) / 2 for t in (a, b)]
+        exponent = (a @ b.mT - (half[0].unsqueeze(-1) + half[1].unsqueeze(-2))).clamp(max=0)
+    shift = v.shift[..., None, None] != 0
+    # both are made only where a batch has both
+    if bool(shift.all()):
+        return exponent.expm1()
+    return torch.where(shift, exponent.expm1(), exponent.exp()) if bool(shift.any()) else exponent.exp()
+
+
+class CentredGram:
+    """H K H of one variable (n, d), or with `unbiased` the U-centred matrix, whose diagonal is 0.
+
+    Attributes:
+        rows: (n,) sums of K - shift over the other samples, float64.
+        largest: of the absolute values of K - shift.
+    """
+
+    def __init__(self, v: Variable, unbiased: bool) -> None:
+        self.v, self.unbiased = v, unbiased
+        self.n = v.z.shape[-2]
+        # a constant variable has nothing left but rounding
+        self.constant = bool((v.z == v.z[:1]).all())
+        self.starts = range(0, self.n, max(1, BLOCK // self.n))
+        self._only = None
+        self.rows = v.z.new_empty(self.n, dtype=torch.float64)
+        largest = []
+        for start in self.starts:
+            block = self._raw(start)
+            if len(self.starts) == 1:
+                self._only = block
+            stop = start + len(block)
+            self.rows[start:stop] = block.sum(1) - v.diagonal[start:stop]
+            largest.append(block.abs().amax())
+        self.largest = torch.stack(largest).amax()
+        if unbiased:
+            self._mean = self.rows / (self.n - 2)
+            self._all = self.rows.sum() / ((self.n - 1) * (self.n - 2))
+        else:
+            self._mean = (self.rows + v.diagonal) / self.n
+            self._all = self._mean.mean()
+
+    def _raw(self, start: int) -> Tensor:
+        """(m, n) rows of K - shift."""
+        if self._only is not None:
+            return self._only
+        z, stop = self.v.z, min(start + self.starts.step, self.n)
+        if HSIC_KERNELS[self.v.kernel] == "precomputed":
+            return z[start:stop].double()
+        block = kernel(self.v, z[start:stop], z)
+        block.diagonal(start).copy_(self.v.diagonal[start:stop])
+        return block
+
+    def block(self, start: int) -> Tensor:
+        """(m, n) rows of the centred matrix, for one of `starts`."""
+        block = self._raw(start)
+        if self.constant:
+            return torch.zeros_like(block)
+        stop = start + len(block)
+        block = block - self._mean[start:stop, None] - (self._mean - self._all)
+        if self.unbiased:
+            block.diagonal(start).zero_()
+        return block
+
+    def matrix(self) -> tuple[Tensor, Tensor]:
+        """(the centred matrix over `scale` in float32, scale), so that no kernel's values leave float32's range."""
+        scale = torch.where(self.largest > 0, self.largest, torch.ones_like(self.largest))
+        result = self.v.z.new_empty((self.n, self.n), dtype=torch.float32)
+        for start in self.starts:
+            block = self.block(start)
+            result[start : start + len(block)] = block / scale
+        return result, scale
+
+    def off_diagonal_mean(self) -> Tensor:
+        """Of K itself."""
+        return self.rows.sum() / (self.n * (self.n - 1)) + self.v.shift
+
+
+def blocks(x: CentredGram, y: CentredGram) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(first row, rows of x's, rows of y's), both centred."""
+    for start in x.starts:
+        yield start, x.block(start), y.block(start)
