@@ -11,30 +11,10 @@ import torch
 from torch import Tensor
 
 from .._schemas import HSIC_KERNELS
-from ..ops._variables import Variable
+from ..ops._variables import Variable, between
 
 # elements of a block
 BLOCK = 2**22
-
-
-def kernel(v: Variable, a: Tensor, b: Tensor) -> Tensor:
-    """(..., m, n) kernel minus v's shift between rows a (..., m, d) and b (..., n, d) of v.z, float64."""
-    a, b = a.double(), b.double()
-    name = HSIC_KERNELS[v.kernel]
-    if name == "polynomial":
-        return (a @ b.mT) ** v.degree
-    if name == "delta":
-        return (torch.cdist(a, b, p=0) == 0).double()
-    if name == "laplacian":
-        exponent = -torch.cdist(a, b, p=1)
-    else:
-        half = [t.square().sum(-1) / 2 for t in (a, b)]
-        exponent = (a @ b.mT - (half[0].unsqueeze(-1) + half[1].unsqueeze(-2))).clamp(max=0)
-    shift = v.shift[..., None, None] != 0
-    # both are made only where a batch has both
-    if bool(shift.all()):
-        return exponent.expm1()
-    return torch.where(shift, exponent.expm1(), exponent.exp()) if bool(shift.any()) else exponent.exp()
 
 
 class CentredGram:
@@ -76,7 +56,7 @@ class CentredGram:
         z, stop = self.v.z, min(start + self.starts.step, self.n)
         if HSIC_KERNELS[self.v.kernel] == "precomputed":
             return z[start:stop].double()
-        block = kernel(self.v, z[start:stop], z)
+        block = between(self.v, z[start:stop], z, shift=True)
         block.diagonal(start).copy_(self.v.diagonal[start:stop])
         return block
 
