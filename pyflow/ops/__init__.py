@@ -4,6 +4,7 @@ from .coupling import additive_coupling, affine_coupling, affine_coupling_packed
 from .flow_head import flow_log_prob
 from .fsq import codebook_usage, fsq, fsq_decode, residual_fsq
 from .hsic import center_gram, cka, hsic, hsic_matrix
+from .nhsic import nhsic
 from .noise import normal, philox, sample_seeds, uniform
 from .sde import denoising_loss, langevin_step, perturb, sde_step
 
@@ -21,6 +22,7 @@ __all__ = [
     "hsic",
     "hsic_matrix",
     "langevin_step",
+    "nhsic",
     "normal",
     "perturb",
     "philox",
