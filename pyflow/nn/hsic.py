@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..ops import hsic, nhsic
-from ..ops.hsic import ESTIMATORS, Bandwidth
+from ..ops import hsic
+from ..ops._variables import Variable, variable
+from ..ops.hsic import ESTIMATORS, Bandwidth, rows_needed, together
+from ..ops.nhsic import regularised
 
 
 class HSICLoss(nn.Module):
@@ -126,10 +128,10 @@ class HSICBottleneck(nn.Module):
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
         """One step on a batch x (n, ...), y (n,) or (n, ...): the losses of the layers, and of the head."""
-        losses, z, given = [], x, _rows(x)
+        losses, z, aim = [], x, self._aim(x, y)
         for layer, optimizer in zip(self.layers, self._optimizers):
             z = layer(z.detach())
-            losses.append(self._step(optimizer, lambda z=z: self.objective(z, given, y)))
+            losses.append(self._step(optimizer, lambda z=z: self._towards(aim, z)))
         if self.head is not None:
             read = self.head(z.detach())
             losses.append(self._step(self._optimizers[-1], lambda: self.criterion(read, y)))
@@ -137,16 +139,26 @@ class HSICBottleneck(nn.Module):
 
     def objective(self, z: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """nHSIC(z, x) - beta nHSIC(z, y)."""
-        z, x = _rows(z), _rows(x)
-        labels = y.dim() == 1 and not y.is_floating_point()
-        kernel_y, y = ("delta", y) if labels else ("rbf", _rows(y))
-        options = {"epsilon": self.epsilon, "bandwidth": self._bandwidth(z)}
-        forget = nhsic(z, x, bandwidth_y=self._bandwidth(x), **options)
-        keep = nhsic(z, y, kernel_y=kernel_y, bandwidth_y=self._bandwidth(y), **options)
-        return forget - self.beta * keep
+        return self._towards(self._aim(x, y), z)
 
-    def _bandwidth(self, rows: Tensor) -> float:
-        return self.sigma * math.sqrt(rows.shape[-1])
+    def _aim(self, x: Tensor, y: Tensor) -> Tensor:
+        """Rx - beta Ry, the same for all layers: nHSIC is linear in it."""
+        op = type(self).__name__
+        labels = y.dim() == 1 and not y.is_floating_point()
+        pair = [self._variable("x", x), variable(op, "y", y, "delta", 1.0) if labels else self._variable("y", y)]
+        pair = together(op, pair)
+        rows_needed(op, len(pair[0].z), "biased")
+        with torch.no_grad():
+            given, wanted = (regularised(v, self.epsilon) for v in pair)
+            return given - self.beta * wanted
+
+    def _towards(self, aim: Tensor, z: Tensor) -> Tensor:
+        v = self._variable("z", z)
+        return (regularised(v, self.epsilon) * aim).sum().to(v.z.dtype)
+
+    def _variable(self, name: str, x: Tensor) -> Variable:
+        rows = _rows(x)
+        return variable(type(self).__name__, name, rows, "rbf", self.sigma * math.sqrt(rows.shape[-1]))
 
     def _step(self, optimizer: torch.optim.Optimizer | None, loss_of: Callable[[], Tensor]) -> Tensor:
         with torch.set_grad_enabled(optimizer is not None):

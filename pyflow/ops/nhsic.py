@@ -59,11 +59,11 @@ def nhsic(
     epsilon = check.positive(op, "epsilon", epsilon)
     pair = variables(op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
     rows_needed(op, pair[0].z.shape[-2], "biased")
-    first, second = (_regularised(v, epsilon) for v in pair)
+    first, second = (regularised(v, epsilon) for v in pair)
     return (first * second).sum((-2, -1)).to(pair[0].z.dtype)
 
 
-def _regularised(v: Variable, epsilon: float) -> Tensor:
+def regularised(v: Variable, epsilon: float) -> Tensor:
     """Kc (Kc + epsilon n I)^-1."""
     n = v.z.shape[-2]
     gram = ref.gram(v.z.double(), v.shift.double(), HSIC_KERNELS[v.kernel], v.degree)
