@@ -24,7 +24,7 @@ from tqdm import tqdm  # noqa: E402
 
 import pyflow  # noqa: E402
 from pyflow.nn import HSICBottleneck  # noqa: E402
-from pyflow.stats import RepresentationComparison, compare_representations, hsic_test  # noqa: E402
+from pyflow.stats import HSICTest, RepresentationComparison, compare_representations, hsic_test  # noqa: E402
 
 from .nice import _positive, synchronize, threads  # noqa: E402
 
@@ -56,6 +56,14 @@ class Feature:
     hsic: float
     usual: float
     pvalue: float
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """The features of one data set, the strongest first, and p-values of the same features shuffled."""
+
+    features: list[Feature]
+    shuffled: list[float]
 
 
 @dataclass(frozen=True)
@@ -112,8 +120,8 @@ def demo(settings: Settings, args: argparse.Namespace, device: torch.device) -> 
             args.seed, device,
         ),
     }  # fmt: skip
-    for title, features in tests.items():
-        print(f"\n{title}; {settings.permutations:,} permutations each\n{feature_table(features)}")
+    for title, tested in tests.items():
+        print(f"\n{title}; {settings.permutations:,} permutations each\n{feature_table(tested)}")
 
     digits = load(device)
     print(
@@ -131,11 +139,12 @@ def demo(settings: Settings, args: argparse.Namespace, device: torch.device) -> 
 
     comparison = compare(models["HSIC bottleneck"], models["backpropagation"], digits.test_x)
     alike = comparison.cka.diagonal().tolist()
-    print("\nCKA of the layers of both, held out: " + ", ".join(f"{n} {v:.2f}" for n, v in zip(comparison.layers1, alike)))
+    said = ", ".join(f"{name} {value:.2f}" for name, value in zip(comparison.layers1, alike))
+    print(f"\nCKA of the layers of both, held out: {said}")
     picture(tests, curves, comparison, settings, args.out)
     return {
         "seed": args.seed, "device": str(device), "backend": args.backend, "settings": asdict(settings),
-        "tests": {title.partition(":")[0]: [asdict(f) for f in features] for title, features in tests.items()},
+        "tests": {title.partition(":")[0]: asdict(tested) for title, tested in tests.items()},
         "accuracy": curves, "epoch_seconds": seconds, "cka": comparison.cka.tolist(),
         "total_seconds": time.perf_counter() - began,
     }  # fmt: skip
@@ -144,29 +153,36 @@ def demo(settings: Settings, args: argparse.Namespace, device: torch.device) -> 
 def relevance(
     x: np.ndarray, y: np.ndarray, names: Sequence[str], kernel_y: str, settings: Settings, seed: int,
     device: torch.device,
-) -> list[Feature]:  # fmt: skip
-    """Every feature's test against the target, the strongest first, and that of noise for comparison."""
-    noise = np.random.default_rng(seed).permutation(x[:, 0])
-    columns = [*zip(names, x.T), ("(a feature shuffled)", noise)]
+) -> Relevance:  # fmt: skip
+    """Every feature's test against the target, and that of its shuffled copy, which cannot depend on it."""
     target = torch.from_numpy(y).to(device)
-    result = []
-    for name, column in tqdm(columns, desc="testing", unit="feature", dynamic_ncols=True):
-        test = hsic_test(
+    rng = np.random.default_rng(seed)
+
+    def test(column: np.ndarray, seed: int) -> HSICTest:
+        return hsic_test(
             torch.from_numpy(column).to(device), target, kernel_y=kernel_y, permutations=settings.permutations,
             seed=seed, normalize=True, progress=False,
         )  # fmt: skip
-        usual = float(np.quantile(test.null, 1 - LEVEL))
-        result.append(Feature(name.replace("_", " "), test.statistic, usual, test.pvalue))
-    return sorted(result, key=lambda feature: -feature.hsic)
+
+    features, shuffled = [], []
+    for number, name in enumerate(tqdm(names, desc="testing", unit="feature", dynamic_ncols=True)):
+        column = x[:, number]
+        result = test(column, seed)
+        usual = float(np.quantile(result.null, 1 - LEVEL))
+        features.append(Feature(name.replace("_", " "), result.statistic, usual, result.pvalue))
+        shuffled.append(test(rng.permutation(column), seed).pvalue)
+    return Relevance(sorted(features, key=lambda feature: -feature.hsic), shuffled)
 
 
-def feature_table(features: Sequence[Feature]) -> str:
+def feature_table(tested: Relevance) -> str:
     lines = [f"{'feature':<32}{'HSIC':>8}{'95 % of null':>14}{'p':>9}"]
     lines += [
         f"{f.name:<32}{f.hsic:>8.3f}{f.usual:>14.3f}{f.pvalue:>9.4f}  "
         + ("depends" if f.pvalue <= LEVEL else "no dependence found")
-        for f in features
+        for f in tested.features
     ]
+    found = sum(p <= LEVEL for p in tested.shuffled)
+    lines.append(f"the same features shuffled: p <= {LEVEL} for {found} of {len(tested.shuffled)}, by chance {LEVEL:.0%}")
     return "\n".join(lines)
 
 
@@ -239,19 +255,20 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 def compare(first: HSICBottleneck, second: HSICBottleneck, x: Tensor) -> RepresentationComparison:
     names = [*(f"layers.{i}" for i in range(len(first.layers))), "head"]
     result = compare_representations(first, second, x.split(120), layers1=names, layers2=names)
-    shown = tuple(name.replace("layers.", "layer ") for name in names)
+    shown = (*(f"layer {i + 1}" for i in range(len(first.layers))), "head")
     return replace(result, layers1=shown, layers2=shown)
 
 
 def picture(
-    tests: dict[str, list[Feature]],
+    tests: dict[str, Relevance],
     curves: dict[str, list[float]],
     comparison: RepresentationComparison,
     settings: Settings,
     out: Path,
 ) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(13, 9.5), layout="constrained", facecolor="white")
-    for panel, (title, features) in zip(axes[0], tests.items()):
+    for panel, (title, tested) in zip(axes[0], tests.items()):
+        features = tested.features
         rows = range(len(features))
         colours = ["#c2552d" if f.pvalue <= LEVEL else "0.75" for f in features]
         panel.barh(rows, [f.hsic for f in features], color=colours)

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops._features import approximation
-from ..ops.hsic import Bandwidth, rows_needed, sums, values, variables
 from ..ops._variables import ratio
+from ..ops.hsic import Bandwidth, rows_needed, sums, values, variables
 from ._inputs import bar, samples
 
 # parts that the tiles are visited in, powers of 2: sums over a tree are the same for 1, 2, 4, ... processes
@@ -156,7 +156,8 @@ def gathered(op: str, x: Tensor, y: Tensor, group: object) -> tuple[Tensor, Tens
     dist.all_gather(shapes, mine, group=group)
     table = torch.stack(shapes).cpu()
     if bool((table[:, 0] != table[:, 1]).any()):
-        raise ValueError(f"{op}: x and y must have the same number of rows on every process, got {table[:, :2].tolist()}")
+        rows = table[:, :2].tolist()
+        raise ValueError(f"{op}: x and y must have the same number of rows on every process, got {rows}")
     if bool((table[:, 2:] != table[:1, 2:]).any()):
         raise ValueError(f"{op}: all processes must pass the same numbers of columns and dtypes, got others")
     counts = table[:, 0].tolist()

@@ -22,7 +22,8 @@ def data(n=20, dtype=torch.float64):
 def formula(k, m, epsilon):
     n = len(k)
     h = torch.eye(n, dtype=k.dtype) - 1 / n
-    first, second = (h @ g @ h @ torch.linalg.inv(h @ g @ h + epsilon * n * torch.eye(n, dtype=g.dtype)) for g in (k, m))
+    ridge = epsilon * n * torch.eye(n, dtype=k.dtype)
+    first, second = (h @ g @ h @ torch.linalg.inv(h @ g @ h + ridge) for g in (k, m))
     return torch.trace(first @ second)
 
 
