@@ -1,9 +1,9 @@
-# make demo | test | bench: in .venv, which they make; a second run re-uses what the first made
+# make demo | demo-all | test | bench: in .venv, which they make; a second run re-uses what the first made
 # make gpu: with the Python that is there and its torch, downloading nothing
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu build clean
+.PHONY: help demo demo-all test bench gpu build clean
 
 # the first Python 3.11 or newer
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -18,6 +18,7 @@ BUILT := .venv/.built
 
 help:
 	@echo 'make demo   trains a flow on real digits and draws samples'
+	@echo 'make demo-all  runs every demo and puts pictures and figures on one page (quickly: ARGS=--quick)'
 	@echo 'make test   runs every test'
 	@echo 'make bench  runs the benchmarks'
 	@echo 'make gpu    builds with CUDA, tests and measures, with the Python and torch that are there'
@@ -25,6 +26,9 @@ help:
 
 demo: $(BUILT)
 	$(BIN)/python -m pyflow demo nice $(ARGS)
+
+demo-all: $(BUILT)
+	$(BIN)/python -m pyflow demo all $(ARGS)
 
 test: $(BUILT)
 	$(BIN)/python -m pytest $(ARGS)

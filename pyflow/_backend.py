@@ -25,6 +25,7 @@ NAMES = ("auto", "cpu", "triton", "cuda", "reference")
 # what the reader of `runs_reference` needs on every call: plain module globals, which dynamo can guard on
 _choice = "auto"
 _native_devices: frozenset[str] = frozenset()
+_triton_runs = False
 
 _families: dict[str, str] = {}  # operator -> family, whose name is the file in every room
 _operators: dict[str, torch._ops.OpOverload] = {}
@@ -135,9 +136,10 @@ def current() -> str:
 
 
 def _select(name: str) -> None:
-    global _choice, _native_devices, _interpreter
+    global _choice, _native_devices, _triton_runs, _interpreter
     _choice = name
     _native_devices = _find_native_devices()
+    _triton_runs = _triton_missing() is None
     if _interpreter is not None:
         _interpreter._destroy()
         _interpreter = None
@@ -148,15 +150,18 @@ def _select(name: str) -> None:
             _interpreter.impl(op, kernel, "CPU")
 
 
-def runs_reference(op: str, x: Tensor) -> bool:
-    """Whether the public function runs plain torch: chosen, no kernel here, or a transform without a rule."""
+def runs_reference(op: str, x: Tensor, cuda: bool = True) -> bool:
+    """Whether the public function runs plain torch: chosen, no kernel here, or a transform without a rule.
+
+    Without `cuda` only Triton has kernels for a GPU, csrc/cuda none.
+    """
     if _choice == "reference":
         return True
     if _under_transform():
         return True
     kind = x.device.type
     if kind in _native_devices and _choice in ("auto", "triton", kind):
-        return False
+        return kind == "cuda" and not cuda and (_choice == "cuda" or not _triton_runs)
     if _choice != "auto":
         raise RuntimeError(f"{op}: backend {_choice} cannot run on a tensor on {x.device}")
     return True

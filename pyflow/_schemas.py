@@ -8,8 +8,9 @@ take and return their channels in front; `dim` of `fsq_decode` is where they go.
 index theirs. Seeds are int64, 0-d or one per sample; `step` and what else changes from call to call are tensors,
 0-d on the CPU where the caller gave a number, so that nothing is compiled anew for another value. `sde_step_backward` sums the gradients of a, b and c, (3, rows),
 where it is given x; `denoising_loss` without std takes pred for the noise. `hsic_sums` takes several variables side by
-side in z, (B, n, sum of dims), already divided by their bandwidths, and shift (B, variables), which is subtracted from
-the kernel; `pairs` lists which of them are multiplied, `part` of `parts` says which tiles are visited.
+side in z, (B, n, sum of dims), and what they are scaled by, (B, variables), one over their bandwidths; `pairs` lists
+which of them are multiplied, `part` of `parts` says which tiles are visited. It returns, of their matrices less a
+shift, row sums and sums of products, and (B, variables) that shift. `hsic_permuted` takes symmetric matrices.
 """
 
 from __future__ import annotations
@@ -62,6 +63,9 @@ SCHEMAS = {
         "(Tensor grad, Tensor pred, Tensor? std, Tensor seed, Tensor step) -> (Tensor, Tensor)"
     ),
     "langevin_squares": "(Tensor score, Tensor? seed, Tensor? step, Tensor? noise, int purpose) -> Tensor",
+    "sector_counts": (
+        "(Tensor thresholds, SymInt points, SymInt trials, Tensor seed, Tensor step, int purpose) -> Tensor"
+    ),
     "fsq": "(Tensor z, int[] levels, int variant, bool return_indices) -> (Tensor, Tensor)",
     "fsq_backward": "(Tensor grad, Tensor z, int[] levels, int variant) -> Tensor",
     "fsq_decode": "(Tensor indices, int[] levels, int variant, int dim, ScalarType dtype) -> Tensor",
@@ -69,8 +73,8 @@ SCHEMAS = {
     "residual_fsq_backward": (
         "(Tensor grad, Tensor x, int[] levels, int variant, int stages, Tensor? active) -> Tensor"
     ),
-    "hsic_sums": f"(Tensor z, Tensor shift, {_GRAMS}, int part, int parts) -> (Tensor, Tensor)",
-    "hsic_sums_backward": f"(Tensor grad_rows, Tensor grad_cross, Tensor z, Tensor shift, {_GRAMS}) -> Tensor",
+    "hsic_sums": f"(Tensor z, Tensor scale, {_GRAMS}, int part, int parts) -> (Tensor, Tensor, Tensor)",
+    "hsic_sums_backward": f"(Tensor grad_rows, Tensor grad_cross, Tensor z, Tensor scale, {_GRAMS}) -> Tensor",
     "hsic_permuted": "(Tensor gram_x, Tensor gram_y, Tensor permutations) -> Tensor",
     "center_gram": "(Tensor gram) -> Tensor",
     "center_gram_": "(Tensor(a!) gram) -> ()",

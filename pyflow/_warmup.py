@@ -61,4 +61,5 @@ def warmup(
             outputs += [ops.perturb(x, 1.0, 1.0, seed=seed), ops.langevin_step(x, x, snr=0.1, seed=seed)]
             outputs.append(ops.denoising_loss(x, 1.0, seed=seed))
             outputs.append(ops.denoising_loss(x, seed=seed, parameterization="epsilon"))
+        ops.sector_counts(torch.zeros(1, dtype=torch.float64, device=device), 4, 1, seed=0)
         torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])

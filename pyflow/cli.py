@@ -1,7 +1,8 @@
 """The command `pyflow`: info, demo, bench.
 
-A demo is a module of pyflow.recipes with `add_arguments(parser)` and `run(args) -> int`; pyflow.benchmarks.run
-has the same two. Each is imported only when it is asked for.
+A demo is a module of pyflow.recipes with `add_arguments(parser)` and `run(args) -> int`, --quick and --out FILE among
+its arguments; its name is shown with hyphens and understood with underscores too. `demo all` is pyflow.recipes._all.
+pyflow.benchmarks.run has the same two functions. Each is imported only when it is asked for.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     commands.add_parser("info", help="versions, CPU, backends and why some are off: what a bug report needs")
     demo = commands.add_parser("demo", help="train a model on real data and show what it learnt", add_help=False)
-    demo.add_argument("name", nargs="?", choices=demos(), metavar="name", help=", ".join(demos()))
+    names = [*demos(), "all"]
+    demo.add_argument("name", nargs="?", type=shown, choices=names, metavar="name", help=", ".join(names))
     commands.add_parser("bench", help="measure the operations beside torch.compile and other packages", add_help=False)
     args, rest = parser.parse_known_args(argv)
     if args.command == "info":
@@ -37,19 +39,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "demo" and args.name is None:
         asked = not rest or rest in (["-h"], ["--help"])
         print(
-            f"usage: pyflow demo name [arguments]\n\ndemos: {', '.join(demos())}",
+            f"usage: pyflow demo name [arguments]\n\ndemos: {', '.join(names)}",
             file=sys.stdout if asked else sys.stderr,
         )
         return 0 if asked else 2
     if args.command == "demo":
-        return delegate(f"pyflow.recipes.{args.name}", f"pyflow demo {args.name}", "demo", rest)
+        module = "_all" if args.name == "all" else args.name.replace("-", "_")
+        return delegate(f"pyflow.recipes.{module}", f"pyflow demo {args.name}", "demo", rest)
     return delegate("pyflow.benchmarks.run", "pyflow bench", "bench", rest)
 
 
 def demos() -> list[str]:
     """Names of the demos, without importing them."""
     found = pkgutil.iter_modules([str(Path(__file__).parent / "recipes")])
-    return sorted(module.name for module in found if not module.name.startswith("_"))
+    return sorted(shown(module.name) for module in found if not module.name.startswith("_"))
+
+
+def shown(name: str) -> str:
+    """A demo's module as it is called on the command line."""
+    return name.replace("_", "-")
 
 
 def delegate(module: str, prog: str, extra: str, argv: Sequence[str]) -> int:

@@ -14,7 +14,8 @@ ROOMS = [
     "csrc/ops/{}.h", "csrc/cpu/{}.cpp", "csrc/torch/{}.cpp", "csrc/cuda/{}.cu", "triton_kernels/{}.py",
     "pyflow/reference/{}.py", "pyflow/ops/{}.py", "benchmarks/{}.py", "tests/ops/test_{}.py",
 ]  # fmt: skip
-EXEMPT: dict[tuple[str, str], str] = {}  # (family, room) -> why it needs none
+# (family, room) -> why it needs none
+EXEMPT = {("hsic", "csrc/cuda/{}.cu"): "its tiles are matrix products, which Triton schedules"}
 
 FAMILIES = sorted(set(_backend._families.values()))
 
@@ -32,4 +33,6 @@ def test_every_operator_has_a_kernel_in_each_native_room(op, family):
     launchers = ast.parse((ROOT / f"triton_kernels/{family}.py").read_text())
     assert op in {node.name for node in launchers.body if isinstance(node, ast.FunctionDef)}
     for room in ("csrc/torch/{}.cpp", "csrc/cuda/{}.cu"):
+        if (family, room) in EXEMPT:
+            continue
         assert f'm.impl("{op}", TORCH_BOX' in (ROOT / room.format(family)).read_text(), room

@@ -130,6 +130,21 @@ def exp(x, FUSED: tl.constexpr = True):
 
 
 @triton.jit
+def exp_less(x, shift):
+    """e^x - shift of x <= 0, shift 0 or 1; see csrc/math/exp.h."""
+    if x.dtype == tl.float64:
+        y = tl.exp(x)
+        # expm1 from exp and log of the same rounded number (Kahan)
+        less = tl.where(y == 1.0, x, (y - 1.0) * (x / tl.where(y == 1.0, 1.0, tl.log(y))))
+        less = tl.where(y < 0.25, y - 1.0, less)
+        return tl.where(shift != 0, less, y)
+    else:
+        p, k = expm1_reduced(tl.where(x < -87.0, -87.0, x))
+        scale = pow2(k)
+        return tl.fma(scale, p, scale - shift)
+
+
+@triton.jit
 def exp_unfused(x):
     return exp(x, False)
 

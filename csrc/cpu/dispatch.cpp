@@ -21,6 +21,18 @@
   F(sde_step_backward, SdeArgs)                                   \
   F(denoising_loss, SdeArgs)                                      \
   F(langevin_squares, SdeArgs)                                    \
+  F(gram_stats, GramArgs)                                         \
+  F(gram_pack, GramArgs)                                          \
+  F(gram_sums, GramSums)                                          \
+  F(gram_clear, GramBackward)                                     \
+  F(gram_backward, GramBackward)                                  \
+  F(gram_finish, GramBackward)                                    \
+  F(gram_permuted, PermutedArgs)                                  \
+  F(center_sums, CenterArgs)                                      \
+  F(center_means, CenterArgs)                                     \
+  F(center_apply, CenterArgs)                                     \
+  F(sector_formula, SectorFormula)                                \
+  F(sector_trials, SectorTrials)                                  \
   F(math_evaluate, MathArgs)
 
 #define PYFLOW_DECLARE_KERNEL(name, Args) void name(const Args&, int64_t, int64_t);

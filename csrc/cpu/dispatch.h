@@ -17,6 +17,13 @@ struct ResidualFsqBackward;
 struct NoiseArgs;
 struct PhiloxArgs;
 struct SdeArgs;
+struct GramArgs;
+struct GramSums;
+struct GramBackward;
+struct PermutedArgs;
+struct CenterArgs;
+struct SectorFormula;
+struct SectorTrials;
 struct MathArgs;
 
 struct CpuTable {
@@ -37,6 +44,18 @@ struct CpuTable {
   void (*sde_step_backward)(const SdeArgs&, int64_t begin, int64_t end);
   void (*denoising_loss)(const SdeArgs&, int64_t begin, int64_t end);
   void (*langevin_squares)(const SdeArgs&, int64_t begin, int64_t end);
+  void (*gram_stats)(const GramArgs&, int64_t begin, int64_t end);
+  void (*gram_pack)(const GramArgs&, int64_t begin, int64_t end);
+  void (*gram_sums)(const GramSums&, int64_t begin, int64_t end);
+  void (*gram_clear)(const GramBackward&, int64_t begin, int64_t end);
+  void (*gram_backward)(const GramBackward&, int64_t begin, int64_t end);
+  void (*gram_finish)(const GramBackward&, int64_t begin, int64_t end);
+  void (*gram_permuted)(const PermutedArgs&, int64_t begin, int64_t end);
+  void (*center_sums)(const CenterArgs&, int64_t begin, int64_t end);
+  void (*center_means)(const CenterArgs&, int64_t begin, int64_t end);
+  void (*center_apply)(const CenterArgs&, int64_t begin, int64_t end);
+  void (*sector_formula)(const SectorFormula&, int64_t begin, int64_t end);
+  void (*sector_trials)(const SectorTrials&, int64_t begin, int64_t end);
   void (*math_evaluate)(const MathArgs&, int64_t begin, int64_t end);
 };
 

@@ -38,6 +38,15 @@ inline void draw_run(const Stream& s, uint64_t seed, uint64_t block, int n, Draw
   }
 }
 
+// likewise of every `step`-th block
+inline void draw_every(const Stream& s, uint64_t seed, uint64_t block, uint64_t step, int n, DrawBuffer& b) {
+  Lanes blocks = lanes_of(block, step);
+  for (int i = 0; i < n; i += kLanes) {
+    draw_vector(s, blocks, uint64_t(uint32_t(seed)), seed >> 32, i, b);
+    blocks += uint64_t(kLanes) * step;
+  }
+}
+
 // likewise with the block and the seed of each lane as the buffer holds them
 inline void draw_lanes(const Stream& s, int n, DrawBuffer& b) {
   for (int i = 0; i < n; i += kLanes) {
@@ -62,6 +71,18 @@ inline void draw_run(const Stream& s, uint64_t seed, uint64_t block, int n, Draw
   for (int i = 0; i < n; ++i) {
     const uint32_t here = low + uint32_t(i);
     const Words w = block_words(here, high + (here < low ? 1u : 0u), step_low, step_high, seed_low, seed_high);
+    put_words(w, i, b.word[0], b.word[1], b.word[2], b.word[3]);
+  }
+}
+
+// likewise of every `step`-th block
+inline void draw_every(const Stream& s, uint64_t seed, uint64_t block, uint64_t step, int n, DrawBuffer& b) {
+  const uint32_t step_low = uint32_t(s.step), step_high = high_of_step(s.step, s.purpose);
+  const uint32_t seed_low = uint32_t(seed), seed_high = uint32_t(seed >> 32);
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const uint64_t here = block + uint64_t(uint32_t(i)) * step;
+    const Words w = block_words(uint32_t(here), uint32_t(here >> 32), step_low, step_high, seed_low, seed_high);
     put_words(w, i, b.word[0], b.word[1], b.word[2], b.word[3]);
   }
 }

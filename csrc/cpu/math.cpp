@@ -32,6 +32,9 @@ void math_evaluate(const MathArgs& a, int64_t begin, int64_t end) {
     case MathFunction::radius: return each(a, begin, end, [](float x) { return radius(bits_of(x)); });
     case MathFunction::sin_turns: return each(a, begin, end, [](float x) { return sincos_turns(bits_of(x) >> 8).sin; });
     case MathFunction::cos_turns: return each(a, begin, end, [](float x) { return sincos_turns(bits_of(x) >> 8).cos; });
+    // of numbers that are not positive
+    case MathFunction::exp_minus: return each(a, begin, end, [](float x) { return exp_less(-abs_(x), 0.f); });
+    case MathFunction::expm1_minus: return each(a, begin, end, [](float x) { return exp_less(-abs_(x), 1.f); });
   }
 }
 

@@ -6,11 +6,12 @@
 namespace pyflow {
 
 enum class MathFunction : int {
-  exp, exp_unfused, tanh, tanh_unfused, log, log1p01, softplus, sigmoid, atan, log_plain, radius, sin_turns, cos_turns
+  exp, exp_unfused, tanh, tanh_unfused, log, log1p01, softplus, sigmoid, atan, log_plain, radius, sin_turns, cos_turns,
+  exp_minus, expm1_minus
 };
 constexpr const char* kMathFunctions[] = {"exp",     "exp_unfused", "tanh",      "tanh_unfused", "log",
                                           "log1p01", "softplus",    "sigmoid",   "atan",         "log_plain",
-                                          "radius",  "sin_turns",   "cos_turns"};
+                                          "radius",  "sin_turns",   "cos_turns", "exp_minus",    "expm1_minus"};
 
 struct MathArgs {
   MathFunction function;

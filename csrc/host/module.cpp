@@ -2,20 +2,30 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
+#include <vector>
 
 #include "../cpu/dispatch.h"
 #include "../cpu/math.h"
+#include "../cpu/sector.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+using FloatArray = Array<float>;
+
+const pyflow::CpuTable* table_for(const std::string& function) {
+  const pyflow::CpuTable* table = pyflow::cpu_table();
+  if (!table) throw std::runtime_error(function + ": none of the compiled instruction sets runs on this CPU");
+  return table;
+}
 
 FloatArray evaluate(const std::string& name, const FloatArray& x) {
-  const pyflow::CpuTable* table = pyflow::cpu_table();
-  if (!table) throw std::runtime_error("evaluate: none of the compiled instruction sets runs on this CPU");
+  const pyflow::CpuTable* table = table_for("evaluate");
   int index = 0;
   for (const char* known : pyflow::kMathFunctions) {
     if (name == known) {
@@ -26,6 +36,19 @@ FloatArray evaluate(const std::string& name, const FloatArray& x) {
     ++index;
   }
   throw py::value_error("evaluate: unknown function " + name);
+}
+
+Array<double> sector_probability(const Array<int64_t>& n, const Array<double>& theta, bool complement, bool log) {
+  const pyflow::CpuTable* table = table_for("sector_probability");
+  const int64_t size = n.size();
+  if (theta.size() != size) throw py::value_error("sector_probability: n and theta must have the same size");
+  Array<double> out(size);
+  pyflow::SectorFormula a{n.data(), theta.data(), complement, log, nullptr, out.mutable_data()};
+  const py::gil_scoped_release release;
+  std::vector<double> work(size ? pyflow::path_room(*std::max_element(a.n, a.n + size)) : 0);
+  a.work = work.data();
+  table->sector_formula(a, 0, size);
+  return out;
 }
 
 }  // namespace
@@ -43,5 +66,7 @@ PYBIND11_MODULE(_host, m) {
       "The instruction set in use, or None where none of this build runs on this CPU.");
   m.def("evaluate", &evaluate, py::arg("name"), py::arg("x"),
         "An elementary function of csrc/math of every float32 in x, flat.");
+  m.def("sector_probability", &sector_probability, py::arg("n"), py::arg("theta"), py::arg("complement"),
+        py::arg("log"), "Probability that n points of a disc lie inside one sector of angle theta, elementwise, flat.");
   m.def("compiler", []() { return __VERSION__; }, "Version of the C++ compiler of this build.");
 }

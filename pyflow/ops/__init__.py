@@ -7,6 +7,7 @@ from .hsic import center_gram, cka, hsic, hsic_matrix
 from .nhsic import nhsic
 from .noise import normal, philox, sample_seeds, uniform
 from .sde import denoising_loss, langevin_step, perturb, sde_step
+from .sector import sector_counts
 
 __all__ = [
     "additive_coupling",
@@ -29,5 +30,6 @@ __all__ = [
     "residual_fsq",
     "sample_seeds",
     "sde_step",
+    "sector_counts",
     "uniform",
 ]

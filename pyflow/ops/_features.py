@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS
-from ._variables import Variable, between, ratio
+from ._variables import Variable, between, points, ratio
 from .noise import normal, uniform
 
 APPROXIMATIONS = ("rff", "nystrom")
@@ -20,12 +20,12 @@ HELD = 2**22
 
 
 class Features(NamedTuple):
-    """A map of rows of z to features whose products are the kernel.
+    """A map of rows to features whose products are the kernel.
 
     They come in `groups` of independent draws (one where nothing is drawn), and the kernel is the mean over groups.
     """
 
-    of: Callable[[Tensor], Tensor]  # (..., m, d) -> (..., m, groups * width)
+    of: Callable[[Tensor], Tensor]  # (..., m, d) of `points` -> (..., m, groups * width)
     groups: int
     width: int
 
@@ -58,18 +58,19 @@ def approximation(
     check.choice(op, "approximate", approximate, APPROXIMATIONS)
     n_features = check.at_least(op, "n_features", n_features, 2)
     x, y = every
+    rows = [points(v) for v in every]
     if approximate == "rff":
         # x with itself needs a second draw: a frequency is not independent of itself
         features = [_fourier(op, v, n_features, seed, step) for step, v in enumerate((x, y) * (1 + normalize))]
         own = [(0, 2), (1, 3)]
     else:
-        features = [_landmarks(op, v, n_features, seed) for v in every]
+        features = [_landmarks(op, v, of, n_features, seed) for v, of in zip(every, rows)]
         own = [(0, 0), (1, 1)]
     n = x.z.shape[-2]
     bounded = with_error and approximate == "nystrom"
     pairs = [(0, 1), *(own if normalize else ())]
-    zs = [every[m % 2].z for m in range(len(features))]
-    sums, spectra = _sums(zs, features, pairs, estimator == "unbiased", bounded)
+    rows = [rows[m % 2] for m in range(len(features))]
+    sums, spectra = _sums(rows, features, pairs, estimator == "unbiased", bounded)
     tables = [_table(one, n, estimator) for one in sums]
     value, *others = (table.mean((-2, -1)) for table in tables)
     error = None
@@ -106,14 +107,14 @@ def _fourier(op: str, v: Variable, n_features: int, seed: int, step: int) -> Fea
     return Features(of, shape[1], 2)
 
 
-def _landmarks(op: str, v: Variable, n_features: int, seed: int) -> Features:
+def _landmarks(op: str, v: Variable, rows: Tensor, n_features: int, seed: int) -> Features:
     """K(., landmarks) K(landmarks, landmarks)^(-1/2), in float64."""
     if HSIC_KERNELS[v.kernel] == "precomputed":
         raise ValueError(f"{op}: approximate 'nystrom' must have rows to choose from, got a precomputed matrix")
-    n = v.z.shape[-2]
+    n = rows.shape[-2]
     count = min(n_features, n)
-    rows = uniform((n,), seed=seed, purpose="monte_carlo", device=v.z.device).topk(count).indices
-    chosen = v.z.index_select(-2, rows)
+    which = uniform((n,), seed=seed, purpose="monte_carlo", device=rows.device).topk(count).indices
+    chosen = rows.index_select(-2, which)
     gram = between(v, chosen, chosen)
     # equal landmarks, or more than the kernel has dimensions, make it singular
     scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(gram.dtype).tiny)[..., None, None]
@@ -190,7 +191,6 @@ def _bound(every: Sequence[Variable], spectra: Sequence[tuple[Tensor, Tensor]]) 
     """
     missing, largest = [], []
     for v, (covariance, of_mean) in zip(every, spectra):
-        whole = (v.diagonal + v.shift.double().unsqueeze(-1)).sum(-1)
-        missing.append((whole - covariance.diagonal(dim1=-2, dim2=-1).sum(-1) - of_mean).clamp(min=0))
+        missing.append((v.diagonal.sum(-1) - covariance.diagonal(dim1=-2, dim2=-1).sum(-1) - of_mean).clamp(min=0))
         largest.append(torch.linalg.eigvalsh(covariance)[..., -1])
     return missing[0] * (largest[1] + missing[1]) + missing[1] * largest[0]

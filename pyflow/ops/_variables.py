@@ -1,7 +1,7 @@
 """A variable of HSIC: data and kernel brought into the form that the operators take.
 
-Every kernel is a function of z alone: bandwidths and factors are divided into z, so that their gradients, and those
-of whatever made them, come from torch.
+Kernels of distances are functions of z over a bandwidth; the factors of the others are multiplied into z, so that their
+gradients come from torch.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Variable(NamedTuple):
     """What `hsic_sums` is given for one variable; `batch` are leading dims."""
 
     z: Tensor  # (*batch, n, d)
+    scale: Tensor  # (*batch) one over the bandwidth
     kernel: int  # of HSIC_KERNELS
     degree: int
-    shift: Tensor  # (*batch) 0 or 1: the operators see K - shift, for which HSIC is the same
-    diagonal: Tensor  # (*batch, n) of K - shift, float64
-    linear: bool
+    diagonal: Tensor  # (*batch, n) of K, float64
+    linear: bool = False
 
 
 def variable(
@@ -51,7 +51,7 @@ def variable(
         raise ValueError(f"{op}: {name} must be (..., n, d), got a tensor of shape {tuple(x.shape)}")
     if x.shape[-1] == 0:
         raise ValueError(f"{op}: {name} must have at least one column, got shape {tuple(x.shape)}")
-    if check.values_are_checked(x) and not bool(x.isfinite().all()):
+    if x.numel() and check.values_are_checked(x) and not all(bool(end.isfinite()) for end in x.aminmax()):
         raise ValueError(f"{op}: {name} must be finite, got NaN or infinity")
     x = x.to(compute_dtype(x.dtype))
     if kernel == "precomputed":
@@ -62,25 +62,17 @@ def variable(
 
 
 def _distances(op: str, name: str, x: Tensor, kernel: str, bandwidth: float | Tensor | str) -> Variable:
-    n = x.shape[-2]
-    centred = x - x.detach().mean(-2, keepdim=True)
     if isinstance(bandwidth, str):
         if bandwidth != "median":
             raise ValueError(f"{op}: bandwidth must be a number, a tensor or 'median', got {bandwidth!r}")
-        sigma = median_distance(centred.detach(), 1.0 if kernel == "laplacian" else 2.0)
+        sigma = median_distance(x.detach(), 1.0 if kernel == "laplacian" else 2.0)
     else:
         sigma = _bandwidth(op, "bandwidth" if name == "x" else "bandwidth_y", bandwidth, x)
-    z = centred / sigma[..., None, None]
-    with torch.no_grad():
-        # mean squared distance at most 4 sigma^2, mean absolute distance (of normal data) at most 2 sigma
-        spread = z.square().sum(-2) / max(n - 1, 1)
-        if kernel == "rbf":
-            shift = spread.sum(-1) <= 2
-        else:
-            shift = spread.sqrt().sum(-1) <= math.sqrt(math.pi)
-        shift = shift.to(z.dtype)
-        diagonal = (1 - shift.double()).unsqueeze(-1).expand(z.shape[:-1])
-    return Variable(z, HSIC_KERNELS.index(kernel), 1, shift, diagonal, False)
+    return Variable(x, 1 / sigma, HSIC_KERNELS.index(kernel), 1, _ones(x))
+
+
+def _ones(x: Tensor) -> Tensor:
+    return torch.ones((), dtype=torch.float64, device=x.device).expand(x.shape[:-1])
 
 
 def _bandwidth(op: str, name: str, value: float | Tensor, x: Tensor) -> Tensor:
@@ -100,7 +92,7 @@ def _bandwidth(op: str, name: str, value: float | Tensor, x: Tensor) -> Tensor:
 
 def _products(op: str, x: Tensor, kernel: str, degree: int, gamma: float | None, coef0: float) -> Variable:
     if kernel == "linear":
-        z, degree = x - x.detach().mean(-2, keepdim=True), 1
+        z, degree = x - x.mean(-2, keepdim=True), 1
     else:
         degree = check.at_least(op, "degree", degree, 1)
         gamma = 1 / x.shape[-1] if gamma is None else check.positive(op, "gamma", gamma)
@@ -110,9 +102,7 @@ def _products(op: str, x: Tensor, kernel: str, degree: int, gamma: float | None,
         # a column more: its products are coef0
         z = torch.cat((x * math.sqrt(gamma), x.new_full((*x.shape[:-1], 1), math.sqrt(coef0))), -1)
     diagonal = z.double().square().sum(-1) ** degree
-    return Variable(
-        z, HSIC_KERNELS.index("polynomial"), degree, z.new_zeros(z.shape[:-2]), diagonal, kernel == "linear"
-    )
+    return Variable(z, z.new_ones(()), HSIC_KERNELS.index("polynomial"), degree, diagonal, kernel == "linear")
 
 
 def _matrix(op: str, name: str, x: Tensor) -> Variable:
@@ -125,7 +115,7 @@ def _matrix(op: str, name: str, x: Tensor) -> Variable:
     # HSIC does not change, and the sums are of smaller numbers
     z = x - x.detach().mean((-2, -1), keepdim=True)
     diagonal = z.diagonal(dim1=-2, dim2=-1).double()
-    return Variable(z, HSIC_KERNELS.index("precomputed"), 1, z.new_zeros(z.shape[:-2]), diagonal, False)
+    return Variable(z, z.new_ones(()), HSIC_KERNELS.index("precomputed"), 1, diagonal)
 
 
 def _labels(op: str, name: str, x: object) -> Variable:
@@ -142,13 +132,18 @@ def _labels(op: str, name: str, x: object) -> Variable:
         # float32 holds 24 bits exactly
         pieces = [x & 0xFFFFFF, x >> 24 & 0xFFFFFF, x >> 48] if x.dtype in (torch.int64, torch.int32) else [x]
         z = torch.cat([piece.float() for piece in pieces], -1)
-    shift = z.new_zeros(z.shape[:-2])
-    diagonal = torch.ones(z.shape[:-1], dtype=torch.float64, device=z.device)
-    return Variable(z, HSIC_KERNELS.index("delta"), 1, shift, diagonal, False)
+    return Variable(z, z.new_ones(()), HSIC_KERNELS.index("delta"), 1, _ones(z))
 
 
-def between(v: Variable, a: Tensor, b: Tensor, shift: bool = False) -> Tensor:
-    """(..., m, n) kernel between rows a (..., m, d) and b (..., n, d) of v.z, with `shift` minus v's, in float64.
+def points(v: Variable) -> Tensor:
+    """(..., n, d) rows that the kernel is a function of, in units of the bandwidth: `between` takes some of them."""
+    if HSIC_KERNELS[v.kernel] not in ("rbf", "laplacian"):
+        return v.z
+    return (v.z - v.z.detach().mean(-2, keepdim=True)) * v.scale[..., None, None]
+
+
+def between(v: Variable, a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
+    """(..., m, n) kernel between `points` a (..., m, d) and b (..., n, d), less shift (...) of 0 or 1, in float64.
 
     Not for precomputed kernels.
     """
@@ -164,7 +159,7 @@ def between(v: Variable, a: Tensor, b: Tensor, shift: bool = False) -> Tensor:
         half = [t.square().sum(-1) / 2 for t in (a, b)]
         exponent = (a @ b.mT - (half[0].unsqueeze(-1) + half[1].unsqueeze(-2))).clamp(max=0)
     value = exponent.exp()
-    return torch.where(v.shift[..., None, None] != 0, exponent.expm1(), value) if shift else value
+    return value if shift is None else torch.where(shift[..., None, None] != 0, exponent.expm1(), value)
 
 
 def ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:

@@ -200,11 +200,11 @@ def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
     if inplace:
         if gram.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: inplace must not be used on a tensor that requires a gradient")
-        if runs_reference(op, gram):
+        if runs_reference(op, gram, cuda=False):
             return gram.copy_(ref.center_gram(gram.to(_wide(gram.dtype))))
         call("center_gram_", gram)
         return gram
-    if runs_reference(op, gram):
+    if runs_reference(op, gram, cuda=False):
         return ref.center_gram(gram.to(_wide(gram.dtype))).to(gram.dtype)
     return call("center_gram", gram)
 
@@ -256,7 +256,7 @@ def together(op: str, every: list[Variable]) -> list[Variable]:
     return [
         v._replace(
             z=v.z.to(dtype).expand(*batch, *v.z.shape[-2:]),
-            shift=v.shift.to(dtype).expand(batch),
+            scale=v.scale.to(dtype).expand(batch),
             diagonal=v.diagonal.expand(*batch, -1),
         )
         for v in every
@@ -276,7 +276,7 @@ def values(
     pairs: Sequence[tuple[int, int]],
     estimator: str,
     allow_tf32: bool,
-    visit: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    visit: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """(*batch, P) the estimate of every pair of variables, float64; `visit` stands in for `sums`."""
     n = every[0].z.shape[-2]
@@ -285,10 +285,11 @@ def values(
         widths = [(a.z.shape[-1], b.z.shape[-1]) for a, b in zip(used[::2], used[1::2])]
         if sum(a * b for a, b in widths) < n * sum(v.z.shape[-1] for v in every) / 2:
             return torch.stack([_of_covariance(every[a].z, every[b].z, estimator) for a, b in pairs], -1)
-    rows, cross = (visit or sums)(op, every, pairs, allow_tf32)
+    rows, cross, shift = (visit or sums)(op, every, pairs, allow_tf32)
+    diagonals = [v.diagonal - shift[..., m, None] for m, v in enumerate(every)]
     return torch.stack(
         [
-            estimate(cross[..., p], rows[..., a, :], rows[..., b, :], every[a].diagonal, every[b].diagonal, estimator)
+            estimate(cross[..., p], rows[..., a, :], rows[..., b, :], diagonals[a], diagonals[b], estimator)
             for p, (a, b) in enumerate(pairs)
         ],
         -1,
@@ -302,25 +303,25 @@ def sums(
     allow_tf32: bool = False,
     part: int = 0,
     parts: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Row sums (*batch, M, n) and sums of products (*batch, P) over i != j of K - shift, float64.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row sums (*batch, M, n) and sums of products (*batch, P) over i != j of K - shift, and shift (*batch, M); float64.
 
-    Of the tiles only part `part` of `parts` is visited: the results of all parts add up.
+    HSIC is the same for any shift. Of the tiles only part `part` of `parts` is visited: row sums and sums of products
+    of all parts add up.
     """
     batch = every[0].z.shape[:-2]
-    z = torch.cat([v.z for v in every], -1)
+    z = torch.cat([v.z for v in every], -1) if len(every) > 1 else every[0].z
     z = z.reshape(-1, *z.shape[-2:])
-    shift = torch.stack([v.shift for v in every], -1).reshape(-1, len(every))
+    scale = torch.stack([v.scale for v in every], -1).reshape(-1, len(every))
     dims = [v.z.shape[-1] for v in every]
     kernels, degrees = [v.kernel for v in every], [v.degree for v in every]
     flat = [m for pair in pairs for m in pair]
-    if runs_reference(op, z):
-        rows, cross = ref.hsic_sums(z, shift, dims, kernels, degrees, flat)
-        if part > 0:
-            rows, cross = torch.zeros_like(rows), torch.zeros_like(cross)
+    if runs_reference(op, z, cuda=False):
+        made = _reference(z, scale, dims, kernels, degrees, flat, allow_tf32, part, parts)
     else:
-        rows, cross = call("hsic_sums", z, shift, dims, kernels, degrees, flat, allow_tf32, part, parts)
-    return rows.reshape(*batch, *rows.shape[1:]), cross.reshape(*batch, cross.shape[1])
+        made = call("hsic_sums", z, scale, dims, kernels, degrees, flat, allow_tf32, part, parts)
+    rows, cross, shift = (t.reshape(*batch, *t.shape[1:]) for t in made)
+    return rows, cross, shift
 
 
 def estimate(cross: Tensor, k: Tensor, m: Tensor, diag_k: Tensor, diag_l: Tensor, estimator: str) -> Tensor:
@@ -347,7 +348,7 @@ def _of_covariance(x: Tensor, y: Tensor, estimator: str) -> Tensor:
 
 def permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:
     """(R,) sum over i != j of K[i, j] L[p[i], p[j]], float64, for every row p of permutations (R, n) int32."""
-    if runs_reference("hsic_permuted", gram_x):
+    if runs_reference("hsic_permuted", gram_x, cuda=False):
         return ref.hsic_permuted(gram_x, gram_y, permutations)
     return call("hsic_permuted", gram_x, gram_y, permutations)
 
@@ -355,44 +356,55 @@ def permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:
 # what torch must know of each operator, arguments in the order of its schema
 
 
-def _reference(z, shift, dims, kernels, degrees, pairs, allow_tf32, part, parts):
-    rows, cross = ref.hsic_sums(z, shift, dims, kernels, degrees, pairs)
-    return (rows, cross) if part == 0 else (torch.zeros_like(rows), torch.zeros_like(cross))
+def _reference(z, scale, dims, kernels, degrees, pairs, allow_tf32, part, parts):
+    rows, cross, shift = ref.hsic_sums(z, scale, dims, kernels, degrees, pairs)
+    # all matrices are made whole: the first part has everything
+    return (rows, cross, shift) if part == 0 else (torch.zeros_like(rows), torch.zeros_like(cross), shift)
 
 
-def _fake(z, shift, dims, kernels, degrees, pairs, allow_tf32, part, parts):
+def _fake(z, scale, dims, kernels, degrees, pairs, allow_tf32, part, parts):
     rows = z.new_empty((z.shape[0], len(dims), z.shape[1]), dtype=torch.float64)
-    return rows, z.new_empty((z.shape[0], len(pairs) // 2), dtype=torch.float64)
+    return rows, rows.new_empty((z.shape[0], len(pairs) // 2)), rows.new_empty((z.shape[0], len(dims)))
 
 
 def _setup(ctx, inputs, output):
-    z, shift, *ctx.grams, part, ctx.parts = inputs
-    ctx.save_for_backward(z, shift)
+    z, scale, *ctx.grams, part, ctx.parts = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(z, scale)
 
 
-def _backward(ctx, grad_rows, grad_cross):
+def _backward(ctx, grad_rows, grad_cross, _):
     if ctx.parts != 1:
         raise RuntimeError("hsic: a part of the tiles has no gradient")
-    z, shift = ctx.saved_tensors
-    grad = call("hsic_sums_backward", grad_rows, grad_cross, z, shift, *ctx.grams)
-    return grad, None, *[None] * (len(ctx.grams) + 2)
+    z, scale = ctx.saved_tensors
+    grad = call("hsic_sums_backward", grad_rows, grad_cross, z, scale, *ctx.grams)
+    grad_scale = _of_scale(grad, z, scale, ctx.grams[0]) if ctx.needs_input_grad[1] else None
+    return grad, grad_scale, *[None] * (len(ctx.grams) + 2)
 
 
-def _vmap(info, in_dims, z, shift, *options):
-    return one_by_one(info, in_dims, torch.ops.pyflow.hsic_sums, (z, shift), *options), (0, 0)
+def _of_scale(grad, z, scale, dims):
+    """Gradient of the scales: that of z scales with them."""
+    parts = zip(grad.split(list(dims), -1), z.split(list(dims), -1))
+    # a kernel of distances does not change where all rows move, so centring is free
+    dots = [(g * (part - part.mean(-2, keepdim=True))).sum((-2, -1)) for g, part in parts]
+    return torch.stack(dots, -1) / scale
 
 
-def _sums_gradient(grad_rows, grad_cross, z, shift, dims, kernels, degrees, pairs, allow_tf32):
-    formula = lambda z: ref.hsic_sums(z, shift, dims, kernels, degrees, pairs)  # noqa: E731
+def _vmap(info, in_dims, z, scale, *options):
+    return one_by_one(info, in_dims, torch.ops.pyflow.hsic_sums, (z, scale), *options), (0, 0, 0)
+
+
+def _sums_gradient(grad_rows, grad_cross, z, scale, dims, kernels, degrees, pairs, allow_tf32):
+    formula = lambda z: ref.hsic_sums(z, scale, dims, kernels, degrees, pairs)[:2]  # noqa: E731
     return vector_jacobian(formula, (z,), (grad_rows, grad_cross))[0]
 
 
-def _backward_reference(grad_rows, grad_cross, z, shift, *grams):
+def _backward_reference(grad_rows, grad_cross, z, scale, *grams):
     with torch.no_grad():
-        return _sums_gradient(grad_rows, grad_cross, z, shift, *grams).contiguous()
+        return _sums_gradient(grad_rows, grad_cross, z, scale, *grams).contiguous()
 
 
-def _backward_fake(grad_rows, grad_cross, z, shift, *grams):
+def _backward_fake(grad_rows, grad_cross, z, scale, *grams):
     return z.new_empty(z.shape)
 
 
@@ -402,10 +414,8 @@ def _backward_setup(ctx, inputs, output):
 
 
 def _backward_backward(ctx, grad):
-    grad_rows, grad_cross, z, shift = ctx.saved_tensors
-    formula = lambda rows, cross, z: (_sums_gradient(rows, cross, z, shift, *ctx.grams),)  # noqa: E731
-    grads = vector_jacobian(formula, (grad_rows, grad_cross, z), (grad,))
-    return *grads, None, *[None] * len(ctx.grams)
+    formula = lambda *tensors: (_sums_gradient(*tensors, *ctx.grams),)  # noqa: E731
+    return *vector_jacobian(formula, ctx.saved_tensors, (grad,)), *[None] * len(ctx.grams)
 
 
 def _backward_vmap(info, in_dims, *args):

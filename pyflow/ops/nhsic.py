@@ -66,7 +66,7 @@ def nhsic(
 def regularised(v: Variable, epsilon: float) -> Tensor:
     """Kc (Kc + epsilon n I)^-1."""
     n = v.z.shape[-2]
-    gram = ref.gram(v.z.double(), v.shift.double(), HSIC_KERNELS[v.kernel], v.degree)
-    centred = ref.center_gram(gram + torch.diag_embed(v.diagonal))
+    gram, shift = ref.gram(v.z.double(), v.scale.double(), HSIC_KERNELS[v.kernel], v.degree)
+    centred = ref.center_gram(gram + torch.diag_embed(v.diagonal - shift.unsqueeze(-1)))
     factor = torch.linalg.cholesky(centred + epsilon * n * torch.eye(n, dtype=gram.dtype, device=gram.device))
     return torch.cholesky_solve(centred, factor)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .._schemas import HSIC_KERNELS
+
+
+# the mean squared distance is twice the sum of the variances, in units of the bandwidth; that of absolute ones, of
+# normal data, 2 / sqrt(pi) times the sum of the deviations
+WIDE_VARIANCE = 2.0
+WIDE_DEVIATION = math.sqrt(math.pi)
 
 
 def raw(z: Tensor, kernel: str) -> Tensor:
@@ -24,9 +31,22 @@ def raw(z: Tensor, kernel: str) -> Tensor:
     return (dot - (half.unsqueeze(-1) + half.unsqueeze(-2))).clamp(max=0)
 
 
-def gram(z: Tensor, shift: Tensor, kernel: str, degree: int) -> Tensor:
-    """(..., n, n) kernel matrix minus shift (..., 0 or 1), with zeros on its diagonal."""
-    value = raw(z, kernel)
+def wide(z: Tensor, kernel: str) -> Tensor:
+    """(...) 1 where z, in units of the bandwidth, is so narrow that K - 1 takes the place of K, else 0."""
+    if kernel not in ("rbf", "laplacian"):
+        return z.new_zeros(z.shape[:-2])
+    z = z.detach()
+    variance = (z - z.mean(-2, keepdim=True)).square().sum(-2) / max(z.shape[-2] - 1, 1)
+    if kernel == "rbf":
+        return (variance.sum(-1) <= WIDE_VARIANCE).to(z.dtype)
+    return (variance.sqrt().sum(-1) <= WIDE_DEVIATION).to(z.dtype)
+
+
+def gram(z: Tensor, scale: Tensor, kernel: str, degree: int) -> tuple[Tensor, Tensor]:
+    """(..., n, n) kernel matrix less a shift, with zeros on its diagonal, and the shift, (...) 0 or 1."""
+    if kernel in ("rbf", "laplacian"):
+        z = (z - z.detach().mean(-2, keepdim=True)) * scale[..., None, None]
+    value, shift = raw(z, kernel), wide(z, kernel)
     if kernel in ("rbf", "laplacian"):
         exponent = value if kernel == "rbf" else -value
         value = torch.where(shift[..., None, None] != 0, exponent.expm1(), exponent.exp())
@@ -34,23 +54,28 @@ def gram(z: Tensor, shift: Tensor, kernel: str, degree: int) -> Tensor:
         value = value**degree
     elif kernel == "delta":
         value = (value == 0).to(z.dtype)
-    return value.masked_fill(torch.eye(z.shape[-2], dtype=torch.bool, device=z.device), 0)
+    return value.masked_fill(torch.eye(z.shape[-2], dtype=torch.bool, device=z.device), 0), shift
 
 
 def hsic_sums(
     z: Tensor,
-    shift: Tensor,
+    scale: Tensor,
     dims: Sequence[int],
     kernels: Sequence[int],
     degrees: Sequence[int],
     pairs: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """Row sums (B, M, n) of each variable's Gram matrix and sums (B, P) of their products, float64, i != j."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Over i != j: row sums (B, M, n) of each variable's Gram matrix less its shift, and sums (B, P) of their products.
+
+    And the shifts, (B, M); all float64. Kernels of distances are functions of z times scale (B, M).
+    """
     parts = z.split(list(dims), -1)
-    grams = [gram(part, shift[:, m], HSIC_KERNELS[kernels[m]], degrees[m]).double() for m, part in enumerate(parts)]
+    made = [gram(part, scale[:, m], HSIC_KERNELS[kernels[m]], degrees[m]) for m, part in enumerate(parts)]
+    grams = [matrix.double() for matrix, _ in made]
     rows = torch.stack([g.sum(-1) for g in grams], 1)
     cross = [(grams[a] * grams[b]).sum((-2, -1)) for a, b in zip(pairs[::2], pairs[1::2])]
-    return rows, torch.stack(cross, 1) if cross else rows.new_zeros(len(z), 0)
+    shift = torch.stack([shift.double() for _, shift in made], 1)
+    return rows, torch.stack(cross, 1) if cross else rows.new_zeros(len(z), 0), shift
 
 
 def hsic_permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .._schemas import HSIC_KERNELS
-from ..ops._variables import Variable, between
+from ..reference import hsic as ref
+from ..ops._variables import Variable, between, points
 
 # elements of a block
 BLOCK = 2**22
@@ -28,6 +29,9 @@ class CentredGram:
     def __init__(self, v: Variable, unbiased: bool) -> None:
         self.v, self.unbiased = v, unbiased
         self.n = v.z.shape[-2]
+        self.points = points(v)
+        self.shift = ref.wide(self.points, HSIC_KERNELS[v.kernel]).double()
+        self.diagonal = v.diagonal - self.shift
         # a constant variable has nothing left but rounding
         self.constant = bool((v.z == v.z[:1]).all())
         self.starts = range(0, self.n, max(1, BLOCK // self.n))
@@ -39,25 +43,26 @@ class CentredGram:
             if len(self.starts) == 1:
                 self._only = block
             stop = start + len(block)
-            self.rows[start:stop] = block.sum(1) - v.diagonal[start:stop]
+            self.rows[start:stop] = block.sum(1) - self.diagonal[start:stop]
             largest.append(block.abs().amax())
         self.largest = torch.stack(largest).amax()
         if unbiased:
             self._mean = self.rows / (self.n - 2)
             self._all = self.rows.sum() / ((self.n - 1) * (self.n - 2))
         else:
-            self._mean = (self.rows + v.diagonal) / self.n
+            self._mean = (self.rows + self.diagonal) / self.n
             self._all = self._mean.mean()
 
     def _raw(self, start: int) -> Tensor:
         """(m, n) rows of K - shift."""
         if self._only is not None:
             return self._only
-        z, stop = self.v.z, min(start + self.starts.step, self.n)
+        stop = min(start + self.starts.step, self.n)
+        rows = self.points[start:stop]
         if HSIC_KERNELS[self.v.kernel] == "precomputed":
-            return z[start:stop].double()
-        block = between(self.v, z[start:stop], z, shift=True)
-        block.diagonal(start).copy_(self.v.diagonal[start:stop])
+            return rows.double()
+        block = between(self.v, rows, self.points, self.shift)
+        block.diagonal(start).copy_(self.diagonal[start:stop])
         return block
 
     def block(self, start: int) -> Tensor:
@@ -82,7 +87,7 @@ class CentredGram:
 
     def off_diagonal_mean(self) -> Tensor:
         """Of K itself."""
-        return self.rows.sum() / (self.n * (self.n - 1)) + self.v.shift
+        return self.rows.sum() / (self.n * (self.n - 1)) + self.shift
 
 
 def blocks(x: CentredGram, y: CentredGram) -> Iterator[tuple[int, Tensor, Tensor]]:

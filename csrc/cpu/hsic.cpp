@@ -1,0 +1,589 @@
+#include "hsic.h"
+
+#include "tile.h"
+
+namespace pyflow::PYFLOW_ISA {
+
+// as many sums as the registers hold: gcc keeps all of them there and reaches the peak of a core (107 of 112 GFLOP/s
+// on a Zen 4, where the BLAS of torch reaches 104)
+#if defined(__AVX512F__)
+constexpr int kRows = 8, kStripBytes = 128;
+#else
+constexpr int kRows = 4, kStripBytes = 64;
+#endif
+template <class T>
+constexpr int kCols = kStripBytes / sizeof(T);
+static_assert(kRows <= kPanel && kPad % kCols<float> == 0);
+
+PYFLOW_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+PYFLOW_FN double fold(double* lane) {
+  for (int width = 8; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+  }
+  return lane[0];
+}
+
+// the sum of n values, each also added to its column's; n a multiple of 16
+template <class T>
+double add_row(const T* __restrict value, double* __restrict column, int64_t n) {
+  double lane[16] = {};
+  for (int64_t i = 0; i < n; i += 16) {
+#pragma omp simd
+    for (int j = 0; j < 16; ++j) {
+      const double v = double(value[i + j]);
+      lane[j] += v;
+      column[i + j] += v;
+    }
+  }
+  return fold(lane);
+}
+
+template <class T>
+void add_products(const T* __restrict x, const T* __restrict y, double* __restrict sums, int64_t n) {
+  double lane[16];
+  for (int j = 0; j < 16; ++j) lane[j] = sums[j];
+  for (int64_t i = 0; i < n; i += 16) {
+#pragma omp simd
+    for (int j = 0; j < 16; ++j) {
+      lane[j] = fma_(double(x[i + j]), double(y[i + j]), lane[j]);
+    }
+  }
+  for (int j = 0; j < 16; ++j) sums[j] = lane[j];
+}
+
+// out[r][c]: the sum over the features of a row of a and a column of the strip, (dim, kCols)
+template <RawSum R, int Rows, class T>
+void raw_block(const T* __restrict a, int64_t stride, const T* __restrict strip, int64_t dim, T* __restrict out,
+               int64_t out_stride) {
+  T sum[Rows][kCols<T>] = {};
+  for (int64_t k = 0; k < dim; ++k) {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const T value = a[r * stride + k];
+#pragma omp simd
+      for (int c = 0; c < kCols<T>; ++c) {
+        sum[r][c] = accumulate<R>(sum[r][c], value, strip[k * kCols<T> + c]);
+      }
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int c = 0; c < kCols<T>; ++c) out[r * out_stride + c] = sum[r][c];
+  }
+}
+
+// rows [row, row + rows) by columns [col, col + cols) of a Gram matrix; a row's values lie `stride` apart from the next's
+struct Panel {
+  int64_t row, rows, col, cols, stride;
+};
+
+// columns of the panel left of this one are on or below the diagonal for all of its rows
+template <class T>
+PYFLOW_FN int64_t first_column(const Panel& p) {
+  return p.row > p.col ? (p.row - p.col) / kCols<T> * kCols<T> : 0;
+}
+
+template <RawSum R, class T>
+void raw_panel(const GramArgs& a, const GramVariable& v, int64_t slot, const Panel& p, T* out) {
+  const T* item = (const T*)a.workspace + slot * a.workspace_size;
+  const T *rows = item + v.rows + p.row * v.width, *strips = item + v.strips;
+  for (int64_t c = first_column<T>(p); c < p.cols; c += kCols<T>) {
+    const T* strip = strips + (p.col + c) * v.dim;
+    if (p.rows == kRows) {
+      raw_block<R, kRows>(rows, v.width, strip, v.dim, out + c, p.stride);
+    } else {
+      for (int64_t r = 0; r < p.rows; ++r) {
+        raw_block<R, 1>(rows + r * v.width, v.width, strip, v.dim, out + r * p.stride + c, p.stride);
+      }
+    }
+  }
+}
+
+// what is not above the diagonal, or beyond the matrix up to a multiple of kPad, counts as 0
+template <class T>
+void clear_outside(const Panel& p, T* out) {
+  const int64_t width = (p.cols + kPad - 1) / kPad * kPad;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    T* row = out + r * p.stride;
+    for (int64_t c = 0; c < p.cols && p.col + c <= p.row + r; ++c) row[c] = T(0);
+    for (int64_t c = p.cols; c < width; ++c) row[c] = T(0);
+  }
+}
+
+template <class T, class F>
+PYFLOW_FN void each_value(const Panel& p, T* out, F f) {
+  const int64_t first = first_column<T>(p);
+  for (int64_t r = 0; r < p.rows; ++r) {
+    T* __restrict row = out + r * p.stride;
+#pragma omp simd
+    for (int64_t c = first; c < p.cols; ++c) {
+      row[c] = f(row[c], r, c);
+    }
+  }
+}
+
+// the panel of the variable's Gram matrix less its shift, zero outside
+template <class T>
+void gram_panel(const GramArgs& a, int64_t m, int64_t slot, const Panel& p, T* out) {
+  const GramVariable& v = a.variable[m];
+  const T shift = T(a.shift[(a.item + slot) * a.variables + m]);
+  switch (raw_sum(v.kernel, v.dim)) {
+    case RawSum::product: {
+      raw_panel<RawSum::product>(a, v, slot, p, out);
+      if (v.kernel == GramKernel::rbf) {
+        const T* __restrict halves = (const T*)a.halves + (slot * a.variables + m) * a.padded;
+        const T *rows = halves + p.row, *cols = halves + p.col;
+        each_value(p, out, [=](T x, int64_t r, int64_t c) { return rbf_of_product(x, rows[r] + cols[c], shift); });
+      } else if (v.degree != 1) {
+        const int degree = v.degree;
+        each_value(p, out, [=](T x, int64_t, int64_t) { return power(x, degree); });
+      }
+      break;
+    }
+    case RawSum::square:
+      raw_panel<RawSum::square>(a, v, slot, p, out);
+      each_value(p, out, [=](T x, int64_t, int64_t) { return exp_less(T(-0.5) * x, shift); });
+      break;
+    case RawSum::distance:
+      raw_panel<RawSum::distance>(a, v, slot, p, out);
+      each_value(p, out, [=](T x, int64_t, int64_t) { return exp_less(-x, shift); });
+      break;
+    case RawSum::mismatch:
+      raw_panel<RawSum::mismatch>(a, v, slot, p, out);
+      each_value(p, out, [=](T x, int64_t, int64_t) { return T(x == T(0)); });
+      break;
+    case RawSum::none: {
+      const T* matrix = (const T*)a.z + ((a.item + slot) * a.tournament.n + p.row) * a.columns + v.first + p.col;
+      const int64_t stride = a.columns;
+      each_value(p, out, [=](T, int64_t r, int64_t c) { return matrix[r * stride + c]; });
+      break;
+    }
+  }
+  clear_outside(p, out);
+}
+
+// the means of a variable's features, and from their variances what is subtracted from the kernel
+template <class T>
+void item_stats(const GramArgs& a, int64_t slot, int64_t m) {
+  const GramVariable& v = a.variable[m];
+  const int64_t n = a.tournament.n, item = a.item + slot;
+  double& shift = a.shift[item * a.variables + m];
+  shift = 0;
+  if (!of_distances(v.kernel)) return;
+  const double scale = double(((const T*)a.scale)[item * a.variables + m]);
+  const T* z = (const T*)a.z + item * n * a.columns + v.first;
+  T* means = (T*)a.means + slot * a.columns + v.first;
+  double spread = 0;
+  for (int64_t k = 0; k < v.dim; k += kChunk) {
+    const int64_t count = smaller(kChunk, v.dim - k);
+    // of what a row is more than the first: a common offset costs no digits
+    double sum[kChunk] = {}, square[kChunk] = {};
+    const T* __restrict first = z + k;
+    for (int64_t j = 1; j < n; ++j) {
+      const T* __restrict row = first + j * a.columns;
+#pragma omp simd
+      for (int64_t c = 0; c < count; ++c) {
+        const double more = double(row[c]) - double(first[c]);
+        sum[c] += more;
+        square[c] = fma_(more, more, square[c]);
+      }
+    }
+    for (int64_t c = 0; c < count; ++c) {
+      const double mean = sum[c] / double(n);
+      const double variance = (square[c] - mean * sum[c]) / double(n > 1 ? n - 1 : 1);
+      means[k + c] = T(double(first[c]) + mean);
+      spread += v.kernel == GramKernel::rbf ? variance : __builtin_sqrt(variance > 0 ? variance : 0);
+    }
+  }
+  shift = v.kernel == GramKernel::rbf ? spread * scale * scale <= kWideVariance : spread * scale <= kWideDeviation;
+}
+
+// units: (item, variable)
+void gram_stats(const GramArgs& a, int64_t begin, int64_t end) {
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t slot = u / a.variables, m = u % a.variables;
+    a.f64 ? item_stats<double>(a, slot, m) : item_stats<float>(a, slot, m);
+  }
+}
+
+// kCols rows, centred and scaled: as they are, and as a strip, their features side by side; and half their squares
+template <class T>
+void pack_strip(const GramArgs& a, int64_t slot, int64_t m, int64_t strip) {
+  const GramVariable& v = a.variable[m];
+  if (v.width == 0) return;
+  const bool centred = of_distances(v.kernel);
+  const int64_t n = a.tournament.n, item = a.item + slot, begin = strip * kCols<T>;
+  const T scale = centred ? ((const T*)a.scale)[item * a.variables + m] : T(1);
+  const T* __restrict means = (const T*)a.means + slot * a.columns + v.first;
+  T* rows = (T*)a.workspace + slot * a.workspace_size + v.rows + begin * v.width;
+  T* __restrict out = (T*)a.workspace + slot * a.workspace_size + v.strips + begin * v.dim;
+  for (int64_t c = 0; c < kCols<T>; ++c) {
+    const T* __restrict z = (const T*)a.z + (item * n + begin + c) * a.columns + v.first;
+    T* __restrict row = rows + c * v.width;
+    for (int64_t k = 0; k < v.width; ++k) row[k] = T(0);
+    if (begin + c < n) {
+      for (int64_t k = 0; k < v.dim; ++k) row[k] = centred ? (z[k] - means[k]) * scale : z[k];
+    }
+    for (int64_t k = 0; k < v.dim; ++k) out[k * kCols<T> + c] = row[k];
+  }
+  if (raw_sum(v.kernel, v.dim) != RawSum::product) return;
+  double square[kCols<T>] = {};
+  for (int64_t k = 0; k < v.dim; ++k) {
+#pragma omp simd
+    for (int c = 0; c < kCols<T>; ++c) {
+      const double value = double(out[k * kCols<T> + c]);
+      square[c] = fma_(value, value, square[c]);
+    }
+  }
+  T* halves = (T*)a.halves + (slot * a.variables + m) * a.padded + begin;
+  for (int c = 0; c < kCols<T>; ++c) halves[c] = T(0.5 * square[c]);
+}
+
+// the gradient's rows and the sums of weights at 0
+template <class T>
+void clear_strip(const GramBackward& a, int64_t slot, int64_t m, int64_t strip) {
+  const GramVariable& v = a.variable[m];
+  const int64_t n = a.tournament.n, begin = strip * kCols<T>;
+  for (int64_t j = begin; j < begin + kCols<T> && j < n; ++j) {
+    a.weight_sums[(slot * a.variables + m) * a.padded + j] = 0;
+    T* row = (T*)a.grad_workspace + slot * a.workspace_size + v.rows + j * v.width;
+    for (int64_t k = 0; k < v.width; ++k) row[k] = T(0);
+    T* grad = (T*)a.grad + ((a.item + slot) * n + j) * a.columns + v.first;
+    for (int64_t k = 0; k < v.dim; ++k) grad[k] = T(0);
+  }
+}
+
+// units: (item, variable, kPad rows)
+template <class F>
+PYFLOW_FN void each_strip(const GramArgs& a, int64_t begin, int64_t end, F f) {
+  const int64_t groups = a.padded / kPad, strips = kPad / (a.f64 ? kCols<double> : kCols<float>);
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t row = u / groups, first = u % groups * strips;
+    for (int64_t s = first; s < first + strips; ++s) f(row / a.variables, row % a.variables, s);
+  }
+}
+
+void gram_pack(const GramArgs& a, int64_t begin, int64_t end) {
+  each_strip(a, begin, end, [&](int64_t slot, int64_t m, int64_t strip) {
+    a.f64 ? pack_strip<double>(a, slot, m, strip) : pack_strip<float>(a, slot, m, strip);
+  });
+}
+
+void gram_clear(const GramBackward& a, int64_t begin, int64_t end) {
+  each_strip(a, begin, end, [&](int64_t slot, int64_t m, int64_t strip) {
+    a.f64 ? clear_strip<double>(a, slot, m, strip) : clear_strip<float>(a, slot, m, strip);
+  });
+}
+
+// the rows by the columns of a tile, (row, rows, col, cols); no rows where the tile is not visited
+PYFLOW_FN Tile gram_tile(const GramArgs& a, int64_t tile) {
+  const Tournament& t = a.tournament;
+  const Pairing p = pairing(t, a.round, tile);
+  if (p.second >= t.blocks || (first_tile(t, a.round) + tile) % a.parts != a.part) return {0, 0, 0, 0};
+  const int64_t row = p.first * t.block, col = p.second * t.block;
+  return {row, smaller(t.block, t.n - row), col, smaller(t.block, t.n - col)};
+}
+
+template <class T>
+void sums_tile(const GramSums& a, int64_t slot, int64_t tile) {
+  const Tile t = gram_tile(a, tile);
+  if (t.rows == 0) return;
+  const int64_t block = a.tournament.block, width = (t.cols + kPad - 1) / kPad * kPad;
+  T* values = (T*)a.scratch;  // (variables, kPanel, block)
+  double* column = (double*)(values + a.variables * kPanel * block);
+  double* lanes = column + a.variables * block;
+  for (int64_t i = 0; i < a.variables * block + 16 * a.pairs; ++i) column[i] = 0;
+  double* rows = a.rows + (a.item + slot) * a.variables * a.tournament.n;
+  for (int64_t i = 0; i < t.rows; i += kRows) {
+    const Panel p{t.row + i, smaller(kRows, t.rows - i), t.col, t.cols, block};
+    for (int64_t m = 0; m < a.variables; ++m) {
+      T* panel = values + m * kPanel * block;
+      gram_panel(a, m, slot, p, panel);
+      for (int64_t r = 0; r < p.rows; ++r) {
+        rows[m * a.tournament.n + p.row + r] += add_row(panel + r * block, column + m * block, width);
+      }
+    }
+    for (int64_t k = 0; k < a.pairs; ++k) {
+      const T *x = values + a.pair[2 * k] * kPanel * block, *y = values + a.pair[2 * k + 1] * kPanel * block;
+      for (int64_t r = 0; r < p.rows; ++r) add_products(x + r * block, y + r * block, lanes + 16 * k, width);
+    }
+  }
+  for (int64_t m = 0; m < a.variables; ++m) {
+    for (int64_t c = 0; c < t.cols; ++c) rows[m * a.tournament.n + t.col + c] += column[m * block + c];
+  }
+  const int64_t at = first_tile(a.tournament, a.round) + tile, all = first_tile(a.tournament, a.tournament.seats);
+  double* cross = a.cross + (slot * all + at) * a.pairs;
+  // (i, j) and (j, i)
+  for (int64_t k = 0; k < a.pairs; ++k) cross[k] = 2 * fold(lanes + 16 * k);
+}
+
+void gram_sums(const GramSums& a, int64_t begin, int64_t end) {
+  const int64_t tiles = tiles_of(a.tournament, a.round);
+  for (int64_t u = begin; u < end; ++u) {
+    a.f64 ? sums_tile<double>(a, u / tiles, u % tiles) : sums_tile<float>(a, u / tiles, u % tiles);
+  }
+}
+
+// dL/dK of one variable in a panel, times the derivative of its kernel; zero outside. `values` and `out` are the
+// tile's rows of this panel, those of the variables a tile apart; `raw` has room for a panel.
+template <class T>
+void weight_panel(const GramBackward& a, int64_t m, int64_t slot, const Panel& p, const T* values, T* raw, T* out) {
+  const int64_t item = a.item + slot, tile = p.stride * p.stride, stride = p.stride;
+  const GramVariable& v = a.variable[m];
+  const double* __restrict grad = a.grad_rows + (item * a.variables + m) * a.tournament.n;
+  const double *rows = grad + p.row, *cols = grad + p.col;
+  each_value(p, out, [=](T, int64_t r, int64_t c) { return T(rows[r] + cols[c]); });
+  for (int64_t k = 0; k < 2 * a.pairs; ++k) {
+    if (a.pair[k] != m) continue;
+    const T twice = T(2 * a.grad_cross[item * a.pairs + k / 2]);
+    const T* other = values + a.pair[k ^ 1] * tile;
+    each_value(p, out, [=](T w, int64_t r, int64_t c) { return fma_(twice, other[r * stride + c], w); });
+  }
+  if (of_distances(v.kernel)) {
+    const T shift = T(a.shift[item * a.variables + m]);
+    const T* own = values + m * tile;
+    each_value(p, out, [=](T w, int64_t r, int64_t c) { return w * (own[r * stride + c] + shift); });
+  } else if (v.kernel == GramKernel::polynomial && v.degree != 1) {
+    const int degree = v.degree;
+    raw_panel<RawSum::product>(a, v, slot, p, raw);
+    each_value(p, out, [=](T w, int64_t r, int64_t c) { return w * T(degree) * power(raw[r * stride + c], degree - 1); });
+  }
+  clear_outside(p, out);
+}
+
+// what a row of z gets from another one by a weight: w z, or of |a - b| -w sign(own - z)
+template <RawSum R, class T>
+PYFLOW_FN T spread(T sum, T w, T z, T own) {
+  if constexpr (R == RawSum::product) return fma_(w, z, sum);
+  return own > z ? sum - w : own < z ? sum + w : sum;
+}
+
+// out[r][c] += over k, weights at r * row_step + k * step times rows of z
+template <RawSum R, int Rows, int Cols, class T>
+void spread_block(const T* __restrict w, int64_t row_step, int64_t step, int64_t count, const T* __restrict z,
+                  int64_t width, const T* __restrict own, T* __restrict out) {
+  T sum[Rows][Cols], mine[Rows][Cols];
+  for (int r = 0; r < Rows; ++r) {
+    for (int c = 0; c < Cols; ++c) {
+      sum[r][c] = out[r * width + c];
+      mine[r][c] = R == RawSum::product ? T(0) : own[r * width + c];
+    }
+  }
+  for (int64_t k = 0; k < count; ++k) {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const T weight = w[r * row_step + k * step];
+#pragma omp simd
+      for (int c = 0; c < Cols; ++c) {
+        sum[r][c] = spread<R>(sum[r][c], weight, z[k * width + c], mine[r][c]);
+      }
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int c = 0; c < Cols; ++c) out[r * width + c] = sum[r][c];
+  }
+}
+
+template <RawSum R, int Cols, class T>
+void spread_columns(const T* w, int64_t row_step, int64_t step, int64_t count, const T* z, int64_t width, const T* own,
+                    T* out, int64_t rows) {
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) {
+    spread_block<R, kRows, Cols>(w + r * row_step, row_step, step, count, z, width, own + r * width, out + r * width);
+  }
+  for (; r < rows; ++r) {
+    spread_block<R, 1, Cols>(w + r * row_step, row_step, step, count, z, width, own + r * width, out + r * width);
+  }
+}
+
+// `rows` rows of the gradient, each from `count` rows of z
+template <RawSum R, class T>
+void spread_rows(const T* w, int64_t row_step, int64_t step, int64_t count, const T* z, int64_t width, const T* own,
+                 T* out, int64_t rows) {
+  int64_t c = 0;
+  for (; c + kCols<T> <= width; c += kCols<T>) {
+    spread_columns<R, kCols<T>>(w, row_step, step, count, z + c, width, own + c, out + c, rows);
+  }
+  for (; c < width; c += 8) spread_columns<R, 8>(w, row_step, step, count, z + c, width, own + c, out + c, rows);
+}
+
+template <class T>
+void backward_tile(const GramBackward& a, int64_t slot, int64_t tile) {
+  const Tile t = gram_tile(a, tile);
+  if (t.rows == 0) return;
+  const int64_t n = a.tournament.n, block = a.tournament.block, width = (t.cols + kPad - 1) / kPad * kPad;
+  T* values = (T*)a.scratch;  // (variables, block, block)
+  T* weights = values + a.variables * block * block;
+  T* raw = weights + block * block;  // (kPanel, block)
+  double* column = (double*)(raw + kPanel * block);
+  for (int64_t i = 0; i < t.rows; i += kRows) {
+    const Panel p{t.row + i, smaller(kRows, t.rows - i), t.col, t.cols, block};
+    for (int64_t m = 0; m < a.variables; ++m) gram_panel(a, m, slot, p, values + (m * block + i) * block);
+  }
+  for (int64_t m = 0; m < a.variables; ++m) {
+    const GramVariable& v = a.variable[m];
+    if (v.kernel == GramKernel::delta) continue;
+    for (int64_t i = 0; i < t.rows; i += kRows) {
+      const Panel p{t.row + i, smaller(kRows, t.rows - i), t.col, t.cols, block};
+      weight_panel(a, m, slot, p, values + i * block, raw, weights + i * block);
+    }
+    if (v.kernel == GramKernel::precomputed) {
+      // an entry on each side of the diagonal, of its own row
+      T* grad = (T*)a.grad + (a.item + slot) * n * a.columns + v.first;
+      const double* rows = a.grad_rows + ((a.item + slot) * a.variables + m) * n;
+      for (int64_t i = t.row; i < t.row + t.rows; ++i) {
+        for (int64_t j = t.col > i ? t.col : i + 1; j < t.col + t.cols; ++j) {
+          const T other = T(0.5) * (weights[(i - t.row) * block + j - t.col] - T(rows[i] + rows[j]));
+          grad[i * a.columns + j] = T(rows[i]) + other;
+          grad[j * a.columns + i] = T(rows[j]) + other;
+        }
+      }
+      continue;
+    }
+    if (v.kernel == GramKernel::rbf) {
+      double* sums = a.weight_sums + (slot * a.variables + m) * a.padded;
+      for (int64_t c = 0; c < width; ++c) column[c] = 0;
+      for (int64_t r = 0; r < t.rows; ++r) sums[t.row + r] += add_row(weights + r * block, column, width);
+      for (int64_t c = 0; c < t.cols; ++c) sums[t.col + c] += column[c];
+    }
+    const T* z = (const T*)a.workspace + slot * a.workspace_size + v.rows;
+    T* grad = (T*)a.grad_workspace + slot * a.workspace_size + v.rows;
+    const T *zi = z + t.row * v.width, *zj = z + t.col * v.width;
+    T *gi = grad + t.row * v.width, *gj = grad + t.col * v.width;
+    if (v.kernel == GramKernel::laplacian) {
+      spread_rows<RawSum::distance>(weights, block, 1, t.cols, zj, v.width, zi, gi, t.rows);
+      spread_rows<RawSum::distance>(weights, 1, block, t.rows, zi, v.width, zj, gj, t.cols);
+    } else {
+      spread_rows<RawSum::product>(weights, block, 1, t.cols, zj, v.width, zi, gi, t.rows);
+      spread_rows<RawSum::product>(weights, 1, block, t.rows, zi, v.width, zj, gj, t.cols);
+    }
+  }
+}
+
+void gram_backward(const GramBackward& a, int64_t begin, int64_t end) {
+  const int64_t tiles = tiles_of(a.tournament, a.round);
+  for (int64_t u = begin; u < end; ++u) {
+    a.f64 ? backward_tile<double>(a, u / tiles, u % tiles) : backward_tile<float>(a, u / tiles, u % tiles);
+  }
+}
+
+// units: (item, row)
+template <class T>
+void finish_row(const GramBackward& a, int64_t slot, int64_t row) {
+  const int64_t n = a.tournament.n;
+  for (int64_t m = 0; m < a.variables; ++m) {
+    const GramVariable& v = a.variable[m];
+    if (v.width == 0 || v.kernel == GramKernel::delta) continue;
+    const int64_t at = slot * a.workspace_size + v.rows + row * v.width;
+    const T *z = (const T*)a.workspace + at, *sum = (const T*)a.grad_workspace + at;
+    // of an rbf kernel: the weights times z_j - z_i
+    const bool rbf = v.kernel == GramKernel::rbf;
+    const T own = rbf ? T(a.weight_sums[(slot * a.variables + m) * a.padded + row]) : T(0);
+    T* grad = (T*)a.grad + ((a.item + slot) * n + row) * a.columns + v.first;
+    const T scale = of_distances(v.kernel) ? ((const T*)a.scale)[(a.item + slot) * a.variables + m] : T(1);
+    for (int64_t k = 0; k < v.dim; ++k) grad[k] = scale * fma_(-own, z[k], sum[k]);
+  }
+}
+
+void gram_finish(const GramBackward& a, int64_t begin, int64_t end) {
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t slot = u / a.tournament.n, row = u % a.tournament.n;
+    a.f64 ? finish_row<double>(a, slot, row) : finish_row<float>(a, slot, row);
+  }
+}
+
+// twice the sum over i < j of x[i][j] y[p[i]][p[j]]
+template <class T>
+double permuted_sum(const PermutedArgs& a, const int32_t* __restrict p) {
+  double total = 0;
+  for (int64_t i = 0; i < a.n; ++i) {
+    const T* __restrict x = (const T*)a.x + i * a.n;
+    const T* __restrict y = (const T*)a.y + p[i] * a.n;
+    double lane[16] = {};
+    int64_t j = i + 1;
+    for (; j + 16 <= a.n; j += 16) {
+      for (int k = 0; k < 16; ++k) lane[k] = fma_(double(x[j + k]), double(y[p[j + k]]), lane[k]);
+    }
+    for (int k = 0; j + k < a.n; ++k) lane[k] = fma_(double(x[j + k]), double(y[p[j + k]]), lane[k]);
+    total += fold(lane);
+  }
+  return 2 * total;
+}
+
+void gram_permuted(const PermutedArgs& a, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    const int32_t* p = a.permutations + r * a.n;
+    a.out[r] = a.f64 ? permuted_sum<double>(a, p) : permuted_sum<float>(a, p);
+  }
+}
+
+// a block of rows: their means, and what they add to the columns
+template <class T>
+void center_sums_block(const CenterArgs& a, int64_t unit) {
+  const int64_t first = unit / a.blocks * a.n, row = unit % a.blocks * kCenterRows;
+  double* __restrict column = a.columns + unit * a.n;
+  for (int64_t c = 0; c < a.n; ++c) column[c] = 0;
+  alignas(64) T buffer[kChunk];
+  for (int64_t r = row; r < smaller(row + kCenterRows, a.n); ++r) {
+    double total = 0;
+    for (int64_t c = 0; c < a.n; c += kChunk) {
+      const int64_t count = smaller(kChunk, a.n - c), whole = count / 16 * 16;
+      const T* values = load(a.space, a.gram, {first + r, 1, c, count}, buffer);
+      total += add_row(values, column + c, whole);
+      for (int64_t k = whole; k < count; ++k) {
+        total += double(values[k]);
+        column[c + k] += double(values[k]);
+      }
+    }
+    a.row_means[first + r] = total / double(a.n);
+  }
+}
+
+void center_sums(const CenterArgs& a, int64_t begin, int64_t end) {
+  for (int64_t u = begin; u < end; ++u) a.f64 ? center_sums_block<double>(a, u) : center_sums_block<float>(a, u);
+}
+
+// units: matrices
+void center_means(const CenterArgs& a, int64_t begin, int64_t end) {
+  for (int64_t u = begin; u < end; ++u) {
+    double* __restrict column = a.columns + u * a.blocks * a.n;
+    for (int64_t b = 1; b < a.blocks; ++b) {
+      const double* __restrict more = column + b * a.n;
+      for (int64_t c = 0; c < a.n; ++c) column[c] += more[c];
+    }
+    double total = 0;
+    for (int64_t c = 0; c < a.n; ++c) {
+      total += column[c];
+      column[c] /= double(a.n);
+    }
+    a.means[u] = total / (double(a.n) * double(a.n));
+  }
+}
+
+template <class T>
+void center_block(const CenterArgs& a, int64_t unit) {
+  const int64_t matrix = unit / a.blocks, first = matrix * a.n, row = unit % a.blocks * kCenterRows;
+  const double* __restrict column = a.columns + matrix * a.blocks * a.n;
+  alignas(64) T buffer[kChunk], out[kChunk];
+  for (int64_t r = row; r < smaller(row + kCenterRows, a.n); ++r) {
+    const double own = a.row_means[first + r] - a.means[matrix];
+    for (int64_t c = 0; c < a.n; c += kChunk) {
+      const Tile t{first + r, 1, c, smaller(kChunk, a.n - c)};
+      // may be the same memory
+      const T* values = load(a.space, a.gram, t, buffer);
+      T* to = target(a.space, a.out, t, out);
+#pragma omp simd
+      for (int64_t k = 0; k < t.cols; ++k) {
+        to[k] = T(double(values[k]) - (own + column[c + k]));
+      }
+      store(a.space, a.out, t, to);
+    }
+  }
+}
+
+void center_apply(const CenterArgs& a, int64_t begin, int64_t end) {
+  for (int64_t u = begin; u < end; ++u) a.f64 ? center_block<double>(a, u) : center_block<float>(a, u);
+  stream_fence();
+}
+
+}  // namespace pyflow::PYFLOW_ISA

@@ -1,0 +1,76 @@
+// Largest gaps of random points on a circle on an NVIDIA GPU: a trial per thread.
+#include "../ops/sector.h"
+
+#include "random.h"
+
+namespace pyflow::cuda {
+namespace {
+
+constexpr int kThresholds = 256;      // of one launch, counted in shared memory
+constexpr int64_t kMostBlocks = 4096;  // each then takes every so many trials
+
+struct Args {
+  const double* thresholds;
+  int count;
+  int64_t points, trials;
+  Stream stream;
+  unsigned long long* counts;
+};
+
+__global__ void __launch_bounds__(kThreads, 2) counts_kernel(const __grid_constant__ Args a) {
+  __shared__ unsigned long long counts[kThresholds];
+  for (int k = threadIdx.x; k < a.count; k += kThreads) counts[k] = 0;
+  __syncthreads();
+  const int64_t blocks = (a.points + 3) / 4, stride = int64_t(gridDim.x) * kThreads;
+  // all threads stay to the end: a warp counts together
+  for (int64_t first = int64_t(blockIdx.x) * kThreads; first < a.trials; first += stride) {
+    const int64_t trial = first + threadIdx.x;
+    uint32_t low = kNoWord;
+    int64_t total = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      Words w = words_of(a.stream, 0, uint64_t(trial * blocks + block));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (4 * block + i >= a.points) w.v[i] = kNoWord;
+        low = w.v[i] < low ? w.v[i] : low;
+      }
+      total += block_sum(w.v[0], w.v[1], w.v[2], w.v[3]);
+    }
+    const double largest = double(fixed_log(positive_uniform(low))), sum = double(total);
+    for (int k = 0; k < a.count; ++k) {
+      const bool reached = trial < a.trials && gap_reaches(largest, sum, a.thresholds[k]);
+      const int hits = __popc(__ballot_sync(0xffffffffu, reached));
+      if (threadIdx.x % 32 == 0 && hits > 0) atomicAdd(counts + k, (unsigned long long)hits);
+    }
+  }
+  __syncthreads();
+  for (int k = threadIdx.x; k < a.count; k += kThreads) atomicAdd(a.counts + k, counts[k]);
+}
+
+__global__ void __launch_bounds__(kThreads, 2) clear_kernel(unsigned long long* counts, int64_t count) {
+  const int64_t k = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (k < count) counts[k] = 0;
+}
+
+Tensor sector_counts(Tensor thresholds, int64_t points, int64_t trials, Tensor seed, Tensor step, int64_t purpose) {
+  const Tensor x = torch::stable::contiguous(thresholds);
+  const auto sizes = thresholds.sizes();
+  Tensor out = new_empty(thresholds, sizes.data(), thresholds.dim(), ScalarType::Long);
+  const int64_t count = out.numel();
+  if (count == 0) return out;
+  auto* counts = (unsigned long long*)out.data_ptr();
+  launch(clear_kernel, ceil_div(count, kThreads), out, counts, count);
+  const Stream stream = stream_of(seed, step, purpose);
+  for (int64_t k = 0; k < count; k += kThresholds) {
+    const Args a{(const double*)x.data_ptr() + k, int(std::min<int64_t>(count - k, kThresholds)), points, trials,
+                 stream, counts + k};
+    launch(counts_kernel, std::min(ceil_div(trials, kThreads), kMostBlocks), out, a);
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pyflow_cuda, CUDA, m) { m.impl("sector_counts", TORCH_BOX(&sector_counts)); }
+
+}  // namespace pyflow::cuda

@@ -1,0 +1,220 @@
+#include "../cpu/hsic.h"
+
+#include <cstring>
+#include <vector>
+
+#include "../cpu/dispatch.h"
+#include "tensor.h"
+
+namespace pyflow {
+namespace {
+
+// of a group of batch items: they stay in the caches from one round to the next
+constexpr int64_t kWorkspaceBytes = 4 << 20;
+
+Tensor buffer(const Tensor& like, int64_t count, ScalarType dtype) { return new_empty(like, &count, 1, dtype); }
+
+template <class F>
+void in_parallel(int64_t units, int64_t grain, F f) {
+  if (units > 0) torch::stable::parallel_for(0, units, grain, f);
+}
+
+// A call's arguments and what it allocates.
+struct Grams {
+  Tensor z, scale, shift, means, workspace, halves, scratch;
+  std::vector<GramVariable> variables;
+  int64_t batch, items, scratch_bytes;
+
+  Grams(GramArgs& a, const Tensor& z_, const Tensor& scale_, const std::vector<int64_t>& dims,
+        const std::vector<int64_t>& kernels, const std::vector<int64_t>& degrees, const std::vector<int64_t>& pairs,
+        bool backward)
+      : z(torch::stable::contiguous(z_)), scale(torch::stable::contiguous(scale_)) {
+    a.f64 = z.scalar_type() == ScalarType::Double;
+    a.tournament = tournament_of(z.size(1));
+    a.padded = (z.size(1) + kPad - 1) / kPad * kPad;
+    a.columns = z.size(2);
+    a.variables = int64_t(dims.size());
+    a.pairs = int64_t(pairs.size()) / 2;
+    a.pair = pairs.data();
+    int64_t first = 0;
+    for (size_t m = 0; m < dims.size(); ++m) {
+      GramVariable v{GramKernel(kernels[m]), int(degrees[m]), dims[m], first, 0, a.workspace_size, 0};
+      first += v.dim;
+      if (v.kernel != GramKernel::precomputed) {
+        v.width = (v.dim + 7) / 8 * 8;
+        v.rows = v.strips + a.padded * v.dim;
+        a.workspace_size = v.rows + a.padded * v.width;
+      }
+      variables.push_back(v);
+    }
+    a.variable = variables.data();
+    batch = z.size(0);
+    const int64_t bytes = a.workspace_size * int64_t(z.element_size());
+    items = bytes > 0 ? kWorkspaceBytes / bytes : batch;
+    items = items < 1 ? 1 : items < batch ? items : batch;
+    const int64_t sizes[] = {batch, a.variables};
+    shift = new_empty(z, sizes, 2, ScalarType::Double);
+    means = buffer(z, items * a.columns, z.scalar_type());
+    workspace = buffer(z, items * a.workspace_size, z.scalar_type());
+    halves = buffer(z, items * a.variables * a.padded, z.scalar_type());
+    scratch_bytes = (scratch_of(a, backward) + 63) / 64 * 64;
+    scratch = buffer(z, torch::stable::get_num_threads() * scratch_bytes / 8, ScalarType::Double);
+    a.z = (const char*)z.data_ptr();
+    a.scale = (const char*)scale.data_ptr();
+    a.shift = (double*)shift.data_ptr();
+    a.means = (char*)means.data_ptr();
+    a.workspace = (char*)workspace.data_ptr();
+    a.halves = (char*)halves.data_ptr();
+    a.parts = 1;
+  }
+
+  // element-ops of a tile, over which threads are worth starting
+  int64_t grain(const GramArgs& a) const { return grain_of(a.tournament.block * a.tournament.block * (a.columns + 16)); }
+
+  void pack(const GramArgs& a) const {
+    const CpuTable& cpu = *cpu_table();
+    in_parallel(a.items * a.variables, grain_of(a.tournament.n * a.columns / (a.variables + 1)),
+                [&](int64_t begin, int64_t end) { cpu.gram_stats(a, begin, end); });
+    in_parallel(strips(a), strip_grain(a), [&](int64_t begin, int64_t end) { cpu.gram_pack(a, begin, end); });
+  }
+  int64_t strips(const GramArgs& a) const { return a.items * a.variables * (a.padded / kPad); }
+  int64_t strip_grain(const GramArgs& a) const { return grain_of(kPad * a.columns / (a.variables + 1)); }
+
+  // every tile, round after round, each thread with its own scratch
+  template <class A>
+  void rounds(A& a, void (*kernel)(const A&, int64_t, int64_t)) {
+    for (a.round = 0; a.round < a.tournament.seats; ++a.round) {
+      in_parallel(a.items * tiles_of(a.tournament, a.round), grain(a), [&](int64_t begin, int64_t end) {
+        uint32_t thread = 0;
+        STABLE_TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
+        A own = a;
+        own.scratch = (char*)scratch.data_ptr() + thread * scratch_bytes;
+        kernel(own, begin, end);
+      });
+    }
+  }
+};
+
+void fill_zero(Tensor& t) { std::memset(t.data_ptr(), 0, size_t(t.numel()) * t.element_size()); }
+
+std::tuple<Tensor, Tensor, Tensor> hsic_sums(Tensor z, Tensor scale, std::vector<int64_t> dims, std::vector<int64_t> kernels,
+                                     std::vector<int64_t> degrees, std::vector<int64_t> pairs, bool, int64_t part,
+                                     int64_t parts) {
+  GramSums a{};
+  Grams grams(a, z, scale, dims, kernels, degrees, pairs, false);
+  a.part = part;
+  a.parts = parts;
+  const CpuTable& cpu = *cpu_table();
+  const int64_t sizes[] = {grams.batch, a.variables, a.tournament.n}, cross_sizes[] = {grams.batch, a.pairs};
+  Tensor rows = new_empty(z, sizes, 3, ScalarType::Double), cross = new_empty(z, cross_sizes, 2, ScalarType::Double);
+  fill_zero(rows);
+  const int64_t tiles = first_tile(a.tournament, a.tournament.seats);
+  Tensor partial = buffer(z, grams.items * tiles * a.pairs, ScalarType::Double);
+  a.rows = (double*)rows.data_ptr();
+  a.cross = (double*)partial.data_ptr();
+  for (a.item = 0; a.item < grams.batch; a.item += grams.items) {
+    a.items = grams.batch - a.item < grams.items ? grams.batch - a.item : grams.items;
+    fill_zero(partial);
+    grams.pack(a);
+    grams.rounds(a, cpu.gram_sums);
+    for (int64_t i = 0; i < a.items; ++i) {
+      for (int64_t k = 0; k < a.pairs; ++k) {
+        double total = 0;
+        for (int64_t t = 0; t < tiles; ++t) total += a.cross[(i * tiles + t) * a.pairs + k];
+        ((double*)cross.data_ptr())[(a.item + i) * a.pairs + k] = total;
+      }
+    }
+  }
+  return {rows, cross, grams.shift};
+}
+
+Tensor hsic_sums_backward(Tensor grad_rows, Tensor grad_cross, Tensor z, Tensor scale, std::vector<int64_t> dims,
+                          std::vector<int64_t> kernels, std::vector<int64_t> degrees, std::vector<int64_t> pairs, bool) {
+  GramBackward a{};
+  Grams grams(a, z, scale, dims, kernels, degrees, pairs, true);
+  const CpuTable& cpu = *cpu_table();
+  const Tensor rows = torch::stable::contiguous(grad_rows), cross = torch::stable::contiguous(grad_cross);
+  const int64_t sizes[] = {grams.batch, a.tournament.n, a.columns};
+  Tensor grad = new_empty(z, sizes, 3, z.scalar_type());
+  Tensor sums = buffer(z, grams.items * a.variables * a.padded, ScalarType::Double);
+  Tensor workspace = buffer(z, grams.items * a.workspace_size, z.scalar_type());
+  a.grad_rows = (const double*)rows.data_ptr();
+  a.grad_cross = (const double*)cross.data_ptr();
+  a.weight_sums = (double*)sums.data_ptr();
+  a.grad_workspace = (char*)workspace.data_ptr();
+  a.grad = (char*)grad.data_ptr();
+  for (a.item = 0; a.item < grams.batch; a.item += grams.items) {
+    a.items = grams.batch - a.item < grams.items ? grams.batch - a.item : grams.items;
+    grams.pack(a);
+    in_parallel(grams.strips(a), grams.strip_grain(a),
+                [&](int64_t begin, int64_t end) { cpu.gram_clear(a, begin, end); });
+    grams.rounds(a, cpu.gram_backward);
+    in_parallel(a.items * a.tournament.n, grain_of(a.columns),
+                [&](int64_t begin, int64_t end) { cpu.gram_finish(a, begin, end); });
+  }
+  return grad;
+}
+
+Tensor hsic_permuted(Tensor gram_x, Tensor gram_y, Tensor permutations) {
+  const Tensor x = torch::stable::contiguous(gram_x), y = torch::stable::contiguous(gram_y);
+  const Tensor p = torch::stable::contiguous(permutations);
+  Tensor out = buffer(x, p.size(0), ScalarType::Double);
+  const PermutedArgs a{x.size(0), (const char*)x.data_ptr(), (const char*)y.data_ptr(), (const int32_t*)p.data_ptr(),
+                       (double*)out.data_ptr(), x.scalar_type() == ScalarType::Double};
+  const auto kernel = cpu_table()->gram_permuted;
+  in_parallel(p.size(0), grain_of(a.n * a.n), [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  return out;
+}
+
+void center_into(const Tensor& gram, Tensor& out) {
+  if (gram.numel() == 0) return;
+  CenterArgs a{};
+  a.f64 = gram.scalar_type() == ScalarType::Double;
+  Layout layout(gram, 1, true);
+  layout.add(a.gram, gram);
+  layout.add(a.out, out);
+  a.space = layout.merge();
+  a.n = a.space.cols;
+  a.blocks = (a.n + kCenterRows - 1) / kCenterRows;
+  a.out.stream = streams(out);
+  const int64_t matrices = a.space.rows / a.n;
+  Tensor rows = buffer(gram, matrices * a.n, ScalarType::Double), means = buffer(gram, matrices, ScalarType::Double);
+  Tensor columns = buffer(gram, matrices * a.blocks * a.n, ScalarType::Double);
+  a.row_means = (double*)rows.data_ptr();
+  a.columns = (double*)columns.data_ptr();
+  a.means = (double*)means.data_ptr();
+  const CpuTable& cpu = *cpu_table();
+  // a matrix that fits is read a second time from the caches
+  const int64_t group = 1 + kWorkspaceBytes / (a.n * a.n * int64_t(gram.element_size()));
+  for (int64_t first = 0; first < matrices; first += group) {
+    const int64_t last = first + group < matrices ? first + group : matrices;
+    const int64_t grain = grain_of(kCenterRows * a.n);
+    torch::stable::parallel_for(first * a.blocks, last * a.blocks, grain,
+                                [&](int64_t begin, int64_t end) { cpu.center_sums(a, begin, end); });
+    torch::stable::parallel_for(first, last, grain_of(a.blocks * a.n),
+                                [&](int64_t begin, int64_t end) { cpu.center_means(a, begin, end); });
+    torch::stable::parallel_for(first * a.blocks, last * a.blocks, grain,
+                                [&](int64_t begin, int64_t end) { cpu.center_apply(a, begin, end); });
+  }
+}
+
+Tensor center_gram(Tensor gram) {
+  const auto sizes = gram.sizes();
+  Tensor out = new_empty(gram, sizes.data(), gram.dim(), gram.scalar_type());
+  center_into(gram, out);
+  return out;
+}
+
+void center_gram_(Tensor gram) { center_into(gram, gram); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pyflow, CPU, m) {
+  m.impl("hsic_sums", TORCH_BOX(&hsic_sums));
+  m.impl("hsic_sums_backward", TORCH_BOX(&hsic_sums_backward));
+  m.impl("hsic_permuted", TORCH_BOX(&hsic_permuted));
+  m.impl("center_gram", TORCH_BOX(&center_gram));
+  m.impl("center_gram_", TORCH_BOX(&center_gram_));
+}
+
+}  // namespace pyflow

@@ -1,0 +1,500 @@
+"""HSIC and centred Gram matrices against their definition, bit by bit and under every transform."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.distance import pdist
+
+import pyflow
+from pyflow import ops, testing
+from pyflow._schemas import HSIC_KERNELS
+from pyflow.ops._variables import median_distance
+from pyflow.reference import hsic as ref
+
+F32, F64 = torch.float32, torch.float64
+KERNELS = ("rbf", "laplacian", "linear", "polynomial")
+ESTIMATORS = ("biased", "biased_n2", "unbiased")
+
+
+def draw(shape, dtype=F32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=F64).to(dtype)
+
+
+def dependent(n, d=3, dtype=F32, batch=(), seed=0):
+    """y is half a function of x, half noise."""
+    x = draw((*batch, n, d), F64, seed)
+    y = x.abs() + 0.5 * draw((*batch, n, d), F64, seed + 1)
+    return x.to(dtype), y.to(dtype)
+
+
+def matrix(x, kernel, bandwidth=1.0, degree=3, coef0=1.0):
+    """The kernel matrix by its definition, float64."""
+    x = x.double()
+    away = lambda p: torch.cdist(x, x, p, compute_mode="donot_use_mm_for_euclid_dist")  # noqa: E731
+    return {
+        "rbf": lambda: torch.exp(-away(2.0).square() / (2 * bandwidth**2)),
+        "laplacian": lambda: torch.exp(-away(1.0) / bandwidth),
+        "rbf less 1": lambda: torch.expm1(-away(2.0).square() / (2 * bandwidth**2)),
+        "laplacian less 1": lambda: torch.expm1(-away(1.0) / bandwidth),
+        "linear": lambda: x @ x.mT,
+        "polynomial": lambda: (x @ x.mT / x.shape[-1] + coef0) ** degree,
+    }[kernel]()
+
+
+def definition(k, m, estimator):
+    """HSIC of two kernel matrices by the textbook's formulas."""
+    n = k.shape[-1]
+    if estimator == "unbiased":
+        k, m = (g - g.diagonal(dim1=-2, dim2=-1).diag_embed() for g in (k, m))
+        trace, rows = (k * m).sum((-2, -1)), (k.sum(-1) * m.sum(-1)).sum(-1)
+        total = k.sum((-2, -1)) * m.sum((-2, -1)) / ((n - 1) * (n - 2))
+        return (trace + total - 2 / (n - 2) * rows) / (n * (n - 3))
+    h = torch.eye(n, dtype=F64) - 1 / n
+    return torch.einsum("...ij,...ji->...", k @ h, m @ h) / (n**2 if estimator == "biased_n2" else (n - 1) ** 2)
+
+
+def scale_of(k, m, estimator):
+    """What an error is relative to: the unbiased value crosses zero."""
+    own = [definition(g, g, estimator).clamp(min=0) for g in (k, m)]
+    return torch.maximum(definition(k, m, estimator).abs(), 1e-2 * (own[0] * own[1]).sqrt())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16, torch.float16])
+def test_is_the_definition(kernel, estimator, dtype):
+    for n, d in [(4, 1), (5, 3), (63, 2), (128, 40), (129, 9), (300, 8)]:
+        x, y = dependent(n, d, dtype, batch=(2,))
+        got = ops.hsic(x, y, kernel=kernel, bandwidth=1.5, estimator=estimator)
+        k, m = matrix(x, kernel, 1.5), matrix(y, kernel, 1.5)
+        assert got.dtype == (F64 if dtype == F64 else F32)
+        error = (1e-10 if dtype == F64 else 1e-5) * scale_of(k, m, estimator)
+        testing.assert_within(got, definition(k, m, estimator), error, f"n = {n}, d = {d}")
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("factor", [0.1, 0.3, 0.5, 1.0, 3.0, 10.0, 100.0])
+@pytest.mark.parametrize("n, d", [(64, 1), (64, 10), (512, 3), (1024, 20)])
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
+def test_is_accurate_at_every_bandwidth(kernel, n, d, factor, estimator):
+    x, y = dependent(n, d)
+    x, y = x + 1e3, y - 1e3
+    p = 2.0 if kernel == "rbf" else 1.0
+    sigma, sigma_y = (factor * median_distance(v.double(), p).item() for v in (x, y))
+    got = ops.hsic(x, y, kernel=kernel, bandwidth=sigma, bandwidth_y=sigma_y, estimator=estimator)
+    # at wide bandwidths float64 too loses what K differs by, and K - 1 what is small at narrow ones
+    form = kernel if factor < 1 else f"{kernel} less 1"
+    k, m = matrix(x, form, sigma), matrix(y, form, sigma_y)
+    testing.assert_within(got, definition(k, m, estimator), 1e-5 * scale_of(k, m, estimator))
+
+
+def test_mixed_kernels_and_labels():
+    x, y = dependent(90, 4)
+    labels = (y[:, 0] > 0.5).long() + 10**15
+    k = matrix(x, "rbf", 2.0)
+    m = (labels[:, None] == labels).double()
+    for estimator in ESTIMATORS:
+        options = dict(kernel="rbf", bandwidth=2.0, kernel_y="delta", estimator=estimator)
+        want = definition(k, m, estimator)
+        for target in (labels, labels[:, None], (labels - 10**15).int(), (labels - 10**15).float()):
+            testing.assert_within(ops.hsic(x, target, **options), want, 1e-6 * want.abs())
+        options["kernel_y"] = "precomputed"
+        testing.assert_within(ops.hsic(x, m.float(), **options), want, 1e-6 * want.abs())
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_linear_kernels_in_feature_space_are_those_of_tiles(estimator):
+    x, y = dependent(200, 5)
+    feature = ops.hsic(x, y, kernel="linear", estimator=estimator)
+    # a polynomial of degree 1 goes through the tiles
+    tiled = ops.hsic(x, y, kernel="polynomial", degree=1, gamma=1.0, coef0=0.0, estimator=estimator)
+    torch.testing.assert_close(feature, tiled, rtol=1e-5, atol=1e-6)
+    few = ops.hsic(x[:8], y[:8], kernel="linear", estimator=estimator)
+    testing.assert_within(few, definition(matrix(x[:8], "linear"), matrix(y[:8], "linear"), estimator), 1e-5)
+
+
+def test_normalised_is_one_for_itself_and_cka():
+    x, y = dependent(100, 6)
+    for kernel in KERNELS:
+        for estimator in ESTIMATORS:
+            options = dict(kernel=kernel, estimator=estimator)
+            torch.testing.assert_close(ops.cka(x, x, **options), torch.tensor(1.0))
+            assert abs(ops.cka(x, y, **options)) < 1
+            assert ops.cka(x, y, **options) == ops.hsic(x, y, normalize=True, **options)
+
+
+def test_matrix_of_all_pairs():
+    x, y = dependent(80, 4)
+    xs, ys = [x, x[:, :2], y], [y, x[:, 1:]]
+    for normalize in (False, True):
+        got = ops.hsic_matrix(xs, ys, normalize=normalize, estimator="unbiased")
+        assert got.shape == (3, 2)
+        for i, a in enumerate(xs):
+            for j, b in enumerate(ys):
+                want = ops.hsic(a, b, normalize=normalize, estimator="unbiased")
+                torch.testing.assert_close(got[i, j], want, rtol=1e-6, atol=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(4, 200), st.integers(1, 12), st.sampled_from(KERNELS), st.integers(0, 1000))
+def test_invariances(n, d, kernel, seed):
+    x, y = dependent(n, d, F64, seed=seed)
+    options = dict(kernel=kernel, estimator="unbiased", normalize=False)
+    value = ops.hsic(x, y, **options)
+    close = lambda other: torch.testing.assert_close(other, value, rtol=1e-9, atol=1e-12)  # noqa: E731
+    close(ops.hsic(y, x, **options))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    if n <= 1000:
+        close(ops.hsic(x[order], y[order], **options))
+    if kernel != "polynomial":
+        close(ops.hsic(x + 5, y - 3, **options))
+    if kernel in ("rbf", "laplacian"):
+        close(ops.hsic(3 * x, 0.5 * y, **options))  # the median moves along
+
+
+def test_median_is_that_of_numpy():
+    for n, d in [(2, 1), (3, 2), (50, 3), (51, 3), (1000, 2)]:
+        x = draw((n, d), F64)
+        for p, metric in ((2.0, "euclidean"), (1.0, "cityblock")):
+            assert median_distance(x, p).item() == pytest.approx(np.median(pdist(x.numpy(), metric)), rel=1e-12)
+    # discrete: most distances are 0; then all
+    x = torch.cat((torch.zeros(40, 1), torch.ones(3, 1))).double()
+    assert median_distance(x).item() == pytest.approx(pdist(x.numpy()).mean())
+    assert median_distance(torch.ones(9, 2)).item() == 1
+    assert ops.hsic(torch.ones(9, 2), draw((9, 2))).item() == 0
+    assert ops.hsic(torch.ones(9, 2), draw((9, 2)), normalize=True).item() == 0
+
+
+def leaves_of(*tensors):
+    return [t.detach().requires_grad_() for t in tensors]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_gradients_are_the_reference_s(kernel, estimator):
+    for n, d in [(5, 1), (64, 12), (150, 5), (300, 33)]:
+        for normalize in (False, True):
+            x, y = dependent(n, d)
+            sigma = torch.tensor(1.7 * d**0.5)
+            f = lambda x, y, s: ops.hsic(  # noqa: E731
+                x, y, kernel=kernel, bandwidth=s, estimator=estimator, normalize=normalize
+            )
+            leaves = leaves_of(x, y, sigma)
+            got = torch.autograd.grad(f(*leaves), leaves, allow_unused=True)
+            exact = leaves_of(*(v.double() for v in leaves))
+            with pyflow.backend("reference"):
+                want = torch.autograd.grad(f(*exact), exact, allow_unused=True)
+            for name, a, b in zip(("x", "y", "bandwidth"), got, want):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    # of the bandwidth: a sum that cancels
+                    error = 1e-3 if name == "bandwidth" else 1e-4
+                    testing.assert_within(a, b, error * b.abs().max(), f"{name}: n = {n}, d = {d}")
+
+
+def test_gradient_of_a_batch_of_bandwidths():
+    x, y = dependent(40, 3, F64, batch=(2,))
+    sigma = torch.tensor([0.7, 3.0], dtype=F64)
+    leaves = leaves_of(x, y, sigma)
+    value = ops.hsic(*leaves[:2], bandwidth=leaves[2], bandwidth_y=1.0)
+    for i in range(2):
+        alone = leaves_of(x[i], y[i], sigma[i])
+        single = ops.hsic(*alone[:2], bandwidth=alone[2], bandwidth_y=1.0)
+        torch.testing.assert_close(value[i], single)
+        whole = torch.autograd.grad(value[i], leaves, retain_graph=True)
+        for a, b in zip(whole, torch.autograd.grad(single, alone)):
+            torch.testing.assert_close(a[i], b)
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, "precomputed"])
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_gradcheck_twice(kernel, estimator):
+    x, y = (draw((6, 6 if kernel == "precomputed" else 2), F64, seed) for seed in range(2))
+    sigma = torch.tensor(1.3, dtype=F64)
+
+    def f(x, y, sigma):
+        if kernel == "precomputed":
+            x, y = x + x.mT, y + y.mT
+        return ops.hsic(x, y, kernel=kernel, bandwidth=sigma, degree=3, estimator=estimator)
+
+    leaves = leaves_of(x, y, sigma)[: 3 if kernel in ("rbf", "laplacian") else 2]
+    function = f if len(leaves) == 3 else lambda x, y: f(x, y, sigma)
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def digest() -> str:
+    """One hash over kernels and sizes; run in a process per instruction set."""
+    h = hashlib.sha256()
+    for kernel in KERNELS:
+        for n, d in [(40, 3), (129, 10), (300, 33)]:
+            x, y = dependent(n, d, batch=(2,))
+            leaves = leaves_of(x, y)
+            value = ops.hsic(*leaves, kernel=kernel, bandwidth=1.5 * d)
+            for v in (value, *torch.autograd.grad(value.sum(), leaves)):
+                h.update(v.detach().numpy().tobytes())
+    gram = draw((3, 100, 100))
+    permutations = torch.stack([torch.randperm(100, generator=torch.Generator().manual_seed(s)) for s in range(3)])
+    h.update(ops.center_gram(gram).numpy().tobytes())
+    h.update(torch.ops.pyflow.hsic_permuted(gram[0], gram[1], permutations.int()).numpy().tobytes())
+    return h.hexdigest()
+
+
+def test_instruction_sets_give_the_same_bits(every_instruction_set):
+    assert len(every_instruction_set) == 1
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bits_do_not_depend_on_threads_or_batch(kernel):
+    x, y = dependent(700, 6, batch=(3,))
+
+    def run(x, y):
+        leaves = leaves_of(x, y)
+        # not linear: that is a matrix product of torch
+        degree = dict(kernel="polynomial", degree=1) if kernel == "linear" else dict(kernel=kernel)
+        value = ops.hsic(*leaves, bandwidth=2.0, **degree)
+        return value.detach(), *torch.autograd.grad(value.sum(), leaves)
+
+    with testing.threads(1):
+        single = run(x, y)
+    with testing.threads(4):
+        several = run(x, y)
+    for a, b, alone in zip(single, several, run(x[1:2], y[1:2])):
+        testing.assert_same_bits(a, b)
+        testing.assert_same_bits(a[1:2], alone)
+
+
+def test_every_output_element_is_written():
+    with testing.poisoned():
+        for n in (4, 63, 200):
+            leaves = leaves_of(*dependent(n, 11, batch=(2,)))
+            for kernel in KERNELS:
+                value = ops.hsic(*leaves, kernel=kernel, bandwidth=3.0, estimator="unbiased")
+                assert not any(v.isnan().any() for v in (value, *torch.autograd.grad(value.sum(), leaves)))
+            assert not ops.center_gram(draw((2, n, n))).isnan().any()
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_layouts(layout):
+    x, y = dependent(30, 4, batch=(2,))
+    viewed = testing.laid_out(x, layout).requires_grad_()
+    value = ops.hsic(viewed, y, bandwidth=1.5)
+    testing.assert_same_bits(value, ops.hsic(x, y, bandwidth=1.5))
+    plain = x.clone().requires_grad_()
+    want = torch.autograd.grad(ops.hsic(plain, y, bandwidth=1.5).sum(), plain)[0]
+    testing.assert_same_bits(torch.autograd.grad(value.sum(), viewed)[0], want)
+
+
+@pytest.mark.parametrize("layout", testing.gradient_layouts(torch.zeros(2, 3)))
+def test_backward_takes_any_gradient_layout(layout):
+    z, scale = draw((2, 20, 5)), torch.ones(2, 2)
+    arguments = (scale, [3, 2], [0, 1], [1, 1], [0, 1], False)
+    rows, cross = draw((2, 2, 20), F64), draw((2, 1), F64)
+    given = testing.gradient_layouts(rows)[layout]
+    backward = torch.ops.pyflow.hsic_sums_backward
+    testing.assert_same_bits(
+        backward(given, cross, z, *arguments), backward(given.contiguous(), cross, z, *arguments)
+    )
+
+
+def test_parts_of_the_tiles_add_up():
+    z, scale = draw((2, 700, 5)), torch.ones(2, 2)
+    arguments = (z, scale, [3, 2], [0, 1], [1, 1], [0, 1, 0, 0], False)
+    whole = torch.ops.pyflow.hsic_sums(*arguments, 0, 1)
+    parts = [torch.ops.pyflow.hsic_sums(*arguments, part, 5) for part in range(5)]
+    for i in range(2):
+        total = sum(part[i] for part in parts)
+        torch.testing.assert_close(total, whole[i], rtol=1e-12, atol=1e-9)
+        assert not torch.equal(parts[0][i], whole[i])
+    assert all(torch.equal(part[2], whole[2]) for part in parts)
+    with pytest.raises(RuntimeError, match="^hsic: a part of the tiles has no gradient$"):
+        sums = torch.ops.pyflow.hsic_sums(z.requires_grad_(), *arguments[1:], 0, 5)
+        sums[0].sum().backward()
+
+
+def operator_calls():
+    for index, kernel in enumerate(HSIC_KERNELS):
+        d = 6 if kernel == "precomputed" else 3
+        z = draw((2, 6, d + 2))
+        z = z.round() if kernel == "delta" else z
+        # labels are not differentiable; the rest is
+        z, scale = (v.requires_grad_(kernel != "delta") for v in (z, 0.5 * torch.ones(2, 2)))
+        arguments = ([d, 2], [index, 0], [2, 1], [0, 1, 0, 0], False)
+        yield "hsic_sums", (z, scale, *arguments, 0, 1)
+        cotangents = (draw((2, 2, 6), F64).requires_grad_(), draw((2, 2), F64).requires_grad_())
+        yield "hsic_sums_backward", (*cotangents, z, scale, *arguments)
+    gram = draw((6, 6))
+    permutations = torch.stack([torch.randperm(6) for _ in range(3)]).int()
+    yield "hsic_permuted", (gram + gram.mT, gram @ gram.mT, permutations)
+    yield "center_gram", (draw((2, 5, 5)).requires_grad_(),)
+    yield "center_gram", (testing.laid_out(draw((2, 5, 5)), "transposed"),)
+    yield "center_gram_", (draw((2, 5, 5)),)
+
+
+@pytest.mark.parametrize("name, args", list(operator_calls()))
+def test_opcheck(name, args):
+    torch.library.opcheck(getattr(torch.ops.pyflow, name).default, args)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": True, "estimator": "unbiased"}, {"kernel": "laplacian"}])
+def test_compiles_without_a_graph_break_to_the_same_bits(options):
+    leaves = leaves_of(*dependent(30, 3))
+    f = lambda x, y: ops.hsic(x, y, bandwidth=2.0, **options)  # noqa: E731
+    compiled = torch.compile(f, fullgraph=True)(*leaves)
+    torch.testing.assert_close(compiled, f(*leaves), rtol=1e-6, atol=0)
+    for a, b in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(f(*leaves), leaves)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    median = torch.compile(lambda x, y: ops.hsic(x, y, **options), fullgraph=True)(*leaves)
+    torch.testing.assert_close(median, ops.hsic(*leaves, **options), rtol=1e-5, atol=0)
+
+
+def test_another_bandwidth_compiles_nothing_anew():
+    x, y = dependent(20, 2)
+    count = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(lambda x, y, s: ops.hsic(x, y, bandwidth=s), backend=count, fullgraph=True)
+    for sigma in (1.0, 2.0, 3.0, 4.0):
+        torch.testing.assert_close(compiled(x, y, torch.tensor(sigma)), ops.hsic(x, y, bandwidth=sigma))
+    assert count.frame_count == 1
+
+
+def test_function_transforms_agree_with_the_reference():
+    x, y = dependent(8, 2, F64, batch=(3,))
+    loss = lambda x, y: ops.hsic(x, y, bandwidth=1.5).sum()  # noqa: E731
+    transforms = {
+        "grad": lambda: torch.func.grad(loss, (0, 1))(x, y),
+        "jacrev": lambda: torch.func.jacrev(loss, (0, 1))(x, y),
+        "jacfwd": lambda: torch.func.jacfwd(loss, (0, 1))(x, y),
+        "vmap of grad": lambda: torch.vmap(torch.func.grad(loss, (0, 1)))(x, y),
+        "vmap": lambda: (torch.vmap(lambda x, y: ops.hsic(x, y, bandwidth=1.5))(x, y),),
+        "vmap of centring": lambda: (torch.vmap(ops.center_gram)(x @ x.mT),),
+        "jvp": lambda: torch.func.jvp(loss, (x, y), (x, y)),
+    }
+    for name, transform in transforms.items():
+        got = transform()
+        with pyflow.backend("reference"):
+            want = transform()
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b, msg=name)
+
+
+def test_autocast_changes_nothing():
+    x, y = dependent(40, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ops.hsic(x, y, bandwidth=1.0), ops.center_gram(x @ x.mT)
+        gram = x @ x.mT
+    testing.assert_same_bits(got[0], ops.hsic(x, y, bandwidth=1.0))
+    assert got[1].dtype == gram.dtype
+
+
+def test_permuted_sums():
+    x, y = dependent(70, 3)
+    k, m = matrix(x, "rbf"), matrix(y, "laplacian")
+    generator = torch.Generator().manual_seed(0)
+    permutations = torch.stack([torch.arange(70), *(torch.randperm(70, generator=generator) for _ in range(4))])
+    for dtype, error in ((F32, 1e-5), (F64, 1e-12)):
+        got = torch.ops.pyflow.hsic_permuted(k.to(dtype), m.to(dtype), permutations.int())
+        want = torch.stack([(k * m[p][:, p]).sum() - 70 for p in permutations])
+        torch.testing.assert_close(got, want, rtol=error, atol=0)
+        with testing.threads(3):
+            testing.assert_same_bits(
+                got, torch.ops.pyflow.hsic_permuted(k.to(dtype), m.to(dtype), permutations.int())
+            )
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (63, 63), (600, 600), (2, 3, 40, 40), (0, 7, 7)])
+def test_center_gram(shape, dtype):
+    gram = (draw(shape, F64) + 3).to(dtype)
+    h = torch.eye(shape[-1], dtype=F64) - 1 / shape[-1]
+    want = h @ gram.double() @ h
+    for layout in ("contiguous", "stepped", "transposed") if len(shape) < 4 else ("contiguous",):
+        given = testing.laid_out(gram, layout) if gram.numel() > 1 else gram
+        expected = want if given is gram or torch.equal(given, gram) else h @ given.double() @ h
+        got = ops.center_gram(given)
+        assert got.dtype == dtype and got.is_contiguous()
+        u = testing.UNIT[testing.compute_dtype(dtype)]
+        testing.assert_within(got, expected, 40 * u * (gram.double().abs().max() if gram.numel() else 0.0))
+        copy = given.clone()
+        assert ops.center_gram(copy, inplace=True) is copy
+        testing.assert_same_bits(copy, got)
+    leaf = gram.double().requires_grad_()
+    grad = draw(shape, F64, 1)
+    testing.assert_within(torch.autograd.grad(ops.center_gram(leaf), leaf, grad)[0], h @ grad @ h, 1e-12)
+
+
+def test_nan_on_a_traced_path_is_nan():
+    # values are not read while traced
+    x, y = dependent(20, 2)
+    x[3, 1] = math.nan
+    compiled = torch.compile(lambda x, y: ops.hsic(x, y, bandwidth=1.0), backend="eager", fullgraph=True)
+    assert compiled(x, y).isnan()
+
+
+X = torch.zeros(6, 2)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "call, error, text",
+    [
+        (lambda f: f([1.0], X), TypeError, "x must be a tensor, got list"),
+        (lambda f: f(X, X.long()), TypeError, "y must be float32, float64, bfloat16 or float16, got int64"),
+        (lambda f: f(X[:, 0], X), ValueError, r"x must be \(\.\.\., n, d\), got a tensor of shape \(6,\)"),
+        (lambda f: f(X[:, :0], X), ValueError, r"x must have at least one column, got shape \(6, 0\)"),
+        (lambda f: f(X, X[:5]), ValueError, "all inputs must have the same number of rows, got 6 and 5"),
+        (lambda f: f(X[:1], X[:1]), ValueError, "the biased estimator needs at least 2 rows, got 1"),
+        (
+            lambda f: f(X[:3], X[:3], estimator="unbiased"),
+            ValueError,
+            "the unbiased estimator needs at least 4 rows, got 3",
+        ),
+        (lambda f: f(X, X, estimator="best"), ValueError, "estimator must be one of biased, .*, got 'best'"),
+        (lambda f: f(X, X, kernel="cosine"), ValueError, "kernel must be one of rbf, .*, got 'cosine'"),
+        (lambda f: f(X, X, kernel_y="cosine"), ValueError, "kernel_y must be one of rbf, .*, got 'cosine'"),
+        (lambda f: f(X / 0, X), ValueError, "x must be finite, got NaN or infinity"),
+        (lambda f: f(X, X - torch.inf), ValueError, "y must be finite, got NaN or infinity"),
+        (lambda f: f(X, X, bandwidth=0), ValueError, "bandwidth must be positive and finite, got 0"),
+        (lambda f: f(X, X, bandwidth=1, bandwidth_y=-1.0), ValueError, "bandwidth_y must be positive and finite, got -1.0"),
+        (lambda f: f(X, X, bandwidth="mean"), ValueError, "bandwidth must be a number, a tensor or 'median', got 'mean'"),
+        (lambda f: f(X, X, bandwidth=torch.zeros(())), ValueError, "bandwidth must be positive and finite, got other values"),
+        (
+            lambda f: f(X, X, bandwidth=torch.ones(3)),
+            ValueError,
+            r"bandwidth must broadcast to the batch dims \(\), got shape \(3,\)",
+        ),
+        (lambda f: f(X, X, kernel="polynomial", degree=0), ValueError, "degree must be at least 1, got 0"),
+        (
+            lambda f: f(X, X, kernel="precomputed"),
+            ValueError,
+            r"x must be square with a precomputed kernel, got shape \(6, 2\)",
+        ),
+        (
+            lambda f: f(torch.arange(36.0).view(6, 6), X, kernel="precomputed", kernel_y="rbf"),
+            ValueError,
+            "x must be symmetric with a precomputed kernel, off by 25",
+        ),
+        (lambda f: f(X.expand(2, 6, 2), X.expand(3, 6, 2)), ValueError, r"leading dims must broadcast, got \(2,\), \(3,\)"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_sentence(call, error, text, backend):
+    with pyflow.backend(backend), pytest.raises(error, match=f"^hsic: {text}$"):
+        call(ops.hsic)
+
+
+def test_bad_input_of_the_others():
+    with pytest.raises(ValueError, match="^hsic_matrix: xs and ys must not be empty, got 0 and 1 tensors$"):
+        ops.hsic_matrix([], [X])
+    with pytest.raises(TypeError, match="^cka: normalize is always on$"):
+        ops.cka(X, X, normalize=False)
+    with pytest.raises(ValueError, match=r"^center_gram: gram must be \(..., n, n\), got shape \(6, 2\)$"):
+        ops.center_gram(X)
+    with pytest.raises(ValueError, match="^center_gram: inplace must not be used on a tensor that requires a gradient$"):
+        ops.center_gram(torch.eye(3).requires_grad_(), inplace=True)

@@ -1,0 +1,58 @@
+"""The command line: demos by either spelling, and what each must understand for `demo all`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import types
+
+import pytest
+
+from pyflow import cli
+
+
+@pytest.fixture
+def two_words(monkeypatch):
+    """A demo whose module has an underscore; returns what it was asked."""
+    asked = []
+    module = types.ModuleType("pyflow.recipes.two_words", "A demo.")
+    module.add_arguments = lambda parser: parser.add_argument("--quick", action="store_true")
+    module.run = lambda args: asked.append(args) or 7
+    monkeypatch.setitem(sys.modules, "pyflow.recipes.two_words", module)
+    monkeypatch.setattr(cli, "demos", lambda: ["one", "two-words"])
+    return asked
+
+
+@pytest.mark.parametrize("name", ["two-words", "two_words"])
+def test_both_spellings(two_words, name):
+    assert cli.main(["demo", name, "--quick"]) == 7
+    assert two_words[0].quick is True
+
+
+def test_names_are_shown_with_hyphens(two_words, capsys):
+    for argv in (["demo"], ["demo", "--help"]):
+        assert cli.main(argv) == 0
+        assert "demos: one, two-words, all" in capsys.readouterr().out
+    assert cli.main(["demo", "--quick"]) == 2
+    assert "demos: one, two-words, all" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "three"])
+    assert "invalid choice: 'three'" in capsys.readouterr().err
+
+
+def test_demos_are_the_recipes():
+    assert {"fsq", "nice", "sde", "sector"} <= set(cli.demos())
+    assert not [name for name in cli.demos() if "_" in name]
+
+
+@pytest.mark.parametrize("name", cli.demos())
+def test_every_demo_can_be_one_of_all(name):
+    try:
+        recipe = importlib.import_module(f"pyflow.recipes.{name.replace('-', '_')}")
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+    parser = argparse.ArgumentParser()
+    recipe.add_arguments(parser)
+    args = parser.parse_args(["--quick", "--out", "a.png", "--seed", "3", "--device", "cpu", "--backend", "cpu"])
+    assert args.quick and args.seed == 3 and args.out.name == "a.png"

@@ -1,0 +1,98 @@
+"""Sums over Gram matrices under the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pyflow import ops, testing
+from pyflow._schemas import HSIC_KERNELS
+from pyflow.reference import hsic as reference
+
+from .common import compare, draw
+
+F32, F64 = torch.float32, torch.float64
+DISTANCES = ("rbf", "laplacian")
+
+
+def variables(kernels, n, dims, dtype, seed=0):
+    """The operator's arguments: labels are few, matrices symmetric."""
+    parts = []
+    for index, (kernel, dim) in enumerate(zip(kernels, dims)):
+        part = draw((2, n, n if kernel == "precomputed" else dim), dtype, seed + index)
+        if kernel == "delta":
+            part = part.round().clamp(0, 1)
+        parts.append(part + part.mT if kernel == "precomputed" else part)
+    z = torch.cat(parts, -1)
+    numbers = [HSIC_KERNELS.index(kernel) for kernel in kernels]
+    scale = torch.tensor([[1.0, 0.1], [0.1, 2.0]], dtype=dtype)[:, : len(dims)]
+    return z, scale, [part.shape[-1] for part in parts], numbers
+
+
+def sums(z, scale, dims, numbers, degrees, pairs, part=0, parts=1):
+    return torch.ops.pyflow.hsic_sums(z, scale, dims, numbers, degrees, pairs, False, part, parts)
+
+
+def exact(z, scale, dims, numbers, degrees, pairs):
+    """Row sums, sums of products and the gradient of z, of the reference in float64."""
+    z = z.detach().double().requires_grad_()
+    outputs = reference.hsic_sums(z, scale.double(), dims, numbers, degrees, pairs)[:2]
+    return *outputs, torch.autograd.grad(outputs, z, cotangents(*outputs))[0]
+
+
+def cotangents(rows, cross):
+    return draw(rows.shape, F64, 5), draw(cross.shape, F64, 6)
+
+
+def made(z, *arguments):
+    z = z.detach().requires_grad_()
+    outputs = sums(z, *arguments)[:2]
+    return *outputs, torch.autograd.grad(outputs, z, cotangents(*outputs))[0]
+
+
+def close(got, want, dtype):
+    for a, b in zip(got, want, strict=True):
+        testing.assert_within(a, b.detach(), (2e-5 if dtype == F32 else 1e-12) * (b.abs().amax() if b.numel() else 0.0))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("kernel", HSIC_KERNELS)
+@pytest.mark.parametrize("n, dim", [(1, 3), (33, 3), (70, 10)])
+def test_hsic_sums(kernel, n, dim, dtype):
+    z, scale, dims, numbers = variables((kernel, "rbf"), n, (dim, 20), dtype)
+    arguments = (scale, dims, numbers, [2, 1], [0, 1, 0, 0])
+    close(made(z, *arguments), exact(z, *arguments), dtype)
+    whole, parts = sums(z, *arguments), [sums(z, *arguments, part, 2) for part in range(2)]
+    for i in range(2):
+        torch.testing.assert_close(parts[0][i] + parts[1][i], whole[i], rtol=1e-12, atol=1e-12)
+
+
+def test_hsic_variables_without_a_pair():
+    z, scale, dims, numbers = variables(DISTANCES, 40, (3, 4), F32)
+    arguments = (scale, dims, numbers, [1, 1], [0, 0])
+    close(made(z, *arguments), exact(z, *arguments), F32)
+
+
+def test_hsic_is_that_of_cpp():
+    function = lambda x, y: ops.hsic(x, y, bandwidth=1.5, estimator="unbiased")  # noqa: E731
+    compare(function, [draw((2, 50, 3)), draw((2, 50, 12), seed=1)], sums=(0, 1, 2))
+
+
+def test_hsic_permuted():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (draw((45, 45), seed=seed) for seed in range(2))
+    x, y = x + x.mT, y + y.mT
+    permutations = torch.stack([torch.randperm(45, generator=generator) for _ in range(3)]).int()
+    got = torch.ops.pyflow.hsic_permuted(x, y, permutations)
+    want = reference.hsic_permuted(x.double(), y.double(), permutations)
+    testing.assert_within(got, want, 1e-10 * want.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (70, 70), (2, 3, 33, 33), (0, 5, 5)])
+def test_hsic_center_gram(dtype, shape):
+    gram = draw(shape, dtype, spread=3.0)
+    compare(ops.center_gram, [gram], sums=(0, 1), error={F32: 1e-5, F64: 1e-5}.get(dtype, 2e-2))
+    for one in (gram.clone(), torch.cat((gram, gram), -1)[..., : shape[-1]]):
+        want = ops.center_gram(one)
+        assert ops.center_gram(one, inplace=True) is one
+        testing.assert_same_bits(one, want)

@@ -1,0 +1,438 @@
+"""Sums over Gram matrices whose tiles are made, used and dropped; permuted sums; centring.
+
+A program owns a block of rows and meets every block of columns: without atomics that is what keeps a row's sum in one
+place, at the price of making each tile twice. There is no CUDA twin: the tiles are matrix products, which Triton
+schedules, and by hand they would be the same loops without it; a GPU without Triton runs the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._schemas import HSIC_KERNELS
+from ..reference.hsic import wide
+from . import _launch
+from ._math import exp_less
+from ._tiles import store_as
+
+RBF = tl.constexpr(HSIC_KERNELS.index("rbf"))
+LAPLACIAN = tl.constexpr(HSIC_KERNELS.index("laplacian"))
+POLYNOMIAL = tl.constexpr(HSIC_KERNELS.index("polynomial"))
+DELTA = tl.constexpr(HSIC_KERNELS.index("delta"))
+PRECOMPUTED = tl.constexpr(HSIC_KERNELS.index("precomputed"))
+
+SQUARES_UP_TO = tl.constexpr(8)  # features: see csrc/ops/hsic.h
+# rows and columns of a tile, features multiplied at a time: with more the registers do not suffice (sm_80 to sm_100)
+BLOCK, DEPTH, WARPS = 32, 16, 8
+
+
+@triton.jit
+def power(x, DEGREE: tl.constexpr):
+    y = x
+    for _ in tl.static_range(DEGREE - 1):
+        y = y * x
+    return y
+
+
+@triton.jit
+def raw_tile(z, i, j, n, dim, KERNEL: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr):
+    """What the kernel is a function of: dot products, squared or absolute differences summed, mismatches counted."""
+    dtype: tl.constexpr = z.dtype.element_ty
+    rows, columns = z + i.to(tl.int64) * dim, z + j.to(tl.int64) * dim
+    total = tl.zeros((i.shape[0], j.shape[0]), dtype)
+    if (KERNEL == POLYNOMIAL or (KERNEL == RBF and not SQUARES)) and dtype == tl.float32:
+        for k0 in range(0, dim, DEPTH):
+            k = k0 + tl.arange(0, DEPTH)
+            a = tl.load(rows[:, None] + k[None, :], mask=(i < n)[:, None] & (k < dim)[None, :], other=0.0)
+            b = tl.load(columns[None, :] + k[:, None], mask=(j < n)[None, :] & (k < dim)[:, None], other=0.0)
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+    else:
+        for k in range(dim):
+            a = tl.load(rows + k, mask=i < n, other=0.0)[:, None]
+            b = tl.load(columns + k, mask=j < n, other=0.0)[None, :]
+            if KERNEL == RBF and SQUARES:
+                total = tl.fma(a - b, a - b, total)
+            elif KERNEL == LAPLACIAN:
+                total += tl.abs(a - b)
+            elif KERNEL == DELTA:
+                total += tl.where(a != b, 1.0, 0.0)
+            else:
+                total = tl.fma(a, b, total)
+    return total
+
+
+@triton.jit
+def gram_tile(
+    z, halves, shift, i, j, n, dim,
+    KERNEL: tl.constexpr, DEGREE: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The kernel less shift, and its derivative by a product or, of distances, the kernel itself."""
+    if KERNEL == PRECOMPUTED:
+        inside = (i < n)[:, None] & (j < n)[None, :]
+        value = tl.load(z + i.to(tl.int64)[:, None] * n + j[None, :], mask=inside, other=0.0)
+        slope = value
+    else:
+        raw = raw_tile(z, i, j, n, dim, KERNEL, SQUARES, PRECISION, DEPTH)
+        if KERNEL == POLYNOMIAL:
+            value = power(raw, DEGREE)
+            if DEGREE == 1:
+                slope = tl.full(raw.shape, 1.0, raw.dtype)
+            else:
+                slope = power(raw, DEGREE - 1) * DEGREE
+        elif KERNEL == DELTA:
+            value = tl.where(raw == 0.0, 1.0, 0.0).to(raw.dtype)
+            slope = value
+        else:
+            if KERNEL == LAPLACIAN:
+                exponent = raw * -1.0
+            elif SQUARES:
+                exponent = raw * -0.5
+            else:
+                both = tl.load(halves + i, mask=i < n, other=0.0)[:, None] + tl.load(halves + j, mask=j < n, other=0.0)
+                exponent = raw - both
+                # rounding may leave a distance below 0
+                exponent = tl.where(exponent > 0.0, 0.0, exponent)
+            value = exp_less(exponent, shift)
+            slope = value + shift
+    return value, slope
+
+
+@triton.jit
+def counted(i, j, n):
+    """What is summed: inside the matrix, off its diagonal."""
+    return (i < n)[:, None] & (j < n)[None, :] & (i[:, None] != j[None, :])
+
+
+@triton.jit(do_not_specialize=["n", "blocks", "part", "parts"])
+def sums_kernel(
+    x, x_halves, x_shift, x_dim, y, y_halves, y_shift, y_dim, x_rows, y_rows, cross, n, blocks, part, parts,
+    X: tl.constexpr, X_DEGREE: tl.constexpr, X_SQUARES: tl.constexpr,
+    Y: tl.constexpr, Y_DEGREE: tl.constexpr, Y_SQUARES: tl.constexpr,
+    SAME: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A block of rows of a pair, every `parts`th: their row sums where asked for, and cross (batch, blocks)."""
+    item = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    i = (block * parts + part) * BLOCK + tl.arange(0, BLOCK)
+    dtype: tl.constexpr = x.dtype.element_ty
+    x += item * n * x_dim
+    y += item * n * y_dim
+    sx, sy = tl.load(x_shift + item).to(dtype), tl.load(y_shift + item).to(dtype)
+    sum_x, sum_y = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    products = tl.zeros((BLOCK,), tl.float64)
+    for j0 in range(0, n, BLOCK):
+        j = j0 + tl.arange(0, BLOCK)
+        inside = counted(i, j, n)
+        k, _ = gram_tile(x, x_halves + item * n, sx, i, j, n, x_dim, X, X_DEGREE, X_SQUARES, PRECISION, DEPTH)
+        k = tl.where(inside, k, 0.0).to(tl.float64)
+        if SAME:
+            m = k
+        else:
+            m, _ = gram_tile(y, y_halves + item * n, sy, i, j, n, y_dim, Y, Y_DEGREE, Y_SQUARES, PRECISION, DEPTH)
+            m = tl.where(inside, m, 0.0).to(tl.float64)
+        sum_x += tl.sum(k, 1)
+        sum_y += tl.sum(m, 1)
+        products += tl.sum(k * m, 1)
+    if x_rows is not None:
+        tl.store(x_rows + item * n + i, sum_x, mask=i < n)
+    if y_rows is not None:
+        tl.store(y_rows + item * n + i, sum_y, mask=i < n)
+    tl.store(cross + item * blocks + block, tl.sum(products, 0))
+
+
+@triton.jit
+def weight_tile(inside, i, j, n, rows, factor, other, slope):
+    """dL/dK of an unordered pair of rows, times the derivative of the kernel; zero outside."""
+    w = other * (factor * 2.0)
+    if rows is not None:
+        at_i = tl.load(rows + i, mask=i < n, other=0.0)[:, None]
+        w += (at_i + tl.load(rows + j, mask=j < n, other=0.0)[None, :]).to(w.dtype)
+    return tl.where(inside, w * slope, 0.0)
+
+
+@triton.jit(do_not_specialize=["n", "blocks", "chunks"])
+def backward_kernel(
+    x, x_halves, x_shift, x_dim, y, y_halves, y_shift, y_dim, rows, factor, grad, n, blocks, chunks,
+    X: tl.constexpr, X_DEGREE: tl.constexpr, X_SQUARES: tl.constexpr,
+    Y: tl.constexpr, Y_DEGREE: tl.constexpr, Y_SQUARES: tl.constexpr,
+    SAME: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, DEPTH: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """Of one pair, what x gets: a block of its rows by FEATURES of its features."""
+    program = tl.program_id(0)
+    item = (program // (blocks * chunks)).to(tl.int64)
+    i = program // chunks % blocks * BLOCK + tl.arange(0, BLOCK)
+    f = program % chunks * FEATURES + tl.arange(0, FEATURES)
+    dtype: tl.constexpr = x.dtype.element_ty
+    x += item * n * x_dim
+    y += item * n * y_dim
+    sx, sy = tl.load(x_shift + item).to(dtype), tl.load(y_shift + item).to(dtype)
+    if rows is not None:
+        rows += item * n
+    by = tl.load(factor + item).to(dtype)
+    own = (i < n)[:, None] & (f < x_dim)[None, :]
+    at = i.to(tl.int64)[:, None] * x_dim + f[None, :]
+    zi = tl.load(x + at, mask=own, other=0.0)
+    total = tl.zeros((BLOCK, FEATURES), dtype)
+    weights = tl.zeros((BLOCK,), dtype)
+    for j0 in range(0, n, BLOCK):
+        j = j0 + tl.arange(0, BLOCK)
+        inside = counted(i, j, n)
+        k, slope = gram_tile(x, x_halves + item * n, sx, i, j, n, x_dim, X, X_DEGREE, X_SQUARES, PRECISION, DEPTH)
+        if SAME:
+            other = k
+        else:
+            other, _ = gram_tile(y, y_halves + item * n, sy, i, j, n, y_dim, Y, Y_DEGREE, Y_SQUARES, PRECISION, DEPTH)
+        w = weight_tile(inside, i, j, n, rows, by, other, slope)
+        there = (j < n)[:, None] & (f < x_dim)[None, :]
+        zj = tl.load(x + j.to(tl.int64)[:, None] * x_dim + f[None, :], mask=there, other=0.0)
+        if X == LAPLACIAN:
+            more = zi[:, None, :] - zj[None, :, :]
+            sign = tl.where(more > 0.0, 1.0, tl.where(more < 0.0, -1.0, 0.0)).to(dtype)
+            total -= tl.sum(w[:, :, None] * sign, 1)
+        elif dtype == tl.float32:
+            total = tl.dot(w, zj, total, input_precision=PRECISION)
+        else:
+            total += tl.sum(w[:, :, None] * zj[None, :, :], 1)
+        weights += tl.sum(w, 1)
+    if X == RBF:
+        # the weights times z_j - z_i
+        total -= weights[:, None] * zi
+    grad += item * n * x_dim
+    if ADD:
+        total += tl.load(grad + at, mask=own, other=0.0)
+    tl.store(grad + at, total, mask=own)
+
+
+@triton.jit(do_not_specialize=["n", "blocks"])
+def matrix_kernel(
+    y, y_halves, y_shift, y_dim, rows, factor, grad, n, blocks,
+    Y: tl.constexpr, Y_DEGREE: tl.constexpr, Y_SQUARES: tl.constexpr,
+    ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Of one pair, what each entry of a precomputed matrix gets: a tile."""
+    program = tl.program_id(0)
+    item = (program // (blocks * blocks)).to(tl.int64)
+    i = program // blocks % blocks * BLOCK + tl.arange(0, BLOCK)
+    j = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    dtype: tl.constexpr = y.dtype.element_ty
+    shift, by = tl.load(y_shift + item).to(dtype), tl.load(factor + item).to(dtype)
+    value, _ = gram_tile(
+        y + item * n * y_dim, y_halves + item * n, shift, i, j, n, y_dim, Y, Y_DEGREE, Y_SQUARES, PRECISION, DEPTH
+    )
+    total = value * by
+    if rows is not None:
+        total += tl.load(rows + item * n + i, mask=i < n, other=0.0)[:, None].to(dtype)
+    total = tl.where(counted(i, j, n), total, 0.0)
+    inside = (i < n)[:, None] & (j < n)[None, :]
+    at = grad + item * n * n + i.to(tl.int64)[:, None] * n + j[None, :]
+    if ADD:
+        total += tl.load(at, mask=inside, other=0.0)
+    tl.store(at, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["n"])
+def permuted_kernel(x, y, permutations, out, n, BLOCK: tl.constexpr):
+    """One permutation."""
+    row = tl.program_id(0).to(tl.int64)
+    permutations += row * n
+    total = tl.zeros((BLOCK,), tl.float64)
+    for i0 in range(0, n, BLOCK):
+        i = i0 + tl.arange(0, BLOCK)
+        p = tl.load(permutations + i, mask=i < n, other=0).to(tl.int64)
+        for j0 in range(0, n, BLOCK):
+            j = j0 + tl.arange(0, BLOCK)
+            q = tl.load(permutations + j, mask=j < n, other=0)
+            inside = counted(i, j, n)
+            a = tl.load(x + i.to(tl.int64)[:, None] * n + j[None, :], mask=inside, other=0.0).to(tl.float64)
+            b = tl.load(y + p[:, None] * n + q[None, :], mask=inside, other=0.0).to(tl.float64)
+            total += tl.sum(a * b, 1)
+    tl.store(out + row, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["n", "blocks"])
+def center_sums_kernel(gram, at, row_sums, columns, n, blocks, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A block of rows: their sums, and what they add to the columns, (batch, blocks, n)."""
+    item = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    i = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_R,), tl.float64)
+    for c0 in range(0, n, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        inside = (i < n)[:, None] & (c < n)[None, :]
+        where = gram + item * at[0] + i.to(tl.int64)[:, None] * at[1] + c.to(tl.int64)[None, :] * at[2]
+        values = tl.load(where, mask=inside, other=0.0).to(tl.float32 if gram.dtype.element_ty != tl.float64 else tl.float64)
+        values = values.to(tl.float64)
+        total += tl.sum(values, 1)
+        tl.store(columns + (item * blocks + block) * n + c, tl.sum(values, 0), mask=c < n)
+    tl.store(row_sums + item * n + i, total, mask=i < n)
+
+
+@triton.jit(do_not_specialize=["n"])
+def center_kernel(
+    gram, at, out, out_at, row_sums, column_sums, sums, n, blocks, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Subtract a block of rows' means, the columns' means less the mean of all."""
+    item = (tl.program_id(0) // blocks).to(tl.int64)
+    i = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    own = tl.load(row_sums + item * n + i, mask=i < n, other=0.0) / n - tl.load(sums + item) / n / n
+    for c0 in range(0, n, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        inside = (i < n)[:, None] & (c < n)[None, :]
+        where = item * at[0] + i.to(tl.int64)[:, None] * at[1] + c.to(tl.int64)[None, :] * at[2]
+        values = tl.load(gram + where, mask=inside, other=0.0)
+        values = values.to(tl.float32 if gram.dtype.element_ty != tl.float64 else tl.float64).to(tl.float64)
+        mean = tl.load(column_sums + item * n + c, mask=c < n, other=0.0) / n
+        result = values - (own[:, None] + mean[None, :])
+        if out.dtype.element_ty != tl.float64:
+            result = result.to(tl.float32)
+        where = item * out_at[0] + i.to(tl.int64)[:, None] * out_at[1] + c.to(tl.int64)[None, :] * out_at[2]
+        store_as(out + where, result, inside)
+
+
+class Gram:
+    """A variable as the kernels take it: rows centred and scaled, half their squares, the shift of its kernel."""
+
+    def __init__(self, z: Tensor, scale: Tensor, kernel: int, degree: int) -> None:
+        name = HSIC_KERNELS[kernel]
+        self.kernel, self.degree, self.dim = kernel, degree, z.shape[-1]
+        if name in ("rbf", "laplacian"):
+            z = (z - z.mean(-2, keepdim=True)) * scale[:, None, None]
+        self.z = z.contiguous()
+        self.shift = wide(z, name).double()
+        self.squares = name == "rbf" and self.dim <= SQUARES_UP_TO.value
+        # in float64, as their rounding stays with a row
+        self.halves = (self.z.double().square().sum(-1) / 2).to(z.dtype) if name == "rbf" else self.z
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        return self.z, self.halves, self.shift, self.dim
+
+    def constants(self, name: str) -> dict[str, object]:
+        return {name: self.kernel, f"{name}_DEGREE": self.degree, f"{name}_SQUARES": self.squares}
+
+
+def grams_of(z: Tensor, scale: Tensor, dims: Sequence[int], kernels: Sequence[int], degrees: Sequence[int]) -> list[Gram]:
+    parts = z.split(list(dims), -1)
+    return [Gram(part, scale[:, m], kernels[m], degrees[m]) for m, part in enumerate(parts)]
+
+
+def tile_of(allow_tf32: bool) -> dict[str, object]:
+    return {"PRECISION": "tf32" if allow_tf32 else "ieee", "DEPTH": DEPTH, "BLOCK": BLOCK, "num_warps": WARPS}
+
+
+def hsic_sums(
+    z: Tensor, scale: Tensor, dims: Sequence[int], kernels: Sequence[int], degrees: Sequence[int],
+    pairs: Sequence[int], allow_tf32: bool, part: int, parts: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, n, _ = z.shape
+    grams, tile = grams_of(z, scale, dims, kernels, degrees), tile_of(allow_tf32)
+    rows = z.new_zeros((len(dims), batch, n), dtype=torch.float64)
+    cross = z.new_zeros((len(pairs) // 2, batch), dtype=torch.float64)
+    shift = torch.stack([gram.shift for gram in grams], 1)
+    blocks = len(range(part, -(-n // BLOCK), parts))
+    # a variable in no pair has row sums too
+    asked = [*zip(pairs[::2], pairs[1::2])] + [(m, m) for m in range(len(dims)) if m not in pairs]
+    left = set(range(len(dims)))
+    for p, (a, b) in enumerate(asked):
+        if batch * blocks == 0:
+            continue
+        partial = z.new_empty((batch, blocks), dtype=torch.float64)
+        x_rows, y_rows = (rows[m] if m in left else None for m in (a, b))
+        left -= {a, b}
+        _launch.launch(
+            sums_kernel, batch * blocks, z.device, *grams[a].arguments, *grams[b].arguments, x_rows, y_rows, partial,
+            n, blocks, part, parts, SAME=a == b, **grams[a].constants("X"), **grams[b].constants("Y"), **tile,
+        )  # fmt: skip
+        if p < len(cross):
+            _launch.sum_segments(partial, cross[p])
+    return rows.transpose(0, 1).contiguous(), cross.mT.contiguous(), shift
+
+
+def hsic_sums_backward(
+    grad_rows: Tensor, grad_cross: Tensor, z: Tensor, scale: Tensor, dims: Sequence[int], kernels: Sequence[int],
+    degrees: Sequence[int], pairs: Sequence[int], allow_tf32: bool,
+) -> Tensor:  # fmt: skip
+    batch, n, _ = z.shape
+    grams, tile = grams_of(z, scale, dims, kernels, degrees), tile_of(allow_tf32)
+    grads = []
+    for m, gram in enumerate(grams):
+        grad = torch.zeros_like(gram.z)
+        grads.append(grad)
+        if kernels[m] == DELTA.value or batch * n == 0:
+            continue
+        # of a pair with itself twice; a variable in no pair has the gradient of its row sums
+        sides = [(pairs[k ^ 1], grad_cross[:, k // 2]) for k in range(len(pairs)) if pairs[k] == m]
+        rows = grad_rows[:, m].contiguous()
+        for index, (other, factor) in enumerate(sides or [(m, grad_rows.new_zeros(batch))]):
+            y, given = grams[other], rows if index == 0 else None
+            if kernels[m] == PRECOMPUTED.value:
+                blocks = -(-n // BLOCK)
+                _launch.launch(
+                    matrix_kernel, batch * blocks * blocks, z.device, *y.arguments, given, factor.contiguous(), grad, n,
+                    blocks, ADD=index > 0, **y.constants("Y"), **tile,
+                )  # fmt: skip
+                continue
+            # sums over a third dim want small tiles
+            small = kernels[m] == LAPLACIAN.value or z.dtype == torch.float64
+            size = {**tile, "BLOCK": 16 if small else BLOCK}
+            features = 16 if small else min(64, max(16, _launch.power_of_two(gram.dim)))
+            blocks, chunks = -(-n // size["BLOCK"]), -(-gram.dim // features)
+            _launch.launch(
+                backward_kernel, batch * blocks * chunks, z.device, *gram.arguments, *y.arguments, given,
+                factor.contiguous(), grad, n, blocks, chunks, SAME=other == m, ADD=index > 0, FEATURES=features,
+                **gram.constants("X"), **y.constants("Y"), **size,
+            )  # fmt: skip
+        if kernels[m] in (RBF.value, LAPLACIAN.value):
+            grad *= scale[:, m, None, None]
+    return torch.cat(grads, -1)
+
+
+def hsic_permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:
+    out = gram_x.new_zeros(permutations.shape[:1], dtype=torch.float64)
+    if permutations.numel():
+        arguments = (t.contiguous() for t in (gram_x, gram_y, permutations))
+        _launch.launch(permuted_kernel, len(out), gram_x.device, *arguments, out, len(gram_x), BLOCK=32)
+    return out
+
+
+def center_gram(gram: Tensor) -> Tensor:
+    out = torch.empty_like(gram, memory_format=torch.contiguous_format)
+    center_into(gram, out)
+    return out
+
+
+def center_gram_(gram: Tensor) -> None:
+    center_into(gram, gram)
+
+
+def center_into(gram: Tensor, out: Tensor) -> None:
+    if gram.numel() == 0:
+        return
+    flat = out if out.dim() == 3 else out.unsqueeze(0) if out.dim() == 2 else None
+    if flat is None and out.is_contiguous():
+        flat = out.flatten(0, -3)
+    if flat is None:
+        # leading dims that do not merge
+        for one, target in zip(gram, out):
+            center_into(one, target)
+        return
+    source = gram.reshape(flat.shape) if gram is not out else flat
+    batch, n, _ = flat.shape
+    size = {"BLOCK_R": 32, "BLOCK_C": 64, "num_warps": 8}
+    blocks = -(-n // 32)
+    row_sums = gram.new_empty((batch, n), dtype=torch.float64)
+    partial = gram.new_empty((batch, blocks, n), dtype=torch.float64)
+    _launch.launch(center_sums_kernel, batch * blocks, gram.device, source, source.stride(), row_sums, partial, n, blocks, **size)
+    columns, sums = torch.empty_like(row_sums), gram.new_empty((batch,), dtype=torch.float64)
+    _launch.sum_segments(partial.mT.contiguous().view(batch * n, blocks), columns.view(-1))
+    _launch.sum_segments(row_sums, sums)
+    _launch.launch(
+        center_kernel, batch * blocks, gram.device, source, source.stride(), flat, flat.stride(), row_sums, columns,
+        sums, n, blocks, **size,
+    )  # fmt: skip

@@ -1,0 +1,75 @@
+"""Largest gaps of random points on a circle: a trial per lane, the operations of csrc/ops/sector.h."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch, _random
+from ._random import log_plain, words_at
+
+BLOCK = 256  # trials of a program at a time
+PROGRAMS = 4096  # at most; each then takes every so many blocks of trials
+
+
+@triton.jit
+def positive_uniform(word):
+    """In (0, 1]."""
+    return (word.to(tl.float32) + 1.0) * 2.3283064365386963e-10
+
+
+@triton.jit
+def fixed_log(u):
+    """-log in units of 2**-24."""
+    return (-log_plain(u) * 16777216.0).to(tl.int32)
+
+
+@triton.jit
+def used(word, at, points):
+    """A word that adds nothing and is no minimum in the place of those beyond the points."""
+    return tl.where(at < points, word, tl.full([], 0xFFFFFFFF, tl.uint32))
+
+
+@triton.jit(do_not_specialize=["count", "points", "trials", "rounds", *_random.SCALARS])
+def counts_kernel(
+    thresholds, counts, count, points, trials, rounds, seed, seed_at, seed_low, seed_high, step, step_low, step_high,
+    purpose, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    lane = tl.arange(0, BLOCK)
+    blocks = (points + 3) // 4
+    for i in range(0, rounds):
+        trial = (tl.num_programs(0).to(tl.int64) * i + tl.program_id(0)) * BLOCK + lane
+        inside = trial < trials
+        low = tl.full([BLOCK], 0xFFFFFFFF, tl.uint32)
+        total = tl.zeros([BLOCK], tl.int64)
+        for block in range(0, blocks):
+            w0, w1, w2, w3 = words_at(
+                (trial * blocks + block) * 4, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose,
+                lane, inside,
+            )  # fmt: skip
+            w1 = used(w1, 4 * block + 1, points)
+            w2 = used(w2, 4 * block + 2, points)
+            w3 = used(w3, 4 * block + 3, points)
+            u = positive_uniform(w0) * positive_uniform(w1) * (positive_uniform(w2) * positive_uniform(w3))
+            total += fixed_log(tl.maximum(u, 1.1754943508222875e-38)).to(tl.int64)
+            low = tl.minimum(low, tl.minimum(tl.minimum(w0, w1), tl.minimum(w2, w3)))
+        largest = fixed_log(positive_uniform(low)).to(tl.float64)
+        whole = total.to(tl.float64)
+        for k in range(0, count):
+            reached = (largest >= tl.load(thresholds + k) * whole) & inside
+            tl.atomic_add(counts + k, tl.sum(reached.to(tl.int32)).to(tl.int64), sem="relaxed")
+
+
+def sector_counts(thresholds: Tensor, points: int, trials: int, seed: Tensor, step: Tensor, purpose: int) -> Tensor:
+    thresholds = thresholds.contiguous()
+    counts = torch.zeros(thresholds.shape, dtype=torch.int64, device=thresholds.device)
+    if counts.numel() == 0:
+        return counts
+    programs = min(-(-trials // BLOCK), PROGRAMS)
+    _launch.launch(
+        counts_kernel, programs, counts.device, thresholds, counts, counts.numel(), points, trials,
+        -(-trials // (BLOCK * programs)), BLOCK=BLOCK, **_random.stream(seed, step, purpose),
+    )  # fmt: skip
+    return counts
