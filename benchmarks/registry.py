@@ -14,7 +14,7 @@ Outputs = tuple[Tensor, ...]
 Call = Callable[[], Outputs]
 
 # a family is the file of that name
-FAMILIES = ("coupling", "flow_head", "fsq", "noise", "sde", "sector")
+FAMILIES = ("coupling", "flow_head", "fsq", "hsic_stats", "noise", "sde", "sector")
 
 
 class Missing(Exception):

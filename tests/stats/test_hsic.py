@@ -76,17 +76,19 @@ def test_group_needs_rows():
         hsic(x, y, group=object())
 
 
-@pytest.mark.parametrize("estimator", ["biased", "biased_n2", "unbiased"])
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
-def test_random_features_are_unbiased_and_know_their_error(estimator, normalize, kernel):
+@pytest.mark.parametrize(
+    "kernel, estimator, normalize",
+    [("rbf", "biased", False), ("rbf", "unbiased", True), ("laplacian", "unbiased", False),
+     ("laplacian", "biased_n2", True)],
+)  # fmt: skip
+def test_random_features_are_unbiased_and_know_their_error(kernel, estimator, normalize):
     x, y = data(200)
     options = {"estimator": estimator, "normalize": normalize, "kernel": kernel}
     exact = hsic(x, y, **options).value
-    runs = [hsic(x, y, approximate="rff", n_features=128, seed=seed, **options) for seed in range(60)]
+    runs = [hsic(x, y, approximate="rff", n_features=128, seed=seed, **options) for seed in range(40)]
     values, errors = np.array(runs).T
     # normalised, a ratio of unbiased estimates
-    assert abs(values.mean() - exact) <= 4 * values.std() / 60**0.5 + (0.02 * abs(exact) if normalize else 0)
+    assert abs(values.mean() - exact) <= 4 * values.std() / 40**0.5 + (0.02 * abs(exact) if normalize else 0)
     assert values.std() == pytest.approx(errors.mean(), rel=0.4)
     assert runs[0] == hsic(x, y, approximate="rff", n_features=128, seed=0, **options)
     fine = hsic(x, y, approximate="rff", n_features=4096, **options)
