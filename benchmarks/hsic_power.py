@@ -1,6 +1,7 @@
 """How often HSIC tests find a dependence: the simulations of hyppo's power studies.
 
-python -m pyflow.benchmarks.hsic_power prints the table. One-dimensional x and y with noise, as in Panda et al. 2019, hyppo: A Multivariate Hypothesis Testing Python Package.
+python -m pyflow.benchmarks.hsic_power prints the table. One-dimensional x and y with noise, as in Panda et al. 2019,
+hyppo: A Multivariate Hypothesis Testing Python Package.
 """
 
 from __future__ import annotations

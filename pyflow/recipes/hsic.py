@@ -182,7 +182,8 @@ def feature_table(tested: Relevance) -> str:
         for f in tested.features
     ]
     found = sum(p <= LEVEL for p in tested.shuffled)
-    lines.append(f"the same features shuffled: p <= {LEVEL} for {found} of {len(tested.shuffled)}, by chance {LEVEL:.0%}")
+    said = f"p <= {LEVEL} for {found} of {len(tested.shuffled)}, by chance {LEVEL:.0%}"
+    lines.append(f"the same features shuffled: {said}")
     return "\n".join(lines)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .._schemas import HSIC_KERNELS
-from ..reference import hsic as ref
 from ..ops._variables import Variable, between, points
+from ..reference import hsic as ref
 
 # elements of a block
 BLOCK = 2**22
