@@ -14,7 +14,11 @@ Outputs = tuple[Tensor, ...]
 Call = Callable[[], Outputs]
 
 # a family is the file of that name
-FAMILIES = ("coupling", "energy", "flow_head", "fsq", "gan_qp", "hsic", "noise", "sde", "sector", "spectral")
+<<<<<<< HEAD
+FAMILIES = ("coupling", "energy", "flow_head", "fsq", "gan_qp", "hsic", "hsic_stats", "noise", "sde", "sector", "spectral")
+=======
+FAMILIES = ("coupling", "flow_head", "fsq", "hsic_stats", "noise", "sde", "sector")
+>>>>>>> stats
 
 
 class Missing(Exception):

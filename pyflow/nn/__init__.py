@@ -1,8 +1,9 @@
-"""Invertible layers, every one `forward(x) -> (y, logdet)` and `inverse(y) -> (x, logdet)`, quantisers,
-and the normalisation of any layer's weight."""
+"""Invertible layers, every one `forward(x) -> (y, logdet)` and `inverse(y) -> (x, logdet)`, quantisers, HSIC, and the
+normalisation of any layer's weight."""
 
 from .coupling import AdditiveCoupling, AffineCoupling
 from .fsq import FSQ
+from .hsic import HSICBottleneck, HSICLoss
 from .linear import ActNorm, Invertible1x1Conv, Scale
 from .residual_fsq import GroupedResidualFSQ, ResidualFSQ
 from .reversible import ReversibleSequential
@@ -14,6 +15,8 @@ __all__ = [
     "AdditiveCoupling",
     "AffineCoupling",
     "GroupedResidualFSQ",
+    "HSICBottleneck",
+    "HSICLoss",
     "Invertible1x1Conv",
     "ResidualFSQ",
     "ReversibleSequential",

@@ -6,6 +6,7 @@ from .flow_head import flow_log_prob
 from .fsq import codebook_usage, fsq, fsq_decode, residual_fsq
 from .gan_qp import gan_qp_generator_loss, gan_qp_loss
 from .hsic import center_gram, cka, hsic, hsic_matrix
+from .nhsic import nhsic
 from .noise import normal, philox, sample_seeds, uniform
 from .sde import denoising_loss, langevin_step, perturb, sde_step
 from .sector import sector_counts
@@ -33,6 +34,7 @@ __all__ = [
     "mala_accept",
     "mala_propose",
     "mala_step",
+    "nhsic",
     "normal",
     "perturb",
     "philox",

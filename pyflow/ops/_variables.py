@@ -135,6 +135,41 @@ def _labels(op: str, name: str, x: object) -> Variable:
     return Variable(z, z.new_ones(()), HSIC_KERNELS.index("delta"), 1, _ones(z))
 
 
+def points(v: Variable) -> Tensor:
+    """(..., n, d) rows that the kernel is a function of, in units of the bandwidth: `between` takes some of them."""
+    if HSIC_KERNELS[v.kernel] not in ("rbf", "laplacian"):
+        return v.z
+    return (v.z - v.z.detach().mean(-2, keepdim=True)) * v.scale[..., None, None]
+
+
+def between(v: Variable, a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
+    """(..., m, n) kernel between `points` a (..., m, d) and b (..., n, d), less shift (...) of 0 or 1, in float64.
+
+    Not for precomputed kernels.
+    """
+    a, b = a.double(), b.double()
+    name = HSIC_KERNELS[v.kernel]
+    if name == "polynomial":
+        return (a @ b.mT) ** v.degree
+    if name == "delta":
+        return (torch.cdist(a, b, p=0) == 0).double()
+    if name == "laplacian":
+        exponent = -torch.cdist(a, b, p=1)
+    else:
+        half = [t.square().sum(-1) / 2 for t in (a, b)]
+        exponent = (a @ b.mT - (half[0].unsqueeze(-1) + half[1].unsqueeze(-2))).clamp(max=0)
+    value = exponent.exp()
+    return value if shift is None else torch.where(shift[..., None, None] != 0, exponent.expm1(), value)
+
+
+def ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
+    """xy / sqrt(xx yy), 0 where one of them is not positive."""
+    defined = (xx > 0) & (yy > 0)
+    # selected before the division, so that no NaN reaches a gradient
+    xx, yy = (torch.where(defined, v, torch.ones_like(v)) for v in (xx, yy))
+    return torch.where(defined, xy / (xx.sqrt() * yy.sqrt()), torch.zeros_like(xy))
+
+
 def median_distance(x: Tensor, p: float = 2.0) -> Tensor:
     """The median of the distances between rows, as NumPy's; their mean where it is 0, and 1 where that is 0 too.
 

@@ -1,5 +1,18 @@
-"""Statistics: probabilities, estimates and tests."""
+"""Statistics: probabilities, estimates and tests; arrays or tensors in, plain results out."""
 
+from .compare import RepresentationComparison, compare_representations
+from .hsic import HSIC, hsic
+from .hsic_test import HSICTest, hsic_test
 from .sector import SectorEstimate, sector_probability, sector_probability_mc
 
-__all__ = ["SectorEstimate", "sector_probability", "sector_probability_mc"]
+__all__ = [
+    "HSIC",
+    "HSICTest",
+    "RepresentationComparison",
+    "SectorEstimate",
+    "compare_representations",
+    "hsic",
+    "hsic_test",
+    "sector_probability",
+    "sector_probability_mc",
+]

@@ -1,0 +1,174 @@
+"""Losses and training by dependence: HSIC as a penalty, and the HSIC bottleneck."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from ..ops import hsic
+from ..ops._variables import Variable, variable
+from ..ops.hsic import ESTIMATORS, Bandwidth, rows_needed, together
+from ..ops.nhsic import regularised
+
+
+class HSICLoss(nn.Module):
+    """HSIC of two batches as a loss: minimised it makes them independent, negated it makes them dependent.
+
+    Args:
+        estimator: "biased", "biased_n2" or "unbiased" (whose mean does not depend on the size of a batch).
+        normalize: divide by sqrt(HSIC(x, x) HSIC(y, y)), so that scaling does not lower it: CKA.
+        kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0: as for `pyflow.ops.hsic`; a bandwidth may be
+            an `nn.Parameter`, which is then the module's.
+
+    Notes:
+        forward(x, y): dims after the first are flattened, (n,) is one column; returns a 0-d loss.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.randn(64, 3)
+        >>> loss = HSICLoss(normalize=True)
+        >>> loss(x, x[:, :1]).item() > loss(x, torch.randn(64, 1)).item()
+        True
+    """
+
+    def __init__(
+        self,
+        *,
+        estimator: str = "biased",
+        normalize: bool = False,
+        kernel: str = "rbf",
+        bandwidth: Bandwidth = "median",
+        kernel_y: str | None = None,
+        bandwidth_y: Bandwidth | None = None,
+        degree: int = 3,
+        gamma: float | None = None,
+        coef0: float = 1.0,
+    ) -> None:
+        super().__init__()
+        check.choice("HSICLoss", "estimator", estimator, ESTIMATORS)
+        # parameters and tensors become the module's own
+        self.bandwidth, self.bandwidth_y = bandwidth, bandwidth_y
+        self.options = {
+            "estimator": estimator, "normalize": normalize, "kernel": kernel, "kernel_y": kernel_y, "degree": degree,
+            "gamma": gamma, "coef0": coef0,
+        }  # fmt: skip
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return hsic(
+            _rows(x), _rows(y), bandwidth=self.bandwidth, bandwidth_y=self.bandwidth_y, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value is not None)
+
+
+class HSICBottleneck(nn.Module):
+    """Trains every layer by its own objective, with no gradient between layers.
+
+    Layer i, whose input is detached, minimises nHSIC(z_i, x) - beta nHSIC(z_i, y): it forgets the input and keeps what
+    says something about the target. A head, if given, learns to read the last layer by its own loss.
+
+    Args:
+        layers: modules that run one after the other; each is trained on its own.
+        head: reads the last layer's output, which is detached; None: `forward` returns that output.
+        beta: weight of the dependence on the target.
+        sigma: kernel width: exp(-|a - b|^2 / (2 sigma^2 d)) for d features.
+        epsilon: of `pyflow.ops.nhsic`.
+        optimizer: called with the parameters of one layer. None: Adam with rate 1e-3.
+        criterion: loss of the head. None: cross-entropy.
+
+    Notes:
+        `update(x, y)` takes one step with every layer and returns their losses. Class labels, (n,) integers, are
+        compared by equality, other targets by the same Gaussian kernel. The optimisers are not part of state_dict.
+
+    Source:
+        Ma, Lewis and Kleijn 2019, The HSIC Bottleneck: Deep Learning without Back-Propagation, arXiv:1908.01580.
+
+    Example:
+        >>> layers = [nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Sequential(nn.Linear(8, 8), nn.ReLU())]
+        >>> model = HSICBottleneck(layers, nn.Linear(8, 3))
+        >>> model.update(torch.randn(16, 4), torch.arange(16) % 3).shape
+        torch.Size([3])
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[nn.Module],
+        head: nn.Module | None = None,
+        *,
+        beta: float = 100.0,
+        sigma: float = 5.0,
+        epsilon: float = 1e-5,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        self.layers, self.head = nn.ModuleList(layers), head
+        if not len(self.layers):
+            raise ValueError(f"{name}: layers must not be empty")
+        self.beta = check.positive(name, "beta", beta)
+        self.sigma = check.positive(name, "sigma", sigma)
+        self.epsilon = check.positive(name, "epsilon", epsilon)
+        self.criterion = criterion or nn.functional.cross_entropy
+        make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-3))
+        trained = [*self.layers, *([head] if head is not None else ())]
+        parameters = [[p for p in module.parameters() if p.requires_grad] for module in trained]
+        # a layer without parameters only passes on
+        self._optimizers = [make(group) if group else None for group in parameters]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x if self.head is None else self.head(x)
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        """One step on a batch x (n, ...), y (n,) or (n, ...): the losses of the layers, and of the head."""
+        losses, z, aim = [], x, self._aim(x, y)
+        for layer, optimizer in zip(self.layers, self._optimizers):
+            z = layer(z.detach())
+            losses.append(self._step(optimizer, lambda z=z: self._towards(aim, z)))
+        if self.head is not None:
+            read = self.head(z.detach())
+            losses.append(self._step(self._optimizers[-1], lambda: self.criterion(read, y)))
+        return torch.stack(losses)
+
+    def objective(self, z: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """nHSIC(z, x) - beta nHSIC(z, y)."""
+        return self._towards(self._aim(x, y), z)
+
+    def _aim(self, x: Tensor, y: Tensor) -> Tensor:
+        """Rx - beta Ry, the same for all layers: nHSIC is linear in it."""
+        op = type(self).__name__
+        labels = y.dim() == 1 and not y.is_floating_point()
+        pair = [self._variable("x", x), variable(op, "y", y, "delta", 1.0) if labels else self._variable("y", y)]
+        pair = together(op, pair)
+        rows_needed(op, len(pair[0].z), "biased")
+        with torch.no_grad():
+            given, wanted = (regularised(v, self.epsilon) for v in pair)
+            return given - self.beta * wanted
+
+    def _towards(self, aim: Tensor, z: Tensor) -> Tensor:
+        v = self._variable("z", z)
+        return (regularised(v, self.epsilon) * aim).sum().to(v.z.dtype)
+
+    def _variable(self, name: str, x: Tensor) -> Variable:
+        rows = _rows(x)
+        return variable(type(self).__name__, name, rows, "rbf", self.sigma * math.sqrt(rows.shape[-1]))
+
+    def _step(self, optimizer: torch.optim.Optimizer | None, loss_of: Callable[[], Tensor]) -> Tensor:
+        with torch.set_grad_enabled(optimizer is not None):
+            loss = loss_of()
+        if optimizer is not None:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return loss.detach()
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.unsqueeze(1) if x.dim() == 1 else x.flatten(1)

@@ -1,0 +1,196 @@
+"""HSIC with kernels replaced by products of features: time linear in n, for samples that pairs are too many of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._schemas import HSIC_KERNELS
+from ._variables import Variable, between, points, ratio
+from .noise import normal, uniform
+
+APPROXIMATIONS = ("rff", "nystrom")
+# elements of features that are held at a time
+HELD = 2**22
+
+
+class Features(NamedTuple):
+    """A map of rows to features whose products are the kernel.
+
+    They come in `groups` of independent draws (one where nothing is drawn), and the kernel is the mean over groups.
+    """
+
+    of: Callable[[Tensor], Tensor]  # (..., m, d) of `points` -> (..., m, groups * width)
+    groups: int
+    width: int
+
+
+class Sums(NamedTuple):
+    """Of one pair of variables, float64, over centred features."""
+
+    products: Tensor  # (..., gx, gy) squared covariances, summed over a group's features
+    norms: Tensor | None  # (..., gx, gy) sums over rows of products of squared lengths
+    x: Tensor | None  # (..., gx) sums over rows of squared lengths
+    y: Tensor | None
+
+
+def approximation(
+    op: str,
+    every: Sequence[Variable],
+    *,
+    estimator: str,
+    normalize: bool,
+    approximate: str,
+    n_features: int,
+    seed: int,
+    with_error: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(HSIC of the two variables, error), (...) of the inputs' dtype.
+
+    "rff": the error is a standard error over the draw of frequencies. "nystrom": the exact biased value lies at most
+    error above the approximation; of the unbiased one it is an estimate. With normalize it is the numerator's.
+    """
+    check.choice(op, "approximate", approximate, APPROXIMATIONS)
+    n_features = check.at_least(op, "n_features", n_features, 2)
+    x, y = every
+    rows = [points(v) for v in every]
+    if approximate == "rff":
+        # x with itself needs a second draw: a frequency is not independent of itself
+        features = [_fourier(op, v, n_features, seed, step) for step, v in enumerate((x, y) * (1 + normalize))]
+        own = [(0, 2), (1, 3)]
+    else:
+        features = [_landmarks(op, v, of, n_features, seed) for v, of in zip(every, rows)]
+        own = [(0, 0), (1, 1)]
+    n = x.z.shape[-2]
+    bounded = with_error and approximate == "nystrom"
+    pairs = [(0, 1), *(own if normalize else ())]
+    rows = [rows[m % 2] for m in range(len(features))]
+    sums, spectra = _sums(rows, features, pairs, estimator == "unbiased", bounded)
+    tables = [_table(one, n, estimator) for one in sums]
+    value, *others = (table.mean((-2, -1)) for table in tables)
+    error = None
+    if bounded:
+        error = _bound(every, spectra) / ((n - 1) ** 2 if estimator != "biased_n2" else n**2)
+    elif with_error:
+        error = _standard_error(tables[0])
+    if normalize:
+        error = None if error is None else ratio(error, *others)
+        value = ratio(value, *others)
+    dtype = x.z.dtype
+    return value.to(dtype), None if error is None else error.to(dtype)
+
+
+def _fourier(op: str, v: Variable, n_features: int, seed: int, step: int) -> Features:
+    """cos and sin of n_features / 2 frequencies: their mean product is the kernel's Fourier integral."""
+    name = HSIC_KERNELS[v.kernel]
+    if name not in ("rbf", "laplacian"):
+        raise ValueError(
+            f"{op}: approximate 'rff' must have kernels rbf or laplacian, got {'linear' if v.linear else name}"
+        )
+    shape = (v.z.shape[-1], n_features // 2)
+    draw = {"seed": seed, "step": step, "purpose": "monte_carlo", "device": v.z.device, "dtype": v.z.dtype}
+    if name == "rbf":
+        frequencies = normal(shape, **draw)
+    else:
+        # the middle of the interval that a uniform value stands for
+        frequencies = ((uniform(shape, **draw) + 2.0**-25 - 0.5) * math.pi).tan()
+
+    def of(z: Tensor) -> Tensor:
+        angle = z @ frequencies
+        return torch.stack((angle.cos(), angle.sin()), -1).flatten(-2)
+
+    return Features(of, shape[1], 2)
+
+
+def _landmarks(op: str, v: Variable, rows: Tensor, n_features: int, seed: int) -> Features:
+    """K(., landmarks) K(landmarks, landmarks)^(-1/2), in float64."""
+    if HSIC_KERNELS[v.kernel] == "precomputed":
+        raise ValueError(f"{op}: approximate 'nystrom' must have rows to choose from, got a precomputed matrix")
+    n = rows.shape[-2]
+    count = min(n_features, n)
+    which = uniform((n,), seed=seed, purpose="monte_carlo", device=rows.device).topk(count).indices
+    chosen = rows.index_select(-2, which)
+    gram = between(v, chosen, chosen)
+    # equal landmarks, or more than the kernel has dimensions, make it singular
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(gram.dtype).tiny)[..., None, None]
+    factor = torch.linalg.cholesky(gram + 1e-8 * scale * torch.eye(count, dtype=gram.dtype, device=gram.device))
+
+    def of(z: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(factor, between(v, chosen, z), upper=False).mT
+
+    return Features(of, 1, count)
+
+
+def _sums(
+    zs: Sequence[Tensor],
+    features: Sequence[Features],
+    pairs: Sequence[tuple[int, int]],
+    unbiased: bool,
+    spectra: bool,
+) -> tuple[list[Sums], list[tuple[Tensor, Tensor]]]:
+    """Of every pair in two passes over the rows; with spectra also each feature covariance and n |mean|^2."""
+    n = zs[0].shape[-2]
+    rows = max(1, HELD // max(f.groups * f.width for f in features))
+
+    def chunks():
+        for start in range(0, n, rows):
+            yield [f.of(z[..., start : start + rows, :]) for f, z in zip(features, zs)]
+
+    totals = [0.0] * len(features)
+    for chunk in chunks():
+        totals = [total + phi.double().sum(-2, keepdim=True) for total, phi in zip(totals, chunk)]
+    means = [total / n for total in totals]
+    covariances, norms = [0.0] * len(pairs), [0.0] * len(pairs)
+    lengths, own = [0.0] * len(features), [0.0] * len(features)
+    for chunk in chunks():
+        centred = [phi - mean.to(phi.dtype) for phi, mean in zip(chunk, means)]
+        covariances = [c + (centred[a].mT @ centred[b]).double() for c, (a, b) in zip(covariances, pairs)]
+        if spectra:
+            own = [c + (phi.mT @ phi).double() for c, phi in zip(own, centred)]
+        if unbiased:
+            squares = [
+                phi.double().square().unflatten(-1, (f.groups, f.width)).sum(-1) for phi, f in zip(centred, features)
+            ]
+            norms = [c + squares[a].mT @ squares[b] for c, (a, b) in zip(norms, pairs)]
+            lengths = [total + s.sum(-2) for total, s in zip(lengths, squares)]
+    if spectra:
+        # without centring, the traces that the diagonals are compared with
+        own = [(c, n * mean.square().sum((-2, -1))) for c, mean in zip(own, means)]
+    result = []
+    for (a, b), covariance, norm in zip(pairs, covariances, norms):
+        f, g = features[a], features[b]
+        squared = covariance.square().unflatten(-1, (g.groups, g.width)).unflatten(-3, (f.groups, f.width))
+        rest = (norm, lengths[a], lengths[b]) if unbiased else (None, None, None)
+        result.append(Sums(squared.sum((-3, -1)), *rest))
+    return result, own if spectra else []
+
+
+def _table(s: Sums, n: int, estimator: str) -> Tensor:
+    """(..., gx, gy) HSIC by each group of x's features and each of y's."""
+    if estimator != "unbiased":
+        return s.products / (n**2 if estimator == "biased_n2" else (n - 1) ** 2)
+    means = s.x.unsqueeze(-1) * s.y.unsqueeze(-2) / ((n - 1) * (n - 2))
+    return (s.products - s.norms + means - 2 / (n - 2) * s.norms) / (n * (n - 3))
+
+
+def _standard_error(table: Tensor) -> Tensor:
+    """Of the mean of a table whose rows and columns are independent draws, by its projections on both."""
+    parts = [table.mean(dim).var(-1) / table.mean(dim).shape[-1] for dim in (-1, -2)]
+    return (parts[0] + parts[1]).sqrt()
+
+
+def _bound(every: Sequence[Variable], spectra: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """How far tr(K H L H) can be above its approximation.
+
+    What K lacks, E, is positive semi-definite: tr(E H L H) <= tr(E) times the largest eigenvalue of H L H.
+    """
+    missing, largest = [], []
+    for v, (covariance, of_mean) in zip(every, spectra):
+        missing.append((v.diagonal.sum(-1) - covariance.diagonal(dim1=-2, dim2=-1).sum(-1) - of_mean).clamp(min=0))
+        largest.append(torch.linalg.eigvalsh(covariance)[..., -1])
+    return missing[0] * (largest[1] + missing[1]) + missing[1] * largest[0]

@@ -1,0 +1,96 @@
+"""Centred Gram matrices in blocks of rows, in float64: what permutations and the gamma approximation need.
+
+Plain torch on purpose: a matrix is made once, for thousands of permutations of its index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .._schemas import HSIC_KERNELS
+from ..ops._variables import Variable, between, points
+from ..reference import hsic as ref
+
+# elements of a block
+BLOCK = 2**22
+
+
+class CentredGram:
+    """H K H of one variable (n, d), or with `unbiased` the U-centred matrix, whose diagonal is 0.
+
+    Attributes:
+        rows: (n,) sums of K - shift over the other samples, float64.
+        largest: of the absolute values of K - shift.
+    """
+
+    def __init__(self, v: Variable, unbiased: bool) -> None:
+        self.v, self.unbiased = v, unbiased
+        self.n = v.z.shape[-2]
+        self.points = points(v)
+        self.shift = ref.wide(self.points, HSIC_KERNELS[v.kernel]).double()
+        self.diagonal = v.diagonal - self.shift
+        # a constant variable has nothing left but rounding
+        self.constant = bool((v.z == v.z[:1]).all())
+        self.starts = range(0, self.n, max(1, BLOCK // self.n))
+        self._only = None
+        self.rows = v.z.new_empty(self.n, dtype=torch.float64)
+        largest = []
+        for start in self.starts:
+            block = self._raw(start)
+            if len(self.starts) == 1:
+                self._only = block
+            stop = start + len(block)
+            self.rows[start:stop] = block.sum(1) - self.diagonal[start:stop]
+            largest.append(block.abs().amax())
+        self.largest = torch.stack(largest).amax()
+        if unbiased:
+            self._mean = self.rows / (self.n - 2)
+            self._all = self.rows.sum() / ((self.n - 1) * (self.n - 2))
+        else:
+            self._mean = (self.rows + self.diagonal) / self.n
+            self._all = self._mean.mean()
+
+    def _raw(self, start: int) -> Tensor:
+        """(m, n) rows of K - shift."""
+        if self._only is not None:
+            return self._only
+        stop = min(start + self.starts.step, self.n)
+        rows = self.points[start:stop]
+        if HSIC_KERNELS[self.v.kernel] == "precomputed":
+            return rows.double()
+        block = between(self.v, rows, self.points, self.shift)
+        block.diagonal(start).copy_(self.diagonal[start:stop])
+        return block
+
+    def block(self, start: int) -> Tensor:
+        """(m, n) rows of the centred matrix, for one of `starts`."""
+        block = self._raw(start)
+        if self.constant:
+            return torch.zeros_like(block)
+        stop = start + len(block)
+        block = block - self._mean[start:stop, None] - (self._mean - self._all)
+        if self.unbiased:
+            block.diagonal(start).zero_()
+        return block
+
+    def matrix(self) -> tuple[Tensor, Tensor]:
+        """(the centred matrix over `scale` in float32, scale), so that no kernel's values leave float32's range."""
+        scale = torch.where(self.largest > 0, self.largest, torch.ones_like(self.largest))
+        result = self.v.z.new_empty((self.n, self.n), dtype=torch.float32)
+        for start in self.starts:
+            block = self.block(start)
+            result[start : start + len(block)] = block / scale
+        return result, scale
+
+    def off_diagonal_mean(self) -> Tensor:
+        """Of K itself."""
+        return self.rows.sum() / (self.n * (self.n - 1)) + self.shift
+
+
+def blocks(x: CentredGram, y: CentredGram) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(first row, rows of x's, rows of y's), both centred."""
+    for start in x.starts:
+        yield start, x.block(start), y.block(start)

@@ -1,0 +1,215 @@
+"""Which layers of two networks represent the same: centred kernel alignment of all pairs, over minibatches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from ..ops._variables import ratio, variable
+from ._grams import CentredGram
+from ._inputs import bar
+
+OP = "compare_representations"
+# cells of a heat-map that still hold their values in print
+MOST_NUMBERS = 150
+KERNELS = ("linear", "rbf", "laplacian", "polynomial")
+
+
+@dataclass(frozen=True)
+class RepresentationComparison:
+    """CKA of every layer of one network with every layer of another.
+
+    Attributes:
+        cka: (len(layers1), len(layers2)) float64 on the CPU.
+        layers1, layers2: names of the layers, in the order in which they ran.
+    """
+
+    cka: Tensor
+    layers1: tuple[str, ...]
+    layers2: tuple[str, ...]
+
+    def heatmap(self, axes: object | None = None, *, names: tuple[str, str] = ("model 1", "model 2")) -> object:
+        """Draw the matrix with matplotlib, the first layers at the bottom left; returns the axes."""
+        from matplotlib import pyplot as plt
+
+        if axes is None:
+            size = [1.8 + 0.38 * max(count, 4) for count in self.cka.shape]
+            _, axes = plt.subplots(figsize=(size[1] + 0.8, size[0]), layout="constrained")
+        image = axes.imshow(self.cka.numpy(), origin="lower", cmap="magma", vmin=0, vmax=1, aspect="auto")
+        axes.set_xticks(range(len(self.layers2)), self.layers2, rotation=60, ha="right", fontsize=8)
+        axes.set_yticks(range(len(self.layers1)), self.layers1, fontsize=8)
+        axes.set_ylabel(names[0])
+        axes.set_xlabel(names[1])
+        if self.cka.numel() <= MOST_NUMBERS:
+            for i, row in enumerate(self.cka.tolist()):
+                for j, value in enumerate(row):
+                    color = "black" if value > 0.6 else "white"
+                    axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+        axes.figure.colorbar(image, ax=axes, label="CKA")
+        return axes
+
+    def plot(self, path: str | Path, *, names: tuple[str, str] = ("model 1", "model 2")) -> Path:
+        """Write the heat-map as a picture; folders are made."""
+        from matplotlib import pyplot as plt
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        axes = self.heatmap(names=names)
+        axes.figure.savefig(path, dpi=130)
+        plt.close(axes.figure)
+        return path
+
+
+@torch.no_grad()
+def compare_representations(
+    model1: nn.Module,
+    model2: nn.Module,
+    loader: Iterable,
+    *,
+    layers1: Sequence[str] | None = None,
+    layers2: Sequence[str] | None = None,
+    kernel: str = "linear",
+    bandwidth: float | str = "median",
+    progress: bool = True,
+) -> RepresentationComparison:
+    """CKA of all pairs of layers: mean HSIC(K, L) / sqrt(mean HSIC(K, K) mean HSIC(L, L)), unbiased, over minibatches.
+
+    Args:
+        model1, model2: modules called with one tensor; the same one twice compares it with itself. They run in eval
+            mode, each on its own device, and are left in the mode they were in.
+        loader: of batches: tensors, or tuples and lists whose first element is the input. Batches of fewer than 4
+            samples are left out.
+        layers1, layers2: names of submodules (as in `named_modules`); None: all that have no submodules.
+        kernel: "linear", "rbf", "laplacian" or "polynomial", of the flattened outputs.
+        bandwidth: of rbf and laplacian: a number, or "median", of each layer and batch on its own.
+        progress: show a bar over the batches, where tqdm is installed.
+
+    Returns:
+        `RepresentationComparison` with cka, layers1, layers2 and `heatmap`, `plot`. A module that runs more than once
+        in a forward is one layer each time: "relu", "relu:2".
+
+    Raises:
+        TypeError, ValueError: not modules, unknown names or kernels, no batch of 4 samples, outputs that are not
+            finite.
+
+    Notes:
+        The estimate does not depend on the size of the batches, only its variance does. The Gram matrices of a
+        minibatch (n x n) are kept, its activations (n x features, far larger) are not: all pairs are then one product
+        of matrices.
+
+    Source:
+        Nguyen, Raghu and Kornblith 2020, Do Wide and Deep Networks Learn the Same Things?, arXiv:2010.15327.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> same = compare_representations(net, net, torch.randn(4, 32, 5), progress=False)
+        >>> same.layers1, [round(v, 3) for v in same.cka.diagonal().tolist()]
+        (('0', '1', '2'), [1.0, 1.0, 1.0])
+    """
+    check.choice(OP, "kernel", kernel, KERNELS)
+    models, chosen = (model1, model2), (layers1, layers2)
+    for name, model in zip(("model1", "model2"), models):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{OP}: {name} must be a module, got {type(model).__name__}")
+    chosen = [_names(f"layers{i + 1}", model, names) for i, (model, names) in enumerate(zip(models, chosen))]
+    gram = _gram(kernel, bandwidth)
+    cross, own, layers = 0.0, (0.0, 0.0), None
+    total = len(loader) if hasattr(loader, "__len__") else None
+    with evaluating(models), bar(total, "batch", progress) as done:
+        for batch in loader:
+            x = batch[0] if isinstance(batch, (tuple, list)) else batch
+            done(1)
+            if len(x) < 4:
+                continue
+            parts = [_grams(model, names, x, gram) for model, names in zip(models, chosen)]
+            if layers is None:
+                layers = [tuple(part) for part in parts]
+            elif layers != [tuple(part) for part in parts]:
+                raise ValueError(f"{OP}: the same layers must run on every batch, got others")
+            first, second = (torch.stack([*part.values()]) for part in parts)
+            over = len(x) * (len(x) - 3)
+            cross = cross + first @ second.mT / over
+            own = [total + stack.square().sum(1) / over for total, stack in zip(own, (first, second))]
+    if layers is None:
+        raise ValueError(f"{OP}: loader must have a batch of at least 4 samples, got none")
+    cka = ratio(cross, own[0].unsqueeze(1), own[1])
+    return RepresentationComparison(cka, *layers)
+
+
+def _names(argument: str, model: nn.Module, names: Sequence[str] | None) -> list[str]:
+    every = dict(model.named_modules())
+    if names is None:
+        return [name for name, module in every.items() if next(module.children(), None) is None]
+    names = list(names)
+    for name in names:
+        if name not in every:
+            raise ValueError(f"{OP}: {argument} must be names of submodules, got {name!r}")
+    if not names:
+        raise ValueError(f"{OP}: {argument} must not be empty")
+    return names
+
+
+def _gram(kernel: str, bandwidth: float | str) -> Callable[[Tensor], Tensor]:
+    """A function from outputs (n, ...) to their U-centred Gram matrix, (n * n,) float64 on the CPU."""
+
+    def gram(output: Tensor) -> Tensor:
+        rows = output.reshape(len(output), -1)
+        v = variable(OP, "x", rows, kernel, bandwidth)
+        centred = CentredGram(v, True)
+        return torch.cat([centred.block(start) for start in centred.starts]).flatten().cpu()
+
+    return gram
+
+
+def _grams(
+    model: nn.Module, names: Sequence[str], x: Tensor, gram: Callable[[Tensor], Tensor]
+) -> Mapping[str, Tensor]:
+    """The Gram matrices of a model's layers on a batch, in the order in which they ran."""
+    found: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable:
+        def keep(module: nn.Module, args: object, output: object) -> None:
+            output = next((o for o in output if isinstance(o, Tensor)), None) if isinstance(output, tuple) else output
+            if not isinstance(output, Tensor) or not output.is_floating_point():
+                return
+            if len(output) != len(x):
+                raise ValueError(f"{OP}: layer {name} must have samples in its first dim, got {tuple(output.shape)}")
+            runs, key = 1, name
+            while key in found:
+                runs += 1
+                key = f"{name}:{runs}"
+            found[key] = gram(output)
+
+        return keep
+
+    modules = dict(model.named_modules())
+    hooks = [modules[name].register_forward_hook(hook(name)) for name in names]
+    try:
+        device = next((t.device for t in (*model.parameters(), *model.buffers())), x.device)
+        model(x.to(device))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    if not found:
+        raise ValueError(f"{OP}: some layer must return a tensor of floats, got none")
+    return found
+
+
+@contextlib.contextmanager
+def evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Eval mode inside; every module is in its own mode again after."""
+    before = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

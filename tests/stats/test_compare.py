@@ -1,0 +1,144 @@
+"""CKA of all pairs of layers over minibatches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import pyflow
+from pyflow.stats import RepresentationComparison, compare_representations
+
+
+def net(seed, width=8):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+def batches(count=3, n=32):
+    torch.manual_seed(7)
+    return [torch.randn(n, 5) for _ in range(count)]
+
+
+def quietly(*args, **options):
+    return compare_representations(*args, progress=False, **options)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf", "laplacian", "polynomial"])
+def test_one_batch_is_cka(kernel):
+    first, second = net(0), net(1, 6)
+    (x,) = batches(1)
+    result = quietly(first, second, [x], kernel=kernel)
+    assert result.layers1 == result.layers2 == ("0", "1", "2")
+    for i in range(3):
+        for j in range(3):
+            a, b = first[: i + 1](x), second[: j + 1](x)
+            expected = pyflow.ops.cka(a, b, kernel=kernel, estimator="unbiased").item()
+            assert result.cka[i, j].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_minibatches_average_hsic_not_cka():
+    first, second, data = net(0), net(1), batches(4)
+    result = quietly(first, second, data)
+    options = {"kernel": "linear", "estimator": "unbiased"}
+
+    def mean(f, g):
+        return torch.stack([pyflow.ops.hsic(f(x).double(), g(x).double(), **options) for x in data]).mean()
+
+    expected = mean(first, second) / (mean(first, first) * mean(second, second)).sqrt()
+    torch.testing.assert_close(result.cka[2, 2], expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_size_of_batches_does_not_matter_much():
+    first, second = net(0), net(1)
+    torch.manual_seed(0)
+    x = torch.randn(2048, 5)
+    small, large = (quietly(first, second, x.split(n)).cka for n in (16, 1024))
+    assert (small - large).abs().max() < 0.05
+
+
+def test_a_model_with_itself():
+    model = net(0)
+    result = quietly(model, model, [(x, None) for x in batches()])
+    torch.testing.assert_close(result.cka.diagonal(), torch.ones(3).double())
+    torch.testing.assert_close(result.cka, result.cka.T)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.relu, self.drop, self.gru = nn.ReLU(), nn.Dropout(0.5), nn.GRU(5, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.gru(self.drop(self.relu(self.relu(x) - 0.1)).unsqueeze(1))[0]
+
+
+def test_modules_that_run_twice_or_return_tuples_in_eval_mode():
+    torch.manual_seed(0)
+    model = Twice()
+    model.gru.eval()
+    result = quietly(model, net(0), batches(), layers2=["2", "0"])
+    assert result.layers1 == ("relu", "relu:2", "drop", "gru") and result.layers2 == ("0", "2")
+    # dropout does nothing in eval mode, and the modes come back
+    assert result.cka[1].equal(result.cka[2]) and model.training and model.drop.training and not model.gru.training
+    assert not model.relu._forward_hooks
+
+
+def test_dead_layers_have_no_similarity():
+    model = net(0)
+    nn.init.zeros_(model[2].weight)
+    result = quietly(model, net(1), batches())
+    assert result.cka[2].abs().max() == 0 and result.cka.isfinite().all()
+
+
+def test_heatmap(tmp_path):
+    pytest.importorskip("matplotlib").use("Agg")
+    result = quietly(net(0), net(1), batches())
+    path = result.plot(tmp_path / "new" / "cka.png", names=("one", "other"))
+    from matplotlib import pyplot as plt
+    from matplotlib.image import imread
+
+    assert imread(path).std() > 0.1
+    _, axes = plt.subplots()
+    assert result.heatmap(axes) is axes and len(axes.texts) == 9
+    wide = RepresentationComparison(torch.rand(13, 13), ("a",) * 13, ("b",) * 13)
+    assert not wide.heatmap().texts
+    plt.close("all")
+
+
+def test_bar(monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    from pyflow.stats import _inputs
+
+    monkeypatch.setattr(_inputs, "PATIENCE", 0)
+    compare_representations(net(0), net(1), batches())
+    assert "3/3" in capsys.readouterr().err
+    compare_representations(net(0), net(1), iter(batches()))
+    assert "3batch" in capsys.readouterr().err
+
+
+def test_small_batches_are_left_out():
+    data = batches()
+    assert quietly(net(0), net(1), [*data, data[0][:3]]).cka.equal(quietly(net(0), net(1), data).cka)
+
+
+@pytest.mark.parametrize(
+    "error, text, arguments, options",
+    [
+        (TypeError, "model1 must be a module, got function", (lambda x: x, net(0), batches()), {}),
+        (ValueError, "layers2 must be names of submodules, got '7'", (net(0), net(0), batches()), {"layers2": ["7"]}),
+        (ValueError, "layers1 must not be empty", (net(0), net(0), batches()), {"layers1": []}),
+        (ValueError, "kernel must be one of linear, rbf, laplacian, polynomial, got 'delta'",
+         (net(0), net(0), batches()), {"kernel": "delta"}),
+        (ValueError, "bandwidth must be positive and finite, got 0", (net(0), net(0), batches()),
+         {"kernel": "rbf", "bandwidth": 0}),
+        (ValueError, "loader must have a batch of at least 4 samples, got none", (net(0), net(0), batches(2, 3)), {}),
+        (ValueError, "x must be finite, got NaN or infinity", (net(0), net(0), [torch.full((4, 5), torch.nan)]), {}),
+        (ValueError, "layer 0 must have samples in its first dim, got (96,)",
+         (nn.Sequential(nn.Flatten(0)), net(0), [torch.randn(32, 3)]), {}),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(error, text, arguments, options):
+    with pytest.raises(error) as raised:
+        quietly(*arguments, **options)
+    assert str(raised.value) == f"compare_representations: {text}"

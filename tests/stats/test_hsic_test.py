@@ -1,0 +1,272 @@
+"""Permutation and gamma tests: exact against dense formulas, calibrated, powerful, the same on every backend."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import pyflow
+from pyflow import testing
+from pyflow.benchmarks.hsic_power import SIMULATIONS, independent_clouds, power, rejections, table
+from pyflow.stats import hsic_test
+
+module = sys.modules["pyflow.stats.hsic_test"]
+
+
+def data(n=40, seed=0, columns=(2, 3)):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, columns[0]))
+    return x, 0.3 * x[:, :1] + rng.normal(size=(n, columns[1]))
+
+
+def words(seed, r, n):
+    """The Philox words of permutation r, through the public operator."""
+    counter = torch.zeros(-(-n // 4), 4, dtype=torch.int64)
+    counter[:, 0], counter[:, 2], counter[:, 3] = torch.arange(len(counter)), r, 5 << 24
+    key = torch.tensor([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF])
+    return pyflow.ops.philox(counter, key).flatten()[:n]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 64, 1000])
+@pytest.mark.parametrize("seed", [0, 3 << 40 | 7, -1])
+def test_permutations_are_stable_argsorts_of_philox_words(n, seed):
+    drawn = module.draw(module._key("hsic_test", seed, torch.device("cpu")), 3, 4, n)
+    assert drawn.dtype == torch.int32 and drawn.shape == (4, n)
+    for row, r in zip(drawn, range(3, 7)):
+        assert row.long().equal(words(seed, r, n).argsort(stable=True))
+
+
+@pytest.mark.parametrize("estimator", ["biased", "biased_n2", "unbiased"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    "kernels", [("rbf", None), ("laplacian", "linear"), ("polynomial", "rbf"), ("linear", "linear"), ("rbf", "delta")]
+)
+def test_statistic_and_null_are_hsic_of_permuted_rows(estimator, normalize, kernels):
+    x, y = data()
+    if kernels[1] == "delta":
+        y = (y[:, 0] > 0).astype(int)
+    options = {"kernel": kernels[0], "kernel_y": kernels[1], "estimator": estimator, "normalize": normalize}
+    result = hsic_test(x, y, permutations=6, seed=5, **options)
+    a, b = torch.from_numpy(x), torch.from_numpy(y)
+    own = [pyflow.ops.hsic(v, v, kernel=k or kernels[0], estimator=estimator).item() for v, k in zip((a, b), kernels)]
+    scale = 1 if normalize else math.sqrt(own[0] * own[1])
+    assert result.statistic == pytest.approx(pyflow.ops.hsic(a, b, **options).item(), abs=2e-7 * scale)
+    expected = [pyflow.ops.hsic(a, b[words(5, r, len(a)).argsort(stable=True)], **options).item() for r in range(6)]
+    np.testing.assert_allclose(result.null, expected, atol=2e-7 * scale)
+    assert result.null.dtype == np.float64 and result.method == "permutation"
+    assert result.pvalue == (1 + np.sum(np.array(expected) >= result.statistic)) / 7
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("kernel", ["rbf", "linear"])
+def test_without_matrices_the_result_is_the_same(estimator, kernel, monkeypatch):
+    x, y = data(50)
+    held = hsic_test(x, y, estimator=estimator, kernel=kernel, permutations=30)
+    monkeypatch.setattr(module, "GRAM_ROWS", 10)
+    tiled = hsic_test(x, y, estimator=estimator, kernel=kernel, permutations=30)
+    assert tiled.pvalue == held.pvalue
+    np.testing.assert_allclose(tiled.null, held.null, atol=1e-6 * np.abs(held.null).max())
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    from pyflow.stats import _grams
+
+    x, y = data(50)
+    for options in ({"permutations": 20}, {"permutations": 20, "estimator": "unbiased"}, {"method": "gamma"}):
+        whole = hsic_test(x, y, **options)
+        monkeypatch.setattr(_grams, "BLOCK", 50 * 7)
+        parts = hsic_test(x, y, **options)
+        monkeypatch.undo()
+        assert parts.pvalue == pytest.approx(whole.pvalue, rel=1e-12)
+        np.testing.assert_allclose(parts.null, whole.null, rtol=1e-6)
+
+
+def test_the_same_p_on_every_backend_and_thread_count():
+    x, y = data(60)
+    results = []
+    for backend in ("auto", "reference"):
+        for threads in (1, 2):
+            with pyflow.backend(backend), testing.threads(threads):
+                results.append(hsic_test(x, y, permutations=100, seed=9))
+    assert len({r.pvalue for r in results}) == 1
+    for other in results[1:]:
+        np.testing.assert_allclose(other.null, results[0].null, rtol=1e-5)
+
+
+def test_seeds():
+    x, y = data()
+    one, same, other = (hsic_test(x, y, permutations=20, seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(one.null, same.null) and one.pvalue == same.pvalue
+    assert not np.array_equal(one.null, other.null) and one.statistic == other.statistic
+    longer = hsic_test(x, y, permutations=30, seed=1)
+    np.testing.assert_allclose(longer.null[:20], one.null, rtol=1e-12)
+
+
+def test_repeated_values_tie():
+    """Of 2 x 2 labels most permutations give one of few statistics; equal ones count, whatever their last bits."""
+    x = np.repeat([0, 1], 4)
+    y = np.array([0, 0, 0, 1, 1, 1, 1, 0])
+    result = hsic_test(x, y, permutations=2000, kernel="delta")
+    # the diagonal and the other one of the table, with at most one off: 2 (16 + 1) of 70
+    assert result.pvalue == pytest.approx(34 / 70, abs=4 * math.sqrt(0.25 / 2000))
+    for scale in (1e-3, 1.0, 1e3):
+        assert hsic_test(x * scale, y * 7.3, permutations=2000).pvalue == result.pvalue
+
+
+def test_equal_rows_give_zero_and_one():
+    x, _ = data()
+    for constant in (np.full(40, 0.1), np.full((40, 3), 1e6, np.float32), [3] * 40):
+        for options in (
+            {}, {"estimator": "unbiased"}, {"kernel": "linear"}, {"kernel": "laplacian"}, {"normalize": True},
+            {"method": "gamma"}, {"method": "gamma", "normalize": True},
+        ):  # fmt: skip
+            for pair in ((constant, x), (x, constant)):
+                result = hsic_test(*pair, permutations=50, **options)
+                assert result.statistic == 0 and result.pvalue == 1, options
+
+
+def test_inputs_of_every_kind():
+    x, y = data(columns=(1, 1))
+    expected = hsic_test(x, y, permutations=50)
+    flipped = np.ascontiguousarray(x[::-1])[::-1]
+    for a, b in (
+        (x[:, 0], y[:, 0]), (x.tolist(), y.tolist()), (torch.from_numpy(x), y), (flipped, y),
+        (x.astype(x.dtype.newbyteorder(">")), y), (torch.from_numpy(x).requires_grad_(), y),
+    ):  # fmt: skip
+        result = hsic_test(a, b, permutations=50)
+        assert result.pvalue == expected.pvalue and result.statistic == expected.statistic
+    single = hsic_test(x.astype(np.float32), torch.from_numpy(y).float(), permutations=50)
+    assert single.statistic == pytest.approx(expected.statistic, rel=1e-5)
+    counts = np.round(3 * x).astype(np.uint16)
+    assert hsic_test(counts, y, permutations=50) .statistic == hsic_test(
+        counts.astype(float), y, permutations=50
+    ).statistic
+    assert isinstance(expected.statistic, float) and isinstance(expected.pvalue, float)
+    assert "null" not in repr(expected)
+
+
+def test_precomputed_matrices():
+    x, y = data()
+    k = np.exp(-((x[:, None] - x[None]) ** 2).sum(-1) / 2)
+    m = y @ y.T
+    given = hsic_test(k, m, kernel="precomputed", permutations=40)
+    computed = hsic_test(x, y, kernel="rbf", bandwidth=1.0, kernel_y="linear", permutations=40)
+    assert given.pvalue == computed.pvalue
+    np.testing.assert_allclose(given.null, computed.null, rtol=1e-6)
+
+
+def test_values_out_of_the_range_of_float32():
+    x, y = data()
+    small = hsic_test(x, y, kernel="polynomial", coef0=0.0, permutations=40)
+    large = hsic_test(1e12 * x, 1e12 * y, kernel="polynomial", coef0=0.0, permutations=40)
+    assert large.pvalue == small.pvalue
+    assert large.statistic == pytest.approx(1e144 * small.statistic, rel=1e-6)
+
+
+def test_gamma_is_the_formula():
+    scipy = pytest.importorskip("scipy.stats")
+    x, y = data(60)
+    n = len(x)
+    sigma = [np.median(np.linalg.norm(v[:, None] - v[None], axis=-1)[np.triu_indices(n, 1)]) for v in (x, y)]
+    k, m = (np.exp(-(np.linalg.norm(v[:, None] - v[None], axis=-1) ** 2) / (2 * s**2)) for v, s in zip((x, y), sigma))
+    h = np.eye(n) - 1 / n
+    kc, mc = h @ k @ h, h @ m @ h
+    off = ~np.eye(n, dtype=bool)
+    mean_x, mean_y = k[off].mean(), m[off].mean()
+    mean = (1 + mean_x * mean_y - mean_x - mean_y) / n
+    variance = 72 * (n - 4) * (n - 5) / (n * (n - 1) * (n - 2) * (n - 3)) * ((kc * mc / 6) ** 2)[off].mean()
+    expected = scipy.gamma.sf((kc * mc).sum() / n, mean**2 / variance, scale=n * variance / mean)
+    for options in ({}, {"estimator": "biased_n2"}, {"normalize": True}):
+        result = hsic_test(x, y, method="gamma", **options)
+        assert result.pvalue == pytest.approx(expected, rel=1e-9)
+        assert result.method == "gamma" and result.null.shape == pytest.approx(mean**2 / variance, rel=1e-9)
+        again = scipy.gamma.sf(result.statistic, result.null.shape, scale=result.null.scale)
+        assert again == pytest.approx(expected, rel=1e-9)
+    permuted = hsic_test(x, y, permutations=2000)
+    assert abs(permuted.pvalue - expected) < 0.03
+
+
+def test_calibrated():
+    """Independent data are rejected at 5 % in 5 % of 1,000 sets, within three standard errors."""
+    rate = rejections(independent_clouds, 40, 1000, permutations=200)
+    assert abs(rate - 0.05) <= 3 * math.sqrt(0.05 * 0.95 / 1000)
+
+
+def test_powerful():
+    least = {"linear": 0.95, "circle": 0.75, "spiral": 0.2}
+    rates = power([200], 25, {"permutation": {"permutations": 60}, "gamma": {"method": "gamma"}})
+    for test, of in rates.items():
+        assert of.keys() == SIMULATIONS.keys()
+        for name, rate in least.items():
+            assert of[name][0] >= rate, (test, name)
+        assert of["independent clouds"][0] <= 0.2
+    # two whole periods: the median of all distances is too wide a kernel for them
+    assert rejections(SIMULATIONS["sine"], 200, 25, permutations=60, bandwidth=0.1) >= 0.6
+    assert table([200], rates).count("\n") == 11
+
+
+def test_bar_appears_for_long_tests_only(monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    from pyflow.stats import _inputs
+
+    x, y = data(20)
+    hsic_test(x, y, permutations=10)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(_inputs, "PATIENCE", 0)
+    hsic_test(x, y, permutations=10, progress=False)
+    assert capsys.readouterr().err == ""
+    for options, unit in (({}, "10/10"), ({"method": "gamma"}, "20/20")):
+        hsic_test(x, y, permutations=10, **options)
+        assert unit in capsys.readouterr().err
+    monkeypatch.setattr(module, "GRAM_ROWS", 10)
+    hsic_test(x, y, permutations=10)
+    assert "10/10" in capsys.readouterr().err
+
+
+X = np.arange(12.0).reshape(6, 2)
+
+
+@pytest.mark.parametrize(
+    "error, text, arguments, options",
+    [
+        (ValueError, "hsic_test: all inputs must have the same number of rows, got 6 and 5", (X, X[:5]), {}),
+        (ValueError, "hsic_test: the biased estimator needs at least 2 rows, got 1", (X[:1], X[:1]), {}),
+        (ValueError, "hsic_test: the unbiased estimator needs at least 4 rows, got 3", (X[:3], X[:3]),
+         {"estimator": "unbiased"}),
+        (ValueError, "hsic_test: the gamma method needs at least 6 rows, got 5", (X[:5], X[:5]), {"method": "gamma"}),
+        (ValueError, "hsic_test: the gamma method must have a biased estimator, got unbiased", (X, X),
+         {"method": "gamma", "estimator": "unbiased"}),
+        (ValueError, "hsic_test: the gamma method must have kernels rbf, laplacian or delta, got linear", (X, X),
+         {"method": "gamma", "kernel": "linear"}),
+        (ValueError, "hsic_test: x must be finite, got NaN or infinity", (np.where(X == 3, np.nan, X), X), {}),
+        (ValueError, "hsic_test: y must be finite, got NaN or infinity", (X, np.where(X == 3, np.inf, X)), {}),
+        (ValueError, "hsic_test: bandwidth must be positive and finite, got 0", (X, X), {"bandwidth": 0}),
+        (ValueError, "hsic_test: bandwidth_y must be positive and finite, got -1.0", (X, X), {"bandwidth_y": -1.0}),
+        (ValueError, "hsic_test: x must be square with a precomputed kernel, got shape (6, 2)", (X, X),
+         {"kernel": "precomputed"}),
+        (ValueError, "hsic_test: x must be symmetric with a precomputed kernel, off by", (X @ X.T + np.triu(X @ X.T),
+         X @ X.T), {"kernel": "precomputed"}),
+        (ValueError, "hsic_test: permutations must be at least 1, got 0", (X, X), {"permutations": 0}),
+        (TypeError, "hsic_test: permutations must be an integer, got float", (X, X), {"permutations": 10.0}),
+        (ValueError, "hsic_test: method must be one of permutation, gamma, got 'exact'", (X, X), {"method": "exact"}),
+        (ValueError, "hsic_test: estimator must be one of biased, biased_n2, unbiased, got 'v'", (X, X),
+         {"estimator": "v"}),
+        (ValueError, "hsic_test: kernel must be one of rbf,", (X, X), {"kernel": "gauss"}),
+        (TypeError, "hsic_test: seed must be an integer, got NoneType", (X, X), {"seed": None}),
+        (TypeError, "hsic_test: seed must be an integer or an int64 tensor, got float", (X, X), {"seed": 0.5}),
+        (ValueError, "hsic_test: x must be (n,) or (n, d), got shape (1, 6, 2)", (X[None], X), {}),
+        (ValueError, "hsic_test: x must be (n,) or (n, d), got shape ()", (1.0, X), {}),
+        (TypeError, "hsic_test: y must hold numbers, got <U1", (X, list("abcdef")), {}),
+        (TypeError, "hsic_test: x must hold numbers, got complex128", (X * 1j, X), {}),
+        (TypeError, "hsic_test: x must hold numbers, got object", ([None] * 6, X), {}),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(error, text, arguments, options):
+    for backend in ("auto", "reference"):
+        with pyflow.backend(backend), pytest.raises(error) as raised:
+            hsic_test(*arguments, **options)
+        assert text in str(raised.value)
