@@ -14,11 +14,9 @@ Outputs = tuple[Tensor, ...]
 Call = Callable[[], Outputs]
 
 # a family is the file of that name
-<<<<<<< HEAD
-FAMILIES = ("coupling", "energy", "flow_head", "fsq", "gan_qp", "hsic", "hsic_stats", "noise", "sde", "sector", "spectral")
-=======
-FAMILIES = ("coupling", "flow_head", "fsq", "hsic_stats", "noise", "sde", "sector")
->>>>>>> stats
+FAMILIES = (
+    "coupling", "energy", "flow_head", "fsq", "gan_qp", "hsic", "hsic_stats", "noise", "sde", "sector", "spectral",
+)  # fmt: skip
 
 
 class Missing(Exception):

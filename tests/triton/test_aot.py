@@ -220,14 +220,14 @@ def cases():
                 x, t = torch.empty(64, 3, 32, 32, dtype=dtype), torch.empty(64, dtype=dtype)
                 name = f"{target}-gan_qp-{distance}-{str(dtype)[6:]}"
                 table[name] = critic(x, torch.empty(64, 128, dtype=dtype), t, number)
-    table["sm_90-gan_qp-long"] = critic(torch.empty(64, 3, 128, 128), None, torch.empty(64))
-    table["sm_90-gan_qp-mixed"] = critic(torch.empty(64, 3, 32, 32, dtype=BF16), torch.empty(64, 128), torch.empty(64))
-    table["sm_90-gan_qp-odd"] = critic(torch.empty(5, 37), torch.empty(5, 10)[:, ::2], torch.empty(5, 2)[:, 0])
         for dtype in (F32, F64, BF16, F16)[: 4 if target == "sm_90" else 2]:
             name = f"{target}-energy-{str(dtype)[6:]}"
             energies = F64 if dtype == F64 else F32
             table[name] = chained(SHAPE, dtype, seeds[0], numbers[0], energies)
             table[f"{name}-long"] = chained((64, 20000), dtype, seeds, own[0], energies)
+    table["sm_90-gan_qp-long"] = critic(torch.empty(64, 3, 128, 128), None, torch.empty(64))
+    table["sm_90-gan_qp-mixed"] = critic(torch.empty(64, 3, 32, 32, dtype=BF16), torch.empty(64, 128), torch.empty(64))
+    table["sm_90-gan_qp-odd"] = critic(torch.empty(5, 37), torch.empty(5, 10)[:, ::2], torch.empty(5, 2)[:, 0])
     with scalars_on_the_device():
         table["sm_90-energy-device-scalars"] = chained((5, 37), F32, seeds[0], torch.tensor(0.5), BF16)
     table["sm_90-noise-odd"] = drawn((5, 2), seeds[:5], F32)
