@@ -48,7 +48,7 @@ class Settings:
     latent: int
     # standard deviation of the noise on data and samples, at first and at last: modes come apart one scale at a time
     noise: tuple[float, float]
-    # of E |grad U|^2, in squares of the noise: samples of the energy are 1 + 4 penalty noises wide
+    # of E |grad U|^2, in squares of the noise: it adds about 4 penalty noise^2 to the variance of a mode
     penalty: float
     # scale of the frequencies that the networks see of x and z; None: x and z themselves
     of_x: float | None = None
