@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -149,7 +150,8 @@ def test_a_pipeline_saves_and_loads_with_its_scheduler(tmp_path):
     for each in (pipeline, again):
         each.set_progress_bar_config(disable=True)
         images.append(each(num_inference_steps=3, generator=generators(1)[0], output_type="np").images)
-    assert (images[0] == images[1]).all()
+    # a network's own bits depend on where its weights lie
+    np.testing.assert_allclose(images[0], images[1], rtol=0, atol=1e-5)
 
 
 def test_config_saves_loads_and_passes_to_diffusers(tmp_path):

@@ -59,6 +59,9 @@ def critic(x, z, t, distance=0):
     with aot.recorded() as launches:
         gan_qp.gan_qp_loss(t, t, x, x, z, z, 10.0, 0.0, distance)
         gan_qp.gan_qp_loss_backward(torch.empty_like(d), t, t, d, 10.0, 0.0)
+    return launches
+
+
 def normalised(dtype):
     """Launches of both operators on a matrix and a vector."""
     weights = [torch.empty(64, 392, dtype=dtype), torch.empty(64, dtype=dtype)]
