@@ -316,6 +316,9 @@ void grams(int64_t n, GramKernel kernel, int64_t dim, float scale) {
   narrow.insert(narrow.end(), shift.begin(), shift.end());
   print(name, narrow);
   print(name, grad);
+}
+
+// real and fake samples, latents of one feature; the loss and its gradients
 void gan_qp(int64_t rows, int64_t cols, Distance distance) {
   const int64_t n = rows * cols;
   auto x_real = values(n, 2), x_fake = values(n, 2), z_real = values(rows, 1), z_fake = values(rows, 1);
@@ -355,6 +358,9 @@ void gan_qp(int64_t rows, int64_t cols, Distance distance) {
   char name[64];
   std::snprintf(name, sizeof name, "gan_qp[distance=%d,%dx%d]", int(distance), int(rows), int(cols));
   for (const auto* v : {&loss, &d, &g_real, &g_fake}) print(name, *v);
+}
+
+// a proposal accepted or not, and the squares of rows
 void mala(int64_t rows, int64_t cols) {
   const int64_t n = rows * cols;
   std::vector<float> in[4], u(rows), u_new(rows), alpha(rows, 0.1f), z_out(n), grad_out(n), u_out(rows);
@@ -446,6 +452,7 @@ int main() {
     for (int flags = 0; flags < 4; ++flags) noise(s[0], s[1], NoiseKind(flags & 1), flags & 2);
     sde(s[0], s[1]);
     for (int distance = 0; distance < 2; ++distance) gan_qp(s[0], s[1], Distance(distance));
+    mala(s[0], s[1]);
   }
   for (int64_t points : {1, 4, 7, 33}) sector(points, 1000);
   sector_formula();
@@ -453,7 +460,6 @@ int main() {
     for (const int64_t dim : {3, 21}) {
       for (const int64_t n : {37, 200}) grams(n, GramKernel(kernel), dim, kernel % 2 ? 1.f : 0.05f);
     }
-    mala(s[0], s[1]);
   }
   additive(DType::bf16, "additive[bf16]");
   additive(DType::f16, "additive[f16]");
