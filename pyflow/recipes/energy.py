@@ -34,7 +34,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 # of the grid: places of its modes on each axis, and their standard deviation
 PLACES, SPREAD = (-4.0, -2.0, 0.0, 2.0, 4.0), 0.1
 DIGITS_LEVELS = 16
-# of the published table
+# anomalies, by default
 HELD_OUT = (1, 4, 5, 7, 9)
 # what chains aim for when they choose their step size
 ACCEPTANCE = 0.75
