@@ -99,6 +99,15 @@ PYFLOW_FN void each_value(const Panel& p, T* out, F f) {
   }
 }
 
+// out times factor, that many times
+template <class T>
+void multiply_panel(const Panel& p, const T* factor, int times, T* out) {
+  const int64_t stride = p.stride;
+  for (int i = 0; i < times; ++i) {
+    each_value(p, out, [=](T x, int64_t r, int64_t c) { return x * factor[r * stride + c]; });
+  }
+}
+
 // the panel of the variable's Gram matrix less its shift, zero outside
 template <class T>
 void gram_panel(const GramArgs& a, int64_t m, int64_t slot, const Panel& p, T* out) {
@@ -112,8 +121,9 @@ void gram_panel(const GramArgs& a, int64_t m, int64_t slot, const Panel& p, T* o
         const T *rows = halves + p.row, *cols = halves + p.col;
         each_value(p, out, [=](T x, int64_t r, int64_t c) { return rbf_of_product(x, rows[r] + cols[c], shift); });
       } else if (v.degree != 1) {
-        const int degree = v.degree;
-        each_value(p, out, [=](T x, int64_t, int64_t) { return power(x, degree); });
+        T once[kPanel * kBlock];
+        for (int64_t i = 0; i < (p.rows - 1) * p.stride + p.cols; ++i) once[i] = out[i];
+        multiply_panel(p, once, v.degree - 1, out);
       }
       break;
     }
@@ -320,9 +330,10 @@ void weight_panel(const GramBackward& a, int64_t m, int64_t slot, const Panel& p
     const T* own = values + m * tile;
     each_value(p, out, [=](T w, int64_t r, int64_t c) { return w * (own[r * stride + c] + shift); });
   } else if (v.kernel == GramKernel::polynomial && v.degree != 1) {
-    const int degree = v.degree;
+    const T degree = T(v.degree);
     raw_panel<RawSum::product>(a, v, slot, p, raw);
-    each_value(p, out, [=](T w, int64_t r, int64_t c) { return w * T(degree) * power(raw[r * stride + c], degree - 1); });
+    each_value(p, out, [=](T w, int64_t, int64_t) { return w * degree; });
+    multiply_panel(p, raw, v.degree - 1, out);
   }
   clear_outside(p, out);
 }

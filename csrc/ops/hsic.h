@@ -41,13 +41,6 @@ PYFLOW_FN T accumulate(T sum, T a, T b) {
   return sum + T(a != b);
 }
 
-template <class T>
-PYFLOW_FN T power(T x, int degree) {
-  T y = 1;
-  for (int i = 0; i < degree; ++i) y *= x;
-  return y;
-}
-
 // the kernel less `shift`; `halves` are both rows' |z|^2 / 2
 template <class T>
 PYFLOW_FN T rbf_of_product(T product, T halves, T shift) {
