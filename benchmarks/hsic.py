@@ -94,20 +94,24 @@ def _problem(shape: tuple[int, ...], device: torch.device, *, backward: bool, be
     pairs = shape[0] * shape[1] * (shape[1] - 1) // 2
     # a triangle of each matrix; backward makes it again and multiplies its weights with the rows on both sides
     flops = 2 * 2 * pairs * shape[2] * (4 if backward else 1)
-    return Problem(calls, truth, moved, flops, missing, forms, tolerance=1e-4)
+    # what float32 makes of the plain form
+    return Problem(calls, truth, moved, flops, missing, forms, tolerance=1e-3 if backward else 1e-4)
 
 
-def _case(name: str, shape: tuple[int, ...], backward: bool = False, quick: bool = False, more: tuple[str, ...] = ()) -> Case:
+def _case(
+    name: str, shape: tuple[int, ...], backward: bool = False, more: tuple[str, ...] = (), pages: str = "reused", **options: object
+) -> Case:
     beside = () if backward else (FLOOR, *more)
     return Case(
-        f"hsic/{name} {'forward+backward' if backward else 'forward'}",
+        f"hsic/{name} {'forward+backward' if backward else 'forward'}{', fresh pages' if pages == 'fresh' else ''}",
         partial(_problem, backward=backward, beside=beside),
         shape,
         (2, 12, 3),
         contenders=("eager", "compile", *more, "pyflow", *(() if backward else (FLOOR,))),
         peer="KeOps" if more else None,
         compare=() if backward else ((FLOOR, "pyflow"),),
-        quick=quick,
+        pages=pages,
+        **options,
     )
 
 
@@ -123,6 +127,9 @@ def _center(shape: tuple[int, ...], device: torch.device) -> Problem:
 
 
 CASES = [
+    # a process starts with fresh memory: those come first
+    _case("4096", (1, 4096, 64), pages="fresh"),
+    _case("4096", (1, 4096, 64), backward=True, pages="fresh"),
     _case("4096", (1, 4096, 64), quick=True, more=("KeOps",)),
     _case("4096", (1, 4096, 64), backward=True, quick=True),
     _case("64 of 512", (64, 512, 256)),
