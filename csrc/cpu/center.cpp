@@ -1,7 +1,6 @@
 // HKH of Gram matrices: part of the family hsic.
 #include "hsic.h"
 #include "sums.h"
-#include "tile.h"
 
 namespace pyflow::PYFLOW_ISA {
 

@@ -1,7 +1,6 @@
 #include "hsic.h"
 
 #include "sums.h"
-#include "tile.h"
 
 namespace pyflow::PYFLOW_ISA {
 
@@ -300,7 +299,7 @@ void sums_tile(const GramSums& a, int64_t slot, int64_t tile) {
   const int64_t at = first_tile(a.tournament, a.round) + tile, all = first_tile(a.tournament, a.tournament.seats);
   double* cross = a.cross + (slot * all + at) * a.pairs;
   // (i, j) and (j, i)
-  for (int64_t k = 0; k < a.pairs; ++k) cross[k] = 2 * fold(lanes + 16 * k);
+  for (int64_t k = 0; k < a.pairs; ++k) cross[k] = 2 * lane_sum(lanes + 16 * k, 16);
 }
 
 void gram_sums(const GramSums& a, int64_t begin, int64_t end) {
@@ -492,7 +491,7 @@ double permuted_sum(const PermutedArgs& a, const int32_t* __restrict p) {
       for (int k = 0; k < 16; ++k) lane[k] = fma_(double(x[j + k]), double(y[p[j + k]]), lane[k]);
     }
     for (int k = 0; j + k < a.n; ++k) lane[k] = fma_(double(x[j + k]), double(y[p[j + k]]), lane[k]);
-    total += fold(lane);
+    total += lane_sum(lane, 16);
   }
   return 2 * total;
 }

@@ -1,7 +1,7 @@
-// Sums in float64 through sixteen lanes and a fixed fold: the same bits for every vector width.
+// Sums in float64 through sixteen lanes and the fold of lane_sum: the same bits for every vector width.
 #pragma once
 
-#include "../math/fn.h"
+#include "tile.h"
 
 #if !defined(PYFLOW_ISA)
 #error "compiled once per instruction set: PYFLOW_ISA names it"
@@ -10,13 +10,6 @@
 namespace pyflow::PYFLOW_ISA {
 
 PYFLOW_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-PYFLOW_FN double fold(double* lane) {
-  for (int width = 8; width > 0; width /= 2) {
-    for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
-  }
-  return lane[0];
-}
 
 // the sum of n values, each also added to its column's; n a multiple of 16
 template <class T>
@@ -30,7 +23,7 @@ double add_row(const T* __restrict value, double* __restrict column, int64_t n) 
       column[i + j] += v;
     }
   }
-  return fold(lane);
+  return lane_sum(lane, 16);
 }
 
 }  // namespace pyflow::PYFLOW_ISA

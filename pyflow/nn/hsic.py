@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..ops import hsic
-from ..ops._variables import Variable, variable
-from ..ops.hsic import ESTIMATORS, Bandwidth, rows_needed, together
+from ..ops._variables import ESTIMATORS, Bandwidth, Variable, rows_needed, together, variable
 from ..ops.nhsic import regularised
 
 

@@ -19,6 +19,9 @@ from .noise import uniform
 
 KERNELS = ("rbf", "laplacian", "linear", "polynomial", "delta", "precomputed")
 MEDIAN_ROWS = 1000
+ESTIMATORS = ("biased", "biased_n2", "unbiased")
+
+Bandwidth = float | Tensor | str
 
 
 class Variable(NamedTuple):
@@ -37,7 +40,7 @@ def variable(
     name: str,
     x: Tensor,
     kernel: str,
-    bandwidth: float | Tensor | str,
+    bandwidth: Bandwidth,
     degree: int = 3,
     gamma: float | None = None,
     coef0: float = 1.0,
@@ -61,7 +64,64 @@ def variable(
     return _distances(op, name, x, kernel, bandwidth)
 
 
-def _distances(op: str, name: str, x: Tensor, kernel: str, bandwidth: float | Tensor | str) -> Variable:
+def variables(
+    op: str,
+    x: Tensor,
+    y: Tensor,
+    kernel: str,
+    bandwidth: Bandwidth,
+    kernel_y: str | None,
+    bandwidth_y: Bandwidth | None,
+    degree: int = 3,
+    gamma: float | None = None,
+    coef0: float = 1.0,
+) -> list[Variable]:
+    """x and y checked and prepared, of one dtype and with the same leading dims."""
+    kernel_y = kernel if kernel_y is None else kernel_y
+    bandwidth_y = bandwidth if bandwidth_y is None else bandwidth_y
+    return together(
+        op,
+        [
+            variable(op, "x", x, kernel, bandwidth, degree, gamma, coef0),
+            variable(op, "y", y, kernel_y, bandwidth_y, degree, gamma, coef0),
+        ],
+    )
+
+
+def together(op: str, every: list[Variable]) -> list[Variable]:
+    """The variables with one dtype and the same leading dims."""
+    first = every[0].z
+    for other in every[1:]:
+        if other.z.device != first.device:
+            raise ValueError(f"{op}: all inputs must be on one device, got {first.device} and {other.z.device}")
+        if other.z.shape[-2] != first.shape[-2]:
+            raise ValueError(
+                f"{op}: all inputs must have the same number of rows, got {first.shape[-2]} and {other.z.shape[-2]}"
+            )
+    try:
+        batch = torch.broadcast_shapes(*(v.z.shape[:-2] for v in every))
+    except RuntimeError:
+        shapes = ", ".join(str(tuple(v.z.shape[:-2])) for v in every)
+        raise ValueError(f"{op}: leading dims must broadcast, got {shapes}") from None
+    dtype = torch.float64 if any(v.z.dtype == torch.float64 for v in every) else torch.float32
+    return [
+        v._replace(
+            z=v.z.to(dtype).expand(*batch, *v.z.shape[-2:]),
+            scale=v.scale.to(dtype).expand(batch),
+            diagonal=v.diagonal.expand(*batch, -1),
+        )
+        for v in every
+    ]
+
+
+def rows_needed(op: str, n: int, estimator: str) -> None:
+    check.choice(op, "estimator", estimator, ESTIMATORS)
+    least = 4 if estimator == "unbiased" else 2
+    if n < least:
+        raise ValueError(f"{op}: the {estimator} estimator needs at least {least} rows, got {n}")
+
+
+def _distances(op: str, name: str, x: Tensor, kernel: str, bandwidth: Bandwidth) -> Variable:
     if isinstance(bandwidth, str):
         if bandwidth != "median":
             raise ValueError(f"{op}: bandwidth must be a number, a tensor or 'median', got {bandwidth!r}")

@@ -9,14 +9,11 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._backend import call, register, runs_reference
+from ..reference import compute_dtype
 from ..reference import hsic as ref
 from ._features import approximation
 from ._transforms import one_by_one, vector_jacobian
-from ._variables import Variable, ratio, variable
-
-ESTIMATORS = ("biased", "biased_n2", "unbiased")
-
-Bandwidth = float | Tensor | str
+from ._variables import Bandwidth, Variable, ratio, rows_needed, together, variable, variables
 
 
 def hsic(
@@ -201,73 +198,12 @@ def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
         if gram.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: inplace must not be used on a tensor that requires a gradient")
         if runs_reference(op, gram, cuda=False):
-            return gram.copy_(ref.center_gram(gram.to(_wide(gram.dtype))))
+            return gram.copy_(_center_reference(gram))
         call("center_gram_", gram)
         return gram
     if runs_reference(op, gram, cuda=False):
-        return ref.center_gram(gram.to(_wide(gram.dtype))).to(gram.dtype)
+        return _center_reference(gram)
     return call("center_gram", gram)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def variables(
-    op: str,
-    x: Tensor,
-    y: Tensor,
-    kernel: str,
-    bandwidth: Bandwidth,
-    kernel_y: str | None,
-    bandwidth_y: Bandwidth | None,
-    degree: int = 3,
-    gamma: float | None = None,
-    coef0: float = 1.0,
-) -> list[Variable]:
-    """x and y checked and prepared, of one dtype and with the same leading dims."""
-    kernel_y = kernel if kernel_y is None else kernel_y
-    bandwidth_y = bandwidth if bandwidth_y is None else bandwidth_y
-    return together(
-        op,
-        [
-            variable(op, "x", x, kernel, bandwidth, degree, gamma, coef0),
-            variable(op, "y", y, kernel_y, bandwidth_y, degree, gamma, coef0),
-        ],
-    )
-
-
-def together(op: str, every: list[Variable]) -> list[Variable]:
-    """The variables with one dtype and the same leading dims."""
-    first = every[0].z
-    for other in every[1:]:
-        if other.z.device != first.device:
-            raise ValueError(f"{op}: all inputs must be on one device, got {first.device} and {other.z.device}")
-        if other.z.shape[-2] != first.shape[-2]:
-            raise ValueError(
-                f"{op}: all inputs must have the same number of rows, got {first.shape[-2]} and {other.z.shape[-2]}"
-            )
-    try:
-        batch = torch.broadcast_shapes(*(v.z.shape[:-2] for v in every))
-    except RuntimeError:
-        shapes = ", ".join(str(tuple(v.z.shape[:-2])) for v in every)
-        raise ValueError(f"{op}: leading dims must broadcast, got {shapes}") from None
-    dtype = torch.float64 if any(v.z.dtype == torch.float64 for v in every) else torch.float32
-    return [
-        v._replace(
-            z=v.z.to(dtype).expand(*batch, *v.z.shape[-2:]),
-            scale=v.scale.to(dtype).expand(batch),
-            diagonal=v.diagonal.expand(*batch, -1),
-        )
-        for v in every
-    ]
-
-
-def rows_needed(op: str, n: int, estimator: str) -> None:
-    check.choice(op, "estimator", estimator, ESTIMATORS)
-    least = 4 if estimator == "unbiased" else 2
-    if n < least:
-        raise ValueError(f"{op}: the {estimator} estimator needs at least {least} rows, got {n}")
 
 
 def values(
@@ -442,7 +378,7 @@ register(
 
 
 def _center_reference(gram):
-    return ref.center_gram(gram.to(_wide(gram.dtype))).to(gram.dtype).contiguous()
+    return ref.center_gram(gram.to(compute_dtype(gram.dtype))).to(gram.dtype).contiguous()
 
 
 def _center_vmap(info, in_dims, gram):

@@ -12,8 +12,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS
 from ..reference import hsic as ref
-from ._variables import Variable
-from .hsic import Bandwidth, rows_needed, variables
+from ._variables import Bandwidth, Variable, rows_needed, variables
 
 
 def nhsic(

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops._features import approximation
-from ..ops._variables import ratio
-from ..ops.hsic import Bandwidth, rows_needed, sums, values, variables
+from ..ops._variables import Bandwidth, ratio, rows_needed, variables
+from ..ops.hsic import sums, values
 from ._inputs import bar, samples
 
 # parts that the tiles are visited in, powers of 2: sums over a tree are the same for 1, 2, 4, ... processes

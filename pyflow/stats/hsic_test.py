@@ -14,8 +14,8 @@ from .. import _checks as check
 from .._backend import call, runs_reference
 from .._schemas import HSIC_KERNELS, PURPOSES
 from ..ops import noise
-from ..ops._variables import Variable, ratio
-from ..ops.hsic import ESTIMATORS, Bandwidth, permuted, rows_needed, values, variables
+from ..ops._variables import ESTIMATORS, Bandwidth, Variable, ratio, rows_needed, variables
+from ..ops.hsic import permuted, values
 from ._grams import CentredGram, blocks
 from ._inputs import bar, samples
 
