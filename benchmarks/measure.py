@@ -7,9 +7,10 @@ and of freeing its result. Python's garbage collector is off meanwhile.
 Pages. A large result is new memory, and what that costs is the allocator's business: glibc maps anything above
 its threshold anew at every call, and the kernel then clears each page at first touch; below it, memory that was
 freed is used again. The threshold moves by itself (128 KB to 32 MB), so a process' history would decide. On a
-2-core Zen 5 with 4 KB pages the forward case at (16384, 392) took 3.6 ms with reused and 10 ms with fresh pages,
-torch.compile of the reference 5.9 and 17 ms. So each case says which it means and `set_pages` holds the
-allocator to it. Transparent huge pages stay as the system has them; glibc and torch ask for none by default.
+2-core Zen 4 with 4 KB pages the forward case at (16384, 392) took torch.compile of the reference 8.6 ms with reused
+and 25 ms with fresh pages. So each case says which it means and `set_pages` holds the allocator to it. Huge pages stay
+as the system and each contender have them: glibc and torch ask for none by default, pyflow's operators do for
+results of 4 MB and more (16 ms of that case with fresh pages without, 7 ms with them).
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Settings:
     # seconds of rounds per case, beyond the ten there always are
     budget: float = 4.0
     compile: bool = True
+    # see `set_pages`; None: as each case says
+    pages: str | None = None
 
 
 @dataclass
@@ -325,7 +328,7 @@ class Worker:
 def _serve(pipe: Connection, isa: str, settings: Settings) -> None:
     from pyflow import _host
 
-    runner, cases = Runner(settings), all_cases()
+    runner, cases = Runner(settings), all_cases(settings.pages)
     gc.disable()
     while message := pipe.recv():
         action, *args = message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ Call = Callable[[], Outputs]
 FAMILIES = (
     "coupling", "energy", "flow_head", "fsq", "gan_qp", "hsic", "hsic_stats", "noise", "sde", "sector", "spectral",
 )  # fmt: skip
+
+# how the name of a case with fresh pages ends
+FRESH = ", fresh pages"
 
 
 class Missing(Exception):
@@ -78,18 +82,22 @@ class Case:
     memory: bool = False
 
 
-def all_cases() -> dict[str, Case]:
-    """Every case of every family, by name."""
+def all_cases(pages: str | None = None) -> dict[str, Case]:
+    """Every case of every family, by name; with `pages` all have these, and a case that exists with both is one."""
     cases = [case for family in FAMILIES for case in importlib.import_module(f".{family}", __package__).CASES]
+    if pages:
+        cases = [case for case in cases if not case.name.endswith(FRESH)]
+    if pages == "fresh":
+        cases = [dataclasses.replace(case, name=case.name + FRESH, pages=pages) for case in cases]
     by_name = {case.name: case for case in cases}
     if len(by_name) != len(cases):
         raise ValueError("two cases have the same name")
     return by_name
 
 
-def select(pattern: str | None = None, quick: bool = False) -> list[Case]:
+def select(pattern: str | None = None, quick: bool = False, pages: str | None = None) -> list[Case]:
     """Cases whose name contains the pattern (with * and ? as in file names); a pattern also finds the slow ones."""
-    cases = all_cases().values()
+    cases = all_cases(pages).values()
     if pattern:
         return [case for case in cases if fnmatch(case.name, f"*{pattern}*")]
     return [case for case in cases if case.quick or not quick]

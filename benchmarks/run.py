@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument("--threads", type=int, default=None, help="default: as many as torch uses")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--pages", choices=("fresh", "reused"), help="memory of results, for every case (default: as each case says)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--budget", type=float, help="seconds of rounds per case (default 4, with --quick 0.8)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results in a checkout)")
@@ -33,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what the options ask for; 0, or 1 where pyflow gave a wrong result or something broke."""
-    cases = registry.select(args.case, args.quick)
+    cases = registry.select(args.case, args.quick, args.pages)
     if args.list:
         print(*(case.name for case in cases), sep="\n")
         return 0
@@ -47,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     threads = args.threads or torch.get_num_threads()
     budget = args.budget or (0.8 if args.quick else 4.0)
-    settings = Settings(args.device, threads, budget, not args.no_compile)
+    settings = Settings(args.device, threads, budget, not args.no_compile, args.pages)
     session = Session(cases, settings, QUICK_SECONDS if args.quick else float("inf"))
     out = args.out or (HERE / "results" if machine.checkout() else Path("pyflow-bench"))
     out.mkdir(parents=True, exist_ok=True)

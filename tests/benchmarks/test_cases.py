@@ -34,6 +34,14 @@ def test_pattern():
     assert {case.name for case in registry.select("bf16*back")} == {"coupling/bf16 forward+backward"}
 
 
+def test_pages_for_every_case():
+    names = [name.removesuffix(registry.FRESH) for name in CASES]
+    for pages in ("fresh", "reused"):
+        cases = registry.select(pages=pages)
+        assert {case.pages for case in cases} == {pages}
+        assert {case.name.removesuffix(registry.FRESH) for case in cases} == set(names)
+
+
 @pytest.mark.parametrize("name", DISTINCT)
 def test_contenders_agree_on_a_tiny_input(name):
     case = CASES[name]

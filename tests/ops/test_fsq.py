@@ -95,6 +95,21 @@ def test_layouts(layout, dim):
         check(viewed, (8, 5, 4, 3), variant, dim)
 
 
+# runs of several tiles that end inside one; the last is written past the caches
+@pytest.mark.parametrize("shape", [(3, 4, 37, 29), (2, 4, 512), (1, 4, 1, 513), (2, 4, 750, 751)])
+def test_channels_in_front_have_the_bits_of_channels_behind(shape):
+    levels, results = (8, 5, 4, 3), []
+    z, grad = values(shape), values(shape, seed=1)
+    for dim in (1, -1):
+        moved = z.movedim(1, dim).contiguous().requires_grad_()
+        codes, indices = ops.fsq(moved, levels, dim=dim)
+        gz = torch.autograd.grad(codes, moved, grad.movedim(1, dim).contiguous())[0]
+        decoded = ops.fsq_decode(indices, levels, dim=dim)
+        results.append((indices, *(t.movedim(dim, 1) for t in (codes.detach(), gz, decoded))))
+    for got, want in zip(*results):
+        testing.assert_same_bits(got, want)
+
+
 def test_a_codebook_beyond_float_and_int32_is_numbered_exactly():
     for levels in [(2**22, 2**22, 2**19), (8,) * 21, (5, 1000, 1000, 999, 1001, 17), (3,) * 39, (4, 2**20, 3, 7)]:
         z = 4 * values((500, len(levels)))
