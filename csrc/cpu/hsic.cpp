@@ -13,7 +13,7 @@ constexpr int kRows = 4, kStripBytes = 64;
 #endif
 template <class T>
 constexpr int kCols = kStripBytes / sizeof(T);
-static_assert(kRows <= kPanel && kPad % kCols<float> == 0);
+static_assert(kRows <= kPanel && kCols<double> % kRows == 0 && kPad % kCols<float> == 0);
 
 template <class T>
 void add_products(const T* __restrict x, const T* __restrict y, double* __restrict sums, int64_t n) {
@@ -28,23 +28,22 @@ void add_products(const T* __restrict x, const T* __restrict y, double* __restri
   for (int j = 0; j < 16; ++j) sums[j] = lane[j];
 }
 
-// out[r][c]: the sum over the features of a row of a and a column of the strip, (dim, kCols)
-template <RawSum R, int Rows, class T>
-void raw_block(const T* __restrict a, int64_t stride, const T* __restrict strip, int64_t dim, T* __restrict out,
-               int64_t out_stride) {
-  T sum[Rows][kCols<T>] = {};
+// out[r][c]: the sum over the features of column r of one strip and c of another, (dim, kCols) each
+template <RawSum R, int Rows, int Cols, class T>
+void raw_block(const T* __restrict a, const T* __restrict strip, int64_t dim, T* __restrict out, int64_t out_stride) {
+  T sum[Rows][Cols] = {};
   for (int64_t k = 0; k < dim; ++k) {
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
-      const T value = a[r * stride + k];
+      const T value = a[k * kCols<T> + r];
 #pragma omp simd
-      for (int c = 0; c < kCols<T>; ++c) {
+      for (int c = 0; c < Cols; ++c) {
         sum[r][c] = accumulate<R>(sum[r][c], value, strip[k * kCols<T> + c]);
       }
     }
   }
   for (int r = 0; r < Rows; ++r) {
-    for (int c = 0; c < kCols<T>; ++c) out[r * out_stride + c] = sum[r][c];
+    for (int c = 0; c < Cols; ++c) out[r * out_stride + c] = sum[r][c];
   }
 }
 
@@ -56,23 +55,26 @@ struct Panel {
 // columns of the panel left of this one are on or below the diagonal for all of its rows
 template <class T>
 PYFLOW_FN int64_t first_column(const Panel& p) {
-  return p.row > p.col ? (p.row - p.col) / kCols<T> * kCols<T> : 0;
+  constexpr int half = kCols<T> / 2;
+  return p.row > p.col ? (p.row - p.col) / half * half : 0;
+}
+
+template <RawSum R, int Cols, class T>
+void raw_strip(const Panel& p, const T* rows, const T* strip, int64_t dim, T* out) {
+  if (p.rows == kRows) return raw_block<R, kRows, Cols>(rows, strip, dim, out, p.stride);
+  for (int64_t r = 0; r < p.rows; ++r) raw_block<R, 1, Cols>(rows + r, strip, dim, out + r * p.stride, p.stride);
 }
 
 template <RawSum R, class T>
 void raw_panel(const GramArgs& a, const GramVariable& v, int64_t slot, const Panel& p, T* out) {
-  const T* item = (const T*)a.workspace + slot * a.workspace_size;
-  const T *rows = item + v.rows + p.row * v.width, *strips = item + v.strips;
-  for (int64_t c = first_column<T>(p); c < p.cols; c += kCols<T>) {
-    const T* strip = strips + (p.col + c) * v.dim;
-    if (p.rows == kRows) {
-      raw_block<R, kRows>(rows, v.width, strip, v.dim, out + c, p.stride);
-    } else {
-      for (int64_t r = 0; r < p.rows; ++r) {
-        raw_block<R, 1>(rows + r * v.width, v.width, strip, v.dim, out + r * p.stride + c, p.stride);
-      }
-    }
+  const T* strips = (const T*)a.workspace + slot * a.workspace_size + v.strips;
+  const T* rows = strips + p.row / kCols<T> * kCols<T> * v.dim + p.row % kCols<T>;
+  int64_t c = first_column<T>(p);
+  if (c % kCols<T> != 0 && c < p.cols) {
+    raw_strip<R, kCols<T> / 2>(p, rows, strips + (p.col + c) / kCols<T> * kCols<T> * v.dim + kCols<T> / 2, v.dim, out + c);
+    c += kCols<T> / 2;
   }
+  for (; c < p.cols; c += kCols<T>) raw_strip<R, kCols<T>>(p, rows, strips + (p.col + c) * v.dim, v.dim, out + c);
 }
 
 // what is not above the diagonal, or beyond the matrix up to a multiple of kPad, counts as 0
@@ -148,6 +150,30 @@ void gram_panel(const GramArgs& a, int64_t m, int64_t slot, const Panel& p, T* o
   clear_outside(p, out);
 }
 
+constexpr int64_t kStatsRows = 32, kStatsAhead = 8;
+
+// A few rows less the first are summed in the compute type: neither what rows are centred by nor where K - 1 takes the
+// place of K needs more.
+template <class T>
+void add_moments(const T* __restrict first, const T* __restrict row, int64_t rows, int64_t stride, int64_t count,
+                 double* __restrict sum, double* __restrict square) {
+  T some[kChunk] = {}, squares[kChunk] = {};
+  for (int64_t j = 0; j < rows; ++j, row += stride) {
+    for (int64_t c = 0; c < count; c += 64 / sizeof(T)) __builtin_prefetch(row + kStatsAhead * stride + c, 0, 2);
+#pragma omp simd
+    for (int64_t c = 0; c < count; ++c) {
+      const T more = row[c] - first[c];
+      some[c] += more;
+      squares[c] = fma_(more, more, squares[c]);
+    }
+  }
+#pragma omp simd
+  for (int64_t c = 0; c < count; ++c) {
+    sum[c] += double(some[c]);
+    square[c] += double(squares[c]);
+  }
+}
+
 // the means of a variable's features, and from their variances what is subtracted from the kernel
 template <class T>
 void item_stats(const GramArgs& a, int64_t slot, int64_t m) {
@@ -164,15 +190,9 @@ void item_stats(const GramArgs& a, int64_t slot, int64_t m) {
     const int64_t count = smaller(kChunk, v.dim - k);
     // of what a row is more than the first: a common offset costs no digits
     double sum[kChunk] = {}, square[kChunk] = {};
-    const T* __restrict first = z + k;
-    for (int64_t j = 1; j < n; ++j) {
-      const T* __restrict row = first + j * a.columns;
-#pragma omp simd
-      for (int64_t c = 0; c < count; ++c) {
-        const double more = double(row[c]) - double(first[c]);
-        sum[c] += more;
-        square[c] = fma_(more, more, square[c]);
-      }
+    const T* first = z + k;
+    for (int64_t j = 1; j < n; j += kStatsRows) {
+      add_moments(first, first + j * a.columns, smaller(kStatsRows, n - j), a.columns, count, sum, square);
     }
     for (int64_t c = 0; c < count; ++c) {
       const double mean = sum[c] / double(n);
@@ -192,7 +212,28 @@ void gram_stats(const GramArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// kCols rows, centred and scaled: as they are, and as a strip, their features side by side; and half their squares
+// four rows of n values, kChunk apart, into four columns of a strip; by vectors of four, which gcc does not find itself
+template <class T>
+void side_by_side(const T* __restrict rows, T* __restrict strip, int64_t n) {
+  typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+  int64_t k = 0;
+  for (; k + 4 <= n; k += 4) {
+    Four row[4], column[4];
+    for (int r = 0; r < 4; ++r) __builtin_memcpy(&row[r], rows + r * kChunk + k, sizeof(Four));
+    const Four low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5), low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+    const Four high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7), high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+    column[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
+    column[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
+    column[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
+    column[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+    for (int r = 0; r < 4; ++r) __builtin_memcpy(strip + (k + r) * kCols<T>, &column[r], sizeof(Four));
+  }
+  for (; k < n; ++k) {
+    for (int r = 0; r < 4; ++r) strip[k * kCols<T> + r] = rows[r * kChunk + k];
+  }
+}
+
+// kCols rows, centred and scaled: as a strip, their features side by side; half their squares; for a gradient as rows
 template <class T>
 void pack_strip(const GramArgs& a, int64_t slot, int64_t m, int64_t strip) {
   const GramVariable& v = a.variable[m];
@@ -200,17 +241,26 @@ void pack_strip(const GramArgs& a, int64_t slot, int64_t m, int64_t strip) {
   const bool centred = of_distances(v.kernel);
   const int64_t n = a.tournament.n, item = a.item + slot, begin = strip * kCols<T>;
   const T scale = centred ? ((const T*)a.scale)[item * a.variables + m] : T(1);
-  const T* __restrict means = (const T*)a.means + slot * a.columns + v.first;
-  T* rows = (T*)a.workspace + slot * a.workspace_size + v.rows + begin * v.width;
-  T* __restrict out = (T*)a.workspace + slot * a.workspace_size + v.strips + begin * v.dim;
-  for (int64_t c = 0; c < kCols<T>; ++c) {
-    const T* __restrict z = (const T*)a.z + (item * n + begin + c) * a.columns + v.first;
-    T* __restrict row = rows + c * v.width;
-    for (int64_t k = 0; k < v.width; ++k) row[k] = T(0);
-    if (begin + c < n) {
-      for (int64_t k = 0; k < v.dim; ++k) row[k] = centred ? (z[k] - means[k]) * scale : z[k];
+  const T* means = (const T*)a.means + slot * a.columns + v.first;
+  T* workspace = (T*)a.workspace + slot * a.workspace_size;
+  T* __restrict out = workspace + v.strips + begin * v.dim;
+  alignas(64) T rows[4][kChunk];
+  for (int64_t c = 0; c < kCols<T>; c += 4) {
+    const T* z = (const T*)a.z + (item * n + begin + c) * a.columns + v.first;
+    for (int64_t first = 0; first < v.width; first += kChunk) {
+      const int64_t padded = smaller(kChunk, v.width - first), dims = smaller(padded, v.dim - first);
+      for (int64_t r = 0; r < 4; ++r) {
+        const int64_t count = begin + c + r < n ? dims : 0;
+        const T* __restrict value = z + r * a.columns + first;
+        const T* __restrict mean = means + first;
+        T* __restrict row = rows[r];
+        for (int64_t k = 0; k < count; ++k) row[k] = centred ? (value[k] - mean[k]) * scale : value[k];
+        for (int64_t k = count; k < padded; ++k) row[k] = T(0);
+        T* __restrict kept = workspace + v.rows + (begin + c + r) * v.width + first;
+        for (int64_t k = 0; v.rows >= 0 && k < padded; ++k) kept[k] = row[k];
+      }
+      side_by_side(rows[0], out + first * kCols<T> + c, dims);
     }
-    for (int64_t k = 0; k < v.dim; ++k) out[k * kCols<T> + c] = row[k];
   }
   if (raw_sum(v.kernel, v.dim) != RawSum::product) return;
   double square[kCols<T>] = {};

@@ -46,7 +46,7 @@ struct GramVariable {
   int degree;
   int64_t dim, first;  // its columns of z
   int64_t width;       // dim, made a multiple of 8; 0 where nothing is packed
-  int64_t strips, rows;  // where they begin in an item's workspace; the gradient's rows in one like it
+  int64_t strips, rows;  // where they begin in an item's workspace (rows: -1 without gradient), as in the gradient's
 };
 
 // Works on batch items [item, item + items); what it needs of them lies side by side in workspaces.

@@ -9,21 +9,29 @@
 namespace pyflow {
 namespace {
 
-// of a group of batch items: they stay in the caches from one round to the next
+// of the batch items that are worked on together: they stay in the caches from one round to the next
 constexpr int64_t kWorkspaceBytes = 4 << 20;
 
 Tensor buffer(const Tensor& like, int64_t count, ScalarType dtype) { return new_empty(like, &count, 1, dtype); }
 
+// as everybody's: at once where the caller is one of several threads
 template <class F>
 void in_parallel(int64_t units, int64_t grain, F f) {
   if (units > 0) torch::stable::parallel_for(0, units, grain, f);
 }
 
-// A call's arguments and what it allocates.
+int64_t this_thread() {
+  uint32_t thread = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
+  return thread;
+}
+
+// A call's arguments and what it allocates. Of a large batch every thread takes items of its own, so that nobody waits
+// for anybody; else all threads share the tiles of a group of items. The order of an item's sums is the same.
 struct Grams {
   Tensor z, scale, shift, means, workspace, halves, scratch;
   std::vector<GramVariable> variables;
-  int64_t batch, items, scratch_bytes;
+  int64_t batch, items, teams, scratch_bytes;
 
   Grams(GramArgs& a, const Tensor& z_, const Tensor& scale_, const std::vector<int64_t>& dims,
         const std::vector<int64_t>& kernels, const std::vector<int64_t>& degrees, const std::vector<int64_t>& pairs,
@@ -38,27 +46,31 @@ struct Grams {
     a.pair = pairs.data();
     int64_t first = 0;
     for (size_t m = 0; m < dims.size(); ++m) {
-      GramVariable v{GramKernel(kernels[m]), int(degrees[m]), dims[m], first, 0, a.workspace_size, 0};
+      GramVariable v{GramKernel(kernels[m]), int(degrees[m]), dims[m], first, 0, a.workspace_size, -1};
       first += v.dim;
       if (v.kernel != GramKernel::precomputed) {
         v.width = (v.dim + 7) / 8 * 8;
-        v.rows = v.strips + a.padded * v.dim;
-        a.workspace_size = v.rows + a.padded * v.width;
+        a.workspace_size += a.padded * v.dim;
+        if (backward) {
+          v.rows = a.workspace_size;
+          a.workspace_size += a.padded * v.width;
+        }
       }
       variables.push_back(v);
     }
     a.variable = variables.data();
     batch = z.size(0);
-    const int64_t bytes = a.workspace_size * int64_t(z.element_size());
+    const int64_t bytes = a.workspace_size * int64_t(z.element_size()), threads = torch::stable::get_num_threads();
+    teams = batch >= 4 * threads && bytes <= kWorkspaceBytes ? threads : 1;
     items = bytes > 0 ? kWorkspaceBytes / bytes : batch;
-    items = items < 1 ? 1 : items < batch ? items : batch;
+    items = teams > 1 || items < 1 ? 1 : items < batch ? items : batch;
     const int64_t sizes[] = {batch, a.variables};
     shift = new_empty(z, sizes, 2, ScalarType::Double);
-    means = buffer(z, items * a.columns, z.scalar_type());
-    workspace = buffer(z, items * a.workspace_size, z.scalar_type());
-    halves = buffer(z, items * a.variables * a.padded, z.scalar_type());
+    means = buffer(z, teams * items * a.columns, z.scalar_type());
+    workspace = buffer(z, teams * items * a.workspace_size, z.scalar_type());
+    halves = buffer(z, teams * items * a.variables * a.padded, z.scalar_type());
     scratch_bytes = (scratch_of(a, backward) + 63) / 64 * 64;
-    scratch = buffer(z, torch::stable::get_num_threads() * scratch_bytes / 8, ScalarType::Double);
+    scratch = buffer(z, threads * scratch_bytes / 8, ScalarType::Double);
     a.z = (const char*)z.data_ptr();
     a.scale = (const char*)scale.data_ptr();
     a.shift = (double*)shift.data_ptr();
@@ -71,6 +83,24 @@ struct Grams {
   // element-ops of a tile, over which threads are worth starting
   int64_t grain(const GramArgs& a) const { return grain_of(a.tournament.block * a.tournament.block * (a.columns + 16)); }
 
+  // work(args, team) for every group of items; the team's number is that of its buffers
+  template <class A, class F>
+  void each_group(const A& args, F work) {
+    const auto groups = [&](int64_t begin, int64_t end, int64_t team) {
+      A a = args;
+      const int64_t bytes = team * items * int64_t(z.element_size());
+      a.means += bytes * a.columns;
+      a.workspace += bytes * a.workspace_size;
+      a.halves += bytes * a.variables * a.padded;
+      for (a.item = begin; a.item < end; a.item += items) {
+        a.items = end - a.item < items ? end - a.item : items;
+        work(a, team);
+      }
+    };
+    if (teams == 1) return groups(0, batch, 0);
+    in_parallel(batch, 1, [&](int64_t begin, int64_t end) { groups(begin, end, this_thread()); });
+  }
+
   void pack(const GramArgs& a) const {
     const CpuTable& cpu = *cpu_table();
     in_parallel(a.items * a.variables, grain_of(a.tournament.n * a.columns / (a.variables + 1)),
@@ -82,41 +112,37 @@ struct Grams {
 
   // every tile, round after round, each thread with its own scratch
   template <class A>
-  void rounds(A& a, void (*kernel)(const A&, int64_t, int64_t)) {
+  void rounds(A& a, int64_t team, void (*kernel)(const A&, int64_t, int64_t)) {
     for (a.round = 0; a.round < a.tournament.seats; ++a.round) {
       in_parallel(a.items * tiles_of(a.tournament, a.round), grain(a), [&](int64_t begin, int64_t end) {
-        uint32_t thread = 0;
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
         A own = a;
-        own.scratch = (char*)scratch.data_ptr() + thread * scratch_bytes;
+        own.scratch = (char*)scratch.data_ptr() + (team + this_thread()) * scratch_bytes;
         kernel(own, begin, end);
       });
     }
   }
 };
 
-void fill_zero(Tensor& t) { std::memset(t.data_ptr(), 0, size_t(t.numel()) * t.element_size()); }
+void fill_zero(void* data, int64_t count) { std::memset(data, 0, size_t(count) * sizeof(double)); }
 
 std::tuple<Tensor, Tensor, Tensor> hsic_sums(Tensor z, Tensor scale, std::vector<int64_t> dims, std::vector<int64_t> kernels,
                                      std::vector<int64_t> degrees, std::vector<int64_t> pairs, bool, int64_t part,
                                      int64_t parts) {
-  GramSums a{};
-  Grams grams(a, z, scale, dims, kernels, degrees, pairs, false);
-  a.part = part;
-  a.parts = parts;
-  const CpuTable& cpu = *cpu_table();
-  const int64_t sizes[] = {grams.batch, a.variables, a.tournament.n}, cross_sizes[] = {grams.batch, a.pairs};
+  GramSums args{};
+  Grams grams(args, z, scale, dims, kernels, degrees, pairs, false);
+  args.part = part;
+  args.parts = parts;
+  const int64_t sizes[] = {grams.batch, args.variables, args.tournament.n}, cross_sizes[] = {grams.batch, args.pairs};
   Tensor rows = new_empty(z, sizes, 3, ScalarType::Double), cross = new_empty(z, cross_sizes, 2, ScalarType::Double);
-  fill_zero(rows);
-  const int64_t tiles = first_tile(a.tournament, a.tournament.seats);
-  Tensor partial = buffer(z, grams.items * tiles * a.pairs, ScalarType::Double);
-  a.rows = (double*)rows.data_ptr();
-  a.cross = (double*)partial.data_ptr();
-  for (a.item = 0; a.item < grams.batch; a.item += grams.items) {
-    a.items = grams.batch - a.item < grams.items ? grams.batch - a.item : grams.items;
-    fill_zero(partial);
+  fill_zero(rows.data_ptr(), rows.numel());
+  const int64_t tiles = first_tile(args.tournament, args.tournament.seats), group = grams.items * tiles * args.pairs;
+  Tensor partial = buffer(z, grams.teams * group, ScalarType::Double);
+  args.rows = (double*)rows.data_ptr();
+  grams.each_group(args, [&](GramSums& a, int64_t team) {
+    a.cross = (double*)partial.data_ptr() + team * group;
+    fill_zero(a.cross, group);
     grams.pack(a);
-    grams.rounds(a, cpu.gram_sums);
+    grams.rounds(a, team, cpu_table()->gram_sums);
     for (int64_t i = 0; i < a.items; ++i) {
       for (int64_t k = 0; k < a.pairs; ++k) {
         double total = 0;
@@ -124,34 +150,34 @@ std::tuple<Tensor, Tensor, Tensor> hsic_sums(Tensor z, Tensor scale, std::vector
         ((double*)cross.data_ptr())[(a.item + i) * a.pairs + k] = total;
       }
     }
-  }
+  });
   return {rows, cross, grams.shift};
 }
 
 Tensor hsic_sums_backward(Tensor grad_rows, Tensor grad_cross, Tensor z, Tensor scale, std::vector<int64_t> dims,
                           std::vector<int64_t> kernels, std::vector<int64_t> degrees, std::vector<int64_t> pairs, bool) {
-  GramBackward a{};
-  Grams grams(a, z, scale, dims, kernels, degrees, pairs, true);
-  const CpuTable& cpu = *cpu_table();
+  GramBackward args{};
+  Grams grams(args, z, scale, dims, kernels, degrees, pairs, true);
   const Tensor rows = torch::stable::contiguous(grad_rows), cross = torch::stable::contiguous(grad_cross);
-  const int64_t sizes[] = {grams.batch, a.tournament.n, a.columns};
+  const int64_t sizes[] = {grams.batch, args.tournament.n, args.columns};
+  const int64_t sums_size = grams.items * args.variables * args.padded, size = grams.items * args.workspace_size;
   Tensor grad = new_empty(z, sizes, 3, z.scalar_type());
-  Tensor sums = buffer(z, grams.items * a.variables * a.padded, ScalarType::Double);
-  Tensor workspace = buffer(z, grams.items * a.workspace_size, z.scalar_type());
-  a.grad_rows = (const double*)rows.data_ptr();
-  a.grad_cross = (const double*)cross.data_ptr();
-  a.weight_sums = (double*)sums.data_ptr();
-  a.grad_workspace = (char*)workspace.data_ptr();
-  a.grad = (char*)grad.data_ptr();
-  for (a.item = 0; a.item < grams.batch; a.item += grams.items) {
-    a.items = grams.batch - a.item < grams.items ? grams.batch - a.item : grams.items;
+  Tensor sums = buffer(z, grams.teams * sums_size, ScalarType::Double);
+  Tensor workspace = buffer(z, grams.teams * size, z.scalar_type());
+  args.grad_rows = (const double*)rows.data_ptr();
+  args.grad_cross = (const double*)cross.data_ptr();
+  args.grad = (char*)grad.data_ptr();
+  const CpuTable& cpu = *cpu_table();
+  grams.each_group(args, [&](GramBackward& a, int64_t team) {
+    a.weight_sums = (double*)sums.data_ptr() + team * sums_size;
+    a.grad_workspace = (char*)workspace.data_ptr() + team * size * int64_t(z.element_size());
     grams.pack(a);
     in_parallel(grams.strips(a), grams.strip_grain(a),
                 [&](int64_t begin, int64_t end) { cpu.gram_clear(a, begin, end); });
-    grams.rounds(a, cpu.gram_backward);
+    grams.rounds(a, team, cpu.gram_backward);
     in_parallel(a.items * a.tournament.n, grain_of(a.columns),
                 [&](int64_t begin, int64_t end) { cpu.gram_finish(a, begin, end); });
-  }
+  });
   return grad;
 }
 

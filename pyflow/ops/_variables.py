@@ -54,7 +54,7 @@ def variable(
         raise ValueError(f"{op}: {name} must be (..., n, d), got a tensor of shape {tuple(x.shape)}")
     if x.shape[-1] == 0:
         raise ValueError(f"{op}: {name} must have at least one column, got shape {tuple(x.shape)}")
-    if x.numel() and check.values_are_checked(x) and not all(bool(end.isfinite()) for end in x.aminmax()):
+    if x.numel() and check.values_are_checked(x) and not all(math.isfinite(end.item()) for end in x.aminmax()):
         raise ValueError(f"{op}: {name} must be finite, got NaN or infinity")
     x = x.to(compute_dtype(x.dtype))
     if kernel == "precomputed":

@@ -251,8 +251,10 @@ def test_instruction_sets_give_the_same_bits(every_instruction_set):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_bits_do_not_depend_on_threads_or_batch(kernel):
-    x, y = dependent(700, 6, batch=(3,))
+# threads share the tiles of a few items and take many items whole
+@pytest.mark.parametrize(("n", "batch"), [(700, 3), (200, 17)])
+def test_bits_do_not_depend_on_threads_or_batch(kernel, n, batch):
+    x, y = dependent(n, 6, batch=(batch,))
 
     def run(x, y):
         leaves = leaves_of(x, y)
