@@ -11,8 +11,7 @@ the caller gave a number, so that nothing is compiled anew for another value.
 - fsq, residual_fsq take and return their channels in front; `dim` of fsq_decode is where they go.
 - sde_step_backward sums the gradients of a, b and c, (3, rows), where it is given x; denoising_loss without std takes
   pred for the noise.
-- hsic_sums takes several variables side by side in z, (B, n, sum of dims), and what they are scaled by, (B, variables),
-  one over their bandwidths; `pairs` lists which of them are multiplied, `part` of `parts` which tiles are visited. Of
+- hsic_sums takes variables, (B, n, dim) each, and what they are scaled by, (B, variables), one over their bandwidths; `pairs` lists which of them are multiplied, `part` of `parts` which tiles are visited. Of
   their matrices less a shift it returns row sums and sums of products, and that shift, (B, variables).
   hsic_permuted takes symmetric matrices.
 - gan_qp_loss returns the distances too, all that its backward needs of the samples.
@@ -37,7 +36,7 @@ FSQ_VARIANTS = ("vqp", "paper", "symmetric", "sigmoid", "hard", "symmetric_hard"
 HSIC_KERNELS = ("rbf", "laplacian", "polynomial", "delta", "precomputed")
 
 _MAP = "int scale_map, float map_arg, bool shift_first, bool inverse, int event_dims"
-_GRAMS = "int[] dims, int[] kernels, int[] degrees, int[] pairs, bool allow_tf32"
+_GRAMS = "int[] kernels, int[] degrees, int[] pairs, bool allow_tf32"
 
 SCHEMAS = {
     "additive_coupling": "(Tensor x, Tensor shift, Tensor? mask, bool inverse) -> Tensor",
@@ -86,8 +85,8 @@ SCHEMAS = {
     "residual_fsq_backward": (
         "(Tensor grad, Tensor x, int[] levels, int variant, int stages, Tensor? active) -> Tensor"
     ),
-    "hsic_sums": f"(Tensor z, Tensor scale, {_GRAMS}, int part, int parts) -> (Tensor, Tensor, Tensor)",
-    "hsic_sums_backward": f"(Tensor grad_rows, Tensor grad_cross, Tensor z, Tensor scale, {_GRAMS}) -> Tensor",
+    "hsic_sums": f"(Tensor[] z, Tensor scale, {_GRAMS}, int part, int parts) -> (Tensor, Tensor, Tensor)",
+    "hsic_sums_backward": f"(Tensor grad_rows, Tensor grad_cross, Tensor[] z, Tensor scale, {_GRAMS}) -> Tensor[]",
     "hsic_permuted": "(Tensor gram_x, Tensor gram_y, Tensor permutations) -> Tensor",
     "center_gram": "(Tensor gram) -> Tensor",
     "center_gram_": "(Tensor(a!) gram) -> ()",

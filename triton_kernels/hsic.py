@@ -317,9 +317,8 @@ class Gram:
         return {name: self.kernel, f"{name}_DEGREE": self.degree, f"{name}_SQUARES": self.squares}
 
 
-def grams_of(z: Tensor, scale: Tensor, dims: Sequence[int], kernels: Sequence[int], degrees: Sequence[int]) -> list[Gram]:
-    parts = z.split(list(dims), -1)
-    return [Gram(part, scale[:, m], kernels[m], degrees[m]) for m, part in enumerate(parts)]
+def grams_of(z: Sequence[Tensor], scale: Tensor, kernels: Sequence[int], degrees: Sequence[int]) -> list[Gram]:
+    return [Gram(variable, scale[:, m], kernels[m], degrees[m]) for m, variable in enumerate(z)]
 
 
 def tile_of(allow_tf32: bool) -> dict[str, object]:
@@ -327,26 +326,26 @@ def tile_of(allow_tf32: bool) -> dict[str, object]:
 
 
 def hsic_sums(
-    z: Tensor, scale: Tensor, dims: Sequence[int], kernels: Sequence[int], degrees: Sequence[int],
-    pairs: Sequence[int], allow_tf32: bool, part: int, parts: int,
+    z: Sequence[Tensor], scale: Tensor, kernels: Sequence[int], degrees: Sequence[int], pairs: Sequence[int],
+    allow_tf32: bool, part: int, parts: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    batch, n, _ = z.shape
-    grams, tile = grams_of(z, scale, dims, kernels, degrees), tile_of(allow_tf32)
-    rows = z.new_zeros((len(dims), batch, n), dtype=torch.float64)
-    cross = z.new_zeros((len(pairs) // 2, batch), dtype=torch.float64)
+    batch, n, _ = z[0].shape
+    grams, tile = grams_of(z, scale, kernels, degrees), tile_of(allow_tf32)
+    rows = scale.new_zeros((len(z), batch, n), dtype=torch.float64)
+    cross = scale.new_zeros((len(pairs) // 2, batch), dtype=torch.float64)
     shift = torch.stack([gram.shift for gram in grams], 1)
     blocks = len(range(part, -(-n // BLOCK), parts))
     # a variable in no pair has row sums too
-    asked = [*zip(pairs[::2], pairs[1::2])] + [(m, m) for m in range(len(dims)) if m not in pairs]
-    left = set(range(len(dims)))
+    asked = [*zip(pairs[::2], pairs[1::2])] + [(m, m) for m in range(len(z)) if m not in pairs]
+    left = set(range(len(z)))
     for p, (a, b) in enumerate(asked):
         if batch * blocks == 0:
             continue
-        partial = z.new_empty((batch, blocks), dtype=torch.float64)
+        partial = scale.new_empty((batch, blocks), dtype=torch.float64)
         x_rows, y_rows = (rows[m] if m in left else None for m in (a, b))
         left -= {a, b}
         _launch.launch(
-            sums_kernel, batch * blocks, z.device, *grams[a].arguments, *grams[b].arguments, x_rows, y_rows, partial,
+            sums_kernel, batch * blocks, scale.device, *grams[a].arguments, *grams[b].arguments, x_rows, y_rows, partial,
             n, blocks, part, parts, SAME=a == b, **grams[a].constants("X"), **grams[b].constants("Y"), **tile,
         )  # fmt: skip
         if p < len(cross):
@@ -355,11 +354,11 @@ def hsic_sums(
 
 
 def hsic_sums_backward(
-    grad_rows: Tensor, grad_cross: Tensor, z: Tensor, scale: Tensor, dims: Sequence[int], kernels: Sequence[int],
+    grad_rows: Tensor, grad_cross: Tensor, z: Sequence[Tensor], scale: Tensor, kernels: Sequence[int],
     degrees: Sequence[int], pairs: Sequence[int], allow_tf32: bool,
-) -> Tensor:  # fmt: skip
-    batch, n, _ = z.shape
-    grams, tile = grams_of(z, scale, dims, kernels, degrees), tile_of(allow_tf32)
+) -> list[Tensor]:  # fmt: skip
+    batch, n, _ = z[0].shape
+    grams, tile = grams_of(z, scale, kernels, degrees), tile_of(allow_tf32)
     grads = []
     for m, gram in enumerate(grams):
         grad = torch.zeros_like(gram.z)
@@ -374,23 +373,23 @@ def hsic_sums_backward(
             if kernels[m] == PRECOMPUTED.value:
                 blocks = -(-n // BLOCK)
                 _launch.launch(
-                    matrix_kernel, batch * blocks * blocks, z.device, *y.arguments, given, factor.contiguous(), grad, n,
+                    matrix_kernel, batch * blocks * blocks, scale.device, *y.arguments, given, factor.contiguous(), grad, n,
                     blocks, ADD=index > 0, **y.constants("Y"), **tile,
                 )  # fmt: skip
                 continue
             # sums over a third dim want small tiles
-            small = kernels[m] == LAPLACIAN.value or z.dtype == torch.float64
+            small = kernels[m] == LAPLACIAN.value or gram.z.dtype == torch.float64
             size = {**tile, "BLOCK": 16 if small else BLOCK}
             features = 16 if small else min(64, max(16, _launch.power_of_two(gram.dim)))
             blocks, chunks = -(-n // size["BLOCK"]), -(-gram.dim // features)
             _launch.launch(
-                backward_kernel, batch * blocks * chunks, z.device, *gram.arguments, *y.arguments, given,
+                backward_kernel, batch * blocks * chunks, scale.device, *gram.arguments, *y.arguments, given,
                 factor.contiguous(), grad, n, blocks, chunks, SAME=other == m, ADD=index > 0, FEATURES=features,
                 **gram.constants("X"), **y.constants("Y"), **size,
             )  # fmt: skip
         if kernels[m] in (RBF.value, LAPLACIAN.value):
             grad *= scale[:, m, None, None]
-    return torch.cat(grads, -1)
+    return grads
 
 
 def hsic_permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:

@@ -141,8 +141,8 @@ void gram_panel(const GramArgs& a, int64_t m, int64_t slot, const Panel& p, T* o
       each_value(p, out, [=](T x, int64_t, int64_t) { return T(x == T(0)); });
       break;
     case RawSum::none: {
-      const T* matrix = (const T*)a.z + ((a.item + slot) * a.tournament.n + p.row) * a.columns + v.first + p.col;
-      const int64_t stride = a.columns;
+      const int64_t stride = v.dim;
+      const T* matrix = (const T*)v.z + ((a.item + slot) * a.tournament.n + p.row) * stride + p.col;
       each_value(p, out, [=](T, int64_t r, int64_t c) { return matrix[r * stride + c]; });
       break;
     }
@@ -183,7 +183,7 @@ void item_stats(const GramArgs& a, int64_t slot, int64_t m) {
   shift = 0;
   if (!of_distances(v.kernel)) return;
   const double scale = double(((const T*)a.scale)[item * a.variables + m]);
-  const T* z = (const T*)a.z + item * n * a.columns + v.first;
+  const T* z = (const T*)v.z + item * n * v.dim;
   T* means = (T*)a.means + slot * a.columns + v.first;
   double spread = 0;
   for (int64_t k = 0; k < v.dim; k += kChunk) {
@@ -192,7 +192,7 @@ void item_stats(const GramArgs& a, int64_t slot, int64_t m) {
     double sum[kChunk] = {}, square[kChunk] = {};
     const T* first = z + k;
     for (int64_t j = 1; j < n; j += kStatsRows) {
-      add_moments(first, first + j * a.columns, smaller(kStatsRows, n - j), a.columns, count, sum, square);
+      add_moments(first, first + j * v.dim, smaller(kStatsRows, n - j), v.dim, count, sum, square);
     }
     for (int64_t c = 0; c < count; ++c) {
       const double mean = sum[c] / double(n);
@@ -246,12 +246,12 @@ void pack_strip(const GramArgs& a, int64_t slot, int64_t m, int64_t strip) {
   T* __restrict out = workspace + v.strips + begin * v.dim;
   alignas(64) T rows[4][kChunk];
   for (int64_t c = 0; c < kCols<T>; c += 4) {
-    const T* z = (const T*)a.z + (item * n + begin + c) * a.columns + v.first;
+    const T* z = (const T*)v.z + (item * n + begin + c) * v.dim;
     for (int64_t first = 0; first < v.width; first += kChunk) {
       const int64_t padded = smaller(kChunk, v.width - first), dims = smaller(padded, v.dim - first);
       for (int64_t r = 0; r < 4; ++r) {
         const int64_t count = begin + c + r < n ? dims : 0;
-        const T* __restrict value = z + r * a.columns + first;
+        const T* __restrict value = z + r * v.dim + first;
         const T* __restrict mean = means + first;
         T* __restrict row = rows[r];
         for (int64_t k = 0; k < count; ++k) row[k] = centred ? (value[k] - mean[k]) * scale : value[k];
@@ -283,7 +283,7 @@ void clear_strip(const GramBackward& a, int64_t slot, int64_t m, int64_t strip) 
     a.weight_sums[(slot * a.variables + m) * a.padded + j] = 0;
     T* row = (T*)a.grad_workspace + slot * a.workspace_size + v.rows + j * v.width;
     for (int64_t k = 0; k < v.width; ++k) row[k] = T(0);
-    T* grad = (T*)a.grad + ((a.item + slot) * n + j) * a.columns + v.first;
+    T* grad = (T*)v.grad + ((a.item + slot) * n + j) * v.dim;
     for (int64_t k = 0; k < v.dim; ++k) grad[k] = T(0);
   }
 }
@@ -465,13 +465,13 @@ void backward_tile(const GramBackward& a, int64_t slot, int64_t tile) {
     }
     if (v.kernel == GramKernel::precomputed) {
       // an entry on each side of the diagonal, of its own row
-      T* grad = (T*)a.grad + (a.item + slot) * n * a.columns + v.first;
+      T* grad = (T*)v.grad + (a.item + slot) * n * n;
       const double* rows = a.grad_rows + ((a.item + slot) * a.variables + m) * n;
       for (int64_t i = t.row; i < t.row + t.rows; ++i) {
         for (int64_t j = t.col > i ? t.col : i + 1; j < t.col + t.cols; ++j) {
           const T other = T(0.5) * (weights[(i - t.row) * block + j - t.col] - T(rows[i] + rows[j]));
-          grad[i * a.columns + j] = T(rows[i]) + other;
-          grad[j * a.columns + i] = T(rows[j]) + other;
+          grad[i * n + j] = T(rows[i]) + other;
+          grad[j * n + i] = T(rows[j]) + other;
         }
       }
       continue;
@@ -515,7 +515,7 @@ void finish_row(const GramBackward& a, int64_t slot, int64_t row) {
     // of an rbf kernel: the weights times z_j - z_i
     const bool rbf = v.kernel == GramKernel::rbf;
     const T own = rbf ? T(a.weight_sums[(slot * a.variables + m) * a.padded + row]) : T(0);
-    T* grad = (T*)a.grad + ((a.item + slot) * n + row) * a.columns + v.first;
+    T* grad = (T*)v.grad + ((a.item + slot) * n + row) * v.dim;
     const T scale = of_distances(v.kernel) ? ((const T*)a.scale)[(a.item + slot) * a.variables + m] : T(1);
     for (int64_t k = 0; k < v.dim; ++k) grad[k] = scale * fma_(-own, z[k], sum[k]);
   }

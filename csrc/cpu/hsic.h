@@ -44,19 +44,21 @@ PYFLOW_FN Pairing pairing(const Tournament& t, int64_t round, int64_t tile) {
 struct GramVariable {
   GramKernel kernel;
   int degree;
-  int64_t dim, first;  // its columns of z
+  int64_t dim, first;  // features; of the features of all, where these begin
   int64_t width;       // dim, made a multiple of 8; 0 where nothing is packed
   int64_t strips, rows;  // where they begin in an item's workspace (rows: -1 without gradient), as in the gradient's
+  const char* z;  // (B, n, dim), contiguous
+  char* grad;     // as z
 };
 
 // Works on batch items [item, item + items); what it needs of them lies side by side in workspaces.
 struct GramArgs {
   Tournament tournament;
-  int64_t variables, pairs, columns;  // columns: of z, all variables'
+  int64_t variables, pairs, columns;  // columns: features of all variables
   const GramVariable* variable;
   const int64_t* pair;  // two variables each
-  const char* z;        // (B, n, columns), contiguous, of the compute type, as all that is char*
-  const char* scale;    // (B, variables); of a kernel of distances, whose rows are centred first
+  const char* scale;    // (B, variables), of the compute type as all that is char*; of a kernel of distances, whose
+                        // rows are centred first
   double* shift;        // (B, variables): 0, or 1 where K - 1 takes the place of K
   char* means;          // (items, columns)
   char* workspace;      // strips and padded rows, centred and scaled
@@ -79,7 +81,6 @@ struct GramBackward : GramArgs {
   const double* grad_cross;  // (B, pairs)
   double* weight_sums;       // (items, variables, padded), added to
   char* grad_workspace;      // added to; as the workspace
-  char* grad;                // (B, n, columns)
 };
 
 constexpr int64_t kPanel = 8;  // rows that are worked on together, at most

@@ -29,25 +29,26 @@ int64_t this_thread() {
 // A call's arguments and what it allocates. Of a large batch every thread takes items of its own, so that nobody waits
 // for anybody; else all threads share the tiles of a group of items. The order of an item's sums is the same.
 struct Grams {
-  Tensor z, scale, shift, means, workspace, halves, scratch;
+  std::vector<Tensor> z;
+  Tensor scale, shift, means, workspace, halves, scratch;
   std::vector<GramVariable> variables;
   int64_t batch, items, teams, scratch_bytes;
 
-  Grams(GramArgs& a, const Tensor& z_, const Tensor& scale_, const std::vector<int64_t>& dims,
-        const std::vector<int64_t>& kernels, const std::vector<int64_t>& degrees, const std::vector<int64_t>& pairs,
-        bool backward)
-      : z(torch::stable::contiguous(z_)), scale(torch::stable::contiguous(scale_)) {
-    a.f64 = z.scalar_type() == ScalarType::Double;
-    a.tournament = tournament_of(z.size(1));
-    a.padded = (z.size(1) + kPad - 1) / kPad * kPad;
-    a.columns = z.size(2);
-    a.variables = int64_t(dims.size());
+  Grams(GramArgs& a, const std::vector<Tensor>& z_, const Tensor& scale_, const std::vector<int64_t>& kernels,
+        const std::vector<int64_t>& degrees, const std::vector<int64_t>& pairs, bool backward)
+      : scale(torch::stable::contiguous(scale_)) {
+    a.f64 = scale.scalar_type() == ScalarType::Double;
+    const int64_t n = z_[0].size(1), element = int64_t(scale.element_size());
+    a.tournament = tournament_of(n);
+    a.padded = (n + kPad - 1) / kPad * kPad;
+    a.variables = int64_t(z_.size());
     a.pairs = int64_t(pairs.size()) / 2;
     a.pair = pairs.data();
-    int64_t first = 0;
-    for (size_t m = 0; m < dims.size(); ++m) {
-      GramVariable v{GramKernel(kernels[m]), int(degrees[m]), dims[m], first, 0, a.workspace_size, -1};
-      first += v.dim;
+    for (size_t m = 0; m < z_.size(); ++m) {
+      z.push_back(torch::stable::contiguous(z_[m]));
+      GramVariable v{GramKernel(kernels[m]), int(degrees[m]), z[m].size(2), a.columns, 0, a.workspace_size, -1,
+                     (const char*)z[m].data_ptr(), nullptr};
+      a.columns += v.dim;
       if (v.kernel != GramKernel::precomputed) {
         v.width = (v.dim + 7) / 8 * 8;
         a.workspace_size += a.padded * v.dim;
@@ -59,19 +60,18 @@ struct Grams {
       variables.push_back(v);
     }
     a.variable = variables.data();
-    batch = z.size(0);
-    const int64_t bytes = a.workspace_size * int64_t(z.element_size()), threads = torch::stable::get_num_threads();
+    batch = scale.size(0);
+    const int64_t bytes = a.workspace_size * element, threads = torch::stable::get_num_threads();
     teams = batch >= 4 * threads && bytes <= kWorkspaceBytes ? threads : 1;
     items = bytes > 0 ? kWorkspaceBytes / bytes : batch;
     items = teams > 1 || items < 1 ? 1 : items < batch ? items : batch;
     const int64_t sizes[] = {batch, a.variables};
-    shift = new_empty(z, sizes, 2, ScalarType::Double);
-    means = buffer(z, teams * items * a.columns, z.scalar_type());
-    workspace = buffer(z, teams * items * a.workspace_size, z.scalar_type());
-    halves = buffer(z, teams * items * a.variables * a.padded, z.scalar_type());
+    shift = new_empty(scale, sizes, 2, ScalarType::Double);
+    means = buffer(scale, teams * items * a.columns, scale.scalar_type());
+    workspace = buffer(scale, teams * items * a.workspace_size, scale.scalar_type());
+    halves = buffer(scale, teams * items * a.variables * a.padded, scale.scalar_type());
     scratch_bytes = (scratch_of(a, backward) + 63) / 64 * 64;
-    scratch = buffer(z, threads * scratch_bytes / 8, ScalarType::Double);
-    a.z = (const char*)z.data_ptr();
+    scratch = buffer(scale, threads * scratch_bytes / 8, ScalarType::Double);
     a.scale = (const char*)scale.data_ptr();
     a.shift = (double*)shift.data_ptr();
     a.means = (char*)means.data_ptr();
@@ -88,7 +88,7 @@ struct Grams {
   void each_group(const A& args, F work) {
     const auto groups = [&](int64_t begin, int64_t end, int64_t team) {
       A a = args;
-      const int64_t bytes = team * items * int64_t(z.element_size());
+      const int64_t bytes = team * items * int64_t(scale.element_size());
       a.means += bytes * a.columns;
       a.workspace += bytes * a.workspace_size;
       a.halves += bytes * a.variables * a.padded;
@@ -125,18 +125,19 @@ struct Grams {
 
 void fill_zero(void* data, int64_t count) { std::memset(data, 0, size_t(count) * sizeof(double)); }
 
-std::tuple<Tensor, Tensor, Tensor> hsic_sums(Tensor z, Tensor scale, std::vector<int64_t> dims, std::vector<int64_t> kernels,
-                                     std::vector<int64_t> degrees, std::vector<int64_t> pairs, bool, int64_t part,
-                                     int64_t parts) {
+std::tuple<Tensor, Tensor, Tensor> hsic_sums(std::vector<Tensor> z, Tensor scale, std::vector<int64_t> kernels,
+                                             std::vector<int64_t> degrees, std::vector<int64_t> pairs, bool,
+                                             int64_t part, int64_t parts) {
   GramSums args{};
-  Grams grams(args, z, scale, dims, kernels, degrees, pairs, false);
+  Grams grams(args, z, scale, kernels, degrees, pairs, false);
   args.part = part;
   args.parts = parts;
   const int64_t sizes[] = {grams.batch, args.variables, args.tournament.n}, cross_sizes[] = {grams.batch, args.pairs};
-  Tensor rows = new_empty(z, sizes, 3, ScalarType::Double), cross = new_empty(z, cross_sizes, 2, ScalarType::Double);
+  Tensor rows = new_empty(scale, sizes, 3, ScalarType::Double);
+  Tensor cross = new_empty(scale, cross_sizes, 2, ScalarType::Double);
   fill_zero(rows.data_ptr(), rows.numel());
   const int64_t tiles = first_tile(args.tournament, args.tournament.seats), group = grams.items * tiles * args.pairs;
-  Tensor partial = buffer(z, grams.teams * group, ScalarType::Double);
+  Tensor partial = buffer(scale, grams.teams * group, ScalarType::Double);
   args.rows = (double*)rows.data_ptr();
   grams.each_group(args, [&](GramSums& a, int64_t team) {
     a.cross = (double*)partial.data_ptr() + team * group;
@@ -154,23 +155,26 @@ std::tuple<Tensor, Tensor, Tensor> hsic_sums(Tensor z, Tensor scale, std::vector
   return {rows, cross, grams.shift};
 }
 
-Tensor hsic_sums_backward(Tensor grad_rows, Tensor grad_cross, Tensor z, Tensor scale, std::vector<int64_t> dims,
-                          std::vector<int64_t> kernels, std::vector<int64_t> degrees, std::vector<int64_t> pairs, bool) {
+std::vector<Tensor> hsic_sums_backward(Tensor grad_rows, Tensor grad_cross, std::vector<Tensor> z, Tensor scale,
+                                       std::vector<int64_t> kernels, std::vector<int64_t> degrees,
+                                       std::vector<int64_t> pairs, bool) {
   GramBackward args{};
-  Grams grams(args, z, scale, dims, kernels, degrees, pairs, true);
+  Grams grams(args, z, scale, kernels, degrees, pairs, true);
   const Tensor rows = torch::stable::contiguous(grad_rows), cross = torch::stable::contiguous(grad_cross);
-  const int64_t sizes[] = {grams.batch, args.tournament.n, args.columns};
   const int64_t sums_size = grams.items * args.variables * args.padded, size = grams.items * args.workspace_size;
-  Tensor grad = new_empty(z, sizes, 3, z.scalar_type());
-  Tensor sums = buffer(z, grams.teams * sums_size, ScalarType::Double);
-  Tensor workspace = buffer(z, grams.teams * size, z.scalar_type());
+  std::vector<Tensor> grads;
+  for (size_t m = 0; m < z.size(); ++m) {
+    grads.push_back(new_like(grams.z[m]));
+    grams.variables[m].grad = (char*)grads[m].data_ptr();
+  }
+  Tensor sums = buffer(scale, grams.teams * sums_size, ScalarType::Double);
+  Tensor workspace = buffer(scale, grams.teams * size, scale.scalar_type());
   args.grad_rows = (const double*)rows.data_ptr();
   args.grad_cross = (const double*)cross.data_ptr();
-  args.grad = (char*)grad.data_ptr();
   const CpuTable& cpu = *cpu_table();
   grams.each_group(args, [&](GramBackward& a, int64_t team) {
     a.weight_sums = (double*)sums.data_ptr() + team * sums_size;
-    a.grad_workspace = (char*)workspace.data_ptr() + team * size * int64_t(z.element_size());
+    a.grad_workspace = (char*)workspace.data_ptr() + team * size * int64_t(scale.element_size());
     grams.pack(a);
     in_parallel(grams.strips(a), grams.strip_grain(a),
                 [&](int64_t begin, int64_t end) { cpu.gram_clear(a, begin, end); });
@@ -178,7 +182,7 @@ Tensor hsic_sums_backward(Tensor grad_rows, Tensor grad_cross, Tensor z, Tensor 
     in_parallel(a.items * a.tournament.n, grain_of(a.columns),
                 [&](int64_t begin, int64_t end) { cpu.gram_finish(a, begin, end); });
   });
-  return grad;
+  return grads;
 }
 
 Tensor hsic_permuted(Tensor gram_x, Tensor gram_y, Tensor permutations) {

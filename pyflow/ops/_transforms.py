@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 
-def batch_first(info: object, in_dims: Sequence[int | None], *tensors: Tensor | None) -> list[Tensor | None]:
-    """Every tensor with the vmapped dim in front, expanded where it was not batched."""
+def batch_first(info: object, in_dims: Sequence[object], *tensors: Tensor | Sequence[Tensor] | None) -> list[object]:
+    """Every tensor, of lists too, with the vmapped dim in front, expanded where it was not batched."""
     out = []
     for tensor, dim in zip(tensors, in_dims):
         if tensor is None:
             out.append(None)
+        elif not isinstance(tensor, Tensor):
+            out.append(batch_first(info, dim or [None] * len(tensor), *tensor))
         elif dim is None:
             out.append(tensor.expand(info.batch_size, *tensor.shape))
         else:
@@ -22,12 +24,16 @@ def batch_first(info: object, in_dims: Sequence[int | None], *tensors: Tensor | 
 
 
 def one_by_one(
-    info: object, in_dims: Sequence[int | None], op: Callable, tensors: Sequence[Tensor | None], *options: object
+    info: object, in_dims: Sequence[object], op: Callable, tensors: Sequence[object], *options: object
 ) -> tuple[Tensor, ...]:
     """A vmap rule for an operator that has no dim to spare: a call per slice, outputs stacked in front."""
     batched = batch_first(info, in_dims, *tensors)
-    calls = [op(*(None if t is None else t[i] for t in batched), *options) for i in range(info.batch_size)]
+    calls = [op(*(_slice(t, i) for t in batched), *options) for i in range(info.batch_size)]
     return tuple(torch.stack(outputs) for outputs in zip(*calls))
+
+
+def _slice(batched: object, i: int) -> object:
+    return [t[i] for t in batched] if isinstance(batched, list) else None if batched is None else batched[i]
 
 
 def vector_jacobian(

@@ -246,16 +246,12 @@ def sums(
     of all parts add up.
     """
     batch = every[0].z.shape[:-2]
-    z = torch.cat([v.z for v in every], -1) if len(every) > 1 else every[0].z
-    z = z.reshape(-1, *z.shape[-2:])
+    z = [v.z.reshape(-1, *v.z.shape[-2:]) for v in every]
     scale = torch.stack([v.scale for v in every], -1).reshape(-1, len(every))
-    dims = [v.z.shape[-1] for v in every]
     kernels, degrees = [v.kernel for v in every], [v.degree for v in every]
     flat = [m for pair in pairs for m in pair]
-    if runs_reference(op, z, cuda=False):
-        made = _reference(z, scale, dims, kernels, degrees, flat, allow_tf32, part, parts)
-    else:
-        made = call("hsic_sums", z, scale, dims, kernels, degrees, flat, allow_tf32, part, parts)
+    operator = _reference if runs_reference(op, z[0], cuda=False) else torch.ops.pyflow.hsic_sums.default
+    made = operator(z, scale, kernels, degrees, flat, allow_tf32, part, parts)
     rows, cross, shift = (t.reshape(*batch, *t.shape[1:]) for t in made)
     return rows, cross, shift
 
@@ -292,37 +288,36 @@ def permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:
 # what torch must know of each operator, arguments in the order of its schema
 
 
-def _reference(z, scale, dims, kernels, degrees, pairs, allow_tf32, part, parts):
-    rows, cross, shift = ref.hsic_sums(z, scale, dims, kernels, degrees, pairs)
+def _reference(z, scale, kernels, degrees, pairs, allow_tf32, part, parts):
+    rows, cross, shift = ref.hsic_sums(z, scale, kernels, degrees, pairs)
     # all matrices are made whole: the first part has everything
     return (rows, cross, shift) if part == 0 else (torch.zeros_like(rows), torch.zeros_like(cross), shift)
 
 
-def _fake(z, scale, dims, kernels, degrees, pairs, allow_tf32, part, parts):
-    rows = z.new_empty((z.shape[0], len(dims), z.shape[1]), dtype=torch.float64)
-    return rows, rows.new_empty((z.shape[0], len(pairs) // 2)), rows.new_empty((z.shape[0], len(dims)))
+def _fake(z, scale, kernels, degrees, pairs, allow_tf32, part, parts):
+    rows = scale.new_empty((scale.shape[0], len(z), z[0].shape[1]), dtype=torch.float64)
+    return rows, rows.new_empty((scale.shape[0], len(pairs) // 2)), rows.new_empty(scale.shape)
 
 
 def _setup(ctx, inputs, output):
     z, scale, *ctx.grams, part, ctx.parts = inputs
     ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(z, scale)
+    ctx.save_for_backward(*z, scale)
 
 
 def _backward(ctx, grad_rows, grad_cross, _):
     if ctx.parts != 1:
         raise RuntimeError("hsic: a part of the tiles has no gradient")
-    z, scale = ctx.saved_tensors
-    grad = call("hsic_sums_backward", grad_rows, grad_cross, z, scale, *ctx.grams)
-    grad_scale = _of_scale(grad, z, scale, ctx.grams[0]) if ctx.needs_input_grad[1] else None
-    return grad, grad_scale, *[None] * (len(ctx.grams) + 2)
+    *z, scale = ctx.saved_tensors
+    grads = torch.ops.pyflow.hsic_sums_backward.default(grad_rows, grad_cross, z, scale, *ctx.grams)
+    grad_scale = _of_scale(grads, z, scale) if ctx.needs_input_grad[1] else None
+    return list(grads), grad_scale, *[None] * (len(ctx.grams) + 2)
 
 
-def _of_scale(grad, z, scale, dims):
+def _of_scale(grads, z, scale):
     """Gradient of the scales: that of z scales with them."""
-    parts = zip(grad.split(list(dims), -1), z.split(list(dims), -1))
     # a kernel of distances does not change where all rows move, so centring is free
-    dots = [(g * (part - part.mean(-2, keepdim=True))).sum((-2, -1)) for g, part in parts]
+    dots = [(grad * (part - part.mean(-2, keepdim=True))).sum((-2, -1)) for grad, part in zip(grads, z)]
     return torch.stack(dots, -1) / scale
 
 
@@ -330,33 +325,36 @@ def _vmap(info, in_dims, z, scale, *options):
     return one_by_one(info, in_dims, torch.ops.pyflow.hsic_sums, (z, scale), *options), (0, 0, 0)
 
 
-def _sums_gradient(grad_rows, grad_cross, z, scale, dims, kernels, degrees, pairs, allow_tf32):
-    formula = lambda z: ref.hsic_sums(z, scale, dims, kernels, degrees, pairs)[:2]  # noqa: E731
-    return vector_jacobian(formula, (z,), (grad_rows, grad_cross))[0]
+def _sums_gradient(grad_rows, grad_cross, z, scale, kernels, degrees, pairs, allow_tf32):
+    formula = lambda *z: ref.hsic_sums(z, scale, kernels, degrees, pairs)[:2]  # noqa: E731
+    return vector_jacobian(formula, z, (grad_rows, grad_cross))
 
 
 def _backward_reference(grad_rows, grad_cross, z, scale, *grams):
     with torch.no_grad():
-        return _sums_gradient(grad_rows, grad_cross, z, scale, *grams).contiguous()
+        return [grad.contiguous() for grad in _sums_gradient(grad_rows, grad_cross, z, scale, *grams)]
 
 
 def _backward_fake(grad_rows, grad_cross, z, scale, *grams):
-    return z.new_empty(z.shape)
+    return [variable.new_empty(variable.shape) for variable in z]
 
 
 def _backward_setup(ctx, inputs, output):
-    *tensors, ctx.grams = *inputs[:4], inputs[4:]
-    ctx.save_for_backward(*tensors)
+    grad_rows, grad_cross, z, scale, *ctx.grams = inputs
+    ctx.save_for_backward(grad_rows, grad_cross, *z, scale)
 
 
-def _backward_backward(ctx, grad):
-    formula = lambda *tensors: (_sums_gradient(*tensors, *ctx.grams),)  # noqa: E731
-    return *vector_jacobian(formula, ctx.saved_tensors, (grad,)), *[None] * len(ctx.grams)
+def _backward_backward(ctx, grads):
+    def formula(grad_rows, grad_cross, *tensors):
+        return _sums_gradient(grad_rows, grad_cross, tensors[:-1], tensors[-1], *ctx.grams)
+
+    of_rows, of_cross, *of_z, of_scale = vector_jacobian(formula, ctx.saved_tensors, grads)
+    return of_rows, of_cross, of_z, of_scale, *[None] * len(ctx.grams)
 
 
 def _backward_vmap(info, in_dims, *args):
-    single = lambda *tensors: (torch.ops.pyflow.hsic_sums_backward(*tensors),)  # noqa: E731
-    return one_by_one(info, in_dims, single, args[:4], *args[4:])[0], 0
+    grads = one_by_one(info, in_dims, torch.ops.pyflow.hsic_sums_backward, args[:4], *args[4:])
+    return list(grads), [0] * len(grads)
 
 
 register("hsic_sums", "hsic", reference=_reference, fake=_fake, vmap=_vmap, setup_context=_setup, backward=_backward)

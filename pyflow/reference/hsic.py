@@ -58,24 +58,23 @@ def gram(z: Tensor, scale: Tensor, kernel: str, degree: int) -> tuple[Tensor, Te
 
 
 def hsic_sums(
-    z: Tensor,
+    z: Sequence[Tensor],
     scale: Tensor,
-    dims: Sequence[int],
     kernels: Sequence[int],
     degrees: Sequence[int],
     pairs: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Over i != j: row sums (B, M, n) of each variable's Gram matrix less its shift, and sums (B, P) of their products.
 
-    And the shifts, (B, M); all float64. Kernels of distances are functions of z times scale (B, M).
+    And the shifts, (B, M); all float64. Variables are (B, n, dim); kernels of distances are functions of them times
+    scale (B, M).
     """
-    parts = z.split(list(dims), -1)
-    made = [gram(part, scale[:, m], HSIC_KERNELS[kernels[m]], degrees[m]) for m, part in enumerate(parts)]
+    made = [gram(variable, scale[:, m], HSIC_KERNELS[kernels[m]], degrees[m]) for m, variable in enumerate(z)]
     grams = [matrix.double() for matrix, _ in made]
     rows = torch.stack([g.sum(-1) for g in grams], 1)
     cross = [(grams[a] * grams[b]).sum((-2, -1)) for a, b in zip(pairs[::2], pairs[1::2])]
     shift = torch.stack([shift.double() for _, shift in made], 1)
-    return rows, torch.stack(cross, 1) if cross else rows.new_zeros(len(z), 0), shift
+    return rows, torch.stack(cross, 1) if cross else rows.new_zeros(len(scale), 0), shift
 
 
 def hsic_permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:

@@ -269,7 +269,8 @@ void grams(int64_t n, GramKernel kernel, int64_t dim, float scale) {
   b.variables = 2;
   b.pairs = 1;
   b.items = b.parts = 1;
-  GramVariable variables[2] = {{kernel, 2, dim, 0, 0, 0, 0}, {GramKernel::rbf, 1, 3, dim, 0, 0, 0}};
+  const char *x = (const char*)z.data(), *y = (const char*)(z.data() + n * dim);
+  GramVariable variables[2] = {{kernel, 2, dim, 0, 0, 0, 0, x, nullptr}, {GramKernel::rbf, 1, 3, dim, 0, 0, 0, y, nullptr}};
   for (GramVariable& v : variables) {
     v.width = (v.dim + 7) / 8 * 8;
     v.strips = b.workspace_size;
@@ -282,7 +283,8 @@ void grams(int64_t n, GramKernel kernel, int64_t dim, float scale) {
   for (double& v : grad_rows) v = uniform();
   b.variable = variables;
   b.pair = pair;
-  b.z = (const char*)z.data();
+  variables[0].grad = (char*)grad.data();
+  variables[1].grad = (char*)(grad.data() + n * dim);
   b.scale = (const char*)scales.data();
   b.shift = shift.data();
   b.means = (char*)means.data();
@@ -293,7 +295,6 @@ void grams(int64_t n, GramKernel kernel, int64_t dim, float scale) {
   b.grad_cross = grad_cross.data();
   b.weight_sums = sums.data();
   b.grad_workspace = (char*)grads.data();
-  b.grad = (char*)grad.data();
   GramSums s{};
   static_cast<GramArgs&>(s) = b;
   const int64_t tiles = first_tile(s.tournament, s.tournament.seats);

@@ -158,8 +158,8 @@ def grams(dtype, kernels, dims, degree=1, n=200):
     """Launches of the sums over two variables' matrices and over one's own, forward and backward."""
     numbers = [HSIC_KERNELS.index(kernel) for kernel in kernels]
     dims = [n if kernel == "precomputed" else dim for kernel, dim in zip(kernels, dims)]
-    z, scale = torch.zeros(2, n, sum(dims), dtype=dtype), torch.ones(2, len(dims), dtype=dtype)
-    arguments = (scale, dims, numbers, [degree] * len(dims), [0, 1, 0, 0], False)
+    z, scale = [torch.zeros(2, n, dim, dtype=dtype) for dim in dims], torch.ones(2, len(dims), dtype=dtype)
+    arguments = (scale, numbers, [degree] * len(dims), [0, 1, 0, 0], False)
     sums = torch.empty(2, len(dims), n, dtype=F64), torch.empty(2, 2, dtype=F64)
     with aot.recorded() as launches:
         hsic.hsic_sums(z, *arguments, 0, 1)
