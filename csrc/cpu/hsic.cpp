@@ -1,19 +1,9 @@
 #include "hsic.h"
 
+#include "strips.h"
 #include "sums.h"
 
 namespace pyflow::PYFLOW_ISA {
-
-// as many sums as the registers hold: gcc keeps all of them there and reaches the peak of a core (107 of 112 GFLOP/s
-// on a Zen 4, where the BLAS of torch reaches 104)
-#if defined(__AVX512F__)
-constexpr int kRows = 8, kStripBytes = 128;
-#else
-constexpr int kRows = 4, kStripBytes = 64;
-#endif
-template <class T>
-constexpr int kCols = kStripBytes / sizeof(T);
-static_assert(kRows <= kPanel && kCols<double> % kRows == 0 && kPad % kCols<float> == 0);
 
 template <class T>
 void add_products(const T* __restrict x, const T* __restrict y, double* __restrict sums, int64_t n) {
@@ -47,7 +37,7 @@ void raw_block(const T* __restrict a, const T* __restrict strip, int64_t dim, T*
   }
 }
 
-// rows [row, row + rows) by columns [col, col + cols) of a Gram matrix; a row's values lie `stride` apart from the next's
+// rows [row, row + rows) by columns [col, col + cols) of a Gram matrix; rows lie `stride` apart
 struct Panel {
   int64_t row, rows, col, cols, stride;
 };
@@ -71,8 +61,9 @@ void raw_panel(const GramArgs& a, const GramVariable& v, int64_t slot, const Pan
   const T* rows = strips + p.row / kCols<T> * kCols<T> * v.dim + p.row % kCols<T>;
   int64_t c = first_column<T>(p);
   if (c % kCols<T> != 0 && c < p.cols) {
-    raw_strip<R, kCols<T> / 2>(p, rows, strips + (p.col + c) / kCols<T> * kCols<T> * v.dim + kCols<T> / 2, v.dim, out + c);
-    c += kCols<T> / 2;
+    constexpr int half = kCols<T> / 2;
+    raw_strip<R, half>(p, rows, strips + (p.col + c - half) * v.dim + half, v.dim, out + c);
+    c += half;
   }
   for (; c < p.cols; c += kCols<T>) raw_strip<R, kCols<T>>(p, rows, strips + (p.col + c) * v.dim, v.dim, out + c);
 }
@@ -148,166 +139,6 @@ void gram_panel(const GramArgs& a, int64_t m, int64_t slot, const Panel& p, T* o
     }
   }
   clear_outside(p, out);
-}
-
-constexpr int64_t kStatsRows = 32, kStatsAhead = 8;
-
-// A few rows less the first are summed in the compute type: neither what rows are centred by nor where K - 1 takes the
-// place of K needs more.
-template <class T>
-void add_moments(const T* __restrict first, const T* __restrict row, int64_t rows, int64_t stride, int64_t count,
-                 double* __restrict sum, double* __restrict square) {
-  T some[kChunk] = {}, squares[kChunk] = {};
-  for (int64_t j = 0; j < rows; ++j, row += stride) {
-    for (int64_t c = 0; c < count; c += 64 / sizeof(T)) __builtin_prefetch(row + kStatsAhead * stride + c, 0, 2);
-#pragma omp simd
-    for (int64_t c = 0; c < count; ++c) {
-      const T more = row[c] - first[c];
-      some[c] += more;
-      squares[c] = fma_(more, more, squares[c]);
-    }
-  }
-#pragma omp simd
-  for (int64_t c = 0; c < count; ++c) {
-    sum[c] += double(some[c]);
-    square[c] += double(squares[c]);
-  }
-}
-
-// the means of a variable's features, and from their variances what is subtracted from the kernel
-template <class T>
-void item_stats(const GramArgs& a, int64_t slot, int64_t m) {
-  const GramVariable& v = a.variable[m];
-  const int64_t n = a.tournament.n, item = a.item + slot;
-  double& shift = a.shift[item * a.variables + m];
-  shift = 0;
-  if (!of_distances(v.kernel)) return;
-  const double scale = double(((const T*)a.scale)[item * a.variables + m]);
-  const T* z = (const T*)v.z + item * n * v.dim;
-  T* means = (T*)a.means + slot * a.columns + v.first;
-  double spread = 0;
-  for (int64_t k = 0; k < v.dim; k += kChunk) {
-    const int64_t count = smaller(kChunk, v.dim - k);
-    // of what a row is more than the first: a common offset costs no digits
-    double sum[kChunk] = {}, square[kChunk] = {};
-    const T* first = z + k;
-    for (int64_t j = 1; j < n; j += kStatsRows) {
-      add_moments(first, first + j * v.dim, smaller(kStatsRows, n - j), v.dim, count, sum, square);
-    }
-    for (int64_t c = 0; c < count; ++c) {
-      const double mean = sum[c] / double(n);
-      const double variance = (square[c] - mean * sum[c]) / double(n > 1 ? n - 1 : 1);
-      means[k + c] = T(double(first[c]) + mean);
-      spread += v.kernel == GramKernel::rbf ? variance : __builtin_sqrt(variance > 0 ? variance : 0);
-    }
-  }
-  shift = v.kernel == GramKernel::rbf ? spread * scale * scale <= kWideVariance : spread * scale <= kWideDeviation;
-}
-
-// units: (item, variable)
-void gram_stats(const GramArgs& a, int64_t begin, int64_t end) {
-  for (int64_t u = begin; u < end; ++u) {
-    const int64_t slot = u / a.variables, m = u % a.variables;
-    a.f64 ? item_stats<double>(a, slot, m) : item_stats<float>(a, slot, m);
-  }
-}
-
-// four rows of n values, kChunk apart, into four columns of a strip; by vectors of four, which gcc does not find itself
-template <class T>
-void side_by_side(const T* __restrict rows, T* __restrict strip, int64_t n) {
-  typedef T Four __attribute__((vector_size(4 * sizeof(T))));
-  int64_t k = 0;
-  for (; k + 4 <= n; k += 4) {
-    Four row[4], column[4];
-    for (int r = 0; r < 4; ++r) __builtin_memcpy(&row[r], rows + r * kChunk + k, sizeof(Four));
-    const Four low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5), low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
-    const Four high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7), high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
-    column[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
-    column[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
-    column[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
-    column[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
-    for (int r = 0; r < 4; ++r) __builtin_memcpy(strip + (k + r) * kCols<T>, &column[r], sizeof(Four));
-  }
-  for (; k < n; ++k) {
-    for (int r = 0; r < 4; ++r) strip[k * kCols<T> + r] = rows[r * kChunk + k];
-  }
-}
-
-// kCols rows, centred and scaled: as a strip, their features side by side; half their squares; for a gradient as rows
-template <class T>
-void pack_strip(const GramArgs& a, int64_t slot, int64_t m, int64_t strip) {
-  const GramVariable& v = a.variable[m];
-  if (v.width == 0) return;
-  const bool centred = of_distances(v.kernel);
-  const int64_t n = a.tournament.n, item = a.item + slot, begin = strip * kCols<T>;
-  const T scale = centred ? ((const T*)a.scale)[item * a.variables + m] : T(1);
-  const T* means = (const T*)a.means + slot * a.columns + v.first;
-  T* workspace = (T*)a.workspace + slot * a.workspace_size;
-  T* __restrict out = workspace + v.strips + begin * v.dim;
-  alignas(64) T rows[4][kChunk];
-  for (int64_t c = 0; c < kCols<T>; c += 4) {
-    const T* z = (const T*)v.z + (item * n + begin + c) * v.dim;
-    for (int64_t first = 0; first < v.width; first += kChunk) {
-      const int64_t padded = smaller(kChunk, v.width - first), dims = smaller(padded, v.dim - first);
-      for (int64_t r = 0; r < 4; ++r) {
-        const int64_t count = begin + c + r < n ? dims : 0;
-        const T* __restrict value = z + r * v.dim + first;
-        const T* __restrict mean = means + first;
-        T* __restrict row = rows[r];
-        for (int64_t k = 0; k < count; ++k) row[k] = centred ? (value[k] - mean[k]) * scale : value[k];
-        for (int64_t k = count; k < padded; ++k) row[k] = T(0);
-        T* __restrict kept = workspace + v.rows + (begin + c + r) * v.width + first;
-        for (int64_t k = 0; v.rows >= 0 && k < padded; ++k) kept[k] = row[k];
-      }
-      side_by_side(rows[0], out + first * kCols<T> + c, dims);
-    }
-  }
-  if (raw_sum(v.kernel, v.dim) != RawSum::product) return;
-  double square[kCols<T>] = {};
-  for (const T* __restrict values = out; values < out + v.dim * kCols<T>; values += kCols<T>) {
-#pragma omp simd
-    for (int c = 0; c < kCols<T>; ++c) {
-      square[c] = fma_(double(values[c]), double(values[c]), square[c]);
-    }
-  }
-  T* halves = (T*)a.halves + (slot * a.variables + m) * a.padded + begin;
-  for (int c = 0; c < kCols<T>; ++c) halves[c] = T(0.5 * square[c]);
-}
-
-// the gradient's rows and the sums of weights at 0
-template <class T>
-void clear_strip(const GramBackward& a, int64_t slot, int64_t m, int64_t strip) {
-  const GramVariable& v = a.variable[m];
-  const int64_t n = a.tournament.n, begin = strip * kCols<T>;
-  for (int64_t j = begin; j < begin + kCols<T> && j < n; ++j) {
-    a.weight_sums[(slot * a.variables + m) * a.padded + j] = 0;
-    T* row = (T*)a.grad_workspace + slot * a.workspace_size + v.rows + j * v.width;
-    for (int64_t k = 0; k < v.width; ++k) row[k] = T(0);
-    T* grad = (T*)v.grad + ((a.item + slot) * n + j) * v.dim;
-    for (int64_t k = 0; k < v.dim; ++k) grad[k] = T(0);
-  }
-}
-
-// units: (item, variable, kPad rows)
-template <class F>
-PYFLOW_FN void each_strip(const GramArgs& a, int64_t begin, int64_t end, F f) {
-  const int64_t groups = a.padded / kPad, strips = kPad / (a.f64 ? kCols<double> : kCols<float>);
-  for (int64_t u = begin; u < end; ++u) {
-    const int64_t row = u / groups, first = u % groups * strips;
-    for (int64_t s = first; s < first + strips; ++s) f(row / a.variables, row % a.variables, s);
-  }
-}
-
-void gram_pack(const GramArgs& a, int64_t begin, int64_t end) {
-  each_strip(a, begin, end, [&](int64_t slot, int64_t m, int64_t strip) {
-    a.f64 ? pack_strip<double>(a, slot, m, strip) : pack_strip<float>(a, slot, m, strip);
-  });
-}
-
-void gram_clear(const GramBackward& a, int64_t begin, int64_t end) {
-  each_strip(a, begin, end, [&](int64_t slot, int64_t m, int64_t strip) {
-    a.f64 ? clear_strip<double>(a, slot, m, strip) : clear_strip<float>(a, slot, m, strip);
-  });
 }
 
 // the rows by the columns of a tile, (row, rows, col, cols); no rows where the tile is not visited

@@ -81,7 +81,9 @@ struct Grams {
   }
 
   // element-ops of a tile, over which threads are worth starting
-  int64_t grain(const GramArgs& a) const { return grain_of(a.tournament.block * a.tournament.block * (a.columns + 16)); }
+  int64_t grain(const GramArgs& a) const {
+    return grain_of(a.tournament.block * a.tournament.block * (a.columns + 16));
+  }
 
   // work(args, team) for every group of items; the team's number is that of its buffers
   template <class A, class F>

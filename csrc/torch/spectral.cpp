@@ -1,5 +1,7 @@
 #include "../cpu/spectral.h"
 
+#include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "../cpu/dispatch.h"
@@ -62,17 +64,23 @@ class Layers {
     }
   }
 
-  // pass(args, first unit, end unit) for groups of neighbours whose weights stay in the cache between passes
+  // pass(args, first unit, end unit) for layers whose weights stay in the cache between passes: where the layers can be
+  // shared out evenly every thread takes its own, one by one, and waits for nobody; else all take groups of neighbours
   template <class Pass>
   void for_each_group(const Pass& pass) {
-    for (size_t i = 0; i < layers_.size();) {
-      size_t end = i;
-      for (int64_t bytes = 0; end < layers_.size() && (end == i || bytes < kSpectralGroup); ++end) {
-        bytes += layers_[end].space.rows * layers_[end].space.cols * (layers_[end].f64 ? 8 : 4);
-      }
-      pass(SpectralArgs{&layers_[i], int64_t(end - i), false, false}, layers_[i].first_unit,
-           layers_[end - 1].first_unit + layers_[end - 1].units);
-      i = end;
+    const std::vector<std::vector<size_t>> shares = shared_out(torch::stable::get_num_threads());
+    if (!shares.empty()) {
+      torch::stable::parallel_for(0, int64_t(shares.size()), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t thread = begin; thread < end; ++thread) {
+          for (const size_t i : shares[thread]) pass_over(pass, i, i + 1);
+        }
+      });
+      return;
+    }
+    for (size_t i = 0, end; i < layers_.size(); i = end) {
+      int64_t bytes = 0;
+      for (end = i; end < layers_.size() && (end == i || bytes < kSpectralGroup); ++end) bytes += bytes_of(end);
+      pass_over(pass, i, end);
     }
   }
 
@@ -84,6 +92,36 @@ class Layers {
   }
 
  private:
+  int64_t bytes_of(size_t i) const {
+    return layers_[i].space.rows * layers_[i].space.cols * (layers_[i].f64 ? 8 : 4);
+  }
+
+  template <class Pass>
+  void pass_over(const Pass& pass, size_t begin, size_t end) {
+    const SpectralLayer& last = layers_[end - 1];
+    pass(SpectralArgs{&layers_[begin], int64_t(end - begin), false, false}, layers_[begin].first_unit,
+         last.first_unit + last.units);
+  }
+
+  // the layers of every thread, the largest first to whoever has least; none where somebody would have an eighth more
+  // than the others
+  std::vector<std::vector<size_t>> shared_out(int64_t threads) const {
+    std::vector<size_t> order(layers_.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return bytes_of(a) > bytes_of(b); });
+    std::vector<std::vector<size_t>> shares(threads);
+    std::vector<int64_t> bytes(threads);
+    int64_t total = 0;
+    for (const size_t i : order) {
+      const size_t least = std::min_element(bytes.begin(), bytes.end()) - bytes.begin();
+      shares[least].push_back(i);
+      bytes[least] += bytes_of(i);
+      total += bytes_of(i);
+    }
+    const int64_t most = *std::max_element(bytes.begin(), bytes.end());
+    return threads > 1 && most * threads <= total + total / 8 ? shares : std::vector<std::vector<size_t>>();
+  }
+
   std::vector<SpectralLayer> layers_;
   int64_t units_ = 0;
   Tensor memory_;

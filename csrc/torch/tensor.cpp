@@ -16,7 +16,8 @@ void advise_huge_pages(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   if (bytes < kHugeBytes) return;
   const uintptr_t start = uintptr_t(data);
-  const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage, last = (start + bytes) / kHugePage * kHugePage;
+  const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (start + bytes) / kHugePage * kHugePage;
   if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
 #endif
 }
