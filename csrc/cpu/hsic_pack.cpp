@@ -66,6 +66,16 @@ void gram_stats(const GramArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// elements of x (0 to 3) and y (4 to 7); gcc has the same word as clang from 12 on
+template <int A, int B, int C, int D, class V>
+PYFLOW_FN V pick(V x, V y) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(x, y, A, B, C, D);
+#else
+  return __builtin_shuffle(x, y, decltype(x < y){A, B, C, D});
+#endif
+}
+
 // four rows of n values, kChunk apart, into four columns of a strip; by vectors of four, which gcc does not find itself
 template <class T>
 void side_by_side(const T* __restrict rows, T* __restrict strip, int64_t n) {
@@ -74,14 +84,12 @@ void side_by_side(const T* __restrict rows, T* __restrict strip, int64_t n) {
   for (; k + 4 <= n; k += 4) {
     Four row[4], column[4];
     for (int r = 0; r < 4; ++r) __builtin_memcpy(&row[r], rows + r * kChunk + k, sizeof(Four));
-    const Four low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
-    const Four low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
-    const Four high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
-    const Four high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
-    column[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
-    column[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
-    column[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
-    column[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+    const Four low01 = pick<0, 4, 1, 5>(row[0], row[1]), low23 = pick<0, 4, 1, 5>(row[2], row[3]);
+    const Four high01 = pick<2, 6, 3, 7>(row[0], row[1]), high23 = pick<2, 6, 3, 7>(row[2], row[3]);
+    column[0] = pick<0, 1, 4, 5>(low01, low23);
+    column[1] = pick<2, 3, 6, 7>(low01, low23);
+    column[2] = pick<0, 1, 4, 5>(high01, high23);
+    column[3] = pick<2, 3, 6, 7>(high01, high23);
     for (int r = 0; r < 4; ++r) __builtin_memcpy(strip + (k + r) * kCols<T>, &column[r], sizeof(Four));
   }
   for (; k < n; ++k) {
