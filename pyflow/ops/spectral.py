@@ -11,7 +11,7 @@ from .. import _checks as check
 from .._backend import register, runs_reference
 from ..reference import compute_dtype
 from ..reference import spectral as ref
-from ._transforms import vector_jacobian
+from ._transforms import one_by_one, vector_jacobian
 
 Lists = tuple[list[Tensor], list[Tensor | None], list[Tensor | None], list[Tensor]]
 
@@ -157,23 +157,13 @@ def _present(grads, like):
     return [t.new_zeros(()).expand(t.shape) if g is None else g for g, t in zip(grads, like)]
 
 
-def _slices(info, in_dims, lists):
-    """Per slice of the vmapped dim, the lists."""
-    for i in range(info.batch_size):
-        yield [
-            [x if d is None else x.select(d, i) for x, d in zip(values, dims or [None] * len(values))]
-            for values, dims in zip(lists, in_dims)
-        ]
-
-
-def _stacked(calls):
-    outputs = [torch.stack(slices) for slices in zip(*calls)]
-    return outputs, [0] * len(outputs)
+def _one_by_one(info, in_dims, op, lists, *options):
+    outputs = one_by_one(info, in_dims, op, lists, *options)
+    return list(outputs), [0] * len(outputs)
 
 
 def _vmap(info, in_dims, weights, u, v, n_iter):
-    op = torch.ops.pyflow.spectral_normalize
-    return _stacked([op(*lists, n_iter) for lists in _slices(info, in_dims, (weights, u, v))])
+    return _one_by_one(info, in_dims, torch.ops.pyflow.spectral_normalize, (weights, u, v), n_iter)
 
 
 def _backward_reference(grads, grad_sigmas, weights, u, v, sigmas):
@@ -196,7 +186,7 @@ def _backward_backward(ctx, grads):
 
 
 def _backward_vmap(info, in_dims, *lists):
-    return _stacked([torch.ops.pyflow.spectral_normalize_backward(*x) for x in _slices(info, in_dims, lists)])
+    return _one_by_one(info, in_dims, torch.ops.pyflow.spectral_normalize_backward, lists)
 
 
 register(

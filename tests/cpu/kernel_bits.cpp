@@ -14,6 +14,7 @@
 #include "../../csrc/cpu/math.h"
 #include "../../csrc/cpu/sde.h"
 #include "../../csrc/cpu/sector.h"
+#include "../../csrc/cpu/spectral.h"
 #include "../../csrc/math/half.h"
 #include "../../csrc/ops/coupling.h"
 #include "../../csrc/ops/fsq.h"
@@ -361,6 +362,75 @@ void gan_qp(int64_t rows, int64_t cols, Distance distance) {
   for (const auto* v : {&loss, &d, &g_real, &g_fake}) print(name, *v);
 }
 
+// two layers of several units, a matrix and a vector: two rounds, the weight divided, and its gradient
+void spectral(int64_t rows, int64_t cols) {
+  struct Layer {
+    std::vector<float> w, u, v, grad, out, u_out, v_out, gw, sigma, grad_sigma, sum, right;
+    std::vector<double> y, partial;
+  };
+  std::vector<Layer> memory(2);
+  std::vector<SpectralLayer> layers;
+  int64_t units = 0;
+  for (Layer& m : memory) {
+    const bool vector = &m == &memory[1];
+    SpectralLayer l{};
+    l.space = space(vector ? 1 : rows, cols);
+    l.unit_rows = 12;
+    l.units = (l.space.rows + l.unit_rows - 1) / l.unit_rows;
+    l.first_unit = units;
+    units += l.units;
+    const int64_t n = l.space.rows * cols;
+    for (auto* x : {&m.w, &m.grad}) {
+      x->resize(n);
+      for (float& value : *x) value = uniform();
+    }
+    for (auto* x : {&m.u, &m.v}) x->assign(x == &m.u ? l.space.rows : cols, 0.125f);
+    m.out.resize(n);
+    m.gw.resize(n);
+    m.u_out = m.u;
+    m.v_out = m.v;
+    m.sigma.resize(1);
+    m.grad_sigma.assign(1, 0.5f);
+    m.sum.resize(l.units * cols);
+    m.right.resize(cols);
+    m.y.resize(l.space.rows);
+    m.partial.resize(l.units * cols);
+    l.w = view(m.w, DType::f32, cols);
+    l.grad = view(m.grad, DType::f32, cols);
+    l.out = view(m.out, DType::f32, cols);
+    l.sigma = view(m.sigma, DType::f32, 1);
+    l.grad_sigma = view(m.grad_sigma, DType::f32, 1);
+    if (!vector) {
+      l.u = view(m.u, DType::f32, 1);
+      l.v = view(m.v, DType::f32, 1);
+      l.u_out = view(m.u_out, DType::f32, 1);
+      l.v_out = view(m.v_out, DType::f32, 1);
+    }
+    l.y = m.y.data();
+    l.partial = m.partial.data();
+    l.sum = (char*)m.sum.data();
+    l.right = (char*)m.right.data();
+    layers.push_back(l);
+  }
+  SpectralArgs a{layers.data(), 2, true, false};
+  table->spectral_start(a, 0, 2);
+  for (int round = 0; round < 2; ++round) {
+    a.last = round == 1;
+    table->spectral_product(a, 0, units);
+    table->spectral_iterate(a, 0, 2);
+  }
+  table->spectral_scale(a, 0, units);
+  for (size_t i = 0; i < 2; ++i) {
+    layers[i].out = view(memory[i].gw, DType::f32, cols);
+    if (layers[i].v.data) layers[i].u = layers[i].u_out, layers[i].v = layers[i].v_out;
+  }
+  table->spectral_dot(a, 0, units);
+  table->spectral_gradient(a, 0, units);
+  for (Layer& m : memory) {
+    for (auto* x : {&m.out, &m.u_out, &m.v_out, &m.sigma, &m.gw}) print("spectral", *x);
+  }
+}
+
 // a proposal accepted or not, and the squares of rows
 void mala(int64_t rows, int64_t cols) {
   const int64_t n = rows * cols;
@@ -455,6 +525,7 @@ int main() {
     for (int distance = 0; distance < 2; ++distance) gan_qp(s[0], s[1], Distance(distance));
     mala(s[0], s[1]);
   }
+  for (int64_t cols : {31, 1037}) spectral(70, cols);
   for (int64_t points : {1, 4, 7, 33}) sector(points, 1000);
   sector_formula();
   for (int kernel = 0; kernel <= int(GramKernel::delta); ++kernel) {
