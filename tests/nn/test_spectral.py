@@ -242,7 +242,7 @@ def test_bad_input_gets_one_sentence(call, error, text):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_ddp_keeps_parameters_and_buffers_in_step(tmp_path):
     script = str(Path(__file__).with_name("replicated.py"))
-    done = subprocess.run([sys.executable, script, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, value in first.items():
