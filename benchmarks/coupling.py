@@ -13,7 +13,7 @@ import pyflow
 from pyflow import nn as layers
 from pyflow.reference import coupling as ref
 
-from .registry import Call, Case, Missing, Outputs, Problem, bind, compiled, normals, peer, wide
+from .registry import FRESH, Call, Case, Missing, Outputs, Problem, bind, compiled, normals, peer, wide
 
 MAIN = (16384, 392)
 PACKINGS = ("shift_scale", "scale_shift", "interleaved")
@@ -256,7 +256,7 @@ _main = {
 }
 
 CASES = [
-    *(_case(f"{name}, fresh pages", build, pages="fresh", quick=name != "inverse") for name, build in _main.items()),
+    *(_case(name + FRESH, build, pages="fresh", quick=name != "inverse") for name, build in _main.items()),
     *(_case(name, build, quick=True) for name, build in _main.items()),
     _case("inverse+backward", partial(_plain, inverse=True, backward=True)),
     _case("small forward", _plain, (64, 32), quick=True),

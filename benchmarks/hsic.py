@@ -16,7 +16,7 @@ from torch import Tensor
 import pyflow
 from pyflow.reference import hsic as ref
 
-from .registry import Case, Outputs, Problem, bind, compiled, normals, peer, wide
+from .registry import FRESH, Case, Outputs, Problem, bind, compiled, normals, peer, wide
 
 FLOOR = "floor"
 
@@ -103,7 +103,7 @@ def _case(
 ) -> Case:
     beside = () if backward else (FLOOR, *more)
     return Case(
-        f"hsic/{name} {'forward+backward' if backward else 'forward'}{', fresh pages' if pages == 'fresh' else ''}",
+        f"hsic/{name} {'forward+backward' if backward else 'forward'}{FRESH if pages == 'fresh' else ''}",
         partial(_problem, backward=backward, beside=beside),
         shape,
         (2, 12, 3),

@@ -16,7 +16,7 @@ from torch import Tensor
 import pyflow
 from pyflow.reference import noise as ref
 
-from .registry import Case, Outputs, Problem, compiled
+from .registry import FRESH, Case, Outputs, Problem, compiled
 
 IMAGES = (16, 3, 256, 256)
 
@@ -74,7 +74,7 @@ def _case(name: str, kind: str, shape: tuple[int, ...] = IMAGES, **more: object)
 
 CASES = [
     _case("normal", "normal", quick=True),
-    _case("normal, fresh pages", "normal", pages="fresh"),
+    _case("normal" + FRESH, "normal", pages="fresh"),
     _case("normal, small", "normal", (4, 3, 32, 32), quick=True),
     _case("uniform", "uniform"),
 ]

@@ -18,7 +18,7 @@ import pyflow
 from pyflow.reference import sde as ref
 
 from .noise import IMAGES, MOMENTS, TOLERANCE, deviations
-from .registry import Call, Case, Missing, Outputs, Problem, bind, compiled, normals, peer, wide
+from .registry import FRESH, Call, Case, Missing, Outputs, Problem, bind, compiled, normals, peer, wide
 
 SMALL = (4, 3, 32, 32)
 SCALARS = (1.01, 0.05, 0.3)
@@ -182,7 +182,7 @@ _with_peer = ("eager", "compile", "diffusers", "pyflow")
 CASES = [
     _case("step", partial(_problem, with_peer=True), contenders=_with_peer, peer="diffusers", quick=True),
     _case(
-        "step, fresh pages", partial(_problem, with_peer=True), contenders=_with_peer, peer="diffusers", pages="fresh"
+        "step" + FRESH, partial(_problem, with_peer=True), contenders=_with_peer, peer="diffusers", pages="fresh"
     ),
     _case(
         "step per sample", partial(_problem, own=True), contenders=("eager", "compile", "pyflow scalars", "pyflow"),

@@ -112,13 +112,13 @@ struct Grams {
   int64_t strips(const GramArgs& a) const { return a.items * a.variables * (a.padded / kPad); }
   int64_t strip_grain(const GramArgs& a) const { return grain_of(kPad * a.columns / (a.variables + 1)); }
 
-  // every tile, round after round, each thread with its own scratch
+  // every tile, round after round, each thread with its own scratch; a team of its own is one thread
   template <class A>
   void rounds(A& a, int64_t team, void (*kernel)(const A&, int64_t, int64_t)) {
     for (a.round = 0; a.round < a.tournament.seats; ++a.round) {
       in_parallel(a.items * tiles_of(a.tournament, a.round), grain(a), [&](int64_t begin, int64_t end) {
         A own = a;
-        own.scratch = (char*)scratch.data_ptr() + (team + this_thread()) * scratch_bytes;
+        own.scratch = (char*)scratch.data_ptr() + (teams > 1 ? team : this_thread()) * scratch_bytes;
         kernel(own, begin, end);
       });
     }
