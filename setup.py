@@ -3,6 +3,9 @@
 PYFLOW_NATIVE=1 makes a missing part an error, 0 leaves the native modules out.
 PYFLOW_CUDA=1 builds the CUDA operators too, 0 leaves them out; by default they are built where nvcc is
 found and of the CUDA version torch was built for. CUDAARCHS names the architectures (90;100, native).
+Whatever stands in the way ends in one sentence that says what to do.
+
+`python setup.py native` builds the modules in place, without a word to setuptools, which may be too old for the rest.
 """
 
 import json
@@ -17,6 +20,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -24,7 +28,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 BUILD = ROOT / "build" / "native"
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-OLDEST_TORCH = (2, 11)
+OLDEST_TORCH, NEWEST_TORCH = "2.11", "2.13"  # what it is tested with; newer ones are tried
+COMPILERS = "gcc 11, clang 12 or newer"
 
 # torch is looked up, never imported: that costs seconds, and pip asks for the metadata several times
 FIND_TORCH = """
@@ -44,6 +49,7 @@ def run(*command, **options):
 
 
 def find_torch():
+    """Its folder and its version."""
     # pip hides the user's packages from a build through PYTHONPATH, which -I ignores; as -I hides
     # ~/.local too, -E from an empty folder comes last
     with tempfile.TemporaryDirectory() as empty:
@@ -53,13 +59,18 @@ def find_torch():
                 break
     if not found:
         raise NotNative(
-            "torch is not installed, or hidden from the build (then: pip install --no-build-isolation, with "
-            "setuptools, cmake, ninja and pybind11 installed)"
+            "torch is not installed (pip install torch), or hidden from the build (then: pip install "
+            "--no-build-isolation, with setuptools, cmake, ninja and pybind11 installed)"
         )
     origin, version = json.loads(found)
-    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:
-        raise NotNative(f"torch {version} is older than {'.'.join(map(str, OLDEST_TORCH))}")
-    return Path(origin).parent
+    if numbers(version) < numbers(OLDEST_TORCH):
+        raise NotNative(f"torch {version} is older than {OLDEST_TORCH} (pip install 'torch>={OLDEST_TORCH}')")
+    return Path(origin).parent, version
+
+
+def numbers(version):
+    """Major and minor."""
+    return [int(n) for n in re.findall(r"\d+", version)[:2]]
 
 
 def find_compiler():
@@ -67,40 +78,56 @@ def find_compiler():
         filter(None, (shutil.which(c, path=PATH) for c in ("c++", "g++", "clang++"))), None
     )
     if compiler is None:
-        raise NotNative("no C++ compiler is on PATH")
+        raise NotNative("no C++ compiler is on PATH (Debian and Ubuntu: apt-get install g++; or set CXX)")
     march = ["-march=x86-64-v4"] if platform.machine() in ("x86_64", "AMD64") else []
     try:
         probe = run(compiler, *march, "-std=c++17", "-fsyntax-only", "-x", "c++", "-", input="int main() {}")
     except OSError as error:
-        raise NotNative(f"the C++ compiler does not run: {error}") from error
+        raise NotNative(f"the C++ compiler does not run: {error} (set CXX to one that does)") from error
     if probe.returncode:
-        raise NotNative(f"{compiler} is too old (gcc 11 or clang 12 is needed): {probe.stderr.strip()}")
+        said = probe.stderr.strip().partition("\n")[0]
+        raise NotNative(f"{compiler} is too old, set CXX to {COMPILERS}; it said: {said}")
     return compiler
 
 
 def find_tool(name):
     found = shutil.which(name, path=PATH)
     if found is None:
-        raise NotNative(f"{name} is not installed")
+        raise NotNative(f"{name} is not installed (pip install {name})")
     return found
 
 
 def wants_cuda(torch):
+    """Whether the CUDA operators are built, and why not where somebody might expect them."""
     wanted = os.environ.get("PYFLOW_CUDA")
-    if wanted is not None:
-        return wanted == "1"
-    nvcc = shutil.which("nvcc")
-    built_for = re.search(r"^cuda\b.*= '(\d+)", (torch / "version.py").read_text(), re.MULTILINE)
-    return bool(nvcc and built_for) and f"release {built_for[1]}." in run(nvcc, "--version").stdout
+    if wanted == "0":
+        return False, None
+    built_for = re.search(r"^cuda\b.*= '([\d.]+)'", (torch / "version.py").read_text(), re.MULTILINE)
+    nvcc, why = shutil.which("nvcc"), None
+    if nvcc is None:
+        why = "nvcc is not on PATH"
+    elif built_for:
+        release = re.search(r"release ([\d.]+)", run(nvcc, "--version").stdout)
+        major = built_for[1].partition(".")[0]
+        if release is None or release[1].partition(".")[0] != major:
+            why = (
+                f"nvcc is of CUDA {release[1] if release else 'no known version'}, torch was built for {built_for[1]} "
+                f"(put an nvcc of CUDA {major} first on PATH, or set PYFLOW_CUDA=0)"
+            )
+    if wanted == "1":
+        if why:
+            raise NotNative(f"PYFLOW_CUDA=1, but {why}")
+        return True, None
+    return bool(built_for) and why is None, why if built_for and nvcc else None
 
 
 def configuration():
-    """The command that configures the native build; raises NotNative."""
+    """The command that configures the native build, and what to say where it fails; raises NotNative."""
     if os.environ.get("PYFLOW_NATIVE") == "0":
         raise NotNative("PYFLOW_NATIVE=0")
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise NotNative(f"native kernels are for Linux on x86-64 and aarch64, not {platform.platform()}")
-    torch, compiler = find_torch(), find_compiler()
+    (torch, version), compiler = find_torch(), find_compiler()
     try:
         import pybind11
     except ImportError as error:
@@ -108,6 +135,9 @@ def configuration():
     python_include = Path(sysconfig.get_path("include"))
     if not (python_include / "Python.h").exists():
         raise NotNative("Python.h is missing (Debian and Ubuntu: apt-get install python3-dev)")
+    cuda, cuda_missing = wants_cuda(torch)
+    if cuda_missing:
+        print(f"pyflow: the CUDA operators are left out, Triton's are not: {cuda_missing}", file=sys.stderr)
     options = {
         "CMAKE_CXX_COMPILER": compiler,
         "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
@@ -116,38 +146,69 @@ def configuration():
         "PYTHON_INCLUDE": python_include,
         "PYBIND11_INCLUDE": pybind11.get_include(),
         "HOST_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
-        "PYFLOW_CUDA": "ON" if wants_cuda(torch) else "OFF",
+        "PYFLOW_CUDA": "ON" if cuda else "OFF",
     }
     if os.environ.get("CUDAARCHS"):
         options["CMAKE_CUDA_ARCHITECTURES"] = os.environ["CUDAARCHS"]
     command = [find_tool("cmake"), "-S", ROOT, "-B", BUILD, "-G", "Ninja"]
-    return [str(c) for c in command] + [f"-D{name}={value}" for name, value in options.items()]
+    advice = (
+        f"pyflow: the native modules do not build with {compiler}{' and nvcc' if cuda else ''} against torch {version} "
+        f"(tested: torch {OLDEST_TORCH} to {NEWEST_TORCH}; {COMPILERS}): PYFLOW_NATIVE=0 leaves them out"
+        f"{', PYFLOW_CUDA=0 those for CUDA' if cuda else ''}, and plain torch runs instead"
+    )
+    return [str(c) for c in command] + [f"-D{name}={value}" for name, value in options.items()], advice
+
+
+def step(*command):
+    """Run a command of the native build in sight; where it fails, end with its first error and what to do."""
+    said = []
+    with subprocess.Popen(
+        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as running:
+        for line in running.stdout:
+            print(line, end="", flush=True)
+            said.append(line)
+    if running.returncode:
+        first = next((i for i, line in enumerate(said) if re.search(r"\berror\b[ :]", line, re.IGNORECASE)), 0)
+        sys.exit(f"\n{''.join(said[first : first + 3])}{ADVICE}")
+
+
+def build_native(folder):
+    # a folder configured otherwise (another Python, torch or compiler) is of no use
+    stamp = BUILD / "configure.json"
+    if not stamp.exists() or json.loads(stamp.read_text()) != CONFIGURE:
+        shutil.rmtree(BUILD, ignore_errors=True)
+        BUILD.mkdir(parents=True)
+    step(*CONFIGURE)
+    stamp.write_text(json.dumps(CONFIGURE))
+    step(CONFIGURE[0], "--build", BUILD)
+    folder.mkdir(parents=True, exist_ok=True)
+    for module in BUILD.glob("_*.so"):
+        # replaced in one step: a process that has the old file mapped keeps it
+        target = folder / module.name
+        shutil.copy2(module, f"{target}.new")
+        os.replace(f"{target}.new", target)
 
 
 try:
-    CONFIGURE, MISSING = configuration(), None
+    (CONFIGURE, ADVICE), MISSING = configuration(), None
 except NotNative as reason:
     CONFIGURE, MISSING = None, str(reason)
-    if os.environ.get("PYFLOW_NATIVE") == "1":
+    if "1" in (os.environ.get("PYFLOW_NATIVE"), os.environ.get("PYFLOW_CUDA")):
         sys.exit(f"pyflow: the native modules cannot be built: {reason}")
+
+if sys.argv[1:] == ["native"]:
+    if MISSING:
+        sys.exit(f"pyflow: the native modules cannot be built: {MISSING}")
+    build_native(ROOT / "pyflow")
+    sys.exit()
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    sys.exit(f"pyflow: setuptools {setuptools.__version__} is older than 77 (pip install 'setuptools>=77')")
 
 
 class BuildNative(build_ext):
     def run(self):
-        # a folder configured otherwise (another Python, torch or compiler) is of no use
-        stamp = BUILD / "configure.json"
-        if not stamp.exists() or json.loads(stamp.read_text()) != CONFIGURE:
-            shutil.rmtree(BUILD, ignore_errors=True)
-            BUILD.mkdir(parents=True)
-        subprocess.run(CONFIGURE, check=True)
-        stamp.write_text(json.dumps(CONFIGURE))
-        subprocess.run([CONFIGURE[0], "--build", BUILD], check=True)
-        for module in BUILD.glob("_*.so"):
-            # replaced in one step: a process that has the old file mapped keeps it
-            target = self.folder() / module.name
-            self.mkpath(str(target.parent))
-            shutil.copy2(module, f"{target}.new")
-            os.replace(f"{target}.new", target)
+        build_native(self.folder())
 
     def folder(self):
         return (ROOT if self.inplace else Path(self.build_lib)) / "pyflow"

@@ -1,5 +1,12 @@
 """pyflow: fused kernels for generative modelling in PyTorch, each held to a plain-torch reference."""
 
+import re as _re
+
+import torch as _torch
+
+if [int(_n) for _n in _re.findall(r"\d+", _torch.__version__)[:2]] < [2, 11]:
+    raise ImportError(f"pyflow needs torch 2.11 or newer, this is {_torch.__version__}: pip install 'torch>=2.11'")
+
 from . import _backend
 from . import energy as energy
 from . import flows as flows

@@ -13,6 +13,12 @@ import triton.language as tl
 MAX_LEVELS = tl.constexpr(10)  # log2 of the longest tile, _launch.TILE
 
 
+@triton.constexpr_function
+def static(value):
+    """A number or a tuple of them in a constexpr NamedTuple as a constexpr, which Triton 3.6 does not make it."""
+    return value
+
+
 @triton.jit
 def place(segments, INDEX: tl.constexpr, BLOCK_R: tl.constexpr):
     """The program's rows (BLOCK_R,) and its segment of them."""

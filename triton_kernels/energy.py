@@ -10,7 +10,7 @@ from torch import Tensor
 from .._schemas import PURPOSES
 from . import _launch, _random
 from ._random import log_plain, uniform, words_at
-from ._tiles import fold, load, place, scalar, store, store_as
+from ._tiles import fold, load, place, scalar, store, store_as, width
 
 ACCEPT = PURPOSES.index("accept")
 SCALARS = [*_random.SCALARS, "alpha_at", "alpha_bits", "u_at", "u_new_at", "u_out_at"]
@@ -30,7 +30,7 @@ def transition_sum(
     acc = tl.zeros((BLOCK_R, BLOCK_C), dtype)
     for c0 in range(0, SEGMENT, BLOCK_C):
         c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (c < cols * VEC)
+        inside = (r < rows) & (c < width(cols, c, VEC))
         old = load(z, z_at, sizes, r, c, inside, VEC, dtype)
         new = load(z_new, z_new_at, sizes, r, c, inside, VEC, dtype)
         g = load(grad, grad_at, sizes, r, c, inside, VEC, dtype)
@@ -97,7 +97,7 @@ def accept_kernel(
     takes = accepts[:, None]
     for c0 in range(0, SEGMENT, BLOCK_C):
         c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (c < cols * VEC)
+        inside = (r < rows) & (c < width(cols, c, VEC))
         # only what is kept is read
         p = load(z, z_at, sizes, r, c, inside & ~takes, VEC, dtype)
         q = load(z_new, z_new_at, sizes, r, c, inside & takes, VEC, dtype)
@@ -118,7 +118,7 @@ def squares_kernel(
     acc = tl.zeros((BLOCK_R, BLOCK_C), dtype)
     for c0 in range(0, SEGMENT, BLOCK_C):
         c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (c < cols * VEC)
+        inside = (r < rows) & (c < width(cols, c, VEC))
         v = load(x, x_at, sizes, r, c, inside, VEC, dtype)
         acc += tl.where(inside, v * v, 0.0)
     tl.store(partial + row.to(tl.int64) * segments + segment, fold(acc), mask=row < rows)

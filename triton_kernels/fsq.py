@@ -22,7 +22,7 @@ from .._schemas import FSQ_VARIANTS
 from ..reference import fsq as ref
 from . import _launch
 from ._math import constant, div, exp_unfused, floor, neg, round_even, tanh_unfused
-from ._tiles import col_offset, row_offset, store_as, width
+from ._tiles import col_offset, row_offset, static, store_as, width
 
 SIGMOID = tl.constexpr(FSQ_VARIANTS.index("sigmoid"))
 SYMMETRIC = tl.constexpr(FSQ_VARIANTS.index("symmetric"))
@@ -97,12 +97,12 @@ def pick(values: tl.constexpr, c, dtype: tl.constexpr):
 
 
 @triton.jit
-def divide(x, BY: tl.constexpr, c):
-    """x / BY.values[c], IEEE."""
-    if len(BY.reciprocals) > 0:
-        return x * pick(BY.reciprocals, c, x.dtype)
+def divide(x, values: tl.constexpr, reciprocals: tl.constexpr, c):
+    """x / values[c], IEEE; by multiplication where the reciprocals are exact."""
+    if len(reciprocals) > 0:
+        return x * pick(reciprocals, c, x.dtype)
     else:
-        return div(x, pick(BY.values, c, x.dtype))
+        return div(x, pick(values, c, x.dtype))
 
 
 @triton.jit
@@ -124,26 +124,27 @@ def squash(x, VARIANT: tl.constexpr):
 def digit_of(z, c, CHANNELS: tl.constexpr, VARIANT: tl.constexpr):
     """0 to top, or NaN."""
     dtype: tl.constexpr = z.dtype
-    top = pick(CHANNELS.top.values, c, dtype)
+    top = pick(static(CHANNELS.top.values), c, dtype)
     if VARIANT == SIGMOID:
         digit = round_even(top * div(constant(1.0, z), 1.0 + exp_unfused(neg(z))))
     elif VARIANT == SYMMETRIC or VARIANT == SYMMETRIC_HARD:
         digit = floor(top * (squash(z, VARIANT) + 1.0) * 0.5 + 0.5)
     else:
-        u = squash(z + pick(CHANNELS.shift, c, dtype), VARIANT)
-        bound = u * pick(CHANNELS.half, c, dtype) - pick(CHANNELS.offset, c, dtype)
-        digit = round_even(bound) + pick(CHANNELS.width.values, c, dtype)
+        u = squash(z + pick(static(CHANNELS.shift), c, dtype), VARIANT)
+        bound = u * pick(static(CHANNELS.half), c, dtype) - pick(static(CHANNELS.offset), c, dtype)
+        digit = round_even(bound) + pick(static(CHANNELS.width.values), c, dtype)
     return clamp(digit, constant(0.0, z), top)
 
 
 @triton.jit
 def code_of(digit, c, CHANNELS: tl.constexpr, VARIANT: tl.constexpr):
     if VARIANT == SIGMOID:
-        return divide(digit, CHANNELS.top, c)
+        return divide(digit, static(CHANNELS.top.values), static(CHANNELS.top.reciprocals), c)
     elif VARIANT == SYMMETRIC or VARIANT == SYMMETRIC_HARD:
-        return digit * pick(CHANNELS.step, c, digit.dtype) - 1.0
+        return digit * pick(static(CHANNELS.step), c, digit.dtype) - 1.0
     else:
-        return divide(digit - pick(CHANNELS.width.values, c, digit.dtype), CHANNELS.width, c)
+        digit = digit - pick(static(CHANNELS.width.values), c, digit.dtype)
+        return divide(digit, static(CHANNELS.width.values), static(CHANNELS.width.reciprocals), c)
 
 
 @triton.jit
@@ -151,8 +152,8 @@ def slope_of(z, c, CHANNELS: tl.constexpr, VARIANT: tl.constexpr):
     """d code / dz before rounding."""
     shifted: tl.constexpr = VARIANT != SIGMOID and VARIANT != SYMMETRIC and VARIANT != SYMMETRIC_HARD
     if shifted:
-        u = z + pick(CHANNELS.shift, c, z.dtype)
-        gain = pick(CHANNELS.gain, c, z.dtype)
+        u = z + pick(static(CHANNELS.shift), c, z.dtype)
+        gain = pick(static(CHANNELS.gain), c, z.dtype)
     else:
         u = z
         gain = constant(1.0, z)
@@ -222,7 +223,7 @@ def number(digit, c, DIGITS: tl.constexpr, TILE: tl.constexpr):
     """The indices of a tile's positions, -1 where a digit is NaN."""
     dtype: tl.constexpr = tl.int64 if DIGITS.wide else tl.int32
     known = digit == digit
-    weight = tl.where(known, digit, 0.0).to(tl.int32).to(dtype) * pick(DIGITS.basis, c, dtype)
+    weight = tl.where(known, digit, 0.0).to(tl.int32).to(dtype) * pick(static(DIGITS.basis), c, dtype)
     weight = tl.where(known, weight, -1)
     channels: tl.constexpr = TILE.padded[0]
     positions: tl.constexpr = TILE.padded[1]
@@ -293,8 +294,8 @@ def backward_kernel(
 
 
 @triton.jit
-def quotient(n, BY: tl.constexpr, c):
-    return tl.umulhi(n << 1, pick(BY.factor, c, n.dtype)) >> pick(BY.shift, c, n.dtype)
+def quotient(n, factor: tl.constexpr, shift: tl.constexpr, c):
+    return tl.umulhi(n << 1, pick(factor, c, n.dtype)) >> pick(shift, c, n.dtype)
 
 
 @triton.jit(do_not_specialize=["cols"])
@@ -314,8 +315,9 @@ def decode_kernel(
             index = index.to(tl.int64)
         known = (index >= 0) & (index <= DIGITS.last)
         whole = tl.where(known, index, 0).to(tl.uint64 if DIGITS.wide else tl.uint32)
-        rest = quotient(whole, DIGITS.by_basis, c)
-        digit = rest - quotient(rest, DIGITS.by_levels, c) * pick(DIGITS.levels, c, rest.dtype)
+        rest = quotient(whole, static(DIGITS.by_basis.factor), static(DIGITS.by_basis.shift), c)
+        turns = quotient(rest, static(DIGITS.by_levels.factor), static(DIGITS.by_levels.shift), c)
+        digit = rest - turns * pick(static(DIGITS.levels), c, rest.dtype)
         code = code_of(digit.to(tl.int32).to(dtype), c, CHANNELS, VARIANT)
         code = tl.where(known, code, float("nan"))
         store_as(elements(codes, codes_at, sizes, i, first, TILE), code, inside)
@@ -341,8 +343,8 @@ def residual_kernel(
         index = tl.full((TILE.padded[1],), -1, tl.int64 if DIGITS.wide else tl.int32)
         if stage < count:
             scale: tl.constexpr = entry(SCALES, stage)
-            digit = digit_of(divide(rest, scale, c), c, CHANNELS, VARIANT)
-            part = code_of(digit, c, CHANNELS, VARIANT) * pick(scale.values, c, dtype)
+            digit = digit_of(divide(rest, static(scale.values), static(scale.reciprocals), c), c, CHANNELS, VARIANT)
+            part = code_of(digit, c, CHANNELS, VARIANT) * pick(static(scale.values), c, dtype)
             rest -= part
             total += part
             index = number(digit, c, DIGITS, TILE)
@@ -369,10 +371,10 @@ def residual_backward_kernel(
     for stage in tl.static_range(len(SCALES)):
         if stage < count:
             scale: tl.constexpr = entry(SCALES, stage)
-            scaled = divide(rest, scale, c)
+            scaled = divide(rest, static(scale.values), static(scale.reciprocals), c)
             total += slope_of(scaled, c, CHANNELS, VARIANT)
             code = code_of(digit_of(scaled, c, CHANNELS, VARIANT), c, CHANNELS, VARIANT)
-            rest -= code * pick(scale.values, c, dtype)
+            rest -= code * pick(static(scale.values), c, dtype)
     store_as(elements(gx, gx_at, sizes, i, first, TILE), gradient(g, total, VARIANT), inside)
 
 

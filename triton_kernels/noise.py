@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _launch, _random
 from ._random import draw, philox as philox_block
-from ._tiles import place, store
+from ._tiles import place, store, width
 
 
 @triton.jit(do_not_specialize=_random.SCALARS)
@@ -26,10 +26,10 @@ def noise_kernel(
         first = segment * SEGMENT + c0
         c = (first + tl.arange(0, BLOCK_C))[None, :]
         z = draw(
-            seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, first, rows, cols * VEC,
-            KIND, PER_ROW, ALIGNED, BLOCK_C,
+            seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, first, rows,
+            width(cols, first, VEC), KIND, PER_ROW, ALIGNED, BLOCK_C,
         )  # fmt: skip
-        store(out, out_at, sizes, r, c, (r < rows) & (c < cols * VEC), VEC, z)
+        store(out, out_at, sizes, r, c, (r < rows) & (c < width(cols, c, VEC)), VEC, z)
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _launch, _random
 from ._random import NORMAL, draw
-from ._tiles import fold, load, place, scalar, store
+from ._tiles import fold, load, place, scalar, store, width
 
 SCALARS = [*_random.SCALARS, "a_at", "a_bits", "b_at", "b_bits", "c_at", "c_bits"]
 
@@ -61,14 +61,14 @@ def step_kernel(
     for c0 in range(0, SEGMENT, BLOCK_C):
         first = segment * SEGMENT + c0
         col = (first + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (col < cols * VEC)
+        inside = (r < rows) & (col < width(cols, col, VEC))
         m = of_x * load(x, x_at, sizes, r, col, inside, VEC, dtype)
         if score is not None:
             of_score = coefficient(b, b_at, b_bits, r, r < rows, dtype)
             m = m + of_score * load(score, score_at, sizes, r, col, inside, VEC, dtype)
         z = noise_tile(
             noise, noise_at, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, sizes, r, col,
-            first, inside, rows, cols * VEC, PER_ROW, ALIGNED, VEC, BLOCK_C, dtype,
+            first, inside, rows, width(cols, first, VEC), PER_ROW, ALIGNED, VEC, BLOCK_C, dtype,
         )  # fmt: skip
         if mean is not None:
             store(mean, mean_at, sizes, r, col, inside, VEC, m)
@@ -93,7 +93,7 @@ def step_backward_kernel(
     for c0 in range(0, SEGMENT, BLOCK_C):
         first = segment * SEGMENT + c0
         col = (first + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (col < cols * VEC)
+        inside = (r < rows) & (col < width(cols, col, VEC))
         total = tl.zeros((BLOCK_R, BLOCK_C), dtype)
         dy = tl.zeros((BLOCK_R, BLOCK_C), dtype)
         if gy is not None:
@@ -117,7 +117,7 @@ def step_backward_kernel(
             if gy is not None:
                 z = noise_tile(
                     noise, noise_at, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, sizes,
-                    r, col, first, inside, rows, cols * VEC, PER_ROW, ALIGNED, VEC, BLOCK_C, dtype,
+                    r, col, first, inside, rows, width(cols, first, VEC), PER_ROW, ALIGNED, VEC, BLOCK_C, dtype,
                 )  # fmt: skip
                 of_c += tl.where(inside, dy * z, 0.0)
     if partial is not None:
@@ -141,11 +141,11 @@ def loss_kernel(
     for c0 in range(0, SEGMENT, BLOCK_C):
         first = segment * SEGMENT + c0
         col = (first + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (col < cols * VEC)
+        inside = (r < rows) & (col < width(cols, col, VEC))
         p = load(pred, pred_at, sizes, r, col, inside, VEC, dtype)
         z = draw(
-            seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, first, rows, cols * VEC,
-            NORMAL, PER_ROW, ALIGNED, BLOCK_C,
+            seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, first, rows,
+            width(cols, first, VEC), NORMAL, PER_ROW, ALIGNED, BLOCK_C,
         ).to(dtype)  # fmt: skip
         if SCORE:
             std = coefficient(c, c_at, c_bits, r, r < rows, dtype)
@@ -177,11 +177,11 @@ def squares_kernel(
     for c0 in range(0, SEGMENT, BLOCK_C):
         first = segment * SEGMENT + c0
         col = (first + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (col < cols * VEC)
+        inside = (r < rows) & (col < width(cols, col, VEC))
         s = load(score, score_at, sizes, r, col, inside, VEC, dtype)
         z = noise_tile(
             noise, noise_at, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, sizes, r, col,
-            first, inside, rows, cols * VEC, PER_ROW, ALIGNED, VEC, BLOCK_C, dtype,
+            first, inside, rows, width(cols, first, VEC), PER_ROW, ALIGNED, VEC, BLOCK_C, dtype,
         )  # fmt: skip
         of_score += tl.where(inside, s * s, 0.0)
         of_noise += tl.where(inside, z * z, 0.0)

@@ -130,4 +130,15 @@ const char* cpu_features() {
 
 const char* compiled_isas() { return kCompiled; }
 
+const char* supported_isas() {
+  static char text[64] = "";
+  if (text[0]) return text;
+  for (const Candidate& c : kCandidates) {
+    if (!c.supported()) continue;
+    if (text[0]) std::strcat(text, ",");
+    std::strcat(text, c.table.isa);
+  }
+  return text;
+}
+
 }  // namespace pyflow

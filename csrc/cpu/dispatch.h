@@ -80,8 +80,9 @@ struct CpuTable {
 // null where no compiled instruction set runs on this CPU; PYFLOW_CPU_ISA narrows the choice
 const CpuTable* cpu_table();
 
-// comma-separated: what the CPU has, what this build holds
+// comma-separated: what the CPU has, what this build holds, what of that runs on this CPU
 const char* cpu_features();
 const char* compiled_isas();
+const char* supported_isas();
 
 }  // namespace pyflow

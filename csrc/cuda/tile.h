@@ -58,7 +58,7 @@ void launch(Kernel kernel, int64_t blocks, const Tensor& on, const Args&... args
   const int32_t device = on.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   kernel<<<dim3(unsigned(blocks)), kThreads, 0, cudaStream_t(stream)>>>(args...);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

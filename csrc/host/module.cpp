@@ -57,6 +57,7 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "CPU features, the chosen instruction set and build facts.";
   m.def("cpu_features", &pyflow::cpu_features, "Comma-separated features of this CPU that matter here.");
   m.def("compiled_isas", &pyflow::compiled_isas, "Comma-separated instruction sets in this build.");
+  m.def("supported_isas", &pyflow::supported_isas, "Those of compiled_isas() that run on this CPU, likewise.");
   m.def(
       "isa",
       []() -> py::object {

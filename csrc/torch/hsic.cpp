@@ -22,7 +22,7 @@ void in_parallel(int64_t units, int64_t grain, F f) {
 
 int64_t this_thread() {
   uint32_t thread = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
+  TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
   return thread;
 }
 

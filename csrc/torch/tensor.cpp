@@ -12,10 +12,11 @@ constexpr uintptr_t kHugeBytes = 2 * kHugePage;
 
 // A large result is mostly memory that the system maps and clears at first touch: asked for huge pages it takes one
 // fault per 2 MB instead of 512 (NumPy does the same for its arrays). Advice only, and no harm where it is not taken.
-void advise_huge_pages(void* data, size_t bytes) {
+void advise_huge_pages([[maybe_unused]] const Tensor& t) {
 #ifdef MADV_HUGEPAGE
-  if (bytes < kHugeBytes) return;
-  const uintptr_t start = uintptr_t(data);
+  const size_t bytes = t.numel() * t.element_size();
+  if (bytes < kHugeBytes || !t.is_cpu()) return;
+  const uintptr_t start = uintptr_t(t.data_ptr());
   const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t last = (start + bytes) / kHugePage * kHugePage;
   if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
@@ -140,7 +141,7 @@ Space Layout::merge() {
 Tensor new_like(const Tensor& t) {
   if (!t.is_contiguous()) {
     Tensor out = torch::stable::empty_like(t);
-    advise_huge_pages(out.data_ptr(), out.numel() * out.element_size());
+    advise_huge_pages(out);
     return out;
   }
   const auto sizes = t.sizes();
@@ -151,10 +152,10 @@ Tensor new_like(const Tensor& t) {
 Tensor new_empty(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType dtype) {
   int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle out = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_aten_new_empty(like.get(), sizes, dims, &type, nullptr, nullptr, 0, nullptr, &out));
   Tensor tensor(out);
-  advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
+  advise_huge_pages(tensor);
   return tensor;
 }
 

@@ -2,7 +2,9 @@
 
 import ast
 import os
+import re
 import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -80,15 +82,107 @@ def test_without_a_compiler_the_wheel_is_pure(tree, tmp_path):
     assert not [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")]
 
 
-def test_native_can_be_demanded(tree):
-    with pytest.raises(AssertionError, match="pyflow: the native modules cannot be built: no C"):
-        run(
-            sys.executable,
-            "setup.py",
-            "--version",
-            cwd=tree,
-            env={**os.environ, "PATH": "", "CXX": "", "PYFLOW_NATIVE": "1"},
-        )
+def refused(tree, **environment):
+    """What setup.py says instead of building, in one sentence."""
+    environment = {**os.environ, "PYFLOW_NATIVE": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=tree, env=environment, capture_output=True, text=True
+    )
+    said = done.stderr.strip()
+    assert done.returncode != 0 and "Traceback" not in said, said
+    assert said.count("\n") == 0, said
+    return said
+
+
+def script(path, *lines):
+    path.write_text("\n".join(("#!/bin/sh", *lines)) + "\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def fake_torch(tmp_path):
+    """A torch of any version, of nothing else: (version, CUDA version) -> PYTHONPATH."""
+
+    def make(version, cuda="None"):
+        site = tmp_path / "site"
+        (site / "torch").mkdir(parents=True)
+        (site / "torch/__init__.py").write_text(f"__version__ = {version!r}\n")
+        (site / "torch/version.py").write_text(f"cuda: Optional[str] = {cuda!r}\n")
+        (site / f"torch-{version}.dist-info").mkdir()
+        (site / f"torch-{version}.dist-info/METADATA").write_text(f"Name: torch\nVersion: {version}\n")
+        return str(site)
+
+    return make
+
+
+def test_no_compiler_is_one_sentence(tree):
+    assert refused(tree, PATH="", CXX="") == (
+        "pyflow: the native modules cannot be built: no C++ compiler is on PATH (Debian and Ubuntu: apt-get install "
+        "g++; or set CXX)"
+    )
+
+
+def test_an_old_compiler_is_one_sentence(tree, tmp_path):
+    old = script(tmp_path / "g++-4.8", "echo 'error: bad value (x86-64-v4) for -march= switch' >&2", "exit 1")
+    said = refused(tree, CXX=str(old))
+    assert said.startswith(f"pyflow: the native modules cannot be built: {old} is too old, set CXX to gcc 11, clang 12")
+
+
+def test_an_old_torch_is_one_sentence(tree, fake_torch):
+    said = refused(tree, PYTHONPATH=fake_torch("2.8.0"))
+    assert said == (
+        "pyflow: the native modules cannot be built: torch 2.8.0 is older than 2.11 (pip install 'torch>=2.11')"
+    )
+
+
+def test_an_old_torch_is_refused_at_import(fake_torch):
+    code = "import pyflow"
+    site = fake_torch("2.8.0")
+    with pytest.raises(AssertionError, match="ImportError: pyflow needs torch 2.11 or newer, this is 2.8.0: pip inst"):
+        run(sys.executable, "-c", code, env={**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}"}, cwd=site)
+
+
+def test_nvcc_of_another_cuda_is_one_sentence(tree, tmp_path, fake_torch):
+    script(tmp_path / "nvcc", "echo 'Cuda compilation tools, release 12.4, V12.4.99'")
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{PATH}", "PYTHONPATH": fake_torch("2.11.0", "13.0")}
+    said = "nvcc is of CUDA 12.4, torch was built for 13.0 (put an nvcc of CUDA 13 first on PATH, or set PYFLOW_CUDA=0)"
+    assert refused(tree, PYFLOW_CUDA="1", **environment) == (
+        f"pyflow: the native modules cannot be built: PYFLOW_CUDA=1, but {said}"
+    )
+    # nobody asked for CUDA: the rest is built
+    done = run(sys.executable, "setup.py", "--version", cwd=tree, env={**os.environ, **environment, "PYFLOW_CUDA": ""})
+    assert f"pyflow: the CUDA operators are left out, Triton's are not: {said}" in done.stderr
+
+
+def test_no_nvcc_is_one_sentence(tree, tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("c++", "cmake", "ninja"):
+        need(tool)
+        (tools / tool).symlink_to(shutil.which(tool, path=PATH))
+    assert refused(tree, PATH=str(tools), PYFLOW_CUDA="1").endswith("PYFLOW_CUDA=1, but nvcc is not on PATH")
+
+
+def test_a_compiler_that_fails_ends_with_its_first_error_and_what_to_do(tree, tmp_path):
+    need("c++", "cmake", "ninja")
+    real = shutil.which("c++", path=PATH)
+    broken = script(
+        tmp_path / "c++",
+        f'case "$*" in *csrc*) echo "stable.h:7:1: error: FIRST is not declared"; exit 1;; *) exec {real} "$@";; esac',
+    )
+    environment = {**os.environ, "CXX": str(broken), "PYFLOW_CUDA": "0"}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "native"], cwd=tree, env=environment, capture_output=True, text=True
+    )
+    shutil.rmtree(tree / "build")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.fullmatch(
+        r"stable\.h:7:1: error: FIRST is not declared\n(.*\n){0,2}pyflow: the native modules do not build with \S+ "
+        r"against torch \S+ \(tested: torch 2\.11 to 2\.13; gcc 11, clang 12 or newer\): PYFLOW_NATIVE=0 leaves them "
+        r"out, and plain torch runs instead",
+        done.stderr.strip(),
+    ), done.stderr
 
 
 def test_without_its_binaries_pyflow_imports_warns_once_and_works(tmp_path):

@@ -1,0 +1,131 @@
+"""Tensors of more than 2**31 elements: no index or bound of a kernel is a product of int32 that can overflow.
+
+The launches of such tensors are recorded with meta tensors, which need no memory, and read as Triton's own form.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from . import aot, test_aot as cases  # noqa: E402
+
+F32, BF16 = torch.float32, torch.bfloat16
+LARGE = 2**31 + 4096
+# (launches of one row, of a few rows, of as many rows)
+SHAPES = [(1, LARGE), (3, LARGE), (LARGE, 3)]
+
+# what no tensor that fits memory makes large
+BOUNDED = {
+    "hsic.sums_kernel": "n: its n x n pairs take years", "hsic.backward_kernel": "n: likewise",
+    "hsic.matrix_kernel": "n: an n x n matrix is among the inputs", "hsic.permuted_kernel": "n: likewise",
+    "hsic.center_kernel": "n: likewise", "hsic.center_sums_kernel": "n: likewise",
+    "sector.counts_kernel": "trials are counted in int64, points of one trial are few",
+    "spectral.product_kernel": "cols: a layer has no 2**31 inputs", "spectral.reduce_kernel": "cols: likewise",
+    "spectral.finish_kernel": "rows and cols: likewise", "spectral.slope_kernel": "blocks: of a layer, likewise",
+    "_tiles.sum_segments": "segments: of 4096 columns each", "flow_head.sum_blocks": "blocks: at most 512",
+}  # fmt: skip
+
+
+def launches_of(shape):
+    """Of every kernel that walks along rows and columns, over tensors of this shape."""
+    rows, dense = shape[0], cases.dense
+    found = []
+    with torch.device("meta"):
+        found += cases.affine(*dense(F32, 3, shape)) + cases.affine(*dense(F32, 3, shape), event_dims=0)
+        found += cases.affine(*(torch.empty(rows, 2 * shape[1])[:, i::2] for i in (0, 0, 1)))
+        found += cases.packed(dense(BF16, 1, shape)[0], torch.empty(rows, 2 * shape[1], dtype=BF16), 0, 1)
+        found += cases.head(dense(F32, 1, shape)[0], torch.empty(shape[1]), 0)
+        found += cases.critic(dense(F32, 1, shape)[0], None, torch.empty(rows))
+        seed, number = torch.empty((), dtype=torch.int64), torch.empty(())
+        for stream in (seed, torch.empty(rows, dtype=torch.int64)):
+            found += cases.stepped(*dense(F32, 2, shape), stream, [number] * 3)
+            found += cases.chained(shape, F32, stream, number)
+            with aot.recorded() as launches:
+                cases.noise.noise(shape, stream, seed, 1, 0, F32)
+            found += launches
+        for variant in ("vqp", "symmetric"):
+            found += cases.quantizer(torch.empty(*shape, 4).movedim(-1, 0), (8, 5, 5, 5), variant)
+            found += cases.quantizer(torch.empty(4, *shape), (8, 5, 5, 5), variant)
+        with aot.recorded() as launches:
+            cases.noise.philox(torch.empty(LARGE, 4, dtype=torch.int64), torch.empty(LARGE, 2, dtype=torch.int64))
+            weight = torch.empty(shape)
+            u, v, sigma = torch.empty(rows), torch.empty(shape[1]), torch.empty(())
+            scaled = cases.spectral.spectral_normalize([weight], [u], [v], 0)
+            cases.spectral.spectral_normalize_backward([weight], [sigma], [weight], [u], [v], scaled[-1:])
+        found += launches
+    return found
+
+
+def overflows(text):
+    """Lines of TTIR that multiply int32 values which an argument or the program's number can make large."""
+    large, found = set(), []
+    for line in text.splitlines():
+        line = line.partition(" loc(")[0] if "tt.func" not in line else line
+        if "tt.func" in line:
+            large |= set(re.findall(r"(%\w+): i32", line))
+            continue
+        names = re.findall(r"%[\w#]+", line)
+        if not names or "=" not in line and "scf.for" not in line:
+            continue
+        result, operands = names[0].partition(":")[0], names[1:]
+        if "scf.for" in line:
+            # the counter, and what is carried from round to round
+            bounds = line[line.index("=", line.index("scf.for")) :].partition("iter_args")[0]
+            if large & set(re.findall(r"%\w+", bounds)):
+                large.add(re.search(r"scf\.for (%\w+)", line)[1])
+            for carried, start in re.findall(r"(%\w+) = (%\w+)", line.partition("iter_args")[2]):
+                large |= {carried} if start in large else set()
+            continue
+        wide = not re.search(r"\b(tensor<[\dx]*)?i32\b", line.rpartition(":")[2])
+        if "tt.get_program_id" in line or "tt.get_num_programs" in line:
+            large.add(result)
+        elif "arith.remsi" in line and operands[-1].startswith(("%c", "%cst")):
+            continue  # smaller than a constant
+        elif large & set(operands) and "tt.load" not in line:
+            large.add(result)
+            if "arith.muli" in line and not wide:
+                found.append(line.strip())
+    return found
+
+
+@pytest.fixture(scope="module")
+def large_launches():
+    return [launch for shape in SHAPES for launch in launches_of(shape)]
+
+
+def test_every_kernel_is_large_somewhere_or_bounded(large_launches):
+    assert {launch.name for launch in large_launches} | BOUNDED.keys() == aot.launched_kernels()
+
+
+def test_no_int32_product_overflows(large_launches):
+    seen = set()
+    for launch in large_launches:
+        text = aot.ttir(launch, "sm_90")
+        if launch.name in BOUNDED or text in seen:
+            continue
+        seen.add(text)
+        found = overflows(text)
+        assert not found, f"{launch.name}: {found}"
+    assert len(seen) > 20
+
+
+def test_products_are_found():
+    text = """tt.func public @kernel(%out: !tt.ptr<f32>, %cols: i32, %n: i64) {
+    %c4_i32 = arith.constant 4 : i32
+    %0 = tt.get_program_id x : i32
+    %1 = arith.remsi %0, %c4_i32 : i32
+    %2 = arith.muli %1, %c4_i32 : i32
+    %3 = arith.extsi %cols : i32 to i64
+    %4 = arith.muli %3, %n : i64
+    %5 = tt.splat %cols : i32 -> tensor<8xi32>
+    %6 = arith.muli %5, %cst : tensor<8xi32>
+    scf.for %i = %c4_i32 to %cols step %c4_i32 iter_args(%a = %0) -> (i32) : i32 {
+      %7 = arith.muli %i, %c4_i32 : i32
+      %8 = arith.muli %a, %c4_i32 : i32
+    }"""
+    assert [line.partition(" ")[0] for line in overflows(text)] == ["%6", "%7", "%8"]
