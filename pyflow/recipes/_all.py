@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from ..cli import cpu_model, demos, installed_version
+from . import _demo
 
 SHARED = ("seed", "device", "backend")
 PICTURES = (".png", ".jpg", ".svg")
@@ -77,9 +78,13 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None:
             shared += [f"--{name}", getattr(args, name)]
     page, results = args.out / "index.html", []
-    for name in demos():
-        folder = args.out / name
-        folder.mkdir(parents=True, exist_ok=True)
+    folders = {name: args.out / name for name in demos()}
+    try:
+        _demo.check_writable("a folder", args.out, [args.out, *folders.values()], [page])
+    except _demo.Refused as error:
+        print(f"demo all: {error}", file=sys.stderr)
+        return 1
+    for name, folder in folders.items():
         print(f"\n== {name} ==", flush=True)
         out = str(folder / f"{name.replace('-', '_')}.png")
         results.append(play(name, [*command(name), *shared, "--out", out], folder))

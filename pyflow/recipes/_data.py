@@ -13,6 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from ._demo import Refused
+
 NAMES = ("digits", "mnist", "cifar10")
 # colour photographs that lie in the installed packages, no download; of the stereo pair only the left one
 SHIPPED = {
@@ -27,7 +29,7 @@ FACES, SIDE = 100, 32
 MOST_PHOTOGRAPHS, LONGEST_SIDE = 256, 1024
 
 
-class DataMissing(RuntimeError):
+class DataMissing(Refused):
     """A data set that cannot be had here; the text says why and what to do."""
 
 

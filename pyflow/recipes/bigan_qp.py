@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from tqdm import tqdm
 import pyflow
 from pyflow.ops import gan_qp_generator_loss, gan_qp_loss
 
-from . import _data, _pictures
+from . import _data, _demo, _pictures
 from .nice import _positive, follow, synchronize, threads
 
 COLUMNS = 10
@@ -74,17 +72,12 @@ def run(args: argparse.Namespace) -> int:
     settings = QUICK if args.quick else Settings()
     given = {name: getattr(args, name) for name in ("steps", "latent") if getattr(args, name)}
     settings = replace(settings, **given)
-    try:
-        with pyflow.backend(args.backend), threads(settings.threads):
-            metrics = demo(_data.gallery(args.data, args.out.parent / "data"), settings, args, device)
-    except (_data.DataMissing, RuntimeError, ValueError) as error:
-        if not isinstance(error, _data.DataMissing) and not str(error).startswith("backend:"):
-            raise
-        print(f"demo bigan-qp: {error}", file=sys.stderr)
-        return 1
-    args.out.with_suffix(".json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print(f"\nwrote {args.out} and {args.out.with_suffix('.json').name}")
-    return 0
+
+    def work() -> dict[str, object]:
+        with threads(settings.threads):
+            return demo(_data.gallery(args.data, args.out.parent / "data"), settings, args, device)
+
+    return _demo.run("bigan-qp", args, work)
 
 
 def demo(images: _data.Images, settings: Settings, args: argparse.Namespace, device: torch.device) -> dict[str, object]:

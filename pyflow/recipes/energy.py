@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -20,11 +18,11 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-import pyflow
 from pyflow.energy import Chains, sample
 from pyflow.ops import energy_loss, grad_norm_penalty
 from pyflow.ops.energy import EnergyFunction, energy_and_grad
 
+from . import _demo
 from .nice import _positive, threads
 
 matplotlib.use("Agg")
@@ -104,17 +102,12 @@ def run(args: argparse.Namespace) -> int:
     changes = dict(QUICK) if args.quick else {}
     changes |= {name: getattr(args, name) for name in ("steps", "chain_steps") if getattr(args, name)}
     held_out = args.held_out or (HELD_OUT[:1] if args.quick else HELD_OUT)
-    try:
-        with pyflow.backend(args.backend), threads(THREADS):
-            metrics = demo(replace(GRID, **changes), replace(DIGITS, **changes), held_out, args, device)
-    except (RuntimeError, ValueError) as error:
-        if not str(error).startswith("backend:"):
-            raise
-        print(f"demo energy: {error}", file=sys.stderr)
-        return 1
-    args.out.with_suffix(".json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print(f"\nwrote {args.out} and {args.out.with_suffix('.json').name}")
-    return 0
+
+    def work() -> dict[str, object]:
+        with threads(THREADS):
+            return demo(replace(GRID, **changes), replace(DIGITS, **changes), held_out, args, device)
+
+    return _demo.run("energy", args, work)
 
 
 def demo(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,11 +15,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from vector_quantize_pytorch import VectorQuantize
 
-import pyflow
 from pyflow.nn import FSQ
 from pyflow.ops import codebook_usage
 
-from . import _data, _pictures
+from . import _data, _demo, _pictures
 from .nice import _positive, synchronize, threads
 
 # the paper's level sets for 2**8 and 2**12 codes; a VQ codebook gets as many codes as the FSQ one beside it
@@ -88,17 +85,12 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(steps=20, warmup=5) if args.quick else Settings()
     if args.steps:
         settings = replace(settings, steps=args.steps)
-    try:
-        with pyflow.backend(args.backend), threads(settings.threads):
-            metrics = demo(_data.photographs(args.data), settings, args, device)
-    except (_data.DataMissing, RuntimeError, ValueError) as error:
-        if not isinstance(error, _data.DataMissing) and not str(error).startswith("backend:"):
-            raise
-        print(f"demo fsq: {error}", file=sys.stderr)
-        return 1
-    args.out.with_suffix(".json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print(f"\nwrote {args.out} and {args.out.with_suffix('.json').name}")
-    return 0
+
+    def work() -> dict[str, object]:
+        with threads(settings.threads):
+            return demo(_data.photographs(args.data), settings, args, device)
+
+    return _demo.run("fsq", args, work)
 
 
 def demo(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,10 +20,10 @@ from sklearn.datasets import load_diabetes, load_digits, load_wine  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import pyflow  # noqa: E402
 from pyflow.nn import HSICBottleneck  # noqa: E402
 from pyflow.stats import HSICTest, RepresentationComparison, compare_representations, hsic_test  # noqa: E402
 
+from . import _demo  # noqa: E402
 from .nice import _positive, synchronize, threads  # noqa: E402
 
 LEVEL = 0.05
@@ -92,17 +90,12 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(permutations=200, epochs=6) if args.quick else Settings()
     given = {name: getattr(args, name) for name in ("epochs", "permutations") if getattr(args, name)}
     settings = replace(settings, **given)
-    try:
-        with pyflow.backend(args.backend), threads(settings.threads):
-            metrics = demo(settings, args, device)
-    except (RuntimeError, ValueError) as error:
-        if not str(error).startswith("backend:"):
-            raise
-        print(f"demo hsic: {error}", file=sys.stderr)
-        return 1
-    args.out.with_suffix(".json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print(f"\nwrote {args.out} and {args.out.with_suffix('.json').name}")
-    return 0
+
+    def work() -> dict[str, object]:
+        with threads(settings.threads):
+            return demo(settings, args, device)
+
+    return _demo.run("hsic", args, work)
 
 
 def demo(settings: Settings, args: argparse.Namespace, device: torch.device) -> dict[str, object]:

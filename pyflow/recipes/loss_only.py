@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import time
@@ -20,12 +19,14 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
-import pyflow
 from pyflow.nn import apply_spectral_norm
 from pyflow.train import LossOnlyModule, add_loss, add_metric, collect
 
-from . import _data, _pictures
+from . import _data, _demo, _pictures
 from .nice import threads
+
+# ending of the folder of Lightning's log, beside the picture
+LOG = "_log"
 
 
 class VAE(nn.Module):
@@ -82,17 +83,12 @@ def run(args: argparse.Namespace) -> int:
     if args.quick:
         args.epochs = min(args.epochs, 3)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        with pyflow.backend(args.backend), threads(1 if device.type == "cpu" else None):
-            metrics = demo(_data.load("digits", args.out.parent / "data"), args, device)
-    except (RuntimeError, ValueError) as error:
-        if not str(error).startswith("backend:"):
-            raise
-        print(f"demo loss-only: {error}", file=sys.stderr)
-        return 1
-    args.out.with_suffix(".json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print(f"\nwrote {args.out} and {args.out.with_suffix('.json').name}")
-    return 0
+
+    def work() -> dict[str, object]:
+        with threads(1 if device.type == "cpu" else None):
+            return demo(_data.load("digits", args.out.parent / "data"), args, device)
+
+    return _demo.run("loss-only", args, work, folders=[LOG])
 
 
 def demo(images: _data.Images, args: argparse.Namespace, device: torch.device) -> dict[str, object]:
@@ -114,7 +110,7 @@ def demo(images: _data.Images, args: argparse.Namespace, device: torch.device) -
         warnings.simplefilter("ignore")
         trainer = lightning.Trainer(
             max_epochs=args.epochs, accelerator="gpu" if device.type == "cuda" else device.type, devices=1,
-            logger=CSVLogger(args.out.parent, name=f"{args.out.stem}_log"), callbacks=[TQDMProgressBar(leave=False)],
+            logger=CSVLogger(args.out.parent, name=args.out.stem + LOG), callbacks=[TQDMProgressBar(leave=False)],
             enable_checkpointing=False, enable_model_summary=False, log_every_n_steps=1,
         )  # fmt: skip
         trainer.fit(module, DataLoader(train, 64, shuffle=True), DataLoader(test, 360))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +19,7 @@ from tqdm import tqdm
 import pyflow
 from pyflow.flows import NICE, bits_per_dim, dequantize
 
-from . import _data, _pictures
+from . import _data, _demo, _pictures
 
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
 # draws of the dequantisation noise per held-out image
@@ -65,25 +63,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The demo; 0, or 1 after one sentence about what is missing."""
-    out = args.out or Path("outputs") / f"nice_{args.data}.png"
+    args.out = args.out or Path("outputs") / f"nice_{args.data}.png"
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings = SETTINGS[args.data]
     if args.quick:
         settings = replace(settings, epochs=5)
     if args.epochs:
         settings = replace(settings, epochs=args.epochs)
-    try:
-        images = _data.load(args.data, out.parent / "data")
-        with pyflow.backend(args.backend), threads(settings.threads):
-            metrics = demo(images, settings, args, device, out)
-    except (_data.DataMissing, RuntimeError, ValueError) as error:
-        if not isinstance(error, _data.DataMissing) and not str(error).startswith("backend:"):
-            raise
-        print(f"demo nice: {error}", file=sys.stderr)
-        return 1
-    out.with_suffix(".json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print(f"\nwrote {out} and {out.with_suffix('.json').name}")
-    return 0
+
+    def work() -> dict[str, object]:
+        with threads(settings.threads):
+            return demo(_data.load(args.data, args.out.parent / "data"), settings, args, device, args.out)
+
+    return _demo.run("nice", args, work)
 
 
 def demo(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +21,7 @@ from pyflow.flows import bits_per_dim, dequantize
 from pyflow.ops import denoising_loss, perturb, sample_seeds, uniform
 from pyflow.sde import VPSDE, log_likelihood, sample
 
-from . import _data, _loops, _pictures
+from . import _data, _demo, _loops, _pictures
 from .nice import Gaussian, _positive, follow, noisy, synchronize, threads
 
 METHODS = ("euler_maruyama", "reverse_diffusion", "ancestral", "pc", "probability_flow")
@@ -79,19 +77,14 @@ def run(args: argparse.Namespace) -> int:
     for name in ("steps", "sampling_steps"):
         if getattr(args, name):
             settings = replace(settings, **{name: getattr(args, name)})
-    try:
+
+    def work() -> dict[str, object]:
         if settings.sampling_steps <= VPSDE().beta_max:
-            raise ValueError(f"--sampling-steps must be more than 20, got {settings.sampling_steps}")
-        with pyflow.backend(args.backend), threads(settings.threads):
-            metrics = demo(_data.load("digits", args.out.parent / "data"), settings, args, device)
-    except (RuntimeError, ValueError) as error:
-        if not str(error).startswith(("backend:", "--sampling-steps")):
-            raise
-        print(f"demo sde: {error}", file=sys.stderr)
-        return 1
-    args.out.with_suffix(".json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print(f"\nwrote {args.out} and {args.out.with_suffix('.json').name}")
-    return 0
+            raise _demo.Refused(f"--sampling-steps must be more than 20, got {settings.sampling_steps}")
+        with threads(settings.threads):
+            return demo(_data.load("digits", args.out.parent / "data"), settings, args, device)
+
+    return _demo.run("sde", args, work)
 
 
 def demo(images: _data.Images, settings: Settings, args: argparse.Namespace, device: torch.device) -> dict[str, object]:

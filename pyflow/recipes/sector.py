@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,10 +13,10 @@ import matplotlib
 import numpy as np
 from tqdm import tqdm
 
-import pyflow
 from pyflow.ops import uniform
 from pyflow.stats import sector_probability, sector_probability_mc
 
+from . import _demo
 from .nice import _positive
 
 matplotlib.use("Agg")
@@ -65,17 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The demo; 0, or 1 after one sentence about what is missing."""
     trials = args.trials or (100_000 if args.quick else 4_000_000)
-    try:
-        with pyflow.backend(args.backend):
-            figures = demo(args, trials)
-    except (RuntimeError, ValueError) as error:
-        if not str(error).startswith("backend:"):
-            raise
-        print(f"demo sector: {error}", file=sys.stderr)
-        return 1
-    args.out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
-    print(f"\nwrote {args.out} and {args.out.with_suffix('.json').name}")
-    return 0
+    return _demo.run("sector", args, lambda: demo(args, trials))
 
 
 def demo(args: argparse.Namespace, trials: int) -> dict[str, object]:
