@@ -13,9 +13,10 @@ import pyflow
 from pyflow import nn as layers
 from pyflow.reference import coupling as ref
 
-from .registry import FRESH, Call, Case, Missing, Outputs, Problem, bind, compiled, normals, peer, wide
+from .registry import FRESH, Call, Case, Outputs, Problem, available, bind, compiled, normals, peer, wide
 
 MAIN = (16384, 392)
+LARGE = (65536, 1024)
 PACKINGS = ("shift_scale", "scale_shift", "interleaved")
 QUICK_SWEEP = (10, 14, 18, 22)
 # what the scale maps measured here are called in normflows; its "sigmoid" divides
@@ -152,11 +153,8 @@ def _normflows_step(scale_map: str) -> Callable[..., Outputs]:
 def _beside_peer(shape: tuple[int, ...], device: torch.device, *, scale_map: str, backward: bool = False) -> Problem:
     """normflows' own maps and packing: it has no tanh map."""
     x, shift, scale = normals(shape, device, 3)
-    functions, missing = _contenders(scale_map=scale_map, packing="interleaved"), {}
-    try:
-        functions["normflows"] = _normflows_step(scale_map)
-    except Missing as why:
-        missing["normflows"] = str(why)
+    theirs, missing = available({"normflows": partial(_normflows_step, scale_map)})
+    functions = _contenders(scale_map=scale_map, packing="interleaved") | theirs
     inputs = (x, ref.pack(shift, scale, "interleaved", 1))
     return _problem(functions, inputs, _passes(backward, packed=True), backward, missing=missing)
 
@@ -176,15 +174,14 @@ def _module(shape: tuple[int, ...], device: torch.device) -> Problem:
     def op_alone(x: Tensor, params: Tensor) -> Outputs:
         return op(x.chunk(2, 1)[1], params)
 
-    functions, missing = {"eager": eager, "compile": compiled(eager), "pyflow op": op_alone}, {}
+    def theirs() -> Callable[..., Outputs]:
+        return _layer(partial(peer("normflows", "normflows.flows").AffineCouplingBlock, scale_map="exp"))
+
+    functions = {"eager": eager, "compile": compiled(eager), "pyflow op": op_alone}
     functions["pyflow"] = _layer(partial(layers.AffineCoupling, packing="interleaved", scale_map="exp"))
-    try:
-        block = peer("normflows", "normflows.flows").AffineCouplingBlock
-        functions["normflows"] = _layer(partial(block, scale_map="exp"))
-    except Missing as why:
-        missing["normflows"] = str(why)
+    peers, missing = available({"normflows": theirs})
     forms = {"pyflow op": lambda result: (torch.cat((x[:, :half], result[0]), 1), *result[1:])}
-    problem = _problem(functions, (x, params), 0, forms=forms, missing=missing)
+    problem = _problem(functions | peers, (x, params), 0, forms=forms, missing=missing)
     # both halves are read and written
     problem.bytes += 2 * x.nbytes + params.nbytes
     return problem
@@ -257,9 +254,9 @@ _main = {
 
 CASES = [
     *(_case(name + FRESH, build, pages="fresh", quick=name != "inverse") for name, build in _main.items()),
-    *(_case(name, build, quick=True) for name, build in _main.items()),
+    *(_case(name, build, quick=True, gpu=None if name == "inverse" else LARGE) for name, build in _main.items()),
     _case("inverse+backward", partial(_plain, inverse=True, backward=True)),
-    _case("small forward", _plain, (64, 32), quick=True),
+    _case("small forward", _plain, (64, 32), quick=True, gpu=(64, 32)),
     _case("small forward+backward", partial(_plain, backward=True), (64, 32), quick=True),
     _with_peer("forward, exp", partial(_beside_peer, scale_map="exp"), quick=True),
     _with_peer("forward, sigmoid", partial(_beside_peer, scale_map="sigmoid")),
@@ -269,7 +266,10 @@ CASES = [
     *(_beside_contiguous(f"packed {p} forward", partial(_packed, packing=p)) for p in PACKINGS),
     *(
         _beside_contiguous(
-            f"packed {p} forward+backward", partial(_packed, packing=p, backward=True), quick=p != "scale_shift"
+            f"packed {p} forward+backward",
+            partial(_packed, packing=p, backward=True),
+            quick=p != "scale_shift",
+            gpu=LARGE if p == "interleaved" else None,
         )
         for p in PACKINGS
     ),

@@ -125,7 +125,7 @@ def _case(name: str, build: object, shape: tuple[int, ...] = (4096, 128), **more
 
 
 CASES = [
-    _case("mala step", partial(_step_problem, quadratic=False), quick=True),
+    _case("mala step", partial(_step_problem, quadratic=False), quick=True, gpu=(65536, 1024)),
     _case("mala step, quadratic energy", partial(_step_problem, quadratic=True)),
     _case("mala accept", _accept_problem),
     _case("gradient penalty", partial(_penalty_problem, backward=False), (256, 49152)),

@@ -10,7 +10,7 @@ from torch import Tensor
 import pyflow
 from pyflow.reference import flow_head as ref
 
-from .registry import Call, Case, Missing, Outputs, Problem, bind, compiled, normals, peer, wide
+from .registry import Call, Case, Outputs, Problem, available, bind, compiled, normals, peer, wide
 
 
 def _normflows(h: Tensor, log_scale: Tensor, cotangents: Outputs | None) -> Call:
@@ -44,18 +44,13 @@ def _problem(shape: tuple[int, ...], device: torch.device, *, prior: str, backwa
 
     functions = {"eager": eager, "compile": compiled(eager), "pyflow": op}
     calls = {name: bind(function, inputs, cotangents) for name, function in functions.items()}
-    missing, forms = {}, {}
-    if prior == "gaussian":
-        try:
-            calls["normflows"] = _normflows(h, log_scale, cotangents)
-        except Missing as why:
-            missing["normflows"] = str(why)
-        if backward:
-            forms["normflows"] = lambda result: (*result[:2], -result[2].flatten())
+    makers = {"normflows": partial(_normflows, h, log_scale, cotangents)} if prior == "gaussian" else {}
+    theirs, missing = available(makers)
+    forms = {"normflows": lambda result: (*result[:2], -result[2].flatten())} if theirs and backward else {}
     # h once, then h again and its gradient
     moved = (3 if backward else 1) * h.nbytes + (2 if backward else 1) * (4 * shape[0] + log_scale.nbytes)
     truth = bind(eager, wide(inputs), cotangents and wide(cotangents))
-    return Problem(calls, truth, moved, missing=missing, forms=forms)
+    return Problem(calls | theirs, truth, moved, missing=missing, forms=forms)
 
 
 def _case(prior: str, backward: bool) -> Case:
@@ -68,6 +63,7 @@ def _case(prior: str, backward: bool) -> Case:
         contenders=("eager", "compile", "normflows", "pyflow") if with_peer else ("eager", "compile", "pyflow"),
         peer="normflows" if with_peer else None,
         quick=backward and with_peer,
+        gpu=(65536, 1024) if backward and with_peer else None,
     )
 
 

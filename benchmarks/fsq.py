@@ -11,8 +11,9 @@ from torch import Tensor
 import pyflow
 from pyflow.reference import fsq as ref
 
-from .registry import Case, Outputs, Problem, bind, compiled, normals, peer, wide
+from .registry import Case, Outputs, Problem, available, bind, compiled, normals, peer, wide
 
+TOKENS = 1 << 20
 LEVELS = ((8, 5, 5, 5), (7, 5, 5, 5, 5), (8, 8, 8, 5, 5, 5))
 PEER = "vector-quantize-pytorch"
 PEER_COMPILED = f"{PEER} compiled"
@@ -31,7 +32,6 @@ def _problem(
 ) -> Problem:
     z = _decided(shape, levels, device, dim)
     cotangents = normals(shape, device, 1) if backward else None
-    theirs = peer(PEER, "vector_quantize_pytorch").FSQ(list(levels)).to(device)
 
     def results(codes: Tensor, indices: Tensor) -> Outputs:
         return (codes,) if backward else (codes, indices)
@@ -43,17 +43,13 @@ def _problem(
     def op(z: Tensor, dim: int = dim) -> Outputs:
         return results(*pyflow.ops.fsq(z, levels, dim=dim))
 
-    def module(z: Tensor) -> Outputs:
+    def theirs() -> Callable[[Tensor], Outputs]:
+        module = peer(PEER, "vector_quantize_pytorch").FSQ(list(levels)).to(device)
         # it takes (batch, tokens, channels) or images
-        return results(*theirs(z)) if z.dim() > 2 else results(*(t[0] for t in theirs(z[None])))
+        return lambda z: results(*module(z)) if z.dim() > 2 else results(*(t[0] for t in module(z[None])))
 
-    functions = {
-        "eager": eager,
-        "compile": compiled(eager),
-        PEER: module,
-        PEER_COMPILED: compiled(module),
-        "pyflow": op,
-    }
+    peers, missing = available({PEER: theirs, PEER_COMPILED: lambda: compiled(theirs())})
+    functions = {"eager": eager, "compile": compiled(eager), "pyflow": op} | peers
     calls = {name: bind(function, (z,), cotangents) for name, function in functions.items()}
     forms = {}
     if dim == 1:
@@ -62,7 +58,8 @@ def _problem(
         forms["pyflow channel last"] = lambda out: tuple(t.movedim(-1, 1) if t.dim() == 4 else t for t in out)
     # in and out, the indices; with backward again in, and both gradients
     moved = 5 * z.nbytes if backward else 2 * z.nbytes + 4 * z.numel() // len(levels)
-    return Problem(calls, bind(eager, wide((z,)), cotangents and wide(cotangents)), moved, forms=forms)
+    truth = bind(eager, wide((z,)), cotangents and wide(cotangents))
+    return Problem(calls, truth, moved, missing=missing, forms=forms)
 
 
 def _case(
@@ -78,13 +75,14 @@ def _case(
         peer=PEER,
         compare=tuple(("pyflow", name) for name in beside),
         quick=levels == LEVELS[0] and dim == -1,
+        gpu=(1 << 24, 4) if levels == LEVELS[0] and shape[0] == TOKENS else None,
     )
 
 
 CASES = [
     _case(what, shape, tiny, levels, dim, backward)
     for what, shape, tiny, levels, dim in [
-        *(("-".join(map(str, n)), (1 << 20, len(n)), (9, len(n)), n, -1) for n in LEVELS),
+        *(("-".join(map(str, n)), (TOKENS, len(n)), (9, len(n)), n, -1) for n in LEVELS),
         ("channel first", (64, 4, 128, 128), (2, 4, 3, 5), LEVELS[0], 1),
         ("256 tokens", (256, 4), (9, 4), LEVELS[0], -1),
     ]
@@ -95,8 +93,8 @@ CASES = [
 def _modules(shape: tuple[int, ...], device: torch.device, *, stages: int, backward: bool) -> Problem:
     """Residual stages, with all the modules do around them."""
     x = normals(shape, device, 1)[0]
-    theirs = peer(PEER, "vector_quantize_pytorch").ResidualFSQ(levels=list(LEVELS[0]), num_quantizers=stages).to(device)
-    ours = pyflow.nn.ResidualFSQ(levels=list(LEVELS[0]), num_quantizers=stages).to(device)
+    options = {"levels": list(LEVELS[0]), "num_quantizers": stages}
+    ours = pyflow.nn.ResidualFSQ(**options).to(device)
     cotangents = normals(shape, device, 1) if backward else None
 
     def of(module: torch.nn.Module) -> Callable[[Tensor], Outputs]:
@@ -107,11 +105,15 @@ def _modules(shape: tuple[int, ...], device: torch.device, *, stages: int, backw
         with pyflow.backend("reference"):
             return of(ours)(x)
 
-    functions = {"eager": eager, PEER: of(theirs), PEER_COMPILED: compiled(of(theirs)), "pyflow": of(ours)}
+    def theirs() -> Callable[[Tensor], Outputs]:
+        return of(peer(PEER, "vector_quantize_pytorch").ResidualFSQ(**options).to(device))
+
+    peers, missing = available({PEER: theirs, PEER_COMPILED: lambda: compiled(theirs())})
+    functions = {"eager": eager, "pyflow": of(ours)} | peers
     calls = {name: bind(function, (x,), cotangents) for name, function in functions.items()}
     moved = 5 * x.nbytes if backward else 2 * x.nbytes + 4 * stages * shape[0]
     # the last stages are finer than float32 resolves x: in float64 their tokens would be others
-    return Problem(calls, calls["eager"], moved)
+    return Problem(calls, calls["eager"], moved, missing=missing)
 
 
 CASES += [
@@ -122,6 +124,7 @@ CASES += [
         (5, 4),
         contenders=("eager", PEER, PEER_COMPILED, "pyflow"),
         peer=PEER,
+        gpu=None if backward else (1 << 22, 4),
     )
     for backward in (False, True)
 ]

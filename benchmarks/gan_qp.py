@@ -54,15 +54,16 @@ def _case(
     latent: int | None = None,
     backward: bool = True,
     quick: bool = False,
+    gpu: tuple[int, ...] | None = None,
 ) -> Case:
     build = partial(_problem, distance=distance, latent=latent, backward=backward)
-    return Case(f"gan_qp/{name}", build, shape, (5, 3, 4, 4), quick=quick)
+    return Case(f"gan_qp/{name}", build, shape, (5, 3, 4, 4), quick=quick, gpu=gpu)
 
 
 IMAGES = (64, 3, 128, 128)
 CASES = [
     _case("l1 forward", IMAGES, backward=False),
-    _case("l1 forward+backward", IMAGES, quick=True),
+    _case("l1 forward+backward", IMAGES, quick=True, gpu=(512, 3, 256, 256)),
     _case("l2 forward+backward", IMAGES, distance="l2"),
     _case("l1 latents forward+backward", IMAGES, latent=128),
     _case("small forward+backward", (64, 1, 8, 8), latent=16),

@@ -15,7 +15,7 @@ import pyflow
 from pyflow.stats import hsic_test
 from pyflow.stats.hsic_test import _key, draw
 
-from .registry import Case, Missing, Outputs, Problem, compiled, normals, peer
+from .registry import Call, Case, Outputs, Problem, available, compiled, normals, peer
 
 PERMUTATIONS = 1000
 FEATURES = 512
@@ -52,13 +52,13 @@ def permutation_test(shape: tuple[int, ...], device: torch.device) -> Problem:
     def statistic() -> Outputs:
         return eager(x.double(), y.double())[:1]
 
-    calls, missing = {"eager": eager, "pyflow": ours}, {}
-    try:
+    def hyppo() -> Call:
         test = peer("hyppo", "hyppo.independence").Hsic(compute_kernel="gaussian", bias=False, gamma=0.5)
         arrays = x.cpu().double().numpy(), y.cpu().double().numpy()
-        calls["hyppo"] = lambda: (torch.tensor([test.test(*arrays, reps=count, workers=1, auto=False)[0]]),)
-    except Missing as why:
-        missing["hyppo"] = str(why)
+        return lambda: (torch.tensor([test.test(*arrays, reps=count, workers=1, auto=False)[0]]),)
+
+    theirs, missing = available({"hyppo": hyppo})
+    calls = {"eager": eager, "pyflow": ours} | theirs
     # the harness' own contenders (other instruction sets) compute what pyflow does
     truth = defaultdict(lambda: lambda: eager(x.double(), y.double()), {"hyppo": statistic})
     # both matrices once for every permutation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.util
 import os
 import platform
@@ -77,7 +78,10 @@ def _compiler() -> str:
 
 
 def _version(package: str) -> str:
-    return metadata.version(package) if importlib.util.find_spec(package) else "none"
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown" if importlib.util.find_spec(package) else "none"
 
 
 def _huge_pages() -> str:
@@ -88,6 +92,7 @@ def _huge_pages() -> str:
     return text[text.index("[") + 1 : text.index("]")]
 
 
+@functools.cache
 def _commit() -> str:
     root = checkout()
     if root is None:

@@ -2,33 +2,23 @@
 
 A round times every contender once, in a new order each time: the machine's moods and the memory somebody else
 just freed then meet all of them alike, and the ratios hold where absolute times do not. A time is that of a call
-and of freeing its result. Python's garbage collector is off meanwhile.
-
-Pages. A large result is new memory, and what that costs is the allocator's business: glibc maps anything above
-its threshold anew at every call, and the kernel then clears each page at first touch; below it, memory that was
-freed is used again. The threshold moves by itself (128 KB to 32 MB), so a process' history would decide. On a
-2-core Zen 4 with 4 KB pages the forward case at (16384, 392) took torch.compile of the reference 8.6 ms with reused
-and 25 ms with fresh pages. So each case says which it means and `set_pages` holds the allocator to it. Huge pages stay
-as the system and each contender have them: glibc and torch ask for none by default, pyflow's operators do for
-results of 4 MB and more (16 ms of that case with fresh pages without, 7 ms with them).
+and of freeing its result. Python's garbage collector is off meanwhile. `gpu` says what a time on a
+GPU is, `memory` where the pages of a large result come from.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import os
 import random
 import resource
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-
-# the profiler that counts memory logs every start and stop
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")
 
 import torch
 from torch import Tensor
@@ -36,7 +26,9 @@ from torch import Tensor
 import pyflow
 from pyflow import _backend
 
+from .gpu import Clock, Gpu, Sample
 from .machine import cpu_seconds
+from .memory import peak_memory, set_pages
 from .registry import Call, Case, Missing, Outputs, Problem, all_cases
 
 COPIES = ("copy", "warm copy")
@@ -55,29 +47,37 @@ class Settings:
     # seconds of rounds per case, beyond the ten there always are
     budget: float = 4.0
     compile: bool = True
-    # see `set_pages`; None: as each case says
+    # see `memory.set_pages`; None: as each case says
     pages: str | None = None
 
 
 @dataclass
 class Ready:
-    """A contender that has passed: calls per round, seconds of one, peak extra memory, largest error (of 1 allowed)."""
+    """A contender that has passed.
+
+    Attributes:
+        calls: calls per round; seconds: of a round.
+        memory: peak extra bytes; error: the largest, of 1 allowed.
+        note: what a reader must know of how it is timed.
+    """
 
     calls: int
     seconds: float
     memory: int | None
     error: float
+    note: str | None = None
 
 
 @dataclass
 class Measured:
-    """Seconds per call and page faults per call, one of each per round.
+    """Seconds per call and page faults per call, one of each per round; on a GPU wall seconds when launched, too.
 
     Or why there are none: `missing` cannot run here, `failed` gave a wrong result or none.
     """
 
     times: dict[str, list[float]] = field(default_factory=dict)
     faults: dict[str, list[float]] = field(default_factory=dict)
+    launches: dict[str, list[float]] = field(default_factory=dict)
     ready: dict[str, Ready] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -87,45 +87,29 @@ class Measured:
     others: float | None = None
 
 
-def set_pages(kind: str) -> None:
-    """ "fresh": each result over 128 KB is mapped anew; "reused": freed memory is never given back.
-
-    Without glibc nothing happens. Only a process that has not yet been told "reused" can be told "fresh": its heap
-    would serve large results too.
-    """
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    if kind == "fresh":
-        mallopt(mmap_threshold, 128 * 1024)
-        mallopt(trim_threshold, 128 * 1024)
-    elif kind == "reused":
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
-
-
 class Runner:
     """The contenders of one case that run in this process."""
 
     def __init__(self, settings: Settings) -> None:
         self.device = torch.device(settings.device)
         self.calls: dict[str, Call] = {}
+        self.gpu = Gpu() if self.device.type == "cuda" else None
+        self.clocks: dict[str, Clock] = {}
         torch.set_num_threads(settings.threads)
 
     def prepare(self, case: Case, names: list[str]) -> Measured:
         """Build the case, and let each contender show its result."""
         set_pages(case.pages)
-        if "compile" in names:
+        if any(map(compiles, names)):
             # functions of many cases share their code, and dynamo gives up after a few versions of one
             torch._dynamo.reset()
         try:
-            problem = case.build(case.shape, self.device)
+            problem = case.build(case.shape_on(self.device), self.device)
             judge = Judge(problem)
         except Missing as why:
             return Measured(missing=dict.fromkeys(names, str(why)))
         except Exception as why:
-            return Measured(failed=dict.fromkeys(names, _reason(why)))
+            return Measured(failed=dict.fromkeys(names, reason(why)))
         missing = {name: why for name, why in problem.missing.items() if name in names}
         result = Measured(bytes=problem.bytes, flops=problem.flops, missing=missing)
         self.calls = {name: call for name in names if (call := _call_of(name, problem, self.device))}
@@ -133,29 +117,32 @@ class Runner:
             try:
                 with backend_of(name):
                     error = 0.0 if name in COPIES else judge.error(name, call())
-                    result.ready[name] = self._ready(call, error)
+                    result.ready[name] = self._ready(name, call, error)
             except Missing as why:
                 result.missing[name] = str(why)
             except Exception as why:  # whatever goes wrong in a contender is that contender's row
-                result.failed[name] = _reason(why)
+                result.failed[name] = reason(why)
         return result
 
-    def _ready(self, call: Call, error: float) -> Ready:
+    def _ready(self, name: str, call: Call, error: float) -> Ready:
         memory = peak_memory(call, self.device)
+        if self.gpu:
+            clock = self.clocks[name] = Clock(call, self.gpu)
+            calls = _calls_per_round(clock.launch(1))
+            start = time.perf_counter()
+            clock.sample(calls)
+            return Ready(calls, time.perf_counter() - start, memory, error, clock.note)
         self._time(call, 1)
-        once, _ = self._time(call, 1)
-        calls = max(1, min(1000, round(ROUND_SECONDS / max(once, 1e-7))))
-        seconds, _ = self._time(call, calls)
-        return Ready(calls, seconds, memory, error)
+        calls = _calls_per_round(self._time(call, 1).seconds)
+        seconds = self._time(call, calls).seconds
+        return Ready(calls, (calls + 1) * seconds + SETTLE_SECONDS, memory, error)
 
-    def time(self, name: str, calls: int) -> tuple[float, float]:
+    def time(self, name: str, calls: int) -> Sample:
         with backend_of(name):
-            return self._time(self.calls[name], calls)
+            return self.clocks[name].sample(calls) if self.gpu else self._time(self.calls[name], calls)
 
-    def _time(self, call: Call, calls: int) -> tuple[float, float]:
-        """Seconds and page faults of one call."""
-        if self.device.type == "cuda":
-            return _cuda_seconds(call, calls), 0.0
+    def _time(self, call: Call, calls: int) -> Sample:
+        """Seconds and page faults of one call on a CPU."""
         # worker threads of the contender before (or of another process) spin for a moment, then sleep
         time.sleep(SETTLE_SECONDS)
         call()  # wakes this contender's threads and warms its code, as in a loop of them
@@ -164,28 +151,29 @@ class Runner:
         for _ in range(calls):
             call()
         seconds = time.perf_counter() - start
-        return seconds / calls, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / calls
+        return Sample(seconds / calls, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / calls)
 
     def cpu_seconds(self) -> float:
         return time.process_time()
 
     def close(self) -> None:
-        self.calls = {}
+        self.calls, self.clocks = {}, {}
+        if self.gpu:
+            self.gpu.free()
 
 
-def _reason(why: Exception) -> str:
+def compiles(name: str) -> bool:
+    """Whether a contender is torch.compile's: of the reference or of a peer."""
+    return name.endswith(("compile", "compiled"))
+
+
+def _calls_per_round(seconds: float) -> int:
+    return max(1, min(1000, round(ROUND_SECONDS / max(seconds, 1e-7))))
+
+
+def reason(why: Exception) -> str:
+    """An exception in one line."""
     return f"{type(why).__name__}: {why}".splitlines()[0]
-
-
-def _cuda_seconds(call: Call, calls: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(calls):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / calls / 1e3
 
 
 def _call_of(name: str, problem: Problem, device: torch.device) -> Call | None:
@@ -233,26 +221,6 @@ def _with_sizes(truths: Outputs) -> list[tuple[Tensor, Tensor]]:
     """Each truth and what its error is relative to."""
     truths = tuple(t.detach().double() for t in truths)
     return [(t, t.abs().add_(t.square().mean().sqrt()).clamp_min_(1e-30)) for t in truths]
-
-
-def peak_memory(call: Call, device: torch.device) -> int:
-    """Most bytes alive at once during a call beyond those before it, by torch's allocator's own account."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profile:
-        call()
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
 
 
 def _isas() -> list[str]:
@@ -307,39 +275,44 @@ class Worker:
     def prepared(self) -> Measured:
         return self.pipe.recv()
 
-    def time(self, name: str, calls: int) -> tuple[float, float]:
+    def time(self, name: str, calls: int) -> Sample:
         return self._ask("time", name, calls)
 
     def cpu_seconds(self) -> float:
         return self._ask("cpu_seconds")
 
     def close(self) -> None:
-        self._ask("close")
+        # a signal for all processes of the group may have ended it
+        with suppress(OSError, EOFError):
+            self._ask("close")
 
     def _ask(self, *message: object) -> object:
         self.pipe.send(message)
         return self.pipe.recv()
 
     def stop(self) -> None:
-        self.pipe.send(None)
+        with suppress(OSError):
+            self.pipe.send(None)
         self.process.join(10)
 
 
 def _serve(pipe: Connection, isa: str, settings: Settings) -> None:
     from pyflow import _host
 
+    # Ctrl-C reaches every process of the terminal: the harness says when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     runner, cases = Runner(settings), all_cases(settings.pages)
     gc.disable()
-    while message := pipe.recv():
-        action, *args = message
-        if action == "prepare":
-            name, names = args
-            if _host.isa() != isa or _backend.cpu_missing:
-                pipe.send(Measured(missing=dict.fromkeys(names, f"this CPU does not run {isa}")))
+    with suppress(EOFError):  # the harness was killed
+        for action, *args in iter(pipe.recv, None):
+            if action == "prepare":
+                name, names = args
+                if _host.isa() != isa or _backend.cpu_missing:
+                    pipe.send(Measured(missing=dict.fromkeys(names, f"this CPU does not run {isa}")))
+                else:
+                    pipe.send(runner.prepare(cases[name], names))
             else:
-                pipe.send(runner.prepare(cases[name], names))
-        else:
-            pipe.send(getattr(runner, action)(*args))
+                pipe.send(getattr(runner, action)(*args))
 
 
 class Bench:
@@ -352,7 +325,7 @@ class Bench:
 
     def contenders(self, case: Case) -> list[str]:
         """The case's own contenders and the harness', in the order of the report."""
-        names = [name for name in case.contenders if self.settings.compile or name != "compile"]
+        names = [name for name in case.contenders if self.settings.compile or not compiles(name)]
         if "pyflow" in names:
             at = names.index("pyflow") + 1
             names[at:at] = [f"pyflow {other}" for other in (*self.workers, *_gpu_backends(self.local.device))]
@@ -373,7 +346,7 @@ class Bench:
         runs = [name for name in names if name in result.ready]
         result.times = {name: [] for name in runs}
         result.faults = {name: [] for name in runs}
-        one_round = sum((ready.calls + 1) * ready.seconds + SETTLE_SECONDS for ready in result.ready.values())
+        one_round = sum(ready.seconds for ready in result.ready.values())
         rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(self.settings.budget / max(one_round, 1e-3))))
         everybody = (self.local, *self.workers.values())
         before, ours = cpu_seconds(), sum(place.cpu_seconds() for place in everybody)
@@ -382,9 +355,11 @@ class Bench:
         try:
             for index in range(rounds):
                 for name in random.Random(index).sample(runs, len(runs)):
-                    seconds, faults = places[name].time(name, result.ready[name].calls)
-                    result.times[name].append(seconds)
-                    result.faults[name].append(faults)
+                    sample = places[name].time(name, result.ready[name].calls)
+                    result.times[name].append(sample.seconds)
+                    result.faults[name].append(sample.faults)
+                    if sample.launch is not None:
+                        result.launches.setdefault(name, []).append(sample.launch)
             after, ours = cpu_seconds(), sum(place.cpu_seconds() for place in everybody) - ours
             if before and after and after[1] > before[1]:
                 result.others = max(0.0, (after[0] - before[0] - ours) / (after[1] - before[1]))

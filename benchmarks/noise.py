@@ -19,8 +19,7 @@ from pyflow.reference import noise as ref
 from .registry import FRESH, Case, Outputs, Problem, compiled
 
 IMAGES = (16, 3, 256, 256)
-
-
+LARGE = (64, 4, 512, 512)
 TOLERANCE = 1e-6
 # mean, standard deviation and share beyond two, each with its variance times the number of values
 MOMENTS = {
@@ -73,7 +72,7 @@ def _case(name: str, kind: str, shape: tuple[int, ...] = IMAGES, **more: object)
 
 
 CASES = [
-    _case("normal", "normal", quick=True),
+    _case("normal", "normal", quick=True, gpu=LARGE),
     _case("normal" + FRESH, "normal", pages="fresh"),
     _case("normal, small", "normal", (4, 3, 32, 32), quick=True),
     _case("uniform", "uniform"),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Outputs = tuple[Tensor, ...]
 Call = Callable[[], Outputs]
+Contender = TypeVar("Contender")
 
 # a family is the file of that name
 FAMILIES = (
@@ -59,11 +61,12 @@ class Case:
         name: "family/what".
         build: (shape, device) -> Problem.
         shape: what is measured; tiny: what the tests build.
+        gpu: what is measured on a GPU instead; a case that has it is part of --gpu.
         contenders: in the order of the report; "eager", "compile" and "pyflow" mean the same everywhere. The
             harness adds the other instruction sets and backends of "pyflow", and the copies.
         peer: the contender that is another package doing the same.
         compare: pairs of contenders whose ratio the case is about.
-        pages: "reused" or "fresh", see `measure.set_pages`.
+        pages: "reused" or "fresh", see `memory.set_pages`.
         quick: part of --quick.
         sweep: number of elements, for a point of the cost-over-size plot.
         memory: whether the case is about memory and not about time.
@@ -80,6 +83,11 @@ class Case:
     quick: bool = False
     sweep: int | None = None
     memory: bool = False
+    gpu: tuple[int, ...] | None = None
+
+    def shape_on(self, device: torch.device) -> tuple[int, ...]:
+        """What is measured on this device."""
+        return self.gpu if self.gpu and device.type == "cuda" else self.shape
 
 
 def all_cases(pages: str | None = None) -> dict[str, Case]:
@@ -95,18 +103,26 @@ def all_cases(pages: str | None = None) -> dict[str, Case]:
     return by_name
 
 
-def select(pattern: str | None = None, quick: bool = False, pages: str | None = None) -> list[Case]:
-    """Cases whose name contains the pattern (with * and ? as in file names); a pattern also finds the slow ones."""
-    cases = all_cases(pages).values()
+def select(pattern: str | None = None, quick: bool = False, pages: str | None = None, gpu: bool = False) -> list[Case]:
+    """Cases whose name contains the pattern (with * and ? as in file names); a pattern also finds the slow ones.
+
+    With `gpu` only those that have a shape for a GPU.
+    """
+    cases = [case for case in all_cases(pages).values() if case.gpu or not gpu]
     if pattern:
         return [case for case in cases if fnmatch(case.name, f"*{pattern}*")]
     return [case for case in cases if case.quick or not quick]
 
 
 def normals(shape: tuple[int, ...], device: torch.device, count: int, dtype: torch.dtype = torch.float32) -> Outputs:
-    """The same normal tensors in every process."""
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(shape, generator=generator).to(device, dtype) for _ in range(count))
+    """The same normal tensors in every process on a device of this kind."""
+    source = generator(device)
+    return tuple(torch.randn(shape, generator=source, device=device).to(dtype) for _ in range(count))
+
+
+def generator(device: torch.device) -> torch.Generator:
+    """Where `normals` come from: drawn on the device, since 64 M of them take half a second on a CPU."""
+    return torch.Generator(device).manual_seed(0)
 
 
 def compiled(function: Callable) -> Callable:
@@ -128,12 +144,25 @@ def bind(function: Callable[..., Outputs], inputs: Outputs, cotangents: Outputs 
     return forward if cotangents is None else forward_backward
 
 
-def peer(contender: str, module: str) -> object:
+def peer(package: str, module: str) -> object:
     """The other package's module, or Missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise Missing(f"the package {contender} is not installed") from error
+        raise Missing(f"the package {package} is not installed") from error
+    except Exception as error:  # some look for a compiler when they are imported
+        raise Missing(f"the package {package} does not import: {error}") from error
+
+
+def available(makers: Mapping[str, Callable[[], Contender]]) -> tuple[dict[str, Contender], dict[str, str]]:
+    """The contenders that can be made here, and why the others are missing."""
+    made, missing = {}, {}
+    for name, make in makers.items():
+        try:
+            made[name] = make()
+        except Missing as why:
+            missing[name] = str(why)
+    return made, missing
 
 
 def wide(tensors: Outputs) -> Outputs:

@@ -1,13 +1,16 @@
-"""From the JSON of a run to a table in the terminal, a table for a page, and plots."""
+"""A run as JSON, and from that a table in the terminal, a table for a page, and plots."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 COLUMNS = ("time", "IQR", "vs eager", "vs compile", "vs peer", "of copy", "of warm copy", "GFLOP/s", "memory")
+# on a GPU beside them: the time is then that of a graph's replay, and this the wall time of a launched call
+LAUNCH = "launch"
 # share of the CPU taken by others from which on a remark is made
 BUSY = 0.1
 
@@ -21,6 +24,9 @@ class Row:
     iqr: float = math.nan
     memory: int | None = None
     reason: str | None = None
+    # on a GPU: seconds by the wall clock when launched, and what is different about the time
+    launch: float = math.nan
+    note: str | None = None
 
 
 @dataclass
@@ -36,7 +42,11 @@ class Group:
     bytes: int | None
     flops: int | None
     others: float | None
+    shape: list[int] | None = None
     rows: dict[str, Row] = field(default_factory=dict)
+
+    def title(self) -> str:
+        return f"{self.name} ({', '.join(map(str, self.shape))})" if self.shape else self.name
 
     def median(self, contender: str | None) -> float:
         row = self.rows.get(contender or "")
@@ -55,12 +65,14 @@ def groups_of(results: dict) -> list[Group]:
     rows: dict[str, dict[str, Row]] = {}
     for entry in results["benchmarks"]:
         extra, stats = entry["extra_info"], entry["stats"]
-        row = Row(extra["contender"], stats["median"], stats["iqr"], extra["memory"])
+        row = Row(extra["contender"], stats["median"], stats["iqr"], extra["memory"], note=extra.get("note"))
+        if extra.get("launch") is not None:
+            row.launch = extra["launch"]
         rows.setdefault(extra["case"], {})[row.contender] = row
     groups = []
     for case in results["pyflow"]["cases"]:
         keys = ("name", "pages", "peer", "compare", "sweep", "memory", "bytes", "flops", "others")
-        group = Group(**{key: case[key] for key in keys})
+        group = Group(**{key: case[key] for key in keys}, shape=case.get("shape"))
         for contender in case["contenders"]:
             why = case["missing"].get(contender, "not part of this case")
             group.rows[contender] = rows.get(case["name"], {}).get(contender, Row(contender, reason=why))
@@ -114,6 +126,10 @@ def cells(group: Group, row: Row) -> list[str]:
     ]
 
 
+def _line(group: Group, row: Row) -> list[str]:
+    return [*cells(group, row), duration(row.launch)]
+
+
 def comparisons(group: Group) -> Iterator[str]:
     """What the case is about, in words."""
     for one, other in group.compare:
@@ -128,8 +144,8 @@ def comparisons(group: Group) -> Iterator[str]:
 
 def used_columns(groups: list[Group]) -> list[int]:
     """Columns that say something anywhere."""
-    table = [cells(group, row) for group in groups for row in group.rows.values() if not row.reason]
-    return [i for i in range(len(COLUMNS)) if any(line[i] != "–" for line in table)]
+    table = [_line(group, row) for group in groups for row in group.rows.values() if not row.reason]
+    return [i for i in range(len(COLUMNS) + 1) if any(line[i] != "–" for line in table)]
 
 
 def print_table(results: dict) -> None:
@@ -137,7 +153,7 @@ def print_table(results: dict) -> None:
     header = "\n".join(f"{name}: {fact}" for name, fact in results["pyflow"]["header"].items())
     groups = groups_of(results)
     keep = used_columns(groups)
-    titles = [COLUMNS[i] for i in keep]
+    titles = [(*COLUMNS, LAUNCH)[i] for i in keep]
     try:
         from rich.console import Console
         from rich.table import Table
@@ -153,7 +169,7 @@ def print_table(results: dict) -> None:
         table.add_row(f"[bold]{group.name}[/bold]")
         for row in group.rows.values():
             if not row.reason:
-                columns = cells(group, row)
+                columns = _line(group, row)
                 style = "green" if row.contender == "pyflow" else None
                 table.add_row(f"  {row.contender}", *(columns[i] for i in keep), style=style)
     print(header)
@@ -169,7 +185,7 @@ def _print_plain(groups: list[Group], keep: list[int], titles: list[str]) -> Non
         print(group.name)
         for row in group.rows.values():
             if not row.reason:
-                columns = cells(group, row)
+                columns = _line(group, row)
                 print(f"  {row.contender:<24}" + "".join(f"{columns[i]:>14}" for i in keep))
     print(*_remarks(groups), sep="\n")
 
@@ -184,6 +200,7 @@ def _remarks(groups: list[Group]) -> Iterator[str]:
             yield f"{group.name}: not measured: {next(iter(reasons.values()))}"
         else:
             yield from (f"{group.name}: no number for {name}: {why}" for name, why in reasons.items())
+        yield from (f"{group.name}: {row.contender}: {row.note}" for row in group.rows.values() if row.note)
     busy = [group.others for group in groups if (group.others or 0) > BUSY]
     if busy:
         yield (
@@ -196,23 +213,33 @@ def markdown(results: dict) -> str:
     """One line per case, for a page."""
     head = ("case", "eager", "torch.compile", "peer", "pyflow", "vs eager", "vs compile", "vs peer", "of copy")
     head += ("memory, eager", "memory, pyflow")
+    groups = groups_of(results)
+    launched = any(not math.isnan(row.launch) for group in groups for row in group.rows.values())
+    head += (f"{LAUNCH}, eager", f"{LAUNCH}, pyflow") if launched else ()
     lines = [f"{name}: {fact}  " for name, fact in results["pyflow"]["header"].items()]
     lines += ["", "| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    groups = groups_of(results)
     for group in groups:
         if group.memory or group.sweep or group.ours().reason:
             continue
         ours, eager = group.ours(), group.rows.get("eager", Row("eager"))
         peer = duration(group.median(group.peer)) + (f" ({group.peer})" if group.peer else "")
         columns = (
-            group.name, duration(eager.median), duration(group.median("compile")), peer, duration(ours.median),
+            group.title(), duration(eager.median), duration(group.median("compile")), peer, duration(ours.median),
             _times(group.speedup(ours, "eager")), _times(group.speedup(ours, "compile")),
             _times(group.speedup(ours, group.peer)), _percent(group.speedup(ours, "copy")), size(eager.memory),
-            size(ours.memory),
+            size(ours.memory), *((duration(eager.launch), duration(ours.launch)) if launched else ()),
         )  # fmt: skip
         lines.append("| " + " | ".join(columns) + " |")
     lines += ["", *(f"- {text}" for text in _remarks(groups)), ""]
     return "\n".join(lines)
+
+
+def save(results: dict, out: Path) -> None:
+    """Write bench.json and bench.md, each at once: a run that is killed meanwhile leaves those before."""
+    for name, text in (("bench.json", json.dumps(results, indent=1)), ("bench.md", markdown(results))):
+        part = out / f"{name}.part"
+        part.write_text(text)
+        part.replace(out / name)
 
 
 def write(results: dict, out: Path) -> None:

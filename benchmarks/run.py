@@ -1,16 +1,24 @@
-"""`pyflow bench`: measure, print the table, write the JSON and the plots."""
+"""`pyflow bench`: measure, print the table, write the JSON and the plots.
+
+The JSON is pytest-benchmark's, with what it does not know under extra_info and "pyflow": `pytest-benchmark compare` reads it.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import contextlib
+import datetime
+import platform
+import signal
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from pyflow.recipes import _demo
 
 from . import machine, registry, report
 
@@ -22,6 +30,9 @@ QUICK_SECONDS = 85
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `pyflow bench`."""
     parser.add_argument("--quick", action="store_true", help="the main cases, within two minutes")
+    parser.add_argument(
+        "--gpu", action="store_true", help="the cases for a GPU, with large tensors; implies --device cuda"
+    )
     parser.add_argument("--case", metavar="PATTERN", help="only cases whose name contains this (* and ? work)")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument("--threads", type=int, default=None, help="default: as many as torch uses")
@@ -30,13 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pages", choices=("fresh", "reused"), help="memory of results, for every case (default: as each case says)"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
-    parser.add_argument("--budget", type=float, help="seconds of rounds per case (default 4, with --quick 0.8)")
+    parser.add_argument("--budget", type=float, help="seconds of rounds per case (default 4, --quick 0.8, --gpu 1)")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="start no case after so many seconds")
     parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results in a checkout)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure what the options ask for; 0, or 1 where pyflow gave a wrong result or something broke."""
-    cases = registry.select(args.case, args.quick, args.pages)
+    if args.gpu:
+        args.device = "cuda"
+    cases = registry.select(args.case, args.quick, args.pages, args.gpu)
     if args.list:
         print(*(case.name for case in cases), sep="\n")
         return 0
@@ -44,32 +58,49 @@ def run(args: argparse.Namespace) -> int:
     if problem:
         print(f"bench: {problem}", file=sys.stderr)
         return 2
-    import pytest
-
     from .measure import Settings
 
     threads = args.threads or torch.get_num_threads()
-    budget = args.budget or (0.8 if args.quick else 4.0)
+    budget = args.budget or (0.8 if args.quick else 1.0 if args.gpu else 4.0)
     settings = Settings(args.device, threads, budget, not args.no_compile, args.pages)
-    session = Session(cases, settings, QUICK_SECONDS if args.quick else float("inf"))
+    seconds = (QUICK_SECONDS if args.quick else float("inf")) if args.timeout is None else args.timeout
     out = args.out or (HERE / "results" if machine.checkout() else Path("pyflow-bench"))
+    return measure(cases, settings, seconds, out)
+
+
+def measure(cases: list[registry.Case], settings: object, seconds: float, out: Path) -> int:
+    """Measure the cases, starting none after so many seconds; the files are written anew after every case."""
     out.mkdir(parents=True, exist_ok=True)
-    results = out / "bench.json"
-    results.unlink(missing_ok=True)
-    # none of the caller's pytest settings, none of pytest's own output
-    options = ["-c", os.devnull, "--rootdir", str(HERE), "--import-mode=importlib", "-s"]
-    options += ["-p", "no:terminal", "-p", "no:cacheprovider", "--benchmark-quiet", f"--benchmark-json={results}"]
-    options.append(str(HERE / "bench_cases.py"))
-    status = pytest.main(options, plugins=[session])
-    if results.exists():
-        report.write(json.loads(results.read_text()), out)
-    else:
+    (out / "bench.json").unlink(missing_ok=True)
+    session = Session(cases, settings, seconds)
+    try:
+        with _terminable():
+            for case in session.cases:
+                session.measure(case)
+                report.save(session.results(), out)
+    finally:
+        if session.entries:
+            report.write(session.results(), out)
+        session.stop()
+    if not session.entries:
         print("bench: nothing could be measured", file=sys.stderr)
     for text in session.broken:
         print(text, file=sys.stderr)
-    if status == pytest.ExitCode.INTERRUPTED:
+    return 1 if session.broken or not session.entries else 0
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does."""
+
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
-    return 1 if session.broken or not results.exists() else 0
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _problem(args: argparse.Namespace, cases: list[registry.Case]) -> str | None:
@@ -84,49 +115,48 @@ def _problem(args: argparse.Namespace, cases: list[registry.Case]) -> str | None
         import pytest_benchmark  # noqa: F401
     except ImportError:
         return "the package pytest-benchmark is not installed: pip install 'pyflow-kernels[bench]'"
+    if args.out is not None:
+        names = ("bench.json", "bench.md", "speedup.png", "scaling.png", "memory.png")
+        try:
+            _demo.check_writable("a folder", args.out, [args.out], [args.out / name for name in names])
+        except _demo.Refused as error:
+            return str(error)
     return None
 
 
 class Session:
-    """The pytest plugin of one run: which cases there are, their times, and what the JSON says beside them."""
+    """One run: its cases, what was measured of them so far, and the JSON that says so."""
 
     def __init__(self, cases: list[registry.Case], settings: object, seconds: float) -> None:
+        from .measure import Bench
+
         # a heap that was told to keep its pages cannot be told to give them up
         self.cases = sorted(cases, key=lambda case: case.pages != "fresh")
         self.settings = settings
         self.end = time.perf_counter() + seconds
+        self.bench = Bench(settings)
         self.measured: dict[str, object] = {}
+        self.entries: list[dict[str, object]] = []
         self.broken: list[str] = []
-        self.bench = None
 
-    def pytest_generate_tests(self, metafunc: object) -> None:
-        from .measure import Bench
-
-        self.bench = self.bench or Bench(self.settings)
-        pairs = [(case, contender) for case in self.cases for contender in self.bench.contenders(case)]
-        ids = [f"{case.name}: {contender}" for case, contender in pairs]
-        metafunc.parametrize(("session", "case", "contender"), [(self, *pair) for pair in pairs], ids=ids)
-
-    def times(self, case: registry.Case, contender: str) -> list[float]:
-        import pytest
-
-        if case.name not in self.measured:
-            start = time.perf_counter()
-            measured = self.measured[case.name] = self._measure(case)
-            self._say(case, measured, time.perf_counter() - start)
-            wrong = {name: why for name, why in measured.failed.items() if name.startswith("pyflow")}
-            self.broken += [f"{case.name}: {name}: {why}" for name, why in wrong.items()]
-        measured = self.measured[case.name]
-        if contender not in measured.times:
-            pytest.skip({**measured.missing, **measured.failed}.get(contender, "not part of this case"))
-        return measured.times[contender]
+    def measure(self, case: registry.Case) -> None:
+        start = time.perf_counter()
+        measured = self.measured[case.name] = self._measure(case)
+        self.entries += [self._entry(case, name) for name in measured.times]
+        self._say(case, measured, time.perf_counter() - start)
+        wrong = {name: why for name, why in measured.failed.items() if name.startswith("pyflow")}
+        self.broken += [f"{case.name}: {name}: {why}" for name, why in wrong.items()]
 
     def _measure(self, case: registry.Case) -> object:
-        from .measure import Measured
+        from .measure import Measured, reason
 
+        contenders = self.bench.contenders(case)
         if time.perf_counter() > self.end:
-            return Measured(missing=dict.fromkeys(self.bench.contenders(case), "no time left"))
-        return self.bench.measure(case)
+            return Measured(missing=dict.fromkeys(contenders, "no time left"))
+        try:
+            return self.bench.measure(case)
+        except Exception as why:  # whatever breaks is this case's, and the others are still measured
+            return Measured(failed=dict.fromkeys(contenders, reason(why)))
 
     def _say(self, case: registry.Case, measured: object, seconds: float) -> None:
         medians = {name: statistics.median(times) for name, times in measured.times.items()}
@@ -136,23 +166,36 @@ class Session:
         text = ", ".join(parts)
         print(f"[{len(self.measured)}/{len(self.cases)}] {case.name}: {text} ({seconds:.0f} s)", flush=True)
 
-    def extra(self, case: registry.Case, contender: str) -> dict[str, object]:
-        measured = self.measured[case.name]
-        ready = measured.ready[contender]
+    def results(self) -> dict[str, object]:
+        """What the files say."""
+        from pytest_benchmark import __version__
+        from pytest_benchmark.utils import get_commit_info
+
         return {
+            "version": __version__,
+            "commit_info": get_commit_info(),
+            "machine_info": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
+            "benchmarks": self.entries,
+            "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+            "pyflow": {
+                "header": machine.facts(self.settings.device, self.settings.threads, self._others()),
+                "cases": [self._case(case) for case in self.cases if case.name in self.measured],
+            },
+        }
+
+    def _entry(self, case: registry.Case, contender: str) -> dict[str, object]:
+        measured = self.measured[case.name]
+        ready, launches = measured.ready[contender], measured.launches.get(contender)
+        extra = {
             "case": case.name, "contender": contender, "memory": ready.memory, "calls": ready.calls,
             "error": ready.error, "faults": statistics.median(measured.faults[contender]),
+            "launch": statistics.median(launches) if launches else None, "note": ready.note,
         }  # fmt: skip
-
-    def pytest_benchmark_update_machine_info(self, machine_info: dict) -> None:
-        # the host's name is nobody's business
-        machine_info.pop("node", None)
-
-    def pytest_benchmark_update_json(self, output_json: dict) -> None:
-        output_json["pyflow"] = {
-            "header": machine.facts(self.settings.device, self.settings.threads, self._others()),
-            "cases": [self._case(case) for case in self.cases if case.name in self.measured],
-        }
+        name = f"{case.name}: {contender}"
+        return {
+            "group": case.name, "name": name, "fullname": name, "params": None, "param": None, "options": {},
+            "extra_info": extra, "stats": stats(measured.times[contender], ready.calls),
+        }  # fmt: skip
 
     def _others(self) -> float | None:
         shares = [measured.others for measured in self.measured.values() if measured.others is not None]
@@ -163,23 +206,25 @@ class Session:
 
         measured = self.measured[case.name]
         return {
-            "name": case.name, "shape": case.shape, "pages": case.pages, "peer": case.peer, "compare": case.compare,
-            "sweep": case.sweep, "bytes": measured.bytes, "flops": measured.flops, "others": measured.others,
-            "memory": case.memory, "missing": {**measured.missing, **measured.failed},
+            "name": case.name, "shape": case.shape_on(torch.device(self.settings.device)), "pages": case.pages,
+            "peer": case.peer, "compare": case.compare, "sweep": case.sweep, "bytes": measured.bytes,
+            "flops": measured.flops, "others": measured.others, "memory": case.memory,
+            "missing": {**measured.missing, **measured.failed},
             "contenders": [name for name in self.bench.contenders(case) if name not in COPIES or measured.bytes],
         }  # fmt: skip
 
-    def pytest_runtest_logreport(self, report: object) -> None:
-        if report.failed:
-            self.broken.append(report.longreprtext)
+    def stop(self) -> None:
+        self.bench.stop()
 
-    def pytest_collectreport(self, report: object) -> None:
-        if report.failed:
-            self.broken.append(report.longreprtext)
 
-    def pytest_sessionfinish(self) -> None:
-        if self.bench:
-            self.bench.stop()
+def stats(times: list[float], calls: int) -> dict[str, object]:
+    """pytest-benchmark's statistics of a contender's rounds."""
+    from pytest_benchmark.stats import Stats
+
+    found = Stats()
+    for seconds in times:
+        found.update(seconds)
+    return {**found.as_dict(), "data": times, "iterations": calls}
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from torch import Tensor
 import pyflow
 from pyflow.reference import sde as ref
 
-from .noise import IMAGES, MOMENTS, TOLERANCE, deviations
-from .registry import FRESH, Call, Case, Missing, Outputs, Problem, bind, compiled, normals, peer, wide
+from .noise import IMAGES, LARGE, MOMENTS, TOLERANCE, deviations
+from .registry import FRESH, Call, Case, Outputs, Problem, available, bind, compiled, normals, peer, wide
 
 SMALL = (4, 3, 32, 32)
 SCALARS = (1.01, 0.05, 0.3)
@@ -35,23 +35,16 @@ def _own(shape: tuple[int, ...], device: torch.device) -> Outputs:
     return tuple(v * spread for v in SCALARS)
 
 
-def _diffusers(shape: tuple[int, ...], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """step_pred of the VE scheduler: its step is x + g**2 score + g z with the g of its last time."""
+def _diffusers() -> tuple[Callable[[Tensor, Tensor], Tensor], tuple[float, float, float]]:
+    """step_pred of the VE scheduler, and its coefficients: the step is x + g**2 score + g z with the g of a time."""
     scheduler = peer("diffusers", "diffusers").ScoreSdeVeScheduler()
     scheduler.set_timesteps(10)
     scheduler.set_sigmas(10)
     time = scheduler.timesteps[5]
-    return lambda x, score: scheduler.step_pred(score, time, x).prev_sample
-
-
-def _gain(device: torch.device) -> float:
-    """That g."""
-    scheduler = peer("diffusers", "diffusers").ScoreSdeVeScheduler()
-    scheduler.set_timesteps(10)
-    scheduler.set_sigmas(10)
-    index = (scheduler.timesteps[5] * (len(scheduler.timesteps) - 1)).long()
+    index = (time * (len(scheduler.timesteps) - 1)).long()
     sigma, before = scheduler.discrete_sigmas[index], scheduler.discrete_sigmas[index - 1]
-    return float((sigma**2 - before**2).sqrt())
+    gain = float((sigma**2 - before**2).sqrt())
+    return lambda x, score: scheduler.step_pred(score, time, x).prev_sample, (1.0, gain**2, gain)
 
 
 def _standardised(x: Tensor, score: Tensor, a: object, b: object, c: object) -> Callable[[Outputs], Outputs]:
@@ -65,13 +58,10 @@ def _problem(
     dtype: torch.dtype = torch.float32,
 ) -> Problem:  # fmt: skip
     x, score = normals(shape, device, 2, dtype)
-    missing = {}
+    theirs, missing = available({"diffusers": _diffusers} if with_peer else {})
     values = _own(shape, device) if own else SCALARS
-    if with_peer:
-        try:
-            values = (1.0, _gain(device) ** 2, _gain(device))
-        except Missing as why:
-            missing["diffusers"] = str(why)
+    if theirs:
+        step, values = theirs["diffusers"]
     a, b, c = _columns(values, x) if own else values
     seed = pyflow.ops.sample_seeds(torch.tensor(SEED, device=device), shape[0]) if own else SEED
 
@@ -82,8 +72,7 @@ def _problem(
         return (pyflow.ops.sde_step(x, score, *scalars, seed=seed, step=STEP),)
 
     functions = {"eager": eager, "compile": compiled(eager), "pyflow": op}
-    if with_peer and not missing:
-        step = _diffusers(shape, device)
+    if theirs:
         functions["diffusers"] = lambda x, score: (step(x, score),)
     if own:
         functions["pyflow scalars"] = partial(op, scalars=SCALARS, seed=SEED)
@@ -180,7 +169,7 @@ def _case(name: str, build: Callable[..., Problem], shape: tuple[int, ...] = IMA
 
 _with_peer = ("eager", "compile", "diffusers", "pyflow")
 CASES = [
-    _case("step", partial(_problem, with_peer=True), contenders=_with_peer, peer="diffusers", quick=True),
+    _case("step", partial(_problem, with_peer=True), contenders=_with_peer, peer="diffusers", quick=True, gpu=LARGE),
     _case(
         "step" + FRESH, partial(_problem, with_peer=True), contenders=_with_peer, peer="diffusers", pages="fresh"
     ),
@@ -193,6 +182,6 @@ CASES = [
     _case("step, given noise", _given),
     _case("step, given noise forward+backward", partial(_given, backward=True)),
     _case("denoising loss", partial(_loss, backward=False)),
-    _case("denoising loss forward+backward", partial(_loss, backward=True), quick=True),
+    _case("denoising loss forward+backward", partial(_loss, backward=True), quick=True, gpu=LARGE),
     _case("langevin step", _langevin),
 ]  # fmt: skip

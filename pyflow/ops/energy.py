@@ -14,7 +14,7 @@ from ..reference import energy as ref
 from ..reference import sde as sde_ref
 from ._transforms import one_by_one
 from .noise import seed_tensor, step_tensor
-from .sde import coefficient, sde_step
+from .sde import advance, coefficient, stream_of
 
 KINDS = ("linear", "hinge", "ebgan")
 
@@ -161,7 +161,8 @@ def mala_propose(
     check.like(op, "grad", grad, "z", z.shape, z.device)
     # in float64, so that a root that is not exact leaves no trace in float32
     size = _step_size(op, alpha, z).double()
-    return sde_step(z, grad, 1.0, -size, (2 * size).sqrt(), seed=seed, step=step)
+    one, stream = torch.full((), 1.0, dtype=torch.float64, device="cpu"), stream_of(op, seed, step, z)
+    return advance(z, grad, one, -size, (2 * size).sqrt(), stream, "noise")[0]
 
 
 def mala_accept(

@@ -72,7 +72,7 @@ def sde_step(
     check.float_tensor(op, "x", x)
     check.like(op, "score", score, "x", x.shape, x.device)
     a, b, c = coefficient(op, "a", a, x), coefficient(op, "b", b, x), at_least_zero(op, "c", c, x)
-    y, mean = _step(x, score, a, b, c, _stream(op, seed, step, x, noise), "noise", return_mean)
+    y, mean = advance(x, score, a, b, c, stream_of(op, seed, step, x, noise), "noise", return_mean)
     return (y, mean) if return_mean else y
 
 
@@ -98,7 +98,7 @@ def perturb(x0: Tensor, alpha: Scalar, std: Scalar, *, seed: int | Tensor | None
     op = "perturb"
     check.float_tensor(op, "x0", x0)
     alpha, std = coefficient(op, "alpha", alpha, x0), at_least_zero(op, "std", std, x0)
-    return _step(x0, None, alpha, None, std, _stream(op, seed, step, x0), "noise", False)[0]
+    return advance(x0, None, alpha, None, std, stream_of(op, seed, step, x0), "noise")[0]
 
 
 def denoising_loss(
@@ -152,7 +152,7 @@ def denoising_loss(
         raise ValueError(f"{op}: std must be given for the parameterization score, got None")
     std = at_least_zero(op, "std", std, pred) if of_score else None
     weight = None if weight is None else coefficient(op, "weight", weight, pred)
-    seed, step, _ = _stream(op, seed, step, pred)
+    seed, step, _ = stream_of(op, seed, step, pred)
     if runs_reference(op, pred):
         loss = ref.denoising_loss(pred, std, ref.noise_like(pred, seed, step, None, "noise"))
     else:
@@ -215,7 +215,7 @@ def langevin_step(
         given = "none" if snr is None else "both"
         raise ValueError(f"{op}: exactly one of step_size and snr must be given, got {given}")
     # one seed for both passes
-    stream = _stream(op, seed, step, x, noise)
+    stream = stream_of(op, seed, step, x, noise)
     if step_size is not None:
         size = at_least_zero(op, "step_size", step_size, x).double()
     else:
@@ -223,7 +223,7 @@ def langevin_step(
         size = _snr_rule(_squares(score, stream).double(), snr.double(), alpha.double(), over_batch)
     one = torch.full((), 1.0, dtype=torch.float64, device="cpu")
     # in float64, so that a root that is not exact leaves no trace in float32
-    y, mean = _step(x, score, one, size, _root(2 * size), stream, "corrector", return_mean)
+    y, mean = advance(x, score, one, size, _root(2 * size), stream, "corrector", return_mean)
     return (y, mean) if return_mean else y
 
 
@@ -272,7 +272,7 @@ def at_least_zero(op: str, name: str, value: object, x: Tensor) -> Tensor:
     return result
 
 
-def _stream(op: str, seed: object, step: object, x: Tensor, noise: object = None) -> tuple[Tensor | None, ...]:
+def stream_of(op: str, seed: object, step: object, x: Tensor, noise: object = None) -> tuple[Tensor | None, ...]:
     """Seed, step and noise: tensors of which the first two or the last are absent."""
     if noise is not None:
         check.like(op, "noise", noise, "x", x.shape, x.device)
@@ -280,7 +280,17 @@ def _stream(op: str, seed: object, step: object, x: Tensor, noise: object = None
     return seed_tensor(op, seed, x.shape, x.device, "cpu"), step_tensor(op, step, x.device), None
 
 
-def _step(x, score, a, b, c, stream, purpose, return_mean):
+def advance(
+    x: Tensor,
+    score: Tensor | None,
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor,
+    stream: tuple[Tensor | None, ...],
+    purpose: str,
+    return_mean: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(a x + b score + c z, its mean): a step whose arguments are checked."""
     if runs_reference("sde_step", x):
         z = ref.noise_like(x, *stream, purpose)
         return tuple(v.to(x.dtype) for v in ref.sde_step(x, score, a, b, c, z))

@@ -16,7 +16,7 @@ def bench(*options):
 
 @pytest.mark.slow
 def test_small_case_from_end_to_end(tmp_path):
-    done = bench("--case", "small forward", "--budget", "0.01", "--threads", "1", "--out", str(tmp_path))
+    done = bench("--case", "coupling/small forward", "--budget", "0.01", "--threads", "1", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "[2/2] coupling/small forward+backward: eager" in done.stdout
     results = json.loads((tmp_path / "bench.json").read_text())

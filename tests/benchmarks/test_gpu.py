@@ -1,0 +1,216 @@
+"""The cases for a GPU, and timing on it, by a stand-in for CUDA."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pyflow.benchmarks import gpu, measure, registry, report, run
+
+CASES = {case.name: case for case in registry.select(gpu=True)}
+LAUNCHED = "launches timed, no graph: "
+
+
+def test_selection():
+    families = {name.partition("/")[0] for name in CASES}
+    # those of hsic_stats wait for the host, and sector's is one number
+    assert families == set(registry.FAMILIES) - {"hsic_stats", "sector"}
+    assert 12 <= len(CASES) <= 18
+    assert CASES["coupling/small forward"].gpu == (64, 32)
+    assert not any(name.endswith(registry.FRESH) for name in CASES)
+    assert [case.name for case in registry.select("noise", gpu=True)] == ["noise/normal"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case_builds(name, monkeypatch):
+    """At its tiny shape; and at the GPU's with tensors that have no memory, where one on the CPU is refused."""
+    case = CASES[name]
+    assert len(case.gpu) == len(case.shape)
+    tiny = case.build(case.tiny, torch.device("cpu"))
+    assert {"eager", "pyflow"} <= set(tiny.calls)
+    monkeypatch.setattr(registry, "generator", lambda device: None)
+    meta = torch.device("meta")
+    problem = case.build(case.gpu, meta)
+    truth = problem.truth["pyflow"] if isinstance(problem.truth, dict) else problem.truth
+    for call in (problem.calls["eager"], problem.calls["pyflow"], truth):
+        assert {result.device for result in call()} == {meta}
+
+
+def test_shape_on_a_gpu():
+    case = registry.Case("coupling/x", None, (3,), (1,), gpu=(5,))
+    assert case.shape_on(torch.device("cpu")) == (3,)
+    assert case.shape_on(torch.device("cuda")) == (5,)
+    assert dataclasses.replace(case, gpu=None).shape_on(torch.device("cuda")) == (3,)
+
+
+class FakeGpu:
+    """Every replay takes 1 ms, everything else 2 ms; calls that refuse cannot be captured."""
+
+    def __init__(self):
+        self.freed = 0
+
+    def capture(self, call):
+        if getattr(call, "refuses", False):
+            try:
+                raise RuntimeError("called a synchronizing CUDA operation\nand more")
+            finally:
+                raise RuntimeError("the capture was invalidated")
+        return SimpleNamespace(replay=call)
+
+    def seconds(self, run, count):
+        return [1e-3 if isinstance(run, SimpleNamespace) else 2e-3] * count
+
+    def synchronize(self):
+        pass
+
+    def free(self):
+        self.freed += 1
+
+
+def test_clock_replays_a_graph():
+    counted = []
+    clock = gpu.Clock(lambda: counted.append(1), FakeGpu())
+    sample = clock.sample(5)
+    assert (clock.note, sample.seconds, sample.faults) == (None, 1e-3, 0)
+    assert 0 < sample.launch < 1
+    # one call warms, replays are not calls
+    assert len(counted) == 6
+
+
+def test_clock_without_a_graph_times_launches_and_says_why():
+    def call():
+        pass
+
+    call.refuses = True
+    clock = gpu.Clock(call, FakeGpu())
+    assert clock.note == LAUNCHED + "called a synchronizing CUDA operation"
+    assert clock.sample(1).seconds == 2e-3
+
+
+@pytest.fixture
+def session(monkeypatch, tmp_path):
+    """A function: cases, seconds -> a run of them on the stand-in, in this process alone."""
+    monkeypatch.setattr(measure, "_isas", lambda: [])
+    monkeypatch.setattr(measure, "MIN_ROUNDS", 3)
+
+    class OnGpu(measure.Runner):
+        def __init__(self, settings):
+            super().__init__(settings)
+            self.gpu = FakeGpu()
+
+    monkeypatch.setattr(measure, "Runner", OnGpu)
+    settings = measure.Settings(threads=torch.get_num_threads(), budget=0.0, compile=False)
+    return lambda cases, seconds=math.inf: run.measure(cases, settings, seconds, tmp_path)
+
+
+def _case(name="coupling/x", **more):
+    def build(shape, device):
+        def eager():
+            return (torch.ones(shape),)
+
+        eager.refuses = True
+        calls = {"eager": eager, "pyflow": lambda: (torch.ones(shape),)}
+        return registry.Problem(calls, lambda: (torch.ones(shape).double(),), 8, **more)
+
+    # "default" leaves this process' allocator alone
+    return registry.Case(name, build, (3,), (3,), pages="default")
+
+
+def test_replays_launches_and_remarks_are_reported(session, tmp_path, capsys):
+    assert session([_case()]) == 0
+    results = json.loads((tmp_path / "bench.json").read_text())
+    extras = {entry["extra_info"]["contender"]: entry["extra_info"] for entry in results["benchmarks"]}
+    assert extras["eager"]["note"] == LAUNCHED + "called a synchronizing CUDA operation"
+    assert extras["pyflow"]["note"] is None
+    assert all(extra["launch"] > 0 for extra in extras.values())
+    (group,) = report.groups_of(results)
+    assert (group.median("eager"), group.median("pyflow")) == (2e-3, 1e-3)
+    remark = f"coupling/x: eager: {LAUNCHED}called a synchronizing CUDA operation"
+    page = (tmp_path / "bench.md").read_text()
+    assert f"- {remark}\n" in page
+    assert " | launch, eager | launch, pyflow |\n" in page
+    printed = capsys.readouterr().out
+    assert remark in printed
+    assert " launch" in printed
+
+
+def test_no_launch_column_without_launches():
+    row = report.Row("eager", 1.0, 0.1)
+    group = report.Group("x", "reused", None, [], None, False, 8, None, None, rows={"eager": row})
+    assert len(report.COLUMNS) not in report.used_columns([group])
+    row.launch = 1e-5
+    assert len(report.COLUMNS) in report.used_columns([group])
+
+
+def test_memory_is_given_back_after_every_case(monkeypatch):
+    monkeypatch.setattr(measure, "_isas", lambda: [])
+    bench = measure.Bench(measure.Settings(threads=torch.get_num_threads(), budget=0.0, compile=False))
+    bench.local.gpu = FakeGpu()
+    for freed in (1, 2):
+        assert set(bench.measure(_case()).times) == {"eager", "pyflow", "copy", "warm copy"}
+        assert bench.local.gpu.freed == freed
+        assert not bench.local.calls and not bench.local.clocks
+
+
+class FakeCuda:
+    """What `gpu.Gpu` uses of torch.cuda, writing down what was done."""
+
+    def __init__(self, fails=""):
+        self.done, self.mode, self.fails = [], "default", fails
+        self.CUDAGraph = lambda: SimpleNamespace(replay=lambda: self.done.append("replay"))
+        self.Stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
+        self.current_stream = self.current_device = self.graph_pool_handle = self.synchronize = lambda: None
+
+    def set_sync_debug_mode(self, mode):
+        self.mode = mode
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        try:
+            yield
+        finally:
+            self.done.append("left the stream")
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream):
+        self.done.append("capture")
+        yield
+        if self.fails == "capture":
+            raise RuntimeError("the capture was invalidated")
+
+    def call(self):
+        if self.mode == "error" and self.fails == "sync":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        self.done.append("call")
+
+
+@pytest.mark.parametrize(
+    ("fails", "done"),
+    [
+        ("", [*["call"] * 4, "capture", "call", "left the stream"]),
+        ("sync", [*["call"] * 3, "left the stream"]),
+        ("capture", [*["call"] * 4, "capture", "call", "pool ended", "left the stream"]),
+    ],
+)
+def test_capture(fails, done, monkeypatch):
+    cuda = FakeCuda(fails)
+
+    def end(device, pool):
+        cuda.done.append("pool ended")
+        # newer torch has done it already
+        raise RuntimeError("not recording")
+
+    fake = SimpleNamespace(cuda=cuda, _C=SimpleNamespace(_cuda_endAllocateToPool=end))
+    monkeypatch.setattr(gpu, "torch", fake)
+    refused = pytest.raises(RuntimeError, match="invalidated|synchronizing") if fails else contextlib.nullcontext()
+    with refused:
+        gpu.Gpu.capture(object.__new__(gpu.Gpu), cuda.call)()
+    assert [step for step in cuda.done if step != "replay"] == done
+    assert ("replay" in cuda.done) == (not fails)
+    assert cuda.mode == "default"

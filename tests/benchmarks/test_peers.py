@@ -1,0 +1,93 @@
+"""Without the packages pyflow is compared with only their columns are empty."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pyflow.benchmarks import registry
+
+CASES = registry.all_cases()
+# the points of the sweep differ in size alone
+DISTINCT = [name for name, case in CASES.items() if not case.sweep]
+# contender -> the packages it needs
+PEERS = {
+    "normflows": "normflows", "vector-quantize-pytorch": "vector-quantize-pytorch",
+    "vector-quantize-pytorch compiled": "vector-quantize-pytorch", "diffusers": "diffusers", "hyppo": "hyppo",
+    "KeOps": "pykeops",
+}  # fmt: skip
+MODULES = {"hyppo", "normflows", "nflows", "zuko", "diffusers", "pykeops", "scipy", "torchdiffeq", "lightning"}
+MODULES |= {"vector_quantize_pytorch", "matplotlib", "rich", "tqdm"}
+
+
+@pytest.fixture
+def no_peers(monkeypatch):
+    loaded = [name for name in sys.modules if name.partition(".")[0] in MODULES]
+    for module in {*MODULES, *loaded}:
+        monkeypatch.setitem(sys.modules, module, None)
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_a_missing_package_is_only_its_own_contenders(name, no_peers):
+    case = CASES[name]
+    problem = case.build(case.tiny, torch.device("cpu"))
+    assert set(problem.missing) == set(PEERS) & set(case.contenders)
+    assert set(problem.calls) == set(case.contenders) - set(PEERS)
+    for contender, why in problem.missing.items():
+        assert why == f"the package {PEERS[contender]} is not installed"
+    assert set(problem.forms) <= set(problem.calls)
+
+
+def test_every_peer_is_looked_for():
+    assert {name for case in CASES.values() for name in case.contenders} >= set(PEERS)
+
+
+def test_a_package_that_breaks_when_imported(monkeypatch, tmp_path):
+    (tmp_path / "needs_a_compiler.py").write_text("raise RuntimeError('no nvcc')")
+    monkeypatch.syspath_prepend(tmp_path)
+    made, missing = registry.available({"one": lambda: 1, "other": lambda: registry.peer("x", "needs_a_compiler")})
+    assert made == {"one": 1}
+    assert missing == {"other": "the package x does not import: no nvcc"}
+
+
+def test_only_a_missing_package_is_excused():
+    with pytest.raises(ZeroDivisionError):
+        registry.available({"one": lambda: 1 / 0})
+
+
+BARE = """
+import pathlib, sys
+
+# what a machine with torch has, pip's own packages aside
+HAS = {"torch", "torchgen", "functorch", "triton", "numpy", "pyflow"}
+HAS |= {"filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "sympy", "typing_extensions", "setuptools"}
+
+class Bare:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        there = top in HAS or top in sys.stdlib_module_names or top.startswith("_")
+        return self.finder.find_spec(name, path, target) if there else None
+
+sys.meta_path = [Bare(finder) for finder in sys.meta_path]
+import torch
+from pyflow.benchmarks import measure, registry, run
+
+case = registry.all_cases()["fsq/256 tokens forward"]
+settings = measure.Settings(threads=1, budget=0.01, compile=False)
+sys.exit(run.measure([case], settings, float("inf"), pathlib.Path(sys.argv[1])))
+"""
+
+
+def test_torch_and_numpy_are_enough(tmp_path):
+    done = subprocess.run([sys.executable, "-c", BARE, str(tmp_path)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\[1/1\] fsq/256 tokens forward: eager .*, pyflow .* the package vector-quantize", done.stdout)
+    assert "| fsq/256 tokens forward (256, 4) |" in (tmp_path / "bench.md").read_text()
+    assert "no plots: the package matplotlib is not installed" in done.stdout
