@@ -10,7 +10,12 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$$p" && break; done)
 # more words for the command: make demo ARGS="--epochs 3", make test ARGS="-k coupling"
 ARGS ?=
+# processes that test; 0 is this one
+WORKERS ?= auto
 OUT ?= benchmarks/results
+
+# threads that wait do not spin: several processes share the cores
+WORKING := OMP_WAIT_POLICY=passive
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -31,7 +36,7 @@ demo-all: $(BUILT)
 	$(BIN)/python -m pyflow demo all $(ARGS)
 
 test: $(BUILT)
-	$(BIN)/python -m pytest $(ARGS)
+	$(WORKING) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 bench: $(BUILT)
 	$(BIN)/python -m pyflow bench $(ARGS)

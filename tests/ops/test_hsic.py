@@ -340,7 +340,10 @@ def operator_calls():
 
 @pytest.mark.parametrize("name, args", list(operator_calls()))
 def test_opcheck(name, args):
-    torch.library.opcheck(getattr(torch.ops.pyflow, name).default, args)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if name == "hsic_sums_backward" and torch.__version__ < "2.12":
+        checks.remove("test_aot_dispatch_dynamic")  # torch 2.11 asserts in its own PyObjectSlot.h
+    torch.library.opcheck(getattr(torch.ops.pyflow, name).default, args, test_utils=checks)
 
 
 @pytest.mark.parametrize("options", [{}, {"normalize": True, "estimator": "unbiased"}, {"kernel": "laplacian"}])

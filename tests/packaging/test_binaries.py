@@ -32,6 +32,12 @@ def test_operators_use_only_the_stable_abi(path):
 
 
 @pytest.mark.parametrize("path", [*OPERATORS, HOST], ids=lambda p: p.name)
+def test_every_symbol_of_ours_is_in_the_library(path):
+    need("nm")
+    assert not [line for line in run("nm", "-DC", "--undefined-only", path).stdout.splitlines() if "pyflow::" in line]
+
+
+@pytest.mark.parametrize("path", [*OPERATORS, HOST], ids=lambda p: p.name)
 def test_needs_no_second_openmp_and_no_path(path):
     needed = dynamic(path, "NEEDED")
     assert not [name for name in needed if re.match(r"lib(g|i|)omp|libc10|libtorch_python|libpython", name)], needed

@@ -209,6 +209,7 @@ def test_denoise_leaves_out_the_noise_of_the_last_step_only():
 
 
 def test_callback_and_progress(monkeypatch):
+    pytest.importorskip("tqdm")
     seen = []
     bar = io.StringIO()
     with contextlib.redirect_stderr(bar):

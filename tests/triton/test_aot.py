@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
     pytest.skip("the interpreter and compilation exclude each other", allow_module_level=True)
 
@@ -294,6 +294,8 @@ def cases():
 CASES = cases()
 GRAM_KERNELS = ("sums_kernel", "backward_kernel", "matrix_kernel", "permuted_kernel")
 PRODUCTS = ("hsic.sums_kernel", "hsic.backward_kernel")
+# bytes of stack: the assembler of Triton 3.6 puts one constant of 39 float64 channels there
+STACK = {("sm_80-fsq-wide-float64", "fsq.residual_kernel"): 8} if triton.__version__.startswith("3.6.") else {}
 
 
 def dtypes(launch):
@@ -330,7 +332,7 @@ def test_compiles_to_what_it_should(case):
                 # two tiles of products fill the registers; a few constants of the loop may lie on the stack
                 assert used.stack <= 64 and used.local == 0, f"{where}: {used}"
                 continue
-            assert used.stack == 0 and used.local == 0, f"{where}: {used}"
+            assert used.stack <= STACK.get((case, launch.name), 0) and used.local == 0, f"{where}: {used}"
             assert used.registers <= 168, f"{where}: {used}"  # three blocks of 128 threads per multiprocessor
 
 
