@@ -36,7 +36,7 @@ demo-all: $(BUILT)
 	$(BIN)/python -m pyflow demo all $(ARGS)
 
 test: $(BUILT)
-	$(WORKING) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(WORKING) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 bench: $(BUILT)
 	$(BIN)/python -m pyflow bench $(ARGS)
@@ -68,7 +68,7 @@ gpu:
 	PYFLOW_NATIVE=1 PYFLOW_CUDA=1 CUDAARCHS=$(ARCH)-real timeout 150 $(PYTHON) setup.py native 2>&1 | tee $(OUT)/$(CARD)/build.txt
 	$(PYTHON) -m pyflow info 2>&1 | tee $(OUT)/$(CARD)/info.txt
 	failed=0; \
-	timeout -s INT -k 15 180 $(PYTHON) -m pytest -n $(GPU_WORKERS) --dist loadgroup -p no:cacheprovider --tb=short \
+	timeout -s INT -k 15 180 $(PYTHON) -m pytest -n $(GPU_WORKERS) --dist worksteal -p no:cacheprovider --tb=short \
 	  --durations=15 tests/triton/gpu 2>&1 | tee $(OUT)/$(CARD)/tests.txt || failed=$$?; \
 	timeout -s INT -k 15 170 $(PYTHON) -m pyflow bench --gpu --timeout 120 --out $(OUT)/$(CARD) $(ARGS) 2>&1 \
 	  | tee $(OUT)/$(CARD)/bench.txt || failed=$$?; exit $$failed

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
@@ -26,12 +27,26 @@ def need(*tools):
         pytest.skip(f"not installed: {', '.join(missing)}")
 
 
+def build(folder, target, *options):
+    """Build a target of the project in a folder, once for all processes that test; returns what the build printed."""
+    need("cmake", "ninja", "c++")
+    log, tool = folder / "build.log", {"env": {**os.environ, "PATH": PATH}}
+    with FileLock(f"{folder}.lock"):
+        if not log.exists():
+            run("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *options, **tool)
+            log.write_text(run("cmake", "--build", folder, "--target", target, **tool).stdout)
+    return log.read_text()
+
+
+def shared(tmp_path_factory, name):
+    """A folder that all processes of this run share."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+
+
 def build_kernels(folder, *options):
     """Build the torch-free program kernel_bits; returns its path, the objects and the compiler's output per object."""
-    need("cmake", "ninja")
-    tool = {"env": {**os.environ, "PATH": PATH}}
-    run("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *options, **tool)
-    log = run("cmake", "--build", folder, "--target", "kernel_bits", **tool).stdout
+    log = build(folder, "kernel_bits", *options)
     parts = re.split(r"\[\d+/\d+\] Building CXX object \S*?/kernels_(\w+)\.dir/csrc/cpu/(\w+)\.cpp\.o\n", log)
     reports = {(isa, name): text for isa, name, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True)}
     objects = {key: folder / f"CMakeFiles/kernels_{key[0]}.dir/csrc/cpu/{key[1]}.cpp.o" for key in reports}
@@ -43,7 +58,7 @@ def kernels(tmp_path_factory):
     """The kernels as this machine's compiler makes them, with the vectoriser's report."""
     need("c++", "nm", "objdump")
     flags = "-fopt-info-vec-optimized-missed" if "Free Software" in run("c++", "--version").stdout else ""
-    return build_kernels(tmp_path_factory.mktemp("kernels"), f"-DCMAKE_CXX_FLAGS={flags}")
+    return build_kernels(shared(tmp_path_factory, "kernels"), f"-DCMAKE_CXX_FLAGS={flags}")
 
 
 @pytest.fixture(scope="session")

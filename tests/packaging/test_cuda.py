@@ -1,6 +1,5 @@
 """The library of CUDA operators as users build it, for the supported GPUs: it links, no spills, no stack."""
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -9,10 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from .conftest import PATH, ROOT, need, run
-
-# one worker builds what all of them look at
-pytestmark = pytest.mark.xdist_group("cuda")
+from .conftest import ROOT, build, need, run, shared
 
 SOURCES = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
 TARGETS = {"80", "90", "100"}
@@ -21,17 +17,14 @@ TARGETS = {"80", "90", "100"}
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     """_CUDA.so, and what the assembler said of each source."""
-    need("cmake", "ninja", "c++")
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
-    folder, site = tmp_path_factory.mktemp("cuda"), Path(torch.__file__).parent
-    tool = {"env": {**os.environ, "PATH": PATH}}
+    folder, site = shared(tmp_path_factory, "cuda"), Path(torch.__file__).parent
     options = {
         "PYFLOW_CUDA": "ON", "TORCH_INCLUDE": site / "include", "TORCH_LIB": site / "lib",
         "CMAKE_CUDA_FLAGS": "-Xptxas -v -Xcompiler -Wall,-Wextra,-Werror",
     }  # fmt: skip
-    run("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items()), **tool)
-    log = run("cmake", "--build", folder, "--target", "pyflow_CUDA", **tool).stdout
+    log = build(folder, "pyflow_CUDA", *(f"-D{name}={value}" for name, value in options.items()))
     parts = re.split(r"\[\d+/\d+\] (?:Building \w+ object \S*?/csrc/\w+/(\w+)\.\w+\.o|Linking .*)\n", log)
     return SimpleNamespace(path=folder / "_CUDA.so", reports=dict(zip(parts[1::2], parts[2::2], strict=True)))
 

@@ -15,9 +15,6 @@ import pyflow
 
 from .conftest import PATH, ROOT, build_wheel, install, need, run
 
-# one worker builds what all of them look at
-pytestmark = pytest.mark.xdist_group("install")
-
 USE = """
 import sys, warnings
 with warnings.catch_warnings(record=True) as caught:

@@ -8,9 +8,6 @@ import pytest
 
 from .conftest import ROOT, build_kernels, need, run
 
-# one worker builds what all of them look at
-pytestmark = pytest.mark.xdist_group("kernels")
-
 # libc and libm, and nothing that is C++
 ALLOWED_IMPORTS = {"_GLOBAL_OFFSET_TABLE_", "memcpy", "memset", "memmove", "__stack_chk_fail"}
 LIBM = {"exp", "expm1", "log", "log1p", "tanh", "atan", "sin", "cos", "sincos", "sqrt", "fma", "fmaf", "rint", "pow"}
