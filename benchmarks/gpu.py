@@ -1,7 +1,7 @@
 """Times on a GPU: a CUDA graph's replay with a cold L2 cache, and what a launched call takes by the wall clock.
 
-A replay is what the GPU needs, without Python, the dispatcher and the launches. No replay is faster than that of a graph
-with one small kernel: the copies' rows of a small case show that floor.
+A replay is what the GPU needs, without Python, the dispatcher and the launches. No replay is faster than that of a
+graph with one small kernel: the copies' rows of a small case show that floor.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """`pyflow bench`: measure, print the table, write the JSON and the plots.
 
-The JSON is pytest-benchmark's, with what it does not know under extra_info and "pyflow": `pytest-benchmark compare` reads it.
+The JSON is pytest-benchmark's, with what that does not know under extra_info and "pyflow"; `pytest-benchmark compare`
+reads it.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print(*(case.name for case in cases), sep="\n")
         return 0
+    args.out = args.out or (HERE / "results" if machine.checkout() else Path("pyflow-bench"))
     problem = _problem(args, cases)
     if problem:
         print(f"bench: {problem}", file=sys.stderr)
@@ -64,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
     budget = args.budget or (0.8 if args.quick else 1.0 if args.gpu else 4.0)
     settings = Settings(args.device, threads, budget, not args.no_compile, args.pages)
     seconds = (QUICK_SECONDS if args.quick else float("inf")) if args.timeout is None else args.timeout
-    out = args.out or (HERE / "results" if machine.checkout() else Path("pyflow-bench"))
-    return measure(cases, settings, seconds, out)
+    return measure(cases, settings, seconds, args.out)
 
 
 def measure(cases: list[registry.Case], settings: object, seconds: float, out: Path) -> int:
@@ -115,12 +116,11 @@ def _problem(args: argparse.Namespace, cases: list[registry.Case]) -> str | None
         import pytest_benchmark  # noqa: F401
     except ImportError:
         return "the package pytest-benchmark is not installed: pip install 'pyflow-kernels[bench]'"
-    if args.out is not None:
-        names = ("bench.json", "bench.md", "speedup.png", "scaling.png", "memory.png")
-        try:
-            _demo.check_writable("a folder", args.out, [args.out], [args.out / name for name in names])
-        except _demo.Refused as error:
-            return str(error)
+    names = ("bench.json", "bench.md", "speedup.png", "scaling.png", "memory.png")
+    try:
+        _demo.check_writable("a folder", args.out, [args.out], [args.out / name for name in names])
+    except _demo.Refused as error:
+        return str(error)
     return None
 
 

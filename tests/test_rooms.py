@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [
     "csrc/ops/{}.h", "csrc/cpu/{}.cpp", "csrc/torch/{}.cpp", "csrc/cuda/{}.cu", "triton_kernels/{}.py",
     "pyflow/reference/{}.py", "pyflow/ops/{}.py", "benchmarks/{}.py", "tests/ops/test_{}.py",
+    "tests/triton/interpreted/{}.py", "tests/triton/gpu/test_{}.py",
 ]  # fmt: skip
 # (family, room) -> why it needs none
 EXEMPT = {("hsic", "csrc/cuda/{}.cu"): "its tiles are matrix products, which Triton schedules"}

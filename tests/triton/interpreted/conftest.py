@@ -1,56 +1,19 @@
-"""Triton's interpreter on CPU tensors, in a process of its own (test_interpreter.py): a file per family.
-
-The interpreter's fma rounds twice and its bfloat16 truncates. Here both are replaced by exact ones, so that every
-elementwise result can be held to the bits of the C++ kernels, which are those of the same kernel on a GPU.
-"""
+"""Triton's interpreter on CPU tensors, in a process of its own (test_interpreter.py): a file per family."""
 
 from __future__ import annotations
 
-import numpy as np
 import pyflow
 import pytest
-import torch
-import triton.language as tl
 from pyflow import _backend
 from pyflow.triton_kernels import _random
-from triton.runtime import interpreter
 
-
-def exact_fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """float32 fma: the product is exact in float64, and rounding that sum to odd keeps the second rounding right."""
-    if a.dtype != np.float32:
-        return a * b + c
-    with np.errstate(all="ignore"):
-        p, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
-        s = p + c
-        rest = s - p
-        error = (p - (s - rest)) + (c - rest)
-        i = s.view(np.int64)
-        step = np.where((error > 0) == (s > 0), 1, -1)
-        odd = np.isfinite(s) & (error != 0) & (i & 1 == 0)
-        return np.where(odd, i + step, i).view(np.float64).astype(np.float32)
-
-
-def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """float32 to the bits of the nearest bfloat16, ties to even."""
-    return torch.from_numpy(np.ascontiguousarray(x)).to(torch.bfloat16).view(torch.uint16).numpy()
+from ..interpreter import round_as_a_gpu
 
 
 @pytest.fixture(autouse=True)
 def triton_backend(monkeypatch):
     assert _backend.interpreting()
-    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-
-    def fma(self, x, y, z):
-        return handle(exact_fma(*np.broadcast_arrays(x.data, y.data, z.data)), z.dtype.scalar)
-
-    def cast(self, src, dst_type, plain=builder.cast_impl):
-        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
-            return handle(round_to_bfloat16(src.data), dst_type.scalar)
-        return plain(self, src, dst_type)
-
-    monkeypatch.setattr(builder, "create_fma", fma)
-    monkeypatch.setattr(builder, "cast_impl", cast)
+    round_as_a_gpu(monkeypatch)
     with pyflow.backend("triton"):
         yield
 

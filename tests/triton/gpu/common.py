@@ -1,0 +1,182 @@
+"""The device, inputs on it, and how results are held to those of the CPU."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Sequence
+
+import pyflow
+import pytest
+import torch
+from pyflow import _backend, testing
+from torch import Tensor, nn
+
+INTERPRETED = os.environ.get("PYFLOW_TEST_GPU") == "interpreter"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("there is no GPU", allow_module_level=True)
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# elements that the interpreter takes about a second for
+MOST_INTERPRETED = 16_000
+GIB = 2**30
+
+needs_cuda = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no CUDA")
+
+
+def sized(shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The shapes; of the interpreter the small ones."""
+    return [shape for shape in shapes if not INTERPRETED or math.prod(shape) <= MOST_INTERPRETED]
+
+
+def few(values: Sequence, step: int = 3) -> Sequence:
+    """The values; of the interpreter every third."""
+    return values[::step] if INTERPRETED else values
+
+
+def draw(
+    shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0, spread: float = 1.0
+) -> Tensor:
+    """Normal values, the same on every machine, on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    return (spread * torch.randn(tuple(shape), generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def every_magnitude(dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers of every exponent and both signs, zeros, infinities and NaN: all there are of 16 bits."""
+    if dtype.itemsize == 2:
+        bits = torch.arange(-(2**15), 2**15, 16 if INTERPRETED else 1)
+        return bits.to(torch.int16).view(dtype)
+    count = 2**12 if INTERPRETED else 2**20
+    values = (torch.arange(count) * (2**32 // count + 3) - 2**31).to(torch.int32).view(torch.float32).clone()
+    values[:5] = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])
+    return values.to(dtype)
+
+
+def moved(value: object, device: str = DEVICE) -> object:
+    """Tensors on the device, in lists and tuples too; the rest as it is."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(v, device) for v in value)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def run(backend: str, device: str, function: Callable, leaves: Sequence, *given: object) -> list[Tensor]:
+    """Outputs, then gradients of the leaves that are tensors, on the CPU with the strides they had."""
+    leaves = [v.detach().requires_grad_() if isinstance(v, Tensor) else v for v in moved(list(leaves), device)]
+    with pyflow.backend(backend):
+        outputs = function(*leaves, *moved(given, device))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        ends = [o for o in outputs if o.requires_grad]
+        weights = [draw(o.shape, o.dtype, 9).to(device) for o in ends]
+        inputs = [v for v in leaves if isinstance(v, Tensor)]
+        grads = torch.autograd.grad(ends, inputs, weights, materialize_grads=True)
+    return [v.detach().cpu() for v in (*outputs, *grads)]
+
+
+def compare(
+    gpu: str, function: Callable, leaves: Sequence, *given: object,
+    sums: Sequence[int] = (), error: float = 2e-5, libm: bool = True,
+) -> list[Tensor]:  # fmt: skip
+    """The bits of the C++ kernels; results at `sums` within `error`, with `libm` all of float64 within rounding."""
+    got, want = run(gpu, DEVICE, function, leaves, *given), run("auto", "cpu", function, leaves, *given)
+    wide = leaves[0].dtype == torch.float64
+    # the interpreter's fma of float64 rounds twice
+    rounded = wide and (libm or INTERPRETED) or _backend.cpu_missing is not None
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert a.dtype == b.dtype and a.stride() == b.stride(), f"output {i}"
+        if i in sums or rounded:
+            bound = (2e-12 if wide else error) + testing.UNIT[a.dtype]
+            testing.assert_within(a, b.double(), bound * (1 + b.double().abs()), f"output {i}")
+        else:
+            testing.assert_same_bits(a, b, f"output {i}")
+    return got
+
+
+def assert_near(got: Tensor, want: Tensor, error: float, name: str = "") -> None:
+    """Within `error` of the largest value: what went through layers whose sums the devices order differently."""
+    want = want.detach().cpu().double()
+    testing.assert_within(got.cpu(), want, error * (want.abs().max() if want.numel() else 0.0), name)
+
+
+def trained(backend: str, device: str, module: nn.Module, inputs: Sequence[Tensor], method: str) -> list[Tensor]:
+    """Outputs of a copy of the module, gradients of what requires them of inputs and parameters, on the CPU."""
+    module = copy.deepcopy(module).to(device)
+    inputs = [v.detach().requires_grad_(v.is_floating_point()) for v in moved(list(inputs), device)]
+    with pyflow.backend(backend):
+        outputs = getattr(module, method)(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        ends = [o for o in outputs if o.requires_grad]
+        leaves = [v for v in (*inputs, *module.parameters()) if v.requires_grad]
+        weights = [draw(o.shape, o.dtype, 9).to(device) for o in ends]
+        grads = torch.autograd.grad(ends, leaves, weights, materialize_grads=True)
+    return [v.detach().cpu() for v in (*outputs, *grads)]
+
+
+def compare_module(
+    module: nn.Module, inputs: Sequence[Tensor], error: float = 1e-4, method: str = "forward"
+) -> list[Tensor]:
+    """Outputs and gradients on the device are those of the same weights on the CPU; integers are equal."""
+    got = trained(_backend.current(), DEVICE, module, inputs, method)
+    want = trained("auto", "cpu", module, inputs, method)
+    # a gradient that cancels is a difference of larger ones
+    least = 1e-3 * max(b.abs().max() for b in want if b.is_floating_point())
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert a.dtype == b.dtype, f"output {i}"
+        if a.is_floating_point():
+            testing.assert_within(a, b, error * max(least, b.abs().max()), f"output {i}")
+        else:
+            assert torch.equal(a, b), f"output {i}"
+    return got
+
+
+def check_graph(step: Callable[[], tuple[Tensor, ...]], *changes: Callable[[], object]) -> None:
+    """The step never waits for the device, and a graph of it has its bits, also after each of the changes."""
+    wanted = step()
+    if INTERPRETED:
+        for change in changes:
+            change()
+            step()
+        pytest.skip("the interpreter has no CUDA graphs")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for i, (a, b) in enumerate(zip(captured, wanted, strict=True)):
+        testing.assert_same_bits(a, b, f"output {i}")
+    for number, change in enumerate(changes):
+        change()
+        graph.replay()
+        for i, (a, b) in enumerate(zip(captured, step(), strict=True)):
+            testing.assert_same_bits(a, b, f"output {i} after change {number}")
+
+
+def check_compiled(function: Callable, leaves: Sequence[Tensor], error: float = 0.0) -> None:
+    """One graph whose outputs and gradients have the bits of eager, or are within `error` of the largest."""
+    results = []
+    for f in (function, torch.compile(function, fullgraph=True)):
+        inputs = [v.detach().requires_grad_() for v in moved(list(leaves))]
+        outputs = f(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        ends = [o for o in outputs if o.requires_grad]
+        grads = torch.autograd.grad(ends, inputs, [draw(o.shape, o.dtype, 9).to(DEVICE) for o in ends])
+        results.append([*outputs, *grads])
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        if error:
+            assert_near(b, a, error, f"output {i}")
+        else:
+            testing.assert_same_bits(b, a, f"output {i}")
+
+
+def needs_memory(gib: float) -> None:
+    """Skip where less than this is free."""
+    free = torch.cuda.mem_get_info()[0] / GIB
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of free GPU memory, {free:.0f} are")

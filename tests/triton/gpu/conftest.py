@@ -1,0 +1,70 @@
+"""Kernels on a GPU, a file per family of ops, and what is built on them; skipped without a GPU.
+
+PYFLOW_TEST_GPU=interpreter pytest -n 1 tests/triton/gpu runs them on a CPU: small sizes, Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pyflow
+import pytest
+import torch
+from pyflow import _backend
+
+# no tests, and its import skips those who need a GPU
+collect_ignore = ["common.py"]
+# without it cuBLAS refuses to run where algorithms have to be deterministic
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+INTERPRETED = os.environ.get("PYFLOW_TEST_GPU") == "interpreter"
+if INTERPRETED and not _backend.interpreting():
+    # Triton reads it as it is imported, which pyflow has done in this process: for the workers
+    os.environ["TRITON_INTERPRET"] = "1"
+    if "PYTEST_XDIST_WORKER" in os.environ or not any(word.startswith(("-n", "--numprocesses")) for word in sys.argv):
+        raise pytest.UsageError("PYFLOW_TEST_GPU=interpreter needs a worker (-n 1), or TRITON_INTERPRET=1 as well")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_machine():
+    """Workers share the cores: one thread each, no processes that compile."""
+    torch._inductor.config.compile_threads = 1
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def exact_arithmetic(monkeypatch):
+    """No TF32 and deterministic convolutions on a GPU; fma of one rounding in the interpreter."""
+    if INTERPRETED:
+        from ..interpreter import round_as_a_gpu
+
+        round_as_a_gpu(monkeypatch)
+    torch.set_float32_matmul_precision("highest")
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["triton", "cuda"])
+def gpu(request):
+    """Either backend of a GPU, chosen by name."""
+    why = _backend.status()[request.param]
+    if why:
+        pytest.skip(f"{request.param}: {why}")
+    with pyflow.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def both_backends():
+    for name in ("triton", "cuda"):
+        if _backend.status()[name]:
+            pytest.skip(f"{name}: {_backend.status()[name]}")
+
+
+@pytest.fixture
+def kernels():
+    """What runs where no backend is chosen; on CPU tensors the interpreter has to be."""
+    with pyflow.backend("triton" if INTERPRETED else "auto"):
+        yield
