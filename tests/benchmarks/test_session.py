@@ -54,8 +54,11 @@ def test_files_are_written_after_every_case(bench, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals(number, bench, tmp_path, capsys):
     before = signal.getsignal(signal.SIGTERM)
+    # a shell starts what it puts in the background with SIGINT ignored
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         bench([_case("first"), _case("second", lambda: os.kill(os.getpid(), number)), _case("third")])
+    signal.signal(signal.SIGINT, interrupt)
     assert _names(tmp_path) == ["coupling/first"]
     # the table of what there is
     assert "vs eager" in capsys.readouterr().out
