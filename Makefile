@@ -55,7 +55,7 @@ $(BUILT): $(READY) pyproject.toml setup.py CMakeLists.txt $(shell find csrc -typ
 	@PYFLOW_NATIVE=1 $(BIN)/python -W ignore setup.py --quiet --version >/dev/null && touch $@ || echo 'pyflow: going on with plain torch' >&2
 
 # Staged, so that a short loan of a GPU counts: each stage has its time and leaves its file in OUT/CARD whatever
-# becomes of the next. Eight minutes in all on one H100 with 16 cores, nothing downloaded.
+# becomes of the next. Eight minutes at most, nothing downloaded.
 ask_gpu = $(shell nvidia-smi --query-gpu=$(1) --format=csv,noheader 2>/dev/null | head -1 | tr 'A-Z ' 'a-z-')
 CARD = $(call ask_gpu,name)
 ARCH = $(subst .,,$(call ask_gpu,compute_cap))
@@ -65,12 +65,12 @@ gpu:
 	@test -n '$(PYTHON)' || { echo 'pyflow: Python 3.11 or newer is not on PATH; make gpu PYTHON=/path/to/python' >&2; exit 1; }
 	@test -n '$(CARD)' || { echo 'pyflow: nvidia-smi finds no GPU' >&2; exit 1; }
 	mkdir -p $(OUT)/$(CARD)
-	PYFLOW_NATIVE=1 PYFLOW_CUDA=1 CUDAARCHS=$(ARCH)-real timeout 150 $(PYTHON) setup.py native 2>&1 | tee $(OUT)/$(CARD)/build.txt
+	PYFLOW_NATIVE=1 PYFLOW_CUDA=1 CUDAARCHS=$(ARCH)-real timeout 130 $(PYTHON) setup.py native 2>&1 | tee $(OUT)/$(CARD)/build.txt
 	$(PYTHON) -m pyflow info 2>&1 | tee $(OUT)/$(CARD)/info.txt
 	failed=0; \
-	timeout -s INT -k 15 180 $(PYTHON) -m pytest -n $(GPU_WORKERS) --dist worksteal -p no:cacheprovider --tb=short \
+	timeout -s INT -k 15 170 $(PYTHON) -m pytest -n $(GPU_WORKERS) --dist worksteal -p no:cacheprovider --tb=short \
 	  --durations=15 tests/triton/gpu 2>&1 | tee $(OUT)/$(CARD)/tests.txt || failed=$$?; \
-	timeout -s INT -k 15 170 $(PYTHON) -m pyflow bench --gpu --timeout 120 --out $(OUT)/$(CARD) $(ARGS) 2>&1 \
+	timeout -s INT -k 15 150 $(PYTHON) -m pyflow bench --gpu --timeout 110 --out $(OUT)/$(CARD) $(ARGS) 2>&1 \
 	  | tee $(OUT)/$(CARD)/bench.txt || failed=$$?; exit $$failed
 
 clean:
