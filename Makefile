@@ -70,7 +70,7 @@ gpu:
 	failed=0; \
 	timeout -s INT -k 15 170 $(PYTHON) -m pytest -n $(GPU_WORKERS) --dist worksteal -p no:cacheprovider --tb=short \
 	  --durations=15 tests/triton/gpu 2>&1 | tee $(OUT)/$(CARD)/tests.txt || failed=$$?; \
-	timeout -s INT -k 15 150 $(PYTHON) -m pyflow bench --gpu --timeout 110 --out $(OUT)/$(CARD) $(ARGS) 2>&1 \
+	timeout -k 15 150 $(PYTHON) -m pyflow bench --gpu --timeout 110 --out $(OUT)/$(CARD) $(ARGS) 2>&1 \
 	  | tee $(OUT)/$(CARD)/bench.txt || failed=$$?; exit $$failed
 
 clean:

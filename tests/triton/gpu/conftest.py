@@ -6,6 +6,7 @@ PYFLOW_TEST_GPU=interpreter pytest -n 1 tests/triton/gpu runs them on a CPU: sma
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import pyflow
@@ -17,6 +18,10 @@ from pyflow import _backend
 collect_ignore = ["common.py"]
 # without it cuBLAS refuses to run where algorithms have to be deterministic
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# `make gpu` ends the tests by SIGINT, for their summary; a shell has what it puts in the background ignore that
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 INTERPRETED = os.environ.get("PYFLOW_TEST_GPU") == "interpreter"
 if INTERPRETED and not _backend.interpreting():
