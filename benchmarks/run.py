@@ -110,6 +110,10 @@ def _problem(args: argparse.Namespace, cases: list[registry.Case]) -> str | None
         return f"no case matches {args.case!r}; --list shows them all"
     if args.threads is not None and args.threads < 1:
         return f"--threads must be at least 1, got {args.threads}"
+    for name in ("budget", "timeout"):
+        seconds = getattr(args, name)
+        if seconds is not None and not 0 < seconds < float("inf"):
+            return f"--{name} must be positive and finite, got {seconds}"
     if args.device == "cuda" and not torch.cuda.is_available():
         return "no GPU is available"
     try:

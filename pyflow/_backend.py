@@ -10,8 +10,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import threading
 import warnings
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,15 +25,21 @@ from ._schemas import SCHEMAS, define, library
 
 NAMES = ("auto", "cpu", "triton", "cuda", "reference")
 
-# what the reader of `runs_reference` needs on every call: plain module globals, which dynamo can guard on
-_choice = "auto"
-_native_devices: frozenset[str] = frozenset()
-_triton_runs = False
+# the choice, which dynamo guards on: that of the innermost block of this thread (`choice`, missing outside), else the
+# process's. A plain threading.local: dynamo reads no subclass of it by thread, and no ContextVar at all.
+_thread = threading.local()
+_process = "auto"
+
+# the calls that made the process's choice, oldest first; one whose object is alive may still become a block
+_calls: list[tuple[Callable[[], object], str]] = [(lambda: None, "auto")]
+_lock = threading.Lock()
+
+unusable: dict[str, str] = {}  # a PYFLOW_BACKEND that cannot be had -> why
 
 _families: dict[str, str] = {}  # operator -> family, whose name is the file in every room
 _operators: dict[str, torch._ops.OpOverload] = {}
 _functions: dict[str, type] = {}  # operator -> its torch.autograd.Function
-_interpreter: torch.library.Library | None = None  # holds the CPU kernels while the interpreter stands in
+_interpreter: torch.library.Library | None = None  # CPU kernels that give way to the interpreter where it is chosen
 
 
 def _load_cpu() -> str | None:
@@ -74,7 +83,20 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true")
 
 
+def _find_devices() -> dict[str, tuple[str, ...]]:
+    """The kinds of device a choice has compiled kernels for; Triton's interpreter counts as one."""
+    gpu = torch.cuda.is_available()
+    here = {
+        "cpu": ("cpu",) * (cpu_missing is None),
+        "triton": ("cuda",) * (gpu and _triton_runs) + ("cpu",) * interpreting(),
+        "cuda": ("cuda",) * (_cuda_missing() is None),
+    }
+    return here | {"auto": here["cpu"] + ("cuda",) * (gpu and (_triton_runs or bool(here["cuda"])))}
+
+
 cpu_missing = _load_cpu()
+_triton_runs = _triton_missing() is None
+_devices = _find_devices()
 _cuda_library: torch.library.Library | None = None  # the CUDA operators' schemas, kept alive
 
 
@@ -83,17 +105,8 @@ def status() -> dict[str, str | None]:
     return {"cpu": cpu_missing, "triton": _triton_missing(), "cuda": _cuda_missing(), "reference": None}
 
 
-def _find_native_devices() -> frozenset[str]:
-    devices = set()
-    if interpreting() if _choice == "triton" else cpu_missing is None:
-        devices.add("cpu")
-    if torch.cuda.is_available() and (_triton_missing() is None or _cuda_missing() is None):
-        devices.add("cuda")
-    return frozenset(devices)
-
-
 class backend:
-    """Choose the implementation: a call sets it, a `with` block restores the previous one.
+    """Choose the implementation: for the process by a call, for a thread by a `with` block.
 
     Args:
         name: "auto" (the fastest that runs on the tensor's device), "cpu", "triton", "cuda" or "reference".
@@ -104,7 +117,10 @@ class backend:
         RuntimeError: the backend cannot run here; the text says why.
 
     Notes:
-        The choice holds for the whole process. PYFLOW_BACKEND sets it at import.
+        A block holds in its own thread until it ends, before the process's choice; a call inside a block holds until
+        that block ends. PYFLOW_BACKEND is the process's choice at import. A backward runs on the backend of its
+        forward, wherever it runs; in a graph of torch.compile on a GPU, which is compiled anew for another choice,
+        the process's choice decides between Triton and CUDA.
 
     Example:
         >>> import pyflow
@@ -120,34 +136,96 @@ class backend:
         missing = status().get(name)
         if missing:
             raise RuntimeError(f"backend: {name} cannot run here: {missing}")
-        self._previous = _choice
-        _select(name)
+        if name == "triton" and interpreting():
+            _offer_interpreter()
+        self.name = name
+        self._around: _Block | None = _blocks()[-1] if _blocks() else None
+        if self._around:
+            self._replaced = self._around.choice
+            self._around.choice = _thread.choice = name
+        else:
+            _choose_for_process(self)
 
     def __enter__(self) -> backend:
+        # not a call, then: take back what __init__ did as one
+        if self._around:
+            self._around.choice, self._around = self._replaced, None
+        _forget_for_process(self)
+        _open(self, self.name)
         return self
 
     def __exit__(self, *_: object) -> None:
-        _select(self._previous)
+        _close(self)
 
 
 def current() -> str:
-    """The chosen backend's name."""
-    return _choice
+    """The name of the backend chosen here: for this thread by a block, else for the process."""
+    return getattr(_thread, "choice", None) or _process
 
 
-def _select(name: str) -> None:
-    global _choice, _native_devices, _triton_runs, _interpreter
-    _choice = name
-    _native_devices = _find_native_devices()
-    _triton_runs = _triton_missing() is None
-    if _interpreter is not None:
-        _interpreter._destroy()
-        _interpreter = None
-    if name == "triton" and interpreting():
+@dataclass
+class _Block:
+    owner: object
+    choice: str
+
+
+def _blocks() -> list[_Block]:
+    """The open blocks of this thread."""
+    if not hasattr(_thread, "blocks"):
+        _thread.blocks = []
+    return _thread.blocks
+
+
+def _open(owner: object, choice: str) -> None:
+    _blocks().append(_Block(owner, choice))
+    _thread.choice = choice
+
+
+def _close(owner: object) -> None:
+    """Blocks of coroutines need not end in order."""
+    blocks = _blocks()
+    del blocks[max(i for i, block in enumerate(blocks) if block.owner is owner)]
+    if blocks:
+        _thread.choice = blocks[-1].choice
+    else:
+        del _thread.choice
+
+
+def _choose_for_process(call: backend) -> None:
+    global _process
+    with _lock:
+        # a call that nobody holds will never be a block: what came before it is over
+        final = max((i for i, (holder, _) in enumerate(_calls) if holder() is None), default=0)
+        _calls[:] = [*_calls[final:], (weakref.ref(call), call.name)]
+        _process = call.name
+
+
+def _forget_for_process(call: backend) -> None:
+    global _process
+    with _lock:
+        _calls[:] = [entry for entry in _calls if entry[0]() is not call]
+        _process = _calls[-1][1]
+
+
+def _offer_interpreter() -> None:
+    """Register the Triton kernels for CPU tensors too, for threads that choose them."""
+    global _interpreter
+    if _interpreter is None:
         _interpreter = torch.library.Library("pyflow", "IMPL")
-        for op, family in _families.items():
-            kernel = getattr(importlib.import_module(f"pyflow.triton_kernels.{family}"), op)
-            _interpreter.impl(op, kernel, "CPU")
+        for op in _families:
+            _interpreter.impl(op, _interpretable(op), "CPU", with_keyset=True, allow_override=True)
+
+
+def _interpretable(op: str) -> Callable:
+    """A CPU kernel that runs the Triton kernel in a thread that chose it, else what was there before."""
+    compiled = torch.library.get_kernel(_operators[op], "CPU")
+
+    def launch(keys: torch._C.DispatchKeySet, *args: object) -> object:
+        if current() == "triton":
+            return _triton_kernel(op)(*args)
+        return compiled.call_boxed(keys, *args)
+
+    return launch
 
 
 def runs_reference(op: str, x: Tensor, cuda: bool = True) -> bool:
@@ -155,15 +233,14 @@ def runs_reference(op: str, x: Tensor, cuda: bool = True) -> bool:
 
     Without `cuda` only Triton has kernels for a GPU, csrc/cuda none.
     """
-    if _choice == "reference":
-        return True
-    if _under_transform():
+    choice = getattr(_thread, "choice", None) or _process
+    if choice == "reference" or _under_transform():
         return True
     kind = x.device.type
-    if kind in _native_devices and _choice in ("auto", "triton", kind):
-        return kind == "cuda" and not cuda and (_choice == "cuda" or not _triton_runs)
-    if _choice != "auto":
-        raise RuntimeError(f"{op}: backend {_choice} cannot run on a tensor on {x.device}")
+    if kind in _devices.get(choice, ()):
+        return kind == "cuda" and not cuda and (choice == "cuda" or not _triton_runs)
+    if choice != "auto":
+        raise RuntimeError(f"{op}: {unusable.get(choice) or f'backend {choice} cannot run on a tensor on {x.device}'}")
     return True
 
 
@@ -177,9 +254,29 @@ def call(name: str, *args: object) -> object:
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return op(*args)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        return _functions[name].apply(*args)
+        # a trace records operators, and would record a Python function as one it cannot save
+        return op(*args) if torch.jit.is_tracing() else _functions[name].apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def _on_its_backend(setup_context: Callable, backward: Callable) -> tuple[Callable, Callable]:
+    """The two, with backward on the backend of its forward whichever thread it runs in, and when."""
+
+    def remember(ctx: object, inputs: tuple, output: object) -> None:
+        ctx.backend = current()
+        setup_context(ctx, inputs, output)
+
+    def run(ctx: object, *grads: object) -> object:
+        if current() == ctx.backend:
+            return backward(ctx, *grads)
+        _open(ctx, ctx.backend)
+        try:
+            return backward(ctx, *grads)
+        finally:
+            _close(ctx)
+
+    return remember, run
 
 
 def _function(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> type:
@@ -213,11 +310,16 @@ def _cuda_kernel(op: str) -> Callable:
     """The kernel for CUDA tensors: Triton with fusion off, or the CUDA operator where that was chosen."""
 
     def launch(*args: object) -> object:
-        if _choice == "cuda" or (_choice == "auto" and _triton_missing()):
+        choice = current()
+        if choice == "cuda" or (choice == "auto" and not _triton_runs):
             return getattr(_cuda_ops(), op)(*args)
-        return getattr(importlib.import_module(f"pyflow.triton_kernels.{_families[op]}"), op)(*args)
+        return _triton_kernel(op)(*args)
 
     return launch
+
+
+def _triton_kernel(op: str) -> Callable:
+    return getattr(importlib.import_module(f"pyflow.triton_kernels.{_families[op]}"), op)
 
 
 def _cuda_ops() -> object:
@@ -250,6 +352,7 @@ def register(
     torch.library.register_vmap(name, vmap, lib=library)
     _operators[op] = getattr(torch.ops.pyflow, op).default
     if backward is not None:
+        setup_context, backward = _on_its_backend(setup_context, backward)
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
         _functions[op] = _function(_operators[op], setup_context, backward)
 
@@ -259,9 +362,18 @@ def finish() -> None:
     unregistered = SCHEMAS.keys() - _families.keys()
     if unregistered:
         raise RuntimeError(f"operators without an implementation: {sorted(unregistered)}")
-    _select("auto")
-    wanted = os.environ.get("PYFLOW_BACKEND", "auto")
-    if wanted != "auto":
-        backend(wanted)
+    _choose_by_environment()
     if cpu_missing and not os.environ.get("PYFLOW_CPU_ISA"):
         warnings.warn(f"pyflow runs its plain-torch reference on CPU tensors: {cpu_missing}", stacklevel=3)
+
+
+def _choose_by_environment() -> None:
+    """The process's first choice: PYFLOW_BACKEND. One that cannot be had fails the first operation, not the import."""
+    global _process
+    wanted = os.environ.get("PYFLOW_BACKEND") or "auto"
+    try:
+        backend(wanted)
+    except (ValueError, RuntimeError) as error:
+        _process = wanted
+        _calls[:] = [(lambda: None, wanted)]
+        unusable[wanted] = f"PYFLOW_BACKEND={wanted}: {str(error).removeprefix('backend: ')}"

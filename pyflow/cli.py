@@ -22,6 +22,18 @@ from ._version import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader has left, as head does: nobody is told, not even by the flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # what a shell shows of a program that SIGPIPE ended
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="pyflow", description="Fused kernels for generative modelling in PyTorch.")
     parser.add_argument("--version", action="version", version=f"pyflow {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
@@ -106,7 +118,8 @@ def facts() -> Iterator[tuple[str, object]]:
         yield f"GPU {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
     for name, missing in _backend.status().items():
         yield f"{name} backend", f"off: {missing}" if missing else "on"
-    yield "chosen", _backend.current()
+    unusable = _backend.unusable.get(_backend.current())
+    yield "chosen", f"none: {unusable}" if unusable else _backend.current()
     settings = {name: value for name, value in os.environ.items() if name.startswith(("PYFLOW_", "TRITON_"))}
     yield "environment", " ".join(f"{name}={value}" for name, value in sorted(settings.items())) or "nothing set"
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import subprocess
 import sys
 import types
 
 import pytest
+import torch
 
 from pyflow import cli
 
@@ -56,3 +59,32 @@ def test_every_demo_can_be_one_of_all(name):
     recipe.add_arguments(parser)
     args = parser.parse_args(["--quick", "--out", "a.png", "--seed", "3", "--device", "cpu", "--backend", "cpu"])
     assert args.quick and args.seed == 3 and args.out.name == "a.png"
+
+
+def pyflow(*words, reader=None, **environment):
+    """The command in a process of its own; `reader` is a program that it is piped into."""
+    command = [sys.executable, "-m", "pyflow", *words]
+    if reader:
+        command = ["bash", "-o", "pipefail", "-c", '"$@" | ' + reader, "bash", *command]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "cuda"])
+def test_info_says_what_is_chosen_whatever_was_wished(name):
+    done = pyflow("info", PYFLOW_BACKEND=name)
+    assert done.returncode == 0 and not done.stderr
+    (chosen,) = (line.split(maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("chosen:"))
+    if name == "gpu":
+        assert chosen.startswith("none: PYFLOW_BACKEND=gpu: name must be one of ")
+    elif name == "cuda" and not torch.cuda.is_available():
+        assert chosen == "none: PYFLOW_BACKEND=cuda: cuda cannot run here: no GPU is available"
+    else:
+        assert chosen == (name or "auto")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+@pytest.mark.parametrize("words", [["info"], ["demo", "--help"], ["bench", "--help"]])
+def test_a_reader_that_leaves_is_no_error(words):
+    # true never reads, so that the pipe is closed at the latest when the command ends
+    done = pyflow(*words, reader="true")
+    assert done.returncode in (0, 141) and not done.stderr

@@ -12,11 +12,40 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
+
 import pyflow
 
 
 class Refused(RuntimeError):
     """What cannot be done here; the text says why in one sentence."""
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def seed(text: str) -> int:
+    """An argument that every generator takes, scikit-learn's too."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be in [0, 2**32), got {value}")
+    return value
+
+
+def device(text: str) -> str:
+    """An argument that is a device of this machine."""
+    try:
+        torch.empty(1, device=text)
+    # what torch raises differs with what it was built for
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"must be a device that is here, got {text!r}: {why}") from error
+    return text
 
 
 def run(name: str, args: argparse.Namespace, work: Callable[[], dict[str, object]], folders: Iterable[str] = ()) -> int:

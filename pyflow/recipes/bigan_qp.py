@@ -17,7 +17,7 @@ import pyflow
 from pyflow.ops import gan_qp_generator_loss, gan_qp_loss
 
 from . import _data, _demo, _pictures
-from .nice import _positive, follow, synchronize, threads
+from .nice import follow, synchronize, threads
 
 COLUMNS = 10
 
@@ -55,13 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", default="digits", metavar="DATA",
         help=f"{', '.join(_data.NAMES)}, faces (of scikit-image) or a folder of images; default digits",
     )  # fmt: skip
-    parser.add_argument("--steps", type=_positive, help=f"of generator and encoder, default at most {Settings.steps}")
-    parser.add_argument("--latent", type=_positive, help=f"numbers in a latent, default {Settings.latent}")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and latents")
+    parser.add_argument("--steps", type=_demo.positive, help=f"of generator and encoder, default at most {Settings.steps}")
+    parser.add_argument("--latent", type=_demo.positive, help=f"numbers in a latent, default {Settings.latent}")
+    parser.add_argument("--seed", type=_demo.seed, default=0, help="of weights, batches and latents")
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/bigan_qp.png"), help="the picture; metrics go beside it"
     )
-    parser.add_argument("--device", help="default cuda where there is one, else cpu")
+    parser.add_argument("--device", type=_demo.device, help="default cuda where there is one, else cpu")
     parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
 

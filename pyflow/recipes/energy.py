@@ -23,7 +23,7 @@ from pyflow.ops import energy_loss, grad_norm_penalty
 from pyflow.ops.energy import EnergyFunction, energy_and_grad
 
 from . import _demo
-from .nice import _positive, threads
+from .nice import threads
 
 matplotlib.use("Agg")
 
@@ -74,17 +74,17 @@ QUICK = {"steps": 200, "average": 0.98, "samples": 500, "chain_steps": 40}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=_positive, help=f"of the generators, default {GRID.steps} and {DIGITS.steps}")
-    parser.add_argument("--chain-steps", type=_positive, help=f"of the chains, default {GRID.chain_steps}")
+    parser.add_argument("--steps", type=_demo.positive, help=f"of the generators, default {GRID.steps} and {DIGITS.steps}")
+    parser.add_argument("--chain-steps", type=_demo.positive, help=f"of the chains, default {GRID.chain_steps}")
     parser.add_argument(
         "--held-out", type=_held_out, help="digits that are the anomaly in turn: a list as 1,5 or all; "
         f"default {','.join(map(str, HELD_OUT))}, and {HELD_OUT[0]} if quick"
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and chains")
+    parser.add_argument("--seed", type=_demo.seed, default=0, help="of weights, batches and chains")
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/energy.png"), help="the picture; metrics go beside it"
     )
-    parser.add_argument("--device", help="default cuda where there is one, else cpu")
+    parser.add_argument("--device", type=_demo.device, help="default cuda where there is one, else cpu")
     parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
 

@@ -19,7 +19,7 @@ from pyflow.nn import FSQ
 from pyflow.ops import codebook_usage
 
 from . import _data, _demo, _pictures
-from .nice import _positive, synchronize, threads
+from .nice import synchronize, threads
 
 # the paper's level sets for 2**8 and 2**12 codes; a VQ codebook gets as many codes as the FSQ one beside it
 LEVELS = ((8, 6, 5), (7, 5, 5, 5, 5))
@@ -67,14 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="of images; default those in scikit-image, scikit-learn"
     )
-    parser.add_argument("--steps", type=_positive, help=f"of each training, default {Settings.steps}")
+    parser.add_argument("--steps", type=_demo.positive, help=f"of each training, default {Settings.steps}")
     parser.add_argument(
         "--vq", choices=VQS, default="both",
         help="vector-quantize-pytorch as it is, or with k-means and dead codes replaced; default both",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and VQ's own draws")
+    parser.add_argument("--seed", type=_demo.seed, default=0, help="of weights, batches and VQ's own draws")
     parser.add_argument("--out", type=Path, default=Path("outputs/fsq.png"), help="the picture; metrics go beside it")
-    parser.add_argument("--device", help="default cuda where there is one, else cpu")
+    parser.add_argument("--device", type=_demo.device, help="default cuda where there is one, else cpu")
     parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
 

@@ -24,7 +24,7 @@ from pyflow.nn import HSICBottleneck  # noqa: E402
 from pyflow.stats import HSICTest, RepresentationComparison, compare_representations, hsic_test  # noqa: E402
 
 from . import _demo  # noqa: E402
-from .nice import _positive, synchronize, threads  # noqa: E402
+from .nice import synchronize, threads  # noqa: E402
 
 LEVEL = 0.05
 NETWORKS = ("HSIC bottleneck", "backpropagation", "head on untrained layers")
@@ -75,11 +75,11 @@ class Digits:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=_positive, help=f"of each training, default {Settings.epochs}")
-    parser.add_argument("--permutations", type=_positive, help=f"of each test, default {Settings.permutations}")
-    parser.add_argument("--seed", type=int, default=0, help="of permutations, weights and batches")
+    parser.add_argument("--epochs", type=_demo.positive, help=f"of each training, default {Settings.epochs}")
+    parser.add_argument("--permutations", type=_demo.positive, help=f"of each test, default {Settings.permutations}")
+    parser.add_argument("--seed", type=_demo.seed, default=0, help="of permutations, weights and batches")
     parser.add_argument("--out", type=Path, default=Path("outputs/hsic.png"), help="the picture; metrics go beside it")
-    parser.add_argument("--device", help="default cuda where there is one, else cpu")
+    parser.add_argument("--device", type=_demo.device, help="default cuda where there is one, else cpu")
     parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
     parser.add_argument("--quick", action="store_true", help="fewer permutations and epochs")
 

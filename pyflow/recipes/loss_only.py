@@ -63,13 +63,13 @@ class VAE(nn.Module):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--hidden", type=int, default=256, help="width of both hidden layers")
-    parser.add_argument("--latent", type=int, default=8, help="dims of z")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and samples")
+    parser.add_argument("--epochs", type=_demo.positive, default=60)
+    parser.add_argument("--hidden", type=_demo.positive, default=256, help="width of both hidden layers")
+    parser.add_argument("--latent", type=_demo.positive, default=8, help="dims of z")
+    parser.add_argument("--seed", type=_demo.seed, default=0, help="of weights, batches and samples")
     parser.add_argument("--out", type=Path, default=Path("outputs/loss_only_digits.png"), help="the picture; "
                         "metrics and the log go beside it")  # fmt: skip
-    parser.add_argument("--device", help="default cuda where there is one, else cpu")
+    parser.add_argument("--device", type=_demo.device, help="default cuda where there is one, else cpu")
     parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
     parser.add_argument("--quick", action="store_true", help="a few epochs, to see that it runs")
 

@@ -53,10 +53,10 @@ SETTINGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", choices=_data.NAMES, default="digits", help="default digits, which need no download")
     parser.add_argument("--prior", choices=("logistic", "gaussian"), default="logistic", help="density of z")
-    parser.add_argument("--epochs", type=_positive, help="at most this many; training stops early")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches, noise and samples")
+    parser.add_argument("--epochs", type=_demo.positive, help="at most this many; training stops early")
+    parser.add_argument("--seed", type=_demo.seed, default=0, help="of weights, batches, noise and samples")
     parser.add_argument("--out", type=Path, help="the picture, default outputs/nice_DATA.png; metrics go beside it")
-    parser.add_argument("--device", help="default cuda where there is one, else cpu")
+    parser.add_argument("--device", type=_demo.device, help="default cuda where there is one, else cpu")
     parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
     parser.add_argument("--quick", action="store_true", help="a few epochs, to see that it runs")
 
@@ -302,10 +302,3 @@ def picture(
         ],
     )
     return error
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

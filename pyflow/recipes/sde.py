@@ -22,7 +22,7 @@ from pyflow.ops import denoising_loss, perturb, sample_seeds, uniform
 from pyflow.sde import VPSDE, log_likelihood, sample
 
 from . import _data, _demo, _loops, _pictures
-from .nice import Gaussian, _positive, follow, noisy, synchronize, threads
+from .nice import Gaussian, follow, noisy, synchronize, threads
 
 METHODS = ("euler_maruyama", "reverse_diffusion", "ancestral", "pc", "probability_flow")
 # last time of the samplers, first one of training and likelihood: std is 0.01 there, the dequantisation's width 0.12
@@ -59,13 +59,13 @@ QUICK = Settings(steps=60, warmup=10, sampling_steps=50, samples=64, scored=40, 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=_positive, help=f"of training, default {Settings.steps}")
+    parser.add_argument("--steps", type=_demo.positive, help=f"of training, default {Settings.steps}")
     parser.add_argument(
-        "--sampling-steps", type=_positive, help=f"of every sampler, more than 20, default {Settings.sampling_steps}"
+        "--sampling-steps", type=_demo.positive, help=f"of every sampler, more than 20, default {Settings.sampling_steps}"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches, noise and samples")
+    parser.add_argument("--seed", type=_demo.seed, default=0, help="of weights, batches, noise and samples")
     parser.add_argument("--out", type=Path, default=Path("outputs/sde.png"), help="the picture; metrics go beside it")
-    parser.add_argument("--device", help="default cuda where there is one, else cpu")
+    parser.add_argument("--device", type=_demo.device, help="default cuda where there is one, else cpu")
     parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
     parser.add_argument("--quick", action="store_true", help="a few steps and no torch.compile, to see that it runs")
 

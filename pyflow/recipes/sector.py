@@ -17,7 +17,6 @@ from pyflow.ops import uniform
 from pyflow.stats import sector_probability, sector_probability_mc
 
 from . import _demo
-from .nice import _positive
 
 matplotlib.use("Agg")
 
@@ -51,11 +50,11 @@ class Curve:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--points", type=_positive, nargs="+", default=POINTS, metavar="N", help="a curve for each n")
-    parser.add_argument("--trials", type=_positive, help="of each curve, default 4,000,000")
-    parser.add_argument("--seed", type=int, default=0, help="of the trials")
+    parser.add_argument("--points", type=_demo.positive, nargs="+", default=POINTS, metavar="N", help="a curve for each n")
+    parser.add_argument("--trials", type=_demo.positive, help="of each curve, default 4,000,000")
+    parser.add_argument("--seed", type=_demo.seed, default=0, help="of the trials")
     parser.add_argument("--out", type=Path, default=Path("outputs/sector.png"), help="picture; figures go beside it")
-    parser.add_argument("--device", default="cpu", help="where the trials run, default cpu")
+    parser.add_argument("--device", type=_demo.device, default="cpu", help="where the trials run, default cpu")
     parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
     parser.add_argument("--quick", action="store_true", help="fewer trials, to see that it runs")
 

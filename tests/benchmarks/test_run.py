@@ -42,6 +42,8 @@ def test_list():
     [
         (["--case", "nonsense"], "bench: no case matches 'nonsense'; --list shows them all\n"),
         (["--threads", "0"], "bench: --threads must be at least 1, got 0\n"),
+        (["--budget", "nan"], "bench: --budget must be positive and finite, got nan\n"),
+        (["--timeout", "-3"], "bench: --timeout must be positive and finite, got -3.0\n"),
     ],
 )
 def test_bad_options(options, text):

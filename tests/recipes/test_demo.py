@@ -1,4 +1,4 @@
-"""What --out may be: every demo, `demo all` and `bench` refuse the rest in one line, before they load or train."""
+"""What arguments may be, --out above all: the rest is refused in one line, before anything is loaded or trained."""
 
 from __future__ import annotations
 
@@ -79,6 +79,20 @@ def test_what_cannot_be_written_is_refused(recipe, name, out, folder, capsys):
     assert printed.err.startswith(f"demo {name}: --out must be a ") and WRONG[out] in printed.err
     assert printed.err.count("\n") == 1 and not printed.out
     assert files(folder) == before
+
+
+@pytest.mark.parametrize(
+    "option, value, why",
+    [
+        ("--device", "nowhere", "must be a device that is here, got 'nowhere': "),
+        ("--seed", "-1", "must be in [0, 2**32), got -1\n"),
+        ("--seed", str(2**64), f"must be in [0, 2**32), got {2**64}\n"),
+    ],
+)
+def test_numbers_and_devices_that_cannot_be_are_refused(recipe, name, option, value, why, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", name, option, value])
+    assert f"pyflow demo {name}: error: argument {option}: {why}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("given", "written"), [("a", "a.png"), ("new/v1.5.SVG", "new/v1.5.SVG"), (".a", ".a.png")])
