@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-all test bench gpu build clean
+.PHONY: help demo demo-all test bench gpu asan ubsan build clean
 
 # the first Python 3.11 or newer
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -26,6 +26,7 @@ help:
 	@echo 'make demo-all  runs every demo and puts pictures and figures on one page (quickly: ARGS=--quick)'
 	@echo 'make test   runs every test'
 	@echo 'make bench  runs the benchmarks'
+	@echo 'make asan   tests the C++ kernels under the address sanitizer; make ubsan for undefined behaviour'
 	@echo 'make gpu    on a GPU, in eight minutes: builds with CUDA, tests, measures, with the torch that is there'
 	@echo 'make build  makes .venv and builds the extension; make clean removes what was built'
 
@@ -40,6 +41,19 @@ test: $(BUILT)
 
 bench: $(BUILT)
 	$(BIN)/python -m pyflow bench $(ARGS)
+
+# Under a sanitizer of gcc, in a copy: the checkout keeps its libraries. The first finding ends the tests, and is in
+# build/asan/found.*; asan must be in a process before anything allocates, and meets exceptions only with libstdc++.
+SANITIZED ?= tests/ops tests/cpu -k 'not compiles and not opcheck'
+asan ubsan: $(READY)
+	@mkdir -p build/$@/tree && rm -f build/$@/found.*
+	@tar c --exclude=./build --exclude=./.venv --exclude=./.git --exclude='*.so' . | tar x -C build/$@/tree
+	@cd build/$@/tree && PYFLOW_BUILD=$@ PYFLOW_NATIVE=1 PYFLOW_CUDA=0 $(CURDIR)/$(BIN)/python setup.py native >/dev/null
+	cd build/$@/tree && found=$(CURDIR)/build/$@/found; \
+	  PYTHONPATH=$$PWD $(WORKING) ASAN_OPTIONS=detect_leaks=0:log_path=$$found UBSAN_OPTIONS=print_stacktrace=1:log_path=$$found \
+	  LD_PRELOAD="$(if $(filter asan,$@),$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so))" \
+	  $(CURDIR)/$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -p no:cacheprovider $(SANITIZED) $(ARGS) || \
+	  { cat $$found.* 2>/dev/null; exit 1; }
 
 build: $(BUILT)
 

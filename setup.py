@@ -3,6 +3,7 @@
 PYFLOW_NATIVE=1 makes a missing part an error, 0 leaves the native modules out.
 PYFLOW_CUDA=1 builds the CUDA operators too, 0 leaves them out; by default they are built where nvcc is
 found and of the CUDA version torch was built for. CUDAARCHS names the architectures (90;100, native).
+PYFLOW_BUILD is release, debug (no optimisation), asan or ubsan (gcc's sanitizers; asan's must be loaded before Python).
 Whatever stands in the way ends in one sentence that says what to do.
 
 `python setup.py native` builds the modules in place, without a word to setuptools, which may be too old for the rest.
@@ -26,7 +27,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
-BUILD = ROOT / "build" / "native"
+KIND = os.environ.get("PYFLOW_BUILD") or "release"
+KINDS = ("release", "debug", "asan", "ubsan")
+BUILD = ROOT / "build" / ("native" if KIND == "release" else KIND)
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
 OLDEST_TORCH, NEWEST_TORCH = "2.11", "2.13"  # what it is tested with; newer ones are tried
 COMPILERS = "gcc 11, clang 12 or newer"
@@ -125,6 +128,8 @@ def configuration():
     """The command that configures the native build, and what to say where it fails; raises NotNative."""
     if os.environ.get("PYFLOW_NATIVE") == "0":
         raise NotNative("PYFLOW_NATIVE=0")
+    if KIND not in KINDS:
+        sys.exit(f"pyflow: PYFLOW_BUILD must be one of {', '.join(KINDS)}, got {KIND!r}")
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise NotNative(f"native kernels are for Linux on x86-64 and aarch64, not {platform.platform()}")
     (torch, version), compiler = find_torch(), find_compiler()
@@ -147,6 +152,7 @@ def configuration():
         "PYBIND11_INCLUDE": pybind11.get_include(),
         "HOST_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
         "PYFLOW_CUDA": "ON" if cuda else "OFF",
+        "PYFLOW_BUILD": KIND,
     }
     if os.environ.get("CUDAARCHS"):
         options["CMAKE_CUDA_ARCHITECTURES"] = os.environ["CUDAARCHS"]

@@ -75,6 +75,8 @@ def at_least(op: str, name: str, value: object, least: int) -> int:
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+    if value >= 2**63:
+        raise ValueError(f"{op}: {name} must fit into 64 bits, got {value}")
     return int(value)
 
 
@@ -94,5 +96,6 @@ def mask_for(op: str, mask: object, x: Tensor) -> Tensor:
     return mask.expand(x.shape)
 
 
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def short(dtype: object) -> str:
+    """A dtype's name, or what was given instead of one."""
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else type(dtype).__name__

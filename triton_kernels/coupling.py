@@ -88,15 +88,18 @@ def backward_kernel(
     for c0 in range(0, SEGMENT, BLOCK_C):
         c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
         inside = (r < rows) & (c < width(cols, c, VEC))
+        g, slope = log_scale_slope(load(scale, scale_at, sizes, r, c, inside, VEC, dtype), arg, MAP)
+        # without gy only g counts, whatever y has become
         dy = tl.zeros((BLOCK_R, BLOCK_C), dtype)
+        dx = dy
+        moved = dy
         if gy is not None:
             dy = load(gy, gy_at, sizes, r, c, inside, VEC, dtype)
-        g, slope = log_scale_slope(load(scale, scale_at, sizes, r, c, inside, VEC, dtype), arg, MAP)
-        dx = dy * exp(neg(g) if INVERSE else g)
-        moved = load(x, x_at, sizes, r, c, inside, VEC, dtype)
-        if SHIFT_FIRST != INVERSE:
-            t = load(shift, shift_at, sizes, r, c, inside, VEC, dtype)
-            moved = moved - t if INVERSE else moved + t
+            dx = dy * exp(neg(g) if INVERSE else g)
+            moved = load(x, x_at, sizes, r, c, inside, VEC, dtype)
+            if SHIFT_FIRST != INVERSE:
+                t = load(shift, shift_at, sizes, r, c, inside, VEC, dtype)
+                moved = moved - t if INVERSE else moved + t
         dscale = tl.fma(dx, moved, dlogdet)
         if INVERSE:
             dshift = neg(dy) if SHIFT_FIRST else neg(dx)

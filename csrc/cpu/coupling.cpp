@@ -200,10 +200,11 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
     for (const View* v : outputs) prefetch<true>(s, *v, next);
     Chunk<T> c{};
     c.n = t.count();
-    c.x = load(s, a.x, t, x);
-    c.shift = a.shift.data ? load(s, a.shift, t, shift) : c.x;  // absent where the formula has no shift
-    c.scale = load(s, a.scale, t, scale);
+    // without gy only g counts, whatever y has become: zeros stand for x and shift too
     c.gy = a.gy.data ? load(s, a.gy, t, gy) : gy;
+    c.x = a.gy.data ? load(s, a.x, t, x) : gy;
+    c.shift = a.gy.data && a.shift.data ? load(s, a.shift, t, shift) : c.x;  // absent where the formula has no shift
+    c.scale = load(s, a.scale, t, scale);
     for (int64_t r = 0; r < t.rows; ++r) {
       gl[r] = T(0);
       if (a.gl.data) read_typed(a.gl, row_offset(s, a.gl, t.row + r), 1, 1, gl + r);
@@ -212,6 +213,7 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
     c.g = g;
     c.slope = slope;
     map_chunk<true>(c, a);
+    if (!a.gy.data) fill(g, T(0), c.n);
     c.gx = target(s, a.gx, t, gx);
     c.gscale = target(s, a.gscale, t, gscale);
     if (a.gshift.data) c.gshift = target(s, a.gshift, t, gshift);

@@ -136,17 +136,21 @@ __global__ void __launch_bounds__(kThreads, 2) forward(const __grid_constant__ A
 template <int M, int N, class T>
 __global__ void __launch_bounds__(kThreads, 2) backward(const __grid_constant__ Args a) {
   for_each_group<N>(a, [&](const Spot& p, int) {
-    const auto x = load<N, T>(a.space, a.x, p);
     const auto scale = load<N, T>(a.space, a.scale, p);
-    Group<T, N> shift{}, gy{}, gx, gshift, gscale;
-    if (a.shift_first != a.inverse) shift = load<N, T>(a.space, a.shift, p);
-    if (a.gy.data) gy = load<N, T>(a.space, a.gy, p);
+    // without gy only g counts, whatever y has become: zeros stand for x and shift too
+    const bool reached = a.gy.data != nullptr;
+    Group<T, N> x{}, shift{}, gy{}, gx, gshift, gscale;
+    if (reached) {
+      x = load<N, T>(a.space, a.x, p);
+      if (a.shift_first != a.inverse) shift = load<N, T>(a.space, a.shift, p);
+      gy = load<N, T>(a.space, a.gy, p);
+    }
     const unsigned passes = load_mask<N>(a.space, a.mask, p);
     const T gl = a.gl.data && p.inside ? read<T>(a.gl, row_offset(a.space, a.gl, p.row)) : T(0);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const LogScale<T> l = log_scale_slope_of<M>(a, scale.v[i]);
-      const T e = exp_((a.inverse ? T(-1) : T(1)) * l.g);
+      const T e = reached ? exp_((a.inverse ? T(-1) : T(1)) * l.g) : T(1);
       const auto d = couple_backward_as(a, gy.v[i], gl, x.v[i], shift.v[i], e, l.slope);
       const bool passed = passes >> i & 1;
       gx.v[i] = passed ? gy.v[i] : d.x;

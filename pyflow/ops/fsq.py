@@ -190,7 +190,7 @@ def codebook_usage(indices: Tensor, size: int) -> CodebookUsage:
         counts (entries that occur,) int64, fraction and perplexity 0-d float32; both 0 without any index.
 
     Raises:
-        TypeError: indices that are not an integer tensor.
+        TypeError: indices that are not an integer tensor, a size that is no integer.
         ValueError: size below 1, or on a CPU an index beyond it.
 
     Example:
@@ -199,8 +199,7 @@ def codebook_usage(indices: Tensor, size: int) -> CodebookUsage:
     """
     op = "codebook_usage"
     check.integer_tensor(op, "indices", indices)
-    if size < 1:
-        raise ValueError(f"{op}: size must be at least 1, got {size}")
+    size = check.at_least(op, "size", size, 1)
     used = indices[indices >= 0]
     if used.numel() and check.values_are_checked(used) and int(used.max()) >= size:
         raise ValueError(f"{op}: indices must lie below the codebook's size, {size}, got {int(used.max())}")

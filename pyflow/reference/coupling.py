@@ -98,7 +98,8 @@ def affine_coupling(
     event_dims: int,
 ) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(x.dtype)
-    x_, t, g = x.to(dtype), shift.to(dtype), log_scale(scale.to(dtype), scale_map, map_arg)
+    x_, t, s = (v.to(dtype) for v in _seen(mask, x, shift, scale))
+    g = log_scale(s, scale_map, map_arg)
     if inverse:
         y = x_ * torch.exp(-g) - t if shift_first else (x_ - t) * torch.exp(-g)
         g = -g
@@ -108,6 +109,13 @@ def affine_coupling(
     if mask is not None:
         y, g = torch.where(mask, x, y), torch.where(mask, 0, g)
     return y, g.sum(tuple(range(x.dim() - event_dims, x.dim()))) if event_dims else g
+
+
+def _seen(mask: Tensor | None, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Masked elements are 0 from the start: what stands there reaches neither the result nor a gradient of any order."""
+    if mask is None:
+        return list(tensors)
+    return [t if t is None else torch.where(mask, torch.zeros((), dtype=t.dtype, device=t.device), t) for t in tensors]
 
 
 def affine_coupling_backward(
@@ -129,10 +137,14 @@ def affine_coupling_backward(
     `shift` may be None where the formula has none (forward, scale first; inverse, shift first).
     """
     dtype = compute_dtype(x.dtype)
-    x_, s = x.to(dtype), scale.to(dtype)
-    t = None if shift is None else shift.to(dtype)
+    if grad_y is None:
+        # only g counts, whatever y has become
+        x, shift = torch.zeros_like(x), None if shift is None else torch.zeros_like(shift)
+    x_, t, s = (v if v is None else v.to(dtype) for v in _seen(mask, x, shift, scale))
     g, slope = log_scale(s, scale_map, map_arg), log_scale_slope(s, scale_map, map_arg)
     gy = torch.zeros_like(x_) if grad_y is None else grad_y.to(dtype)
+    if grad_y is None:
+        g = torch.zeros_like(g)
     gl = torch.zeros((), dtype=dtype, device=x.device) if grad_logdet is None else grad_logdet.to(dtype)
     gl = gl.reshape(gl.shape + (1,) * event_dims)
     if inverse:

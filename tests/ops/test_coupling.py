@@ -173,6 +173,46 @@ def test_mask_passes_through_by_selection(inverse, first):
     assert (grads[0][full] == 1).all() and (grads[1][full] == 0).all() and (grads[2][full] == 0).all()
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("inverse, first", FORMS)
+@pytest.mark.parametrize("x_there, scale_there", [(0.0, 200.0), (math.nan, 0.0), (math.inf, -math.inf)])
+def test_nothing_under_the_mask_reaches_a_gradient_of_any_order(x_there, scale_there, inverse, first, backend):
+    mask = torch.tensor([[False, True]])
+    x, shift, scale = torch.tensor([[[1.0, x_there]], [[2.0, x_there]], [[0.5, scale_there]]])
+    seen = [v.clone().requires_grad_() for v in (x, shift, scale)]
+    plain = [v[:, :1].clone().requires_grad_() for v in (x, shift, scale)]
+
+    def loss(x, shift, scale):
+        y, logdet = ops.affine_coupling(
+            x, shift, scale, shift_first=first, inverse=inverse, mask=mask if x.shape[1] == 2 else None
+        )
+        return y[:, 0].sin().sum() + logdet.exp().sum()
+
+    def both_orders(leaves):
+        found = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g[:, 0].sin().sum() for g in found), leaves)
+        return [*found, *second]
+
+    with pyflow.backend(backend):
+        got, want = both_orders(seen), both_orders(plain)
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, torch.cat((b, torch.zeros_like(b)), 1))
+        for i, jacobian in enumerate(torch.func.jacrev(loss, (0, 1, 2))(x, shift, scale)):
+            torch.testing.assert_close(jacobian, got[i])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("inverse, first", FORMS)
+def test_a_log_determinant_alone_is_differentiated_where_y_overflows(inverse, first, backend):
+    sign = -1.0 if inverse else 1.0
+    leaves = [torch.full((1, 3), v, requires_grad=True) for v in (math.inf, 1.0, sign * 100)]
+    with pyflow.backend(backend):
+        _, logdet = ops.affine_coupling(*leaves, shift_first=first, inverse=inverse)
+        grads = torch.autograd.grad(logdet.sum(), leaves, allow_unused=True)
+    assert torch.equal(grads[2], torch.full((1, 3), sign))
+    assert not any(grad is not None and grad.any() for grad in grads[:2])
+
+
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.int64])
 def test_masks_of_any_dtype_and_broadcast(kind):
     x, shift, scale = inputs((4, 6))
