@@ -375,8 +375,8 @@ def _clamp(value: object, channels: int) -> float | list[float] | None:
         )
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError("ResidualFSQ: soft_clamp_input_value must not require grad, it is a constant")
-    value = torch.as_tensor(value, dtype=torch.float32, device="cpu")
-    if value.dim() > 1 or value.numel() not in (1, channels):
+    value = np.asarray(value.tolist() if isinstance(value, Tensor) else value, dtype=np.float32)
+    if value.ndim > 1 or value.size not in (1, channels):
         raise ValueError(
             f"ResidualFSQ: soft_clamp_input_value must be one number or one for each of {channels} channels, "
             f"got shape {tuple(value.shape)}"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -112,7 +113,8 @@ class _Rebuilding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, stack, given, norms, n_given, x, *tensors):
         ctx.stack, ctx.given, ctx.norms, ctx.n_given = stack, given, norms, n_given
-        ctx.replay = _Replay(x.device, stack.preserve_rng)
+        # fake tensors draw nothing, and the state is none of them
+        ctx.replay = _Replay(x.device, stack.preserve_rng and not isinstance(x, FakeTensor))
         y, total = x, 0
         with ctx.replay.autocast():
             for layer in stack.layers:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
@@ -230,7 +231,7 @@ def apply_weight_norm(
     layers = _picked(op, model, filter, name)
     for path, layer in layers:
         weight = getattr(layer, name).detach()
-        if not weight.is_meta and not bool((_norms(weight, dim) > 0).all()):
+        if not weight.is_meta and not isinstance(weight, FakeTensor) and not bool((_norms(weight, dim) > 0).all()):
             raise ValueError(f"{op}: {_where(path, name)} must not have a row of zeros, it has no direction")
     for _, layer in layers:
         parametrizations.weight_norm(layer, name, None if getattr(layer, name).dim() == 1 else dim)

@@ -8,9 +8,22 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-from pyflow.nn import FSQ, ActNorm, GroupedResidualFSQ, Invertible1x1Conv, ResidualFSQ, Scale
+from pyflow.nn import (
+    FSQ,
+    ActNorm,
+    AffineCoupling,
+    GroupedResidualFSQ,
+    Invertible1x1Conv,
+    ResidualFSQ,
+    ReversibleSequential,
+    Scale,
+    apply_spectral_norm,
+    apply_weight_norm,
+)
 from pyflow.ops import codebook_usage, fsq_decode
 from pyflow.testing import assert_same_bits
 
@@ -222,6 +235,32 @@ def test_whole_modules_are_saved(name):
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
     assert loaded(x)[0].equal(module(x)[0]) and copy.deepcopy(module)(x)[0].equal(module(x)[0])
+
+
+FAKE = {
+    "actnorm": lambda: ActNorm(4),
+    "conv": lambda: Invertible1x1Conv(4),
+    "reversible": lambda: ReversibleSequential(ActNorm(4), AffineCoupling(nn.Linear(2, 4), scale_map="tanh")),
+    "spectral norm": lambda: apply_spectral_norm(nn.Linear(4, 3)),
+    "weight norm": lambda: apply_weight_norm(nn.Linear(4, 3)),
+    "fsq": lambda: FSQ([5, 5], dim=4),
+    "residual": lambda: ResidualFSQ(levels=[5, 5], num_quantizers=2, dim=4),
+}
+
+
+@pytest.mark.parametrize("name", FAKE)
+def test_fake_tensors(name):
+    with FakeTensorMode():
+        module, x = FAKE[name](), torch.randn(3, 4, requires_grad=True)
+        out = module(x)
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
+        assert x.grad.shape == x.shape
+        if name in ("fsq", "residual"):
+            module(x[:, None], lengths=torch.ones(3, dtype=torch.int64))
+            assert decode(module, out[1]).shape == x.shape
+        elif isinstance(out, tuple):
+            mask = {} if name == "conv" else {"mask": torch.zeros(3, 1)}
+            assert module(x, **mask)[0].shape == x.shape
 
 
 def test_a_trained_clamp_is_refused():
