@@ -51,7 +51,7 @@ def main(folder: str) -> None:
         if how in ("root", "all"):
             fully_shard(model, mesh=mesh)
         for got, wanted in zip(gradients(model), expected, strict=True):
-            torch.testing.assert_close(got.full_tensor(), wanted, msg=lambda text: f"{how}: {text}")
+            torch.testing.assert_close(got.full_tensor(), wanted, msg=lambda text, how=how: f"{how}: {text}")
     # as in replicated.py
     os._exit(0)
 
