@@ -7,6 +7,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -14,6 +15,8 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def values_are_checked(tensor: Tensor) -> bool:
     """Whether the content may be read: on a CPU always, on an accelerator with PYFLOW_CHECK=1, never while traced."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if isinstance(tensor, FakeTensor):
         return False
     return tensor.is_cpu or (tensor.device.type != "meta" and os.environ.get("PYFLOW_CHECK") == "1")
 

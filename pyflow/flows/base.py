@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor, nn
 
@@ -31,16 +33,17 @@ class Flow(nn.Module):
     def draw_latent(self, n: int, temperature: float = 1.0, seed: int | None = None) -> Tensor:
         """n draws of z, scaled by `temperature`; the same for a seed on every device."""
         name = type(self).__name__
-        if n < 0:
-            raise ValueError(f"{name}: n must be at least 0, got {n}")
-        if check.number(name, "temperature", temperature) < 0:
-            raise ValueError(f"{name}: temperature must be at least 0, got {temperature}")
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        n = check.at_least(name, "n", n, 0)
+        if not 0 <= check.number(name, "temperature", temperature) < float("inf"):
+            rule = "finite" if temperature > 0 else "at least 0"
+            raise ValueError(f"{name}: temperature must be {rule}, got {temperature}")
+        generator = None if seed is None else torch.Generator("cpu").manual_seed(_seed(name, seed))
         # drawn on the CPU in double precision, where the logistic's inverse CDF meets neither 0 nor 1
+        options = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
         if self.prior == "gaussian":
-            z = torch.randn(n, *self.latent_shape, generator=generator, dtype=torch.float64)
+            z = torch.randn(n, *self.latent_shape, **options)
         else:
-            z = torch.rand(n, *self.latent_shape, generator=generator, dtype=torch.float64)
+            z = torch.rand(n, *self.latent_shape, **options)
             z = z.clamp_(min=2.0**-54).logit_()
         like = next(self.parameters())
         return z.mul_(temperature).to(like.dtype).to(like.device)
@@ -49,3 +52,11 @@ class Flow(nn.Module):
     def sample(self, n: int, temperature: float = 1.0, seed: int | None = None) -> Tensor:
         """n samples: inverse(temperature * z) with z from the prior."""
         return self.inverse(self.draw_latent(n, temperature, seed))[0]
+
+
+def _seed(op: str, seed: object) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"{op}: seed must be an integer, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{op}: seed must fit 64 bits, got {seed}")
+    return int(seed)

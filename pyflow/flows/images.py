@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .. import _checks as check
+
 
 def dequantize(
     x: Tensor, levels: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
@@ -25,6 +27,7 @@ def dequantize(
         x's shape, in `dtype`.
 
     Raises:
+        TypeError: x of complex numbers, a dtype that is not a float, levels that are not an integer.
         ValueError: levels < 1.
 
     Source:
@@ -35,7 +38,14 @@ def dequantize(
         >>> (y * 256).floor().tolist()
         [0.0, 255.0]
     """
-    _check_levels("dequantize", levels)
+    op = "dequantize"
+    levels = check.at_least(op, "levels", levels, 1)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
+    if x.is_complex():
+        raise TypeError(f"{op}: x must be integers, got {check.short(x.dtype)}")
+    if dtype not in check.FLOATS:
+        raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16, got {check.short(dtype)}")
     noise = torch.rand(x.shape, generator=generator, dtype=dtype, device=x.device)
     return noise.add_(x).div_(levels)
 
@@ -54,16 +64,12 @@ def bits_per_dim(log_prob: Tensor, dim: int, levels: int = 1) -> Tensor:
         log_prob's shape; smaller is better.
 
     Raises:
-        ValueError: levels < 1.
+        TypeError, ValueError: dim or levels that are not integers or < 1.
 
     Example:
         >>> bits_per_dim(torch.zeros(1), 784, 256)
         tensor([8.])
     """
-    _check_levels("bits_per_dim", levels)
+    op = "bits_per_dim"
+    dim, levels = check.at_least(op, "dim", dim, 1), check.at_least(op, "levels", levels, 1)
     return -log_prob / (dim * math.log(2)) + math.log2(levels)
-
-
-def _check_levels(op: str, levels: int) -> None:
-    if levels < 1:
-        raise ValueError(f"{op}: levels must be at least 1, got {levels}")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import numbers
+from collections.abc import Sequence
 
 from torch import nn
+
+from .. import _checks as check
 
 
 def mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
@@ -23,6 +27,13 @@ def conv_net(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 def zero_conv(inputs: int, outputs: int) -> nn.Conv2d:
     """A 3x3 convolution that starts at 0."""
     return start_at_zero(nn.Conv2d(inputs, outputs, 3, padding=1))
+
+
+def widths(op: str, hidden: object) -> tuple[int, ...]:
+    """The widths of an `mlp`, or one clear sentence."""
+    if isinstance(hidden, numbers.Number) or not isinstance(hidden, Sequence):
+        raise TypeError(f"{op}: hidden must be a tuple of widths for vectors, got {type(hidden).__name__}")
+    return tuple(check.at_least(op, "hidden", width, 1) for width in hidden)
 
 
 def start_at_zero(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:

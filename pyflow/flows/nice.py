@@ -12,7 +12,7 @@ from ..nn import Scale
 from ..nn._split import divide, join
 from ..ops import additive_coupling, flow_log_prob
 from .base import Flow
-from .nets import mlp
+from .nets import mlp, widths
 
 _SPLITS = ("half", "interleave")
 # standard deviation of a prior of scale 1
@@ -69,6 +69,7 @@ class NICE(Flow):
         if dim < 2 or couplings < 1:
             raise ValueError(f"NICE: dim must be at least 2 and couplings at least 1, got {dim} and {couplings}")
         self.dim, self.split = dim, split
+        hidden = widths("NICE", hidden)
         sizes = dim - dim // 2, dim // 2
         self.nets = nn.ModuleList(mlp(sizes[i % 2], hidden, sizes[1 - i % 2]) for i in range(couplings))
         self.scale = Scale(dim, data_init=data_init, std=_SPREAD[prior])
@@ -86,8 +87,8 @@ class NICE(Flow):
 
     def log_prob(self, x: Tensor) -> Tensor:
         halves = self._couple(x)
-        if self.scale.awaits_data:
-            self.scale.initialize(torch.cat(halves, 1))
+        if self.scale.may_start:
+            self.scale.start(torch.cat(halves, 1))
         log_scales = self.scale.log_scale.split(self._sizes())
         a, b = (flow_log_prob(h, s, prior=self.prior) for h, s in zip(halves, log_scales))
         return a + b

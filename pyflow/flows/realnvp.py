@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
+
 from torch import nn
 
+from .. import _checks as check
 from ..nn import ActNorm, AffineCoupling, ReversibleSequential
 from .multiscale import MultiScale, Squeeze, check_images
-from .nets import conv_net, mlp, start_at_zero
+from .nets import conv_net, mlp, start_at_zero, widths
 
 
 class RealNVP(MultiScale):
@@ -59,17 +62,19 @@ class RealNVP(MultiScale):
         prior: str = "gaussian",
         reversible: bool = False,
     ) -> None:
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        shape = (int(shape),) if isinstance(shape, numbers.Integral) else tuple(shape)
         if couplings < 1 or levels < 1:
             raise ValueError(f"RealNVP: couplings and levels must be at least 1, got {couplings} and {levels}")
         options = {"scale_map": scale_map, "clamp": clamp}
         if len(shape) == 1:
             if shape[0] < 2:
                 raise ValueError(f"RealNVP: a vector must have at least 2 elements, got {shape[0]}")
-            stages = [_vector_stage(shape[0], couplings, (64, 64) if hidden is None else hidden, options)]
+            hidden = widths("RealNVP", (64, 64) if hidden is None else hidden)
+            stages = [_vector_stage(shape[0], couplings, hidden, options)]
         else:
             check_images("RealNVP", shape, 2 ** (levels - 1))
-            stages = _image_stages(shape[0], levels, 64 if hidden is None else hidden, options)
+            hidden = check.at_least("RealNVP", "hidden", 64 if hidden is None else hidden, 1)
+            stages = _image_stages(shape[0], levels, hidden, options)
         stages = [ReversibleSequential(*layers, recompute=reversible) for layers in stages]
         super().__init__(shape, stages, (), prior)
 

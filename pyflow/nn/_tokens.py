@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _checks as check
-from ..ops.fsq import CodebookUsage, usage_of
+from ..ops.fsq import CodebookUsage, signed, usage_of
+from ._held import HoldsNumbers
 
 MOST_COUNTED = 2**24
 
@@ -26,6 +29,7 @@ def valid_positions(op: str, shape: torch.Size, like: Tensor, mask: object, leng
         raise ValueError(f"{op}: lengths must come with sequences, positions of shape (B, n), got {tuple(shape)}")
     _check_positions(op, "lengths", lengths, shape[:1], like)
     check.integer_tensor(op, "lengths", lengths)
+    lengths = signed(lengths)
     if lengths.numel() and check.values_are_checked(lengths):
         low, high = (int(v) for v in lengths.aminmax())
         if low < 0 or high > shape[1]:
@@ -42,7 +46,7 @@ def _check_positions(op: str, name: str, value: object, shape: torch.Size, like:
         raise ValueError(f"{op}: {name} must be on the device of the input, {like.device}, got {value.device}")
 
 
-class CountsUsage(nn.Module):
+class CountsUsage(HoldsNumbers):
     """A module that can count the entries of its codebook, apart for every column of its indices."""
 
     codebook_size: int
@@ -50,8 +54,39 @@ class CountsUsage(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        # without numbers, so nothing can harm it: it tells the module's device and dtype
+        self.register_buffer("_place", torch.empty(0), persistent=False)
         self.register_buffer("_counts", None, persistent=False)
 
+    @property
+    def _like(self) -> Tensor:
+        """A tensor with the module's device and dtype."""
+        return next(self.parameters(), self._place)
+
+    def _fix(self, **values: tuple[Sequence, torch.dtype]) -> None:
+        """Constants by name. No buffers: those are cast with the module, averaged, and lost by to_empty."""
+        self._values = values
+        self._fixed = self._tensors(self._place.device)
+
+    @torch.inference_mode(False)
+    def _tensors(self, device: torch.device) -> dict[str, Tensor]:
+        return {name: torch.tensor(v, dtype=dtype, device=device) for name, (v, dtype) in self._values.items()}
+
+    def _constant(self, name: str, device: torch.device) -> Tensor:
+        if self._fixed[name].device == device:
+            return self._fixed[name]
+        # moved without a word to the module, as fully_shard and load_state_dict(assign=True) do
+        there = self._tensors(device)
+        if not torch.compiler.is_compiling() and type(there[name]) is Tensor:
+            self._fixed = there
+        return there[name]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CountsUsage:
+        super()._apply(fn, recurse)
+        self._fixed = self._tensors(self._place.device)
+        return self
+
+    @torch.inference_mode(False)
     def track_usage(self) -> None:
         """Count from now on which entries of the codebook occur; a second call starts from zero.
 
@@ -62,7 +97,7 @@ class CountsUsage(nn.Module):
                 f"{type(self).__name__}: track_usage needs a codebook of at most 2**24 entries, got "
                 f"{self.codebook_size}; collect indices and use pyflow.ops.codebook_usage"
             )
-        device = next(self.buffers()).device
+        device = self._like.device
         # slot 0 takes padding, dropped stages and NaN
         self._counts = torch.zeros(self.columns, self.codebook_size + 1, dtype=torch.int64, device=device)
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..ops import fsq, fsq_decode
-from ..ops.fsq import CodebookUsage, checked_levels
+from ..ops.fsq import CodebookUsage, checked_levels, signed
 from ..reference import compute_dtype
+from ..reference import fsq as ref
 from ._tokens import CountsUsage, valid_positions
 
 EPS = 1e-3  # the margin of the bound that the operator is built with
@@ -50,9 +51,10 @@ class FSQ(CountsUsage):
         TypeError, ValueError: levels out of range, channels that do not fit, options that exclude one another.
 
     Notes:
-        Parameters, buffers, methods and return values are those of vector-quantize-pytorch 1.32; a state_dict
+        Parameters, state, methods and return values are those of vector-quantize-pytorch 1.32; a state_dict
         loads in both directions. Unlike there, indices are exact for codebooks above 2**24 entries, noise_dropout
         is the share it names (there it is always one half), a NaN gives the index -1, and no codebook is stored.
+        Casts of the module change no constant and no rotation; indices_to_codes has the module's dtype.
         Without projection one pass reads z and writes out and indices, and nothing else is allocated.
 
     Source:
@@ -107,8 +109,10 @@ class FSQ(CountsUsage):
         self.scale, self.channel_first, self.return_indices = scale, channel_first, return_indices
         self.allowed_dtypes, self.force_quantization_f32 = allowed_dtypes, force_quantization_f32
 
-        self.register_buffer("_levels", torch.tensor(self.levels, dtype=torch.int32), persistent=False)
-        self.register_buffer("_basis", _basis(self.levels), persistent=False)
+        constants = {"levels": (self.levels, torch.int32), "sizes": (self.levels, torch.float32)}
+        if self.codebook_size <= 2**63:
+            constants["basis"] = ref.basis(self.levels), ref.index_dtype(self.levels)
+        self._fix(**constants)
         self.has_projections = self.dim != self.effective_codebook_dim
         self.project_in, self.project_out = nn.Identity(), nn.Identity()
         if self.has_projections:
@@ -121,8 +125,20 @@ class FSQ(CountsUsage):
                     f"FSQ: orthogonal_rotation suits levels that are all the same, got {tuple(self.levels)}",
                     stacklevel=2,
                 )
-            rotation = torch.empty(self.codebook_dim, self.codebook_dim)
-            self.register_buffer("orthogonal_rot", nn.init.orthogonal_(rotation))
+            with torch.inference_mode(False):
+                rotation = torch.empty(self.codebook_dim, self.codebook_dim, dtype=torch.float32)
+                self.register_buffer("orthogonal_rot", nn.init.orthogonal_(rotation))
+            # rounded it would not be orthogonal
+            self.held = ("orthogonal_rot",)
+
+    @property
+    def _levels(self) -> Tensor:
+        return self._fixed["levels"]
+
+    @property
+    def _basis(self) -> Tensor | None:
+        """What a digit of each channel adds to the index, in the dtype of the index; None beyond int64."""
+        return self._fixed.get("basis")
 
     @property
     def variant(self) -> str:
@@ -134,7 +150,7 @@ class FSQ(CountsUsage):
     @property
     def implicit_codebook(self) -> Tensor:
         """The codes of all indices, (codebook_size, len(levels)), made at every access."""
-        return self._indices_to_codes(torch.arange(self.codebook_size, device=self._levels.device))
+        return self._indices_to_codes(torch.arange(self.codebook_size, device=self._like.device))
 
     def forward(
         self, z: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None
@@ -181,11 +197,12 @@ class FSQ(CountsUsage):
         """Codes of z (..., len(levels)) as without preserve_symmetry."""
         if eps == EPS:
             return fsq(z, self.levels, variant="hard" if hard_clamp else "vqp", return_indices=False)[0]
-        half = (self._levels - 1) * (1 + eps) / 2
-        offset = torch.where(self._levels % 2 == 0, 0.5, 0.0)
+        levels = self._constant("sizes", z.device)
+        half = (levels - 1) * (1 + eps) / 2
+        offset = 0.5 - levels % 2 / 2
         u = (z + offset / half).clamp(-1, 1) if hard_clamp else torch.tanh(z + torch.atanh(offset / half))
         bounded = u * half - offset
-        return (bounded + (bounded.round() - bounded).detach()) / (self._levels // 2)
+        return (bounded + (bounded.round() - bounded).detach()) / (levels // 2)
 
     def symmetry_preserving_bound(self, z: Tensor, hard_clamp: bool = False) -> Tensor:
         """Codes of z (..., len(levels)) as with preserve_symmetry."""
@@ -210,17 +227,18 @@ class FSQ(CountsUsage):
         check.float_tensor("FSQ", "zhat", zhat)
         if zhat.dim() == 0 or zhat.shape[-1] != self.codebook_dim:
             raise ValueError(f"FSQ: zhat must have {self.codebook_dim} channels last, got shape {tuple(zhat.shape)}")
-        basis = self._numbered()
+        basis = self._numbered(zhat.device)
         digits = self._scale_and_shift(zhat.to(compute_dtype(zhat.dtype))).round().clamp(min=0)
-        digits = torch.minimum(digits, self._levels - 1)
+        digits = torch.minimum(digits, self._constant("sizes", zhat.device) - 1)
         indices = (digits.nan_to_num(0).long() * basis).sum(-1)
         return torch.where(digits.isnan().any(-1), -1, indices).to(basis.dtype)
 
     def indices_to_level_indices(self, indices: Tensor) -> Tensor:
         """The digit of every channel, (..., len(levels)); -1 where the index is."""
         check.integer_tensor("FSQ", "indices", indices)
-        indices = indices[..., None]
-        return torch.where(indices < 0, -1, indices // self._numbered() % self._levels)
+        indices = signed(indices)[..., None]
+        basis, levels = self._numbered(indices.device), self._constant("levels", indices.device)
+        return torch.where(indices < 0, -1, indices // basis % levels)
 
     def indices_to_codes(self, indices: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """What forward returned with these indices: project_out of their codes, channels where forward has them.
@@ -228,6 +246,7 @@ class FSQ(CountsUsage):
         An index of -1 is NaN, but 0 at the padding that mask or lengths tell of.
         """
         check.integer_tensor("FSQ", "indices", indices)
+        indices = signed(indices)
         if not self.keep_num_codebooks_dim:
             indices = indices[..., None]
         elif indices.dim() == 0 or indices.shape[-1] != self.num_codebooks:
@@ -240,34 +259,37 @@ class FSQ(CountsUsage):
         codes = self._indices_to_codes(indices)
         if self.orthogonal_rotation:
             codes = _rotate(codes, self.orthogonal_rot.t())
-        if self.has_projections:
-            codes = codes.to(self.project_out.weight.dtype)
-        out = self.project_out(codes.flatten(-2))
+        out = self.project_out(codes.to(self._like.dtype).flatten(-2))
         if valid is not None:
             out = torch.where(valid[..., None], out, 0)
         return out.movedim(-1, 1) if self._channels_in_front(out.dim()) else out
 
     def _indices_to_codes(self, indices: Tensor) -> Tensor:
-        return fsq_decode(indices, self.levels, variant=self.variant, dtype=torch.get_default_dtype())
+        dtype = self._like.dtype
+        if self.orthogonal_rotation:
+            dtype = compute_dtype(dtype)
+        return fsq_decode(indices, self.levels, variant=self.variant, dtype=dtype)
 
     def _scale_and_shift(self, zhat_normalized: Tensor) -> Tensor:
+        levels = self._constant("sizes", zhat_normalized.device)
         if self.preserve_symmetry:
-            return (zhat_normalized + 1.0) / (2.0 / (self._levels - 1))
-        width = self._levels // 2
+            return (zhat_normalized + 1.0) / (2.0 / (levels - 1))
+        width = levels // 2
         return zhat_normalized * width + width
 
     def _scale_and_shift_inverse(self, zhat: Tensor) -> Tensor:
+        levels = self._constant("sizes", zhat.device)
         if self.preserve_symmetry:
-            return zhat * (2.0 / (self._levels - 1)) - 1.0
-        width = self._levels // 2
+            return zhat * (2.0 / (levels - 1)) - 1.0
+        width = levels // 2
         return (zhat - width) / width
 
-    def _numbered(self) -> Tensor:
-        if self._basis is None:
+    def _numbered(self, device: torch.device) -> Tensor:
+        if "basis" not in self._fixed:
             raise ValueError(
                 f"FSQ: levels must have a product of at most 2**63 to be numbered, got {tuple(self.levels)}"
             )
-        return self._basis
+        return self._constant("basis", device)
 
     def usage(self) -> CodebookUsage:
         """Counts, fraction and perplexity of the tokens since `track_usage()`, all codebooks together."""
@@ -277,16 +299,6 @@ class FSQ(CountsUsage):
         return (
             f"levels={tuple(self.levels)}, dim={self.dim}, num_codebooks={self.num_codebooks}, variant={self.variant}"
         )
-
-
-def _basis(levels: list[int]) -> Tensor | None:
-    """What a digit of each channel adds to the index, in the dtype of the index; None beyond int64."""
-    size = math.prod(levels)
-    if size > 2**63:
-        return None
-    return torch.tensor([math.prod(levels[:i]) for i in range(len(levels))]).to(
-        torch.int32 if size <= 2**31 else torch.int64
-    )
 
 
 def _rotate(z: Tensor, matrix: Tensor) -> Tensor:

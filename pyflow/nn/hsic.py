@@ -115,8 +115,7 @@ class HSICBottleneck(nn.Module):
         self.epsilon = check.positive(name, "epsilon", epsilon)
         self.criterion = criterion or nn.functional.cross_entropy
         make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-3))
-        trained = [*self.layers, *([head] if head is not None else ())]
-        parameters = [[p for p in module.parameters() if p.requires_grad] for module in trained]
+        parameters = [[p for p in module.parameters() if p.requires_grad] for module in self._trained()]
         # a layer without parameters only passes on
         self._optimizers = [make(group) if group else None for group in parameters]
 
@@ -127,6 +126,7 @@ class HSICBottleneck(nn.Module):
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
         """One step on a batch x (n, ...), y (n,) or (n, ...): the losses of the layers, and of the head."""
+        self._check_optimizers()
         losses, z, aim = [], x, self._aim(x, y)
         for layer, optimizer in zip(self.layers, self._optimizers):
             z = layer(z.detach())
@@ -135,6 +135,18 @@ class HSICBottleneck(nn.Module):
             read = self.head(z.detach())
             losses.append(self._step(self._optimizers[-1], lambda: self.criterion(read, y)))
         return torch.stack(losses)
+
+    def _trained(self) -> list[nn.Module]:
+        return [*self.layers, *([self.head] if self.head is not None else ())]
+
+    def _check_optimizers(self) -> None:
+        for module, optimizer in zip(self._trained(), self._optimizers):
+            own = {id(p) for p in module.parameters()}
+            if optimizer and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+                raise RuntimeError(
+                    f"{type(self).__name__}: parameters must be those its optimisers were made for, got others; "
+                    "to_empty and load_state_dict(assign=True) replace them, so build it from layers that are ready"
+                )
 
     def objective(self, z: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """nHSIC(z, x) - beta nHSIC(z, y)."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
 from ..ops import affine_coupling
+from ._held import HoldsNumbers
 
 
-class _Elementwise(nn.Module):
+class _Elementwise(HoldsNumbers):
     """y = (x + shift) * exp(log_scale), started so that the first training batch has a given spread."""
+
+    held = ("initialized",)
 
     def __init__(self, shape: tuple[int, ...], learned_shift: bool, data_init: bool, std: float, eps: float) -> None:
         super().__init__()
@@ -20,43 +24,59 @@ class _Elementwise(nn.Module):
         self.std, self.eps = check.positive(name, "std", std), check.positive(name, "eps", eps)
         self.log_scale = nn.Parameter(torch.zeros(shape))
         self.register_parameter("shift", nn.Parameter(torch.zeros(shape)) if learned_shift else None)
-        self.register_buffer("initialized", torch.tensor(not data_init))
-        # the buffer's value as a Python bool, so that no forward has to read a device; None: read it again
-        self._ready: bool | None = not data_init
+        self.register_buffer("initialized", torch.tensor(float(not data_init), dtype=torch.float32))
+        # the flag that is known to be set: the tensor, since casts, moves and functional_call put others in its place
+        self._seen_set: Tensor | None = None if data_init else self.initialized
 
     @property
     def awaits_data(self) -> bool:
-        """Whether the next training batch will set the parameters."""
-        if self._ready is None:
-            self._ready = bool(self.initialized)
-        return self.training and not self._ready
+        """Whether the next training batch will set the parameters; reads the buffer."""
+        return self.training and not bool(self.initialized)
 
-    @torch.no_grad()
     def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Set the parameters from a batch; elements where `mask` is true do not count."""
+        self._fit(x, mask, None)
+
+    @property
+    def may_start(self) -> bool:
+        """Whether `start` has to look at a batch; known without a look at the device."""
+        return self.training and self._seen_set is not self.initialized
+
+    def start(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """`initialize` unless that was done before, which is decided on the device."""
+        self._fit(x, mask, self.initialized != 0)
+
+    @torch.no_grad()
+    def _fit(self, x: Tensor, mask: Tensor | None, keep: Tensor | None) -> None:
+        """Set the parameters but where `keep` is true or nothing counts."""
         if x.numel() == 0:
             return
         reduced = [d for d in range(x.dim()) if self._spread(x).shape[d] == 1]
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if mask is None:
             variance, mean = torch.var_mean(x, reduced, correction=0, keepdim=True)
+            self.initialized.fill_(1)
         else:
             counted = ~check.mask_for(type(self).__name__, mask, x)
-            count = counted.sum(reduced, keepdim=True).clamp_min(1)
+            count = counted.sum(reduced, keepdim=True)
+            keep = count == 0 if keep is None else keep | (count == 0)
             mean = torch.where(counted, x, 0).sum(reduced, keepdim=True) / count
             variance = torch.where(counted, x - mean, 0).square().sum(reduced, keepdim=True) / count
-        self.log_scale.copy_((self.std / variance.sqrt().clamp_min(self.eps)).log().view_as(self.log_scale))
-        if self.shift is not None:
-            self.shift.copy_(-mean.view_as(self.shift))
-        self.initialized.fill_(True)
-        self._ready = True
+            self.initialized.logical_or_(counted.any())
+        log_scale = (self.std / variance.sqrt().clamp_min(self.eps)).log()
+        for parameter, value in ((self.log_scale, log_scale), (self.shift, -mean)):
+            if parameter is not None:
+                value = value if keep is None else torch.where(keep, parameter.view_as(value), value)
+                parameter.copy_(value.view_as(parameter))
+        if _known_set(self.initialized, mask is None):
+            self._seen_set = self.initialized
 
     def forward(
         self, x: Tensor, *context: object, mask: Tensor | None = None, **named: object
     ) -> tuple[Tensor, Tensor]:
         self._check(x)
-        if self.awaits_data:
-            self.initialize(x, mask)
+        if self.may_start:
+            self.start(x, mask)
         return self._apply_scale(x, mask, False)
 
     def inverse(
@@ -81,7 +101,19 @@ class _Elementwise(nn.Module):
 
     def _load_from_state_dict(self, *args: object) -> None:
         super()._load_from_state_dict(*args)
-        self._ready = None
+        self._seen_set = None
+
+
+def _known_set(flag: Tensor, certain: bool) -> bool:
+    """Whether a flag is known to be set: `certain`, or read where the host may ask."""
+    if torch.compiler.is_compiling():
+        return certain
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        # a wrapper, which must not outlive its call
+        return False
+    if certain or type(flag) is not Tensor or flag.is_meta:
+        return certain
+    return not (flag.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(flag)
 
 
 class ActNorm(_Elementwise):
@@ -102,7 +134,10 @@ class ActNorm(_Elementwise):
 
     Notes:
         The buffer `initialized` travels with the state_dict; a layer that never saw a training batch is the identity.
-        Under DistributedDataParallel run one batch before wrapping, or every rank starts from its own.
+        The start is decided and made on the device, and costs nothing once it is over (with a mask the host asks until
+        there was data; under torch.compile with a mask every training step decides again). A channel that the first
+        batch masks entirely keeps its parameters. Under DistributedDataParallel and fully_shard run one batch before
+        wrapping: every rank would start from its own, and what is sharded cannot be set in a forward.
 
     Source:
         Kingma and Dhariwal 2018, Glow, arXiv:1807.03039, section 3.1.
@@ -115,7 +150,7 @@ class ActNorm(_Elementwise):
     """
 
     def __init__(self, features: int, *, eps: float = 1e-6) -> None:
-        super().__init__((features,), True, True, 1.0, eps)
+        super().__init__((check.at_least("ActNorm", "features", features, 1),), True, True, 1.0, eps)
 
     def _spread(self, x: Tensor) -> Tensor:
         return self.log_scale.view(1, -1, *(1,) * (x.dim() - 2))
@@ -160,7 +195,8 @@ class Scale(_Elementwise):
     def __init__(
         self, shape: int | tuple[int, ...], *, data_init: bool = False, std: float = 1.0, eps: float = 1e-3
     ) -> None:
-        super().__init__((shape,) if isinstance(shape, int) else tuple(shape), False, data_init, std, eps)
+        shape = (int(shape),) if isinstance(shape, numbers.Integral) else tuple(shape)
+        super().__init__(shape, False, data_init, std, eps)
 
     def _spread(self, x: Tensor) -> Tensor:
         return self.log_scale[None]
@@ -175,7 +211,7 @@ class Scale(_Elementwise):
         return str(tuple(self.log_scale.shape))
 
 
-class Invertible1x1Conv(nn.Module):
+class Invertible1x1Conv(HoldsNumbers):
     """The same invertible matrix mixes the channels of every position.
 
     y[b, :, p] = W x[b, :, p] with W = P L (U + diag(sign * exp(log_diagonal))), logdet = positions * sum log_diagonal.
@@ -205,16 +241,21 @@ class Invertible1x1Conv(nn.Module):
         (True, True)
     """
 
+    held = ("permutation",)
+
     def __init__(self, channels: int) -> None:
         super().__init__()
+        channels = check.at_least("Invertible1x1Conv", "channels", channels, 1)
         rotation, _ = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
         permutation, lower, upper = torch.linalg.lu(rotation)
         diagonal = upper.diagonal()
-        self.register_buffer("permutation", permutation.argmax(0))  # row i of L (U + diag) lands in permutation[i]
-        self.register_buffer("sign", diagonal.sign().float())
-        self.lower = nn.Parameter(lower.tril(-1).float())
-        self.upper = nn.Parameter(upper.triu(1).float())
-        self.log_diagonal = nn.Parameter(diagonal.abs().log().float())
+        # row i of L (U + diag) lands in permutation[i]
+        self.register_buffer("permutation", permutation.argmax(0).float())
+        dtype = torch.get_default_dtype()
+        self.register_buffer("sign", diagonal.sign().to(dtype))
+        self.lower = nn.Parameter(lower.tril(-1).to(dtype))
+        self.upper = nn.Parameter(upper.triu(1).to(dtype))
+        self.log_diagonal = nn.Parameter(diagonal.abs().log().to(dtype))
 
     def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """(L, U + diag), the two triangular matrices."""
@@ -246,7 +287,8 @@ class Invertible1x1Conv(nn.Module):
         with torch.autocast(self._check(y), enabled=False):
             lower, upper = self.factors(torch.promote_types(y.dtype, torch.float32))
             # one system with B * positions right-hand sides; solving sample by sample is slower
-            columns = y.to(lower.dtype).unsqueeze(2).flatten(2).transpose(0, 1)[self.permutation]
+            rows = self.permutation.round().long()
+            columns = y.to(lower.dtype).unsqueeze(2).flatten(2).transpose(0, 1)[rows]
             x = torch.linalg.solve_triangular(lower, columns.flatten(1), upper=False, unitriangular=True)
             x = torch.linalg.solve_triangular(upper, x, upper=True)
             return self._finish(y, x.view(columns.shape).transpose(0, 1), mask, True)

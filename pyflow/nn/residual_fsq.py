@@ -6,14 +6,16 @@ import numbers
 import random
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from .. import _checks as check
 from ..ops import fsq_decode, residual_fsq
-from ..ops.fsq import CodebookUsage, checked_levels
+from ..ops.fsq import CodebookUsage, checked_levels, signed
 from ..reference import compute_dtype
+from ..reference import fsq as ref
 from ._tokens import CountsUsage, valid_positions
 from .fsq import FSQ, _rotate
 
@@ -51,11 +53,12 @@ class ResidualFSQ(CountsUsage):
         TypeError, ValueError: levels out of range, channels that do not fit, options that exclude one another.
 
     Notes:
-        Parameters, buffers, methods and return values are those of vector-quantize-pytorch 1.32; a state_dict
+        Parameters, state, methods and return values are those of vector-quantize-pytorch 1.32; a state_dict
         loads in both directions. All stages run in one pass (stage by stage with noise_dropout in training and
         with orthogonal_rotation). The number of stages is drawn and used on the device, the host never waits; it
         is the same on all ranks of torch.distributed; rand_quantize_dropout_fixed_seed gives that of the original.
-        Float32 between the projections (float64 for float64 x). Unlike there, decoding undoes orthogonal_rotation.
+        Float32 between the projections (float64 for float64 x), whatever the module is cast to; decoding has the
+        module's dtype. Unlike there, decoding undoes orthogonal_rotation.
 
     Source:
         Zeghidour et al. 2021, SoundStream, arXiv:2107.03312, algorithm 1 and section III-C.
@@ -113,14 +116,26 @@ class ResidualFSQ(CountsUsage):
         stage = {"dim": channels, "preserve_symmetry": True, "bound_hard_clamp": bound_hard_clamp}
         self.layers = nn.ModuleList(FSQ(self.levels, **stage, **kwargs) for _ in range(num_quantizers))
         self.codebook_size = self.layers[0].codebook_size
-        sizes = torch.tensor(self.levels)
-        scales = torch.stack([sizes.float() ** -stage for stage in range(num_quantizers)])
-        self.register_buffer("scales", scales, persistent=False)
+        constants = {"scales": (ref.scales(self.levels, num_quantizers), torch.float32)}
         if bound_hard_clamp:
             if soft_clamp_input_value is not None:
                 raise ValueError(f"{op}: soft_clamp_input_value must be None with bound_hard_clamp, got a value")
-            soft_clamp_input_value = 1 + 1 / (sizes - 1)
-        self.register_buffer("soft_clamp_input_value", _clamp(soft_clamp_input_value, channels), persistent=False)
+            single = np.float32
+            soft_clamp_input_value = [float(single(1) + single(1) / single(n - 1)) for n in self.levels]
+        clamp = _clamp(soft_clamp_input_value, channels)
+        if clamp is not None:
+            constants["clamp"] = clamp, torch.float32
+        self._fix(**constants)
+
+    @property
+    def scales(self) -> Tensor:
+        """The size of one digit by stage and channel, (Q, len(levels)), float32."""
+        return self._fixed["scales"]
+
+    @property
+    def soft_clamp_input_value(self) -> Tensor | None:
+        """The c of the soft clamp, for every channel or one for all, float32."""
+        return self._fixed.get("clamp")
 
     @property
     def codebooks(self) -> Tensor:
@@ -170,9 +185,9 @@ class ResidualFSQ(CountsUsage):
         return active if multiple == 1 else (active + multiple - 1) // multiple * multiple
 
     def _quantize(self, h: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor]:
-        clamp, layer = self.soft_clamp_input_value, self.layers[0]
-        if clamp is not None:
-            h = h.to(compute_dtype(h.dtype))
+        layer = self.layers[0]
+        if "clamp" in self._fixed:
+            h, clamp = h.to(compute_dtype(h.dtype)), self._constant("clamp", h.device)
             h = (h / clamp).tanh() * clamp
         if layer.orthogonal_rotation or (self.training and layer.noise_dropout > 0):
             return self._stage_by_stage(h, active)
@@ -181,7 +196,7 @@ class ResidualFSQ(CountsUsage):
     def _stage_by_stage(self, h: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor]:
         """What no operator does: a rotation or noise in every stage."""
         residual, out, indices = h.to(compute_dtype(h.dtype)), 0.0, []
-        for stage, (layer, scale) in enumerate(zip(self.layers, self.scales)):
+        for stage, (layer, scale) in enumerate(zip(self.layers, self._constant("scales", h.device))):
             codes, index = layer._encode((residual / scale).unsqueeze(-2), True)
             quantized = codes.squeeze(-2) * scale
             if active is not None:
@@ -196,12 +211,12 @@ class ResidualFSQ(CountsUsage):
 
         An index of -1 adds 0. With quantize_dropout there may be fewer stages.
         """
-        return torch.stack(list(self._stages(indices))).to(self.scales.dtype)
+        return torch.stack(list(self._stages(indices))).to(self._like.dtype)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What forward returned with indices (B, ..., Q), bit for bit; channels last in any layout."""
         # in the order of forward, which sum(0) does not keep
-        return self.project_out(sum(self._stages(indices)).to(self.scales.dtype))
+        return self.project_out(sum(self._stages(indices)).to(self._like.dtype))
 
     def _stages(self, indices: Tensor) -> Iterator[Tensor]:
         op = "ResidualFSQ"
@@ -212,9 +227,10 @@ class ResidualFSQ(CountsUsage):
                 f"{op}: indices must end in a dim of {self.num_quantizers} stages (fewer only with quantize_dropout), "
                 f"got shape {tuple(indices.shape)}"
             )
-        indices = F.pad(indices, (0, self.num_quantizers - given), value=-1)
-        dtype = compute_dtype(self.scales.dtype)
-        for layer, scale, index in zip(self.layers, self.scales.to(dtype), indices.unbind(-1)):
+        indices = F.pad(signed(indices), (0, self.num_quantizers - given), value=-1)
+        dtype = compute_dtype(self._like.dtype)
+        scales = self._constant("scales", indices.device)
+        for layer, scale, index in zip(self.layers, scales, indices.unbind(-1)):
             codes = fsq_decode(index, self.levels, variant=layer.variant, dtype=dtype)
             codes = codes.masked_fill(index[..., None] == -1, 0)
             if layer.orthogonal_rotation:
@@ -350,18 +366,19 @@ def _same_on_all_ranks(number: Tensor) -> Tensor:
     return number
 
 
-def _clamp(value: object, channels: int) -> Tensor | None:
+def _clamp(value: object, channels: int) -> float | list[float] | None:
     if value is None:
         return None
-    if isinstance(value, (numbers.Real, list, tuple)):
-        value = torch.tensor(value, dtype=torch.get_default_dtype())
-    if not isinstance(value, Tensor):
+    if not isinstance(value, (numbers.Real, list, tuple, Tensor)):
         raise TypeError(
             f"ResidualFSQ: soft_clamp_input_value must be a number, a list or a tensor, got {type(value).__name__}"
         )
-    if value.dim() > 1 or value.numel() not in (1, channels):
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError("ResidualFSQ: soft_clamp_input_value must not require grad, it is a constant")
+    value = np.asarray(value.tolist() if isinstance(value, Tensor) else value, dtype=np.float32)
+    if value.ndim > 1 or value.size not in (1, channels):
         raise ValueError(
             f"ResidualFSQ: soft_clamp_input_value must be one number or one for each of {channels} channels, "
             f"got shape {tuple(value.shape)}"
         )
-    return value
+    return value.tolist()

@@ -8,8 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ._context import Context
+from .spectral import SpectralNorm
 
 
 class ReversibleSequential(nn.Module):
@@ -27,7 +31,8 @@ class ReversibleSequential(nn.Module):
         `forward(x, *context, **context)` and `inverse(y, ...)`: (y, logdet (B,)). Every layer gets the context.
 
     Raises:
-        RuntimeError: in backward with create_graph=True, since there is no graph to differentiate again.
+        RuntimeError: in backward with create_graph=True, since there is no graph to differentiate again; of a context
+            that hides a tensor which needs a gradient.
 
     Notes:
         Activation memory is that of one layer plus y, at the price of one more net evaluation per coupling layer
@@ -35,8 +40,9 @@ class ReversibleSequential(nn.Module):
         inverse: keep x in float32 or float64 and scale maps bounded. Autocast is replayed. Layers whose forward
         changes state (batch norm's statistics) see every batch twice. torch.compile breaks its graph here when
         gradients are wanted: compile the nets inside instead. A tensor a net closes over gets no gradient: pass it as
-        context. Under torch.func and forward-mode AD activations
-        are kept.
+        context, by itself, in containers or as an attribute. Activations are kept under torch.func, forward-mode AD
+        and torch.export, and where parameters are DTensors while forward is called: with fully_shard shard the whole
+        stack, not its layers.
 
     Source:
         Gomez et al. 2017, The Reversible Residual Network, arXiv:1707.04585; Jacobsen et al. 2018, arXiv:1802.07088.
@@ -64,7 +70,7 @@ class ReversibleSequential(nn.Module):
         self.recompute, self.preserve_rng = recompute, preserve_rng
 
     def forward(self, x: Tensor, *context: object, **named: object) -> tuple[Tensor, Tensor]:
-        if not self.recompute or not torch.is_grad_enabled():
+        if not self.recompute or not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return self._run(x, context, named)
         return self._run_rebuilding(x, context, named)
 
@@ -84,21 +90,17 @@ class ReversibleSequential(nn.Module):
 
     @torch.compiler.disable(reason="ReversibleSequential rebuilds activations outside the graph; compile its nets")
     def _run_rebuilding(self, x: Tensor, context: tuple, named: dict) -> tuple[Tensor, Tensor]:
-        if _transformed():
+        modules = [*self.modules()]
+        owned = {id(p): p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad}
+        parameters = [*owned.values()]
+        # what a parameter is outside of its layer's forward is another tensor than inside
+        if _transformed() or any(map(is_traceable_wrapper_subclass, parameters)):
             return self._run(x, context, named)
-        leaves, spec = tree_flatten((context, named))
-        where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        tensors = [leaves[i] for i in where]
-        parameters = [p for p in self.parameters() if p.requires_grad]
-
-        def with_context(given: list[Tensor]) -> tuple[tuple, dict]:
-            filled = list(leaves)
-            for i, tensor in zip(where, given):
-                filled[i] = tensor
-            return tree_unflatten(filled, spec)
-
-        leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return _Rebuilding.apply(self, with_context, len(tensors), x, *tensors, *parameters)
+        # weights that the root has normalised for all layers at once: one graph, so they enter as context does
+        norms = [m for m in modules if isinstance(m, SpectralNorm) and m.held is not None]
+        given = Context(context, named)
+        tensors = [*given.tensors, *(norm.held for norm in norms)]
+        return _Rebuilding.apply(self, given, norms, len(tensors), x, *tensors, *parameters)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -109,19 +111,23 @@ class ReversibleSequential(nn.Module):
 
 class _Rebuilding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, stack, with_context, n_context, x, *tensors):
-        ctx.stack, ctx.with_context, ctx.n_context = stack, with_context, n_context
-        ctx.replay = _Replay(x.device, stack.preserve_rng)
-        context, named = with_context(tensors[:n_context])
+    def forward(ctx, stack, given, norms, n_given, x, *tensors):
+        ctx.stack, ctx.given, ctx.norms, ctx.n_given = stack, given, norms, n_given
+        # fake tensors draw nothing, and the state is none of them
+        ctx.replay = _Replay(x.device, stack.preserve_rng and not isinstance(x, FakeTensor))
         y, total = x, 0
         with ctx.replay.autocast():
             for layer in stack.layers:
-                y, logdet = layer(y, *context, **named)
+                y, logdet = layer(y, *given.context, **given.named)
                 total = logdet + total
                 ctx.replay.record()
         # layers that only relabel would hand out the input itself
         y = y.view_as(y) if y is x else y
-        ctx.save_for_backward(y, *tensors)
+        ctx.save_for_backward(y, *tensors[:n_given])
+        given.forget()
+        # not saved: hooks on saved tensors would hand back others, and gradients are those of these
+        ctx.parameters = tensors[n_given:]
+        ctx.versions = [p._version for p in ctx.parameters]
         return y, total
 
     @staticmethod
@@ -131,21 +137,41 @@ class _Rebuilding(torch.autograd.Function):
                 "ReversibleSequential: create_graph=True is not supported, since activations are rebuilt and dropped; "
                 "construct it with recompute=False to differentiate twice"
             )
+        if [p._version for p in ctx.parameters] != ctx.versions:
+            raise RuntimeError(
+                "ReversibleSequential: parameters must stay as they are between forward and backward, "
+                "got one modified by an inplace operation"
+            )
         y, *tensors = ctx.saved_tensors
-        context, parameters = tensors[: ctx.n_context], tensors[ctx.n_context :]
-        needed = ctx.needs_input_grad[4 : 4 + ctx.n_context]
-        context = [t.detach().requires_grad_(need) for t, need in zip(context, needed)]
-        args, named = ctx.with_context(context)
-        grads = _Sum(t for t in (*context, *parameters) if t.requires_grad)
+        needed = ctx.needs_input_grad[5 : 5 + ctx.n_given]
+        tensors = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed)]
+        weights = tensors[ctx.n_given - len(ctx.norms) :]
+        args, named = ctx.given.filled(tensors)
+        grads = _Sum(t for t in (*tensors, *ctx.parameters) if t.requires_grad)
         y = y.detach()
-        with ctx.replay.resume():
+        with ctx.replay.resume(), _given(ctx.norms, weights):
             for i, layer in reversed(list(enumerate(ctx.stack.layers))):
-                wanted = [t for t in context if t.requires_grad] + [p for p in layer.parameters() if p.requires_grad]
+                wanted = [t for t in tensors if t.requires_grad] + [p for p in layer.parameters() if p.requires_grad]
                 y, outputs, leaves = _rebuild(layer, y, args, named, lambda i=i: ctx.replay.rewind(i))
+                ctx.given.check(outputs, (*leaves, *wanted))
                 found = _gradients(outputs, (grad_y, grad_logdet), (*leaves, *wanted))
                 grad_y = functools.reduce(torch.add, (g for g in found[: len(leaves)] if g is not None))
                 grads.add(wanted, found[len(leaves) :])
-        return None, None, None, grad_y if ctx.needs_input_grad[3] else None, *map(grads.of, (*context, *parameters))
+        grad_x = grad_y if ctx.needs_input_grad[4] else None
+        return None, None, None, None, grad_x, *map(grads.of, (*tensors, *ctx.parameters))
+
+
+@contextlib.contextmanager
+def _given(norms: list[SpectralNorm], weights: list[Tensor]) -> Iterator[None]:
+    """The layers meet these normalised weights."""
+    before = [norm._given for norm in norms]
+    try:
+        for norm, weight in zip(norms, weights):
+            norm._given = weight
+        yield
+    finally:
+        for norm, weight in zip(norms, before):
+            norm._given = weight
 
 
 def _rebuild(
@@ -237,13 +263,13 @@ class _Replay:
         if not self.rng:
             return []
         state = [torch.get_rng_state()]
-        if self.device.type != "cpu":
+        if self.device.type not in ("cpu", "meta"):
             state.append(torch.get_device_module(self.device).get_rng_state(self.device))
         return state
 
     def _write(self, state: list[Tensor]) -> None:
         torch.set_rng_state(state[0])
-        if self.device.type != "cpu":
+        if len(state) > 1:
             torch.get_device_module(self.device).set_rng_state(state[1], self.device)
 
 

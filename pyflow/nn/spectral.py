@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
@@ -50,13 +51,17 @@ class SpectralNorm(nn.Module):
     def rounds(self) -> int:
         return self.n_iter if self.training or self.through_iteration else 0
 
-    def forward(self, weight: Tensor) -> Tensor:
-        if self._given is not None:
-            return self._given
-        # a block that is recomputed for its gradient sees the weight it saw before
-        if self._kept is not None and torch._C._current_graph_task_id() != -1:
+    @property
+    def held(self) -> Tensor | None:
+        """The normalised weight, if the root has made it."""
+        if self._given is None and torch._C._current_graph_task_id() != -1:
+            # a block that is recomputed for its gradient sees the weight it saw before
             return self._kept
-        return normalize([(self, weight)], self.rounds)[0]
+        return self._given
+
+    def forward(self, weight: Tensor) -> Tensor:
+        held = self.held
+        return normalize([(self, weight)], self.rounds)[0] if held is None else held
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
@@ -110,6 +115,8 @@ class _Together:
             norm._given = None
 
 
+# u and v change in place in every forward, which what is made in inference mode must not
+@torch.inference_mode(False)
 def apply_spectral_norm(
     model: nn.Module,
     filter: Filter | None = None,
@@ -224,7 +231,7 @@ def apply_weight_norm(
     layers = _picked(op, model, filter, name)
     for path, layer in layers:
         weight = getattr(layer, name).detach()
-        if not bool((_norms(weight, dim) > 0).all()):
+        if not weight.is_meta and not isinstance(weight, FakeTensor) and not bool((_norms(weight, dim) > 0).all()):
             raise ValueError(f"{op}: {_where(path, name)} must not have a row of zeros, it has no direction")
     for _, layer in layers:
         parametrizations.weight_norm(layer, name, None if getattr(layer, name).dim() == 1 else dim)

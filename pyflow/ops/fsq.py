@@ -105,8 +105,7 @@ def fsq_decode(
     index = check.choice(op, "variant", variant, FSQ_VARIANTS)
     levels = checked_levels(op, levels, variant, True)
     dim = _dim(op, dim, indices.dim() + 1) % (indices.dim() + 1)
-    if indices.dtype not in (torch.int32, torch.int64):
-        indices = indices.to(torch.int32 if indices.element_size() < 4 else torch.int64)
+    indices = signed(indices)
     if indices.numel() and check.values_are_checked(indices):
         low, high = (int(v) for v in indices.aminmax())
         if low < -1 or high >= math.prod(levels):
@@ -200,6 +199,7 @@ def codebook_usage(indices: Tensor, size: int) -> CodebookUsage:
     op = "codebook_usage"
     check.integer_tensor(op, "indices", indices)
     size = check.at_least(op, "size", size, 1)
+    indices = signed(indices)
     used = indices[indices >= 0]
     if used.numel() and check.values_are_checked(used) and int(used.max()) >= size:
         raise ValueError(f"{op}: indices must lie below the codebook's size, {size}, got {int(used.max())}")
@@ -209,7 +209,7 @@ def codebook_usage(indices: Tensor, size: int) -> CodebookUsage:
 def usage_of(counts: Tensor, size: int) -> CodebookUsage:
     """From the counts of the entries that occur."""
     p = counts.double() / counts.sum()
-    fraction = torch.tensor(counts.numel() / size, device=counts.device)
+    fraction = torch.tensor(counts.numel() / size, dtype=torch.float32, device=counts.device)
     # an empty sum is 0, which exp would make 1
     perplexity = torch.exp(-(p * p.log()).sum()) if counts.numel() else p.sum()
     return CodebookUsage(counts, fraction, perplexity.float())
@@ -229,6 +229,13 @@ def checked_levels(op: str, levels: Sequence[int], variant: str, numbered: bool)
     if numbered and math.prod(levels) > 2**63:
         raise ValueError(f"{op}: levels must have a product of at most 2**63 to be numbered, got {tuple(levels)}")
     return [int(n) for n in levels]
+
+
+def signed(whole: Tensor) -> Tensor:
+    """Integers as int32 or int64, which hold -1 and which every operation takes."""
+    if whole.dtype in (torch.int32, torch.int64):
+        return whole
+    return whole.to(torch.int32 if whole.element_size() < 4 else torch.int64)
 
 
 def _dim(op: str, dim: int, dims: int) -> int:

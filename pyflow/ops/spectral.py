@@ -154,7 +154,9 @@ def _backward(ctx, grads):
 
 
 def _present(grads, like):
-    return [t.new_zeros(()).expand(t.shape) if g is None else g for g, t in zip(grads, like)]
+    """Gradients with none missing and none sparse, as embeddings give them."""
+    grads = [t.new_zeros(()).expand(t.shape) if g is None else g for g, t in zip(grads, like)]
+    return [g if g.layout == torch.strided else g.to_dense() for g in grads]
 
 
 def _one_by_one(info, in_dims, op, lists, *options):

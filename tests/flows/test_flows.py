@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import pyflow
 from pyflow.flows import NICE, Glow, RealNVP, bits_per_dim, dequantize
+from pyflow.flows.multiscale import Squeeze
 
 MODELS = {
     "nice": (lambda: NICE(6, hidden=(16,)), (6,)),
@@ -279,6 +282,114 @@ def test_dequantize_and_bits():
     assert bits_per_dim(torch.tensor(1980.50), 784, 256).item() == pytest.approx(4.3555, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_empty_batches(name):
+    make, shape = MODELS[name]
+    flow = make()
+    x = torch.zeros(0, *shape, requires_grad=True)
+    log_prob = flow.log_prob(x)
+    log_prob.sum().backward()
+    assert log_prob.shape == (0,) and x.grad.shape == x.shape
+    assert flow.inverse(flow(x)[0])[0].shape == x.shape
+    # no data has started anything
+    flow.log_prob(torch.randn(8, *shape))
+    fresh = make()
+    fresh.load_state_dict(flow.state_dict())
+    x = torch.randn(3, *shape)
+    assert fresh.log_prob(x).equal(flow.log_prob(x))
+
+
+def test_squeeze_is_pixel_unshuffle():
+    squeeze = Squeeze()
+    for shape in ((2, 3, 4, 6), (0, 1, 8, 8)):
+        x = torch.randn(shape)
+        y, logdet = squeeze(x)
+        assert y.shape == (shape[0], 4 * shape[1], shape[2] // 2, shape[3] // 2) and not logdet.any()
+        assert not shape[0] or y.equal(nn.functional.pixel_unshuffle(x, 2))
+        assert squeeze.inverse(y)[0].equal(x)
+        sliced = torch.randn(*shape[:2], 2 * shape[2], shape[3])[:, :, ::2].transpose(2, 3)
+        assert squeeze.inverse(squeeze(sliced)[0])[0].equal(sliced)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_default_device_is_that_of_new_modules_only(name):
+    flow, x = started(name)
+    expected = flow.log_prob(x), flow.sample(2, seed=0)
+    torch.set_default_device("meta")
+    try:
+        got = flow.log_prob(x), flow.sample(2, seed=0)
+        got[0].sum().backward()
+        assert flow.sample(2).device == x.device
+    finally:
+        torch.set_default_device(None)
+    for a, b in zip(got, expected):
+        assert a.equal(b)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_new_modules_have_the_default_dtype(name):
+    make, shape = MODELS[name]
+    torch.set_default_dtype(torch.float64)
+    try:
+        flow = make()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in flow.parameters()} == {torch.float64}
+    assert flow.log_prob(torch.randn(4, *shape, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exported_in_eval(name):
+    flow, x = started(name)
+    flow.eval()
+    program = torch.export.export(flow, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", max=64)}}).module()
+    for batch in (x, x[:3]):
+        for got, expected in zip(program(batch), flow(batch)):
+            torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.func.vmap(lambda v: flow(v[None])[0][0])(x), flow(x)[0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_average_made_before_the_first_batch(name):
+    make, shape = MODELS[name]
+    torch.manual_seed(0)
+    flow = make()
+    mean = AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    x = 3 * torch.randn(64, *shape) + 1
+    for _ in range(3):
+        flow.log_prob(x)
+        mean.update_parameters(flow)
+    y = torch.randn(5, *shape)
+    torch.testing.assert_close(mean.module.log_prob(y), flow.log_prob(y))
+
+
+def test_seeds_of_any_integer_type():
+    flow = NICE(4, hidden=(8,))
+    assert flow.draw_latent(2, seed=np.int64(7)).equal(flow.draw_latent(np.int32(2), seed=7))
+    for seed, kind in ((1.0, "float"), (True, "bool"), (torch.tensor(1), "Tensor")):
+        with pytest.raises(TypeError, match=f"NICE: seed must be an integer, got {kind}"):
+            flow.sample(1, seed=seed)
+    with pytest.raises(ValueError, match="NICE: seed must fit 64 bits"):
+        flow.sample(1, seed=2**64)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: NICE(4, hidden=8), "NICE: hidden must be a tuple of widths for vectors, got int"),
+        (lambda: RealNVP(4, hidden=8), "RealNVP: hidden must be a tuple of widths for vectors, got int"),
+        (lambda: RealNVP((1, 4, 4), hidden=(8, 8)), "RealNVP: hidden must be an integer, got tuple"),
+        (lambda: NICE(4).sample(2.0), "NICE: n must be an integer, got float"),
+        (lambda: dequantize(torch.zeros(1), 2.5), "dequantize: levels must be an integer, got float"),
+        (lambda: dequantize(torch.zeros(1, dtype=torch.complex64), 2), "dequantize: x must be integers, got complex64"),
+        (lambda: dequantize(torch.zeros(1), 2, dtype=torch.int64), "dequantize: dtype must be float32, .* got int64"),
+    ],
+)
+def test_wrong_types(call, text):
+    with pytest.raises(TypeError, match=text):
+        call()
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
@@ -288,6 +399,9 @@ def test_dequantize_and_bits():
         (lambda: NICE(4)(torch.zeros(2, 5)), r"NICE: x must have the shape \(B, 4\), got \(2, 5\)"),
         (lambda: NICE(4).sample(-1), "NICE: n must be at least 0, got -1"),
         (lambda: NICE(4).sample(1, -0.5), "NICE: temperature must be at least 0, got -0.5"),
+        (lambda: NICE(4).sample(1, math.nan), "NICE: temperature must be at least 0, got nan"),
+        (lambda: NICE(4).sample(1, math.inf), "NICE: temperature must be finite, got inf"),
+        (lambda: bits_per_dim(torch.zeros(1), 0), "bits_per_dim: dim must be at least 1, got 0"),
         (lambda: RealNVP(1), "RealNVP: a vector must have at least 2 elements, got 1"),
         (lambda: RealNVP(4, couplings=0), "RealNVP: couplings and levels must be at least 1, got 0 and 2"),
         (lambda: RealNVP((1, 3, 4)), r"RealNVP: shape must be \(C, H, W\) .* divisible by 2, got \(1, 3, 4\)"),

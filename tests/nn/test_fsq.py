@@ -266,7 +266,7 @@ def test_codebooks_beyond_int64_have_codes_only():
 
 def test_no_codebook_is_stored():
     module = FSQ([1000] * 6)
-    assert {name for name, _ in module.named_buffers()} == {"_levels", "_basis"} and not module.state_dict()
+    assert not sum(buffer.numel() for buffer in module.buffers()) and not module.state_dict()
     small = FSQ([3, 5])
     assert small.implicit_codebook.shape == (15, 2)
     assert small.codes_to_indices(small.implicit_codebook).tolist() == list(range(15))

@@ -192,3 +192,13 @@ def test_reference_and_kernels_agree():
     with pyflow.backend("reference"):
         expected = HSICLoss(normalize=True)(x, y)
     torch.testing.assert_close(HSICLoss(normalize=True)(x, y), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_that_were_replaced_are_not_left_untrained():
+    x, y = data()
+    with torch.device("meta"):
+        model = HSICBottleneck([nn.Linear(3, 4)], nn.Linear(4, 1))
+    model.to_empty(device="cpu").load_state_dict(HSICBottleneck([nn.Linear(3, 4)], nn.Linear(4, 1)).state_dict())
+    text = "HSICBottleneck: parameters must be those its optimisers were made for, got others"
+    with pytest.raises(RuntimeError, match=text):
+        model.double().update(x, y)

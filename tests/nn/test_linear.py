@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyflow.nn import ActNorm, Invertible1x1Conv, Scale
 
@@ -100,6 +101,87 @@ def test_start_waits_for_training_data_and_travels_with_the_state_dict(make):
     torch.testing.assert_close(copied.log_scale, layer.log_scale)
 
 
+@pytest.mark.parametrize("make", [lambda: ActNorm(3), lambda: Scale(3, data_init=True)])
+def test_a_flag_written_in_place_is_seen(make):
+    torch.manual_seed(0)
+    layer, x = make(), 5 * torch.randn(64, 3) + 2
+    other, moved = copy.deepcopy(layer), copy.deepcopy(layer)
+    layer(x)
+    with torch.no_grad():
+        for mine, theirs in zip([*other.parameters(), *other.buffers()], [*layer.parameters(), *layer.buffers()]):
+            mine.copy_(theirs)
+    assert not other.awaits_data and other(x[:4])[0].equal(layer(x[:4])[0])
+    assert moved.awaits_data and not moved.eval().awaits_data
+    # other tensors in the place of the layer's own
+    swapped = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    assert torch.func.functional_call(moved.train(), swapped, (x[:4],))[0].equal(layer(x[:4])[0])
+    moved(x)
+    torch.testing.assert_close(moved.log_scale, layer.log_scale)
+
+
+@pytest.mark.parametrize("make", [lambda: ActNorm(3), lambda: Scale(3, data_init=True)])
+@pytest.mark.parametrize("keep", [slice(0, 0), slice(None)])
+def test_no_data_starts_nothing(make, keep):
+    layer, x = make(), torch.randn(8, 3)[keep]
+    layer(x, mask=torch.ones(x.shape, dtype=torch.bool))
+    assert layer.awaits_data and not layer.log_scale.any()
+    layer.initialize(x, torch.ones(x.shape, dtype=torch.bool))
+    assert layer.awaits_data and not layer.log_scale.any()
+
+
+def test_a_channel_without_data_keeps_its_parameters():
+    torch.manual_seed(0)
+    layer, x = ActNorm(3), 5 * torch.randn(8, 3, 4) + 2
+    y, logdet = layer(x, mask=torch.tensor([False, True, False])[:, None])
+    assert layer.initialized and layer.shift[1] == layer.log_scale[1] == 0 and logdet.isfinite().all()
+    torch.testing.assert_close(y[:, [0, 2]].std((0, 2), correction=0), torch.ones(2))
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a value."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_reads_no_flag():
+    layer, x = ActNorm(3), torch.randn(8, 3)
+    layer.load_state_dict(copy.deepcopy(layer).state_dict())
+    with Reads() as reads:
+        layer.eval()(x)
+        layer.train()(x)
+        layer(x)
+    assert not reads.count
+    # with a mask only the data tells whether there was any; asked until there was
+    layer, mask = ActNorm(3), torch.zeros(8, 1, dtype=torch.bool)
+    with Reads() as reads:
+        layer(x, mask=mask)
+        layer(x, mask=mask)
+    assert reads.count == 1
+
+
+def test_once_started_the_data_is_not_looked_at():
+    layer, x = ActNorm(3), torch.randn(8, 3)
+    layer(x)
+    layer.initialize = layer.start = None
+    layer(x)
+
+
+def test_ensembles_start_and_run_under_vmap():
+    torch.manual_seed(0)
+    layers, x = [ActNorm(3) for _ in range(4)], torch.randn(4, 16, 3) * torch.arange(1.0, 5)[:, None, None]
+    stacked = torch.func.stack_module_state(layers)
+    base = ActNorm(3).to("meta")
+    one = lambda state, x: torch.func.functional_call(base, state, (x,))[0]  # noqa: E731
+    got = torch.func.vmap(one)(stacked, x)
+    for layer, part, y in zip(layers, x, got):
+        torch.testing.assert_close(y, layer(part)[0])
+    assert stacked[1]["initialized"].tolist() == [1] * 4
+
+
 def test_scale_starts_at_zero_or_from_data():
     torch.manual_seed(0)
     x = torch.randn(100, 4) * torch.tensor([0.0, 0.1, 1.0, 10.0])
@@ -169,5 +251,9 @@ def test_wrong_inputs():
         Invertible1x1Conv(3)(torch.zeros(5, 3, 2), mask=torch.zeros(5, 3, 2, dtype=torch.bool))
     with pytest.raises(TypeError, match="ActNorm: x must be float32, float64, bfloat16 or float16, got int64"):
         ActNorm(3)(torch.zeros(5, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="ActNorm: features must be at least 1, got 0"):
+        ActNorm(0)
+    with pytest.raises(TypeError, match="Invertible1x1Conv: channels must be an integer, got float"):
+        Invertible1x1Conv(2.0)
     with pytest.raises(ValueError, match="Scale: std must be positive and finite, got 0"):
         Scale(3, std=0)

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import copy
+import functools
+import subprocess
+import sys
 import weakref
+from collections import UserDict
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
-from pyflow.nn import ActNorm, AdditiveCoupling, AffineCoupling, Invertible1x1Conv, ReversibleSequential, Scale
+from pyflow.nn import (
+    ActNorm,
+    AdditiveCoupling,
+    AffineCoupling,
+    Invertible1x1Conv,
+    ReversibleSequential,
+    Scale,
+    apply_spectral_norm,
+)
 
 
 class PeakMemory(TorchDispatchMode):
@@ -162,6 +178,150 @@ def test_context_gets_gradients():
             first = found
     for a, b in zip(first, found):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    h: torch.Tensor
+    name: str = "kept"
+
+
+class Slotted:
+    __slots__ = ("h",)
+
+    def __init__(self, h):
+        self.h = h
+
+
+CONTAINERS = {
+    "dataclass": lambda h: Frozen(h),
+    "slots": lambda h: Slotted(h),
+    "namespace": lambda h: SimpleNamespace(h=h, deep=SimpleNamespace(unused=[h])),
+    "user dict": lambda h: UserDict(h=h),
+    "nested": lambda h: {"inside": [SimpleNamespace(box=UserDict(h=h))]},
+}
+
+
+class Opening(nn.Module):
+    """A net that looks into its context."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(4, 8)
+
+    def forward(self, x, context):
+        if isinstance(context, dict):
+            context = context["inside"][0].box
+        if callable(context):
+            return self.mix(x) + context()
+        return self.mix(x) + (context["h"] if isinstance(context, UserDict) else context.h)
+
+
+def opening_stack(**options):
+    torch.manual_seed(0)
+    layers = (AffineCoupling(Opening(), swap=i % 2 == 1, scale_map="tanh") for i in range(3))
+    return ReversibleSequential(*layers, **options).double()
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_tensors_in_objects_get_gradients(kind):
+    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for recompute in (True, False):
+        leaf = torch.linspace(-1, 1, 40, dtype=torch.float64).view(5, 8).requires_grad_()
+        context = CONTAINERS[kind](leaf.tanh())
+        y, logdet = opening_stack(recompute=recompute)(x, context)
+        (y.square().sum() + logdet.sum()).backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("hide", [lambda h: functools.partial(torch.mul, h, 1), lambda h: lambda: h])
+def test_a_tensor_that_cannot_be_found_is_not_left_without_a_gradient(hide):
+    stack, x = opening_stack(), torch.randn(5, 8, dtype=torch.float64)
+    h = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    y, _ = stack(x, hide(h))
+    with pytest.raises(RuntimeError, match="context must show its tensors, got (partial|function) with one inside"):
+        y.sum().backward()
+    y, _ = stack(x, hide(h.detach()))
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_hooks_on_saved_tensors(kept):
+    torch.manual_seed(0)
+    stack = coupling_stack(4)
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    _, _, *expected = gradients(stack, x)
+
+    class Hooked(nn.Module):
+        def forward(self, x):
+            with torch.autograd.graph.save_on_cpu():
+                return stack(x)
+
+    class Checkpointed(nn.Module):
+        def forward(self, x):
+            return checkpoint(stack, x, use_reentrant=kept)
+
+    for module in (Hooked(), Checkpointed()):
+        y, logdet = module(x)
+        loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() + (logdet**2).sum()
+        for tensor in (x, *stack.parameters()):
+            tensor.grad = None
+        loss.backward()
+        for tensor, gradient in zip((x, *stack.parameters()), expected):
+            torch.testing.assert_close(tensor.grad, gradient, atol=1e-12, rtol=1e-12)
+
+
+class Around(nn.Module):
+    def __init__(self, stack, recompute):
+        super().__init__()
+        self.first, self.stack, self.recompute = nn.Linear(8, 8).double(), stack, recompute
+
+    def forward(self, x):
+        x = self.first(x)
+        return checkpoint(self.stack, x, use_reentrant=False) if self.recompute else self.stack(x)
+
+
+@pytest.mark.parametrize("through_iteration", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_weights_that_the_root_normalises_together(through_iteration, recompute, forwards):
+    if recompute and forwards == 2 and not through_iteration:
+        pytest.skip("a checkpoint sees the weights of the last forward")
+    torch.manual_seed(0)
+    model = apply_spectral_norm(Around(coupling_stack(3), recompute), through_iteration=through_iteration)
+    plain = copy.deepcopy(model)
+    plain.stack.recompute = plain.recompute = False
+    x = torch.randn(5, 8, dtype=torch.float64)
+    for module in (model, plain):
+        outputs = [module((i + 1) * x) for i in range(forwards)]
+        sum(y.square().sum() + logdet.sum() for y, logdet in outputs).backward()
+    for a, b in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-10, rtol=1e-10)
+
+
+def test_exported():
+    torch.manual_seed(0)
+    stack, x = coupling_stack(3).eval(), torch.randn(5, 8, dtype=torch.float64)
+    for strict in (False, True):
+        program = torch.export.export(stack, (x,), strict=strict)
+        for got, expected in zip(program.module()(x), stack(x)):
+            torch.testing.assert_close(got, expected)
+
+
+def test_on_meta():
+    stack = coupling_stack(3).to("meta")
+    y, logdet = stack(torch.empty(5, 8, dtype=torch.float64, device="meta"))
+    (y.sum() + logdet.sum()).backward()
+    assert all(p.grad.is_meta for p in stack.parameters())
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_fully_sharded(tmp_path):
+    script = str(Path(__file__).with_name("sharded.py"))
+    done = subprocess.run([sys.executable, script, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_mask_reaches_every_layer():

@@ -138,6 +138,40 @@ def test_a_recomputed_block_sees_the_same_weight():
     assert torch.equal(model.first.parametrizations.weight[0]._u, twin.first.parametrizations.weight[0]._u)
 
 
+@pytest.mark.parametrize("through_iteration", [False, True])
+def test_embeddings_with_sparse_gradients(through_iteration):
+    torch.manual_seed(0)
+    model = apply_spectral_norm(nn.Sequential(nn.Embedding(10, 4, sparse=True)), through_iteration=through_iteration)
+    dense = copy.deepcopy(model)
+    dense[0].sparse = False
+    for module in (model, dense):
+        module(torch.tensor([1, 2, 2])).square().sum().backward()
+    got, expected = (module[0].parametrizations.weight.original.grad for module in (model, dense))
+    assert got.layout == torch.strided
+    torch.testing.assert_close(got, expected)
+
+
+def test_training_after_inference_mode():
+    model = nn.Sequential(nn.Linear(4, 3))
+    with torch.inference_mode():
+        apply_spectral_norm(model)
+        model(torch.randn(2, 4))
+    model(torch.randn(2, 4)).sum().backward()
+    assert model[0].parametrizations.weight.original.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("apply", [apply_spectral_norm, apply_weight_norm])
+@pytest.mark.parametrize("assign", [False, True])
+def test_from_meta(apply, assign):
+    model, x = apply(nn.Sequential(nn.Linear(4, 3))).eval(), torch.randn(2, 4)
+    with torch.device("meta"):
+        fresh = apply(nn.Sequential(nn.Linear(4, 3))).eval()
+    if not assign:
+        fresh.to_empty(device="cpu")
+    fresh.load_state_dict(model.state_dict(), assign=assign)
+    assert fresh(x).equal(model(x))
+
+
 def test_through_iteration_starts_from_ones_and_has_no_buffers():
     model = apply_spectral_norm(net(), through_iteration=True)
     assert not any("_u" in k for k in model.state_dict())
