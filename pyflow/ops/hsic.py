@@ -9,11 +9,14 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._backend import call, register, runs_reference
+from .._schemas import HSIC_KERNELS
 from ..reference import compute_dtype
 from ..reference import hsic as ref
 from ._features import approximation
 from ._transforms import one_by_one, vector_jacobian
-from ._variables import Bandwidth, Variable, ratio, rows_needed, together, variable, variables
+from ._variables import Bandwidth, Variable, ratio, rows_needed, together, variable, variables, whole
+
+EPS = torch.finfo(torch.float64).eps
 
 
 def hsic(
@@ -89,7 +92,7 @@ def hsic(
         xy, xx, yy = values(op, pair, [(0, 1), (0, 0), (1, 1)], estimator, allow_tf32).unbind(-1)
         result = ratio(xy, xx, yy)
     else:
-        result = values(op, pair, [(0, 1)], estimator, allow_tf32).squeeze(-1)
+        result = whole(values(op, pair, [(0, 1)], estimator, allow_tf32).squeeze(-1), *pair)
     return result.to(pair[0].z.dtype)
 
 
@@ -161,10 +164,12 @@ def hsic_matrix(
     if normalize:
         pairs += [(m, m) for m in range(p + q)]
     result = values(op, every, pairs, estimator, allow_tf32)
-    cross = result[..., : p * q].unflatten(-1, (p, q))
     if normalize:
         own = result[..., p * q :]
-        cross = ratio(cross, own[..., :p, None], own[..., None, p:])
+        cross = ratio(result[..., : p * q].unflatten(-1, (p, q)), own[..., :p, None], own[..., None, p:])
+    else:
+        parts = [whole(value, every[a], every[b]) for value, (a, b) in zip(result.unbind(-1), pairs)]
+        cross = torch.stack(parts, -1).unflatten(-1, (p, q))
     return cross.to(every[0].z.dtype)
 
 
@@ -214,22 +219,52 @@ def values(
     allow_tf32: bool,
     visit: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> Tensor:
-    """(*batch, P) the estimate of every pair of variables, float64; `visit` stands in for `sums`."""
+    """(*batch, P) the estimate of every pair of variables, of the kernels of z, float64.
+
+    0 with a variable whose rows are all equal, and of a variable with itself where it is no larger than its rounding.
+    `visit` stands in for `sums`.
+    """
+    result = []
+    for (a, b), (value, error) in zip(pairs, estimates(op, every, pairs, estimator, allow_tf32, visit)):
+        if a == b:
+            value = torch.where(value > error, value, 0.0)
+        for m in {a, b}:
+            if every[m].constant is not None:
+                value = torch.where(every[m].constant, 0.0, value)
+        result.append(value)
+    return torch.stack(result, -1)
+
+
+def estimates(
+    op: str,
+    every: Sequence[Variable],
+    pairs: Sequence[tuple[int, int]],
+    estimator: str,
+    allow_tf32: bool,
+    visit: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """(*batch) the estimate of every pair, and how much of it may be rounding where both variables are the same."""
     n = every[0].z.shape[-2]
     if all(v.linear for v in every):
         used = [every[m] for pair in pairs for m in pair]
         widths = [(a.z.shape[-1], b.z.shape[-1]) for a, b in zip(used[::2], used[1::2])]
         if sum(a * b for a, b in widths) < n * sum(v.z.shape[-1] for v in every) / 2:
-            return torch.stack([_of_covariance(every[a].z, every[b].z, estimator) for a, b in pairs], -1)
+            return [_of_covariance(every[a].z, every[b].z, estimator) for a, b in pairs]
     rows, cross, shift = (visit or sums)(op, every, pairs, allow_tf32)
     diagonals = [v.diagonal - shift[..., m, None] for m, v in enumerate(every)]
-    return torch.stack(
-        [
-            estimate(cross[..., p], rows[..., a, :], rows[..., b, :], diagonals[a], diagonals[b], estimator)
-            for p, (a, b) in enumerate(pairs)
-        ],
-        -1,
-    )
+    result = []
+    for p, (a, b) in enumerate(pairs):
+        value, added = estimate(cross[..., p], rows[..., a, :], rows[..., b, :], diagonals[a], diagonals[b], estimator)
+        if a == b:
+            # n^2 terms are added in float64; each has the rounding of an entry, whose squares add up
+            unit = every[a].degree * torch.finfo(every[a].z.dtype).eps
+            entries = added
+            if HSIC_KERNELS[every[a].kernel] == "polynomial":
+                # of a dot product, relative to both lengths
+                entries = added + (every[a].diagonal.sum(-1) / n).square()
+            added = 8 * n * EPS * added + unit**2 * entries
+        result.append((value, added))
+    return result
 
 
 def sums(
@@ -256,26 +291,36 @@ def sums(
     return rows, cross, shift
 
 
-def estimate(cross: Tensor, k: Tensor, m: Tensor, diag_k: Tensor, diag_l: Tensor, estimator: str) -> Tensor:
-    """HSIC from the sum of K_ij L_ij over i != j, both row sums without and both diagonals, float64."""
+def estimate(
+    cross: Tensor, k: Tensor, m: Tensor, diag_k: Tensor, diag_l: Tensor, estimator: str
+) -> tuple[Tensor, Tensor]:
+    """HSIC from the sum of K_ij L_ij over i != j, both row sums without and both diagonals, float64.
+
+    And the sum of the absolute values of its terms where K is L.
+    """
     n = k.shape[-1]
     if estimator == "unbiased":
-        product = k.sum(-1) * m.sum(-1) / ((n - 1) * (n - 2))
-        return (cross + product - 2 / (n - 2) * (k * m).sum(-1)) / (n * (n - 3))
-    k, m = k + diag_k, m + diag_l
-    total = cross + (diag_k * diag_l).sum(-1) - 2 / n * (k * m).sum(-1) + k.sum(-1) * m.sum(-1) / n**2
-    return total / (n**2 if estimator == "biased_n2" else (n - 1) ** 2)
+        over = n * (n - 3)
+        first, less = cross, 2 / (n - 2) * (k * m).sum(-1)
+        last = k.sum(-1) * m.sum(-1) / ((n - 1) * (n - 2))
+    else:
+        k, m, over = k + diag_k, m + diag_l, n**2 if estimator == "biased_n2" else (n - 1) ** 2
+        first, less = cross + (diag_k * diag_l).sum(-1), 2 / n * (k * m).sum(-1)
+        last = k.sum(-1) * m.sum(-1) / n**2
+    return (first - less + last) / over, (first + less + last) / over
 
 
-def _of_covariance(x: Tensor, y: Tensor, estimator: str) -> Tensor:
-    """HSIC of linear kernels of centred x and y: the squares of their covariances."""
+def _of_covariance(x: Tensor, y: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+    """HSIC of linear kernels of centred x and y: the squares of their covariances; and its rounding where x is y."""
     n = x.shape[-2]
     total = (x.mT @ y).double().square().sum((-2, -1))
     if estimator != "unbiased":
-        return total / (n**2 if estimator == "biased_n2" else (n - 1) ** 2)
+        # squares, which do not cancel
+        return total / (n**2 if estimator == "biased_n2" else (n - 1) ** 2), total.new_zeros(())
     a, b = x.double().square().sum(-1), y.double().square().sum(-1)
-    ab = (a * b).sum(-1)
-    return (total - ab + a.sum(-1) * b.sum(-1) / ((n - 1) * (n - 2)) - 2 / (n - 2) * ab) / (n * (n - 3))
+    ab, over = (a * b).sum(-1), n * (n - 3)
+    product, less = a.sum(-1) * b.sum(-1) / ((n - 1) * (n - 2)), 2 / (n - 2) * ab
+    return (total - ab + product - less) / over, torch.finfo(x.dtype).eps * (total + ab + product + less) / over
 
 
 def permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:
