@@ -148,12 +148,12 @@ class HSICBottleneck(nn.Module):
         pair = together(op, pair)
         rows_needed(op, len(pair[0].z), "biased")
         with torch.no_grad():
-            given, wanted = (regularised(v, self.epsilon) for v in pair)
+            given, wanted = (regularised(op, v, self.epsilon) for v in pair)
             return given - self.beta * wanted
 
     def _towards(self, aim: Tensor, z: Tensor) -> Tensor:
         v = self._variable("z", z)
-        return (regularised(v, self.epsilon) * aim).sum().to(v.z.dtype)
+        return (regularised(type(self).__name__, v, self.epsilon) * aim).sum().to(v.z.dtype)
 
     def _variable(self, name: str, x: Tensor) -> Variable:
         rows = _rows(x)

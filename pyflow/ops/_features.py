@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS
-from ._variables import Variable, between, points, ratio
+from ._variables import Variable, between, points, ratio, whole
 from .noise import normal, uniform
 
 APPROXIMATIONS = ("rff", "nystrom")
@@ -57,6 +57,8 @@ def approximation(
     """
     check.choice(op, "approximate", approximate, APPROXIMATIONS)
     n_features = check.at_least(op, "n_features", n_features, 2)
+    if with_error and approximate == "rff" and n_features < 4:
+        raise ValueError(f"{op}: n_features must be at least 4 for the error of 'rff', got {n_features}")
     x, y = every
     rows = [points(v) for v in every]
     if approximate == "rff":
@@ -73,16 +75,31 @@ def approximation(
     sums, spectra = _sums(rows, features, pairs, estimator == "unbiased", bounded)
     tables = [_table(one, n, estimator) for one in sums]
     value, *others = (table.mean((-2, -1)) for table in tables)
+    constant = [v.constant for v in every if v.constant is not None]
+    if constant:
+        value = torch.where(torch.stack(constant).any(0), 0.0, value)
     error = None
     if bounded:
         error = _bound(every, spectra) / ((n - 1) ** 2 if estimator != "biased_n2" else n**2)
     elif with_error:
         error = _standard_error(tables[0])
     if normalize:
+        others = [_above_rounding(own, v, n) for own, v in zip(others, every)]
         error = None if error is None else ratio(error, *others)
         value = ratio(value, *others)
+    else:
+        error = None if error is None else whole(error, *every)
+        value = whole(value, *every)
     dtype = x.z.dtype
     return value.to(dtype), None if error is None else error.to(dtype)
+
+
+def _above_rounding(own: Tensor, v: Variable, n: int) -> Tensor:
+    """HSIC of a variable with itself, 0 where the rounding of its features is as large."""
+    size = v.diagonal.sum(-1) / n
+    if v.constant is not None:
+        own = torch.where(v.constant, 0.0, own)
+    return torch.where(own > (torch.finfo(v.z.dtype).eps * size).square(), own, 0.0)
 
 
 def _fourier(op: str, v: Variable, n_features: int, seed: int, step: int) -> Features:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS
 from ..reference import compute_dtype
+from ..reference import hsic as ref
 from .noise import uniform
 
 KERNELS = ("rbf", "laplacian", "linear", "polynomial", "delta", "precomputed")
@@ -370,7 +371,7 @@ def points(v: Variable) -> Tensor:
     """(..., n, d) rows that the kernel is a function of, in units of the bandwidth: `between` takes some of them."""
     if HSIC_KERNELS[v.kernel] not in ("rbf", "laplacian"):
         return v.z
-    return (v.z - v.z.detach().mean(-2, keepdim=True)) * v.scale[..., None, None]
+    return ref.centred(v.z) * v.scale[..., None, None]
 
 
 def between(v: Variable, a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:

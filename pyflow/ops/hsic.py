@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 from .. import _checks as check
 from .._backend import call, register, runs_reference
 from .._schemas import HSIC_KERNELS
-from ..reference import compute_dtype
 from ..reference import hsic as ref
 from ._features import approximation
 from ._transforms import one_by_one, vector_jacobian
@@ -185,7 +185,7 @@ def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
 
     Raises:
         TypeError: not a tensor, or a wrong dtype.
-        ValueError: not square; inplace on a tensor that requires a gradient.
+        ValueError: not square; inplace on a tensor that requires a gradient or whose elements share memory.
 
     Notes:
         Sums in fixed order, in float64: the same bits for any thread count, instruction set and batch on a CPU.
@@ -202,6 +202,8 @@ def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
     if inplace:
         if gram.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: inplace must not be used on a tensor that requires a gradient")
+        if _overlaps(gram):
+            raise ValueError(f"{op}: inplace must not be used on a tensor whose elements share memory")
         if runs_reference(op, gram, cuda=False):
             return gram.copy_(_center_reference(gram))
         call("center_gram_", gram)
@@ -209,6 +211,17 @@ def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
     if runs_reference(op, gram, cuda=False):
         return _center_reference(gram)
     return call("center_gram", gram)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements lie at one address, by a step along one or two dims."""
+    if not tensor.numel():
+        return False
+    dims = [(size, step) for size, step in zip(tensor.shape, tensor.stride()) if size > 1]
+    if any(step == 0 for _, step in dims):
+        return True
+    steps = ((a, b, math.gcd(a[1], b[1])) for i, a in enumerate(dims) for b in dims[:i])
+    return any(b[1] // common < a[0] and a[1] // common < b[0] for a, b, common in steps)
 
 
 def values(
@@ -421,7 +434,7 @@ register(
 
 
 def _center_reference(gram):
-    return ref.center_gram(gram.to(compute_dtype(gram.dtype))).to(gram.dtype).contiguous()
+    return ref.center_gram(gram.double()).to(gram.dtype).contiguous()
 
 
 def _center_vmap(info, in_dims, gram):
