@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,14 @@ from ._transforms import one_by_one, vector_jacobian
 from ._variables import Bandwidth, Variable, ratio, rows_needed, together, variable, variables, whole
 
 EPS = torch.finfo(torch.float64).eps
+
+
+class Estimate(NamedTuple):
+    """HSIC of two variables, (*batch) float64; of a variable with itself also where it comes from."""
+
+    value: Tensor
+    added: Tensor | None = None  # the sum of the absolute values of its terms
+    rounding: Tensor | None = None  # as much of it may be rounding; None: nothing cancels
 
 
 def hsic(
@@ -238,9 +247,9 @@ def values(
     `visit` stands in for `sums`.
     """
     result = []
-    for (a, b), (value, error) in zip(pairs, estimates(op, every, pairs, estimator, allow_tf32, visit)):
-        if a == b:
-            value = torch.where(value > error, value, 0.0)
+    for (a, b), (value, _, rounding) in zip(pairs, estimates(op, every, pairs, estimator, allow_tf32, visit)):
+        if rounding is not None:
+            value = torch.where(value > rounding, value, 0.0)
         for m in {a, b}:
             if every[m].constant is not None:
                 value = torch.where(every[m].constant, 0.0, value)
@@ -255,29 +264,35 @@ def estimates(
     estimator: str,
     allow_tf32: bool,
     visit: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
-) -> list[tuple[Tensor, Tensor]]:
-    """(*batch) the estimate of every pair, and how much of it may be rounding where both variables are the same."""
+) -> list[Estimate]:
+    """Of every pair of variables, of the kernels of z."""
     n = every[0].z.shape[-2]
     if all(v.linear for v in every):
         used = [every[m] for pair in pairs for m in pair]
         widths = [(a.z.shape[-1], b.z.shape[-1]) for a, b in zip(used[::2], used[1::2])]
         if sum(a * b for a, b in widths) < n * sum(v.z.shape[-1] for v in every) / 2:
-            return [_of_covariance(every[a].z, every[b].z, estimator) for a, b in pairs]
+            return [_of_covariance(every[a].z, every[b].z, estimator, a == b) for a, b in pairs]
     rows, cross, shift = (visit or sums)(op, every, pairs, allow_tf32)
     diagonals = [v.diagonal - shift[..., m, None] for m, v in enumerate(every)]
     result = []
     for p, (a, b) in enumerate(pairs):
-        value, added = estimate(cross[..., p], rows[..., a, :], rows[..., b, :], diagonals[a], diagonals[b], estimator)
+        terms = _terms(cross[..., p], rows[..., a, :], rows[..., b, :], diagonals[a], diagonals[b], estimator)
+        estimate = Estimate(terms[0] + terms[1] - terms[2])
         if a == b:
+            added = terms[0] + terms[1] + terms[2]
+            # of a dot product the rounding is relative to both lengths
+            dot = HSIC_KERNELS[every[a].kernel] == "polynomial"
+            entries = added + (every[a].diagonal.sum(-1) / n).square() if dot else added
             # n^2 terms are added in float64; each has the rounding of an entry, whose squares add up
-            unit = every[a].degree * torch.finfo(every[a].z.dtype).eps
-            entries = added
-            if HSIC_KERNELS[every[a].kernel] == "polynomial":
-                # of a dot product, relative to both lengths
-                entries = added + (every[a].diagonal.sum(-1) / n).square()
-            added = 8 * n * EPS * added + unit**2 * entries
-        result.append((value, added))
+            entry = every[a].degree * torch.finfo(every[a].z.dtype).eps
+            estimate = Estimate(estimate.value, added, chain(n) * added + entry**2 * entries)
+        result.append(estimate)
     return result
+
+
+def chain(n: int) -> float:
+    """Of sums over n^2 terms, rows first: twice the rounding of both chains, relative to the absolute values."""
+    return 4 * EPS * (2 * n)
 
 
 def sums(
@@ -304,36 +319,37 @@ def sums(
     return rows, cross, shift
 
 
-def estimate(
+def _terms(
     cross: Tensor, k: Tensor, m: Tensor, diag_k: Tensor, diag_l: Tensor, estimator: str
-) -> tuple[Tensor, Tensor]:
-    """HSIC from the sum of K_ij L_ij over i != j, both row sums without and both diagonals, float64.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """HSIC is the first and the second less the third; all are positive where K is L.
 
-    And the sum of the absolute values of its terms where K is L.
+    From the sum of K_ij L_ij over i != j, both row sums without and both diagonals, float64.
     """
     n = k.shape[-1]
     if estimator == "unbiased":
         over = n * (n - 3)
-        first, less = cross, 2 / (n - 2) * (k * m).sum(-1)
-        last = k.sum(-1) * m.sum(-1) / ((n - 1) * (n - 2))
-    else:
-        k, m, over = k + diag_k, m + diag_l, n**2 if estimator == "biased_n2" else (n - 1) ** 2
-        first, less = cross + (diag_k * diag_l).sum(-1), 2 / n * (k * m).sum(-1)
-        last = k.sum(-1) * m.sum(-1) / n**2
-    return (first - less + last) / over, (first + less + last) / over
+        product = k.sum(-1) * m.sum(-1) / ((n - 1) * (n - 2))
+        return cross / over, product / over, 2 / (n - 2) * (k * m).sum(-1) / over
+    k, m, over = k + diag_k, m + diag_l, n**2 if estimator == "biased_n2" else (n - 1) ** 2
+    product = k.sum(-1) * m.sum(-1) / n**2
+    return (cross + (diag_k * diag_l).sum(-1)) / over, product / over, 2 / n * (k * m).sum(-1) / over
 
 
-def _of_covariance(x: Tensor, y: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
-    """HSIC of linear kernels of centred x and y: the squares of their covariances; and its rounding where x is y."""
+def _of_covariance(x: Tensor, y: Tensor, estimator: str, same: bool) -> Estimate:
+    """HSIC of linear kernels of centred x and y: the squares of their covariances."""
     n = x.shape[-2]
     total = (x.mT @ y).double().square().sum((-2, -1))
     if estimator != "unbiased":
-        # squares, which do not cancel
-        return total / (n**2 if estimator == "biased_n2" else (n - 1) ** 2), total.new_zeros(())
+        return Estimate(total / (n**2 if estimator == "biased_n2" else (n - 1) ** 2))
     a, b = x.double().square().sum(-1), y.double().square().sum(-1)
     ab, over = (a * b).sum(-1), n * (n - 3)
     product, less = a.sum(-1) * b.sum(-1) / ((n - 1) * (n - 2)), 2 / (n - 2) * ab
-    return (total - ab + product - less) / over, torch.finfo(x.dtype).eps * (total + ab + product + less) / over
+    value = (total - ab + product - less) / over
+    if not same:
+        return Estimate(value)
+    added = (total + ab + product + less) / over
+    return Estimate(value, added, torch.finfo(x.dtype).eps * added)
 
 
 def permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:

@@ -13,6 +13,11 @@ from .. import _backend
 from .. import _checks as check
 from ..ops.sector import count, counts_for
 from ..reference import sector as ref
+from ._inputs import same
+
+
+# angles below this lose digits when they are divided
+TINY = 2.0**-900
 
 
 class SectorEstimate(NamedTuple):
@@ -29,6 +34,17 @@ class SectorEstimate(NamedTuple):
     standard_error: float | np.ndarray | Tensor
     count: int | np.ndarray | Tensor
     trials: int
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SectorEstimate):
+            return NotImplemented
+        return all(same(a, b) for a, b in zip(self, other))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.trials)
 
 
 def sector_probability(
@@ -85,6 +101,11 @@ def sector_probability(
         values = _host.sector_probability(*flat, complement, log)
     else:
         values = np.array([ref.sector_probability(int(a), float(b), complement, log) for a, b in zip(*flat)], float)
+    if log and not complement:
+        # a share of the circle that float64 has no digits left for
+        tiny = (flat[1] > 0) & (flat[1] < TINY)
+        n_of, theta_of = flat[0][tiny], flat[1][tiny]
+        values[tiny] = np.log(n_of) + (n_of - 1) * (np.log(theta_of) - np.log(ref.TWO_PI[0]))
     values = values.reshape(points.shape)
     if device is not None:
         return torch.from_numpy(values).to(device)
