@@ -50,7 +50,7 @@ def approximation(
     seed: int,
     with_error: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(HSIC of the two variables, error), (...) of the inputs' dtype.
+    """(HSIC of the two variables, error), (...) float64.
 
     "rff": the error is a standard error over the draw of frequencies. "nystrom": the exact biased value lies at most
     error above the approximation; of the unbiased one it is an estimate. With normalize it is the numerator's.
@@ -90,8 +90,7 @@ def approximation(
     else:
         error = None if error is None else whole(error, *every)
         value = whole(value, *every)
-    dtype = x.z.dtype
-    return value.to(dtype), None if error is None else error.to(dtype)
+    return value, error
 
 
 def _above_rounding(own: Tensor, v: Variable, n: int) -> Tensor:
@@ -99,7 +98,7 @@ def _above_rounding(own: Tensor, v: Variable, n: int) -> Tensor:
     size = v.diagonal.sum(-1) / n
     if v.constant is not None:
         own = torch.where(v.constant, 0.0, own)
-    return torch.where(own > (torch.finfo(v.z.dtype).eps * size).square(), own, 0.0)
+    return torch.where(own <= (torch.finfo(v.z.dtype).eps * size).square(), 0.0, own)
 
 
 def _fourier(op: str, v: Variable, n_features: int, seed: int, step: int) -> Features:

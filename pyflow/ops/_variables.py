@@ -26,8 +26,9 @@ ORDINARY = 50
 # exponents of rows over the bandwidth: below NEAREST K - 1 is proportional to the distance, above FARTHEST K is 0 for
 # all rows that rounding tells apart
 NEAREST, FARTHEST = -30, {torch.float32: 50, torch.float64: 100}
-# the largest exponent whose inverse power is normal
+# of normal numbers: the largest exponent whose inverse power is one, and the least
 FINITE = {torch.float32: 126, torch.float64: 1022}
+TINY = {dtype: torch.finfo(dtype).tiny for dtype in FINITE}
 
 Bandwidth = float | Tensor | str
 
@@ -194,13 +195,13 @@ def _power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     return ((exponent + 127).int() << 23).view(dtype)
 
 
-def _constant(x: Tensor, first: Tensor) -> Tensor | None:
-    """(*batch) whether x is `first` all over; None where it is known to be nowhere."""
+def _constant(x: Tensor) -> Tensor | None:
+    """(*batch) whether all rows are equal; None where they are known to be nowhere."""
     if not x.numel():
         return None
-    if check.values_are_checked(x) and not bool((x[..., -1, -1] == first[..., 0, -1]).any()):
+    if x.dim() == 2 and check.values_are_checked(x) and not x.select(0, 0).equal(x.select(0, -1)):
         return None
-    return (x == first).all(-1).all(-1)
+    return (x == x[..., :1, :]).all(-1).all(-1)
 
 
 def _distances(
@@ -242,11 +243,10 @@ def _ones(x: Tensor) -> Tensor:
 
 
 def _bandwidth(op: str, name: str, value: float | Tensor, x: Tensor) -> Tensor:
-    least = torch.finfo(x.dtype).tiny
-    rule = f"{op}: {name} must be from {least:.3g} to {1 / least:.3g} in {check.short(x.dtype)}"
+    least = TINY[x.dtype]
     if not isinstance(value, Tensor):
         if not least <= check.positive(op, name, value) <= 1 / least:
-            raise ValueError(f"{rule}, got {value}")
+            raise _out_of_range(op, name, x.dtype, value)
         return torch.full((), value, dtype=x.dtype, device=x.device)
     check.float_tensor(op, name, value)
     batch = x.shape[:-2]
@@ -259,8 +259,15 @@ def _bandwidth(op: str, name: str, value: float | Tensor, x: Tensor) -> Tensor:
         if not bool(((value > 0) & value.isfinite()).all()):
             raise ValueError(f"{op}: {name} must be positive and finite, got other values")
         if not bool(((value >= least) & (value <= 1 / least)).all()):
-            raise ValueError(f"{rule}, got other values")
+            raise _out_of_range(op, name, x.dtype, "other values")
     return value.to(x.device, x.dtype)
+
+
+def _out_of_range(op: str, name: str, dtype: torch.dtype, value: object) -> ValueError:
+    least = TINY[dtype]
+    return ValueError(
+        f"{op}: {name} must be from {least:.3g} to {1 / least:.3g} in {check.short(dtype)}, got {value}"
+    )
 
 
 def _products(
@@ -281,21 +288,24 @@ def _products(
         coef0 = check.number(op, "coef0", coef0)
         if not 0 <= coef0 < math.inf:
             raise ValueError(f"{op}: coef0 must be at least 0 and finite, got {coef0}")
-    constant, exponent = _constant(x, x[..., :1, :]), None
+    constant, exponent = _constant(x), None
     if sizes is None or not _ordinary_products(sizes, x.shape[-1], degree, gamma, coef0):
         x, exponent = _reduced(x)
     if linear:
         z = x - x.mean(-2, keepdim=True)
     else:
-        factor, column = x.new_full((), math.sqrt(gamma)), x.new_full(x.shape[:-2], math.sqrt(coef0))
-        if exponent is not None:
-            factor, column, exponent = _together_reduced(exponent, math.sqrt(gamma), math.sqrt(coef0), x)
+        factor, more = math.sqrt(gamma), math.sqrt(coef0)
+        if exponent is None:
+            rows, column = x * factor, x.new_full((*x.shape[:-1], 1), more)
+        else:
+            factors, exponent = _together_reduced(exponent, factor, more, x)
+            rows, column = x * factors[0], factors[1].expand(*x.shape[:-1], 1)
         # a column more: its products are coef0
-        column = column[..., None, None].expand(*x.shape[:-1], 1)
-        z = torch.cat((x * factor[..., None, None], column), -1)
+        z = torch.cat((rows, column), -1)
     if exponent is not None:
         exponent = 2 * degree * exponent
-    diagonal = z.double().square().sum(-1) ** degree
+    diagonal = z.double().square().sum(-1)
+    diagonal = diagonal if degree == 1 else diagonal**degree
     return Variable(
         z, z.new_ones(()), HSIC_KERNELS.index("polynomial"), degree, diagonal, linear, exponent, constant
     )
@@ -307,16 +317,13 @@ def _ordinary_products(sizes: tuple[float, float], d: int, degree: int, gamma: f
     return 1 / limit <= gamma * sizes[0] * sizes[0] + coef0 and gamma * d * sizes[1] * sizes[1] + coef0 <= limit
 
 
-def _together_reduced(exponent: Tensor, factor: float, column: float, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What reduced rows and their last column are multiplied by, so that no row is longer than 1, and its exponent."""
+def _together_reduced(exponent: Tensor, factor: float, column: float, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """What reduced rows are multiplied by, and their last column, so that no row is longer than 1; and its exponent."""
     given = [torch.full((), v, dtype=torch.float64, device=x.device) for v in (factor, column, x.shape[-1] + 1)]
     of_rows, of_column, of_width = (_exponent(v) + 1 for v in given)
     total = torch.maximum(exponent + 1 + of_rows, of_column) + (of_width + 1) // 2
-    return (
-        times_two_to(given[0], exponent - total).to(x.dtype),
-        times_two_to(given[1], -total).to(x.dtype),
-        total,
-    )
+    factors = [times_two_to(v, e).to(x.dtype)[..., None, None] for v, e in zip(given, (exponent - total, -total))]
+    return factors, total
 
 
 def _matrix(op: str, name: str, x: Tensor, sizes: tuple[float, float] | None) -> Variable:
@@ -328,7 +335,7 @@ def _matrix(op: str, name: str, x: Tensor, sizes: tuple[float, float] | None) ->
             raise ValueError(
                 f"{op}: {name} must be symmetric with a precomputed kernel, off by {error.amax().item():.3g}"
             )
-    constant, exponent = _constant(x, x[..., :1, :1]), None
+    constant, exponent = _constant(x), None
     if not _ordinary(sizes):
         x, exponent = _reduced(x)
     # HSIC does not change, and the sums are of smaller numbers
@@ -363,7 +370,7 @@ def _labels(op: str, name: str, x: object) -> Variable:
         # float32 holds 24 bits exactly
         pieces = [x & 0xFFFFFF, x >> 24 & 0xFFFFFF, x >> 48] if x.dtype in (torch.int64, torch.int32) else [x]
         z = torch.cat([piece.float() for piece in pieces], -1)
-    constant = _constant(z, z[..., :1, :])
+    constant = _constant(z)
     return Variable(z, z.new_ones(()), HSIC_KERNELS.index("delta"), 1, _ones(z), constant=constant)
 
 
@@ -396,10 +403,10 @@ def between(v: Variable, a: Tensor, b: Tensor, shift: Tensor | None = None) -> T
 
 def ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
     """xy / sqrt(xx yy), 0 where one of them is not positive."""
-    defined = (xx > 0) & (yy > 0)
+    undefined = (xx <= 0) | (yy <= 0)
     # selected before the division, so that no NaN reaches a gradient
-    xx, yy = (torch.where(defined, v, torch.ones_like(v)) for v in (xx, yy))
-    return torch.where(defined, xy / (xx.sqrt() * yy.sqrt()), torch.zeros_like(xy))
+    xx, yy = (torch.where(undefined, torch.ones_like(v), v) for v in (xx, yy))
+    return torch.where(undefined, torch.zeros_like(xy), xy / (xx.sqrt() * yy.sqrt()))
 
 
 def median_distance(x: Tensor, p: float = 2.0) -> Tensor:

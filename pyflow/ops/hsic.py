@@ -21,11 +21,11 @@ EPS = torch.finfo(torch.float64).eps
 
 
 class Estimate(NamedTuple):
-    """HSIC of two variables, (*batch) float64; of a variable with itself also where it comes from."""
+    """HSIC of two variables, (*batch) float64; of a variable with itself also what it is worth."""
 
     value: Tensor
+    lost: Tensor | None = None  # whether it may be rounding alone; None: it is not
     added: Tensor | None = None  # the sum of the absolute values of its terms
-    rounding: Tensor | None = None  # as much of it may be rounding; None: nothing cancels
 
 
 def hsic(
@@ -56,11 +56,12 @@ def hsic(
             any dtype, or labels (n,).
         y: (..., n, d_y) likewise; leading dims broadcast.
         kernel, kernel_y: of x and of y; None: the same.
-        bandwidth, bandwidth_y: sigma, a number or a tensor that broadcasts to the leading dims (differentiable), or
+        bandwidth, bandwidth_y: sigma, a normal number of x's dtype, or a tensor of such that broadcasts to the leading
+            dims (differentiable), or
             "median": the median distance between two rows, of each variable on its own, on 1,000 rows above that, no
             gradient through it; the mean distance where it is 0. bandwidth_y None: the same as for x.
         estimator: "biased" (over (n - 1)**2), "biased_n2" (over n**2) or "unbiased" (Song et al. 2012).
-        normalize: divide by sqrt(hsic(x, x) hsic(y, y)), 0 where that is not positive.
+        normalize: divide by sqrt(hsic(x, x) hsic(y, y)), 0 where one of these is no larger than its rounding.
         degree, gamma, coef0: of the polynomial kernel; gamma None is 1 / d.
         allow_tf32: let a GPU round the factors of dot products to 10 bits.
         approximate: None, "rff" (random Fourier features; rbf and laplacian) or "nystrom" (landmark rows).
@@ -71,14 +72,15 @@ def hsic(
 
     Raises:
         TypeError: not a tensor, or a wrong dtype.
-        ValueError: different n, too few rows (2, unbiased 4), unknown words, a bandwidth that is not positive, a
-            precomputed matrix that is not square or not symmetric, values that are not finite.
+        ValueError: different n, too few rows (2, unbiased 4), unknown words, a bandwidth that is not positive or not
+            normal, a precomputed matrix that is not square or not symmetric, values that are not finite.
 
     Notes:
         Memory O(n (d_x + d_y)): tiles of both matrices are made, used and dropped, forward and backward. Products in
         float32, K - 1 in place of K at wide bandwidths, sums in float64. On a CPU the same bits for any thread count,
         instruction set and batch. The backward visits all pairs again; double backward makes the matrices.
-        Linear kernels use d_x x d_y covariances where these are cheaper.
+        Linear kernels use d_x x d_y covariances where these are cheaper. Data are divided by a power of two where
+        their products would leave the dtype: what is normalised does not depend on the unit of x.
 
     Source:
         Gretton et al. 2005, Measuring Statistical Dependence with Hilbert-Schmidt Norms; Song et al. 2012, Feature
@@ -93,11 +95,11 @@ def hsic(
     pair = variables(op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
     rows_needed(op, pair[0].z.shape[-2], estimator)
     if approximate is not None:
-        return approximation(
+        result, _ = approximation(
             op, pair, estimator=estimator, normalize=normalize, approximate=approximate, n_features=n_features,
             seed=seed,
-        )[0]  # fmt: skip
-    if normalize:
+        )  # fmt: skip
+    elif normalize:
         xy, xx, yy = values(op, pair, [(0, 1), (0, 0), (1, 1)], estimator, allow_tf32).unbind(-1)
         result = ratio(xy, xx, yy)
     else:
@@ -247,9 +249,9 @@ def values(
     `visit` stands in for `sums`.
     """
     result = []
-    for (a, b), (value, _, rounding) in zip(pairs, estimates(op, every, pairs, estimator, allow_tf32, visit)):
-        if rounding is not None:
-            value = torch.where(value > rounding, value, 0.0)
+    for (a, b), (value, lost, _) in zip(pairs, estimates(op, every, pairs, estimator, allow_tf32, visit)):
+        if lost is not None:
+            value = torch.where(lost, 0.0, value)
         for m in {a, b}:
             if every[m].constant is not None:
                 value = torch.where(every[m].constant, 0.0, value)
@@ -264,30 +266,42 @@ def estimates(
     estimator: str,
     allow_tf32: bool,
     visit: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
+    with_added: bool = False,
 ) -> list[Estimate]:
-    """Of every pair of variables, of the kernels of z."""
+    """Of every pair of variables, of the kernels of z; `added` not of covariances."""
     n = every[0].z.shape[-2]
     if all(v.linear for v in every):
         used = [every[m] for pair in pairs for m in pair]
         widths = [(a.z.shape[-1], b.z.shape[-1]) for a, b in zip(used[::2], used[1::2])]
         if sum(a * b for a, b in widths) < n * sum(v.z.shape[-1] for v in every) / 2:
-            return [_of_covariance(every[a].z, every[b].z, estimator, a == b) for a, b in pairs]
+            return [_of_covariance(every[a], every[b], estimator, a == b) for a, b in pairs]
     rows, cross, shift = (visit or sums)(op, every, pairs, allow_tf32)
     diagonals = [v.diagonal - shift[..., m, None] for m, v in enumerate(every)]
     result = []
     for p, (a, b) in enumerate(pairs):
-        terms = _terms(cross[..., p], rows[..., a, :], rows[..., b, :], diagonals[a], diagonals[b], estimator)
-        estimate = Estimate(terms[0] + terms[1] - terms[2])
-        if a == b:
-            added = terms[0] + terms[1] + terms[2]
-            # of a dot product the rounding is relative to both lengths
-            dot = HSIC_KERNELS[every[a].kernel] == "polynomial"
-            entries = added + (every[a].diagonal.sum(-1) / n).square() if dot else added
-            # n^2 terms are added in float64; each has the rounding of an entry, whose squares add up
-            entry = every[a].degree * torch.finfo(every[a].z.dtype).eps
-            estimate = Estimate(estimate.value, added, chain(n) * added + entry**2 * entries)
-        result.append(estimate)
+        more, less, over = _terms(
+            cross[..., p], rows[..., a, :], rows[..., b, :], diagonals[a], diagonals[b], estimator
+        )
+        value = (more - less) / over
+        if a != b:
+            result.append(Estimate(value))
+        else:
+            added = (more + less) / over if with_added else None
+            result.append(Estimate(value, _lost(every[a], more, less, over), added))
     return result
+
+
+def _lost(v: Variable, more: Tensor, less: Tensor, over: int) -> Tensor:
+    """Whether (more - less) / over, HSIC of v with itself, may be rounding alone."""
+    n = v.z.shape[-2]
+    # n^2 terms are added in float64; each has the rounding of an entry, whose squares add up
+    entry = (v.degree * torch.finfo(v.z.dtype).eps) ** 2
+    rounding = chain(n) + entry
+    most = more * ((1 - rounding) / (1 + rounding))
+    if HSIC_KERNELS[v.kernel] == "polynomial":
+        # of a dot product it is relative to both lengths
+        most = most - entry * over * (v.diagonal.sum(-1) / n).square()
+    return less >= most
 
 
 def chain(n: int) -> float:
@@ -321,35 +335,33 @@ def sums(
 
 def _terms(
     cross: Tensor, k: Tensor, m: Tensor, diag_k: Tensor, diag_l: Tensor, estimator: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """HSIC is the first and the second less the third; all are positive where K is L.
+) -> tuple[Tensor, Tensor, int]:
+    """HSIC is the first less the second over the third; all are positive where K is L.
 
     From the sum of K_ij L_ij over i != j, both row sums without and both diagonals, float64.
     """
     n = k.shape[-1]
     if estimator == "unbiased":
-        over = n * (n - 3)
         product = k.sum(-1) * m.sum(-1) / ((n - 1) * (n - 2))
-        return cross / over, product / over, 2 / (n - 2) * (k * m).sum(-1) / over
-    k, m, over = k + diag_k, m + diag_l, n**2 if estimator == "biased_n2" else (n - 1) ** 2
-    product = k.sum(-1) * m.sum(-1) / n**2
-    return (cross + (diag_k * diag_l).sum(-1)) / over, product / over, 2 / n * (k * m).sum(-1) / over
+        return cross + product, 2 / (n - 2) * (k * m).sum(-1), n * (n - 3)
+    k, m = k + diag_k, m + diag_l
+    more = cross + (diag_k * diag_l).sum(-1) + k.sum(-1) * m.sum(-1) / n**2
+    return more, 2 / n * (k * m).sum(-1), n**2 if estimator == "biased_n2" else (n - 1) ** 2
 
 
-def _of_covariance(x: Tensor, y: Tensor, estimator: str, same: bool) -> Estimate:
-    """HSIC of linear kernels of centred x and y: the squares of their covariances."""
-    n = x.shape[-2]
-    total = (x.mT @ y).double().square().sum((-2, -1))
+def _of_covariance(x: Variable, y: Variable, estimator: str, same: bool) -> Estimate:
+    """HSIC of linear kernels: the squares of the covariances."""
+    n = x.z.shape[-2]
+    total = (x.z.mT @ y.z).double().square().sum((-2, -1))
     if estimator != "unbiased":
         return Estimate(total / (n**2 if estimator == "biased_n2" else (n - 1) ** 2))
-    a, b = x.double().square().sum(-1), y.double().square().sum(-1)
+    a, b = x.diagonal, y.diagonal
     ab, over = (a * b).sum(-1), n * (n - 3)
     product, less = a.sum(-1) * b.sum(-1) / ((n - 1) * (n - 2)), 2 / (n - 2) * ab
     value = (total - ab + product - less) / over
-    if not same:
-        return Estimate(value)
-    added = (total + ab + product + less) / over
-    return Estimate(value, added, torch.finfo(x.dtype).eps * added)
+    # the sums of products are of the dtype of x
+    eps = torch.finfo(x.z.dtype).eps
+    return Estimate(value, ab + less >= (total + product) * ((1 - eps) / (1 + eps)) if same else None)
 
 
 def permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:

@@ -49,13 +49,13 @@ def hsic(
     """`pyflow.ops.hsic` for large n: with a bar, split over processes, or approximated with a word on the error.
 
     Args:
-        x: (n, d_x) or (n,) array, list or tensor; (n, n) for the kernel "precomputed".
+        x: (n, d_x) or (n,) array, list or tensor; (n, n) for the kernel "precomputed"; for "delta" labels of any kind.
         y: (n, d_y) or (n,) likewise.
         kernel, bandwidth, kernel_y, bandwidth_y, estimator, normalize, degree, gamma, coef0, allow_tf32: as for
             `pyflow.ops.hsic`.
         approximate: None, "rff" (random Fourier features; rbf and laplacian) or "nystrom" (landmark rows): time
             O(n n_features^2), memory O(n_features^2).
-        n_features, seed: of the approximation.
+        n_features, seed: of the approximation; the error of "rff" needs 4 features.
         group: a process group of torch.distributed (`torch.distributed.group.WORLD`). Every process passes its own
             rows, in rank order, of as many as it likes; they are gathered, and the pairs of rows are divided.
         progress: show a bar for what takes longer than a second, where tqdm is installed.

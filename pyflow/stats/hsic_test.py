@@ -81,7 +81,7 @@ def hsic_test(
     p = (1 + #{null >= statistic}) / (1 + permutations), where the null values are HSIC of x and permuted rows of y.
 
     Args:
-        x: (n, d_x) or (n,) array, list or tensor; (n, n) for the kernel "precomputed".
+        x: (n, d_x) or (n,) array, list or tensor; (n, n) for the kernel "precomputed"; for "delta" labels of any kind.
         y: (n, d_y) or (n,) likewise.
         method: "permutation", exact at any n; or "gamma", no permutations: the null distribution as the gamma
             distribution of its mean and variance, for the biased estimators of kernels with k(x, x) = 1.
@@ -151,7 +151,7 @@ def _key(op: str, seed: object, device: torch.device) -> Tensor:
     """(2,) words of the seed."""
     if isinstance(seed, Tensor) or seed is None:
         raise TypeError(f"{op}: seed must be an integer, got {type(seed).__name__}")
-    seed = noise.seed_tensor(op, seed, None, None).to(device)
+    seed = noise.seed_tensor(op, seed, None, None, device)
     return torch.stack((seed & noise.ref.MASK, seed >> 32 & noise.ref.MASK))
 
 
@@ -242,7 +242,7 @@ def _added(op: str, v: Variable, estimator: str) -> Tensor:
     if v.linear:
         # those of covariances, squared
         return v.diagonal.sum().square() / _over(len(v.z), estimator)
-    return estimates(op, [v], [(0, 0)], estimator, False)[0].added
+    return estimates(op, [v], [(0, 0)], estimator, False, with_added=True)[0].added
 
 
 def _over(n: int, estimator: str) -> int:
