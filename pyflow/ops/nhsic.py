@@ -80,9 +80,8 @@ def regularised(op: str, v: Variable, epsilon: float) -> Tensor:
         centred = torch.where(v.constant[..., None, None], 0.0, centred)
     lost = ~(rounding < epsilon)
     if check.values_are_checked(rounding) and bool(lost.any()):
-        raise ValueError(
-            f"{op}: epsilon must be above the rounding of the kernel matrix, {rounding.amax().item():.3g}, got {epsilon}"
-        )
+        least = f"{rounding.amax().item():.3g}"
+        raise ValueError(f"{op}: epsilon must be above the rounding of the kernel matrix, {least}, got {epsilon}")
     centred = torch.where(lost[..., None, None], math.nan, centred)
     factor, _ = torch.linalg.cholesky_ex(centred + epsilon * n * torch.eye(n, dtype=gram.dtype, device=gram.device))
     return torch.cholesky_solve(centred, factor)

@@ -144,7 +144,9 @@ def hsic_test(
 def _finite(op: str, values: list[float]) -> None:
     wrong = [value for value in values if not math.isfinite(value)]
     if wrong:
-        raise ValueError(f"{op}: the statistic and its null must be finite, got {wrong[0]}: scale x and y, or normalize")
+        raise ValueError(
+            f"{op}: the statistic and its null must be finite, got {wrong[0]}: scale x and y, or normalize"
+        )
 
 
 def _key(op: str, seed: object, device: torch.device) -> Tensor:
@@ -286,5 +288,6 @@ def _gamma_test(op: str, pair: list[Variable], estimator: str, normalize: bool, 
     shape, scale = mean**2 / variance, variance / mean
     null = Gamma(shape, scale * unit.item())
     _finite(op, [statistic.item(), *null])
-    given = [torch.tensor(v, dtype=torch.float64, device="cpu") for v in (shape, (xy / n**2).clamp(min=0).item() / scale)]
+    at = (xy / n**2).clamp(min=0).item() / scale
+    given = [torch.tensor(v, dtype=torch.float64, device="cpu") for v in (shape, at)]
     return HSICTest(statistic.item(), torch.special.gammaincc(*given).item(), null, "gamma")
