@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS
 from ._variables import Variable, between, points, ratio, whole
-from .noise import normal, uniform
+from .noise import normal, seed_tensor, uniform
 
 APPROXIMATIONS = ("rff", "nystrom")
 # elements of features that are held at a time
@@ -60,6 +60,8 @@ def approximation(
     if with_error and approximate == "rff" and n_features < 4:
         raise ValueError(f"{op}: n_features must be at least 4 for the error of 'rff', got {n_features}")
     x, y = every
+    # one for all draws: the same rows of both variables are landmarks
+    seed = seed_tensor(op, seed, None, x.z.device)
     rows = [points(v) for v in every]
     if approximate == "rff":
         # x with itself needs a second draw: a frequency is not independent of itself
@@ -101,7 +103,7 @@ def _above_rounding(own: Tensor, v: Variable, n: int) -> Tensor:
     return torch.where(own <= (torch.finfo(v.z.dtype).eps * size).square(), 0.0, own)
 
 
-def _fourier(op: str, v: Variable, n_features: int, seed: int, step: int) -> Features:
+def _fourier(op: str, v: Variable, n_features: int, seed: Tensor, step: int) -> Features:
     """cos and sin of n_features / 2 frequencies: their mean product is the kernel's Fourier integral."""
     name = HSIC_KERNELS[v.kernel]
     if name not in ("rbf", "laplacian"):
@@ -123,7 +125,7 @@ def _fourier(op: str, v: Variable, n_features: int, seed: int, step: int) -> Fea
     return Features(of, shape[1], 2)
 
 
-def _landmarks(op: str, v: Variable, rows: Tensor, n_features: int, seed: int) -> Features:
+def _landmarks(op: str, v: Variable, rows: Tensor, n_features: int, seed: Tensor) -> Features:
     """K(., landmarks) K(landmarks, landmarks)^(-1/2), in float64."""
     if HSIC_KERNELS[v.kernel] == "precomputed":
         raise ValueError(f"{op}: approximate 'nystrom' must have rows to choose from, got a precomputed matrix")

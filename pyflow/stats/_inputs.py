@@ -21,7 +21,7 @@ def samples(op: str, name: str, value: object, kernel: str) -> Tensor:
     Integers become float64. For the kernel "delta" they stay, and labels of any kind become integers.
     """
     if not isinstance(value, Tensor):
-        array = _array(op, name, value)
+        array = array_of(op, name, value)
         if kernel == "delta" and array.dtype.kind in "OSTUMm":
             array = _codes(op, name, array)
         if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
@@ -39,7 +39,7 @@ def samples(op: str, name: str, value: object, kernel: str) -> Tensor:
     return comparable(value.detach())
 
 
-def _array(op: str, name: str, value: object) -> np.ndarray:
+def array_of(op: str, name: str, value: object) -> np.ndarray:
     try:
         return np.asarray(value)
     except ValueError:

@@ -13,7 +13,7 @@ from .. import _backend
 from .. import _checks as check
 from ..ops.sector import count, counts_for
 from ..reference import sector as ref
-from ._inputs import same
+from ._inputs import array_of, same
 
 
 # angles below this lose digits when they are divided
@@ -181,12 +181,12 @@ def _device(op: str, **values: object) -> torch.device | None:
     return next(iter(devices), None)
 
 
-def _array(value: object) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+def _array(op: str, name: str, value: object) -> np.ndarray:
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else array_of(op, name, value)
 
 
 def _points(op: str, n: object) -> np.ndarray:
-    points = _array(n)
+    points = _array(op, "n", n)
     if points.size and points.dtype.kind not in "iu":
         raise TypeError(f"{op}: n must be integers, got {_kind(points)}")
     least, most = (points.min(), points.max()) if points.size else (1, 1)
@@ -197,7 +197,9 @@ def _points(op: str, n: object) -> np.ndarray:
 
 
 def _angle(op: str, theta: object) -> np.ndarray:
-    angle = _array(theta if not isinstance(theta, Tensor) else _checked_tensor(op, theta, values=False).double())
+    if isinstance(theta, Tensor):
+        theta = _checked_tensor(op, theta, values=False).double()
+    angle = _array(op, "theta", theta)
     if angle.dtype.kind not in "iuf":
         raise TypeError(f"{op}: theta must be real numbers, got {_kind(angle)}")
     angle = angle.astype(np.float64)

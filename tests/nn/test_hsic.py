@@ -192,3 +192,16 @@ def test_reference_and_kernels_agree():
     with pyflow.backend("reference"):
         expected = HSICLoss(normalize=True)(x, y)
     torch.testing.assert_close(HSICLoss(normalize=True)(x, y), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_that_are_no_rows():
+    for value, error, text in (
+        ([1.0], TypeError, "a tensor, got list"),
+        (torch.ones(()), ValueError, r"\(n,\) or .*, got a scalar"),
+    ):
+        with pytest.raises(error, match=f"^HSICLoss: x must be {text}$"):
+            HSICLoss()(value, torch.ones(4))
+        with pytest.raises(error, match=f"^HSICBottleneck: y must be {text}$"):
+            HSICBottleneck([nn.Linear(2, 2)]).update(torch.ones(4, 2), value)
+    with pytest.raises(ValueError, match="^HSICLoss: kernel_y must be one of .*, got 'gauss'$"):
+        HSICLoss(kernel_y="gauss")

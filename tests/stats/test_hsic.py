@@ -123,6 +123,14 @@ def test_a_standard_error_needs_two_frequencies():
             hsic(x, y, approximate="rff", n_features=n_features)
 
 
+def test_a_drawn_seed_is_one_for_both_variables():
+    x, _ = data(40)
+    options = {"approximate": "nystrom", "n_features": 5, "seed": None, "normalize": True}
+    assert pyflow.ops.hsic(x, x, **options).item() == pytest.approx(1, rel=1e-6)
+    with pytest.raises(TypeError, match="^hsic: seed must be an integer or an int64 tensor, got float$"):
+        pyflow.ops.hsic(x, x, approximate="rff", seed=1.5)
+
+
 def test_values_beyond_float32():
     x, y = data(60)
     want = hsic(x, y, kernel="linear").value

@@ -158,6 +158,12 @@ def test_logarithms_of_the_smallest_angles(backend):
         assert sector_probability(5, 5e-324, log=True, complement=True) == 0
 
 
+def test_ragged_lists():
+    for name, arguments in (("n", ([[1, 2], [3]], 1.0)), ("theta", (3, [[1.0, 2.0], [3.0]]))):
+        with pytest.raises(ValueError, match=f"^sector_probability: {name} must have rows of one length, got others$"):
+            sector_probability(*arguments)
+
+
 def test_estimates_compare_and_have_a_hash():
     for theta in (3.0, [2.0, 3.0], torch.tensor([2.0, 3.0])):
         one, same, other = (sector_probability_mc(4, theta, 1000, seed=seed) for seed in (0, 0, 1))
