@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._schemas import HSIC_KERNELS
-from ..reference.hsic import wide
+from ..reference.hsic import centred, wide
 from . import _launch
 from ._math import exp_less
 from ._tiles import store_as
@@ -302,7 +302,7 @@ class Gram:
         name = HSIC_KERNELS[kernel]
         self.kernel, self.degree, self.dim = kernel, degree, z.shape[-1]
         if name in ("rbf", "laplacian"):
-            z = (z - z.mean(-2, keepdim=True)) * scale[:, None, None]
+            z = centred(z) * scale[:, None, None]
         self.z = z.contiguous()
         self.shift = wide(z, name).double()
         self.squares = name == "rbf" and self.dim <= SQUARES_UP_TO.value

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..ops import hsic
-from ..ops._variables import ESTIMATORS, Bandwidth, Variable, rows_needed, together, variable
+from ..ops._variables import ESTIMATORS, KERNELS, Bandwidth, Variable, rows_needed, together, variable
 from ..ops.nhsic import regularised
 
 
@@ -49,6 +49,8 @@ class HSICLoss(nn.Module):
     ) -> None:
         super().__init__()
         check.choice("HSICLoss", "estimator", estimator, ESTIMATORS)
+        check.choice("HSICLoss", "kernel", kernel, KERNELS)
+        check.choice("HSICLoss", "kernel_y", kernel if kernel_y is None else kernel_y, KERNELS)
         # parameters and tensors become the module's own
         self.bandwidth, self.bandwidth_y = bandwidth, bandwidth_y
         self.options = {
@@ -58,7 +60,7 @@ class HSICLoss(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return hsic(
-            _rows(x), _rows(y), bandwidth=self.bandwidth, bandwidth_y=self.bandwidth_y, **self.options
+            _rows("HSICLoss", "x", x), _rows("HSICLoss", "y", y), bandwidth=self.bandwidth, bandwidth_y=self.bandwidth_y, **self.options
         )
 
     def extra_repr(self) -> str:
@@ -155,20 +157,20 @@ class HSICBottleneck(nn.Module):
     def _aim(self, x: Tensor, y: Tensor) -> Tensor:
         """Rx - beta Ry, the same for all layers: nHSIC is linear in it."""
         op = type(self).__name__
-        labels = y.dim() == 1 and not y.is_floating_point()
+        labels = isinstance(y, Tensor) and y.dim() == 1 and not y.is_floating_point()
         pair = [self._variable("x", x), variable(op, "y", y, "delta", 1.0) if labels else self._variable("y", y)]
         pair = together(op, pair)
         rows_needed(op, len(pair[0].z), "biased")
         with torch.no_grad():
-            given, wanted = (regularised(v, self.epsilon) for v in pair)
+            given, wanted = (regularised(op, v, self.epsilon) for v in pair)
             return given - self.beta * wanted
 
     def _towards(self, aim: Tensor, z: Tensor) -> Tensor:
         v = self._variable("z", z)
-        return (regularised(v, self.epsilon) * aim).sum().to(v.z.dtype)
+        return (regularised(type(self).__name__, v, self.epsilon) * aim).sum().to(v.z.dtype)
 
     def _variable(self, name: str, x: Tensor) -> Variable:
-        rows = _rows(x)
+        rows = _rows(type(self).__name__, name, x)
         return variable(type(self).__name__, name, rows, "rbf", self.sigma * math.sqrt(rows.shape[-1]))
 
     def _step(self, optimizer: torch.optim.Optimizer | None, loss_of: Callable[[], Tensor]) -> Tensor:
@@ -181,5 +183,9 @@ class HSICBottleneck(nn.Module):
         return loss.detach()
 
 
-def _rows(x: Tensor) -> Tensor:
+def _rows(op: str, name: str, x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dim() == 0:
+        raise ValueError(f"{op}: {name} must be (n,) or (n, ...), got a scalar")
     return x.unsqueeze(1) if x.dim() == 1 else x.flatten(1)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS
-from ._variables import Variable, between, points, ratio
-from .noise import normal, uniform
+from ._variables import Variable, between, points, ratio, whole
+from .noise import normal, seed_tensor, uniform
 
 APPROXIMATIONS = ("rff", "nystrom")
 # elements of features that are held at a time
@@ -50,14 +50,18 @@ def approximation(
     seed: int,
     with_error: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(HSIC of the two variables, error), (...) of the inputs' dtype.
+    """(HSIC of the two variables, error), (...) float64.
 
     "rff": the error is a standard error over the draw of frequencies. "nystrom": the exact biased value lies at most
     error above the approximation; of the unbiased one it is an estimate. With normalize it is the numerator's.
     """
     check.choice(op, "approximate", approximate, APPROXIMATIONS)
     n_features = check.at_least(op, "n_features", n_features, 2)
+    if with_error and approximate == "rff" and n_features < 4:
+        raise ValueError(f"{op}: n_features must be at least 4 for the error of 'rff', got {n_features}")
     x, y = every
+    # one for all draws: the same rows of both variables are landmarks
+    seed = seed_tensor(op, seed, None, x.z.device)
     rows = [points(v) for v in every]
     if approximate == "rff":
         # x with itself needs a second draw: a frequency is not independent of itself
@@ -73,19 +77,33 @@ def approximation(
     sums, spectra = _sums(rows, features, pairs, estimator == "unbiased", bounded)
     tables = [_table(one, n, estimator) for one in sums]
     value, *others = (table.mean((-2, -1)) for table in tables)
+    constant = [v.constant for v in every if v.constant is not None]
+    if constant:
+        value = torch.where(torch.stack(constant).any(0), 0.0, value)
     error = None
     if bounded:
         error = _bound(every, spectra) / ((n - 1) ** 2 if estimator != "biased_n2" else n**2)
     elif with_error:
         error = _standard_error(tables[0])
     if normalize:
+        others = [_above_rounding(own, v, n) for own, v in zip(others, every)]
         error = None if error is None else ratio(error, *others)
         value = ratio(value, *others)
-    dtype = x.z.dtype
-    return value.to(dtype), None if error is None else error.to(dtype)
+    else:
+        error = None if error is None else whole(error, *every)
+        value = whole(value, *every)
+    return value, error
 
 
-def _fourier(op: str, v: Variable, n_features: int, seed: int, step: int) -> Features:
+def _above_rounding(own: Tensor, v: Variable, n: int) -> Tensor:
+    """HSIC of a variable with itself, 0 where the rounding of its features is as large."""
+    size = v.diagonal.sum(-1) / n
+    if v.constant is not None:
+        own = torch.where(v.constant, 0.0, own)
+    return torch.where(own <= (torch.finfo(v.z.dtype).eps * size).square(), 0.0, own)
+
+
+def _fourier(op: str, v: Variable, n_features: int, seed: Tensor, step: int) -> Features:
     """cos and sin of n_features / 2 frequencies: their mean product is the kernel's Fourier integral."""
     name = HSIC_KERNELS[v.kernel]
     if name not in ("rbf", "laplacian"):
@@ -107,7 +125,7 @@ def _fourier(op: str, v: Variable, n_features: int, seed: int, step: int) -> Fea
     return Features(of, shape[1], 2)
 
 
-def _landmarks(op: str, v: Variable, rows: Tensor, n_features: int, seed: int) -> Features:
+def _landmarks(op: str, v: Variable, rows: Tensor, n_features: int, seed: Tensor) -> Features:
     """K(., landmarks) K(landmarks, landmarks)^(-1/2), in float64."""
     if HSIC_KERNELS[v.kernel] == "precomputed":
         raise ValueError(f"{op}: approximate 'nystrom' must have rows to choose from, got a precomputed matrix")

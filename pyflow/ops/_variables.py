@@ -15,17 +15,30 @@ from torch import Tensor
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS
 from ..reference import compute_dtype
+from ..reference import hsic as ref
 from .noise import uniform
 
 KERNELS = ("rbf", "laplacian", "linear", "polynomial", "delta", "precomputed")
 MEDIAN_ROWS = 1000
 ESTIMATORS = ("biased", "biased_n2", "unbiased")
+# float32 holds products of two entries between 2**-ORDINARY and 2**ORDINARY, and sums of them
+ORDINARY = 50
+# exponents of rows over the bandwidth: below NEAREST K - 1 is proportional to the distance, above FARTHEST K is 0 for
+# all rows that rounding tells apart
+NEAREST, FARTHEST = -30, {torch.float32: 50, torch.float64: 100}
+# of normal numbers: the largest exponent whose inverse power is one, and the least
+FINITE = {torch.float32: 126, torch.float64: 1022}
+TINY = {dtype: torch.finfo(dtype).tiny for dtype in FINITE}
 
 Bandwidth = float | Tensor | str
 
 
 class Variable(NamedTuple):
-    """What `hsic_sums` is given for one variable; `batch` are leading dims."""
+    """What `hsic_sums` is given for one variable; `batch` are leading dims.
+
+    Rows whose products leave the range of their dtype are divided by a power of two: K, less a constant, is
+    2**exponent times the kernel of z.
+    """
 
     z: Tensor  # (*batch, n, d)
     scale: Tensor  # (*batch) one over the bandwidth
@@ -33,6 +46,8 @@ class Variable(NamedTuple):
     degree: int
     diagonal: Tensor  # (*batch, n) of K, float64
     linear: bool = False
+    exponent: Tensor | None = None  # (*batch) int64; None: 0
+    constant: Tensor | None = None  # (*batch) whether all rows are equal, where the sums leave rounding of that
 
 
 def variable(
@@ -54,14 +69,15 @@ def variable(
         raise ValueError(f"{op}: {name} must be (..., n, d), got a tensor of shape {tuple(x.shape)}")
     if x.shape[-1] == 0:
         raise ValueError(f"{op}: {name} must have at least one column, got shape {tuple(x.shape)}")
-    if x.numel() and check.values_are_checked(x) and not all(math.isfinite(end.item()) for end in x.aminmax()):
+    sizes = _sizes(x)
+    if sizes is not None and not math.isfinite(sizes[1]):
         raise ValueError(f"{op}: {name} must be finite, got NaN or infinity")
     x = x.to(compute_dtype(x.dtype))
     if kernel == "precomputed":
-        return _matrix(op, name, x)
+        return _matrix(op, name, x, sizes)
     if kernel in ("linear", "polynomial"):
-        return _products(op, x, kernel, degree, gamma, coef0)
-    return _distances(op, name, x, kernel, bandwidth)
+        return _products(op, x, sizes, kernel, degree, gamma, coef0)
+    return _distances(op, name, x, sizes, kernel, bandwidth)
 
 
 def variables(
@@ -109,6 +125,8 @@ def together(op: str, every: list[Variable]) -> list[Variable]:
             z=v.z.to(dtype).expand(*batch, *v.z.shape[-2:]),
             scale=v.scale.to(dtype).expand(batch),
             diagonal=v.diagonal.expand(*batch, -1),
+            exponent=None if v.exponent is None else v.exponent.expand(batch),
+            constant=None if v.constant is None else v.constant.expand(batch),
         )
         for v in every
     ]
@@ -121,14 +139,103 @@ def rows_needed(op: str, n: int, estimator: str) -> None:
         raise ValueError(f"{op}: the {estimator} estimator needs at least {least} rows, got {n}")
 
 
-def _distances(op: str, name: str, x: Tensor, kernel: str, bandwidth: Bandwidth) -> Variable:
+def whole(value: Tensor, *every: Variable) -> Tensor:
+    """(*batch) float64 HSIC of the kernels of z as that of K."""
+    exponents = [v.exponent for v in every if v.exponent is not None]
+    return times_two_to(value, sum(exponents)) if exponents else value
+
+
+def times_two_to(value: Tensor, exponent: Tensor) -> Tensor:
+    """value * 2**exponent in float64, exact."""
+    # float64 holds a quarter of any exponent that occurs
+    for part in range(4):
+        quarter = (exponent + part) // 4
+        value = value * (quarter.clamp(-1022, 1023) + 1023 << 52).view(torch.float64)
+    return value
+
+
+def _sizes(x: Tensor) -> tuple[float, float] | None:
+    """Least and largest, over a batch, of the items' largest absolute values; None where values are not read."""
+    if not x.numel() or not check.values_are_checked(x):
+        return None
+    if x.dim() == 2:
+        low, high = (end.item() for end in x.aminmax())
+        size = max(-low, high)
+        return size, size
+    low, high = x.reshape(-1, x.shape[-2] * x.shape[-1]).aminmax(dim=-1)
+    least, largest = torch.maximum(-low, high).aminmax()
+    return least.item(), largest.item()
+
+
+def _ordinary(sizes: tuple[float, float] | None) -> bool:
+    return sizes is not None and 2.0**-ORDINARY <= sizes[0] and sizes[1] <= 2.0**ORDINARY
+
+
+def _exponent(x: Tensor) -> Tensor:
+    """int64 e with 2**e <= x < 2**(e + 1), that of the least normal number where x is below it."""
+    x = x.clamp(min=torch.finfo(x.dtype).tiny)
+    if x.dtype == torch.float64:
+        return (x.view(torch.int64) >> 52) - 1023
+    return (x.view(torch.int32) >> 23).long() - 127
+
+
+def _reduced(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (*batch, n, d) below 2, and the exponent (*batch) of the power of two that they were divided by."""
+    if not x.numel():
+        return x, torch.zeros(x.shape[:-2], dtype=torch.int64, device=x.device)
+    # a NaN, which is not an exponent, stays in the rows
+    exponent = _exponent(x.detach().abs().amax((-2, -1))).clamp(max=FINITE[x.dtype])
+    return x * _power(-exponent, x.dtype)[..., None, None], exponent
+
+
+def _power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """2**exponent, which is normal."""
+    if dtype == torch.float64:
+        return (exponent + 1023 << 52).view(dtype)
+    return ((exponent + 127).int() << 23).view(dtype)
+
+
+def _constant(x: Tensor) -> Tensor | None:
+    """(*batch) whether all rows are equal; None where they are known to be nowhere."""
+    if not x.numel():
+        return None
+    if x.dim() == 2 and check.values_are_checked(x) and not x.select(0, 0).equal(x.select(0, -1)):
+        return None
+    return (x == x[..., :1, :]).all(-1).all(-1)
+
+
+def _distances(
+    op: str, name: str, x: Tensor, sizes: tuple[float, float] | None, kernel: str, bandwidth: Bandwidth
+) -> Variable:
+    p, exponent, ordinary = (1 if kernel == "laplacian" else 2), None, _ordinary(sizes)
     if isinstance(bandwidth, str):
         if bandwidth != "median":
             raise ValueError(f"{op}: bandwidth must be a number, a tensor or 'median', got {bandwidth!r}")
-        sigma = median_distance(x.detach(), 1.0 if kernel == "laplacian" else 2.0)
+        if not ordinary:
+            x, _ = _reduced(x)
+        scale = 1 / median_distance(x.detach(), float(p))
     else:
         sigma = _bandwidth(op, "bandwidth" if name == "x" else "bandwidth_y", bandwidth, x)
-    return Variable(x, 1 / sigma, HSIC_KERNELS.index(kernel), 1, _ones(x))
+        # on an accelerator the kernels take rows and bandwidth as they are
+        if sizes is None or ordinary and _near(sizes, bandwidth):
+            scale = 1 / sigma
+        else:
+            x, of_rows = _reduced(x)
+            scale = 1 / sigma.double()
+            of_scale = _exponent(scale.detach())
+            reach = of_rows + of_scale
+            scale = times_two_to(scale, reach.clamp(NEAREST, FARTHEST[x.dtype]) - of_scale).to(x.dtype)
+            exponent = p * (reach - NEAREST).clamp(max=0)
+    return Variable(x, scale, HSIC_KERNELS.index(kernel), 1, _ones(x), exponent=exponent)
+
+
+def _near(sizes: tuple[float, float], bandwidth: float | Tensor) -> bool:
+    """Whether rows over the bandwidth are of a size that kernels are computed for."""
+    if not isinstance(bandwidth, Tensor):
+        least = largest = float(bandwidth)
+    else:
+        least, largest = (end.item() for end in bandwidth.detach().aminmax())
+    return 2.0**NEAREST * largest <= sizes[0] and sizes[1] <= 2.0 ** FARTHEST[torch.float32] * least
 
 
 def _ones(x: Tensor) -> Tensor:
@@ -136,8 +243,11 @@ def _ones(x: Tensor) -> Tensor:
 
 
 def _bandwidth(op: str, name: str, value: float | Tensor, x: Tensor) -> Tensor:
+    least = TINY[x.dtype]
     if not isinstance(value, Tensor):
-        return torch.full((), check.positive(op, name, value), dtype=x.dtype, device=x.device)
+        if not least <= check.positive(op, name, value) <= 1 / least:
+            raise _out_of_range(op, name, x.dtype, value)
+        return torch.full((), value, dtype=x.dtype, device=x.device)
     check.float_tensor(op, name, value)
     batch = x.shape[:-2]
     fits = value.dim() <= len(batch) and all(m in (1, n) for m, n in zip(reversed(value.shape), reversed(batch)))
@@ -145,37 +255,100 @@ def _bandwidth(op: str, name: str, value: float | Tensor, x: Tensor) -> Tensor:
         raise ValueError(
             f"{op}: {name} must broadcast to the batch dims {tuple(batch)}, got shape {tuple(value.shape)}"
         )
-    if check.values_are_checked(value) and not bool(((value > 0) & value.isfinite()).all()):
-        raise ValueError(f"{op}: {name} must be positive and finite, got other values")
+    if check.values_are_checked(value):
+        if not bool(((value > 0) & value.isfinite()).all()):
+            raise ValueError(f"{op}: {name} must be positive and finite, got other values")
+        if not bool(((value >= least) & (value <= 1 / least)).all()):
+            raise _out_of_range(op, name, x.dtype, "other values")
     return value.to(x.device, x.dtype)
 
 
-def _products(op: str, x: Tensor, kernel: str, degree: int, gamma: float | None, coef0: float) -> Variable:
-    if kernel == "linear":
-        z, degree = x - x.mean(-2, keepdim=True), 1
+def _out_of_range(op: str, name: str, dtype: torch.dtype, value: object) -> ValueError:
+    least = TINY[dtype]
+    return ValueError(
+        f"{op}: {name} must be from {least:.3g} to {1 / least:.3g} in {check.short(dtype)}, got {value}"
+    )
+
+
+def _products(
+    op: str,
+    x: Tensor,
+    sizes: tuple[float, float] | None,
+    kernel: str,
+    degree: int,
+    gamma: float | None,
+    coef0: float,
+) -> Variable:
+    linear = kernel == "linear"
+    if linear:
+        degree, gamma, coef0 = 1, 1.0, 0.0
     else:
         degree = check.at_least(op, "degree", degree, 1)
         gamma = 1 / x.shape[-1] if gamma is None else check.positive(op, "gamma", gamma)
         coef0 = check.number(op, "coef0", coef0)
         if not 0 <= coef0 < math.inf:
             raise ValueError(f"{op}: coef0 must be at least 0 and finite, got {coef0}")
+    constant, exponent = _constant(x), None
+    if sizes is None or not _ordinary_products(sizes, x.shape[-1], degree, gamma, coef0):
+        x, exponent = _reduced(x)
+    if linear:
+        z = x - x.mean(-2, keepdim=True)
+    else:
+        factor, more = math.sqrt(gamma), math.sqrt(coef0)
+        if exponent is None:
+            rows, column = x * factor, x.new_full((*x.shape[:-1], 1), more)
+        else:
+            factors, exponent = _together_reduced(exponent, factor, more, x)
+            rows, column = x * factors[0], factors[1].expand(*x.shape[:-1], 1)
         # a column more: its products are coef0
-        z = torch.cat((x * math.sqrt(gamma), x.new_full((*x.shape[:-1], 1), math.sqrt(coef0))), -1)
-    diagonal = z.double().square().sum(-1) ** degree
-    return Variable(z, z.new_ones(()), HSIC_KERNELS.index("polynomial"), degree, diagonal, kernel == "linear")
+        z = torch.cat((rows, column), -1)
+    if exponent is not None:
+        exponent = 2 * degree * exponent
+    diagonal = z.double().square().sum(-1)
+    diagonal = diagonal if degree == 1 else diagonal**degree
+    return Variable(
+        z, z.new_ones(()), HSIC_KERNELS.index("polynomial"), degree, diagonal, linear, exponent, constant
+    )
 
 
-def _matrix(op: str, name: str, x: Tensor) -> Variable:
+def _ordinary_products(sizes: tuple[float, float], d: int, degree: int, gamma: float, coef0: float) -> bool:
+    """Whether the kernel of the largest rows is in range."""
+    limit = 2.0 ** (ORDINARY / degree)
+    return 1 / limit <= gamma * sizes[0] * sizes[0] + coef0 and gamma * d * sizes[1] * sizes[1] + coef0 <= limit
+
+
+def _together_reduced(exponent: Tensor, factor: float, column: float, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """What reduced rows are multiplied by, and their last column, so that no row is longer than 1; and its exponent."""
+    given = [torch.full((), v, dtype=torch.float64, device=x.device) for v in (factor, column, x.shape[-1] + 1)]
+    of_rows, of_column, of_width = (_exponent(v) + 1 for v in given)
+    total = torch.maximum(exponent + 1 + of_rows, of_column) + (of_width + 1) // 2
+    factors = [times_two_to(v, e).to(x.dtype)[..., None, None] for v, e in zip(given, (exponent - total, -total))]
+    return factors, total
+
+
+def _matrix(op: str, name: str, x: Tensor, sizes: tuple[float, float] | None) -> Variable:
     if x.shape[-1] != x.shape[-2]:
         raise ValueError(f"{op}: {name} must be square with a precomputed kernel, got shape {tuple(x.shape)}")
-    if check.values_are_checked(x):
-        error = (x - x.mT).abs().amax() if x.numel() else x.new_zeros(())
-        if bool(error > 1e-5 * x.abs().amax() if x.numel() else False):
-            raise ValueError(f"{op}: {name} must be symmetric with a precomputed kernel, off by {error.item():.3g}")
+    if sizes is not None:
+        error = (x - x.mT).abs().amax((-2, -1))
+        if bool((error > 1e-5 * x.abs().amax((-2, -1))).any()):
+            raise ValueError(
+                f"{op}: {name} must be symmetric with a precomputed kernel, off by {error.amax().item():.3g}"
+            )
+    constant, exponent = _constant(x), None
+    if not _ordinary(sizes):
+        x, exponent = _reduced(x)
     # HSIC does not change, and the sums are of smaller numbers
     z = x - x.detach().mean((-2, -1), keepdim=True)
     diagonal = z.diagonal(dim1=-2, dim2=-1).double()
-    return Variable(z, z.new_ones(()), HSIC_KERNELS.index("precomputed"), 1, diagonal)
+    index = HSIC_KERNELS.index("precomputed")
+    return Variable(z, z.new_ones(()), index, 1, diagonal, exponent=exponent, constant=constant)
+
+
+def comparable(x: Tensor) -> Tensor:
+    """Labels whose unsigned dtypes torch does not compute with as signed ones, equal where these are."""
+    signed = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+    return x.view(signed[x.dtype]) if x.dtype in signed else x
 
 
 def _labels(op: str, name: str, x: object) -> Variable:
@@ -186,20 +359,26 @@ def _labels(op: str, name: str, x: object) -> Variable:
     if x.dim() == 0:
         raise ValueError(f"{op}: {name} must be (n,) or (..., n, d), got a scalar")
     x = x.unsqueeze(-1) if x.dim() == 1 else x
+    if x.shape[-1] == 0:
+        raise ValueError(f"{op}: {name} must have at least one column, got shape {tuple(x.shape)}")
     if x.is_floating_point():
+        if check.values_are_checked(x) and bool(x.isnan().any()):
+            raise ValueError(f"{op}: {name} must be labels that equal themselves, got NaN")
         z = x.detach().to(compute_dtype(x.dtype))
     else:
+        x = comparable(x)
         # float32 holds 24 bits exactly
         pieces = [x & 0xFFFFFF, x >> 24 & 0xFFFFFF, x >> 48] if x.dtype in (torch.int64, torch.int32) else [x]
         z = torch.cat([piece.float() for piece in pieces], -1)
-    return Variable(z, z.new_ones(()), HSIC_KERNELS.index("delta"), 1, _ones(z))
+    constant = _constant(z)
+    return Variable(z, z.new_ones(()), HSIC_KERNELS.index("delta"), 1, _ones(z), constant=constant)
 
 
 def points(v: Variable) -> Tensor:
     """(..., n, d) rows that the kernel is a function of, in units of the bandwidth: `between` takes some of them."""
     if HSIC_KERNELS[v.kernel] not in ("rbf", "laplacian"):
         return v.z
-    return (v.z - v.z.detach().mean(-2, keepdim=True)) * v.scale[..., None, None]
+    return ref.centred(v.z) * v.scale[..., None, None]
 
 
 def between(v: Variable, a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -224,10 +403,10 @@ def between(v: Variable, a: Tensor, b: Tensor, shift: Tensor | None = None) -> T
 
 def ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
     """xy / sqrt(xx yy), 0 where one of them is not positive."""
-    defined = (xx > 0) & (yy > 0)
+    undefined = (xx <= 0) | (yy <= 0)
     # selected before the division, so that no NaN reaches a gradient
-    xx, yy = (torch.where(defined, v, torch.ones_like(v)) for v in (xx, yy))
-    return torch.where(defined, xy / (xx.sqrt() * yy.sqrt()), torch.zeros_like(xy))
+    xx, yy = (torch.where(undefined, torch.ones_like(v), v) for v in (xx, yy))
+    return torch.where(undefined, torch.zeros_like(xy), xy / (xx.sqrt() * yy.sqrt()))
 
 
 def median_distance(x: Tensor, p: float = 2.0) -> Tensor:

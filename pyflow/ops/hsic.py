@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
 from .._backend import call, register, runs_reference
-from ..reference import compute_dtype
+from .._schemas import HSIC_KERNELS
 from ..reference import hsic as ref
 from ._features import approximation
 from ._transforms import one_by_one, vector_jacobian
-from ._variables import Bandwidth, Variable, ratio, rows_needed, together, variable, variables
+from ._variables import Bandwidth, Variable, ratio, rows_needed, together, variable, variables, whole
+
+EPS = torch.finfo(torch.float64).eps
+
+
+class Estimate(NamedTuple):
+    """HSIC of two variables, (*batch) float64; of a variable with itself also what it is worth."""
+
+    value: Tensor
+    lost: Tensor | None = None  # whether it may be rounding alone; None: it is not
+    added: Tensor | None = None  # the sum of the absolute values of its terms
 
 
 def hsic(
@@ -44,11 +56,12 @@ def hsic(
             any dtype, or labels (n,).
         y: (..., n, d_y) likewise; leading dims broadcast.
         kernel, kernel_y: of x and of y; None: the same.
-        bandwidth, bandwidth_y: sigma, a number or a tensor that broadcasts to the leading dims (differentiable), or
+        bandwidth, bandwidth_y: sigma, a normal number of x's dtype, or a tensor of such that broadcasts to the leading
+            dims (differentiable), or
             "median": the median distance between two rows, of each variable on its own, on 1,000 rows above that, no
             gradient through it; the mean distance where it is 0. bandwidth_y None: the same as for x.
         estimator: "biased" (over (n - 1)**2), "biased_n2" (over n**2) or "unbiased" (Song et al. 2012).
-        normalize: divide by sqrt(hsic(x, x) hsic(y, y)), 0 where that is not positive.
+        normalize: divide by sqrt(hsic(x, x) hsic(y, y)), 0 where one of these is no larger than its rounding.
         degree, gamma, coef0: of the polynomial kernel; gamma None is 1 / d.
         allow_tf32: let a GPU round the factors of dot products to 10 bits.
         approximate: None, "rff" (random Fourier features; rbf and laplacian) or "nystrom" (landmark rows).
@@ -59,14 +72,15 @@ def hsic(
 
     Raises:
         TypeError: not a tensor, or a wrong dtype.
-        ValueError: different n, too few rows (2, unbiased 4), unknown words, a bandwidth that is not positive, a
-            precomputed matrix that is not square or not symmetric, values that are not finite.
+        ValueError: different n, too few rows (2, unbiased 4), unknown words, a bandwidth that is not positive or not
+            normal, a precomputed matrix that is not square or not symmetric, values that are not finite.
 
     Notes:
         Memory O(n (d_x + d_y)): tiles of both matrices are made, used and dropped, forward and backward. Products in
         float32, K - 1 in place of K at wide bandwidths, sums in float64. On a CPU the same bits for any thread count,
         instruction set and batch. The backward visits all pairs again; double backward makes the matrices.
-        Linear kernels use d_x x d_y covariances where these are cheaper.
+        Linear kernels use d_x x d_y covariances where these are cheaper. Data are divided by a power of two where
+        their products would leave the dtype: what is normalised does not depend on the unit of x.
 
     Source:
         Gretton et al. 2005, Measuring Statistical Dependence with Hilbert-Schmidt Norms; Song et al. 2012, Feature
@@ -81,15 +95,15 @@ def hsic(
     pair = variables(op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
     rows_needed(op, pair[0].z.shape[-2], estimator)
     if approximate is not None:
-        return approximation(
+        result, _ = approximation(
             op, pair, estimator=estimator, normalize=normalize, approximate=approximate, n_features=n_features,
             seed=seed,
-        )[0]  # fmt: skip
-    if normalize:
+        )  # fmt: skip
+    elif normalize:
         xy, xx, yy = values(op, pair, [(0, 1), (0, 0), (1, 1)], estimator, allow_tf32).unbind(-1)
         result = ratio(xy, xx, yy)
     else:
-        result = values(op, pair, [(0, 1)], estimator, allow_tf32).squeeze(-1)
+        result = whole(values(op, pair, [(0, 1)], estimator, allow_tf32).squeeze(-1), *pair)
     return result.to(pair[0].z.dtype)
 
 
@@ -161,10 +175,12 @@ def hsic_matrix(
     if normalize:
         pairs += [(m, m) for m in range(p + q)]
     result = values(op, every, pairs, estimator, allow_tf32)
-    cross = result[..., : p * q].unflatten(-1, (p, q))
     if normalize:
         own = result[..., p * q :]
-        cross = ratio(cross, own[..., :p, None], own[..., None, p:])
+        cross = ratio(result[..., : p * q].unflatten(-1, (p, q)), own[..., :p, None], own[..., None, p:])
+    else:
+        parts = [whole(value, every[a], every[b]) for value, (a, b) in zip(result.unbind(-1), pairs)]
+        cross = torch.stack(parts, -1).unflatten(-1, (p, q))
     return cross.to(every[0].z.dtype)
 
 
@@ -180,7 +196,7 @@ def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
 
     Raises:
         TypeError: not a tensor, or a wrong dtype.
-        ValueError: not square; inplace on a tensor that requires a gradient.
+        ValueError: not square; inplace on a tensor that requires a gradient or whose elements share memory.
 
     Notes:
         Sums in fixed order, in float64: the same bits for any thread count, instruction set and batch on a CPU.
@@ -197,6 +213,8 @@ def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
     if inplace:
         if gram.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: inplace must not be used on a tensor that requires a gradient")
+        if _overlaps(gram):
+            raise ValueError(f"{op}: inplace must not be used on a tensor whose elements share memory")
         if runs_reference(op, gram, cuda=False):
             return gram.copy_(_center_reference(gram))
         call("center_gram_", gram)
@@ -204,6 +222,17 @@ def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
     if runs_reference(op, gram, cuda=False):
         return _center_reference(gram)
     return call("center_gram", gram)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements lie at one address, by a step along one or two dims."""
+    if not tensor.numel():
+        return False
+    dims = [(size, step) for size, step in zip(tensor.shape, tensor.stride()) if size > 1]
+    if any(step == 0 for _, step in dims):
+        return True
+    steps = ((a, b, math.gcd(a[1], b[1])) for i, a in enumerate(dims) for b in dims[:i])
+    return any(b[1] // common < a[0] and a[1] // common < b[0] for a, b, common in steps)
 
 
 def values(
@@ -214,22 +243,70 @@ def values(
     allow_tf32: bool,
     visit: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> Tensor:
-    """(*batch, P) the estimate of every pair of variables, float64; `visit` stands in for `sums`."""
+    """(*batch, P) the estimate of every pair of variables, of the kernels of z, float64.
+
+    0 with a variable whose rows are all equal, and of a variable with itself where it is no larger than its rounding.
+    `visit` stands in for `sums`.
+    """
+    result = []
+    for (a, b), (value, lost, _) in zip(pairs, estimates(op, every, pairs, estimator, allow_tf32, visit)):
+        if lost is not None:
+            value = torch.where(lost, 0.0, value)
+        for m in {a, b}:
+            if every[m].constant is not None:
+                value = torch.where(every[m].constant, 0.0, value)
+        result.append(value)
+    return torch.stack(result, -1)
+
+
+def estimates(
+    op: str,
+    every: Sequence[Variable],
+    pairs: Sequence[tuple[int, int]],
+    estimator: str,
+    allow_tf32: bool,
+    visit: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
+    with_added: bool = False,
+) -> list[Estimate]:
+    """Of every pair of variables, of the kernels of z; `added` not of covariances."""
     n = every[0].z.shape[-2]
     if all(v.linear for v in every):
         used = [every[m] for pair in pairs for m in pair]
         widths = [(a.z.shape[-1], b.z.shape[-1]) for a, b in zip(used[::2], used[1::2])]
         if sum(a * b for a, b in widths) < n * sum(v.z.shape[-1] for v in every) / 2:
-            return torch.stack([_of_covariance(every[a].z, every[b].z, estimator) for a, b in pairs], -1)
+            return [_of_covariance(every[a], every[b], estimator, a == b) for a, b in pairs]
     rows, cross, shift = (visit or sums)(op, every, pairs, allow_tf32)
     diagonals = [v.diagonal - shift[..., m, None] for m, v in enumerate(every)]
-    return torch.stack(
-        [
-            estimate(cross[..., p], rows[..., a, :], rows[..., b, :], diagonals[a], diagonals[b], estimator)
-            for p, (a, b) in enumerate(pairs)
-        ],
-        -1,
-    )
+    result = []
+    for p, (a, b) in enumerate(pairs):
+        more, less, over = _terms(
+            cross[..., p], rows[..., a, :], rows[..., b, :], diagonals[a], diagonals[b], estimator
+        )
+        value = (more - less) / over
+        if a != b:
+            result.append(Estimate(value))
+        else:
+            added = (more + less) / over if with_added else None
+            result.append(Estimate(value, _lost(every[a], more, less, over), added))
+    return result
+
+
+def _lost(v: Variable, more: Tensor, less: Tensor, over: int) -> Tensor:
+    """Whether (more - less) / over, HSIC of v with itself, may be rounding alone."""
+    n = v.z.shape[-2]
+    # n^2 terms are added in float64; each has the rounding of an entry, whose squares add up
+    entry = (v.degree * torch.finfo(v.z.dtype).eps) ** 2
+    rounding = chain(n) + entry
+    most = more * ((1 - rounding) / (1 + rounding))
+    if HSIC_KERNELS[v.kernel] == "polynomial":
+        # of a dot product it is relative to both lengths
+        most = most - entry * over * (v.diagonal.sum(-1) / n).square()
+    return less >= most
+
+
+def chain(n: int) -> float:
+    """Of sums over n^2 terms, rows first: twice the rounding of both chains, relative to the absolute values."""
+    return 4 * EPS * (2 * n)
 
 
 def sums(
@@ -256,26 +333,35 @@ def sums(
     return rows, cross, shift
 
 
-def estimate(cross: Tensor, k: Tensor, m: Tensor, diag_k: Tensor, diag_l: Tensor, estimator: str) -> Tensor:
-    """HSIC from the sum of K_ij L_ij over i != j, both row sums without and both diagonals, float64."""
+def _terms(
+    cross: Tensor, k: Tensor, m: Tensor, diag_k: Tensor, diag_l: Tensor, estimator: str
+) -> tuple[Tensor, Tensor, int]:
+    """HSIC is the first less the second over the third; all are positive where K is L.
+
+    From the sum of K_ij L_ij over i != j, both row sums without and both diagonals, float64.
+    """
     n = k.shape[-1]
     if estimator == "unbiased":
         product = k.sum(-1) * m.sum(-1) / ((n - 1) * (n - 2))
-        return (cross + product - 2 / (n - 2) * (k * m).sum(-1)) / (n * (n - 3))
+        return cross + product, 2 / (n - 2) * (k * m).sum(-1), n * (n - 3)
     k, m = k + diag_k, m + diag_l
-    total = cross + (diag_k * diag_l).sum(-1) - 2 / n * (k * m).sum(-1) + k.sum(-1) * m.sum(-1) / n**2
-    return total / (n**2 if estimator == "biased_n2" else (n - 1) ** 2)
+    more = cross + (diag_k * diag_l).sum(-1) + k.sum(-1) * m.sum(-1) / n**2
+    return more, 2 / n * (k * m).sum(-1), n**2 if estimator == "biased_n2" else (n - 1) ** 2
 
 
-def _of_covariance(x: Tensor, y: Tensor, estimator: str) -> Tensor:
-    """HSIC of linear kernels of centred x and y: the squares of their covariances."""
-    n = x.shape[-2]
-    total = (x.mT @ y).double().square().sum((-2, -1))
+def _of_covariance(x: Variable, y: Variable, estimator: str, same: bool) -> Estimate:
+    """HSIC of linear kernels: the squares of the covariances."""
+    n = x.z.shape[-2]
+    total = (x.z.mT @ y.z).double().square().sum((-2, -1))
     if estimator != "unbiased":
-        return total / (n**2 if estimator == "biased_n2" else (n - 1) ** 2)
-    a, b = x.double().square().sum(-1), y.double().square().sum(-1)
-    ab = (a * b).sum(-1)
-    return (total - ab + a.sum(-1) * b.sum(-1) / ((n - 1) * (n - 2)) - 2 / (n - 2) * ab) / (n * (n - 3))
+        return Estimate(total / (n**2 if estimator == "biased_n2" else (n - 1) ** 2))
+    a, b = x.diagonal, y.diagonal
+    ab, over = (a * b).sum(-1), n * (n - 3)
+    product, less = a.sum(-1) * b.sum(-1) / ((n - 1) * (n - 2)), 2 / (n - 2) * ab
+    value = (total - ab + product - less) / over
+    # the sums of products are of the dtype of x
+    eps = torch.finfo(x.z.dtype).eps
+    return Estimate(value, ab + less >= (total + product) * ((1 - eps) / (1 + eps)) if same else None)
 
 
 def permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:
@@ -376,7 +462,7 @@ register(
 
 
 def _center_reference(gram):
-    return ref.center_gram(gram.to(compute_dtype(gram.dtype))).to(gram.dtype).contiguous()
+    return ref.center_gram(gram.double()).to(gram.dtype).contiguous()
 
 
 def _center_vmap(info, in_dims, gram):

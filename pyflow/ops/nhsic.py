@@ -6,13 +6,15 @@ LAPACK and cuSOLVER do well, are the work; there are no tiles to drop and nothin
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS
 from ..reference import hsic as ref
-from ._variables import Bandwidth, Variable, rows_needed, variables
+from ._variables import Bandwidth, Variable, rows_needed, times_two_to, variables
 
 
 def nhsic(
@@ -40,7 +42,7 @@ def nhsic(
         (...) float32 (float64 if an input is), in [0, n - 1].
 
     Raises:
-        TypeError, ValueError: as for `hsic`; an epsilon that is not positive.
+        TypeError, ValueError: as for `hsic`; an epsilon that is not positive, or not above the rounding of Kc.
 
     Notes:
         Time O(n^3), memory O(n^2): meant for minibatches. In float64 whatever the dtype: Kc + epsilon n I has a
@@ -58,14 +60,28 @@ def nhsic(
     epsilon = check.positive(op, "epsilon", epsilon)
     pair = variables(op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
     rows_needed(op, pair[0].z.shape[-2], "biased")
-    first, second = (regularised(v, epsilon) for v in pair)
+    first, second = (regularised(op, v, epsilon) for v in pair)
     return (first * second).sum((-2, -1)).to(pair[0].z.dtype)
 
 
-def regularised(v: Variable, epsilon: float) -> Tensor:
-    """Kc (Kc + epsilon n I)^-1."""
+def regularised(op: str, v: Variable, epsilon: float) -> Tensor:
+    """Kc (Kc + epsilon n I)^-1, NaN where epsilon is no larger than the rounding of Kc."""
     n = v.z.shape[-2]
     gram, shift = ref.gram(v.z.double(), v.scale.double(), HSIC_KERNELS[v.kernel], v.degree)
-    centred = ref.center_gram(gram + torch.diag_embed(v.diagonal - shift.unsqueeze(-1)))
-    factor = torch.linalg.cholesky(centred + epsilon * n * torch.eye(n, dtype=gram.dtype, device=gram.device))
+    gram = gram + torch.diag_embed(v.diagonal - shift.unsqueeze(-1))
+    centred = ref.center_gram(gram)
+    # of an entry; those of n together are that of an eigenvalue
+    rounding = 4 * torch.finfo(torch.float64).eps * gram.detach().abs().amax((-2, -1))
+    if v.exponent is not None:
+        rounding = times_two_to(rounding, v.exponent)
+        centred = times_two_to(centred, v.exponent[..., None, None])
+    if v.constant is not None:
+        rounding = torch.where(v.constant, 0.0, rounding)
+        centred = torch.where(v.constant[..., None, None], 0.0, centred)
+    lost = ~(rounding < epsilon)
+    if check.values_are_checked(rounding) and bool(lost.any()):
+        least = f"{rounding.amax().item():.3g}"
+        raise ValueError(f"{op}: epsilon must be above the rounding of the kernel matrix, {least}, got {epsilon}")
+    centred = torch.where(lost[..., None, None], math.nan, centred)
+    factor, _ = torch.linalg.cholesky_ex(centred + epsilon * n * torch.eye(n, dtype=gram.dtype, device=gram.device))
     return torch.cholesky_solve(centred, factor)

@@ -31,6 +31,12 @@ def raw(z: Tensor, kernel: str) -> Tensor:
     return (dot - (half.unsqueeze(-1) + half.unsqueeze(-2))).clamp(max=0)
 
 
+def centred(z: Tensor) -> Tensor:
+    """Rows less their mean, which is not differentiated; exactly 0 where all are equal."""
+    z = z - z.detach()[..., :1, :]
+    return z - z.detach().mean(-2, keepdim=True)
+
+
 def wide(z: Tensor, kernel: str) -> Tensor:
     """(...) 1 where z, in units of the bandwidth, is so narrow that K - 1 takes the place of K, else 0."""
     if kernel not in ("rbf", "laplacian"):
@@ -45,7 +51,7 @@ def wide(z: Tensor, kernel: str) -> Tensor:
 def gram(z: Tensor, scale: Tensor, kernel: str, degree: int) -> tuple[Tensor, Tensor]:
     """(..., n, n) kernel matrix less a shift, with zeros on its diagonal, and the shift, (...) 0 or 1."""
     if kernel in ("rbf", "laplacian"):
-        z = (z - z.detach().mean(-2, keepdim=True)) * scale[..., None, None]
+        z = centred(z) * scale[..., None, None]
     value, shift = raw(z, kernel), wide(z, kernel)
     if kernel in ("rbf", "laplacian"):
         exponent = value if kernel == "rbf" else -value

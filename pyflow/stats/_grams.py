@@ -24,6 +24,9 @@ class CentredGram:
     Attributes:
         rows: (n,) sums of K - shift over the other samples, float64.
         largest: of the absolute values of K - shift.
+        rounding: of an entry.
+
+    All of the kernel of z, of which K may be a multiple (`Variable.exponent`).
     """
 
     def __init__(self, v: Variable, unbiased: bool) -> None:
@@ -46,6 +49,8 @@ class CentredGram:
             self.rows[start:stop] = block.sum(1) - self.diagonal[start:stop]
             largest.append(block.abs().amax())
         self.largest = torch.stack(largest).amax()
+        # a mean of n entries is subtracted
+        self.rounding = 4 * self.n * torch.finfo(torch.float64).eps * self.largest
         if unbiased:
             self._mean = self.rows / (self.n - 2)
             self._all = self.rows.sum() / ((self.n - 1) * (self.n - 2))
@@ -77,17 +82,27 @@ class CentredGram:
         return block
 
     def matrix(self) -> tuple[Tensor, Tensor]:
-        """(the centred matrix over `scale` in float32, scale), so that no kernel's values leave float32's range."""
+        """(the centred matrix over `scale` in float32, scale), so that no kernel's values leave float32's range.
+
+        0 where no entry is larger than its rounding.
+        """
         scale = torch.where(self.largest > 0, self.largest, torch.ones_like(self.largest))
         result = self.v.z.new_empty((self.n, self.n), dtype=torch.float32)
         for start in self.starts:
             block = self.block(start)
             result[start : start + len(block)] = block / scale
-        return result, scale
+        return self.above_rounding(result, scale), scale
 
-    def off_diagonal_mean(self) -> Tensor:
-        """Of K itself."""
-        return self.rows.sum() / (self.n * (self.n - 1)) + self.shift
+    def above_rounding(self, matrix: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """All of the centred matrix over scale, or 0."""
+        low, high = matrix.aminmax()
+        if bool(torch.maximum(-low, high) * scale <= self.rounding):
+            return torch.zeros_like(matrix)
+        return matrix
+
+    def mean_distance(self) -> Tensor:
+        """The mean of 1 - K off the diagonal."""
+        return (1 - self.shift) - self.rows.sum() / (self.n * (self.n - 1))
 
 
 def blocks(x: CentredGram, y: CentredGram) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops._variables import comparable
+
 # a bar appears for what takes longer, in seconds
 PATIENCE = 1.0
 
@@ -16,15 +18,16 @@ PATIENCE = 1.0
 def samples(op: str, name: str, value: object, kernel: str) -> Tensor:
     """One sample per row, (n, d), from an array, a list or a tensor; (n,) is one column.
 
-    Integers become float64, except for the kernel "delta".
+    Integers become float64. For the kernel "delta" they stay, and labels of any kind become integers.
     """
     if not isinstance(value, Tensor):
-        array = np.asarray(value)
+        array = array_of(op, name, value)
+        if kernel == "delta" and array.dtype.kind in "OSTUMm":
+            array = _codes(op, name, array)
         if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
             raise TypeError(f"{op}: {name} must hold numbers, got {array.dtype}")
-        # torch computes with none of the larger unsigned integers, and reads one byte order
-        dtype = np.int64 if array.dtype.kind == "u" else array.dtype.newbyteorder("=")
-        value = torch.from_numpy(np.array(array, dtype, order="C"))
+        # torch reads one byte order
+        value = torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
     if value.is_complex():
         raise TypeError(f"{op}: {name} must hold real numbers, got {value.dtype}")
     if value.dim() == 1:
@@ -33,7 +36,37 @@ def samples(op: str, name: str, value: object, kernel: str) -> Tensor:
         raise ValueError(f"{op}: {name} must be (n,) or (n, d), got shape {tuple(value.shape)}")
     if kernel != "delta" and not value.is_floating_point():
         value = value.double()
-    return value.detach()
+    return comparable(value.detach())
+
+
+def array_of(op: str, name: str, value: object) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{op}: {name} must have rows of one length, got others") from None
+
+
+def _codes(op: str, name: str, labels: np.ndarray) -> np.ndarray:
+    """int64, equal where the labels are."""
+    codes: dict[object, int] = {}
+    values = labels.ravel().tolist()
+    try:
+        equal = all(bool(v == v) for v in values)
+        found = [codes.setdefault(v, len(codes)) for v in values]
+    except TypeError:
+        raise TypeError(f"{op}: {name} must hold numbers or labels with a hash, got {labels.dtype}") from None
+    if not equal:
+        raise ValueError(f"{op}: {name} must be labels that equal themselves, got NaN")
+    return np.array(found, np.int64).reshape(labels.shape)
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two fields of a result are equal, NaN to NaN."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and same(a.detach().cpu().numpy(), b.detach().cpu().numpy())
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return np.array_equal(a, b, equal_nan=True)
+    return type(a) is type(b) and bool(a == b)
 
 
 @contextlib.contextmanager

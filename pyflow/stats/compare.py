@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..ops._variables import ratio, variable
+from ..ops._variables import ratio, times_two_to, variable
 from ._grams import CentredGram
-from ._inputs import bar
+from ._inputs import bar, same
 
 OP = "compare_representations"
 # cells of a heat-map that still hold their values in print
@@ -21,7 +21,7 @@ MOST_NUMBERS = 150
 KERNELS = ("linear", "rbf", "laplacian", "polynomial")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RepresentationComparison:
     """CKA of every layer of one network with every layer of another.
 
@@ -33,6 +33,14 @@ class RepresentationComparison:
     cka: Tensor
     layers1: tuple[str, ...]
     layers2: tuple[str, ...]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RepresentationComparison):
+            return NotImplemented
+        return all(same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+
+    def __hash__(self) -> int:
+        return hash((self.layers1, self.layers2))
 
     def heatmap(self, axes: object | None = None, *, names: tuple[str, str] = ("model 1", "model 2")) -> object:
         """Draw the matrix with matplotlib, the first layers at the bottom left; returns the axes."""
@@ -121,6 +129,8 @@ def compare_representations(
     chosen = [_names(f"layers{i + 1}", model, names) for i, (model, names) in enumerate(zip(models, chosen))]
     gram = _gram(kernel, bandwidth)
     cross, own, layers = 0.0, (0.0, 0.0), None
+    # the powers of two that sums are in units of, by layer: the largest of any batch
+    largest = [None, None]
     total = len(loader) if hasattr(loader, "__len__") else None
     with evaluating(models), bar(total, "batch", progress) as done:
         for batch in loader:
@@ -133,10 +143,20 @@ def compare_representations(
                 layers = [tuple(part) for part in parts]
             elif layers != [tuple(part) for part in parts]:
                 raise ValueError(f"{OP}: the same layers must run on every batch, got others")
-            first, second = (torch.stack([*part.values()]) for part in parts)
             over = len(x) * (len(x) - 3)
+            stacks = [torch.stack([gram for gram, _ in part.values()]) for part in parts]
+            for m, part in enumerate(parts):
+                exponents = torch.stack([exponent for _, exponent in part.values()])
+                most = exponents if largest[m] is None else torch.maximum(largest[m], exponents)
+                stacks[m] = times_two_to(stacks[m], (exponents - most).unsqueeze(1))
+                if largest[m] is not None:
+                    smaller = (largest[m] - most).unsqueeze(1)
+                    cross = times_two_to(cross, smaller if m == 0 else smaller.mT)
+                    own[m] = times_two_to(own[m], 2 * smaller.squeeze(1))
+                largest[m] = most
+            first, second = stacks
             cross = cross + first @ second.mT / over
-            own = [total + stack.square().sum(1) / over for total, stack in zip(own, (first, second))]
+            own = [total + stack.square().sum(1) / over for total, stack in zip(own, stacks)]
     if layers is None:
         raise ValueError(f"{OP}: loader must have a batch of at least 4 samples, got none")
     cka = ratio(cross, own[0].unsqueeze(1), own[1])
@@ -156,23 +176,28 @@ def _names(argument: str, model: nn.Module, names: Sequence[str] | None) -> list
     return names
 
 
-def _gram(kernel: str, bandwidth: float | str) -> Callable[[Tensor], Tensor]:
-    """A function from outputs (n, ...) to their U-centred Gram matrix, (n * n,) float64 on the CPU."""
+def _gram(kernel: str, bandwidth: float | str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """A function from outputs (n, ...) to their U-centred Gram matrix, (n * n,) float64 on the CPU.
 
-    def gram(output: Tensor) -> Tensor:
+    And the exponent of the power of two that it is in units of.
+    """
+
+    def gram(output: Tensor) -> tuple[Tensor, Tensor]:
         rows = output.reshape(len(output), -1)
         v = variable(OP, "x", rows, kernel, bandwidth)
         centred = CentredGram(v, True)
-        return torch.cat([centred.block(start) for start in centred.starts]).flatten().cpu()
+        matrix = centred.above_rounding(torch.cat([centred.block(start) for start in centred.starts]))
+        exponent = torch.zeros((), dtype=torch.int64, device="cpu") if v.exponent is None else v.exponent.cpu()
+        return matrix.flatten().cpu(), exponent
 
     return gram
 
 
 def _grams(
-    model: nn.Module, names: Sequence[str], x: Tensor, gram: Callable[[Tensor], Tensor]
-) -> Mapping[str, Tensor]:
+    model: nn.Module, names: Sequence[str], x: Tensor, gram: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Mapping[str, tuple[Tensor, Tensor]]:
     """The Gram matrices of a model's layers on a batch, in the order in which they ran."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(name: str) -> Callable:
         def keep(module: nn.Module, args: object, output: object) -> None:

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import _checks as check
 from ..ops._features import approximation
-from ..ops._variables import Bandwidth, ratio, rows_needed, variables
+from ..ops._variables import Bandwidth, ratio, rows_needed, variables, whole
 from ..ops.hsic import sums, values
 from ._inputs import bar, samples
 
@@ -48,13 +49,13 @@ def hsic(
     """`pyflow.ops.hsic` for large n: with a bar, split over processes, or approximated with a word on the error.
 
     Args:
-        x: (n, d_x) or (n,) array, list or tensor; (n, n) for the kernel "precomputed".
+        x: (n, d_x) or (n,) array, list or tensor; (n, n) for the kernel "precomputed"; for "delta" labels of any kind.
         y: (n, d_y) or (n,) likewise.
         kernel, bandwidth, kernel_y, bandwidth_y, estimator, normalize, degree, gamma, coef0, allow_tf32: as for
             `pyflow.ops.hsic`.
         approximate: None, "rff" (random Fourier features; rbf and laplacian) or "nystrom" (landmark rows): time
             O(n n_features^2), memory O(n_features^2).
-        n_features, seed: of the approximation.
+        n_features, seed: of the approximation; the error of "rff" needs 4 features.
         group: a process group of torch.distributed (`torch.distributed.group.WORLD`). Every process passes its own
             rows, in rank order, of as many as it likes; they are gathered, and the pairs of rows are divided.
         progress: show a bar for what takes longer than a second, where tqdm is installed.
@@ -98,7 +99,7 @@ def hsic(
             return HSIC(value.item(), error.item())
         pairs = [(0, 1), (0, 0), (1, 1)] if normalize else [(0, 1)]
         estimates = values(op, pair, pairs, estimator, allow_tf32, visitor(group, progress))
-    return HSIC((ratio(*estimates) if normalize else estimates[0]).item(), 0.0)
+    return HSIC((ratio(*estimates) if normalize else whole(estimates[0], *pair)).item(), 0.0)
 
 
 def visitor(group: object | None, progress: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -145,8 +146,11 @@ def gathered(op: str, x: Tensor, y: Tensor, group: object) -> tuple[Tensor, Tens
     if not dist.is_initialized():
         raise ValueError(f"{op}: group must be of an initialised torch.distributed, which it is not")
     world = dist.get_world_size(group)
-    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16,
-              torch.int8, torch.uint8, torch.bool)  # fmt: skip
+    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16,
+              torch.int8, torch.uint8, torch.bool]  # fmt: skip
+    for name, value in (("x", x), ("y", y)):
+        if value.dtype not in dtypes:
+            raise TypeError(f"{op}: {name} must hold numbers, got {check.short(value.dtype)}")
     mine = torch.tensor(
         [len(x), len(y), x.shape[1], y.shape[1], dtypes.index(x.dtype), dtypes.index(y.dtype)], device=x.device
     )

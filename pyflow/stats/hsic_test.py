@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -14,18 +14,16 @@ from .. import _checks as check
 from .._backend import call, runs_reference
 from .._schemas import HSIC_KERNELS, PURPOSES
 from ..ops import noise
-from ..ops._variables import ESTIMATORS, Bandwidth, Variable, ratio, rows_needed, variables
-from ..ops.hsic import permuted, values
+from ..ops._variables import ESTIMATORS, Bandwidth, Variable, ratio, rows_needed, variables, whole
+from ..ops.hsic import chain, estimates, permuted, values
 from ._grams import CentredGram, blocks
-from ._inputs import bar, samples
+from ._inputs import bar, same, samples
 
 METHODS = ("permutation", "gamma")
 # up to here both Gram matrices are held, 4 n^2 bytes each
 GRAM_ROWS = 8192
 # permutations beside each other above that: one tile of x's matrix serves them all
 TOGETHER = 4
-# null values this much below the statistic count as equal to it, relative to sqrt(HSIC(x, x) HSIC(y, y))
-EQUAL = 1e-5
 
 
 class Gamma(NamedTuple):
@@ -35,7 +33,7 @@ class Gamma(NamedTuple):
     scale: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HSICTest:
     """The answer of `hsic_test`.
 
@@ -50,6 +48,14 @@ class HSICTest:
     pvalue: float
     null: np.ndarray | Gamma = field(repr=False)
     method: str
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, HSICTest):
+            return NotImplemented
+        return all(same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+
+    def __hash__(self) -> int:
+        return hash((self.statistic, self.pvalue, self.method))
 
 
 def hsic_test(
@@ -75,7 +81,7 @@ def hsic_test(
     p = (1 + #{null >= statistic}) / (1 + permutations), where the null values are HSIC of x and permuted rows of y.
 
     Args:
-        x: (n, d_x) or (n,) array, list or tensor; (n, n) for the kernel "precomputed".
+        x: (n, d_x) or (n,) array, list or tensor; (n, n) for the kernel "precomputed"; for "delta" labels of any kind.
         y: (n, d_y) or (n,) likewise.
         method: "permutation", exact at any n; or "gamma", no permutations: the null distribution as the gamma
             distribution of its mean and variance, for the biased estimators of kernels with k(x, x) = 1.
@@ -92,14 +98,15 @@ def hsic_test(
         TypeError: not numbers, or a seed or a count that is not an integer.
         ValueError: different n, too few rows (2; unbiased 4; gamma 6), values that are not finite, a bandwidth that
             is not positive, a precomputed matrix that is not square or not symmetric, permutations below 1, an
-            estimator or a kernel that the gamma method is not made for.
+            estimator or a kernel that the gamma method is not made for, a statistic beyond float64.
 
     Notes:
         Permutation r is the stable argsort of the n Philox words of its own stream (purpose "permutation", step r):
-        the same on every backend, device and thread count. A null value counts from 1e-5 sqrt(HSIC(x, x) HSIC(y, y))
-        below the statistic on, so that rounding does not decide where data repeat. Gram matrices are computed in
-        float64 and held in float32 up to n = 8,192 (0.5 GiB for both); above, every permutation is a pass over tiles
-        with memory O(n). The gamma method takes blocks of rows at any n.
+        the same on every backend, device and thread count. A null value that is below the statistic by no more than
+        the rounding of such sums in float64 counts, so that this does not decide where data repeat. Gram matrices are
+        computed in float64 and held in float32 up to n = 8,192 (0.5 GiB for both); above, every permutation is a pass
+        over tiles with memory O(n), in float64 where rows of both x and y repeat. The gamma method takes blocks of rows
+        at any n.
 
     Source:
         Gretton et al. 2007, A Kernel Statistical Test of Independence; Phipson and Smyth 2010 for the 1 in p.
@@ -124,20 +131,29 @@ def hsic_test(
         return _gamma_test(op, pair, estimator, normalize, progress)
     key = _key(op, seed, pair[0].z.device)
     held = n <= GRAM_ROWS or any(HSIC_KERNELS[v.kernel] == "precomputed" for v in pair)
-    statistics, own = (_of_grams if held else _of_tiles)(pair, permutations, key, estimator, progress)
-    unit = own.clamp(min=0).sqrt().prod()
+    statistics, own, added = (_of_grams if held else _of_tiles)(pair, permutations, key, estimator, progress)
+    tolerance = chain(n) * added.sqrt().prod()
     if normalize:
-        statistics, unit = ratio(statistics, *own), ratio(unit, *own)
-    exceeding = int((statistics[1:] >= statistics[0] - EQUAL * unit).sum())
-    statistic, *null = statistics.tolist()
+        statistics, tolerance = ratio(statistics, *own), ratio(tolerance, *own)
+    exceeding = int((statistics[1:] >= statistics[0] - tolerance).sum())
+    statistic, *null = (statistics if normalize else whole(statistics, *pair)).tolist()
+    _finite(op, [statistic, *null])
     return HSICTest(statistic, (1 + exceeding) / (1 + permutations), np.array(null), method)
+
+
+def _finite(op: str, values: list[float]) -> None:
+    wrong = [value for value in values if not math.isfinite(value)]
+    if wrong:
+        raise ValueError(
+            f"{op}: the statistic and its null must be finite, got {wrong[0]}: scale x and y, or normalize"
+        )
 
 
 def _key(op: str, seed: object, device: torch.device) -> Tensor:
     """(2,) words of the seed."""
     if isinstance(seed, Tensor) or seed is None:
         raise TypeError(f"{op}: seed must be an integer, got {type(seed).__name__}")
-    seed = noise.seed_tensor(op, seed, None, None).to(device)
+    seed = noise.seed_tensor(op, seed, None, None, device)
     return torch.stack((seed & noise.ref.MASK, seed >> 32 & noise.ref.MASK))
 
 
@@ -165,10 +181,11 @@ def draw(key: Tensor, first: int, count: int, n: int) -> Tensor:
 
 def _of_grams(
     pair: list[Variable], count: int, key: Tensor, estimator: str, progress: bool
-) -> tuple[Tensor, Tensor]:
-    """((1 + count,) the statistic and its null, (2,) of each variable with itself), float64, from both matrices.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(1 + count,) the statistic and its null, float64, from both matrices.
 
-    The sums that make up HSIC become one when both matrices are centred: the rest of them is 0.
+    And of each variable with itself (2,), and (2,) the sums of absolute values which that is made of. The sums that
+    make up HSIC become one when both matrices are centred: the rest of them is 0.
     """
     n = len(pair[0].z)
     (k, k_scale), (m, m_scale) = (CentredGram(v, estimator == "unbiased").matrix() for v in pair)
@@ -187,25 +204,47 @@ def _of_grams(
             done(new)
     own = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in (k, m)])
     scales = torch.stack((k_scale, m_scale))
-    return torch.cat(statistics) * scales.prod() / over, own * scales.square() / over
+    own = own * scales.square() / over
+    return torch.cat(statistics) * scales.prod() / over, own, own
 
 
 def _of_tiles(
     pair: list[Variable], count: int, key: Tensor, estimator: str, progress: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same without a matrix."""
-    op, (x, y) = "hsic_test", pair
+    op = "hsic_test"
+    # where arrangements repeat, the rounding of means and products in float32 must not tell them apart
+    if all(v.linear or _repeats(v.z) for v in pair):
+        pair = [v._replace(z=v.z.double(), scale=v.scale.double()) for v in pair]
+    x, y = pair
     n = len(x.z)
-    first = values(op, pair, [(0, 1), (0, 0), (1, 1)], estimator, False)
-    statistics = [first[:1]]
+    own = values(op, pair, [(0, 0), (1, 1)], estimator, False)
+    added = torch.stack([_added(op, v, estimator) for v in pair])
+    statistics, identity = [], torch.arange(n, device=key.device).unsqueeze(0)
     with bar(count, "permutation", progress) as done:
         for start in range(0, count, TOGETHER):
             index = draw(key, start, min(TOGETHER, count - start), n).long()
+            new = len(index)
+            if start == 0:
+                index = torch.cat((identity, index))
             others = [y._replace(z=y.z[row], diagonal=y.diagonal[row]) for row in index]
             pairs = [(0, 1 + m) for m in range(len(others))]
             statistics.append(values(op, [x, *others], pairs, estimator, False))
-            done(len(others))
-    return torch.cat(statistics), first[1:]
+            done(new)
+    return torch.cat(statistics), own, added
+
+
+def _repeats(z: Tensor) -> bool:
+    """Whether a row occurs twice."""
+    return len(z.unique(dim=0)) < len(z)
+
+
+def _added(op: str, v: Variable, estimator: str) -> Tensor:
+    """The absolute values that are added for HSIC of v with itself."""
+    if v.linear:
+        # those of covariances, squared
+        return v.diagonal.sum().square() / _over(len(v.z), estimator)
+    return estimates(op, [v], [(0, 0)], estimator, False, with_added=True)[0].added
 
 
 def _over(n: int, estimator: str) -> int:
@@ -233,19 +272,22 @@ def _gamma_test(op: str, pair: list[Variable], estimator: str, normalize: bool, 
             sums.append(torch.stack((total, k.square().sum(), m.square().sum(), variance)))
             done(len(k))
     xy, xx, yy, squares = torch.stack(sums).sum(0)
-    mean_x, mean_y = x.off_diagonal_mean(), y.off_diagonal_mean()
-    mean = ((1 - mean_x) * (1 - mean_y) / n).item()
+    # of all permutations: tr(H K H) tr(H L H) / (n^2 (n - 1))
+    mean = (x.mean_distance() * y.mean_distance() * (n - 1) / n**2).item()
     factor = 72 * (n - 4) * (n - 5) / (n * (n - 1) * (n - 2) * (n - 3))
     variance = factor * squares.item() / 36 / (n * (n - 1))
     # of HSIC over n^2, whose moments these are, to the statistic
-    unit = n**2 / _over(n, estimator)
-    statistic = xy / _over(n, estimator)
+    over = _over(n, estimator)
     if normalize:
-        unit = ratio(torch.full_like(xy, unit * _over(n, estimator)), xx, yy).item()
-        statistic = ratio(xy, xx, yy)
+        unit, statistic = (ratio(v, xx, yy) for v in (torch.full_like(xy, n**2), xy))
+    else:
+        unit, statistic = (whole(v / over, *pair) for v in (torch.full_like(xy, n**2), xy))
     if not (mean > 0 and variance > 0) or x.constant or y.constant:
         return HSICTest(statistic.item(), 1.0, Gamma(math.nan, math.nan), "gamma")
-    null = Gamma(mean**2 / variance, variance / mean * unit)
-    shape = torch.tensor(null.shape, dtype=torch.float64)
-    pvalue = torch.special.gammaincc(shape, (statistic.cpu() / null.scale).clamp(min=0)).item()
-    return HSICTest(statistic.item(), pvalue, null, "gamma")
+    # in units of float64 whatever those of K
+    shape, scale = mean**2 / variance, variance / mean
+    null = Gamma(shape, scale * unit.item())
+    _finite(op, [statistic.item(), *null])
+    at = (xy / n**2).clamp(min=0).item() / scale
+    given = [torch.tensor(v, dtype=torch.float64, device="cpu") for v in (shape, at)]
+    return HSICTest(statistic.item(), torch.special.gammaincc(*given).item(), null, "gamma")

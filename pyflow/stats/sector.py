@@ -13,6 +13,11 @@ from .. import _backend
 from .. import _checks as check
 from ..ops.sector import count, counts_for
 from ..reference import sector as ref
+from ._inputs import array_of, same
+
+
+# angles below this lose digits when they are divided
+TINY = 2.0**-900
 
 
 class SectorEstimate(NamedTuple):
@@ -29,6 +34,17 @@ class SectorEstimate(NamedTuple):
     standard_error: float | np.ndarray | Tensor
     count: int | np.ndarray | Tensor
     trials: int
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SectorEstimate):
+            return NotImplemented
+        return all(same(a, b) for a, b in zip(self, other))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.trials)
 
 
 def sector_probability(
@@ -85,6 +101,11 @@ def sector_probability(
         values = _host.sector_probability(*flat, complement, log)
     else:
         values = np.array([ref.sector_probability(int(a), float(b), complement, log) for a, b in zip(*flat)], float)
+    if log and not complement:
+        # a share of the circle that float64 has no digits left for
+        tiny = (flat[1] > 0) & (flat[1] < TINY)
+        n_of, theta_of = flat[0][tiny], flat[1][tiny]
+        values[tiny] = np.log(n_of) + (n_of - 1) * (np.log(theta_of) - np.log(ref.TWO_PI[0]))
     values = values.reshape(points.shape)
     if device is not None:
         return torch.from_numpy(values).to(device)
@@ -160,12 +181,12 @@ def _device(op: str, **values: object) -> torch.device | None:
     return next(iter(devices), None)
 
 
-def _array(value: object) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+def _array(op: str, name: str, value: object) -> np.ndarray:
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else array_of(op, name, value)
 
 
 def _points(op: str, n: object) -> np.ndarray:
-    points = _array(n)
+    points = _array(op, "n", n)
     if points.size and points.dtype.kind not in "iu":
         raise TypeError(f"{op}: n must be integers, got {_kind(points)}")
     least, most = (points.min(), points.max()) if points.size else (1, 1)
@@ -176,7 +197,9 @@ def _points(op: str, n: object) -> np.ndarray:
 
 
 def _angle(op: str, theta: object) -> np.ndarray:
-    angle = _array(theta if not isinstance(theta, Tensor) else _checked_tensor(op, theta, values=False).double())
+    if isinstance(theta, Tensor):
+        theta = _checked_tensor(op, theta, values=False).double()
+    angle = _array(op, "theta", theta)
     if angle.dtype.kind not in "iuf":
         raise TypeError(f"{op}: theta must be real numbers, got {_kind(angle)}")
     angle = angle.astype(np.float64)

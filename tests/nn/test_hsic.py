@@ -202,3 +202,16 @@ def test_parameters_that_were_replaced_are_not_left_untrained():
     text = "HSICBottleneck: parameters must be those its optimisers were made for, got others"
     with pytest.raises(RuntimeError, match=text):
         model.double().update(x, y)
+
+
+def test_inputs_that_are_no_rows():
+    for value, error, text in (
+        ([1.0], TypeError, "a tensor, got list"),
+        (torch.ones(()), ValueError, r"\(n,\) or .*, got a scalar"),
+    ):
+        with pytest.raises(error, match=f"^HSICLoss: x must be {text}$"):
+            HSICLoss()(value, torch.ones(4))
+        with pytest.raises(error, match=f"^HSICBottleneck: y must be {text}$"):
+            HSICBottleneck([nn.Linear(2, 2)]).update(torch.ones(4, 2), value)
+    with pytest.raises(ValueError, match="^HSICLoss: kernel_y must be one of .*, got 'gauss'$"):
+        HSICLoss(kernel_y="gauss")

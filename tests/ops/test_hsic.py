@@ -440,6 +440,178 @@ def test_nan_on_a_traced_path_is_nan():
     assert compiled(x, y).isnan()
 
 
+def test_nan_on_a_traced_path_is_nan_when_normalised():
+    x, y = dependent(20, 2)
+    x[3, 1] = math.nan
+    for kernel in KERNELS:
+        f = lambda x, y: ops.cka(x, y, kernel=kernel, bandwidth=1.0)  # noqa: E731, B023
+        assert torch.compile(f, backend="eager", fullgraph=True)(x, y).isnan(), kernel
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("kernel", [*KERNELS, "delta", "precomputed"])
+def test_equal_rows_depend_on_nothing(kernel, estimator, backend):
+    """However the sums round: values that are no powers of two, odd n."""
+    with pyflow.backend(backend):
+        for n in (5, 13, 40, 101):
+            for d in (1, 3, 12):
+                x, y = torch.full((n, d), 3.1 * n), torch.full((n, d), 0.7 * n)
+                other = draw((n, d))
+                if kernel == "precomputed":
+                    x, y, other = x[:, :1].expand(n, n), y[:, :1].expand(n, n), other @ other.mT
+                options = dict(kernel=kernel, estimator=estimator)
+                assert ops.cka(x, y, **options) == ops.cka(x, other, **options) == ops.hsic(other, y, **options) == 0
+                batch = torch.stack((x, other))
+                assert (ops.hsic(batch, other, **options) == 0).tolist() == [True, ops.hsic(other, other, **options) == 0]
+                if kernel in KERNELS:
+                    leaf = batch.requires_grad_()
+                    grad = torch.autograd.grad(ops.cka(leaf, other, **options).sum(), leaf)[0]
+                    assert grad.isfinite().all() and grad[0].abs().max() == 0
+                    assert ops.hsic_matrix([x], [y, other], normalize=True, **options).abs().max() == 0
+
+
+def test_what_only_rounding_tells_from_equal_rows_is_zero():
+    a, b = draw((30, 1)), draw((30, 1), seed=1)
+    # centred, and without its diagonal, nothing is left of these
+    assert ops.cka(a + a.mT, b + b.mT, kernel="precomputed") == 0
+    for n in (6, 7, 64, 130):
+        for kernel in KERNELS:
+            assert ops.cka(torch.eye(n), 3 * torch.eye(n), kernel=kernel, estimator="unbiased") == 0
+    assert ops.cka(torch.arange(9), torch.arange(9), kernel="delta", estimator="unbiased") == 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16])
+def test_the_unit_of_the_data_does_not_matter(dtype, estimator, backend):
+    x, y = dependent(60, 3, dtype)
+    z, size = x.double(), draw((60, 60), dtype)
+    size = size + size.mT
+    exponents = (-1000, -530, 0, 530, 1000) if dtype == F64 else (-120, -80, 0, 64, 100)
+
+    def everything(unit):
+        leaf = (x * unit).requires_grad_()
+        options = dict(estimator=estimator, normalize=True)
+        values = [ops.hsic(leaf, y, kernel=kernel, **options) for kernel in ("rbf", "laplacian", "linear")]
+        values.append(ops.hsic(leaf, y, kernel="polynomial", coef0=0.0, kernel_y="rbf", **options))
+        values.append(ops.hsic(leaf, y, bandwidth=1.5 * unit, bandwidth_y=1.0, **options))
+        values += [ops.hsic(leaf, y, approximate=how, **options) for how in ("rff", "nystrom")]
+        grads = [torch.autograd.grad(value, leaf)[0].double() * unit for value in values]
+        values += [ops.hsic(size * unit, size, kernel="precomputed", kernel_y="precomputed", **options)]
+        values += [ops.hsic_matrix([leaf], [y, leaf], kernel="linear", **options).sum()]
+        values.append(ops.hsic(leaf, y, estimator=estimator))
+        return torch.stack([v.detach().double() for v in values]), torch.stack(grads)
+
+    with pyflow.backend(backend):
+        want = everything(1.0)
+        assert z.isfinite().all() and want[0].abs().min() > 0
+        for exponent in exponents:
+            got = everything(2.0**exponent)
+            torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
+            # a gradient of bfloat16 is rounded to it
+            rtol = 2.0**-7 if dtype == torch.bfloat16 else 1e-3
+            torch.testing.assert_close(got[1], want[1], rtol=rtol, atol=1e-5, msg=f"gradient at 2**{exponent}")
+
+
+def test_items_of_a_batch_have_units_of_their_own():
+    x, y = dependent(40, 2)
+    batch = torch.stack([x * unit for unit in (1.0, 2.0**-90, 2.0**70, 2.0**100)])
+    for kernel in ("rbf", "laplacian", "linear"):
+        f = lambda x: ops.cka(x, y, kernel=kernel)  # noqa: E731, B023
+        for values in (f(batch), torch.compile(f, fullgraph=True, backend="eager")(batch), torch.vmap(f)(batch)):
+            torch.testing.assert_close(values, f(x).expand(4), rtol=1e-6, atol=0)
+    # and a value that the dtype holds is not lost on the way
+    torch.testing.assert_close(
+        ops.hsic(x * 2.0**70, y * 2.0**-70, kernel="linear"), ops.hsic(x, y, kernel="linear"), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("d", [1, 12])
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
+def test_bandwidths_far_from_the_data(kernel, d):
+    x, y = dependent(30, d)
+    wide = ops.cka(x.double(), y.double(), kernel=kernel, bandwidth=1e5)
+    for bandwidth in (1e10, 1e20, 1e37, torch.tensor(1e30)):
+        got = ops.cka(x, y, kernel=kernel, bandwidth=bandwidth)
+        torch.testing.assert_close(got.double(), wide, rtol=1e-3, atol=0)
+    for bandwidth in (1e-10, 1e-20, 1e-37, torch.tensor(1e-30)):
+        assert ops.cka(x, y, kernel=kernel, bandwidth=bandwidth) == 1
+    half = x.double().requires_grad_(), torch.tensor(1e200, dtype=F64, requires_grad=True)
+    grads = torch.autograd.grad(ops.cka(half[0], y.double(), kernel=kernel, bandwidth=half[1], bandwidth_y=1.0), half)
+    assert all(g.isfinite().all() for g in grads) and grads[0].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "dtype, step",
+    [(torch.bool, 1), (torch.uint8, 1), (torch.int8, 1), (torch.int16, 1), (torch.uint16, 1), (torch.int32, 1),
+     (torch.uint32, 1), (torch.int64, 1), (torch.uint64, 1), (torch.float64, 2.0**-52)],
+)  # fmt: skip
+def test_labels_one_step_apart_differ(dtype, step):
+    groups = torch.arange(12) % (2 if dtype == torch.bool else 3)
+    if dtype == torch.float64:
+        labels = 1 + groups.double() * step
+    else:
+        last = 1 if dtype == torch.bool else torch.iinfo(dtype).max
+        labels = torch.tensor([last - g for g in groups.tolist()], dtype=dtype)
+    assert ops.cka(labels, groups, kernel="delta").item() == pytest.approx(1, rel=1e-12 if dtype == F64 else 1e-6)
+
+
+@pytest.mark.parametrize("setting", ["meta", torch.float64, torch.bfloat16])
+def test_defaults_of_torch_change_nothing(setting):
+    x, y = dependent(40, 3)
+    labels = torch.arange(40) % 3
+
+    def everything():
+        values = [ops.cka(v, y, kernel=kernel) for v in (x, x * 2.0**80, x[:1].expand(40, 3)) for kernel in KERNELS]
+        values += [ops.hsic(x, y, approximate=how) for how in ("rff", "nystrom")]
+        values += [ops.cka(x, labels, kernel_y="delta"), ops.hsic(x, y, bandwidth=1e20), ops.nhsic(x, y)]
+        return [*values, ops.center_gram(x @ x.mT)]
+
+    want = everything()
+    if setting == "meta":
+        torch.set_default_device(setting)
+    else:
+        torch.set_default_dtype(setting)
+    try:
+        got = everything()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(F32)
+    for a, b in zip(got, want):
+        assert a.dtype == b.dtype
+        testing.assert_same_bits(a, b)
+
+
+def test_nhsic_refuses_an_epsilon_below_the_rounding_of_its_matrix():
+    x, y = dependent(60, 2, F64)
+    assert 0 < ops.nhsic(1e3 * x, y, kernel="linear") <= 2 + 1e-6
+    with pytest.raises(ValueError, match=r"^nhsic: epsilon must be above the rounding of the kernel matrix, .*, got 1e-05$"):
+        ops.nhsic(1e8 * x, y, kernel="linear")
+    compiled = torch.compile(lambda x: ops.nhsic(x, y, kernel="linear"), backend="eager", fullgraph=True)
+    assert compiled(1e8 * x).isnan() and compiled(x) == ops.nhsic(x, y, kernel="linear")
+    constant = torch.full((9, 2), 1e9)
+    assert ops.nhsic(constant, y[:9], kernel="polynomial", kernel_y="rbf") == 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_center_gram_in_place_needs_memory_of_its_own(backend):
+    memory = torch.arange(25.0)
+    shared = (
+        memory[:5].expand(5, 5), memory[:5, None].expand(5, 5), memory[:9].unfold(0, 5, 1),
+        memory.view(1, 5, 5).expand(2, 5, 5),
+    )  # fmt: skip
+    text = "^center_gram: inplace must not be used on a tensor whose elements share memory$"
+    with pyflow.backend(backend):
+        for gram in shared:
+            with pytest.raises(ValueError, match=text):
+                ops.center_gram(gram, inplace=True)
+        assert memory.equal(torch.arange(25.0))
+        for gram in (memory.view(5, 5).mT, memory[:20].view(4, 5)[:, :4], memory[:1].expand(1, 1)):
+            want = ops.center_gram(gram)
+            assert ops.center_gram(gram, inplace=True).equal(want)
+
+
 X = torch.zeros(6, 2)
 
 
@@ -465,6 +637,20 @@ X = torch.zeros(6, 2)
         (lambda f: f(X, X - torch.inf), ValueError, "y must be finite, got NaN or infinity"),
         (lambda f: f(X, X, bandwidth=0), ValueError, "bandwidth must be positive and finite, got 0"),
         (lambda f: f(X, X, bandwidth=1, bandwidth_y=-1.0), ValueError, "bandwidth_y must be positive and finite, got -1.0"),
+        (lambda f: f(X, X, bandwidth=1e40), ValueError, r"bandwidth must be from 1.18e-38 to 8.51e\+37 in float32, got 1e\+40"),
+        (lambda f: f(X, X, bandwidth=1e-46), ValueError, r"bandwidth must be from 1.18e-38 to .* in float32, got 1e-46"),
+        (
+            lambda f: f(X, X, bandwidth=torch.tensor(1e40, dtype=F64)),
+            ValueError,
+            "bandwidth must be from 1.18e-38 to .* in float32, got other values",
+        ),
+        (lambda f: f(X[:, :0], X, kernel="delta"), ValueError, r"x must have at least one column, got shape \(6, 0\)"),
+        (lambda f: f(X / 0, X, kernel="delta"), ValueError, "x must be labels that equal themselves, got NaN"),
+        (
+            lambda f: f(torch.stack((torch.full((6, 6), 1e9), torch.triu(torch.ones(6, 6)))), X, kernel="precomputed", kernel_y="rbf"),
+            ValueError,
+            "x must be symmetric with a precomputed kernel, off by 1",
+        ),
         (lambda f: f(X, X, bandwidth="mean"), ValueError, "bandwidth must be a number, a tensor or 'median', got 'mean'"),
         (lambda f: f(X, X, bandwidth=torch.zeros(())), ValueError, "bandwidth must be positive and finite, got other values"),
         (

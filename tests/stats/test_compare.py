@@ -91,6 +91,36 @@ def test_dead_layers_have_no_similarity():
     assert result.cka[2].abs().max() == 0 and result.cka.isfinite().all()
 
 
+class Times(nn.Module):
+    """Outputs in a unit that changes from batch to batch."""
+
+    def __init__(self, unit):
+        super().__init__()
+        self.unit, self.layer, self.calls = unit, nn.Identity(), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x.double() * self.unit**self.calls)
+
+
+@pytest.mark.parametrize("unit", [2.0**-250, 2.0**250])
+def test_units_of_the_outputs(unit):
+    result = quietly(Times(unit), net(0), batches(1), layers1=["layer"])
+    torch.testing.assert_close(result.cka, quietly(Times(1.0), net(0), batches(1), layers1=["layer"]).cka)
+    # HSIC of the batch with the largest unit outweighs that of the others
+    x, ends = batches(), slice(-1, None) if unit > 1 else slice(1)
+    many = quietly(Times(unit), Times(unit), x, layers1=["layer"], layers2=["layer"])
+    assert many.cka.item() == pytest.approx(1)
+    mixed = quietly(Times(unit), net(0), x, layers1=["layer"], layers2=["2"])
+    single = quietly(Times(1.0), net(0), x[ends], layers1=["layer"], layers2=["2"])
+    assert 0 < mixed.cka.item() < single.cka.item()
+
+
+def test_results_compare_and_have_a_hash():
+    one, same, other = (quietly(net(0), net(seed), batches()) for seed in (1, 1, 2))
+    assert one == same and one != other and hash(one) == hash(same) and one != "cka"
+
+
 def test_heatmap(tmp_path):
     pytest.importorskip("matplotlib").use("Agg")
     result = quietly(net(0), net(1), batches())

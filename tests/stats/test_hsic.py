@@ -114,6 +114,33 @@ def test_landmarks_bound_their_error(estimator, kernel):
     assert unbiased == pytest.approx(hsic(x, y, kernel=kernel, estimator="unbiased").value, abs=1e-6 * scale)
 
 
+def test_a_standard_error_needs_two_frequencies():
+    x, y = data(30)
+    assert hsic(x, y, approximate="rff", n_features=4).error > 0
+    for n_features in (2, 3):
+        assert pyflow.ops.hsic(x, y, approximate="rff", n_features=n_features) > 0
+        with pytest.raises(ValueError, match=f"^hsic: n_features must be at least 4 for the error of 'rff', got {n_features}$"):
+            hsic(x, y, approximate="rff", n_features=n_features)
+
+
+def test_a_drawn_seed_is_one_for_both_variables():
+    x, _ = data(40)
+    options = {"approximate": "nystrom", "n_features": 5, "seed": None, "normalize": True}
+    assert pyflow.ops.hsic(x, x, **options).item() == pytest.approx(1, rel=1e-6)
+    with pytest.raises(TypeError, match="^hsic: seed must be an integer or an int64 tensor, got float$"):
+        pyflow.ops.hsic(x, x, approximate="rff", seed=1.5)
+
+
+def test_values_beyond_float32():
+    x, y = data(60)
+    want = hsic(x, y, kernel="linear").value
+    assert hsic(x * 2.0**60, y, kernel="linear").value == want * 2.0**120
+    assert hsic(x * 2.0**-90, y, kernel="linear").value == want * 2.0**-180
+    assert hsic(x * 2.0**90, y, kernel="linear", approximate="nystrom").value == pytest.approx(
+        2.0**180 * hsic(x, y, kernel="linear", approximate="nystrom").value
+    )
+
+
 @pytest.mark.parametrize("approximate", ["rff", "nystrom"])
 def test_approximations_in_the_operator(approximate, monkeypatch):
     from pyflow.ops import _features

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import math
 import sys
 
@@ -117,6 +119,104 @@ def test_repeated_values_tie():
         assert hsic_test(x * scale, y * 7.3, permutations=2000).pvalue == result.pvalue
 
 
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("kernel", ["delta", "rbf", "laplacian", "linear"])
+def test_ties_of_binary_data_are_those_of_integers(kernel, held, monkeypatch):
+    """HSIC of two binary variables is a function of one count, which says exactly which arrangements tie."""
+    if not held:
+        monkeypatch.setattr(module, "GRAM_ROWS", 10)
+    n, count = 40, 300 if held else 40
+    for seed in range(12 if held else 4):
+        rng = np.random.default_rng(seed)
+        x = rng.random(n) < 0.4 if seed % 3 else np.arange(n) % 2 == 0
+        y = rng.random(n) < 0.5
+        orders = module.draw(module._key("hsic_test", seed, torch.device("cpu")), 0, count, n).numpy()
+        joint = np.array([(x & y[p]).sum() for p in (np.arange(n), *orders)])
+        exact = (n * joint - x.sum() * y.sum()) ** 2
+        # a unit that is no power of two, so that everything rounds
+        a, b = (x, y) if kernel == "delta" else (0.3 * x, 7.1 * y)
+        result = hsic_test(a, b, kernel=kernel, permutations=count, seed=seed)
+        assert result.pvalue == (1 + (exact[1:] >= exact[0]).sum()) / (1 + count)
+        # the equal ones are more than one in all but a few of these
+        assert (exact[1:] == exact[0]).sum() > 0 or exact[0] > np.quantile(exact, 0.95)
+
+
+def test_ties_are_no_wider_than_rounding_where_n_is_large():
+    rng, n = np.random.default_rng(1), 1_000_000
+    x, z = rng.normal(size=(2, n))
+    x, z = (x - x.mean()) / x.std(), z - z.mean()
+    z -= x * (x @ z) / (x @ x)
+    # three standard deviations of a correlation
+    y = 3.1 / n**0.5 * x + z / z.std()
+    result = hsic_test(x, y, kernel="linear", permutations=9, progress=False)
+    assert result.pvalue == (1 + (result.null >= result.statistic).sum()) / 10 < 1
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian", "linear"])
+def test_the_unit_of_the_data_does_not_matter(kernel):
+    x, y = data()
+    want = hsic_test(x, y, kernel=kernel, permutations=99, normalize=True)
+    for unit, dtype in ((1e-25, np.float32), (1e20, np.float32), (1e160, np.float64), (1e-200, np.float64)):
+        scaled = (unit * x).astype(dtype), y.astype(dtype)
+        got = hsic_test(*scaled, kernel=kernel, permutations=99, normalize=True)
+        assert got.pvalue == want.pvalue and got.statistic == pytest.approx(want.statistic, rel=1e-5)
+        if kernel != "linear":
+            for options in ({}, {"method": "gamma"}):
+                plain = hsic_test(*scaled, kernel=kernel, permutations=99, **options)
+                expected = hsic_test(x, y, kernel=kernel, permutations=99, **options)
+                assert plain.pvalue == pytest.approx(expected.pvalue, rel=1e-4)
+    for bandwidth in (1e10, 1e30):
+        wide = [hsic_test(x, y, bandwidth=b, permutations=99, normalize=True) for b in (1e5, bandwidth)]
+        assert wide[0].pvalue == wide[1].pvalue and wide[1].statistic == pytest.approx(wide[0].statistic, rel=1e-4)
+
+
+def test_what_is_not_finite_has_no_p():
+    x, y = data()
+    for options in ({}, {"estimator": "unbiased"}):
+        with pytest.raises(ValueError, match="^hsic_test: the statistic and its null must be finite, got .*: scale x and y"):
+            hsic_test(1e160 * x, y, kernel="linear", permutations=20, **options)
+
+
+def test_large_values_in_float32_tiles(monkeypatch):
+    x, y = data()
+    arguments = (1e7 * x.astype(np.float32), y.astype(np.float32))
+    options = {"kernel": "polynomial", "kernel_y": "linear", "permutations": 20}
+    held = hsic_test(*arguments, **options)
+    monkeypatch.setattr(module, "GRAM_ROWS", 10)
+    tiled = hsic_test(*arguments, **options)
+    assert tiled.pvalue == held.pvalue
+    np.testing.assert_allclose(tiled.null, held.null, rtol=1e-4)
+
+
+def test_results_compare_and_have_a_hash():
+    x, y = data()
+    for options in ({"permutations": 20}, {"method": "gamma"}):
+        one, same, other = (hsic_test(x, v, **options) for v in (y, y, y[::-1]))
+        assert one == same and hash(one) == hash(same) and one != other and one != (1, 2)
+        assert len({one, same, other}) == 2
+    constant = [hsic_test(np.ones(20), np.arange(20), method="gamma") for _ in range(2)]
+    assert constant[0] == constant[1]
+
+
+def test_labels_of_any_kind():
+    rng = np.random.default_rng(0)
+    groups, y = rng.integers(0, 3, 40), rng.normal(size=40)
+    want = hsic_test(groups, y, kernel="delta", kernel_y="rbf", permutations=50)
+    names = np.array(["a", "b", "c"])
+    kinds = [names[groups], names.astype(object)[groups], names.astype("S")[groups], groups.astype("M8[D]")]
+    kinds += [names[groups].tolist(), np.uint64(2**64 - 3) + groups.astype(np.uint64), groups + 2**62]
+    kinds += [torch.from_numpy(np.uint32(2**32 - 3) + groups.astype(np.uint32))]
+    if importlib.util.find_spec("pandas"):
+        pandas = importlib.import_module("pandas")
+        kinds += [pandas.Series(names[groups]), pandas.Series(names[groups], dtype="category")]
+    for labels in kinds:
+        got = hsic_test(labels, y, kernel="delta", kernel_y="rbf", permutations=50)
+        assert got == want
+    # numbers of 64 bits without a sign are numbers
+    large = np.array([2**64 - 1, 2**63, 2**62, 2**61, 5, 0], np.uint64)
+    assert hsic_test(large, y[:6], permutations=5) == hsic_test(large.astype(float), y[:6], permutations=5)
+
+
 def test_equal_rows_give_zero_and_one():
     x, _ = data()
     for constant in (np.full(40, 0.1), np.full((40, 3), 1e6, np.float32), [3] * 40):
@@ -177,7 +277,7 @@ def test_gamma_is_the_formula():
     kc, mc = h @ k @ h, h @ m @ h
     off = ~np.eye(n, dtype=bool)
     mean_x, mean_y = k[off].mean(), m[off].mean()
-    mean = (1 + mean_x * mean_y - mean_x - mean_y) / n
+    mean = (n - 1) * (1 + mean_x * mean_y - mean_x - mean_y) / n**2
     variance = 72 * (n - 4) * (n - 5) / (n * (n - 1) * (n - 2) * (n - 3)) * ((kc * mc / 6) ** 2)[off].mean()
     expected = scipy.gamma.sf((kc * mc).sum() / n, mean**2 / variance, scale=n * variance / mean)
     for options in ({}, {"estimator": "biased_n2"}, {"normalize": True}):
@@ -188,6 +288,24 @@ def test_gamma_is_the_formula():
         assert again == pytest.approx(expected, rel=1e-9)
     permuted = hsic_test(x, y, permutations=2000)
     assert abs(permuted.pvalue - expected) < 0.03
+
+
+def test_gamma_has_the_mean_of_all_permutations():
+    rng = np.random.default_rng(0)
+    n = 6
+    x, y = rng.normal(size=(n, 2)), rng.normal(size=(n, 3))
+    sigma = [np.median(np.linalg.norm(v[:, None] - v[None], axis=-1)[np.triu_indices(n, 1)]) for v in (x, y)]
+    h = np.eye(n) - 1 / n
+    kc, mc = (
+        h @ np.exp(-(np.linalg.norm(v[:, None] - v[None], axis=-1) ** 2) / (2 * s**2)) @ h
+        for v, s in zip((x, y), sigma)
+    )
+    every = [(kc * mc[np.ix_(p, p)]).sum() / n**2 for p in map(list, itertools.permutations(range(n)))]
+    null = hsic_test(x, y, method="gamma", estimator="biased_n2").null
+    assert null.shape * null.scale == pytest.approx(np.mean(every), rel=1e-9)
+    # where the spread of the null is small beside its mean, p would be 1 of a mean a little too large
+    p = [hsic_test(*rng.normal(size=(2, 50, 200)), method="gamma").pvalue for _ in range(60)]
+    assert 0.3 < np.median(p) < 0.7 and min(p) < 0.15
 
 
 def test_calibrated():
@@ -263,6 +381,13 @@ X = np.arange(12.0).reshape(6, 2)
         (TypeError, "hsic_test: y must hold numbers, got <U1", (X, list("abcdef")), {}),
         (TypeError, "hsic_test: x must hold numbers, got complex128", (X * 1j, X), {}),
         (TypeError, "hsic_test: x must hold numbers, got object", ([None] * 6, X), {}),
+        (ValueError, "hsic_test: x must have rows of one length, got others", ([[1.0, 2.0], [3.0]], X), {}),
+        (ValueError, "hsic_test: x must be labels that equal themselves, got NaN", (["a", float("nan"), None, 1, 2, 3], X),
+         {"kernel": "delta"}),
+        (TypeError, "hsic_test: x must hold numbers or labels with a hash, got object", ([{}, 1, 2, 3, 4, 5], X),
+         {"kernel": "delta"}),
+        (ValueError, "hsic_test: bandwidth must be from 2.23e-308 to 4.49e+307 in float64, got 1e-310", (X, X),
+         {"bandwidth": 1e-310}),
     ],
 )  # fmt: skip
 def test_wrong_arguments(error, text, arguments, options):

@@ -146,6 +146,30 @@ def test_far_below_underflow():
     assert sector_probability(10000, TAU * (1 - 1.0001e-4), complement=True, log=True) < -9e4
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_logarithms_of_the_smallest_angles(backend):
+    angles = [5e-324, 1e-310, 2.0**-901, 2.0**-899, 1e-200]
+    with pyflow.backend(backend):
+        for n in (1, 2, 5, 1000):
+            got = sector_probability(n, angles, log=True)
+            want = [math.log(n) + (n - 1) * (math.log(angle) - math.log(2 * math.pi)) for angle in angles]
+            np.testing.assert_allclose(got, want, rtol=1e-13)
+        assert sector_probability(5, [0.0, -1.0], log=True).tolist() == [-math.inf] * 2
+        assert sector_probability(5, 5e-324, log=True, complement=True) == 0
+
+
+def test_ragged_lists():
+    for name, arguments in (("n", ([[1, 2], [3]], 1.0)), ("theta", (3, [[1.0, 2.0], [3.0]]))):
+        with pytest.raises(ValueError, match=f"^sector_probability: {name} must have rows of one length, got others$"):
+            sector_probability(*arguments)
+
+
+def test_estimates_compare_and_have_a_hash():
+    for theta in (3.0, [2.0, 3.0], torch.tensor([2.0, 3.0])):
+        one, same, other = (sector_probability_mc(4, theta, 1000, seed=seed) for seed in (0, 0, 1))
+        assert one == same and not one != same and one != other and hash(one) == hash(same)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 600), st.floats(1e-3, TAU))
 def test_laws(n, theta):
