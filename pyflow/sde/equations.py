@@ -7,6 +7,7 @@ and `prior_sample`; what is given in float64 is computed in float64.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..ops import normal, sample_seeds
+from ..ops.noise import seed_tensor
 
 # a reverse step is x' = a x + b score + c z
 Row = tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """Times of the steps, from 1 down to eps, and their places in the discrete tables of as many entries."""
 
@@ -30,9 +32,9 @@ class Grid:
     @classmethod
     def of(cls, steps: int, eps: float) -> Grid:
         # floor(t (N - 1)) written so that rounding of t cannot move it
-        k = torch.arange(steps)
+        k = torch.arange(steps, device="cpu")
         index = steps - 1 - k + (k.double() * eps).floor().long()
-        return cls(torch.linspace(1, eps, steps, dtype=torch.float64), index)
+        return cls(torch.linspace(1, eps, steps, dtype=torch.float64, device="cpu"), index)
 
     @property
     def steps(self) -> int:
@@ -40,7 +42,7 @@ class Grid:
 
     def spread(self) -> Tensor:
         """i / (N - 1) of every table entry; a table of one entry holds the upper end."""
-        return torch.linspace(1, 0, self.steps, dtype=torch.float64).flip(0)
+        return torch.linspace(1, 0, self.steps, dtype=torch.float64, device="cpu").flip(0)
 
 
 class SDE:
@@ -57,9 +59,17 @@ class SDE:
         """(f, g squared) with f the factor of x in the drift, in the shape of t."""
         raise NotImplementedError
 
+    def grid(self, steps: int, eps: float) -> Grid:
+        """The times that a sampler steps from."""
+        return Grid.of(steps, eps)
+
+    def last_time(self, eps: float) -> float:
+        """Where the ODE that carries data to the prior ends."""
+        return self.T
+
     def drift(self, x: Tensor, t: float | Tensor) -> Tensor:
         """f(t) x, for t of a number or (B,)."""
-        f, _ = self.rates(t)
+        f, _ = self.rates(_time(t, x.device))
         f = f.to(x.device)
         return (f.reshape(f.shape + (1,) * (x.dim() - f.dim())) * x).to(x.dtype)
 
@@ -79,7 +89,9 @@ class SDE:
 
         An integer seed goes through `pyflow.ops.sample_seeds`; (B,) seeds are the samples' own.
         """
-        seed = seeds_for("prior_sample", shape[0], seed, device)
+        op = "prior_sample"
+        shape, dtype = check.batch_shape(op, shape), check.float_dtype(op, dtype)
+        seed = seeds_for(op, shape[0], seed, device)
         return normal(shape, seed=seed, purpose="prior").mul_(self.prior_std).to(dtype)
 
     def euler_maruyama(self, grid: Grid) -> Row:
@@ -92,6 +104,11 @@ class SDE:
 
     def ancestral(self, grid: Grid) -> Row:
         raise ValueError(f"{type(self).__name__}: ancestral sampling is defined for VPSDE and VESDE only")
+
+    def probability_flow(self, grid: Grid, predictor: str = "euler_maruyama") -> Row:
+        """The rows of `predictor` without noise, which takes half of the score's term."""
+        a, b, c = getattr(self, predictor)(grid)
+        return a, b / 2, torch.zeros_like(c)
 
     def corrector_alpha(self, grid: Grid) -> Tensor:
         """The square of what one step's drift multiplies x by."""
@@ -262,48 +279,125 @@ class VESDE(SDE):
         return f"VESDE(sigma_min={self.sigma_min:g}, sigma_max={self.sigma_max:g})"
 
 
+# an alpha of this part of the largest is 0: rounding leaves cos(pi / 2) at 6e-17, in float32 at -4e-8
+NOTHING = 1e-6
+FALLS = "from_marginals: std / alpha must not fall as t grows"
+
+
 class _FromMarginals(SDE):
     def __init__(self, alpha: Callable[[Tensor], Tensor], std: Callable[[Tensor], Tensor]) -> None:
         for name, function in (("alpha", alpha), ("std", std)):
             if not callable(function):
                 raise TypeError(f"from_marginals: {name} must be callable, got {type(function).__name__}")
         self._alpha, self._std = alpha, std
-        one = torch.ones((), dtype=torch.float64)
+        self._slopes_are_checked = False
         with torch.no_grad():
-            self.prior_std = float(self._values(one)[1])
+            self.prior_std = float(self._values(torch.ones((), dtype=torch.float64, device="cpu"))[1])
         check.positive("from_marginals", "std(1)", self.prior_std)
 
     def marginal(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         return self._values(_time(t))
 
     def rates(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
+        self._check_slopes()
         t, keeps_graph = _time(t), torch.is_grad_enabled()
-        with torch.enable_grad():
-            at = t if t.requires_grad else t.detach().requires_grad_()
-            alpha, std = self._values(at)
-            f = _slope(alpha.log(), at)
+        with torch.inference_mode(False), torch.enable_grad():
+            alpha, std, alpha_slope, std_slope = self._slopes(t)
+            f = alpha_slope / alpha
             # alpha^2 d(std^2 / alpha^2)/dt without dividing by an alpha near 0
-            g2 = 2 * std * (_slope(std, at) - f * std)
+            g2, size = 2 * std * (std_slope - f * std), 2 * std * (std_slope.abs() + f.abs() * std)
             if not keeps_graph:
                 f, g2 = f.detach(), g2.detach()
-        if check.values_are_checked(g2) and bool((g2 < -1e-5 * g2.abs().max()).any()):
-            raise ValueError("from_marginals: std / alpha must not fall as t grows")
+        if check.values_are_checked(g2) and bool((g2 < -1e-5 * size).any()):
+            raise ValueError(FALLS)
         return f, g2.clamp_min(0)
+
+    def grid(self, steps: int, eps: float) -> Grid:
+        grid = Grid.of(steps, eps)
+        alpha, _ = self.marginal(grid.times)
+        if not bool(alpha.isfinite().all()):
+            raise ValueError("from_marginals: alpha(t) must be finite")
+        kept = alpha > NOTHING * alpha.abs().max()
+        # times before the first one that is kept
+        start = int(kept.long().cumsum(0).eq(0).sum())
+        if start == steps:
+            raise ValueError(
+                f"from_marginals: steps must be so many that alpha is above 0 at one of their times, got {steps}"
+            )
+        if not bool(kept[start:].all()):
+            raise ValueError("from_marginals: alpha(t) must be positive for t below 1")
+        return Grid(grid.times[start:], grid.index[start:])
+
+    def last_time(self, eps: float) -> float:
+        # rates have no bound where alpha reaches 0
+        alpha, _ = self.marginal(torch.tensor([self.T, eps], dtype=torch.float64, device="cpu"))
+        return self.T if bool(alpha[0] > NOTHING * alpha[1].abs()) else self.T - eps
+
+    def euler_maruyama(self, grid: Grid) -> Row:
+        if not self._begins_late(grid):
+            return super().euler_maruyama(grid)
+        ratio, variance, std, below = self._transitions(grid)
+        return ratio, ratio * variance, below / std * variance.sqrt()
+
+    def probability_flow(self, grid: Grid, predictor: str = "euler_maruyama") -> Row:
+        if not self._begins_late(grid):
+            return super().probability_flow(grid, predictor)
+        ratio, _, std, below = self._transitions(grid)
+        return ratio, std * (ratio * std - below), torch.zeros_like(std)
+
+    def corrector_alpha(self, grid: Grid) -> Tensor:
+        return self._transitions(grid)[0] ** -2 if self._begins_late(grid) else super().corrector_alpha(grid)
+
+    def _begins_late(self, grid: Grid) -> bool:
+        """Whether alpha reaches 0: its rate has no bound there, and steps take exact transitions instead."""
+        return bool(grid.times[0] < self.T)
+
+    def _transitions(self, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """alpha'/alpha, the variance that x gains on the way up, std and std'; a prime is the time below, 0 at last."""
+        alpha, std = self.marginal(torch.cat((grid.times, grid.times.new_zeros(1))))
+        alpha, lower, std, below = alpha[:-1], alpha[1:], std[:-1], std[1:]
+        variance = std.square() - (alpha / lower * below).square()
+        if bool((variance < -1e-5 * std.square()).any()):
+            raise ValueError(FALLS)
+        return lower / alpha, variance.clamp_min(0), std, below
+
+    def _slopes(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """alpha, std and their derivatives at t."""
+        if not t.requires_grad:
+            t = t.clone().requires_grad_()
+        alpha, std = self._values(t)
+        return alpha, std, _slope(alpha, t), _slope(std, t)
+
+    def _check_slopes(self) -> None:
+        """Their integrals are what the functions grow by; a table or a function without a graph has slopes of 0."""
+        if self._slopes_are_checked:
+            return
+        with torch.inference_mode(False), torch.enable_grad():
+            t = torch.linspace(0, 1, 514, dtype=torch.float64, device="cpu")[1:-1]
+            alpha, std, *slopes = (part.detach() for part in self._slopes(t))
+        for name, value, slope in zip(("alpha", "std"), (alpha, std), slopes):
+            grown, integral = value[-1] - value[0], torch.trapezoid(slope, t)
+            if bool((integral - grown).abs() > 0.1 * (value.max() - value.min()) + 1e-6 * value.abs().max()):
+                raise ValueError(
+                    f"from_marginals: {name}(t) must be differentiable in t by torch, got a derivative whose integral "
+                    f"is {integral:.3g} where {name} grows by {grown:.3g}"
+                )
+        self._slopes_are_checked = True
 
     def _values(self, t: Tensor) -> tuple[Tensor, Tensor]:
         values = []
         for name, function in (("alpha", self._alpha), ("std", self._std)):
-            value = function(t)
+            # a tensor of its own: a function may change it in place
+            value = function(t.clone())
             if not isinstance(value, Tensor):
-                value = torch.full_like(t, value)
+                value = torch.full_like(t, check.number("from_marginals", f"{name}(t)", value))
             if value.shape != t.shape:
                 raise ValueError(f"from_marginals: {name}(t) must have the shape of t, got {tuple(value.shape)}")
-            values.append(value.to(t.dtype))
+            values.append(value.to(t))
         return values[0], values[1]
 
     def __repr__(self) -> str:
         return f"from_marginals({self._alpha!r}, {self._std!r})"
-
 
 def from_marginals(alpha: Callable[[Tensor], Tensor], std: Callable[[Tensor], Tensor]) -> SDE:
     """The SDE whose x_t given x_0 is normal with mean alpha(t) x_0 and standard deviation std(t).
@@ -311,8 +405,8 @@ def from_marginals(alpha: Callable[[Tensor], Tensor], std: Callable[[Tensor], Te
     f = d log(alpha)/dt, g**2 = alpha**2 d(std**2 / alpha**2)/dt, both by autograd.
 
     Args:
-        alpha, std: functions of a tensor t in [0, 1], elementwise and differentiable by torch; alpha > 0, and
-            std / alpha grows with t. A constant may be a number.
+        alpha, std: functions of a tensor t in [0, 1], elementwise and differentiable by torch; alpha > 0 but at t = 1,
+            where it may be 0, and std / alpha grows with t. A constant may be a number.
 
     Returns:
         An `SDE` with `marginal`, `rates`, `drift`, `diffusion`, `prior_sample` and every method of `sample` but
@@ -320,10 +414,15 @@ def from_marginals(alpha: Callable[[Tensor], Tensor], std: Callable[[Tensor], Te
 
     Raises:
         TypeError: alpha or std is not callable.
-        ValueError: a result of another shape than t; std / alpha falls.
+        ValueError: a result of another shape than t; std / alpha falls; at the first use of derivatives: they are not
+            those of the functions, as where torch records no graph (a table, `no_grad`, NumPy, `detach`).
 
     Notes:
-        The functions are given float64 tensors on the CPU when `sample` makes its tables.
+        The functions are given float64 tensors on the CPU when `sample` makes its tables. Where alpha reaches 0 (the
+        cosine schedule, the straight line), `sample` leaves out the times of alpha 0 and begins at the first one after
+        them, with N(0, std**2), and its steps are exact transitions from t to the time t' below, without derivatives:
+        with v = std**2 - (alpha std' / alpha')**2, a = alpha'/alpha, b = a v, c = std'/std sqrt(v); for the
+        probability flow b = a std**2 - std std', c = 0.
 
     Source:
         Song et al. 2021, arXiv:2011.13456, appendix B, read backwards; Kingma et al. 2021, arXiv:2107.00630, eq. 2.
@@ -338,7 +437,10 @@ def from_marginals(alpha: Callable[[Tensor], Tensor], std: Callable[[Tensor], Te
 
 def seeds_for(op: str, n: int, seed: int | Tensor | None, device: torch.device | str | None) -> Tensor:
     """One seed per sample: (n,) seeds as they are, anything else through `sample_seeds`."""
-    if not isinstance(seed, Tensor) or seed.dim() == 0:
+    if not isinstance(seed, Tensor):
+        # made where it is used, wherever torch's default device is
+        seed = sample_seeds(seed_tensor(op, seed, None, None if device is None else torch.device(device)), n)
+    elif seed.dim() == 0:
         seed = sample_seeds(seed, n)
     elif seed.dtype != torch.int64:
         raise TypeError(f"{op}: seed must be int64, got {check.short(seed.dtype)}")
@@ -347,12 +449,16 @@ def seeds_for(op: str, n: int, seed: int | Tensor | None, device: torch.device |
     return seed if device is None else seed.to(device)
 
 
-def _time(t: float | Tensor) -> Tensor:
+def _time(t: float | Tensor, device: torch.device | None = None) -> Tensor:
+    if isinstance(t, (numbers.Real, list, tuple)):
+        # float32 whatever the default dtype
+        return torch.tensor(t, dtype=torch.float32, device=device)
     t = torch.as_tensor(t)
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
 def _slope(value: Tensor, t: Tensor) -> Tensor:
+    """0 where the value does not depend on t."""
     if not value.requires_grad:
         return torch.zeros_like(t)
     slope = torch.autograd.grad(value.sum(), t, create_graph=True, allow_unused=True)[0]

@@ -34,7 +34,7 @@ WRONG = [
         "sample: predictor must be one of euler_maruyama, reverse_diffusion, ancestral, probability_flow, got 'pc'",
     ),
     (lambda: draw(corrector="ald"), ValueError, "sample: corrector must be one of langevin, none, got 'ald'"),
-    (lambda: draw(norm="l2"), ValueError, "sample: norm must be one of sample, batch, got 'l2'"),
+    (lambda: draw(norm="l2"), ValueError, "sample: norm must be one of marginal, sample, batch, got 'l2'"),
     (
         lambda: draw(predictor="ancestral"),
         ValueError,

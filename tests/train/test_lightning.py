@@ -50,7 +50,7 @@ def test_trains_shows_logs_and_resumes(tmp_path):
     assert set(trainer.progress_bar_metrics) >= {"square", "decay", "distance", "loss", "val/square", "val/loss"}
     # the bar's value is the mean over the epoch so far
     mean = module._sums["square"] / module._counts["square"]
-    assert module._counts["square"] == 6 and trainer.progress_bar_metrics["square"] == pytest.approx(mean.item())
+    assert module._counts["square"] == 48 and trainer.progress_bar_metrics["square"] == pytest.approx(mean.item())
     rows = list(csv.DictReader(open(trainer.logger.log_dir + "/metrics.csv")))
     losses = [float(row["train/loss"]) for row in rows if row.get("train/loss")]
     assert len(losses) == 4 and losses[-1] < 0.7 * losses[0]
