@@ -156,6 +156,8 @@ def sample_seeds(seed: int | Tensor | None, n: int, start: int = 0) -> Tensor:
             raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
         if value < 0:
             raise ValueError(f"{op}: {name} must be at least 0, got {value}")
+    if not isinstance(n, torch.SymInt) and not isinstance(start, torch.SymInt) and start + n >= 2**63:
+        raise ValueError(f"{op}: start + n must be below 2**63, got {start + n}")
     seed = seed_tensor(op, seed, None, None)
     if seed.dim():
         raise ValueError(f"{op}: seed must be an integer or a 0-d tensor, got {tuple(seed.shape)}")

@@ -453,7 +453,8 @@ def _time(t: float | Tensor, device: torch.device | None = None) -> Tensor:
     if isinstance(t, (numbers.Real, list, tuple)):
         # float32 whatever the default dtype
         return torch.tensor(t, dtype=torch.float32, device=device)
-    t = torch.as_tensor(t)
+    if not isinstance(t, Tensor):
+        t = torch.as_tensor(t)
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 

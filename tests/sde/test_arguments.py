@@ -74,6 +74,39 @@ WRONG = [
         ValueError,
         "sample: shape must be (B, ...) of integers that are not negative, got ()",
     ),
+    (lambda: draw(shape=5), TypeError, "sample: shape must be (B, ...) of integers that are not negative, got int"),
+    (
+        lambda: draw(shape=(2.0,)),
+        ValueError,
+        "sample: shape must be (B, ...) of integers that are not negative, got (2.0,)",
+    ),
+    (
+        lambda: draw(score_fn=lambda x, t: x[:1]),
+        ValueError,
+        "sample: the score must have the shape of x, (2, 3), got (1, 3)",
+    ),
+    (
+        lambda: draw(score_fn=lambda x, t: x[:, :1], micro_batch=1),
+        ValueError,
+        "sample: the score must have the shape of x, (1, 3), got (1, 1)",
+    ),
+    (lambda: draw(score_fn=lambda x, t: None), TypeError, "sample: the score must be a tensor, got NoneType"),
+    (
+        lambda: log_likelihood(VPSDE(), score, torch.zeros(2, 3), solver="rk5"),
+        ValueError,
+        "log_likelihood: solver must be one of dopri8, dopri5, bosh3, fehlberg2, adaptive_heun, euler, midpoint, heun2, "
+        "heun3, rk4, explicit_adams, implicit_adams, got 'rk5'",
+    ),
+    (
+        lambda: log_likelihood(VPSDE(), score, torch.zeros(2, 3), solver="rk4", steps=0),
+        ValueError,
+        "log_likelihood: steps must be at least 1, got 0",
+    ),
+    (
+        lambda: log_likelihood(VPSDE(), score, torch.full((2, 3), torch.nan)),
+        ValueError,
+        "log_likelihood: x must be finite, got other values",
+    ),
     (
         lambda: draw(shape=(2, -1)),
         ValueError,
