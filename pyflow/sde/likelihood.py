@@ -169,8 +169,8 @@ class _Divergence:
             elsewhere = self.score_fn(1.37 * x + 0.71, t.clone())
             if not torch.equal(elsewhere, score):
                 raise ValueError(
-                    "log_likelihood: score_fn must keep the graph from x to the score, got a score without one, as under "
-                    "no_grad or detach"
+                    "log_likelihood: score_fn must keep the graph from x to the score, got a score without one, as "
+                    "under no_grad or detach"
                 )
             self.is_constant = True
 

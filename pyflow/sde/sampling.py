@@ -75,8 +75,8 @@ def sample(
         device: default that of seed, or of score_fn's parameters.
         dtype: of x; a, b, c and t are float32 whatever it is.
         progress: show a bar, where tqdm is installed.
-        callback: called as callback(i, t, x) after step i, which was taken at time t; x is the new state, or a copy: what
-            is done to it does not reach the sampler.
+        callback: called as callback(i, t, x) after step i, which was taken at time t; x is the new state, or a copy
+            where x is changed in place, which does not reach the sampler.
         check_finite: stop when x is not finite. This reads the device after every step.
 
     Returns:
