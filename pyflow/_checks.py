@@ -43,6 +43,14 @@ def float_dtype(op: str, dtype: object) -> torch.dtype:
     return dtype
 
 
+def device(op: str, value: object) -> torch.device:
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError):
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"{op}: device must be a torch.device or its name, got {value!r}") from None
+
+
 def values_are_checked(tensor: Tensor) -> bool:
     """Whether the content may be read: on a CPU always, on an accelerator with PYFLOW_CHECK=1, never while traced."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -120,12 +121,13 @@ def energy_and_grad(energy_fn: EnergyFunction, z: Tensor) -> tuple[Tensor, Tenso
     _check_batch(op, "z", z)
     if not callable(energy_fn):
         raise TypeError(f"{op}: energy_fn must be callable, got {type(energy_fn).__name__}")
+    traced = torch.compiler.is_compiling()
     # out of inference mode, where no graph is recorded
-    with torch.inference_mode(False), torch.enable_grad():
-        leaf = (z.clone() if z.is_inference() else z.detach()).requires_grad_()
-        version = leaf._version
+    with contextlib.nullcontext() if traced else torch.inference_mode(False), torch.enable_grad():
+        leaf = (z.clone() if not traced and z.is_inference() else z.detach()).requires_grad_()
+        version = 0 if traced else leaf._version
         out = energy_fn(leaf)
-        if leaf._version != version:
+        if not traced and leaf._version != version:
             raise ValueError(f"{op}: energy_fn must not change z in place")
         u, grad = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
         _check_rows(op, "the energy", u, "z", z)

@@ -173,7 +173,7 @@ def sample_seeds(seed: int | Tensor | None, n: int, start: int = 0) -> Tensor:
 def _noise(op, shape, seed, step, purpose, dtype, device):
     size, dtype = list(check.shape(op, shape)), check.float_dtype(op, dtype)
     number = check.choice(op, "purpose", purpose, PURPOSES)
-    seed = seed_tensor(op, seed, size, None if device is None else _with_index(torch.device(device)))
+    seed = seed_tensor(op, seed, size, None if device is None else _with_index(check.device(op, device)))
     step = step_tensor(op, step, seed.device)
     if runs_reference(op, seed):
         return ref.noise(size, seed, step, kind=op, purpose=purpose, dtype=dtype)

@@ -69,9 +69,12 @@ class SDE:
 
     def drift(self, x: Tensor, t: float | Tensor) -> Tensor:
         """f(t) x, for t of a number or (B,)."""
+        check.float_tensor("drift", "x", x)
         f, _ = self.rates(_time(t, x.device))
-        f = f.to(x.device)
-        return (f.reshape(f.shape + (1,) * (x.dim() - f.dim())) * x).to(x.dtype)
+        f = f.to(x.device).reshape(f.shape + (1,) * (x.dim() - f.dim()))
+        if f.dim() > x.dim() or any(m not in (1, n) for m, n in zip(f.shape, x.shape)):
+            raise ValueError(f"drift: t must have the shape () or {tuple(x.shape[:1])}, got {tuple(t.shape)}")
+        return (f * x).to(x.dtype)
 
     def diffusion(self, t: float | Tensor) -> Tensor:
         """g(t)."""
@@ -437,9 +440,10 @@ def from_marginals(alpha: Callable[[Tensor], Tensor], std: Callable[[Tensor], Te
 
 def seeds_for(op: str, n: int, seed: int | Tensor | None, device: torch.device | str | None) -> Tensor:
     """One seed per sample: (n,) seeds as they are, anything else through `sample_seeds`."""
+    device = None if device is None else check.device(op, device)
     if not isinstance(seed, Tensor):
         # made where it is used, wherever torch's default device is
-        seed = sample_seeds(seed_tensor(op, seed, None, None if device is None else torch.device(device)), n)
+        seed = sample_seeds(seed_tensor(op, seed, None, device), n)
     elif seed.dim() == 0:
         seed = sample_seeds(seed, n)
     elif seed.dtype != torch.int64:
@@ -454,6 +458,8 @@ def _time(t: float | Tensor, device: torch.device | None = None) -> Tensor:
         # float32 whatever the default dtype
         return torch.tensor(t, dtype=torch.float32, device=device)
     if not isinstance(t, Tensor):
+        if isinstance(t, str) or not hasattr(t, "__array__"):
+            raise TypeError(f"sde: t must be a number or a tensor, got {type(t).__name__}")
         t = torch.as_tensor(t)
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 

@@ -125,7 +125,7 @@ def _solve(sde, score_fn, x, signs, eps, solver, rtol, atol, steps) -> Tensor:
             f"log_likelihood: {solver} found no step; the score must be finite and smooth, got {error}"
         ) from error
     prior_std = sde.prior_std if end == sde.T else sde.marginal(times[1])[1].to(dtype)
-    z = final[-1].flatten(1) / prior_std
+    z = final[-1].reshape(len(x), -1) / prior_std
     prior = -0.5 * z.square().sum(1) - size * (0.5 * math.log(2 * math.pi) + math.log(prior_std))
     return prior + change[-1]
 
@@ -160,7 +160,7 @@ class _Divergence:
             grad = torch.autograd.grad(score, leaf, probe.to(score.dtype), retain_graph=True, allow_unused=True)[0]
             if grad is None:
                 return None
-            trace += (grad * probe).flatten(1).sum(1, dtype=trace.dtype)
+            trace += (grad * probe).reshape(len(trace), -1).sum(1, dtype=trace.dtype)
         return trace / max(len(self.signs), 1)
 
     def _check_constant(self, x: Tensor, t: Tensor, score: Tensor) -> None:

@@ -176,6 +176,11 @@ class Step:
 
     def __call__(self, x: Tensor, i: int, seed: Tensor) -> Tensor:
         """x after step i from x before it; seed: (B,) int64, or 0-d for one stream over the batch."""
+        check.float_tensor("step", "x", x)
+        if x.dim() == 0:
+            raise ValueError("step: x must have at least one dim, the batch, got a scalar")
+        if not 0 <= check.at_least("step", "i", i, 0) < len(self.times):
+            raise ValueError(f"step: i must be below the number of steps, {len(self.times)}, got {i}")
         # out of inference mode, so that a score function may use autograd and writes into x are seen
         with torch.inference_mode(False), torch.no_grad():
             rows = self._rows.get(x.device) or self._load(x.device)

@@ -452,3 +452,15 @@ def test_an_energy_may_return_the_same_memory_every_time():
             got = state
     for a, b in zip(got, state):
         testing.assert_within(a, b.double(), 1e-5 * (1 + b.abs().double()), "state")
+
+
+def test_an_energy_and_its_gradient_compile_to_one_graph():
+    config = torch._dynamo.config
+    if not hasattr(config, "trace_autograd_ops"):
+        pytest.skip("this torch breaks the graph at autograd.grad")
+    z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    with config.patch(trace_autograd_ops=True):
+        compiled = torch.compile(lambda z: ops.energy_and_grad(normal_energy, z), backend="eager", fullgraph=True)
+        for got, want in zip(compiled(z), ops.energy_and_grad(normal_energy, z)):
+            testing.assert_same_bits(got, want)
+    torch._dynamo.reset()

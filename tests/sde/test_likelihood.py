@@ -101,6 +101,8 @@ def test_dtypes_shapes_and_modules():
     assert log_likelihood(sde, lambda x, t: -x, x.double(), seed=0).dtype == torch.float64
     assert log_likelihood(sde, lambda x, t: -x, x.bfloat16(), seed=0).dtype == torch.float32
     assert log_likelihood(sde, score, x[:0]).shape == (0,)
+    flat, column = (log_likelihood(sde, lambda x, t: -x, v, seed=0) for v in (x.flatten(), x.reshape(-1, 1)))
+    assert torch.equal(flat, column)
     # a score that does not depend on x has no divergence
     assert log_likelihood(sde, lambda x, t: torch.zeros_like(x), x).isfinite().all()
     assert net.weight.grad is None
