@@ -114,8 +114,8 @@ WRONG = [
     (
         lambda: log_likelihood(VPSDE(), score, torch.zeros(2, 3), solver="rk5"),
         ValueError,
-        "log_likelihood: solver must be one of dopri8, dopri5, bosh3, fehlberg2, adaptive_heun, euler, midpoint, heun2, "
-        "heun3, rk4, explicit_adams, implicit_adams, got 'rk5'",
+        "log_likelihood: solver must be one of dopri8, dopri5, bosh3, fehlberg2, adaptive_heun, euler, midpoint, "
+        "heun2, heun3, rk4, explicit_adams, implicit_adams, got 'rk5'",
     ),
     (
         lambda: log_likelihood(VPSDE(), score, torch.zeros(2, 3), solver="rk4", steps=0),
