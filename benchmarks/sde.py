@@ -140,7 +140,7 @@ def _langevin(shape: tuple[int, ...], device: torch.device) -> Problem:
         return _corrected(x, score, torch.randn_like(x), snr)
 
     def op(x: Tensor, score: Tensor) -> Outputs:
-        return (pyflow.ops.langevin_step(x, score, snr=snr, seed=SEED, step=STEP),)
+        return (pyflow.ops.langevin_step(x, score, snr=snr, norm="sample", seed=SEED, step=STEP),)
 
     def exact() -> Outputs:
         z = pyflow.ops.normal(shape, seed=SEED, step=STEP, purpose="corrector", device=device)

@@ -4,12 +4,52 @@ from __future__ import annotations
 
 import numbers
 import os
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def shape(op: str, value: object) -> tuple[int, ...]:
+    """A shape as a tuple of integers, symbolic ones as they are."""
+    if isinstance(value, (str, Tensor)) or not isinstance(value, Iterable):
+        raise TypeError(f"{op}: shape must be a sequence of integers, got {type(value).__name__}")
+    sizes = tuple(value)
+    for n in sizes:
+        if isinstance(n, bool) or not isinstance(n, (numbers.Integral, torch.SymInt)):
+            raise TypeError(f"{op}: shape must hold integers, got {sizes}")
+    if any(n < 0 for n in sizes):
+        raise ValueError(f"{op}: shape must not be negative, got {sizes}")
+    return tuple(n if isinstance(n, torch.SymInt) else int(n) for n in sizes)
+
+
+def batch_shape(op: str, value: object) -> tuple[int, ...]:
+    """A shape whose first dim is the batch."""
+    rule = f"{op}: shape must be (B, ...) of integers that are not negative"
+    if isinstance(value, (str, Tensor)) or not isinstance(value, Iterable):
+        raise TypeError(f"{rule}, got {type(value).__name__}")
+    sizes = tuple(value)
+    if not sizes or any(isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 0 for n in sizes):
+        raise ValueError(f"{rule}, got {sizes}")
+    return tuple(map(int, sizes))
+
+
+def float_dtype(op: str, dtype: object) -> torch.dtype:
+    if dtype not in FLOATS:
+        got = short(dtype) if isinstance(dtype, torch.dtype) else type(dtype).__name__
+        raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16, got {got}")
+    return dtype
+
+
+def device(op: str, value: object) -> torch.device:
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError):
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"{op}: device must be a torch.device or its name, got {value!r}") from None
 
 
 def values_are_checked(tensor: Tensor) -> bool:

@@ -63,7 +63,7 @@ def warmup(
             ops.normal(x.shape, seed=seed, dtype=dtype, device=device)
             ops.uniform(x.shape, seed=seed, dtype=dtype, device=device)
             outputs += [ops.sde_step(x, x, *values, seed=seed) for values in ((1.0, 1.0, 1.0), (scale,) * 3)]
-            outputs += [ops.perturb(x, 1.0, 1.0, seed=seed), ops.langevin_step(x, x, snr=0.1, seed=seed)]
+            outputs += [ops.perturb(x, 1.0, 1.0, seed=seed), ops.langevin_step(x, x, snr=0.1, norm="sample", seed=seed)]
             outputs.append(ops.denoising_loss(x, 1.0, seed=seed))
             outputs.append(ops.denoising_loss(x, seed=seed, parameterization="epsilon"))
             for alpha in (1.0, scale):

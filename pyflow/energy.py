@@ -10,12 +10,13 @@ from torch import Tensor
 
 from . import _checks as check
 from .ops.energy import EnergyFunction, energy_and_grad, mala_propose, mala_step
-from .ops.noise import seed_tensor
+from .ops.noise import STEPS, seed_tensor
 
 Callback = Callable[[int, Tensor], None]
 
 
-@dataclass(frozen=True)
+# tensors do not compare to one truth value: results are equal to themselves alone
+@dataclass(frozen=True, eq=False)
 class Chains:
     """Where chains ended: positions, energies and gradients there, and of each the share of proposals it accepted."""
 
@@ -48,14 +49,17 @@ def sample(
             takes them all.
         seed: as for `pyflow.ops.mala_propose`; None draws one from torch's default generator.
         start: number of the first step: a chain goes on where another ended with its z, seed and start + steps.
-        progress: whether to show a bar (needs tqdm) with the acceptance.
-        callback: called as callback(step, z) after every step.
+        progress: whether to show a bar with the acceptance, where tqdm is installed.
+        callback: called as callback(step, z) after every step; z is a copy.
 
     Returns:
         `Chains`.
 
     Raises:
         TypeError, ValueError: as for `pyflow.ops.mala_step`; fewer than one step.
+
+    Notes:
+        May be called in inference mode: the energy is differentiated all the same.
 
     Example:
         >>> energy = lambda z: z.square().sum(1) / 2
@@ -66,11 +70,15 @@ def sample(
     op = "sample"
     check.float_tensor(op, "z", z)
     steps, start = check.at_least(op, "steps", steps, 1), check.at_least(op, "start", start, 0)
+    if start + steps > STEPS:
+        raise ValueError(f"{op}: start + steps must be at most 2**56, got {start + steps}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"{op}: callback must be callable, got {type(callback).__name__}")
     if seed is None:
         seed = seed_tensor(op, None, None, z.device)
     u, grad = energy_and_grad(energy_fn, z)
     z = z.detach()
-    moved = torch.zeros(z.shape[0], device=z.device)
+    moved = torch.zeros(z.shape[0], device=z.device, dtype=torch.float32)
     with torch.no_grad():
         for done, bar in enumerate(_bar(steps, progress), 1):
             step = start + done - 1
@@ -84,18 +92,25 @@ def sample(
             if bar is not None and (done % 50 == 0 or done == steps):
                 bar.set_postfix_str(f"{moved.mean().item() / done:.1%} accepted")
             if callback is not None:
-                callback(step, z)
+                callback(step, z.clone())
     return Chains(z, u, grad, moved / steps)
 
 
 def _bar(steps: int, progress: bool) -> Iterator[object]:
     """Yields the bar, or None, once a step."""
-    if not progress:
+    tqdm = _tqdm() if progress else None
+    if tqdm is None:
         yield from (None for _ in range(steps))
         return
-    from tqdm import tqdm
-
     with tqdm(total=steps, desc="chains", unit="step", dynamic_ncols=True, mininterval=0.2) as bar:
         for _ in range(steps):
             yield bar
             bar.update()
+
+
+def _tqdm() -> type | None:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm

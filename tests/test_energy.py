@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -45,3 +47,50 @@ def test_the_bar_and_the_callback(capsys):
     assert "accepted" in capsys.readouterr().err
     with pytest.raises(ValueError, match="^sample: steps must be at least 1, got 0$"):
         sample(energy, start(8), 0.3, steps=0)
+
+
+def test_runs_without_tqdm(monkeypatch, capsys):
+    wanted = sample(energy, start(8), 0.3, steps=3, seed=1, progress=False)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    testing.assert_same_bits(sample(energy, start(8), 0.3, steps=3, seed=1).z, wanted.z)
+    assert not capsys.readouterr().err
+
+
+def test_inference_mode_and_default_dtype_and_device_change_nothing():
+    wanted = sample(energy, start(8), 0.3, steps=300, seed=1, progress=False)
+    with torch.inference_mode():
+        inner = start(8)
+        results = [sample(energy, inner, 0.3, steps=300, seed=1, progress=False)]
+    results.append(sample(energy, inner, 0.3, steps=300, seed=1, progress=False))
+    z = start(8)
+    torch.set_default_dtype(torch.bfloat16)
+    # stands for an accelerator
+    torch.set_default_device("meta")
+    try:
+        results.append(sample(energy, z, 0.3, steps=300, seed=1, progress=False))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for chains in results:
+        for name in ("z", "u", "grad", "acceptance"):
+            testing.assert_same_bits(getattr(chains, name), getattr(wanted, name))
+
+
+def test_a_callback_does_not_reach_the_chains_and_results_compare():
+    wanted = sample(energy, start(8), 0.3, steps=5, seed=1, progress=False)
+    got = sample(energy, start(8), 0.3, steps=5, seed=1, progress=False, callback=lambda step, z: z.zero_())
+    testing.assert_same_bits(got.z, wanted.z)
+    assert got != wanted and got == got and len({got, wanted}) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"steps": 2, "callback": 3}, TypeError, "callback must be callable, got int"),
+        ({"steps": 2, "start": 2**56}, ValueError, r"start \+ steps must be at most 2\*\*56, got 72057594037927938"),
+        ({"steps": 2, "start": -1}, ValueError, "start must be at least 0, got -1"),
+    ],
+)
+def test_wrong_arguments(arguments, error, text):
+    with pytest.raises(error, match=f"^sample: {text}$"):
+        sample(energy, start(8), 0.3, **arguments)

@@ -5,6 +5,8 @@ Config, timesteps, sigmas, saving and loading are diffusers' own.
 
 from __future__ import annotations
 
+import inspect
+import math
 import numbers
 from collections.abc import Sequence
 
@@ -16,8 +18,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Generator, Tensor
 
 from .. import _checks as check
-from ..ops import langevin_step, perturb, sample_seeds, sde_step
+from ..ops import langevin_step, perturb, sde_step
+from ..reference import compute_dtype
 from ..sde import VPSDE
+from ..sde.equations import seeds_for
 
 Seeds = Generator | Sequence[Generator] | int | Tensor | None
 
@@ -40,11 +44,19 @@ class _Noise:
                 if not isinstance(each, Generator):
                     raise TypeError(f"{op}: generator must hold torch.Generators, got {type(each).__name__}")
             return {"seed": torch.cat([_draw(each, (1,)) for each in generator]).to(x.device)}
-        if isinstance(generator, Tensor) and generator.dim():
-            return {"seed": generator.to(x.device), "step": step}
         if isinstance(generator, (numbers.Integral, Tensor)):
-            return {"seed": sample_seeds(generator, x.shape[0]).to(x.device), "step": step}
+            return {"seed": seeds_for(op, x.shape[0], generator, x.device), "step": step}
         raise TypeError(f"{op}: generator must be torch.Generators or seeds, got {type(generator).__name__}")
+
+    def _keep_positional(self, init: object) -> None:
+        """diffusers notes positional arguments as defaults, which `from_config` leaves out."""
+        parameters, config = inspect.signature(init).parameters, self.config
+        unset = [
+            name
+            for name in config.get("_use_default_values", ())
+            if name in parameters and config[name] == parameters[name].default
+        ]
+        self.register_to_config(_use_default_values=unset)
 
     def _check_timesteps(self, op: str) -> None:
         if self.timesteps is None:
@@ -96,14 +108,36 @@ class ScoreSdeVeScheduler(_Noise, _Ve):
         norm: str = "batch",
     ) -> None:
         check.choice("ScoreSdeVeScheduler", "norm", norm, ("batch", "sample"))
-        super().__init__(num_train_timesteps, snr, sigma_min, sigma_max, sampling_eps, correct_steps)
+        super().__init__(
+            num_train_timesteps=num_train_timesteps, snr=snr, sigma_min=sigma_min, sigma_max=sigma_max,
+            sampling_eps=sampling_eps, correct_steps=correct_steps,
+        )  # fmt: skip
+        self._keep_positional(ScoreSdeVeScheduler.__init__)
 
     def set_timesteps(
         self, num_inference_steps: int, sampling_eps: float | None = None, device: str | torch.device | None = None
     ) -> None:
-        super().set_timesteps(num_inference_steps, sampling_eps, device)
+        eps = self.config.sampling_eps if sampling_eps is None else sampling_eps
+        self.timesteps = _timesteps(num_inference_steps, eps, device)
         # the noise of given seeds begins anew
         self._predictions = self._corrections = 0
+
+    def set_sigmas(
+        self,
+        num_inference_steps: int,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        sampling_eps: float | None = None,
+    ) -> None:
+        low = self.config.sigma_min if sigma_min is None else sigma_min
+        high = self.config.sigma_max if sigma_max is None else sigma_max
+        if self.timesteps is None:
+            self.set_timesteps(num_inference_steps, sampling_eps)
+        # float32 whatever the default dtype
+        between = torch.linspace(math.log(low), math.log(high), num_inference_steps, dtype=torch.float32, device="cpu")
+        self.discrete_sigmas = between.exp()
+        # one by one, as diffusers: other loops have other bits
+        self.sigmas = torch.stack([low * (high / low) ** t for t in self.timesteps.cpu()])
 
     def step_pred(
         self,
@@ -117,7 +151,9 @@ class ScoreSdeVeScheduler(_Noise, _Ve):
     ) -> SdeVeOutput | tuple[Tensor, Tensor]:
         op = "step_pred"
         self._check_timesteps(op)
-        index = (torch.as_tensor(timestep, dtype=torch.float32) * (len(self.timesteps) - 1)).long()
+        if not isinstance(timestep, Tensor):
+            timestep = torch.tensor(timestep, device="cpu")
+        index = (timestep.float() * (len(self.timesteps) - 1)).long()
         sigmas = self.discrete_sigmas.to(index.device)
         below = torch.where(index == 0, 0, sigmas[index - 1])
         gap = (sigmas[index] ** 2 - below**2).to(sample.device)
@@ -186,9 +222,10 @@ class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):
         sampling_eps: float = 1e-3,
     ) -> None:
         self.sigmas = self.discrete_sigmas = self.timesteps = None
+        self._keep_positional(ScoreSdeVpScheduler.__init__)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        self.timesteps = torch.linspace(1, self.config.sampling_eps, num_inference_steps, device=device)
+        self.timesteps = _timesteps(num_inference_steps, self.config.sampling_eps, device)
         self._predictions = 0
 
     def __len__(self) -> int:
@@ -216,6 +253,10 @@ class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):
         return VPSDE(self.config.beta_min, self.config.beta_max)
 
 
+def _timesteps(steps: int, eps: float, device: str | torch.device | None) -> Tensor:
+    return torch.linspace(1, eps, steps, dtype=torch.float32, device=device or "cpu")
+
+
 def _draw(generator: Generator, shape: tuple[int, ...]) -> Tensor:
     return torch.randint(2**63 - 1, shape, generator=generator, device=generator.device)
 
@@ -224,4 +265,5 @@ def _noised(x: Tensor, noise: Tensor | None, alpha: Tensor, std: Tensor) -> Tens
     if noise is None:
         return perturb(x, alpha, std, seed=None)
     alpha, std = (v.reshape(v.shape + (1,) * (x.dim() - v.dim())) for v in (alpha, std))
-    return (alpha * x + std * noise).to(x.dtype)
+    dtype = compute_dtype(x.dtype)
+    return (alpha * x.to(dtype) + std * noise.to(dtype)).to(x.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -97,15 +98,19 @@ def energy_and_grad(energy_fn: EnergyFunction, z: Tensor) -> tuple[Tensor, Tenso
     """U(z) of each sample and its gradient, detached: what the first `mala_step` of a chain starts from.
 
     Args:
-        energy_fn: z -> (B,) energies, differentiable; or z -> ((B,) energies, gradients like z).
+        energy_fn: z -> (B,) energies, differentiable; or z -> ((B,) energies, gradients like z). It must not change z.
         z: (B, ...) float tensor.
 
     Returns:
-        (u, grad): (B,) and like z.
+        (u, grad): (B,) and like z, of memory of their own.
 
     Raises:
         TypeError: energy_fn is not callable or returns something else.
-        ValueError: energies that are not (B,), a gradient of another shape.
+        ValueError: energies that are not (B,), a gradient of another shape; energies without a graph to z, as under
+            `no_grad`, and no gradient; an energy_fn that changes z in place.
+
+    Notes:
+        May be called in inference mode: the energy is differentiated all the same.
 
     Example:
         >>> energy_and_grad(lambda z: z.square().sum(1) / 2, torch.tensor([[3.0, 4.0]]))
@@ -116,15 +121,26 @@ def energy_and_grad(energy_fn: EnergyFunction, z: Tensor) -> tuple[Tensor, Tenso
     _check_batch(op, "z", z)
     if not callable(energy_fn):
         raise TypeError(f"{op}: energy_fn must be callable, got {type(energy_fn).__name__}")
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
+    traced = torch.compiler.is_compiling()
+    # out of inference mode, where no graph is recorded
+    with contextlib.nullcontext() if traced else torch.inference_mode(False), torch.enable_grad():
+        leaf = (z.clone() if not traced and z.is_inference() else z.detach()).requires_grad_()
+        version = 0 if traced else leaf._version
         out = energy_fn(leaf)
-        u, grad = out if isinstance(out, tuple) else (out, None)
+        if not traced and leaf._version != version:
+            raise ValueError(f"{op}: energy_fn must not change z in place")
+        u, grad = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
         _check_rows(op, "the energy", u, "z", z)
         if grad is None:
-            (grad,) = torch.autograd.grad(u.sum(), leaf)
-    check.like(op, "the gradient", grad, "z", z.shape, z.device)
-    return u.detach(), grad.detach()
+            if u.requires_grad:
+                (grad,) = torch.autograd.grad(u.sum(), leaf, allow_unused=True)
+            if grad is None:
+                raise ValueError(f"{op}: energy_fn must keep the graph from z to the energy, or return a gradient too")
+        else:
+            check.like(op, "the gradient", grad, "z", z.shape, z.device)
+            # a function may return the same memory every time
+            grad = grad.detach().clone()
+        return u.detach().clone(), grad
 
 
 def mala_propose(

@@ -156,6 +156,8 @@ def sample_seeds(seed: int | Tensor | None, n: int, start: int = 0) -> Tensor:
             raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
         if value < 0:
             raise ValueError(f"{op}: {name} must be at least 0, got {value}")
+    if not isinstance(n, torch.SymInt) and not isinstance(start, torch.SymInt) and start + n >= 2**63:
+        raise ValueError(f"{op}: start + n must be below 2**63, got {start + n}")
     seed = seed_tensor(op, seed, None, None)
     if seed.dim():
         raise ValueError(f"{op}: seed must be an integer or a 0-d tensor, got {tuple(seed.shape)}")
@@ -169,13 +171,9 @@ def sample_seeds(seed: int | Tensor | None, n: int, start: int = 0) -> Tensor:
 
 
 def _noise(op, shape, seed, step, purpose, dtype, device):
-    size = [int(n) if isinstance(n, numbers.Integral) else n for n in shape]
-    if any(n < 0 for n in size):
-        raise ValueError(f"{op}: shape must not be negative, got {tuple(size)}")
-    if dtype not in check.FLOATS:
-        raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16, got {_dtype_name(dtype)}")
+    size, dtype = list(check.shape(op, shape)), check.float_dtype(op, dtype)
     number = check.choice(op, "purpose", purpose, PURPOSES)
-    seed = seed_tensor(op, seed, size, None if device is None else _with_index(torch.device(device)))
+    seed = seed_tensor(op, seed, size, None if device is None else _with_index(check.device(op, device)))
     step = step_tensor(op, step, seed.device)
     if runs_reference(op, seed):
         return ref.noise(size, seed, step, kind=op, purpose=purpose, dtype=dtype)
@@ -234,10 +232,6 @@ def step_tensor(op: str, step: object, device: torch.device) -> Tensor:
 def _check_step(op: str, step: int) -> None:
     if not 0 <= step < STEPS:
         raise ValueError(f"{op}: step must be in [0, 2**56), got {step}")
-
-
-def _dtype_name(dtype: object) -> str:
-    return check.short(dtype) if isinstance(dtype, torch.dtype) else type(dtype).__name__
 
 
 def _with_index(device: torch.device) -> torch.device:

@@ -18,7 +18,7 @@ from .noise import seed_tensor, step_tensor
 
 PARAMETERIZATIONS = ("score", "epsilon")
 REDUCTIONS = ("sum", "mean")
-NORMS = ("sample", "batch")
+NORMS = ("marginal", "sample", "batch")
 
 Scalar = float | Tensor
 
@@ -150,6 +150,8 @@ def denoising_loss(
     average = check.choice(op, "reduction", reduction, REDUCTIONS) == 1
     if of_score and std is None:
         raise ValueError(f"{op}: std must be given for the parameterization score, got None")
+    if seed is None:
+        raise ValueError(f"{op}: seed must be given, that of perturb, got None")
     std = at_least_zero(op, "std", std, pred) if of_score else None
     weight = None if weight is None else coefficient(op, "weight", weight, pred)
     seed, step, _ = stream_of(op, seed, step, pred)
@@ -169,7 +171,8 @@ def langevin_step(
     step_size: Scalar | None = None,
     snr: Scalar | None = None,
     alpha: Scalar = 1.0,
-    norm: str = "sample",
+    std: Scalar | None = None,
+    norm: str = "marginal",
     seed: int | Tensor | None = None,
     step: int | Tensor = 0,
     noise: Tensor | None = None,
@@ -177,14 +180,16 @@ def langevin_step(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """x' = x + e score + sqrt(2 e) z: a step of Langevin dynamics, or of a sampler's corrector.
 
-    With snr, e = 2 alpha (snr |z| / |score|)**2.
+    With snr, e = 2 alpha (snr std)**2, or with norms e = 2 alpha (snr |z| / |score|)**2.
 
     Args:
         x, score: as for `sde_step`.
         step_size: e; number, 0-d or (B,) tensor, at least 0.
         snr: signal-to-noise ratio, likewise, at least 0; exactly one of the two is given.
         alpha: number, 0-d or (B,) tensor: that of the corrector's schedule; only with snr.
-        norm: "sample", norms of each sample, or "batch", their means over the batch as published.
+        std: number, 0-d or (B,) tensor, at least 0: of x given the data; with snr and the norm "marginal".
+        norm: "marginal", std in the place of the norms' ratio; "sample", norms of each sample, which in few
+            dimensions makes huge steps where a score is near 0; or "batch", their means over the batch as published.
         seed, step, noise: as for `sde_step`; the stream is that of the purpose "corrector", so that a predictor
             with the same seed and step draws other noise.
         return_mean: whether to return x + e score too.
@@ -193,24 +198,26 @@ def langevin_step(
         x', in x's dtype and strides; with return_mean (x', mean).
 
     Raises:
-        TypeError, ValueError: as for `sde_step`; both or none of step_size and snr.
+        TypeError, ValueError: as for `sde_step`; both or none of step_size and snr; the norm "marginal" without std.
 
     Notes:
-        A zero score leaves x as it is under the snr rule; NaN travels. No host sync. The norms are sums: on a CPU
-        the same bits for any thread count, instruction set and (with "sample") batch.
+        A score of norm 0 leaves x as it is under the rules with norms; NaN travels. No host sync. The norms are
+        sums: on a CPU the same bits for any thread count, instruction set and (with "sample") batch.
 
     Source:
-        Song et al. 2021, arXiv:2011.13456, algorithms 4 and 5.
+        Song et al. 2021, arXiv:2011.13456, algorithms 4 and 5; "marginal" is the step of annealed Langevin dynamics,
+        Song and Ermon 2019, arXiv:1907.05600, algorithm 1.
 
     Example:
-        >>> x = torch.ones(2, 3)
-        >>> torch.equal(langevin_step(x, torch.zeros(2, 3), snr=0.16, seed=0), x)
-        True
+        >>> x, score = torch.ones(2, 3), -torch.ones(2, 3)
+        >>> _, mean = langevin_step(x, score, snr=0.5, std=1.0, seed=0, return_mean=True)
+        >>> mean[0]
+        tensor([0.5000, 0.5000, 0.5000])
     """
     op = "langevin_step"
     check.float_tensor(op, "x", x)
     check.like(op, "score", score, "x", x.shape, x.device)
-    over_batch = check.choice(op, "norm", norm, NORMS) == 1
+    check.choice(op, "norm", norm, NORMS)
     if (step_size is None) == (snr is None):
         given = "none" if snr is None else "both"
         raise ValueError(f"{op}: exactly one of step_size and snr must be given, got {given}")
@@ -219,8 +226,13 @@ def langevin_step(
     if step_size is not None:
         size = at_least_zero(op, "step_size", step_size, x).double()
     else:
-        snr, alpha = at_least_zero(op, "snr", snr, x), at_least_zero(op, "alpha", alpha, x)
-        size = _snr_rule(_squares(score, stream).double(), snr.double(), alpha.double(), over_batch)
+        snr, alpha = (at_least_zero(op, n, v, x).double() for n, v in (("snr", snr), ("alpha", alpha)))
+        if norm == "marginal":
+            if std is None:
+                raise ValueError(f"{op}: std must be given for the norm marginal, got None")
+            size = 2 * alpha * (snr * at_least_zero(op, "std", std, x).double()) ** 2
+        else:
+            size = _snr_rule(_squares(score, stream).double(), snr, alpha, norm == "batch")
     one = torch.full((), 1.0, dtype=torch.float64, device="cpu")
     # in float64, so that a root that is not exact leaves no trace in float32
     y, mean = advance(x, score, one, size, _root(2 * size), stream, "corrector", return_mean)

@@ -1,8 +1,9 @@
 """Diffusions by reverse SDEs: schedules, samplers of one fused pass per step, log-likelihood."""
 
 from ..flows.images import bits_per_dim
-from .equations import SDE, VESDE, VPSDE, SubVPSDE, from_marginals
+from .equations import SDE, VESDE, VPSDE, SubVPSDE
 from .likelihood import log_likelihood
+from .marginals import from_marginals
 from .sampling import Step, make_step, sample
 
 __all__ = [

@@ -7,7 +7,8 @@ and `prior_sample`; what is given in float64 is computed in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..ops import normal, sample_seeds
+from ..ops.noise import seed_tensor
 
 # a reverse step is x' = a x + b score + c z
 Row = tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """Times of the steps, from 1 down to eps, and their places in the discrete tables of as many entries."""
 
@@ -30,9 +32,9 @@ class Grid:
     @classmethod
     def of(cls, steps: int, eps: float) -> Grid:
         # floor(t (N - 1)) written so that rounding of t cannot move it
-        k = torch.arange(steps)
+        k = torch.arange(steps, device="cpu")
         index = steps - 1 - k + (k.double() * eps).floor().long()
-        return cls(torch.linspace(1, eps, steps, dtype=torch.float64), index)
+        return cls(torch.linspace(1, eps, steps, dtype=torch.float64, device="cpu"), index)
 
     @property
     def steps(self) -> int:
@@ -40,7 +42,7 @@ class Grid:
 
     def spread(self) -> Tensor:
         """i / (N - 1) of every table entry; a table of one entry holds the upper end."""
-        return torch.linspace(1, 0, self.steps, dtype=torch.float64).flip(0)
+        return torch.linspace(1, 0, self.steps, dtype=torch.float64, device="cpu").flip(0)
 
 
 class SDE:
@@ -57,11 +59,22 @@ class SDE:
         """(f, g squared) with f the factor of x in the drift, in the shape of t."""
         raise NotImplementedError
 
+    def grid(self, steps: int, eps: float) -> Grid:
+        """The times that a sampler steps from."""
+        return Grid.of(steps, eps)
+
+    def last_time(self, eps: float) -> float:
+        """Where the ODE that carries data to the prior ends."""
+        return self.T
+
     def drift(self, x: Tensor, t: float | Tensor) -> Tensor:
         """f(t) x, for t of a number or (B,)."""
-        f, _ = self.rates(t)
-        f = f.to(x.device)
-        return (f.reshape(f.shape + (1,) * (x.dim() - f.dim())) * x).to(x.dtype)
+        check.float_tensor("drift", "x", x)
+        f, _ = self.rates(time_tensor(t, x.device))
+        f = f.to(x.device).reshape(f.shape + (1,) * (x.dim() - f.dim()))
+        if f.dim() > x.dim() or any(m not in (1, n) for m, n in zip(f.shape, x.shape)):
+            raise ValueError(f"drift: t must have the shape () or {tuple(x.shape[:1])}, got {tuple(t.shape)}")
+        return (f * x).to(x.dtype)
 
     def diffusion(self, t: float | Tensor) -> Tensor:
         """g(t)."""
@@ -79,7 +92,9 @@ class SDE:
 
         An integer seed goes through `pyflow.ops.sample_seeds`; (B,) seeds are the samples' own.
         """
-        seed = seeds_for("prior_sample", shape[0], seed, device)
+        op = "prior_sample"
+        shape, dtype = check.batch_shape(op, shape), check.float_dtype(op, dtype)
+        seed = seeds_for(op, shape[0], seed, device)
         return normal(shape, seed=seed, purpose="prior").mul_(self.prior_std).to(dtype)
 
     def euler_maruyama(self, grid: Grid) -> Row:
@@ -92,6 +107,11 @@ class SDE:
 
     def ancestral(self, grid: Grid) -> Row:
         raise ValueError(f"{type(self).__name__}: ancestral sampling is defined for VPSDE and VESDE only")
+
+    def probability_flow(self, grid: Grid, predictor: str = "euler_maruyama") -> Row:
+        """The rows of `predictor` without noise, which takes half of the score's term."""
+        a, b, c = getattr(self, predictor)(grid)
+        return a, b / 2, torch.zeros_like(c)
 
     def corrector_alpha(self, grid: Grid) -> Tensor:
         """The square of what one step's drift multiplies x by."""
@@ -107,10 +127,10 @@ class _LinearBeta(SDE):
             raise ValueError(f"{name}: beta_max must be finite and at least beta_min, {beta_min}, got {beta_max}")
 
     def beta(self, t: float | Tensor) -> Tensor:
-        return self.beta_min + _time(t) * (self.beta_max - self.beta_min)
+        return self.beta_min + time_tensor(t) * (self.beta_max - self.beta_min)
 
     def log_alpha(self, t: float | Tensor) -> Tensor:
-        t = _time(t)
+        t = time_tensor(t)
         return -0.25 * t * t * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
 
     def corrector_alpha(self, grid: Grid) -> Tensor:
@@ -231,7 +251,7 @@ class VESDE(SDE):
         self._growth = math.log(self.sigma_max / self.sigma_min)
 
     def sigma(self, t: float | Tensor) -> Tensor:
-        return self.sigma_min * torch.exp(_time(t) * self._growth)
+        return self.sigma_min * torch.exp(time_tensor(t) * self._growth)
 
     def marginal(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         sigma = self.sigma(t)
@@ -262,83 +282,13 @@ class VESDE(SDE):
         return f"VESDE(sigma_min={self.sigma_min:g}, sigma_max={self.sigma_max:g})"
 
 
-class _FromMarginals(SDE):
-    def __init__(self, alpha: Callable[[Tensor], Tensor], std: Callable[[Tensor], Tensor]) -> None:
-        for name, function in (("alpha", alpha), ("std", std)):
-            if not callable(function):
-                raise TypeError(f"from_marginals: {name} must be callable, got {type(function).__name__}")
-        self._alpha, self._std = alpha, std
-        one = torch.ones((), dtype=torch.float64)
-        with torch.no_grad():
-            self.prior_std = float(self._values(one)[1])
-        check.positive("from_marginals", "std(1)", self.prior_std)
-
-    def marginal(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
-        return self._values(_time(t))
-
-    def rates(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
-        t, keeps_graph = _time(t), torch.is_grad_enabled()
-        with torch.enable_grad():
-            at = t if t.requires_grad else t.detach().requires_grad_()
-            alpha, std = self._values(at)
-            f = _slope(alpha.log(), at)
-            # alpha^2 d(std^2 / alpha^2)/dt without dividing by an alpha near 0
-            g2 = 2 * std * (_slope(std, at) - f * std)
-            if not keeps_graph:
-                f, g2 = f.detach(), g2.detach()
-        if check.values_are_checked(g2) and bool((g2 < -1e-5 * g2.abs().max()).any()):
-            raise ValueError("from_marginals: std / alpha must not fall as t grows")
-        return f, g2.clamp_min(0)
-
-    def _values(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        values = []
-        for name, function in (("alpha", self._alpha), ("std", self._std)):
-            value = function(t)
-            if not isinstance(value, Tensor):
-                value = torch.full_like(t, value)
-            if value.shape != t.shape:
-                raise ValueError(f"from_marginals: {name}(t) must have the shape of t, got {tuple(value.shape)}")
-            values.append(value.to(t.dtype))
-        return values[0], values[1]
-
-    def __repr__(self) -> str:
-        return f"from_marginals({self._alpha!r}, {self._std!r})"
-
-
-def from_marginals(alpha: Callable[[Tensor], Tensor], std: Callable[[Tensor], Tensor]) -> SDE:
-    """The SDE whose x_t given x_0 is normal with mean alpha(t) x_0 and standard deviation std(t).
-
-    f = d log(alpha)/dt, g**2 = alpha**2 d(std**2 / alpha**2)/dt, both by autograd.
-
-    Args:
-        alpha, std: functions of a tensor t in [0, 1], elementwise and differentiable by torch; alpha > 0, and
-            std / alpha grows with t. A constant may be a number.
-
-    Returns:
-        An `SDE` with `marginal`, `rates`, `drift`, `diffusion`, `prior_sample` and every method of `sample` but
-        ancestral; its prior is N(0, std(1)**2).
-
-    Raises:
-        TypeError: alpha or std is not callable.
-        ValueError: a result of another shape than t; std / alpha falls.
-
-    Notes:
-        The functions are given float64 tensors on the CPU when `sample` makes its tables.
-
-    Source:
-        Song et al. 2021, arXiv:2011.13456, appendix B, read backwards; Kingma et al. 2021, arXiv:2107.00630, eq. 2.
-
-    Example:
-        >>> sde = from_marginals(lambda t: torch.cos(1.5 * t), lambda t: torch.sin(1.5 * t))
-        >>> [round(v.item(), 4) for v in sde.rates(0.5)]  # -1.5 tan, 3 tan
-        [-1.3974, 2.7948]
-    """
-    return _FromMarginals(alpha, std)
-
-
 def seeds_for(op: str, n: int, seed: int | Tensor | None, device: torch.device | str | None) -> Tensor:
     """One seed per sample: (n,) seeds as they are, anything else through `sample_seeds`."""
-    if not isinstance(seed, Tensor) or seed.dim() == 0:
+    device = None if device is None else check.device(op, device)
+    if not isinstance(seed, Tensor):
+        # made where it is used, wherever torch's default device is
+        seed = sample_seeds(seed_tensor(op, seed, None, device), n)
+    elif seed.dim() == 0:
         seed = sample_seeds(seed, n)
     elif seed.dtype != torch.int64:
         raise TypeError(f"{op}: seed must be int64, got {check.short(seed.dtype)}")
@@ -347,13 +297,12 @@ def seeds_for(op: str, n: int, seed: int | Tensor | None, device: torch.device |
     return seed if device is None else seed.to(device)
 
 
-def _time(t: float | Tensor) -> Tensor:
-    t = torch.as_tensor(t)
+def time_tensor(t: float | Tensor, device: torch.device | None = None) -> Tensor:
+    if isinstance(t, (numbers.Real, list, tuple)):
+        # float32 whatever the default dtype
+        return torch.tensor(t, dtype=torch.float32, device=device)
+    if not isinstance(t, Tensor):
+        if isinstance(t, str) or not hasattr(t, "__array__"):
+            raise TypeError(f"sde: t must be a number or a tensor, got {type(t).__name__}")
+        t = torch.as_tensor(t)
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
-
-
-def _slope(value: Tensor, t: Tensor) -> Tensor:
-    if not value.requires_grad:
-        return torch.zeros_like(t)
-    slope = torch.autograd.grad(value.sum(), t, create_graph=True, allow_unused=True)[0]
-    return torch.zeros_like(t) if slope is None else slope

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 METHODS = ("euler_maruyama", "reverse_diffusion", "ancestral", "pc", "probability_flow")
 PREDICTORS = ("euler_maruyama", "reverse_diffusion", "ancestral", "probability_flow")
 CORRECTORS = ("langevin", "none")
-NORMS = ("sample", "batch")
+NORMS = ("marginal", "sample", "batch")
 
 
 def sample(
@@ -34,7 +33,7 @@ def sample(
     corrector_steps: int = 1,
     snr: float = 0.16,
     step_size: float | None = None,
-    norm: str = "sample",
+    norm: str = "marginal",
     eps: float = 1e-3,
     denoise: bool = True,
     micro_batch: int | None = None,
@@ -52,7 +51,8 @@ def sample(
     Args:
         sde: `VPSDE`, `SubVPSDE`, `VESDE`, `from_marginals(...)` or a subclass of `SDE`.
         score_fn: called as score_fn(x, t) with x (B, ...) in `dtype` and t (B,) float32; returns the score in x's
-            shape, in any float dtype. A function or a module.
+            shape, in any float dtype. A function or a module. It may change x and t in place, x from the first
+            call on.
         shape: (B, ...) of the result.
         steps: number of steps. The discrete methods of VPSDE, and "pc" for VPSDE and SubVPSDE, need more than
             beta_max.
@@ -62,10 +62,11 @@ def sample(
             score term is halved, "euler_maruyama" (default) or "reverse_diffusion".
         corrector: of "pc", "langevin" or "none".
         corrector_steps: Langevin steps per predictor step.
-        snr: signal-to-noise ratio of the corrector, eps_i = 2 alpha (snr |z| / |score|)**2.
+        snr: signal-to-noise ratio of the corrector, eps_i = 2 alpha (snr std(t))**2.
         step_size: a fixed eps_i instead.
-        norm: "sample" takes |z| and |score| of each sample; "batch" their means over the batch, as published, which
-            makes samples depend on each other.
+        norm: "marginal" is that rule; the others take |z| / |score| in the place of std: "sample" the norms of each
+            sample, for many dimensions only, since a score near 0 makes a huge step; "batch" their means over the
+            batch, as published, which makes samples depend on each other.
         eps: time of the last step, in (0, 1).
         denoise: the last step adds no noise, it ends on the mean.
         micro_batch: evaluate the score for this many samples at a time, the last ones padded.
@@ -74,7 +75,8 @@ def sample(
         device: default that of seed, or of score_fn's parameters.
         dtype: of x; a, b, c and t are float32 whatever it is.
         progress: show a bar, where tqdm is installed.
-        callback: called as callback(i, t, x) after step i, which was taken at time t; x is the new state.
+        callback: called as callback(i, t, x) after step i, which was taken at time t; x is the new state, or a copy
+            where x is changed in place, which does not reach the sampler.
         check_finite: stop when x is not finite. This reads the device after every step.
 
     Returns:
@@ -82,7 +84,8 @@ def sample(
 
     Raises:
         TypeError: score_fn is not callable, a wrong dtype, a count that is no integer.
-        ValueError: an unknown word, steps < 1, eps outside (0, 1), a method that is not defined for the SDE.
+        ValueError: an unknown word, steps < 1, eps outside (0, 1), a method that is not defined for the SDE, a schedule
+            whose steps are not finite, a score_fn or callback that begins to change x in place after it had not.
         FloatingPointError: check_finite found NaN or an infinity; the text has the step.
 
     Notes:
@@ -95,7 +98,8 @@ def sample(
         because its last ones go through a scalar loop.
 
     Source:
-        Song et al. 2021, arXiv:2011.13456, appendices D, E, F and G.
+        Song et al. 2021, arXiv:2011.13456, appendices D, E, F and G; the rule "marginal" is the step of annealed
+        Langevin dynamics, Song and Ermon 2019, arXiv:1907.05600.
 
     Example:
         >>> import pyflow
@@ -126,7 +130,7 @@ def make_step(
     corrector_steps: int = 1,
     snr: float = 0.16,
     step_size: float | None = None,
-    norm: str = "sample",
+    norm: str = "marginal",
     eps: float = 1e-3,
     denoise: bool = True,
     micro_batch: int | None = None,
@@ -169,19 +173,19 @@ class Step:
         self._plan, self._score_fn, self._advance = plan, score_fn, advance
         self.times = plan.times
         self._rows: dict[torch.device, list[tuple]] = {}
-        self._t = torch.empty(0)
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, i: int, seed: Tensor) -> Tensor:
         """x after step i from x before it; seed: (B,) int64, or 0-d for one stream over the batch."""
-        rows = self._rows.get(x.device) or self._load(x.device)
-        t, *row = rows[i]
-        if self._t.shape != x.shape[:1] or self._t.device != x.device:
-            self._t = torch.empty(x.shape[0], device=x.device)
-        # a buffer of its own: a score function that scales t in place does no harm
-        return self._advance(x, self._t.copy_(t), seed, *row)
+        check.float_tensor("step", "x", x)
+        if x.dim() == 0:
+            raise ValueError("step: x must have at least one dim, the batch, got a scalar")
+        if not 0 <= check.at_least("step", "i", i, 0) < len(self.times):
+            raise ValueError(f"step: i must be below the number of steps, {len(self.times)}, got {i}")
+        # out of inference mode, so that a score function may use autograd and writes into x are seen
+        with torch.inference_mode(False), torch.no_grad():
+            rows = self._rows.get(x.device) or self._load(x.device)
+            return self._advance(x.clone() if x.is_inference() else x, seed, *rows[i])
 
-    @torch.no_grad()
     def sample(
         self,
         shape: Sequence[int],
@@ -194,21 +198,25 @@ class Step:
         check_finite: bool = False,
     ) -> Tensor:
         """Every step from the prior down; the arguments are those of `pyflow.sde.sample`."""
-        shape = _checked_shape(shape)
-        if dtype not in check.FLOATS:
-            got = check.short(dtype) if isinstance(dtype, torch.dtype) else type(dtype).__name__
-            raise TypeError(f"sample: dtype must be float32, float64, bfloat16 or float16, got {got}")
+        op = "sample"
+        shape, dtype = check.batch_shape(op, shape), check.float_dtype(op, dtype)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"{op}: callback must be callable, got {type(callback).__name__}")
         if device is None and not isinstance(seed, Tensor):
             device = _device_of(self._score_fn)
-        seed = seeds_for("sample", shape[0], seed, device)
-        x = self._plan.sde.prior_sample(shape, seed, dtype=dtype)
-        steps = len(self.times)
-        for i, t in enumerate(_bar(self.times, progress)):
-            x = self(x, i, seed)
-            if check_finite and not bool(x.isfinite().all()):
-                raise FloatingPointError(f"sample: x is not finite after step {i} of {steps}, t = {t:.4g}")
-            if callback is not None:
-                callback(i, t, x)
+        show = callback and _Lent(op, "callback", lambda x, i, t: callback(i, t, x))
+        with torch.inference_mode(False), torch.no_grad():
+            seed = seeds_for(op, shape[0], seed, device)
+            x = self._plan.sde.prior_sample(shape, seed, dtype=dtype)
+            if self._plan.start != 1:
+                x *= self._plan.start
+            steps = len(self.times)
+            for i, t in enumerate(_bar(self.times, progress)):
+                x = self(x, i, seed)
+                if check_finite and not bool(x.isfinite().all()):
+                    raise FloatingPointError(f"{op}: x is not finite after step {i} of {steps}, t = {t:.4g}")
+                if show:
+                    show(x, i, t)
         return x
 
     def _load(self, device: torch.device) -> list[tuple]:
@@ -216,19 +224,22 @@ class Step:
         return rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Plan:
-    """A sampler's arguments, checked, with a, b, c of every step and alpha of every corrector step."""
+    """A sampler's arguments, checked, with a, b, c of every step and what its corrector takes."""
 
+    op: str
     sde: SDE
     times: tuple[float, ...]
-    table: Tensor  # (5, steps): t, a, b, c, alpha
+    start: float  # what the prior is scaled by
+    table: Tensor  # (5, steps): t, a, b, c and the corrector's step size or, where its rule takes norms, alpha
     noisy: bool
     corrector_steps: int
-    langevin: dict[str, object]
+    norms: dict[str, object] | None
     micro_batch: int | None
 
     @classmethod
+    @torch.no_grad()
     def checked(
         cls, op, sde, score_fn, method, predictor, corrector, corrector_steps, snr, step_size, norm, steps, eps,
         denoise, micro_batch,
@@ -245,46 +256,84 @@ class _Plan:
         predictor = _predictor(op, method, predictor)
         corrected = check.choice(op, "corrector", corrector, CORRECTORS) == 0 and method == "pc"
         check.choice(op, "norm", norm, NORMS)
-        if step_size is None:
-            langevin = {"snr": check.positive(op, "snr", snr), "norm": norm}
-        else:
-            langevin = {"step_size": check.positive(op, "step_size", step_size)}
+        snr = check.positive(op, "snr", snr)
+        if step_size is not None:
+            step_size = check.positive(op, "step_size", step_size)
         check.at_least(op, "corrector_steps", corrector_steps, 1)
-        grid = Grid.of(steps, eps)
+        grid = sde.grid(steps, eps)
         a, b, c = _row(sde, method, predictor, grid)
         if denoise:
             c = torch.cat((c[:-1], c.new_zeros(1)))
-        alpha = sde.corrector_alpha(grid) if corrected else torch.ones_like(a)
-        table = torch.stack((grid.times, a, b, c, alpha)).float()
+        # what the corrector's step is scaled by
+        size = sde.corrector_alpha(grid) if corrected else torch.ones_like(a)
+        norms = {"snr": snr, "norm": norm} if step_size is None and norm != "marginal" else None
+        if step_size is not None:
+            size = torch.full_like(size, step_size)
+        elif norms is None:
+            size = 2 * size * (snr * sde.marginal(grid.times)[1]) ** 2
+        table = torch.stack((grid.times, a, b, c, size)).float()
+        finite = table.isfinite().all(0)
+        if not bool(finite.all()):
+            t, *row = table[:, ~finite][:, 0].tolist()
+            raise ValueError(f"{op}: the steps of sde must be finite, got a, b, c, size = {row} at t = {t:.4g}")
+        # its first time may lie below 1
+        start = sde.marginal(grid.times[0])[1].item() / sde.prior_std if grid.times[0] < sde.T else 1.0
         noisy = "probability_flow" not in (method, predictor)
-        return cls(sde, tuple(grid.times.tolist()), table, noisy, corrector_steps * corrected, langevin, micro_batch)
+        return cls(
+            op, sde, tuple(grid.times.tolist()), start, table, noisy, corrector_steps * corrected, norms, micro_batch
+        )
 
     def rows(self, device: torch.device) -> list[tuple]:
-        """(t, a, b, c, alpha, step, (corrector's steps)) of every step as 0-d tensors on the device."""
+        """(t, a, b, c, size, step, (corrector's steps)) of every step as 0-d tensors on the device."""
         # sixteen bytes apart: compiled code copies an input that is not aligned
         scalars = self.table.new_zeros(*self.table.shape, 4)
         scalars[..., 0] = self.table
-        counters = torch.zeros(len(self.times), 1 + self.corrector_steps, 2, dtype=torch.int64)
-        counters[:, 0, 0] = torch.arange(len(self.times))
-        counters[:, 1:, 0] = torch.arange(len(self.times) * self.corrector_steps).view(len(self.times), -1)
+        steps = len(self.times)
+        counters = torch.zeros(steps, 1 + self.corrector_steps, 2, dtype=torch.int64, device="cpu")
+        counters[:, 0, 0] = torch.arange(steps, device="cpu")
+        counters[:, 1:, 0] = torch.arange(steps * self.corrector_steps, device="cpu").view(steps, -1)
         scalars, counters = scalars.to(device)[..., 0], counters.to(device)[..., 0]
         columns = [column.unbind() for column in scalars]
         counts = [row.unbind() for row in counters]
         return [(*row, step, tuple(rest)) for *row, (step, *rest) in zip(*columns, counts)]
 
     def advance(self, score_fn: Score) -> Callable[..., Tensor]:
+        score_fn = _checked(self.op, _Lent(self.op, "score_fn", score_fn))
         if self.micro_batch:
             score_fn = _in_micro_batches(score_fn, self.micro_batch)
-        langevin, noisy = self.langevin, self.noisy
+        norms, noisy = self.norms, self.noisy
 
-        def advance(x, t, seed, a, b, c, alpha, step, corrector_steps):
+        def advance(x, seed, t, a, b, c, size, step, corrector_steps):
+            n = x.shape[0]
             for number in corrector_steps:
-                x = langevin_step(x, score_fn(x, t), alpha=alpha, seed=seed, step=number, **langevin)
-            score = score_fn(x, t)
+                rule = {"step_size": size} if norms is None else {"alpha": size, **norms}
+                x = langevin_step(x, score_fn(x, t.repeat(n)), seed=seed, step=number, **rule)
+            score = score_fn(x, t.repeat(n))
             # c is 0 on a probability flow: any noise will do, so none is drawn
             return sde_step(x, score, a, b, c, seed=seed, step=step, noise=None if noisy else score)
 
         return advance
+
+
+class _Lent:
+    """A function of x that is lent x: one that writes into it gets copies, one that does not gets x itself."""
+
+    def __init__(self, op: str, name: str, function: Callable[..., object]) -> None:
+        # what it does is seen at the first call
+        self.op, self.name, self.function, self.copies, self.is_new = op, name, function, True, True
+
+    def __call__(self, x: Tensor, *rest: object) -> object:
+        if torch.compiler.is_compiling():
+            # costs nothing: the compiler drops a copy that nobody writes into
+            return self.function(x.clone(), *rest)
+        given = x.clone() if self.copies else x
+        version = given._version
+        result = self.function(given, *rest)
+        wrote = given._version != version
+        if wrote and not self.copies:
+            raise ValueError(f"{self.op}: {self.name} must change x in place from its first call on or never")
+        self.copies, self.is_new = wrote if self.is_new else self.copies, False
+        return result
 
 
 def _predictor(op: str, method: str, predictor: str | None) -> str:
@@ -306,14 +355,21 @@ def _predictor(op: str, method: str, predictor: str | None) -> str:
 def _row(sde: SDE, method: str, predictor: str, grid: Grid) -> Row:
     if predictor == "probability_flow":
         method, predictor = predictor, "euler_maruyama"
-    a, b, c = getattr(sde, predictor)(grid)
-    return (a, b / 2, torch.zeros_like(c)) if method == "probability_flow" else (a, b, c)
+    return sde.probability_flow(grid, predictor) if method == "probability_flow" else getattr(sde, predictor)(grid)
+
+
+def _checked(op: str, score_fn: Score) -> Score:
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        value = score_fn(x, t)
+        check.like(op, "the score", value, "x", x.shape, x.device)
+        return value
+
+    return score
 
 
 def _in_micro_batches(score_fn: Score, size: int) -> Score:
     def score(x: Tensor, t: Tensor) -> Tensor:
-        n = x.shape[0]
-        scores = []
+        n, scores = x.shape[0], None
         for start in range(0, n, size):
             part, times = x[start : start + size], t[start : start + size]
             missing = size - part.shape[0]
@@ -321,17 +377,14 @@ def _in_micro_batches(score_fn: Score, size: int) -> Score:
                 # copies of a sample, for which the network is sure to be defined
                 part = torch.cat((part, part[-1:].expand(missing, *part.shape[1:])))
                 times = torch.cat((times, times[-1:].expand(missing)))
-            scores.append(score_fn(part, times)[: size - missing])
-        return torch.cat(scores) if scores else torch.empty_like(x)
+            of_part = score_fn(part, times)[: size - missing]
+            if scores is None:
+                scores = torch.empty_like(x, dtype=of_part.dtype)
+            # copied at once: a network may return the same memory every time
+            scores[start : start + size] = of_part
+        return torch.empty_like(x) if scores is None else scores
 
     return score
-
-
-def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    shape = tuple(shape)
-    if not shape or any(isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 0 for n in shape):
-        raise ValueError(f"sample: shape must be (B, ...) of integers that are not negative, got {shape}")
-    return shape
 
 
 def _device_of(score_fn: Score) -> torch.device:

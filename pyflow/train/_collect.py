@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from ..reference import compute_dtype
 
 
 class Collected:
@@ -18,6 +19,9 @@ class Collected:
     Attributes:
         losses: name -> sum of the losses of that name, in the order of their first appearance.
         metrics: name -> mean of the metrics of that name, without gradient.
+
+    Notes:
+        Both are float32 (float64 where a value is), whatever the dtype of the values.
     """
 
     def __init__(self) -> None:
@@ -83,7 +87,7 @@ def add_loss(value: Tensor | float, name: str) -> None:
         name: what it is called in bars and logs.
 
     Raises:
-        TypeError: value is neither a tensor nor a number; name is not a string.
+        TypeError: value is neither a real tensor nor a number; name is not a string.
         ValueError: value has more than one element; name is empty.
 
     Notes:
@@ -108,16 +112,19 @@ def add_metric(value: Tensor | float, name: str) -> None:
 
 
 def _scalar(op: str, value: object, name: object) -> Tensor | None:
-    """The value as a 0-d tensor; None where it is not collected."""
+    """The value as a 0-d tensor in the dtype of sums; None where it is not collected."""
     if not isinstance(name, str):
         raise TypeError(f"{op}: name must be a string, got {type(name).__name__}")
     if not name:
         raise ValueError(f"{op}: name must not be empty")
     if not isinstance(value, Tensor):
-        value = torch.tensor(check.number(op, "value", value))
+        # joins tensors of any device
+        value = torch.tensor(check.number(op, "value", value), dtype=torch.float32, device="cpu")
+    if value.is_complex():
+        raise TypeError(f"{op}: value must be real, got {check.short(value.dtype)}")
     if value.numel() != 1:
         raise ValueError(f"{op}: value must be a scalar, got shape {tuple(value.shape)}")
     # inside a backward: a block that is recomputed
     if not _blocks.open or torch._C._current_graph_task_id() != -1:
         return None
-    return value.reshape(())
+    return value.reshape(()).to(compute_dtype(value.dtype))

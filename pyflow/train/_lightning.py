@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import lightning
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from ._collect import Collected, collect
 
@@ -15,7 +17,8 @@ class LossOnlyModule(lightning.LightningModule):
     """Train a model by the losses it adds inside itself; its output is not looked at.
 
     The bar shows every named loss and metric as its running mean over the epoch, and `loss`, the sum of the losses.
-    Loggers receive the epoch's means as train/NAME and val/NAME.
+    Loggers receive the epoch's means as train/NAME and val/NAME. Means are over samples: a batch counts as many as the
+    first tensor with a dim has rows, wherever in the batch it is.
 
     Args:
         model: calls `pyflow.train.add_loss` in its forward. A tuple or list as a batch is passed as positional
@@ -25,6 +28,7 @@ class LossOnlyModule(lightning.LightningModule):
     Raises:
         TypeError: model is not a module, or optimizer is not callable.
         RuntimeError: at the first step, if the model adds no loss.
+        ValueError: at a step, if a loss and a metric share a name, or what is not the only loss is called "loss".
 
     Example:
         >>> from functools import partial
@@ -60,8 +64,8 @@ class LossOnlyModule(lightning.LightningModule):
             self(batch)
         loss, size = collected.total(), _batch_size(batch)
         for name, value in _named(collected, loss).items():
-            self._sums[name] = self._sums.get(name, 0) + value
-            self._counts[name] = self._counts.get(name, 0) + 1
+            self._sums[name] = self._sums.get(name, 0) + value * size
+            self._counts[name] = self._counts.get(name, 0) + size
             mean = self._sums[name] / self._counts[name]
             self.log(name, mean, prog_bar=True, logger=False, on_step=True, on_epoch=False)
             self.log(f"train/{name}", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
@@ -70,16 +74,39 @@ class LossOnlyModule(lightning.LightningModule):
     def validation_step(self, batch: object, batch_idx: int) -> None:
         with collect() as collected:
             self(batch)
+        size = _batch_size(batch)
         for name, value in _named(collected, collected.total()).items():
-            self.log(f"val/{name}", value, prog_bar=True, sync_dist=True, batch_size=_batch_size(batch))
+            self.log(f"val/{name}", value, prog_bar=True, sync_dist=True, batch_size=size)
 
 
 def _named(collected: Collected, total: Tensor) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in {**collected.losses, **collected.metrics, "loss": total}.items()}
+    losses, metrics = collected.losses, collected.metrics
+    for name in metrics:
+        if name in losses:
+            raise ValueError(f"LossOnlyModule: a loss and a metric must have different names, got two of {name!r}")
+    if "loss" in metrics or ("loss" in losses and len(losses) > 1):
+        raise ValueError("LossOnlyModule: only the sum of the losses must be called 'loss', got another value")
+    return {name: value.detach() for name, value in {**losses, **metrics, "loss": total}.items()}
 
 
 def _batch_size(batch: object) -> int:
-    """Of the first tensor found."""
-    while isinstance(batch, (tuple, list, dict)) and batch:
-        batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
-    return len(batch) if isinstance(batch, torch.Tensor) and batch.dim() else 1
+    """Rows of the first tensor with a dim; 1 where there is none."""
+    return next(_sizes(batch), 1)
+
+
+def _sizes(batch: object) -> Iterator[int]:
+    if isinstance(batch, PackedSequence):
+        # its data has a row for every element of every sequence
+        yield int(batch.batch_sizes[0]) if len(batch.batch_sizes) else 0
+    elif isinstance(batch, Tensor):
+        if batch.dim():
+            yield batch.size(0)
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _sizes(value)
+    elif isinstance(batch, (tuple, list)):
+        for value in batch:
+            yield from _sizes(value)
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        for field in dataclasses.fields(batch):
+            yield from _sizes(getattr(batch, field.name))

@@ -165,6 +165,52 @@ def test_config_saves_loads_and_passes_to_diffusers(tmp_path):
     assert ScoreSdeVpScheduler.from_pretrained(tmp_path / "vp").config.beta_max == 10
 
 
+def test_a_config_keeps_every_argument_however_it_was_given(tmp_path):
+    for given in (ScoreSdeVeScheduler(100, 0.2, 0.02, 50.0, correct_steps=2), ScoreSdeVpScheduler(100, 0.2, 10)):
+        names = [name for name in given.config if not name.startswith("_")]
+        wanted = [given.config[name] for name in names]
+        given.save_pretrained(tmp_path)
+        for again in (type(given).from_config(given.config), type(given).from_pretrained(tmp_path)):
+            assert [again.config[name] for name in names] == wanted
+    ve = ScoreSdeVeScheduler(100, sigma_max=50.0, norm="sample")
+    assert TheirVe.from_config(ve.config).config.sigma_max == 50.0
+    assert ScoreSdeVeScheduler.from_config(ve.config, snr=0.3).config.snr == 0.3
+    assert set(ve.config["_use_default_values"]) == {"snr", "sigma_min", "sampling_eps", "correct_steps"}
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_and_device_change_nothing(default):
+    x, score, noise = draws(0)
+
+    def run():
+        ve, vp = prepared(ScoreSdeVeScheduler(sigma_max=50.0)), prepared(ScoreSdeVpScheduler())
+        ours = [ve.timesteps, ve.sigmas, ve.discrete_sigmas, vp.timesteps]
+        for t in (ve.timesteps[7], float(ve.timesteps[7])):
+            ours += [ve.step_correct(score, x, 3).prev_sample, ve.step_pred(score, t, x, 3).prev_sample]
+            ours.append(vp.step_pred(score, x, t, 3)[0])
+        return ours + [ve.add_noise(x, noise, torch.tensor([0, 7, 19], device="cpu"))]
+
+    wanted = run()
+    torch.set_default_dtype(default)
+    # stands for an accelerator
+    torch.set_default_device("meta")
+    try:
+        got = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for ours, want in zip(got, wanted):
+        assert_same_bits(ours, want)
+
+
+def test_noise_of_half_samples_is_added_in_float32():
+    vp, (x, _, noise) = ScoreSdeVpScheduler(), draws(0)
+    t = torch.tensor(0.501)
+    alpha, std = (v.item() for v in vp._sde().marginal(t))
+    got = vp.add_noise(x.half(), noise.half(), t)
+    assert_same_bits(got, (alpha * x.half().float() + std * noise.half().float()).half())
+
+
 WRONG = [
     (lambda: ScoreSdeVeScheduler(norm="l2"), ValueError, "ScoreSdeVeScheduler: norm must be one of batch, sample, got 'l2'"),
     (

@@ -396,6 +396,12 @@ BAD = [
      "grad must be float32, float64, bfloat16 or float16, got int64"),
     ("mala_accept", lambda f: f(Z, Z, U, U, Z, Z, 1, seed=1.5), TypeError,
      "seed must be an integer or an int64 tensor, got float"),
+    ("energy_and_grad", lambda f: f(torch.no_grad()(lambda z: z.sum(1)), Z), ValueError,
+     "energy_fn must keep the graph from z to the energy, or return a gradient too"),
+    ("energy_and_grad", lambda f: f(lambda z: torch.ones(len(z), requires_grad=True) + z.detach().sum(1), Z), ValueError,
+     "energy_fn must keep the graph from z to the energy, or return a gradient too"),
+    ("energy_and_grad", lambda f: f(lambda z: (z.data.sum(1), z.detach().add_(1)), Z.clone()), ValueError,
+     "energy_fn must not change z in place"),
     ("energy_and_grad", lambda f: f(None, Z), TypeError, "energy_fn must be callable, got NoneType"),
     ("energy_and_grad", lambda f: f(lambda z: z, Z), ValueError,
      r"the energy must have the shape \(2,\), a value per sample, got \(2, 4\)"),
@@ -414,3 +420,47 @@ BAD = [
 def test_bad_input_gets_one_sentence(name, call, error, text, backend):
     with pyflow.backend(backend), pytest.raises(error, match=f"^{name}: {text}$"):
         call(getattr(ops, name))
+
+
+def test_an_energy_is_differentiated_in_inference_mode():
+    z = torch.tensor([[3.0, 4.0]])
+    with torch.inference_mode():
+        inner = z.clone()
+        results = [ops.energy_and_grad(normal_energy, each) for each in (z, inner)]
+        moved = ops.mala_step(inner, *results[0], normal_energy, 0.1, seed=0)
+    results.append(ops.energy_and_grad(normal_energy, inner))
+    want = ops.energy_and_grad(normal_energy, z)
+    for got in results:
+        for a, b in zip(got, want):
+            testing.assert_same_bits(a, b)
+    for a, b in zip(moved, ops.mala_step(z, *want, normal_energy, 0.1, seed=0)):
+        testing.assert_same_bits(a, b)
+
+
+def test_an_energy_may_return_the_same_memory_every_time():
+    u, grad = torch.empty(50), torch.empty(50, 3)
+
+    def reused(z):
+        return u.copy_(z.square().sum(1) / 2), grad.copy_(z)
+
+    z = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    for energy in (reused, normal_energy):
+        state = z, *ops.energy_and_grad(energy, z)
+        for step in range(5):
+            *state, accepted = ops.mala_step(*state, energy, 0.5, seed=0, step=step)
+        if energy is reused:
+            got = state
+    for a, b in zip(got, state):
+        testing.assert_within(a, b.double(), 1e-5 * (1 + b.abs().double()), "state")
+
+
+def test_an_energy_and_its_gradient_compile_to_one_graph():
+    config = torch._dynamo.config
+    if not hasattr(config, "trace_autograd_ops"):
+        pytest.skip("this torch breaks the graph at autograd.grad")
+    z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    with config.patch(trace_autograd_ops=True):
+        compiled = torch.compile(lambda z: ops.energy_and_grad(normal_energy, z), backend="eager", fullgraph=True)
+        for got, want in zip(compiled(z), ops.energy_and_grad(normal_energy, z)):
+            testing.assert_same_bits(got, want)
+    torch._dynamo.reset()

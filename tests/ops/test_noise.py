@@ -336,6 +336,12 @@ BAD = [
     (lambda f: f((2,), seed=1, purpose="fun"), ValueError, "purpose must be one of noise, corrector, .*, got 'fun'"),
     (lambda f: f((2,), seed=1, dtype=torch.int32), TypeError, "dtype must be float32, .* or float16, got int32"),
     (lambda f: f((2, -1), seed=1), ValueError, r"shape must not be negative, got \(2, -1\)"),
+    (lambda f: f((2,), seed=1, device="disc"), ValueError, "device must be a torch.device or its name, got 'disc'"),
+    (lambda f: f((2,), seed=1, device=1.5), TypeError, "device must be a torch.device or its name, got 1.5"),
+    (lambda f: f(5, seed=1), TypeError, "shape must be a sequence of integers, got int"),
+    (lambda f: f("12", seed=1), TypeError, "shape must be a sequence of integers, got str"),
+    (lambda f: f((2.0,), seed=1), TypeError, r"shape must hold integers, got \(2.0,\)"),
+    (lambda f: f((2, True), seed=1), TypeError, r"shape must hold integers, got \(2, True\)"),
 ]  # fmt: skip
 
 
@@ -356,6 +362,7 @@ def test_bad_input_gets_one_sentence(draw, call, error, text, backend):
         (lambda: ops.philox(Z(5, 4).long(), Z(3, 2).long()), ValueError, r"philox: key must broadcast to counter, \(5,\), got \(3,\)"),
         (lambda: ops.philox(Z(4).long() - 1, Z(2).long()), ValueError, r"philox: counter must hold words in \[0, 2\*\*32\), got other values"),
         (lambda: ops.sample_seeds(1, 2.0), TypeError, "sample_seeds: n must be an integer, got float"),
+        (lambda: ops.sample_seeds(1, 2, start=2**63 - 2), ValueError, r"sample_seeds: start \+ n must be below 2\*\*63, got 9223372036854775808"),
         (lambda: ops.sample_seeds(1, 2, start=-1), ValueError, "sample_seeds: start must be at least 0, got -1"),
         (lambda: ops.sample_seeds(Z(2).long(), 2), ValueError, r"sample_seeds: seed must be an integer or a 0-d tensor, got \(2,\)"),
     ],

@@ -85,7 +85,7 @@ def test_layouts_give_the_same_bits(layout, dtype):
         )
         testing.assert_same_bits(ops.perturb(viewed[0], 0.5, 2.0, seed=seed), ops.perturb(x, 0.5, 2.0, seed=seed))
         testing.assert_same_bits(
-            ops.langevin_step(viewed[0], score, snr=0.2, seed=seed), ops.langevin_step(x, score, snr=0.2, seed=seed)
+            ops.langevin_step(viewed[0], score, snr=0.2, norm="sample", seed=seed), ops.langevin_step(x, score, snr=0.2, norm="sample", seed=seed)
         )
     got = ops.sde_step(viewed[0], score, 1.1, 0.3, 0.7, noise=viewed[2])
     testing.assert_same_bits(got, ops.sde_step(x, score, 1.1, 0.3, 0.7, noise=noise))
@@ -212,6 +212,17 @@ def test_langevin_step(dtype, norm):
             assert got.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_marginal_rule_takes_the_std(dtype):
+    x, score, seed = draw((63, 7), dtype), draw((63, 7), dtype, 1), ops.sample_seeds(3, 63)
+    z = ops.normal(x.shape, seed=seed, step=2, purpose="corrector")
+    for alpha, std in ((1.0, 0.7), (0.9, torch.linspace(0, 2, 63))):
+        got = ops.langevin_step(x, score, snr=0.2, alpha=alpha, std=std, seed=seed, step=2, return_mean=True)
+        size = 2 * alpha * (0.2 * torch.as_tensor(std, dtype=torch.float64)) ** 2
+        for ours, want in zip(got, ops.sde_step(x, score, 1.0, size, (2 * size).sqrt(), noise=z, return_mean=True)):
+            testing.assert_same_bits(ours, want)
+
+
 def test_langevin_step_of_a_given_size():
     x, score = draw((4, 30)), draw((4, 30), seed=1)
     z = ops.normal(x.shape, seed=3, step=2, purpose="corrector")
@@ -219,9 +230,9 @@ def test_langevin_step_of_a_given_size():
         got = ops.langevin_step(x, score, step_size=size, seed=3, step=2)
         testing.assert_same_bits(got, ops.sde_step(x, score, 1.0, 0.02, math.sqrt(0.04), noise=z))
         testing.assert_same_bits(got, ops.langevin_step(x, score, step_size=size, noise=z))
-    with_rule = ops.langevin_step(x, score, snr=0.1, noise=z)
+    with_rule = ops.langevin_step(x, score, snr=0.1, norm="sample", noise=z)
     testing.assert_same_bits(
-        with_rule, ops.langevin_step(x, score, snr=torch.tensor(0.1, dtype=torch.float64), seed=3, step=2)
+        with_rule, ops.langevin_step(x, score, snr=torch.tensor(0.1, dtype=torch.float64), norm="sample", seed=3, step=2)
     )
 
 
@@ -229,7 +240,7 @@ def test_a_zero_score_moves_nothing_and_nan_travels():
     x, score = draw((3, 50)).requires_grad_(), draw((3, 50), seed=1)
     score[0], score[2, 7] = 0, torch.nan
     score.requires_grad_()
-    got = ops.langevin_step(x, score, snr=0.16, seed=0)
+    got = ops.langevin_step(x, score, snr=0.16, norm="sample", seed=0)
     testing.assert_same_bits(got[0] + 0, x[0] + 0)
     assert not got[1].isnan().any() and got[2].isnan().all()
     grads = torch.autograd.grad(got[:2].sum(), (x, score))
@@ -259,7 +270,7 @@ def results(shape):
     outputs = [
         *ops.sde_step(x, score, a, b, c, seed=own, step=STEP, return_mean=True),
         ops.sde_step(x, score, 1.1, 0.3, 0.7, seed=SEED), ops.perturb(x, a, c, seed=own),
-        ops.denoising_loss(score, c, seed=own), ops.langevin_step(x, score, snr=0.2, seed=own),
+        ops.denoising_loss(score, c, seed=own), ops.langevin_step(x, score, snr=0.2, norm="sample", seed=own),
     ]  # fmt: skip
     return [*outputs, *torch.autograd.grad([o.sum() for o in outputs], (x, score, a, b, c))]
 
@@ -296,7 +307,8 @@ def test_a_sample_does_not_depend_on_the_batch(cols):
     for function in (
         lambda r: ops.sde_step(x[r], score[r], a[r], b[r], c[r], seed=own[r], step=3),
         lambda r: ops.denoising_loss(x[r], c[r], seed=own[r]), lambda r: ops.perturb(x[r], a[r], c[r], seed=own[r]),
-        lambda r: ops.langevin_step(x[r], score[r], snr=0.16, alpha=c[r], seed=own[r]),
+        lambda r: ops.langevin_step(x[r], score[r], snr=0.16, alpha=c[r], norm="sample", seed=own[r]),
+        lambda r: ops.langevin_step(x[r], score[r], snr=0.16, alpha=c[r], std=c[r], seed=own[r]),
     ):  # fmt: skip
         whole = function(slice(None))
         for rows in (slice(0, 1), slice(2, 5), slice(6, 7)):
@@ -339,7 +351,8 @@ def test_gradcheck_twice_of_the_others():
         (lambda x, c: ops.denoising_loss(x, c, seed=own), (x, c.mean().detach().requires_grad_())),
         (lambda x: ops.denoising_loss(x, seed=own, parameterization="epsilon"), (x,)),
         (lambda x, s, e: ops.langevin_step(x, s, step_size=e, seed=own), (x, score, c)),
-        (lambda x, s, n, w: ops.langevin_step(x, s, snr=n, alpha=w, seed=own), (x, score, c, b.abs().detach().requires_grad_())),
+        (lambda x, s, n, w: ops.langevin_step(x, s, snr=n, alpha=w, norm="sample", seed=own), (x, score, c, b.abs().detach().requires_grad_())),
+        (lambda x, s, n, w: ops.langevin_step(x, s, snr=n, std=w, seed=own), (x, score, c, b.abs().detach().requires_grad_())),
         (lambda x, s, z: ops.langevin_step(x, s, snr=0.3, norm="batch", noise=z), (x, score, noise)),
         (lambda x, s: ops.sde_step(x, s, 1.1, 0.3, 0.0, seed=SEED), (x, score)),
         (lambda c: ops.sde_step(x.detach(), score.detach(), 1.1, 0.3, c, seed=SEED), (c,)),
@@ -438,7 +451,8 @@ def test_opcheck(name, args):
 
 def everything(x, score, a, b, c, seed, step):
     y, mean = ops.sde_step(x, score, a, b, c, seed=seed, step=step, return_mean=True)
-    moved = ops.langevin_step(y, score, snr=c, seed=seed, step=step)
+    moved = ops.langevin_step(y, score, snr=c, norm="sample", seed=seed, step=step)
+    moved = ops.langevin_step(moved, score, snr=c, std=c, seed=seed, step=step)
     moved = ops.langevin_step(moved, score, step_size=c, seed=seed, step=step)
     return moved, mean, ops.denoising_loss(score, c, seed=seed, step=step), ops.perturb(x, a, c, seed=seed, step=step)
 
@@ -508,8 +522,8 @@ def test_vmap_gives_every_slice_the_same_noise():
     testing.assert_same_bits(got, torch.stack([step(x[i], score[i], c[i]) for i in range(5)]))
     got = torch.vmap(lambda x: ops.denoising_loss(x, 0.5, seed=1), in_dims=1)(x)
     testing.assert_same_bits(got, torch.stack([ops.denoising_loss(x[:, i], 0.5, seed=1) for i in range(3)]))
-    got = torch.vmap(lambda x, s: ops.langevin_step(x, s, snr=0.2, seed=1))(x, score)
-    testing.assert_same_bits(got, torch.stack([ops.langevin_step(x[i], score[i], snr=0.2, seed=1) for i in range(5)]))
+    got = torch.vmap(lambda x, s: ops.langevin_step(x, s, snr=0.2, norm="sample", seed=1))(x, score)
+    testing.assert_same_bits(got, torch.stack([ops.langevin_step(x[i], score[i], snr=0.2, norm="sample", seed=1) for i in range(5)]))
 
 
 def test_autocast_changes_nothing():
@@ -574,9 +588,12 @@ def test_bad_input_gets_one_sentence(call, error, text, backend):
         (lambda: ops.denoising_loss(X, 1, seed=0, weight=torch.ones(3)), ValueError, r"denoising_loss: weight must have the shape \(\) or \(2,\), got \(3,\)"),
         (lambda: ops.langevin_step(X, X, seed=0), ValueError, "langevin_step: exactly one of step_size and snr must be given, got none"),
         (lambda: ops.langevin_step(X, X, snr=0.1, step_size=0.1), ValueError, "langevin_step: exactly one of step_size and snr must be given, got both"),
+        (lambda: ops.langevin_step(X, X, snr=0.1), ValueError, "langevin_step: std must be given for the norm marginal, got None"),
+        (lambda: ops.langevin_step(X, X, snr=0.1, std=-1.0), ValueError, "langevin_step: std must be at least 0, got -1.0"),
+        (lambda: ops.denoising_loss(X, 1.0, seed=None), ValueError, "denoising_loss: seed must be given, that of perturb, got None"),
         (lambda: ops.langevin_step(X, X, snr=-0.1), ValueError, "langevin_step: snr must be at least 0, got -0.1"),
         (lambda: ops.langevin_step(X, X, step_size=torch.tensor(-1.0)), ValueError, "langevin_step: step_size must be at least 0, got -1.0"),
-        (lambda: ops.langevin_step(X, X, snr=0.1, norm="max"), ValueError, "langevin_step: norm must be one of sample, batch, got 'max'"),
+        (lambda: ops.langevin_step(X, X, snr=0.1, norm="max"), ValueError, "langevin_step: norm must be one of marginal, sample, batch, got 'max'"),
     ],
 )  # fmt: skip
 def test_other_bad_input_gets_one_sentence(call, error, text, backend):

@@ -18,6 +18,10 @@ def draw(sde=None, score_fn=score, shape=(2, 3), **arguments):
     return sample(sde or VPSDE(), score_fn, shape, **{"steps": 30, "progress": False, **arguments})
 
 
+def one_step(x, i):
+    return make_step(VPSDE(), score, steps=5, backend="eager")(x, i, torch.zeros(2, dtype=torch.int64))
+
+
 WRONG = [
     (lambda: draw(steps=0), ValueError, "sample: steps must be at least 1, got 0"),
     (lambda: draw(steps=2.0), TypeError, "sample: steps must be an integer, got float"),
@@ -34,7 +38,7 @@ WRONG = [
         "sample: predictor must be one of euler_maruyama, reverse_diffusion, ancestral, probability_flow, got 'pc'",
     ),
     (lambda: draw(corrector="ald"), ValueError, "sample: corrector must be one of langevin, none, got 'ald'"),
-    (lambda: draw(norm="l2"), ValueError, "sample: norm must be one of sample, batch, got 'l2'"),
+    (lambda: draw(norm="l2"), ValueError, "sample: norm must be one of marginal, sample, batch, got 'l2'"),
     (
         lambda: draw(predictor="ancestral"),
         ValueError,
@@ -73,6 +77,55 @@ WRONG = [
         lambda: draw(shape=()),
         ValueError,
         "sample: shape must be (B, ...) of integers that are not negative, got ()",
+    ),
+    (lambda: draw(seed=[1, 2]), TypeError, "sample: seed must be an integer or an int64 tensor, got list"),
+    (lambda: draw(seed=2**64), ValueError, "sample: seed must fit 64 bits, got 18446744073709551616"),
+    (lambda: draw(device="disc"), ValueError, "sample: device must be a torch.device or its name, got 'disc'"),
+    (lambda: draw(device=1.5), TypeError, "sample: device must be a torch.device or its name, got 1.5"),
+    (lambda: one_step(torch.ones(2, 3), 5), ValueError, "step: i must be below the number of steps, 5, got 5"),
+    (lambda: one_step(torch.ones(2, 3), -1), ValueError, "step: i must be at least 0, got -1"),
+    (lambda: one_step([1.0], 0), TypeError, "step: x must be a tensor, got list"),
+    (lambda: one_step(torch.ones(()), 0), ValueError, "step: x must have at least one dim, the batch, got a scalar"),
+    (lambda: VPSDE().marginal("now"), TypeError, "sde: t must be a number or a tensor, got str"),
+    (lambda: VPSDE().rates(None), TypeError, "sde: t must be a number or a tensor, got NoneType"),
+    (lambda: VPSDE().drift([1.0], 0.5), TypeError, "drift: x must be a tensor, got list"),
+    (
+        lambda: VPSDE().drift(torch.ones(2, 3), torch.ones(3)),
+        ValueError,
+        "drift: t must have the shape () or (2,), got (3,)",
+    ),
+    (lambda: draw(shape=5), TypeError, "sample: shape must be (B, ...) of integers that are not negative, got int"),
+    (
+        lambda: draw(shape=(2.0,)),
+        ValueError,
+        "sample: shape must be (B, ...) of integers that are not negative, got (2.0,)",
+    ),
+    (
+        lambda: draw(score_fn=lambda x, t: x[:1]),
+        ValueError,
+        "sample: the score must have the shape of x, (2, 3), got (1, 3)",
+    ),
+    (
+        lambda: draw(score_fn=lambda x, t: x[:, :1], micro_batch=1),
+        ValueError,
+        "sample: the score must have the shape of x, (1, 3), got (1, 1)",
+    ),
+    (lambda: draw(score_fn=lambda x, t: None), TypeError, "sample: the score must be a tensor, got NoneType"),
+    (
+        lambda: log_likelihood(VPSDE(), score, torch.zeros(2, 3), solver="rk5"),
+        ValueError,
+        "log_likelihood: solver must be one of dopri8, dopri5, bosh3, fehlberg2, adaptive_heun, euler, midpoint, "
+        "heun2, heun3, rk4, explicit_adams, implicit_adams, got 'rk5'",
+    ),
+    (
+        lambda: log_likelihood(VPSDE(), score, torch.zeros(2, 3), solver="rk4", steps=0),
+        ValueError,
+        "log_likelihood: steps must be at least 1, got 0",
+    ),
+    (
+        lambda: log_likelihood(VPSDE(), score, torch.full((2, 3), torch.nan)),
+        ValueError,
+        "log_likelihood: x must be finite, got other values",
     ),
     (
         lambda: draw(shape=(2, -1)),

@@ -65,6 +65,110 @@ def test_a_constant_marginal_may_be_a_number():
     torch.testing.assert_close(g2, torch.tensor([2.0, 4.0]))
 
 
+class Table:
+    """Values of a schedule without derivatives."""
+
+    def __init__(self, values, learned=False):
+        self.values = values.double().requires_grad_(learned)
+
+    def __call__(self, t):
+        return self.values[(t * (len(self.values) - 1)).round().long()]
+
+
+TABLE = torch.linspace(0, 1, 1001)
+
+
+@pytest.mark.parametrize(
+    "std",
+    [
+        Table(TABLE),
+        Table(TABLE, learned=True),
+        torch.no_grad()(lambda t: 1 * t),
+        torch.inference_mode()(lambda t: t.clone()),
+        lambda t: torch.tensor(t.detach().numpy() ** 2),
+        lambda t: t.detach() + 0 * t,
+        lambda t: torch.floor(100 * t) / 100,
+        lambda t: t * t.detach(),
+    ],
+    ids=["table", "learned table", "no_grad", "inference mode", "numpy", "detach", "floor", "half detached"],
+)
+def test_derivatives_that_cannot_be_had_are_an_error(std):
+    sde = from_marginals(lambda t: 1.0, std)
+    assert sde.marginal(0.5)[1].item() == pytest.approx(0.5, abs=0.26)
+    text = r"^from_marginals: std\(t\) must be differentiable in t by torch, got a derivative whose integral is "
+    for use in (sde.rates, sde.diffusion, lambda t: sde.drift(torch.ones(2), t)):
+        with pytest.raises(ValueError, match=text):
+            use(0.5)
+
+
+def test_a_table_that_reaches_alpha_0_needs_no_derivatives():
+    sde, smooth = from_marginals(Table(1 - TABLE), Table(TABLE)), from_marginals(lambda t: 1 - t, lambda t: t)
+    # the grid's times are those of the table
+    rows = [each.reverse_diffusion(each.grid(1000, 1e-3)) for each in (sde, smooth)]
+    for ours, wanted in zip(*rows):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_constant_tensor_has_derivative_0():
+    f, g2 = from_marginals(lambda t: torch.ones(t.shape), lambda t: 2 * t).rates(torch.tensor([0.25, 0.5]))
+    assert f.tolist() == [0, 0] and g2.tolist() == [2, 4]
+
+
+def test_rates_under_no_grad_and_in_inference_mode():
+    def cosine():
+        return from_marginals(lambda t: torch.cos(1.5 * t), lambda t: torch.sin(1.5 * t))
+
+    wanted = cosine().rates(torch.tensor([0.3, 0.6]))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for ours, want in zip(cosine().rates(torch.tensor([0.3, 0.6])), wanted):
+                assert torch.equal(ours, want) and not ours.requires_grad
+
+
+def test_a_schedule_may_change_its_argument_in_place():
+    sde = from_marginals(lambda t: t.mul_(-1.0).exp_(), lambda t: t.mul_(2.0))
+    twin = from_marginals(lambda t: torch.exp(-t), lambda t: 2 * t)
+    for t in (torch.tensor(0.5), torch.tensor([0.2, 0.4], dtype=torch.float64)):
+        for ours, want in zip((*sde.rates(t), *sde.marginal(t)), (*twin.rates(t), *twin.marginal(t))):
+            torch.testing.assert_close(ours, want)
+
+
+@pytest.mark.parametrize("sde", SDES, ids=named)
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_numbers_are_float32_times_whatever_the_default_dtype(sde, default):
+    functions = (lambda: sde.marginal(0.301)[1], lambda: sde.diffusion(0.301), lambda: sde.drift(torch.ones(2), 0.301))
+    wanted = [function() for function in functions]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        got = [function() for function in functions[:2]]
+    finally:
+        torch.set_default_dtype(before)
+    for ours, want in zip(got, wanted):
+        assert ours.dtype == torch.float32 and torch.equal(ours, want)
+    torch.set_default_device("meta")
+    try:
+        # drift follows x
+        x = torch.ones(2, device="cpu")
+        assert torch.equal(sde.drift(x, 0.301), wanted[2])
+        grid = Grid.of(20, 1e-3)
+        assert grid.times.is_cpu and grid.index.is_cpu and grid.spread().is_cpu
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "error", "got"),
+    [(5, TypeError, "int"), ((), ValueError, "()"), ((2.0,), ValueError, "(2.0,)"), ((-1, 2), ValueError, "(-1, 2)")],
+)
+def test_a_wrong_shape_of_the_prior(shape, error, got):
+    with pytest.raises(error) as caught:
+        VPSDE().prior_sample(shape, 0)
+    assert str(caught.value) == f"prior_sample: shape must be (B, ...) of integers that are not negative, got {got}"
+    with pytest.raises(TypeError, match="^prior_sample: dtype must be float32, .*, got int64$"):
+        VPSDE().prior_sample((2, 3), 0, dtype=torch.int64)
+
+
 def test_a_learned_schedule_has_gradients():
     power = torch.tensor(1.5, requires_grad=True)
     sde = from_marginals(lambda t: torch.cos(t), lambda t: torch.sin(t) ** power)

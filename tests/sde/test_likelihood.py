@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyflow.ops import sample_seeds
-from pyflow.sde import VESDE, VPSDE, SubVPSDE, bits_per_dim, log_likelihood
+from pyflow.sde import VESDE, VPSDE, SubVPSDE, bits_per_dim, from_marginals, log_likelihood
 
 pytest.importorskip("torchdiffeq")
 
@@ -101,9 +101,113 @@ def test_dtypes_shapes_and_modules():
     assert log_likelihood(sde, lambda x, t: -x, x.double(), seed=0).dtype == torch.float64
     assert log_likelihood(sde, lambda x, t: -x, x.bfloat16(), seed=0).dtype == torch.float32
     assert log_likelihood(sde, score, x[:0]).shape == (0,)
+    flat, column = (log_likelihood(sde, lambda x, t: -x, v, seed=0) for v in (x.flatten(), x.reshape(-1, 1)))
+    assert torch.equal(flat, column)
     # a score that does not depend on x has no divergence
     assert log_likelihood(sde, lambda x, t: torch.zeros_like(x), x).isfinite().all()
     assert net.weight.grad is None
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "dopri8", "bosh3", "adaptive_heun", "rk4", "heun3"])
+@pytest.mark.parametrize("name", SDES)
+def test_every_solver_stays_between_the_ends_and_gives_the_same(name, solver):
+    sde, seen = SDES[name], []
+    exact = gaussian_score(sde)
+    rates = sde.rates
+
+    def score(x, t):
+        seen.extend((t.min().item(), t.max().item()))
+        return exact(x, t)
+
+    def watched(t):
+        seen.append(float(t))
+        return rates(t)
+
+    x, _ = data(sde, 4, torch.float64)
+    wanted = model_log_prob(sde, x)
+    sde.rates = watched
+    try:
+        nats = log_likelihood(sde, score, x, divergence="exact", solver=solver, rtol=1e-4, atol=1e-4)
+    finally:
+        del sde.rates
+    # float32 holds no time nearer to 1e-5
+    assert 1e-5 * (1 - 1e-6) <= min(seen) and max(seen) <= 1
+    # a single step of rk4 is off by 1 to 3
+    torch.testing.assert_close(nats, wanted, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "std"),
+    [
+        (lambda t: torch.cos(1.5 * t), lambda t: torch.sin(1.5 * t)),
+        (lambda t: torch.cos(math.pi / 2 * t), lambda t: torch.sin(math.pi / 2 * t)),
+        (lambda t: 1 - t, lambda t: t),
+    ],
+    ids=["cosine that ends early", "cosine", "line"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_schedules_from_marginals_that_reach_alpha_0_too(alpha, std, dtype):
+    sde, spread = from_marginals(alpha, std), 0.5
+
+    def score(x, t):
+        a, s = (v.to(x)[:, None] for v in sde.marginal(t.double()))
+        return -x / (spread**2 * a**2 + s**2)
+
+    x = torch.tensor([[0.3, -0.2], [1.0, 0.1]], dtype=dtype)
+    # the prior has the std of the noise alone, the data are still in x at the early end
+    a, s = (v.item() for v in sde.marginal(torch.tensor(min(sde.last_time(1e-5), 1.0), dtype=torch.float64)))
+    ratio = math.sqrt(spread**2 * a**2 + s**2) / spread
+    wanted = torch.distributions.Normal(0.0, s).log_prob(x.double() * ratio).sum(1) + 2 * math.log(ratio)
+    nats = log_likelihood(sde, score, x, divergence="exact")
+    assert nats.dtype == dtype
+    torch.testing.assert_close(nats.double(), wanted, rtol=0, atol=1e-3)
+
+
+def test_inference_mode_and_inference_tensors():
+    sde = VPSDE()
+    x, _ = data(sde, 4)
+    wanted = log_likelihood(sde, gaussian_score(sde), x, seed=0)
+    with torch.inference_mode():
+        inner = x.clone()
+        assert torch.equal(log_likelihood(sde, gaussian_score(sde), inner, seed=0), wanted)
+    assert torch.equal(log_likelihood(sde, gaussian_score(sde), inner, seed=0), wanted)
+
+
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+@pytest.mark.parametrize("name", ["no_grad", "inference mode", "detach", "detached network"])
+def test_a_score_without_its_graph_is_an_error(name, divergence):
+    net = torch.nn.Linear(3, 3)
+    score = {
+        "no_grad": torch.no_grad()(lambda x, t: -x),
+        "inference mode": torch.inference_mode()(lambda x, t: -x),
+        "detach": lambda x, t: -x.detach(),
+        "detached network": lambda x, t: net(x.detach()),
+    }[name]
+    with pytest.raises(ValueError, match="^log_likelihood: score_fn must keep the graph from x to the score, got "):
+        log_likelihood(VPSDE(), score, torch.zeros(2, 3), divergence=divergence)
+
+
+def test_a_score_may_change_and_keep_its_arguments():
+    sde, kept = VPSDE(), []
+    x, _ = data(sde, 4)
+    exact = gaussian_score(sde)
+
+    def rude(x, t):
+        score = exact(x.clone(), t.clone())
+        x.mul_(0)
+        t.mul_(1000)
+        kept.append((t, t.clone()))
+        return score + x
+
+    before = x.clone()
+    assert torch.equal(log_likelihood(sde, rude, x, seed=0), log_likelihood(sde, exact, x, seed=0))
+    assert torch.equal(x, before)
+    assert all(torch.equal(t, then) for t, then in kept)
+
+
+def test_a_score_that_is_not_finite_ends_with_a_sentence():
+    with pytest.raises(FloatingPointError, match="^log_likelihood: dopri5 found no step; the score must be finite"):
+        log_likelihood(VPSDE(), lambda x, t: x / 0, torch.ones(2, 3), seed=0)
 
 
 def test_bits_per_dim_of_grey_levels():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 import pyflow
 from pyflow.ops import normal, sample_seeds
-from pyflow.sde import VESDE, VPSDE, SubVPSDE, from_marginals, sample
+from pyflow.sde import VESDE, VPSDE, SubVPSDE, from_marginals, make_step, sample
 from pyflow.sde.equations import Grid
 from pyflow.testing import assert_same_bits, threads
 
@@ -86,7 +87,7 @@ def test_moments_are_those_of_the_discretised_chain(name, method):
     assert bool(((x.T.cov() - covariance).abs() <= 3 * covariance_error).all())
 
 
-@pytest.mark.parametrize("norm", ["sample", "batch"])
+@pytest.mark.parametrize("norm", ["marginal", "sample", "batch"])
 @pytest.mark.parametrize("name", SDES)
 def test_snr_rule_is_the_eager_loop_on_the_same_noise(name, norm):
     sde, shape, steps, snr = SDES[name], (7, 3), 30, 0.05
@@ -99,6 +100,8 @@ def test_snr_rule_is_the_eager_loop_on_the_same_noise(name, norm):
         z_norm, grad_norm = z.norm(dim=1, keepdim=True), grad.norm(dim=1, keepdim=True)
         if norm == "batch":
             z_norm, grad_norm = z_norm.mean(), grad_norm.mean()
+        if norm == "marginal":
+            z_norm, grad_norm = sde.marginal(t)[1].float(), 1
         step_size = 2 * alphas[i].float() * (snr * z_norm / grad_norm) ** 2
         x = x + step_size * grad + (2 * step_size).sqrt() * z
         x = a.float() * x + b.float() * score(x, times) + c.float() * normal(shape, seed=seeds, step=i)
@@ -226,16 +229,169 @@ def test_callback_and_progress(monkeypatch):
         assert not silent.getvalue()
 
 
-def test_a_score_that_changes_its_time_in_place_does_no_harm():
-    times = []
+@pytest.mark.parametrize("micro_batch", [None, 2])
+@pytest.mark.parametrize("method", ["euler_maruyama", "pc"])
+def test_what_a_score_does_to_its_arguments_does_no_harm(method, micro_batch):
+    kept, buffer = [], torch.empty(2, 3)
+
+    def pure(x, t):
+        return -x * (1 + t[:, None])
+
+    def rude(x, t):
+        kept.append((x, x.clone(), t, t.clone()))
+        score = pure(x, t)
+        x.zero_()
+        kept[-1][1].zero_()
+        t.mul_(1000)
+        kept[-1][3].mul_(1000)
+        # the same memory every time
+        return buffer[: len(x)].copy_(score) if micro_batch else score
+
+    arguments = {"shape": (5, 3), "steps": 30, "method": method, "seed": 3, "progress": False}
+    wanted = sample(VPSDE(), pure, **arguments)
+    assert_same_bits(sample(VPSDE(), rude, micro_batch=micro_batch, **arguments), wanted)
+    for x, then, t, t_then in kept:
+        assert_same_bits(x, then)
+        assert_same_bits(t, t_then)
+
+
+def test_a_score_that_keeps_its_arguments_sees_no_change():
+    kept = []
 
     def score(x, t):
-        times.append(t[0].item())
-        t.mul_(1000)
+        kept.append((x, x.clone(), t, t.clone()))
         return -x
 
-    sample(VPSDE(), score, (1, 2), steps=5, progress=False)
-    assert times == pytest.approx(torch.linspace(1, 1e-3, 5).tolist())
+    sample(VPSDE(), score, (2, 3), steps=30, method="pc", seed=3, progress=False)
+    assert len({t[0].item() for _, _, t, _ in kept}) == 30
+    for x, then, t, t_then in kept:
+        assert_same_bits(x, then)
+        assert_same_bits(t, t_then)
+
+
+def test_a_callback_does_not_reach_the_state_and_writing_begins_with_the_first_call():
+    arguments = {"shape": (2, 3), "steps": 10, "seed": 3, "progress": False}
+    wanted = sample(VPSDE(), lambda x, t: -x, **arguments)
+    assert_same_bits(sample(VPSDE(), lambda x, t: -x, callback=lambda i, t, x: x.zero_(), **arguments), wanted)
+    late = [
+        ("score_fn", {"score_fn": lambda x, t: x.neg_() if t[0] < 0.5 else -x}),
+        ("callback", {"score_fn": lambda x, t: -x, "callback": lambda i, t, x: x.zero_() if i == 5 else None}),
+    ]
+    for name, functions in late:
+        text = f"^sample: {name} must change x in place from its first call on or never$"
+        with pytest.raises(ValueError, match=text):
+            sample(VPSDE(), **functions, **arguments)
+    with pytest.raises(TypeError, match="^sample: callback must be callable, got int$"):
+        sample(VPSDE(), lambda x, t: -x, callback=3, **arguments)
+
+
+def test_inference_mode_changes_nothing_and_a_score_may_use_autograd():
+    def score(x, t):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(-x.square().sum() / 2, x)[0]
+
+    arguments = {"shape": (2, 3), "steps": 30, "method": "pc", "seed": 3, "progress": False}
+    wanted = sample(VPSDE(), score, **arguments)
+    with torch.inference_mode():
+        assert_same_bits(sample(VPSDE(), score, **arguments), wanted)
+        step = make_step(VPSDE(), lambda x, t: -x, steps=5, backend="eager")
+        assert step(torch.zeros(2, 3), 0, torch.zeros(2, dtype=torch.int64)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("method", ["euler_maruyama", "pc"])
+def test_the_default_dtype_and_device_change_nothing(default, method):
+    seen = []
+
+    def score(x, t):
+        seen.append((t.dtype, t[0].item()))
+        return -x
+
+    cosine = from_marginals(lambda t: torch.cos(1.5 * t), lambda t: torch.sin(1.5 * t))
+    for sde in (VPSDE(), VESDE(), cosine):
+        arguments = {"shape": (4, 3), "steps": 30, "method": method, "seed": 3, "progress": False, "device": "cpu"}
+        wanted, times = sample(sde, score, **arguments), seen.copy()
+        seen.clear()
+        before = torch.get_default_dtype(), torch.get_default_device()
+        torch.set_default_dtype(default)
+        # stands for an accelerator
+        torch.set_default_device("meta")
+        try:
+            got = sample(sde, score, **arguments)
+        finally:
+            torch.set_default_dtype(before[0])
+            torch.set_default_device(None)
+        assert_same_bits(got, wanted)
+        assert seen == times and seen[0][0] == torch.float32
+        seen.clear()
+
+
+@pytest.mark.parametrize("name", [name for name in SDES if name != "marginals"])
+@pytest.mark.parametrize("dims", [1, 2, 8])
+def test_the_default_corrector_gives_the_right_law_in_few_dimensions(name, dims):
+    sde, n = SDES[name], 4000
+
+    def score(x, t):
+        alpha, std = (v[:, None] for v in sde.marginal(t))
+        return -(x - 1.5 * alpha) / (0.09 * alpha**2 + std**2)
+
+    x = sample(sde, score, (n, dims), steps=300, method="pc", seed=0, progress=False).double()
+    # three standard errors beside the step's own bias
+    assert abs(x.std().item() / 0.3 - 1) < 0.03 + 3 / math.sqrt(2 * n * dims)
+    assert abs(x.mean().item() - 1.5) < 0.03 * 0.3 + 3 * 0.3 / math.sqrt(n * dims)
+    assert (x - 1.5).abs().max().item() < 6 * 0.3
+
+
+REACHING_ZERO = {
+    "cosine": from_marginals(lambda t: torch.cos(math.pi / 2 * t), lambda t: torch.sin(math.pi / 2 * t)),
+    "line": from_marginals(lambda t: 1 - t, lambda t: t),
+    "flat at the end": from_marginals(lambda t: (1 - 1.25 * t).clamp(min=0), lambda t: t),
+}
+
+
+@pytest.mark.parametrize("method", ["euler_maruyama", "reverse_diffusion", "pc", "probability_flow"])
+@pytest.mark.parametrize("name", REACHING_ZERO)
+def test_schedules_that_reach_alpha_0_give_the_right_law(name, method):
+    sde, n, seen = REACHING_ZERO[name], 20_000, []
+
+    def score(x, t):
+        seen.append(t[0].item())
+        alpha, std = (v[:, None] for v in sde.marginal(t))
+        return -(x - 1.5 * alpha) / (0.09 * alpha**2 + std**2)
+
+    x = sample(sde, score, (n, 1), steps=400, method=method, step_size=1e-6, seed=0, progress=False).double()
+    assert 0.79 < max(seen) < 1 and sde.marginal(max(seen))[0] > 0
+    assert abs(x.std().item() / 0.3 - 1) < 0.03 and abs(x.mean().item() - 1.5) < 0.02
+
+
+@pytest.mark.parametrize("name", REACHING_ZERO)
+def test_exact_steps_are_those_of_normals(name):
+    """Of a single datum m the score is -(x - alpha m) / std^2: each step keeps mean and std of x_t exactly."""
+    sde, m = REACHING_ZERO[name], 0.7
+    grid = sde.grid(50, 1e-3)
+    alpha, std = sde.marginal(torch.cat((grid.times, grid.times.new_zeros(1))))
+    assert bool((alpha > 0).all()) and len(grid.times) < 50
+    for row in (sde.euler_maruyama(grid), sde.reverse_diffusion(grid), sde.probability_flow(grid)):
+        for i, (a, b, c) in enumerate(zip(*row)):
+            gain = a - b / std[i] ** 2
+            mean = gain * alpha[i] * m + b * alpha[i] * m / std[i] ** 2
+            variance = (gain * std[i]) ** 2 + c**2
+            torch.testing.assert_close(mean, alpha[i + 1] * m, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(variance, std[i + 1] ** 2, rtol=1e-9, atol=1e-9)
+    assert bool((sde.probability_flow(grid)[2] == 0).all())
+
+
+def test_schedules_without_steps_are_refused():
+    late = from_marginals(lambda t: 1 - t, lambda t: t)
+    with pytest.raises(ValueError, match="^from_marginals: steps must be so many that alpha is above 0 .*, got 1$"):
+        sample(late, lambda x, t: -x, (2, 3), steps=1, progress=False)
+    wave = from_marginals(lambda t: torch.cos(5 * t), lambda t: t)
+    with pytest.raises(ValueError, match=r"^from_marginals: alpha\(t\) must be positive for t below 1$"):
+        sample(wave, lambda x, t: -x, (2, 3), steps=30, progress=False)
+    rough = from_marginals(lambda t: 1.0, lambda t: t * torch.where(t > 0.5, 1.0, torch.nan))
+    with pytest.raises(ValueError, match="^sample: the steps of sde must be finite, got "):
+        sample(rough, lambda x, t: -x, (2, 3), steps=30, progress=False)
 
 
 def test_the_seed_comes_from_torch_when_none_is_given():

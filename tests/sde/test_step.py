@@ -86,17 +86,35 @@ class Made(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("method", "calls", "rest"), [("euler_maruyama", 1, 0), ("pc", 2, 2 * 4)])
-def test_a_step_makes_no_tensor_but_the_score_and_the_new_state(method, calls, rest):
+@pytest.mark.parametrize(
+    ("method", "norm", "calls", "rest"),
+    [("euler_maruyama", "marginal", 1, 4), ("pc", "marginal", 2, 4), ("pc", "sample", 2, 2 * 4)],
+)
+def test_a_step_makes_no_tensor_but_the_score_and_the_new_state(method, norm, calls, rest):
     made, after = Made(), []
 
     def keep(i, t, x):
         after.append(len(made.tensors))
 
+    arguments = {"steps": 30, "method": method, "norm": norm, "seed": 0, "progress": False}
     with made:
-        sample(VPSDE(), lambda x, t: x.neg(), (4, 32), steps=30, method=method, seed=0, progress=False, callback=keep)
+        sample(VPSDE(), lambda x, t: x.neg(), (4, 32), callback=keep, **arguments)
     assert len({b - a for a, b in itertools.pairwise(after)}) == 1
-    # beyond those two only what the corrector's norms need, per sample
+    # beyond those two only times and what the corrector's norms need, per sample
     sizes = [math.prod(shape) for _, shape in made.tensors[after[0] : after[1]]]
     assert sorted(sizes)[-2 * calls :] == [4 * 32] * 2 * calls
     assert max(sorted(sizes)[: -2 * calls], default=0) <= rest, made.tensors[after[0] : after[1]]
+
+
+def test_a_score_that_changes_its_arguments_in_place_compiles_to_the_same_step():
+    def rude(x, t):
+        x.mul_(-2 - t[:, None])
+        t.mul_(1000)
+        return x
+
+    for method in ("euler_maruyama", "pc"):
+        torch._dynamo.reset()
+        step = make_step(VPSDE(), rude, method, steps=30, backend="aot_eager")
+        pure = lambda x, t: x * (-2 - t[:, None])  # noqa: E731
+        wanted = sample(VPSDE(), pure, (4, 3), method=method, steps=30, seed=0, progress=False)
+        assert_same_bits(step.sample((4, 3), seed=0, progress=False), wanted)

@@ -51,6 +51,38 @@ def test_same_names_sum_and_average():
     assert c.metrics["m"].item() == 1.5 and not c.metrics["m"].requires_grad and c.total().item() == 6
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_sums_are_float32_or_wider_and_the_gradient_keeps_its_dtype(dtype):
+    weight = torch.ones((), dtype=dtype, requires_grad=True)
+    with collect() as c:
+        for _ in range(600):
+            add_loss(weight * 1000, "fit")
+            add_metric(weight * 1000, "level")
+        add_metric(torch.tensor(True), "flag")
+        add_metric(torch.tensor(2), "count")
+    wide = torch.promote_types(dtype, torch.float32)
+    assert c.total().dtype == wide and c.total().item() == 600_000
+    assert c.metrics["level"].dtype == wide and c.metrics["level"].item() == 1000
+    assert c.metrics["flag"].item() == 1 and c.metrics["count"].item() == 2
+    (c.losses["fit"] / 600).backward()
+    assert weight.grad.dtype == dtype
+
+
+def test_numbers_do_not_follow_the_default_dtype_or_device():
+    torch.set_default_dtype(torch.bfloat16)
+    # stands for an accelerator
+    torch.set_default_device("meta")
+    try:
+        with collect() as c:
+            for _ in range(600):
+                add_loss(1.001, "fit")
+                add_metric(1.001, "level")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert c.total().item() == pytest.approx(600.6) and c.metrics["level"].item() == pytest.approx(1.001)
+
+
 def test_outside_nothing_happens_and_blocks_nest():
     add_loss(torch.tensor(1.0), "a")
     with collect() as outer:
@@ -119,6 +151,7 @@ def test_without_lightning_only_the_module_is_missing(monkeypatch):
     [
         ((torch.zeros(3), "a"), ValueError, r"value must be a scalar, got shape \(3,\)"),
         (("1", "a"), TypeError, "value must be a number, got str"),
+        ((torch.tensor(1j), "a"), TypeError, "value must be real, got complex64"),
         ((1.0, 2), TypeError, "name must be a string, got int"),
         ((1.0, ""), ValueError, "name must not be empty"),
     ],

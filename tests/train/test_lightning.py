@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import csv
+import dataclasses
 from functools import partial
 
 import pytest
@@ -14,6 +16,7 @@ lightning = pytest.importorskip("lightning")
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
 from pyflow.train import LossOnlyModule, add_loss, add_metric  # noqa: E402
+from pyflow.train._lightning import _batch_size  # noqa: E402
 
 
 class Model(nn.Module):
@@ -50,7 +53,7 @@ def test_trains_shows_logs_and_resumes(tmp_path):
     assert set(trainer.progress_bar_metrics) >= {"square", "decay", "distance", "loss", "val/square", "val/loss"}
     # the bar's value is the mean over the epoch so far
     mean = module._sums["square"] / module._counts["square"]
-    assert module._counts["square"] == 6 and trainer.progress_bar_metrics["square"] == pytest.approx(mean.item())
+    assert module._counts["square"] == 48 and trainer.progress_bar_metrics["square"] == pytest.approx(mean.item())
     rows = list(csv.DictReader(open(trainer.logger.log_dir + "/metrics.csv")))
     losses = [float(row["train/loss"]) for row in rows if row.get("train/loss")]
     assert len(losses) == 4 and losses[-1] < 0.7 * losses[0]
@@ -80,3 +83,87 @@ def test_bad_input_gets_one_sentence():
         LossOnlyModule(nn.Identity(), "adam")
     with pytest.raises(RuntimeError, match="the model added no loss"):
         LossOnlyModule(nn.Identity(), torch.optim.SGD).training_step(torch.zeros(1), 0)
+
+
+class Mean(nn.Module):
+    """Adds what it is given as its loss."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, dtype=dtype))
+
+    def forward(self, x, **rest):
+        add_loss((x.to(self.weight.dtype) + self.weight).mean(), "fit")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("values", "dtype", "mean"),
+    [([10.0, 10.0, 1.0], torch.float32, 7.0), ([40_000.0] * 9, torch.float16, 40_000.0)],
+    ids=["uneven", "half precision"],
+)
+def test_bar_and_logger_show_the_mean_over_samples(values, dtype, mean):
+    data = [{"text": "a", "number": 3, "x": torch.tensor(v)} for v in values]
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(data, batch_size=2)
+    trainer.fit(LossOnlyModule(Mean(dtype), partial(torch.optim.SGD, lr=0.0)), loader, loader)
+    for shown in (trainer.progress_bar_metrics["fit"], trainer.callback_metrics["train/fit"]):
+        assert float(shown) == pytest.approx(mean)
+    assert float(trainer.callback_metrics["val/fit"]) == pytest.approx(mean)
+
+
+@dataclasses.dataclass
+class Pair:
+    name: str
+    x: torch.Tensor
+
+
+Named = collections.namedtuple("Named", "name x")
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.zeros(5, 2),
+        ["a", torch.zeros(5)],
+        (3, {"text": ["a", "b"], "deep": {"weight": torch.tensor(2.0), "x": [None, torch.zeros(5, 1)]}}),
+        Pair("a", torch.zeros(5)),
+        [Named("a", torch.zeros(5))],
+        collections.UserDict(text="a", x=torch.zeros(5)),
+        ([], {}, torch.zeros(5)),
+        torch.nn.utils.rnn.pack_sequence([torch.zeros(n) for n in (4, 3, 3, 2, 1)]),
+    ],
+    ids=["tensor", "string first", "nested", "dataclass", "named tuple", "mapping", "empty first", "packed"],
+)
+def test_a_batch_is_as_large_as_its_first_tensor_with_a_dim(batch):
+    assert _batch_size(batch) == 5
+
+
+def test_a_batch_without_such_a_tensor_counts_once():
+    assert [_batch_size(batch) for batch in (3, "text", torch.tensor(2.0), [], {"a": [1, 2]}, None)] == [1] * 6
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (("fit", None, "fit"), "a loss and a metric must have different names, got two of 'fit'"),
+        (("fit", None, "loss"), "only the sum of the losses must be called 'loss', got another value"),
+        (("fit", "loss", None), "only the sum of the losses must be called 'loss', got another value"),
+    ],
+)
+def test_two_values_of_one_name_are_refused(names, text):
+    first, second, metric = names
+
+    class Clash(nn.Module):
+        def forward(self, x):
+            add_loss(1.0, first)
+            if second:
+                add_loss(2.0, second)
+            if metric:
+                add_metric(3.0, metric)
+
+    with pytest.raises(ValueError, match=f"^LossOnlyModule: {text}$"):
+        LossOnlyModule(Clash(), torch.optim.SGD).training_step(torch.zeros(1), 0)

@@ -94,7 +94,7 @@ def test_a_sample_does_not_depend_on_its_batch(gpu):
         def advance(rows):
             x_, score_, own_, c_ = x[rows], score[rows], own[rows], c[rows]  # noqa: B023
             moved_ = ops.sde_step(x_, score_, a[rows], b[rows], c_, seed=own_)  # noqa: B023
-            return moved_, ops.langevin_step(x_, score_, snr=0.16, seed=own_), ops.denoising_loss(x_, c_, seed=own_)
+            return moved_, ops.langevin_step(x_, score_, snr=0.16, norm="sample", seed=own_), ops.denoising_loss(x_, c_, seed=own_)
 
         whole = advance(slice(None))
         for rows in (slice(None), slice(0, 1), slice(3, 20), slice(1, None)):
@@ -110,7 +110,7 @@ def test_works_in_a_cuda_graph_and_never_waits(gpu):
 
     def advance():
         y = ops.sde_step(x, score, a, b, c, seed=seed, step=number)
-        y = ops.langevin_step(y, score, snr=0.16, seed=seed, step=number)
+        y = ops.langevin_step(y, score, snr=0.16, norm="sample", seed=seed, step=number)
         y = ops.sde_step(y, score, 1.01, 0.05, 0.3, seed=11, step=4)
         return y, ops.denoising_loss(y, c, seed=seed, step=number)
 

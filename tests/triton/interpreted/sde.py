@@ -58,3 +58,5 @@ def test_sde_loss_and_norms(dtype, scalars):
                 options = dict(snr=0.2, norm=norm, seed=seed)
                 corrector = lambda x, s: ops.langevin_step(x, s, **options)  # noqa: B023, E731
                 compare(corrector, [pred, score], sums=(0, 2), error=3e-4)
+            marginal = lambda x, s: ops.langevin_step(x, s, snr=0.2, std=0.7, seed=seed)  # noqa: B023, E731
+            compare(marginal, [pred, score], error=3e-4)
