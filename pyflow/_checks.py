@@ -49,7 +49,7 @@ def device(op: str, value: object) -> torch.device:
         return torch.device(value)
     except (RuntimeError, TypeError):
         error = ValueError if isinstance(value, str) else TypeError
-        raise error(f"{op}: device must be a torch.device or its name, got {value!r}") from None
+        raise error(f"{op}: device must be a torch.device or its name, got {shown(value)}") from None
 
 
 def values_are_checked(tensor: Tensor) -> bool:
@@ -61,9 +61,15 @@ def values_are_checked(tensor: Tensor) -> bool:
     return tensor.is_cpu or (tensor.device.type != "meta" and os.environ.get("PYFLOW_CHECK") == "1")
 
 
-def float_tensor(op: str, name: str, value: object) -> None:
+def tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {short(value.layout)}")
+
+
+def float_tensor(op: str, name: str, value: object) -> None:
+    tensor(op, name, value)
     if value.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {short(value.dtype)}")
 
@@ -81,7 +87,7 @@ def choice(op: str, name: str, value: object, allowed: tuple[str, ...]) -> int:
     """The position of `value` among the allowed words."""
     if isinstance(value, str) and value in allowed:
         return allowed.index(value)
-    raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+    raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}, got {shown(value)}")
 
 
 def number(op: str, name: str, value: object) -> float:
@@ -100,15 +106,13 @@ def positive(op: str, name: str, value: object) -> float:
 
 
 def integer_tensor(op: str, name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    tensor(op, name, value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must be integers, got {short(value.dtype)}")
 
 
 def int64_tensor(op: str, name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    tensor(op, name, value)
     if value.dtype != torch.int64:
         raise TypeError(f"{op}: {name} must be int64, got {short(value.dtype)}")
 
@@ -125,8 +129,7 @@ def at_least(op: str, name: str, value: object, least: int) -> int:
 
 def mask_for(op: str, mask: object, x: Tensor) -> Tensor:
     """The mask as a bool view with the shape of x."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{op}: mask must be a tensor, got {type(mask).__name__}")
+    tensor(op, "mask", mask)
     if mask.device != x.device:
         raise ValueError(f"{op}: mask must be on the device of x, {x.device}, got {mask.device}")
     fits = mask.dim() <= x.dim() and all(m == 1 or m == n for m, n in zip(reversed(mask.shape), reversed(x.shape)))
@@ -139,6 +142,13 @@ def mask_for(op: str, mask: object, x: Tensor) -> Tensor:
     return mask.expand(x.shape)
 
 
-def short(dtype: object) -> str:
-    """A dtype's name, or what was given instead of one."""
-    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else type(dtype).__name__
+def shown(value: object) -> str:
+    """What was given, where it fits into a sentence; else its type."""
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else type(value).__name__
+
+
+def short(value: object) -> str:
+    """A dtype's or layout's name, or the type of what was given instead of one."""
+    known = isinstance(value, (torch.dtype, torch.layout))
+    return str(value).removeprefix("torch.") if known else type(value).__name__
