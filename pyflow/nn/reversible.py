@@ -201,14 +201,14 @@ def _without_losses() -> Iterator[None]:
 @contextlib.contextmanager
 def _given(norms: list[SpectralNorm], weights: list[Tensor]) -> Iterator[None]:
     """The layers meet these normalised weights."""
-    before = [norm._given for norm in norms]
+    before = [norm.given for norm in norms]
     try:
         for norm, weight in zip(norms, weights):
-            norm._given = weight
+            norm.give((weight, None, None))
         yield
     finally:
-        for norm, weight in zip(norms, before):
-            norm._given = weight
+        for norm, normalised in zip(norms, before):
+            norm.give(normalised)
 
 
 def _made_by(layer: nn.Module, kind: type) -> bool:
