@@ -21,6 +21,11 @@ def values_are_checked(tensor: Tensor) -> bool:
     return tensor.is_cpu or (tensor.device.type != "meta" and os.environ.get("PYFLOW_CHECK") == "1")
 
 
+def in_backward() -> bool:
+    """Whether a backward runs in this thread, so that a forward here is a recomputation."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def float_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")

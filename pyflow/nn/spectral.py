@@ -55,7 +55,7 @@ class SpectralNorm(nn.Module):
     @property
     def rounds(self) -> int:
         """A block that is recomputed for its gradient finds u and v where its forward has left them."""
-        moves = self.training and not _in_backward()
+        moves = self.training and not check.in_backward()
         return self.n_iter if moves or self.through_iteration else 0
 
     @property
@@ -78,7 +78,7 @@ class SpectralNorm(nn.Module):
         """The normalised weight, if the root has made it."""
         given = self.given
         # a block that is recomputed for its gradient sees the weight it saw before
-        held = self._kept if given is None and _in_backward() else given
+        held = self._kept if given is None and check.in_backward() else given
         return None if held is None else held[0]
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class _Together:
         return [layer[0] for layer in self.layers]
 
     def before(self, root: nn.Module, args: object) -> None:
-        again = _in_backward() and all(norm._kept is not None for norm in self.norms)
+        again = check.in_backward() and all(norm._kept is not None for norm in self.norms)
         groups: dict[tuple[object, int], list[tuple[SpectralNorm, Tensor]]] = {}
         for layer in self.layers:
             norm, weight = layer[0], layer.original
@@ -145,7 +145,7 @@ class _Together:
         given = [norm.given for norm in self.norms]
         for norm in self.norms:
             norm.give(None)
-        if torch.compiler.is_compiling() or _in_backward():
+        if torch.compiler.is_compiling() or check.in_backward():
             return
         if not torch.is_grad_enabled():
             given = [None] * len(given)
@@ -161,10 +161,6 @@ class _Together:
     def keep(self, given: list[Normalised | None]) -> None:
         for norm, normalised in zip(self.norms, given):
             norm._kept = normalised
-
-
-def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 # u and v change in place in every forward, which what is made in inference mode must not
@@ -291,7 +287,8 @@ def apply_weight_norm(
     for path, layer in layers:
         weight = getattr(layer, name).detach()
         if weight.dim() > 1 and not -weight.dim() <= dim < weight.dim():
-            raise ValueError(f"{op}: dim must be one of {_where(path, name)}, of shape {tuple(weight.shape)}, got {dim}")
+            shape = tuple(weight.shape)
+            raise ValueError(f"{op}: dim must be one of {_where(path, name)}, of shape {shape}, got {dim}")
         if _read(weight) and not bool((_norms(weight, dim) > 0).all()):
             raise ValueError(f"{op}: {_where(path, name)} must not have a row of zeros, it has no direction")
     for _, layer in layers:
