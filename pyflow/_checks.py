@@ -78,6 +78,14 @@ def int64_tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be int64, got {short(value.dtype)}")
 
 
+def shape(op: str, value: object) -> tuple[int, ...]:
+    """A shape, given as an integer or a tuple of them."""
+    if not isinstance(value, (numbers.Integral, tuple, list)):
+        raise TypeError(f"{op}: shape must be an integer or a tuple of integers, got {type(value).__name__}")
+    sizes = value if isinstance(value, (tuple, list)) else (value,)
+    return tuple(int(at_least(op, "shape", n, 0)) for n in sizes)
+
+
 def at_least(op: str, name: str, value: object, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
