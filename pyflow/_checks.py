@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import os
 
@@ -24,6 +25,11 @@ def values_are_checked(tensor: Tensor) -> bool:
 def in_backward() -> bool:
     """Whether a backward runs in this thread, so that a forward here is a recomputation."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def uncast(x: Tensor) -> contextlib.AbstractContextManager:
+    """A block without autocast on x's device; meta has none."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def float_tensor(op: str, name: str, value: object) -> None:

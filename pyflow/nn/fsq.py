@@ -238,6 +238,11 @@ class FSQ(CountsUsage):
         """The digit of every channel, (..., len(levels)); -1 where the index is."""
         check.integer_tensor("FSQ", "indices", indices)
         indices = signed(indices)[..., None]
+        if indices.numel() and check.values_are_checked(indices):
+            low, high = (int(v) for v in indices.aminmax())
+            if low < -1 or high >= self.codebook_size:
+                wrong = low if low < -1 else high
+                raise ValueError(f"FSQ: indices must lie in [-1, {self.codebook_size}), got {wrong}")
         basis, levels = self._numbered(indices.device), self._constant("levels", indices.device)
         return torch.where(indices < 0, -1, indices // basis % levels)
 
@@ -312,7 +317,7 @@ class FSQ(CountsUsage):
 
 
 def _rotate(z: Tensor, matrix: Tensor) -> Tensor:
-    with torch.autocast(z.device.type, enabled=False):
+    with check.uncast(z):
         return z @ matrix.to(z.dtype)
 
 

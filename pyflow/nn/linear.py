@@ -299,7 +299,8 @@ class Invertible1x1Conv(HoldsNumbers):
     def forward(
         self, x: Tensor, *context: object, mask: Tensor | None = None, **named: object
     ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self._check(x), enabled=False):
+        self._check(x)
+        with check.uncast(x):
             mask, seen = self._seen(x, mask)
             weight = self.weight(seen.dtype)
             if x.dim() == 2:
@@ -311,7 +312,8 @@ class Invertible1x1Conv(HoldsNumbers):
     def inverse(
         self, y: Tensor, *context: object, mask: Tensor | None = None, **named: object
     ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self._check(y), enabled=False):
+        self._check(y)
+        with check.uncast(y):
             mask, seen = self._seen(y, mask)
             lower, upper = self.factors(seen.dtype)
             # one system with B * positions right-hand sides; solving sample by sample is slower
@@ -340,13 +342,11 @@ class Invertible1x1Conv(HoldsNumbers):
             return y, (log_volume * math.prod(x.shape[2:])).repeat(x.shape[0])
         return torch.where(mask, x, y), log_volume * (~mask[:, :1]).flatten(1).sum(1)
 
-    def _check(self, x: Tensor) -> str:
-        """The device type of an x that fits."""
+    def _check(self, x: Tensor) -> None:
         channels = self.lower.shape[0]
         check.float_tensor("Invertible1x1Conv", "x", x)
         if x.dim() < 2 or x.shape[1] != channels:
             raise ValueError(f"Invertible1x1Conv: x must have the shape (B, {channels}, ...), got {tuple(x.shape)}")
-        return x.device.type
 
     def extra_repr(self) -> str:
         return str(self.lower.shape[0])

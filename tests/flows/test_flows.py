@@ -270,6 +270,15 @@ def test_training_step_lowers_the_loss():
         assert losses[-1] < losses[0] - 0.2
 
 
+def test_glow_on_meta():
+    with torch.device("meta"):
+        flow = Glow((1, 4, 4), steps=1, levels=1, hidden=4)
+    x = torch.empty(3, 1, 4, 4, device="meta")
+    for training in (True, False):
+        z, logdet = flow.train(training)(x)
+        assert z.shape == (3, 16) and logdet.shape == (3,) and flow.inverse(z)[0].shape == x.shape
+
+
 def test_dequantize_and_bits():
     x = torch.arange(17).repeat(1000, 1)
     y = dequantize(x, 17, torch.Generator().manual_seed(0))

@@ -446,6 +446,16 @@ def test_indices_are_not_computed_unless_asked_for():
     assert module(torch.randn(4, 3))[1] is None and module.usage().counts.sum() == 4
 
 
+@pytest.mark.parametrize("index", [25, 300, -2])
+def test_level_indices_of_no_code(index):
+    with pytest.raises(ValueError, match=rf"^FSQ: indices must lie in \[-1, 25\), got {index}$"):
+        FSQ([5, 5]).indices_to_level_indices(torch.tensor([0, index, -1, 24]))
+
+
+def test_a_rotation_on_meta():
+    assert FSQ([5, 5], orthogonal_rotation=True).to("meta")(torch.zeros(1, 3, 2, device="meta"))[0].shape == (1, 3, 2)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_what_is_recomputed_counts_once(use_reentrant):
     module, z = FSQ([5, 5]), torch.randn(1, 10, 2, requires_grad=True)
