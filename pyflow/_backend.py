@@ -7,13 +7,14 @@ function runs the plain-torch reference itself, so that torch.compile can still 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,6 +192,20 @@ def _close(owner: object) -> None:
         del _thread.choice
 
 
+@contextlib.contextmanager
+def on(choice: str) -> Iterator[None]:
+    """A block with the choice of another time, which was possible then."""
+    if current() == choice:
+        yield
+        return
+    owner = object()
+    _open(owner, choice)
+    try:
+        yield
+    finally:
+        _close(owner)
+
+
 def _choose_for_process(call: backend) -> None:
     global _process
     with _lock:
@@ -270,11 +285,8 @@ def _on_its_backend(setup_context: Callable, backward: Callable) -> tuple[Callab
     def run(ctx: object, *grads: object) -> object:
         if current() == ctx.backend:
             return backward(ctx, *grads)
-        _open(ctx, ctx.backend)
-        try:
+        with on(ctx.backend):
             return backward(ctx, *grads)
-        finally:
-            _close(ctx)
 
     return remember, run
 

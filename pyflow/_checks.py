@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import os
 from collections.abc import Iterable
@@ -61,6 +62,16 @@ def values_are_checked(tensor: Tensor) -> bool:
     return tensor.is_cpu or (tensor.device.type != "meta" and os.environ.get("PYFLOW_CHECK") == "1")
 
 
+def in_backward() -> bool:
+    """Whether a backward runs in this thread, so that a forward here is a recomputation."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def uncast(x: Tensor) -> contextlib.AbstractContextManager:
+    """A block without autocast on x's device; meta has none."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
@@ -115,6 +126,14 @@ def int64_tensor(op: str, name: str, value: object) -> None:
     tensor(op, name, value)
     if value.dtype != torch.int64:
         raise TypeError(f"{op}: {name} must be int64, got {short(value.dtype)}")
+
+
+def shape(op: str, value: object) -> tuple[int, ...]:
+    """A shape, given as an integer or a tuple of them."""
+    if not isinstance(value, (numbers.Integral, tuple, list)):
+        raise TypeError(f"{op}: shape must be an integer or a tuple of integers, got {type(value).__name__}")
+    sizes = value if isinstance(value, (tuple, list)) else (value,)
+    return tuple(int(at_least(op, "shape", n, 0)) for n in sizes)
 
 
 def at_least(op: str, name: str, value: object, least: int) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from .. import _checks as check
 from ..nn import ActNorm, AffineCoupling, Invertible1x1Conv, ReversibleSequential
 from .multiscale import MultiScale, Squeeze, check_images
-from .nets import conv_net, zero_conv
+from .nets import conv_net, counts, zero_conv
 
 
 class Glow(MultiScale):
@@ -52,9 +53,8 @@ class Glow(MultiScale):
         hidden: int = 128,
         reversible: bool = False,
     ) -> None:
-        if steps < 1 or levels < 1:
-            raise ValueError(f"Glow: steps and levels must be at least 1, got {steps} and {levels}")
-        shape = tuple(shape)
+        counts("Glow", steps=steps, levels=levels)
+        shape = check.shape("Glow", shape)
         check_images("Glow", shape, 2**levels)
         stages, splits = [], []
         for level in range(levels):

@@ -28,7 +28,8 @@ def dequantize(
 
     Raises:
         TypeError: x of complex numbers, a dtype that is not a float, levels that are not an integer.
-        ValueError: levels < 1.
+        ValueError: levels < 1, or more than `dtype` has room for beside 8 bits of noise; x that are not integers in
+            [0, levels) (of a tensor on a CPU, or with PYFLOW_CHECK=1).
 
     Source:
         Theis et al. 2016, arXiv:1511.01844, section 3.1: the density of this bounds the discrete log-likelihood.
@@ -46,6 +47,17 @@ def dequantize(
         raise TypeError(f"{op}: x must be integers, got {check.short(x.dtype)}")
     if dtype not in check.FLOATS:
         raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16, got {check.short(dtype)}")
+    most = int(2**-7 / torch.finfo(dtype).eps)
+    if levels > most:
+        raise ValueError(f"{op}: levels must be at most {most} for {check.short(dtype)}, got {levels}")
+    if x.numel() and check.values_are_checked(x):
+        # torch does not compare the wide unsigned ones
+        pixels = x.long() if x.dtype in (torch.uint16, torch.uint32, torch.uint64) else x
+        wrong = (pixels < 0) | (pixels >= levels)
+        if pixels.is_floating_point():
+            wrong |= pixels != pixels.floor()
+        if bool(wrong.any()):
+            raise ValueError(f"{op}: x must be integers in [0, {levels}), got {pixels[wrong][0].item():g}")
     noise = torch.rand(x.shape, generator=generator, dtype=dtype, device=x.device)
     return noise.add_(x).div_(levels)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import numbers
 from collections.abc import Sequence
 
@@ -27,6 +28,16 @@ def conv_net(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 def zero_conv(inputs: int, outputs: int) -> nn.Conv2d:
     """A 3x3 convolution that starts at 0."""
     return start_at_zero(nn.Conv2d(inputs, outputs, 3, padding=1))
+
+
+def counts(op: str, **values: object) -> None:
+    """Of how many there are: integers of at least 1, or one clear sentence about all."""
+    for name, value in values.items():
+        check.at_least(op, name, value, -math.inf)
+    if min(values.values()) < 1:
+        raise ValueError(
+            f"{op}: {' and '.join(values)} must be at least 1, got {' and '.join(str(v) for v in values.values())}"
+        )
 
 
 def widths(op: str, hidden: object) -> tuple[int, ...]:

@@ -64,6 +64,8 @@ class NICE(Flow):
         split: str = "interleave",
         data_init: bool = False,
     ) -> None:
+        dim = check.at_least("NICE", "dim", dim, -math.inf)
+        couplings = check.at_least("NICE", "couplings", couplings, -math.inf)
         super().__init__((dim,), prior)
         check.choice("NICE", "split", split, _SPLITS)
         if dim < 2 or couplings < 1:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import numbers
-
 from torch import nn
 
 from .. import _checks as check
 from ..nn import ActNorm, AffineCoupling, ReversibleSequential
 from .multiscale import MultiScale, Squeeze, check_images
-from .nets import conv_net, mlp, start_at_zero, widths
+from .nets import conv_net, counts, mlp, start_at_zero, widths
 
 
 class RealNVP(MultiScale):
@@ -62,9 +60,8 @@ class RealNVP(MultiScale):
         prior: str = "gaussian",
         reversible: bool = False,
     ) -> None:
-        shape = (int(shape),) if isinstance(shape, numbers.Integral) else tuple(shape)
-        if couplings < 1 or levels < 1:
-            raise ValueError(f"RealNVP: couplings and levels must be at least 1, got {couplings} and {levels}")
+        shape = check.shape("RealNVP", shape)
+        counts("RealNVP", couplings=couplings, levels=levels)
         options = {"scale_map": scale_map, "clamp": clamp}
         if len(shape) == 1:
             if shape[0] < 2:

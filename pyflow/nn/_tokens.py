@@ -90,7 +90,8 @@ class CountsUsage(HoldsNumbers):
     def track_usage(self) -> None:
         """Count from now on which entries of the codebook occur; a second call starts from zero.
 
-        DistributedDataParallel copies buffers from rank 0: what it has seen counts.
+        What activation checkpointing recomputes counts once. DistributedDataParallel copies buffers from rank 0: what
+        it has seen counts.
         """
         if self.codebook_size > MOST_COUNTED:
             raise ValueError(
@@ -102,7 +103,7 @@ class CountsUsage(HoldsNumbers):
         self._counts = torch.zeros(self.columns, self.codebook_size + 1, dtype=torch.int64, device=device)
 
     def _count(self, indices: Tensor) -> None:
-        if self._counts is not None:
+        if self._counts is not None and not check.in_backward():
             slots = indices.detach().reshape(-1, self.columns).T.long() + 1
             self._counts.scatter_add_(1, slots, slots.new_ones(()).expand_as(slots))
 

@@ -16,19 +16,21 @@ class _Coupling(nn.Module):
     def __init__(self, net: nn.Module, split: str, swap: bool) -> None:
         super().__init__()
         check.choice(type(self).__name__, "split", split, SPLITS)
+        if not callable(net):
+            raise TypeError(f"{type(self).__name__}: net must be a module, got {type(net).__name__}")
         self.net, self.split, self.swap = net, split, bool(swap)
 
     def forward(
         self, x: Tensor, *context: object, mask: Tensor | None = None, **named: object
     ) -> tuple[Tensor, Tensor]:
-        kept, changed, mask = self._divide(x, mask)
-        return self._finish(kept, changed, self.net(kept, *context, **named), mask, False)
+        kept, seen, changed, mask = self._divide(x, mask)
+        return self._finish(kept, changed, self.net(seen, *context, **named), mask, False)
 
     def inverse(
         self, y: Tensor, *context: object, mask: Tensor | None = None, **named: object
     ) -> tuple[Tensor, Tensor]:
-        kept, changed, mask = self._divide(y, mask)
-        return self._finish(kept, changed, self.net(kept, *context, **named), mask, True)
+        kept, seen, changed, mask = self._divide(y, mask)
+        return self._finish(kept, changed, self.net(seen, *context, **named), mask, True)
 
     def rebuild(
         self, y: Tensor, *context: object, mask: Tensor | None = None, **named: object
@@ -40,18 +42,25 @@ class _Coupling(nn.Module):
         """
         with torch.enable_grad():
             # the kept part of y is that of x, so the net can run before x is known
-            seen = y.detach().requires_grad_()
-            kept, changed, part_mask = self._divide(seen, mask)
-            params = self.net(kept, *context, **named)
+            first = y.detach().requires_grad_()
+            kept, seen, changed, part_mask = self._divide(first, mask)
+            params = self.net(seen, *context, **named)
         with torch.no_grad():
             x, _ = self._finish(kept, changed, params, part_mask, True)
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            kept, changed, part_mask = self._divide(leaf, mask)
-            return x, self._finish(kept, changed, params, part_mask, False), (seen, leaf)
+            kept, _, changed, part_mask = self._divide(leaf, mask)
+            return x, self._finish(kept, changed, params, part_mask, False), (first, leaf)
 
-    def _divide(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        return divide(type(self).__name__, x, self.split, self.swap, mask)
+    def _divide(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(kept, kept as the net sees it, changed, mask of changed)."""
+        name = type(self).__name__
+        kept, changed, part_mask = divide(name, x, self.split, self.swap, mask)
+        if mask is None:
+            return kept, kept, changed, part_mask
+        # a NaN in the padding would reach the net's weights
+        padded = torch.where(check.mask_for(name, mask, x) & ~x.isfinite(), 0, x)
+        return kept, divide(name, padded, self.split, self.swap, None)[0], changed, part_mask
 
     def _finish(
         self, kept: Tensor, changed: Tensor, params: Tensor, mask: Tensor | None, inverse: bool
@@ -80,7 +89,7 @@ class AdditiveCoupling(_Coupling):
     Returns:
         `forward(x, *context, mask=None, **context)` and `inverse(y, ...)`: (y, logdet), y with x's shape and dtype,
         logdet (B,) of zeros in float32 (float64 for float64 x). `mask` broadcasts to x, padded sequences for
-        instance; where it is true elements pass through.
+        instance; where it is true elements pass through. The net sees them, as 0 where they are not finite.
 
     Raises:
         ValueError: unknown split, or an x that cannot be split so.

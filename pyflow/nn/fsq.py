@@ -37,7 +37,7 @@ class FSQ(CountsUsage):
         bound_hard_clamp: clamp to [-1, 1] where the variant takes the tanh.
         orthogonal_rotation: quantise in a random rotation of the channels, a buffer, and rotate back.
         scale, allowed_dtypes, force_quantization_f32: kept as attributes. The bound is always taken in float32
-            (float64 for float64 z), and out has the dtype of z.
+            (float64 for float64 z), and out has the dtype of z (that of the projections, where there are).
 
     Returns:
         `forward(z, mask=None, lengths=None)`: (out, indices). z is (..., dim); with four dims and more, as images and
@@ -54,7 +54,8 @@ class FSQ(CountsUsage):
         Parameters, state, methods and return values are those of vector-quantize-pytorch 1.32; a state_dict
         loads in both directions. Unlike there, indices are exact for codebooks above 2**24 entries, noise_dropout
         is the share it names (there it is always one half), a NaN gives the index -1, and no codebook is stored.
-        Casts of the module change no constant and no rotation; indices_to_codes has the module's dtype.
+        Casts of the module change no constant and no rotation; indices_to_codes has the module's dtype unless told
+        another.
         Without projection one pass reads z and writes out and indices, and nothing else is allocated.
 
     Source:
@@ -237,14 +238,28 @@ class FSQ(CountsUsage):
         """The digit of every channel, (..., len(levels)); -1 where the index is."""
         check.integer_tensor("FSQ", "indices", indices)
         indices = signed(indices)[..., None]
+        if indices.numel() and check.values_are_checked(indices):
+            low, high = (int(v) for v in indices.aminmax())
+            if low < -1 or high >= self.codebook_size:
+                wrong = low if low < -1 else high
+                raise ValueError(f"FSQ: indices must lie in [-1, {self.codebook_size}), got {wrong}")
         basis, levels = self._numbered(indices.device), self._constant("levels", indices.device)
         return torch.where(indices < 0, -1, indices // basis % levels)
 
-    def indices_to_codes(self, indices: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+    def indices_to_codes(
+        self,
+        indices: Tensor,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """What forward returned with these indices: project_out of their codes, channels where forward has them.
 
-        An index of -1 is NaN, but 0 at the padding that mask or lengths tell of.
+        An index of -1 is NaN, but 0 at the padding that mask or lengths tell of. `dtype` is that of the codes, the
+        module's unless given: without projections forward follows z, which may have another.
         """
+        dtype = self._like.dtype if dtype is None else dtype
         check.integer_tensor("FSQ", "indices", indices)
         indices = signed(indices)
         if not self.keep_num_codebooks_dim:
@@ -256,16 +271,16 @@ class FSQ(CountsUsage):
         valid = valid_positions("FSQ", indices.shape[:-1], indices, mask, lengths)
         if valid is not None:
             indices = torch.where(valid[..., None], indices, 0)
-        codes = self._indices_to_codes(indices)
+        codes = self._indices_to_codes(indices, dtype)
         if self.orthogonal_rotation:
             codes = _rotate(codes, self.orthogonal_rot.t())
-        out = self.project_out(codes.to(self._like.dtype).flatten(-2))
+        out = self.project_out(codes.to(dtype).flatten(-2))
         if valid is not None:
             out = torch.where(valid[..., None], out, 0)
         return out.movedim(-1, 1) if self._channels_in_front(out.dim()) else out
 
-    def _indices_to_codes(self, indices: Tensor) -> Tensor:
-        dtype = self._like.dtype
+    def _indices_to_codes(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = self._like.dtype if dtype is None else dtype
         if self.orthogonal_rotation:
             dtype = compute_dtype(dtype)
         return fsq_decode(indices, self.levels, variant=self.variant, dtype=dtype)
@@ -302,7 +317,7 @@ class FSQ(CountsUsage):
 
 
 def _rotate(z: Tensor, matrix: Tensor) -> Tensor:
-    with torch.autocast(z.device.type, enabled=False):
+    with check.uncast(z):
         return z @ matrix.to(z.dtype)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import numbers
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from .. import _checks as check
 from ..ops import affine_coupling
@@ -22,11 +22,20 @@ class _Elementwise(HoldsNumbers):
         super().__init__()
         name = type(self).__name__
         self.std, self.eps = check.positive(name, "std", std), check.positive(name, "eps", eps)
-        self.log_scale = nn.Parameter(torch.zeros(shape))
-        self.register_parameter("shift", nn.Parameter(torch.zeros(shape)) if learned_shift else None)
-        self.register_buffer("initialized", torch.tensor(float(not data_init), dtype=torch.float32))
+        self.data_init = bool(data_init)
+        self.log_scale = nn.Parameter(torch.empty(shape))
+        self.register_parameter("shift", nn.Parameter(torch.empty(shape)) if learned_shift else None)
+        self.register_buffer("initialized", torch.empty((), dtype=torch.float32))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As new: the identity, which the next training batch sets where there is a data-dependent start."""
+        for parameter in self.parameters(recurse=False):
+            parameter.zero_()
+        self.initialized.fill_(not self.data_init)
         # the flag that is known to be set: the tensor, since casts, moves and functional_call put others in its place
-        self._seen_set: Tensor | None = None if data_init else self.initialized
+        self._seen_set: Tensor | None = None if self.data_init else self.initialized
 
     @property
     def awaits_data(self) -> bool:
@@ -48,27 +57,35 @@ class _Elementwise(HoldsNumbers):
 
     @torch.no_grad()
     def _fit(self, x: Tensor, mask: Tensor | None, keep: Tensor | None) -> None:
-        """Set the parameters but where `keep` is true or nothing counts."""
-        if x.numel() == 0:
+        """Set the parameters but where `keep` is true or fewer than two numbers count; none if some are not finite."""
+        if x.numel() == 0 or x.numel() < 2 * self.log_scale.numel():
             return
         reduced = [d for d in range(x.dim()) if self._spread(x).shape[d] == 1]
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if mask is None:
+        counted = None if mask is None else ~check.mask_for(type(self).__name__, mask, x)
+        x = x if counted is None else torch.where(counted, x, 0)
+        # what is large would overflow when it is squared
+        unit = x.abs().amax(reduced, keepdim=True)
+        unit = torch.where(unit > 1e15, unit, 1)
+        x = x / unit
+        if counted is None:
             variance, mean = torch.var_mean(x, reduced, correction=0, keepdim=True)
-            self.initialized.fill_(1)
+            known = torch.ones_like(mean, dtype=torch.bool)
         else:
-            counted = ~check.mask_for(type(self).__name__, mask, x)
             count = counted.sum(reduced, keepdim=True)
-            keep = count == 0 if keep is None else keep | (count == 0)
-            mean = torch.where(counted, x, 0).sum(reduced, keepdim=True) / count
+            mean = x.sum(reduced, keepdim=True) / count
             variance = torch.where(counted, x - mean, 0).square().sum(reduced, keepdim=True) / count
-            self.initialized.logical_or_(counted.any())
-        log_scale = (self.std / variance.sqrt().clamp_min(self.eps)).log()
-        for parameter, value in ((self.log_scale, log_scale), (self.shift, -mean)):
+            known = count >= 2
+        starts = known.any() & (variance.isfinite() | ~known).all()
+        kept = ~(known & starts)
+        kept = kept if keep is None else kept | keep
+        log_scale = (self.std / (variance.sqrt() * unit).clamp_min(self.eps)).log()
+        for parameter, value in ((self.log_scale, log_scale), (self.shift, -mean * unit)):
             if parameter is not None:
-                value = value if keep is None else torch.where(keep, parameter.view_as(value), value)
+                value = torch.where(kept, parameter.view_as(value), value)
                 parameter.copy_(value.view_as(parameter))
-        if _known_set(self.initialized, mask is None):
+        self.initialized.logical_or_(starts)
+        if not isinstance(starts, FakeTensor) and _known_set(self.initialized, mask is None):
             self._seen_set = self.initialized
 
     def forward(
@@ -104,16 +121,16 @@ class _Elementwise(HoldsNumbers):
         self._seen_set = None
 
 
-def _known_set(flag: Tensor, certain: bool) -> bool:
-    """Whether a flag is known to be set: `certain`, or read where the host may ask."""
+def _known_set(flag: Tensor, likely: bool) -> bool:
+    """Whether a flag is set: read where the host may ask, once; else taken for what is `likely`."""
     if torch.compiler.is_compiling():
-        return certain
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        # a wrapper, which must not outlive its call
+        return likely
+    if torch._C._functorch.peek_interpreter_stack() is not None or flag.is_meta:
+        # a wrapper, which must not outlive its call, or nothing to read
         return False
-    if certain or type(flag) is not Tensor or flag.is_meta:
-        return certain
-    return not (flag.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(flag)
+    if type(flag) is not Tensor or (flag.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return likely
+    return bool(flag)
 
 
 class ActNorm(_Elementwise):
@@ -134,10 +151,11 @@ class ActNorm(_Elementwise):
 
     Notes:
         The buffer `initialized` travels with the state_dict; a layer that never saw a training batch is the identity.
-        The start is decided and made on the device, and costs nothing once it is over (with a mask the host asks until
-        there was data; under torch.compile with a mask every training step decides again). A channel that the first
-        batch masks entirely keeps its parameters. Under DistributedDataParallel and fully_shard run one batch before
-        wrapping: every rank would start from its own, and what is sharded cannot be set in a forward.
+        The start is decided and made on the device, and costs nothing once it is over; the host asks after every batch
+        until it is (under torch.compile not at all: the first one counts, and with a mask every training step decides
+        again). A batch starts nothing if it is one sample or has numbers that are not finite; a channel of which it
+        shows fewer than two numbers keeps its parameters. Under DistributedDataParallel and fully_shard run one batch
+        before wrapping: every rank would start from its own, and what is sharded cannot be set in a forward.
 
     Source:
         Kingma and Dhariwal 2018, Glow, arXiv:1807.03039, section 3.1.
@@ -195,8 +213,7 @@ class Scale(_Elementwise):
     def __init__(
         self, shape: int | tuple[int, ...], *, data_init: bool = False, std: float = 1.0, eps: float = 1e-3
     ) -> None:
-        shape = (int(shape),) if isinstance(shape, numbers.Integral) else tuple(shape)
-        super().__init__(shape, False, data_init, std, eps)
+        super().__init__(check.shape("Scale", shape), False, data_init, std, eps)
 
     def _spread(self, x: Tensor) -> Tensor:
         return self.log_scale[None]
@@ -246,16 +263,26 @@ class Invertible1x1Conv(HoldsNumbers):
     def __init__(self, channels: int) -> None:
         super().__init__()
         channels = check.at_least("Invertible1x1Conv", "channels", channels, 1)
+        self.register_buffer("permutation", torch.empty(channels, dtype=torch.float32))
+        self.register_buffer("sign", torch.empty(channels))
+        self.lower = nn.Parameter(torch.empty(channels, channels))
+        self.upper = nn.Parameter(torch.empty(channels, channels))
+        self.log_diagonal = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Another random rotation."""
+        channels = self.lower.shape[0]
         rotation, _ = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
         permutation, lower, upper = torch.linalg.lu(rotation)
         diagonal = upper.diagonal()
         # row i of L (U + diag) lands in permutation[i]
-        self.register_buffer("permutation", permutation.argmax(0).float())
-        dtype = torch.get_default_dtype()
-        self.register_buffer("sign", diagonal.sign().to(dtype))
-        self.lower = nn.Parameter(lower.tril(-1).to(dtype))
-        self.upper = nn.Parameter(upper.triu(1).to(dtype))
-        self.log_diagonal = nn.Parameter(diagonal.abs().log().to(dtype))
+        self.permutation.copy_(permutation.argmax(0))
+        self.sign.copy_(diagonal.sign())
+        self.lower.copy_(lower.tril(-1))
+        self.upper.copy_(upper.triu(1))
+        self.log_diagonal.copy_(diagonal.abs().log())
 
     def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """(L, U + diag), the two triangular matrices."""
@@ -272,26 +299,39 @@ class Invertible1x1Conv(HoldsNumbers):
     def forward(
         self, x: Tensor, *context: object, mask: Tensor | None = None, **named: object
     ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self._check(x), enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            weight = self.weight(dtype)
+        self._check(x)
+        with check.uncast(x):
+            mask, seen = self._seen(x, mask)
+            weight = self.weight(seen.dtype)
             if x.dim() == 2:
-                return self._finish(x, x.to(dtype) @ weight.mT, mask, False)
+                return self._finish(x, seen @ weight.mT, mask, False)
             # one small GEMM per sample beats both a 1x1 convolution and a folded matmul on a CPU
-            y = torch.bmm(weight.expand(x.shape[0], -1, -1), x.to(dtype).flatten(2))
+            y = torch.bmm(weight.expand(x.shape[0], -1, -1), seen.flatten(2))
             return self._finish(x, y, mask, False)
 
     def inverse(
         self, y: Tensor, *context: object, mask: Tensor | None = None, **named: object
     ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self._check(y), enabled=False):
-            lower, upper = self.factors(torch.promote_types(y.dtype, torch.float32))
+        self._check(y)
+        with check.uncast(y):
+            mask, seen = self._seen(y, mask)
+            lower, upper = self.factors(seen.dtype)
             # one system with B * positions right-hand sides; solving sample by sample is slower
             rows = self.permutation.round().long()
-            columns = y.to(lower.dtype).unsqueeze(2).flatten(2).transpose(0, 1)[rows]
+            columns = seen.unsqueeze(2).flatten(2).transpose(0, 1)[rows]
             x = torch.linalg.solve_triangular(lower, columns.flatten(1), upper=False, unitriangular=True)
             x = torch.linalg.solve_triangular(upper, x, upper=True)
             return self._finish(y, x.view(columns.shape).transpose(0, 1), mask, True)
+
+    def _seen(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """The mask in x's shape, and x to compute with: without what is masked, not even a NaN."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if mask is None:
+            return None, x.to(dtype)
+        given, mask = tuple(mask.shape), check.mask_for("Invertible1x1Conv", mask, x)
+        if x.shape[1] > 1 and mask.stride(1) != 0:
+            raise ValueError(f"Invertible1x1Conv: mask must have size 1 along dim 1, got shape {given}")
+        return mask, torch.where(mask, 0, x).to(dtype)
 
     def _finish(self, x: Tensor, y: Tensor, mask: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         y = y.reshape(x.shape).to(x.dtype)
@@ -299,19 +339,14 @@ class Invertible1x1Conv(HoldsNumbers):
         if inverse:
             log_volume = -log_volume
         if mask is None:
-            return y, (log_volume * math.prod(x.shape[2:])).expand(x.shape[0])
-        given, mask = tuple(mask.shape), check.mask_for("Invertible1x1Conv", mask, x)
-        if x.shape[1] > 1 and mask.stride(1) != 0:
-            raise ValueError(f"Invertible1x1Conv: mask must have size 1 along dim 1, got shape {given}")
+            return y, (log_volume * math.prod(x.shape[2:])).repeat(x.shape[0])
         return torch.where(mask, x, y), log_volume * (~mask[:, :1]).flatten(1).sum(1)
 
-    def _check(self, x: Tensor) -> str:
-        """The device type of an x that fits."""
+    def _check(self, x: Tensor) -> None:
         channels = self.lower.shape[0]
         check.float_tensor("Invertible1x1Conv", "x", x)
         if x.dim() < 2 or x.shape[1] != channels:
             raise ValueError(f"Invertible1x1Conv: x must have the shape (B, {channels}, ...), got {tuple(x.shape)}")
-        return x.device.type
 
     def extra_repr(self) -> str:
         return str(self.lower.shape[0])

@@ -206,19 +206,24 @@ class ResidualFSQ(CountsUsage):
         indices = torch.stack(indices, -1)
         return out, indices if active is None else indices.long()
 
-    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+    def get_codes_from_indices(self, indices: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """What every stage adds, (Q, B, ..., len(levels)), of indices (B, ..., Q): stages last in any layout.
 
-        An index of -1 adds 0. With quantize_dropout there may be fewer stages.
+        An index of -1 adds 0. With quantize_dropout there may be fewer stages. `dtype` is the module's unless given.
         """
-        return torch.stack(list(self._stages(indices))).to(self._like.dtype)
+        dtype = self._like.dtype if dtype is None else dtype
+        return torch.stack(list(self._stages(indices, dtype))).to(dtype)
 
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What forward returned with indices (B, ..., Q), bit for bit; channels last in any layout."""
+    def get_output_from_indices(self, indices: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """What forward returned with indices (B, ..., Q), bit for bit; channels last in any layout.
+
+        `dtype` is the module's unless given: without projections forward follows x, which may have another.
+        """
+        dtype = self._like.dtype if dtype is None else dtype
         # in the order of forward, which sum(0) does not keep
-        return self.project_out(sum(self._stages(indices)).to(self._like.dtype))
+        return self.project_out(sum(self._stages(indices, dtype)).to(dtype))
 
-    def _stages(self, indices: Tensor) -> Iterator[Tensor]:
+    def _stages(self, indices: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         op = "ResidualFSQ"
         check.integer_tensor(op, "indices", indices)
         given = indices.shape[-1] if indices.dim() else 0
@@ -228,7 +233,7 @@ class ResidualFSQ(CountsUsage):
                 f"got shape {tuple(indices.shape)}"
             )
         indices = F.pad(signed(indices), (0, self.num_quantizers - given), value=-1)
-        dtype = compute_dtype(self._like.dtype)
+        dtype = compute_dtype(dtype)
         scales = self._constant("scales", indices.device)
         for layer, scale, index in zip(self.layers, scales, indices.unbind(-1)):
             codes = fsq_decode(index, self.levels, variant=layer.variant, dtype=dtype)
@@ -319,13 +324,14 @@ class GroupedResidualFSQ(nn.Module):
         out, *rest = zip(*groups)
         return torch.cat(out, split), *(torch.stack(part) for part in rest)
 
-    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+    def get_codes_from_indices(self, indices: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """What every stage adds, (groups, Q, B, ..., len(levels)), of indices (groups, B, ..., Q)."""
-        return torch.stack([rvq.get_codes_from_indices(part) for rvq, part in self._by_group(indices)])
+        return torch.stack([rvq.get_codes_from_indices(part, dtype=dtype) for rvq, part in self._by_group(indices)])
 
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+    def get_output_from_indices(self, indices: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """What forward returned with indices (groups, B, ..., Q), stages last in any layout."""
-        out = torch.cat([rvq.get_output_from_indices(part) for rvq, part in self._by_group(indices)], -1)
+        parts = [rvq.get_output_from_indices(part, dtype=dtype) for rvq, part in self._by_group(indices)]
+        out = torch.cat(parts, -1)
         return out.movedim(-1, self.split_dim)
 
     def _by_group(self, indices: Tensor) -> list[tuple[ResidualFSQ, Tensor]]:

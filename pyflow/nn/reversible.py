@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .. import _backend
+from ..train._collect import innermost
 from ._context import Context
+from ._replay import Replay
 from .spectral import SpectralNorm
 
 
@@ -23,26 +25,30 @@ class ReversibleSequential(nn.Module):
 
     Args:
         layers: modules with `forward(x, *context, **context) -> (y, logdet)` and `inverse(y, ...) -> (x, logdet)`.
-            A layer may offer `rebuild` as the coupling layers do, to save an evaluation of its net.
+            A layer may offer `rebuild` as the coupling layers do, to save an evaluation of its net; it is not used
+            where a subclass, the instance or a hook changes what forward or inverse do. Stacks inside are opened.
         recompute: False keeps activations as any module does (faster, differentiable twice, memory grows with depth).
-        preserve_rng: replay the random state of layers that drew numbers, so that dropout in a net works.
+        preserve_rng: replay the random state of layers that drew numbers, so that dropout in a net works. The input of
+            one that draws and has no `rebuild` is kept.
 
     Returns:
         `forward(x, *context, **context)` and `inverse(y, ...)`: (y, logdet (B,)). Every layer gets the context.
 
     Raises:
         RuntimeError: in backward with create_graph=True, since there is no graph to differentiate again; of a context
-            that hides a tensor which needs a gradient.
+            that hides a tensor which needs a gradient; in backward where an input is not what it was (on a CPU, or
+            with PYFLOW_CHECK=1); where a layer calls `pyflow.train.add_loss`.
 
     Notes:
         Activation memory is that of one layer plus y, at the price of one more net evaluation per coupling layer
         (two for layers without `rebuild`). Gradients equal those of the plain stack up to the rounding of the
-        inverse: keep x in float32 or float64 and scale maps bounded. Autocast is replayed. Layers whose forward
-        changes state (batch norm's statistics) see every batch twice. torch.compile breaks its graph here when
-        gradients are wanted: compile the nets inside instead. A tensor a net closes over gets no gradient: pass it as
-        context, by itself, in containers or as an attribute. Activations are kept under torch.func, forward-mode AD
-        and torch.export, and where parameters are DTensors while forward is called: with fully_shard shard the whole
-        stack, not its layers.
+        inverse: keep x in float32 or float64 and scale maps bounded. Autocast, training flags and the backend are
+        replayed, other state is not: layers whose forward changes it see every batch twice, and must give the same
+        output both times (batch norm's statistics do, a counter or a power iteration does not).
+        torch.compile breaks its graph here when gradients are wanted: compile the nets inside instead. A tensor a net
+        closes over gets no gradient: pass it as context, by itself, in containers or as an attribute. Activations are
+        kept under torch.func, forward-mode AD, torch.export and torch.jit.trace, and where parameters are DTensors
+        while forward is called: with fully_shard shard the whole stack, not its layers.
 
     Source:
         Gomez et al. 2017, The Reversible Residual Network, arXiv:1707.04585; Jacobsen et al. 2018, arXiv:1802.07088.
@@ -70,7 +76,8 @@ class ReversibleSequential(nn.Module):
         self.recompute, self.preserve_rng = recompute, preserve_rng
 
     def forward(self, x: Tensor, *context: object, **named: object) -> tuple[Tensor, Tensor]:
-        if not self.recompute or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        plainly = not self.recompute or not torch.is_grad_enabled()
+        if plainly or torch.compiler.is_exporting() or torch.jit.is_tracing():
             return self._run(x, context, named)
         return self._run_rebuilding(x, context, named)
 
@@ -102,6 +109,14 @@ class ReversibleSequential(nn.Module):
         tensors = [*given.tensors, *(norm.held for norm in norms)]
         return _Rebuilding.apply(self, given, norms, len(tensors), x, *tensors, *parameters)
 
+    def _flat(self) -> Iterator[nn.Module]:
+        """The layers, those of stacks inside too: every layer is rebuilt by itself."""
+        for layer in self.layers:
+            if isinstance(layer, ReversibleSequential) and _made_by(layer, ReversibleSequential):
+                yield from layer._flat()
+            else:
+                yield layer
+
     def __len__(self) -> int:
         return len(self.layers)
 
@@ -112,18 +127,22 @@ class ReversibleSequential(nn.Module):
 class _Rebuilding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, stack, given, norms, n_given, x, *tensors):
-        ctx.stack, ctx.given, ctx.norms, ctx.n_given = stack, given, norms, n_given
-        # fake tensors draw nothing, and the state is none of them
-        ctx.replay = _Replay(x.device, stack.preserve_rng and not isinstance(x, FakeTensor))
-        y, total = x, 0
-        with ctx.replay.autocast():
-            for layer in stack.layers:
+        ctx.layers, ctx.given, ctx.norms, ctx.n_given = [*stack._flat()], given, norms, n_given
+        ctx.replay, ctx.backend = Replay(x, stack), _backend.current()
+        ctx.kept = []
+        y, total, inputs = x, 0, []
+        with _without_losses(), ctx.replay.conditions():
+            for i, layer in enumerate(ctx.layers):
+                before = y
                 y, logdet = layer(y, *given.context, **given.named)
                 total = logdet + total
-                ctx.replay.record()
+                if ctx.replay.record(before) and not _rebuilds(layer):
+                    # its inverse may draw in another order than its forward
+                    ctx.kept.append(i)
+                    inputs.append(before)
         # layers that only relabel would hand out the input itself
         y = y.view_as(y) if y is x else y
-        ctx.save_for_backward(y, *tensors[:n_given])
+        ctx.save_for_backward(y, *tensors[:n_given], *inputs)
         given.forget()
         # not saved: hooks on saved tensors would hand back others, and gradients are those of these
         ctx.parameters = tensors[n_given:]
@@ -143,16 +162,20 @@ class _Rebuilding(torch.autograd.Function):
                 "got one modified by an inplace operation"
             )
         y, *tensors = ctx.saved_tensors
+        kept = dict(zip(ctx.kept, tensors[ctx.n_given :]))
         needed = ctx.needs_input_grad[5 : 5 + ctx.n_given]
         tensors = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed)]
         weights = tensors[ctx.n_given - len(ctx.norms) :]
         args, named = ctx.given.filled(tensors)
         grads = _Sum(t for t in (*tensors, *ctx.parameters) if t.requires_grad)
         y = y.detach()
-        with ctx.replay.resume(), _given(ctx.norms, weights):
-            for i, layer in reversed(list(enumerate(ctx.stack.layers))):
+        with _backend.on(ctx.backend), ctx.replay.resume(), _given(ctx.norms, weights):
+            for i, layer in reversed(list(enumerate(ctx.layers))):
                 wanted = [t for t in tensors if t.requires_grad] + [p for p in layer.parameters() if p.requires_grad]
-                y, outputs, leaves = _rebuild(layer, y, args, named, lambda i=i: ctx.replay.rewind(i))
+                x, outputs, leaves = _rebuild(layer, y, kept.get(i), args, named, lambda i=i: ctx.replay.rewind(i))
+                ctx.replay.verify(i, layer, x, y)
+                y = x
+                outputs = [o for o in outputs if isinstance(o, Tensor)]
                 ctx.given.check(outputs, (*leaves, *wanted))
                 found = _gradients(outputs, (grad_y, grad_logdet), (*leaves, *wanted))
                 grad_y = functools.reduce(torch.add, (g for g in found[: len(leaves)] if g is not None))
@@ -162,38 +185,66 @@ class _Rebuilding(torch.autograd.Function):
 
 
 @contextlib.contextmanager
+def _without_losses() -> Iterator[None]:
+    """Nothing inside may add a loss: there is no graph yet, and in the backward it is too late."""
+    collected = innermost()
+    before = {} if collected is None else dict(collected.losses)
+    yield
+    added = [] if collected is None else [n for n, loss in collected.losses.items() if loss is not before.get(n)]
+    if added:
+        raise RuntimeError(
+            f"ReversibleSequential: layers must not call add_loss, got a loss {added[0]!r}, which could not train what "
+            "is rebuilt; construct it with recompute=False"
+        )
+
+
+@contextlib.contextmanager
 def _given(norms: list[SpectralNorm], weights: list[Tensor]) -> Iterator[None]:
     """The layers meet these normalised weights."""
-    before = [norm._given for norm in norms]
+    before = [norm.given for norm in norms]
     try:
         for norm, weight in zip(norms, weights):
-            norm._given = weight
+            norm.give((weight, None, None))
         yield
     finally:
-        for norm, weight in zip(norms, before):
-            norm._given = weight
+        for norm, normalised in zip(norms, before):
+            norm.give(normalised)
+
+
+def _made_by(layer: nn.Module, kind: type) -> bool:
+    """Whether a call does what `kind` says: nothing below it or on the instance has a forward or inverse of its own."""
+    below = type(layer).__mro__[: type(layer).__mro__.index(kind)]
+    overridden = any(name in vars(k) for k in (*below, layer) for name in ("forward", "inverse"))
+    return not (overridden or layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def _rebuilds(layer: nn.Module) -> bool:
+    """Whether the layer's `rebuild` knows its forward and inverse."""
+    kind = next((k for k in type(layer).__mro__ if "rebuild" in vars(k)), None)
+    return kind is not None and _made_by(layer, kind)
 
 
 def _rebuild(
-    layer: nn.Module, y: Tensor, args: tuple, named: dict, rewind: Callable[[], None]
+    layer: nn.Module, y: Tensor, x: Tensor | None, args: tuple, named: dict, rewind: Callable[[], None]
 ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, ...]]:
-    """(x, layer(x) with its graph, the leaves whose gradients add up to x's)."""
+    """(x, layer(x) with its graph, the leaves whose gradients add up to x's), of an x that was kept or is rebuilt."""
     rewind()
-    if hasattr(layer, "rebuild"):
+    if _rebuilds(layer):
         return layer.rebuild(y, *args, **named)
-    with torch.no_grad():
-        x = layer.inverse(y, *args, **named)[0]
-    rewind()
+    if x is None:
+        with torch.no_grad():
+            x = layer.inverse(y, *args, **named)[0]
+        rewind()
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         return x, layer(leaf, *args, **named), (leaf,)
 
 
 def _gradients(
-    outputs: tuple[Tensor, ...], grads: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
+    outputs: Iterable[Tensor], grads: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
-    """torch.autograd.grad of the outputs that have a graph."""
-    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads) if o.requires_grad]
+    """torch.autograd.grad of the outputs that have a graph; a logdet may be one for all samples."""
+    pairs = [(o, g.sum_to_size(o.shape).to(o.dtype)) for o, g in zip(outputs, grads) if o.requires_grad]
     return torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
 
 
@@ -216,61 +267,6 @@ class _Sum:
 
     def of(self, tensor: Tensor) -> Tensor | None:
         return self.totals.get(id(tensor))
-
-
-class _Replay:
-    """The random and autocast state of a forward, to be met again in its backward."""
-
-    def __init__(self, device: torch.device, rng: bool) -> None:
-        self.device, self.rng = device, rng
-        kinds = [k for k in {"cpu", device.type} if torch.amp.is_autocast_available(k)]
-        self.casts = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
-        self.drawn: list[list[Tensor] | None] = []  # the state before each layer that drew numbers
-        self.last = self._read()
-
-    @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for kind, enabled, dtype in self.casts:
-                # a weight cast without a graph must not be found in the cache by a forward that wants one
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-            yield
-
-    def record(self) -> None:
-        """Note, after a layer, where it started if it drew numbers."""
-        state = self._read()
-        drew = not all(map(torch.equal, state, self.last))
-        self.drawn.append(self.last if drew else None)
-        if drew:
-            self.last = state
-
-    @contextlib.contextmanager
-    def resume(self) -> Iterator[None]:
-        """The forward's autocast; whatever is drawn inside, the caller's random state comes back."""
-        before = self._read()
-        try:
-            with self.autocast():
-                yield
-        finally:
-            if any(self.drawn):
-                self._write(before)
-
-    def rewind(self, i: int) -> None:
-        if self.drawn[i] is not None:
-            self._write(self.drawn[i])
-
-    def _read(self) -> list[Tensor]:
-        if not self.rng:
-            return []
-        state = [torch.get_rng_state()]
-        if self.device.type not in ("cpu", "meta"):
-            state.append(torch.get_device_module(self.device).get_rng_state(self.device))
-        return state
-
-    def _write(self, state: list[Tensor]) -> None:
-        torch.set_rng_state(state[0])
-        if len(state) > 1:
-            torch.get_device_module(self.device).set_rng_state(state[1], self.device)
 
 
 def _transformed() -> bool:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize
 
 from .. import _checks as check
 from ..ops import spectral_normalize
+from ._context import Context
 
 # rounds that bring random u and v near the singular vectors before the first forward, as in torch
 STARTING_ROUNDS = 15
 
 Filter = Callable[[str, nn.Module], bool]
+# a weight and its u and v
+Normalised = tuple[Tensor, Tensor | None, Tensor | None]
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -29,8 +34,8 @@ class SpectralNorm(nn.Module):
     def __init__(self, weight: Tensor, dim: int, n_iter: int, through_iteration: bool) -> None:
         super().__init__()
         self.dim, self.n_iter, self.through_iteration = dim, n_iter, through_iteration
-        self._given: Tensor | None = None  # by the root, while its forward runs
-        self._kept: Tensor | None = None  # what was given last, for a recomputation in the backward
+        self._given: dict[int, Normalised] = {}  # by the root, to the thread in which its forward runs
+        self._kept: Normalised | None = None  # what the forward whose backward runs was given, for a recomputation
         if weight.dim() > 1 and not through_iteration:
             matrix = self.matrix(weight.detach())
             for name, size in (("_u", matrix.shape[0]), ("_v", matrix[0].numel())):
@@ -49,35 +54,59 @@ class SpectralNorm(nn.Module):
 
     @property
     def rounds(self) -> int:
-        return self.n_iter if self.training or self.through_iteration else 0
+        """A block that is recomputed for its gradient finds u and v where its forward has left them."""
+        moves = self.training and not check.in_backward()
+        return self.n_iter if moves or self.through_iteration else 0
+
+    @property
+    def given(self) -> Normalised | None:
+        if torch.compiler.is_compiling():
+            # by a root inside the graph or around it
+            return next(iter(self._given.values()), None)
+        return self._given.get(threading.get_ident())
+
+    def give(self, normalised: Normalised | None) -> None:
+        """Let this thread meet this weight; None: no more."""
+        thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
+        if normalised is None:
+            self._given.pop(thread, None)
+        else:
+            self._given[thread] = normalised
 
     @property
     def held(self) -> Tensor | None:
         """The normalised weight, if the root has made it."""
-        if self._given is None and torch._C._current_graph_task_id() != -1:
-            # a block that is recomputed for its gradient sees the weight it saw before
-            return self._kept
-        return self._given
+        given = self.given
+        # a block that is recomputed for its gradient sees the weight it saw before
+        held = self._kept if given is None and check.in_backward() else given
+        return None if held is None else held[0]
 
     def forward(self, weight: Tensor) -> Tensor:
         held = self.held
-        return normalize([(self, weight)], self.rounds)[0] if held is None else held
+        if held is not None:
+            return held
+        if self._kept is not None and not torch.compiler.is_compiling():
+            # on its own from here on
+            self._kept = None
+        return normalize([(self, weight)], self.rounds)[0][0]
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_given": None, "_kept": None}
+        return {**self.__dict__, "_given": {}, "_kept": None}
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, n_iter={self.n_iter}, through_iteration={self.through_iteration}"
 
 
-def normalize(layers: list[tuple[SpectralNorm, Tensor]], rounds: int) -> list[Tensor]:
-    """The normalised weights of layers on one device; the layers' u and v move on."""
+def normalize(layers: list[tuple[SpectralNorm, Tensor]], rounds: int, again: bool = False) -> list[Normalised]:
+    """The normalised weights of layers on one device; the layers' u and v move on. `again`: as they were kept."""
     matrices = [norm.matrix(weight) for norm, weight in layers]
     vectors = [norm.vectors(matrix) for (norm, _), matrix in zip(layers, matrices)]
     through = layers[0][0].through_iteration
+    if again and not through:
+        vectors = [norm._kept[1:] for norm, _ in layers]
     weights, u, v, _ = spectral_normalize(
         matrices, [a for a, _ in vectors], [b for _, b in vectors], n_iter=rounds, through_iteration=through
     )
@@ -88,31 +117,50 @@ def normalize(layers: list[tuple[SpectralNorm, Tensor]], rounds: int) -> list[Te
                 if a is not None:
                     a.copy_(new_a)
                     b.copy_(new_b)
-    return [weight.movedim(0, norm.dim) if norm.dim else weight for (norm, _), weight in zip(layers, weights)]
+    weights = [weight.movedim(0, norm.dim) if norm.dim else weight for (norm, _), weight in zip(layers, weights)]
+    return list(zip(weights, u, v))
 
 
 class _Together:
-    """Hooks of the root: before its forward all layers are normalised in one call, after it nothing is held."""
+    """Hooks of the root: before its forward all layers are normalised in one call, after it nothing is given."""
 
     def __init__(self, layers: list[parametrize.ParametrizationList]) -> None:
         self.layers = layers
 
+    @property
+    def norms(self) -> list[SpectralNorm]:
+        return [layer[0] for layer in self.layers]
+
     def before(self, root: nn.Module, args: object) -> None:
+        again = check.in_backward() and all(norm._kept is not None for norm in self.norms)
         groups: dict[tuple[object, int], list[tuple[SpectralNorm, Tensor]]] = {}
         for layer in self.layers:
             norm, weight = layer[0], layer.original
             groups.setdefault((weight.device, norm.rounds), []).append((norm, weight))
         for (_, rounds), layers in groups.items():
-            for (norm, _), weight in zip(layers, normalize(layers, rounds)):
-                norm._given = weight
+            for (norm, _), normalised in zip(layers, normalize(layers, rounds, again)):
+                norm.give(normalised)
 
     def after(self, root: nn.Module, args: object, output: object) -> None:
-        keeps = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        for layer in self.layers:
-            norm = layer[0]
-            if keeps:
-                norm._kept = norm._given
-            norm._given = None
+        given = [norm.given for norm in self.norms]
+        for norm in self.norms:
+            norm.give(None)
+        if torch.compiler.is_compiling() or check.in_backward():
+            return
+        if not torch.is_grad_enabled():
+            given = [None] * len(given)
+        self.keep(given)
+        plain = torch._C._functorch.peek_interpreter_stack() is None and not torch.jit.is_tracing()
+        if torch.is_grad_enabled() and plain:
+            # the backward of a forward starts at its outputs
+            nodes = {normalised[0].grad_fn for normalised in given if normalised is not None}
+            for tensor in [output] if isinstance(output, Tensor) else Context((output,), {}).tensors:
+                if tensor.grad_fn is not None and tensor.grad_fn not in nodes:
+                    tensor.register_hook(lambda _: self.keep(given))
+
+    def keep(self, given: list[Normalised | None]) -> None:
+        for norm, normalised in zip(self.norms, given):
+            norm._kept = normalised
 
 
 # u and v change in place in every forward, which what is made in inference mode must not
@@ -142,13 +190,15 @@ def apply_spectral_norm(
 
     Raises:
         TypeError: `n_iter` is not an integer.
-        ValueError: n_iter < 1; no layer is picked; a picked layer lacks the parameter, or has it normalised.
+        ValueError: n_iter < 1; no layer is picked; a picked layer lacks the parameter, or has it normalised, lazy,
+            sharded, or all zeros, which have no direction.
 
     Notes:
         state_dict has the keys and shapes of torch.nn.utils.parametrizations.spectral_norm, and loads either way.
         In eval mode u and v stay. Of transposed convolutions dim 1 is the output, as in torch. The normalised
-        weights of the last forward are held until the next one, for blocks that activation checkpointing
-        recomputes. torch does not pickle parametrized modules: save the state_dict; copy.deepcopy works.
+        weights of a forward are held for its backward, so that what activation checkpointing (use_reentrant=False)
+        recomputes there, the model or a block of it, meets them again and u and v stay. torch does not pickle
+        parametrized modules: save the state_dict; copy.deepcopy works.
         With `through_iteration`, ones that are orthogonal to a layer's leading vector miss its singular value.
 
     Source:
@@ -163,7 +213,12 @@ def apply_spectral_norm(
     op = "apply_spectral_norm"
     n_iter = check.at_least(op, "n_iter", (5 if through_iteration else 1) if n_iter is None else n_iter, 1)
     layers = []
-    for _, layer in _picked(op, model, filter, name):
+    picked = _picked(op, model, filter, name)
+    for path, layer in picked:
+        weight = getattr(layer, name).detach()
+        if _read(weight) and not bool(weight.any()):
+            raise ValueError(f"{op}: {_where(path, name)} must not be all zeros, they have no direction")
+    for _, layer in picked:
         weight = getattr(layer, name)
         dim = 1 if isinstance(layer, _TRANSPOSED) and weight.dim() > 1 else 0
         norm = SpectralNorm(weight, dim, n_iter, through_iteration).train(layer.training)
@@ -217,8 +272,8 @@ def apply_weight_norm(
         The model; its parameters are new, so make the optimizer afterwards.
 
     Raises:
-        ValueError: no layer is picked; a picked layer lacks the parameter, has it normalised, or has a row of
-            zeros, which has no direction.
+        ValueError: no layer is picked; a picked layer lacks the parameter, has it normalised, lazy or sharded, has
+            no such dim, or has a row of zeros, which has no direction.
 
     Source:
         Salimans and Kingma 2016, arXiv:1602.07868.
@@ -231,7 +286,10 @@ def apply_weight_norm(
     layers = _picked(op, model, filter, name)
     for path, layer in layers:
         weight = getattr(layer, name).detach()
-        if not weight.is_meta and not isinstance(weight, FakeTensor) and not bool((_norms(weight, dim) > 0).all()):
+        if weight.dim() > 1 and not -weight.dim() <= dim < weight.dim():
+            shape = tuple(weight.shape)
+            raise ValueError(f"{op}: dim must be one of {_where(path, name)}, of shape {shape}, got {dim}")
+        if _read(weight) and not bool((_norms(weight, dim) > 0).all()):
             raise ValueError(f"{op}: {_where(path, name)} must not have a row of zeros, it has no direction")
     for _, layer in layers:
         parametrizations.weight_norm(layer, name, None if getattr(layer, name).dim() == 1 else dim)
@@ -249,6 +307,11 @@ def remove_weight_norm(model: nn.Module) -> nn.Module:
     return model
 
 
+def _read(weight: Tensor) -> bool:
+    """Whether there are numbers to look at."""
+    return not weight.is_meta and not isinstance(weight, FakeTensor)
+
+
 def _norms(weight: Tensor, dim: int) -> Tensor:
     return torch.norm_except_dim(weight, 2, -1 if weight.dim() == 1 else dim)
 
@@ -264,12 +327,16 @@ def _picked(op: str, model: nn.Module, filter: Filter | None, name: str) -> list
         if isinstance(layer, (parametrize.ParametrizationList, SpectralNorm)):
             continue
         weight = getattr(layer, "_parameters", {}).get(name)
+        picks = filter is None or filter(path, layer)
+        if picks and weight is not None and (is_lazy(weight) or hasattr(weight, "placements")):
+            state = "lazy, run a batch first" if is_lazy(weight) else "sharded yet, call fully_shard afterwards"
+            raise ValueError(f"{op}: {_where(path, name)} must not be {state}")
         normalised = parametrize.is_parametrized(layer, name)
         if filter is None:
             # a slope is no gain: its norm is its size
             if isinstance(layer, nn.PReLU) or weight is None or not weight.is_floating_point() or not weight.dim():
                 continue
-        elif not filter(path, layer):
+        elif not picks:
             continue
         elif normalised:
             raise ValueError(f"{op}: {_where(path, name)} must not be parametrized already")

@@ -52,6 +52,11 @@ class _Blocks(threading.local):
 
 
 _blocks = _Blocks()
+def innermost() -> Collected | None:
+    """The block of this thread that receives."""
+    return _blocks.open[-1] if _blocks.open else None
+
+
 _outside_the_graph = torch.compiler.disable(reason="the list behind collect() lives outside the graph")
 
 

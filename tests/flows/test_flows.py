@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import pyflow
 from pyflow.flows import NICE, Glow, RealNVP, bits_per_dim, dequantize
 from pyflow.flows.multiscale import Squeeze
+from pyflow.nn import AffineCoupling, Scale
 
 MODELS = {
     "nice": (lambda: NICE(6, hidden=(16,)), (6,)),
@@ -269,6 +270,15 @@ def test_training_step_lowers_the_loss():
         assert losses[-1] < losses[0] - 0.2
 
 
+def test_glow_on_meta():
+    with torch.device("meta"):
+        flow = Glow((1, 4, 4), steps=1, levels=1, hidden=4)
+    x = torch.empty(3, 1, 4, 4, device="meta")
+    for training in (True, False):
+        z, logdet = flow.train(training)(x)
+        assert z.shape == (3, 16) and logdet.shape == (3,) and flow.inverse(z)[0].shape == x.shape
+
+
 def test_dequantize_and_bits():
     x = torch.arange(17).repeat(1000, 1)
     y = dequantize(x, 17, torch.Generator().manual_seed(0))
@@ -276,6 +286,9 @@ def test_dequantize_and_bits():
     assert (y.double() * 17 - x).min() > -1e-5 and (y.double() * 17 - x).max() < 1 + 1e-5
     assert y.equal(dequantize(x, 17, torch.Generator().manual_seed(0)))
     assert dequantize(x.to(torch.uint8), 17, dtype=torch.float64).dtype == torch.float64
+    for dtype in (torch.uint8, torch.uint16, torch.int32, torch.float16, torch.float64):
+        assert (dequantize(x.to(dtype), 17).double() * 17).floor().sub(x).count_nonzero() <= 2
+    assert dequantize(x > 8, 2).shape == x.shape and dequantize(x[:0], 17).shape == (0, 17)
     # a uniform density on [0, 1]^dim is log2(levels) bits
     assert bits_per_dim(torch.tensor(0.0), 64, 17).item() == pytest.approx(math.log2(17))
     # the paper's MNIST: 1980.50 nats of 784 dequantised pixels
@@ -379,6 +392,15 @@ def test_seeds_of_any_integer_type():
         (lambda: NICE(4, hidden=8), "NICE: hidden must be a tuple of widths for vectors, got int"),
         (lambda: RealNVP(4, hidden=8), "RealNVP: hidden must be a tuple of widths for vectors, got int"),
         (lambda: RealNVP((1, 4, 4), hidden=(8, 8)), "RealNVP: hidden must be an integer, got tuple"),
+        (lambda: RealNVP(4.0), "RealNVP: shape must be an integer or a tuple of integers, got float"),
+        (lambda: RealNVP((4.0,)), "RealNVP: shape must be an integer, got float"),
+        (lambda: RealNVP(4, couplings=2.0), "RealNVP: couplings must be an integer, got float"),
+        (lambda: Glow("8"), "Glow: shape must be an integer or a tuple of integers, got str"),
+        (lambda: Glow((1, 8, 8), steps=None), "Glow: steps must be an integer, got NoneType"),
+        (lambda: NICE("4"), "NICE: dim must be an integer, got str"),
+        (lambda: NICE(4, couplings=1.5), "NICE: couplings must be an integer, got float"),
+        (lambda: Scale(4.0), "Scale: shape must be an integer or a tuple of integers, got float"),
+        (lambda: AffineCoupling(None), "AffineCoupling: net must be a module, got NoneType"),
         (lambda: NICE(4).sample(2.0), "NICE: n must be an integer, got float"),
         (lambda: dequantize(torch.zeros(1), 2.5), "dequantize: levels must be an integer, got float"),
         (lambda: dequantize(torch.zeros(1, dtype=torch.complex64), 2), "dequantize: x must be integers, got complex64"),
@@ -407,10 +429,19 @@ def test_wrong_types(call, text):
         (lambda: RealNVP((1, 3, 4)), r"RealNVP: shape must be \(C, H, W\) .* divisible by 2, got \(1, 3, 4\)"),
         (lambda: RealNVP(4, scale_map="relu"), "AffineCoupling: scale_map must be one of exp"),
         (lambda: Glow((1, 4, 4)), r"Glow: shape must be \(C, H, W\) with H and W divisible by 8, got \(1, 4, 4\)"),
+        (lambda: Glow(8), r"Glow: shape must be \(C, H, W\) with H and W divisible by 8, got \(8,\)"),
         (lambda: Glow((1, 8, 8), steps=0), "Glow: steps and levels must be at least 1, got 0 and 3"),
         (lambda: Glow((1, 8, 8))(torch.zeros(2, 8, 8)), r"Glow: x must have the shape \(B, 1, 8, 8\), got \(2, 8, 8\)"),
         (lambda: Glow((1, 8, 8)).inverse(torch.zeros(2, 8)), r"Glow: z must have the shape \(B, 64\), got \(2, 8\)"),
         (lambda: dequantize(torch.zeros(1), 0), "dequantize: levels must be at least 1, got 0"),
+        (lambda: dequantize(torch.rand(4) / 2 + 0.25, 256), r"dequantize: x must be integers in \[0, 256\), got 0\."),
+        (lambda: dequantize(torch.tensor([0, 256]), 256), r"dequantize: x must be integers in \[0, 256\), got 256"),
+        (lambda: dequantize(torch.tensor([-1]), 256), r"dequantize: x must be integers in \[0, 256\), got -1"),
+        (lambda: dequantize(torch.tensor([math.nan]), 256), r"dequantize: x must be integers in \[0, 256\), got nan"),
+        (
+            lambda: dequantize(torch.zeros(1), 256, dtype=torch.float16),
+            "dequantize: levels must be at most 8 for float16, got 256",
+        ),
         (lambda: bits_per_dim(torch.zeros(1), 1, 0), "bits_per_dim: levels must be at least 1, got 0"),
     ],
 )

@@ -221,3 +221,20 @@ def test_wrong_net_output():
         AffineCoupling(nn.Linear(2, 2))(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="mask must broadcast to the shape of x"):
         AffineCoupling(nn.Linear(2, 4))(torch.zeros(3, 4), mask=torch.zeros(3, 5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("split", ["half", "interleave", "channel", "checkerboard"])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_padding_that_is_not_finite_reaches_no_weight(split, inverse):
+    torch.manual_seed(0)
+    net = torch.nn.Conv2d(*((4, 8) if split == "checkerboard" else (2, 4)), 1)
+    layer = AffineCoupling(net, split=split, scale_map="tanh")
+    mask = (torch.arange(6) >= 4).expand(3, 1, 5, 6)
+    found = []
+    for padding in (0.0, torch.nan, torch.inf):
+        x = torch.where(mask, padding, torch.linspace(-1, 1, 360).view(3, 4, 5, 6))
+        y, logdet = (layer.inverse if inverse else layer)(x, mask=mask)
+        assert torch.where(mask, y, 0).nan_to_num(1).equal(torch.where(mask, x, 0).nan_to_num(1))
+        found.append(torch.autograd.grad(torch.where(mask, 0, y).square().sum() + logdet.sum(), net.parameters()))
+    for zeros, *others in zip(*found):
+        assert zeros.isfinite().all() and all(other.equal(zeros) for other in others)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import pyflow
 from pyflow import _backend
@@ -443,6 +444,35 @@ def test_indices_are_not_computed_unless_asked_for():
     assert indices is None and out.shape == (4, 3)
     module.track_usage()
     assert module(torch.randn(4, 3))[1] is None and module.usage().counts.sum() == 4
+
+
+@pytest.mark.parametrize("index", [25, 300, -2])
+def test_level_indices_of_no_code(index):
+    with pytest.raises(ValueError, match=rf"^FSQ: indices must lie in \[-1, 25\), got {index}$"):
+        FSQ([5, 5]).indices_to_level_indices(torch.tensor([0, index, -1, 24]))
+
+
+def test_a_rotation_on_meta():
+    assert FSQ([5, 5], orthogonal_rotation=True).to("meta")(torch.zeros(1, 3, 2, device="meta"))[0].shape == (1, 3, 2)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_is_recomputed_counts_once(use_reentrant):
+    module, z = FSQ([5, 5]), torch.randn(1, 10, 2, requires_grad=True)
+    module.track_usage()
+    # what is saved after the quantiser makes the recomputation reach it
+    checkpoint(lambda z: module(z)[0].exp().square(), z, use_reentrant=use_reentrant).sum().backward()
+    assert module.usage().counts.sum() == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"orthogonal_rotation": True}])
+def test_codes_in_the_dtype_of_z(dtype, options):
+    module, z = FSQ([7, 7, 7], **options), torch.randn(1, 50, 3).to(dtype)
+    out, indices = module(z)
+    codes = module.indices_to_codes(indices, dtype=dtype)
+    assert codes.dtype == out.dtype == dtype and codes.equal(out)
+    assert module.indices_to_codes(indices).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

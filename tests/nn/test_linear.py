@@ -1,9 +1,11 @@
 """ActNorm, Scale and the 1x1 convolution."""
 
 import copy
+import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyflow.nn import ActNorm, Invertible1x1Conv, Scale
@@ -147,20 +149,94 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_host_reads_no_flag():
+@pytest.mark.parametrize("mask", [None, torch.zeros(8, 1, dtype=torch.bool)])
+def test_the_host_reads_the_flag_until_there_was_data(mask):
     layer, x = ActNorm(3), torch.randn(8, 3)
     layer.load_state_dict(copy.deepcopy(layer).state_dict())
     with Reads() as reads:
-        layer.eval()(x)
-        layer.train()(x)
-        layer(x)
+        layer.eval()(x, mask=mask)
     assert not reads.count
-    # with a mask only the data tells whether there was any; asked until there was
-    layer, mask = ActNorm(3), torch.zeros(8, 1, dtype=torch.bool)
     with Reads() as reads:
+        layer.train()(x, mask=mask)
         layer(x, mask=mask)
         layer(x, mask=mask)
     assert reads.count == 1
+
+
+@pytest.mark.parametrize("make", [lambda: ActNorm(3), lambda: Scale(3, data_init=True)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bad", ["one sample", "nan", "inf"])
+def test_a_batch_that_tells_nothing_starts_nothing(make, masked, bad):
+    torch.manual_seed(0)
+    layer, x = make(), 5 * torch.randn(8, 3) + 2
+    mask = torch.zeros(8, 1, dtype=torch.bool) if masked else None
+    if bad == "one sample":
+        first = x[:1]
+    else:
+        first = x.clone()
+        first[3, 1] = float(bad)
+    layer(first, mask=None if mask is None else mask[: len(first)])
+    assert layer.awaits_data and layer.may_start and not any(p.any() for p in layer.parameters())
+    y, _ = layer(x, mask=mask)
+    assert not layer.awaits_data
+    torch.testing.assert_close(y.std(0, correction=0), torch.ones(3))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_large_numbers_start_it_too(masked):
+    torch.manual_seed(0)
+    x = torch.randn(64, 3) * torch.tensor([1e20, 1e30, 1.0])
+    y, logdet = ActNorm(3)(x, mask=torch.zeros(64, 1, dtype=torch.bool) if masked else None)
+    torch.testing.assert_close(y.std(0, correction=0), torch.ones(3))
+    assert logdet.isfinite().all()
+
+
+def test_a_look_without_data_starts_nothing():
+    layer = ActNorm(3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(torch.randn(8, 3))[0].shape == (8, 3)
+    assert layer.awaits_data and layer.may_start
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_from_meta_by_reset_parameters(kind):
+    torch.manual_seed(0)
+    shape, make = (5, 3, 4), lambda: [*layers((5, 3, 4)), Scale((3, 4), data_init=True)][kind]
+    with torch.device("meta"):
+        layer = make()
+    layer.to_empty(device="cpu")
+    for tensor in [*layer.parameters(), *layer.buffers()]:
+        tensor.detach().fill_(torch.nan)
+    layer.reset_parameters()
+    x, plain = 5 * torch.randn(shape), make()
+    assert plain.state_dict().keys() == layer.state_dict().keys()
+    y, logdet = layer(x)
+    torch.testing.assert_close(layer.inverse(y)[0], x, atol=1e-5, rtol=1e-5)
+    if kind != 1:
+        assert y.equal(plain(x)[0]) and logdet.equal(plain(x)[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", range(3))
+@pytest.mark.parametrize("inverse", [False, True])
+def test_what_is_masked_reaches_no_parameter(shape, kind, inverse):
+    torch.manual_seed(0)
+    layer = layers(shape)[kind].eval()
+    mask = torch.zeros(shape[0], 1, *shape[2:], dtype=torch.bool)
+    mask[0, ..., -1:] = True
+    found = []
+    for padding in (0.0, torch.nan, torch.inf):
+        x = torch.where(mask, padding, torch.linspace(-1, 1, math.prod(shape)).view(shape))
+        y, logdet = (layer.inverse if inverse else layer)(x, mask=mask)
+        found.append(torch.autograd.grad(torch.where(mask, 0, y).square().sum() + logdet.sum(), layer.parameters()))
+    for zeros, *others in zip(*found):
+        assert zeros.isfinite().all() and all(other.equal(zeros) for other in others)
+
+
+def test_the_logdet_can_be_written():
+    for layer in layers((5, 3, 4)):
+        _, logdet = layer(torch.randn(5, 3, 4))
+        logdet += 1
 
 
 def test_once_started_the_data_is_not_looked_at():

@@ -298,6 +298,21 @@ def test_one_operator_for_all_stages(shape, channel_first):
     assert ran.names == ["div", "tanh", "mul", "residual_fsq"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_output_and_codes_in_the_dtype_of_x(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(1, 500, 6).to(dtype)
+    for module in (
+        ResidualFSQ(levels=[8, 8, 8, 5, 5, 5], num_quantizers=3),
+        GroupedResidualFSQ(dim=6, groups=2, levels=[8, 8, 8], num_quantizers=3),
+    ):
+        out, indices = module(x)
+        back = module.get_output_from_indices(indices, dtype=dtype)
+        assert back.dtype == out.dtype == dtype and back.equal(out)
+        assert module.get_codes_from_indices(indices, dtype=dtype).dtype == dtype
+        assert module.get_output_from_indices(indices).dtype == torch.float32
+
+
 @compiled_kernels
 @pytest.mark.parametrize("options", [{}, {"dim": 8}, {"noise_dropout": 0.5}, {"quantize_dropout_multiple_of": 2}])
 def test_training_never_waits_for_the_device(options):

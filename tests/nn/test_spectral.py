@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,93 @@ def test_a_recomputed_block_sees_the_same_weight():
     assert torch.equal(model.first.parametrizations.weight[0]._u, twin.first.parametrizations.weight[0]._u)
 
 
+def disturbed(model):
+    """As after some training: u and v are not yet the singular vectors."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return model.double()
+
+
+@pytest.mark.parametrize("through_iteration", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_every_recomputation_sees_the_weights_of_its_own_forward(whole, through_iteration):
+    model = disturbed(apply_spectral_norm(Checkpointed(), through_iteration=through_iteration))
+    twin = copy.deepcopy(model)
+    xs = torch.randn(2, 4, 6, dtype=torch.float64)
+    if whole:
+        ys = [checkpoint(model, x, use_reentrant=False) for x in xs]
+    else:
+        ys = [model(x, recompute=True) for x in xs]
+    with torch.no_grad():
+        # in between, another forward that moves u and v
+        model(xs[0])
+    buffers = [b.clone() for b in model.buffers()]
+    (3 * ys[0].square().sum() - ys[1].sum()).backward()
+    assert all(map(torch.equal, model.buffers(), buffers))
+    (3 * twin(xs[0]).square().sum() - twin(xs[1]).sum()).backward()
+    for p, q in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+class Wrapped:
+    def __init__(self, value):
+        self.value = value
+
+
+class Wrapping(Checkpointed):
+    def forward(self, x):
+        return {"out": [Wrapped(super().forward(x, recompute=True))]}
+
+
+def test_outputs_in_containers_tell_their_forward():
+    model = disturbed(apply_spectral_norm(Wrapping()))
+    twin = copy.deepcopy(model)
+    xs = torch.randn(2, 4, 6, dtype=torch.float64)
+    first, second = [model(x)["out"][0].value for x in xs]
+    second.sum().backward()
+    first.sum().backward()
+    for x in xs:
+        twin(x)["out"][0].value.sum().backward()
+    for p, q in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_a_thread_that_evaluates_beside_the_one_that_trains():
+    model = apply_spectral_norm(Meeting()).eval()
+    training, evaluating = threading.Event(), threading.Event()
+
+    def evaluate():
+        with torch.no_grad():
+            model(torch.ones(1, 4), lambda: (evaluating.set(), training.wait(20)))
+
+    thread = threading.Thread(target=evaluate)
+
+    def meet():
+        thread.start()
+        assert evaluating.wait(20)
+
+    y = model(torch.ones(1, 4), meet)
+    training.set()
+    thread.join()
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Meeting(nn.Module):
+    """Two layers, between which something happens."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, between):
+        x = self.first(x)
+        between()
+        return self.second(x)
+
+
 @pytest.mark.parametrize("through_iteration", [False, True])
 def test_embeddings_with_sparse_gradients(through_iteration):
     torch.manual_seed(0)
@@ -191,16 +279,16 @@ def test_a_part_that_is_called_on_its_own():
     assert not torch.equal(model[5].parametrizations.weight[0]._u, before)
     with pytest.raises(RuntimeError):
         model(torch.randn(1))
-    assert all(model[i].parametrizations.weight[0]._given is None for i in LAYERS)
+    assert all(model[i].parametrizations.weight[0].given is None for i in LAYERS)
 
 
-def test_zero_weights_are_allowed_and_wake_up():
-    model = nn.Sequential(nn.Linear(4, 3))
-    nn.init.zeros_(model[0].weight)
-    apply_spectral_norm(model)
+def test_weights_may_pass_through_zero():
+    model = apply_spectral_norm(nn.Sequential(nn.Linear(4, 3)))
+    weight = model[0].parametrizations.weight.original
+    nn.init.zeros_(weight)
     assert model(torch.ones(1, 4)).isfinite().all()
     with torch.no_grad():
-        model[0].parametrizations.weight.original.normal_()
+        weight.normal_()
     for _ in range(100):
         model(torch.ones(1, 4))
     assert torch.linalg.svdvals(model.eval()[0].weight)[0].item() == pytest.approx(1, abs=1e-5)
@@ -264,6 +352,18 @@ def test_filter_and_names():
         (
             lambda: apply_weight_norm(nn.BatchNorm1d(3).apply(lambda m: nn.init.zeros_(m.weight))), ValueError,
             "apply_weight_norm: weight must not have a row of zeros, it has no direction",
+        ),
+        (
+            lambda: apply_spectral_norm(nn.Linear(3, 2).apply(lambda m: nn.init.zeros_(m.weight))), ValueError,
+            "apply_spectral_norm: weight must not be all zeros, they have no direction",
+        ),
+        (
+            lambda: apply_spectral_norm(nn.Sequential(nn.LazyLinear(3))), ValueError,
+            "apply_spectral_norm: 0.weight must not be lazy, run a batch first",
+        ),
+        (
+            lambda: apply_weight_norm(nn.Linear(3, 2), dim=5), ValueError,
+            "apply_weight_norm: dim must be one of weight, of shape (2, 3), got 5",
         ),
     ],
 )  # fmt: skip
