@@ -13,6 +13,7 @@ from .. import _checks as check
 from .._backend import call, register, runs_reference
 from .._schemas import HSIC_KERNELS
 from ..reference import hsic as ref
+from ..reference import matmul
 from ._features import approximation
 from ._transforms import one_by_one, vector_jacobian
 from ._variables import Bandwidth, Variable, ratio, rows_needed, together, variable, variables, whole
@@ -218,6 +219,9 @@ def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
         if runs_reference(op, gram, cuda=False):
             return gram.copy_(_center_reference(gram))
         call("center_gram_", gram)
+        # below autograd nobody counts what is written
+        if not torch.compiler.is_compiling() and not gram.is_inference():
+            torch.autograd.graph.increment_version(gram)
         return gram
     if runs_reference(op, gram, cuda=False):
         return _center_reference(gram)
@@ -352,7 +356,7 @@ def _terms(
 def _of_covariance(x: Variable, y: Variable, estimator: str, same: bool) -> Estimate:
     """HSIC of linear kernels: the squares of the covariances."""
     n = x.z.shape[-2]
-    total = (x.z.mT @ y.z).double().square().sum((-2, -1))
+    total = matmul(x.z.mT, y.z).double().square().sum((-2, -1))
     if estimator != "unbiased":
         return Estimate(total / (n**2 if estimator == "biased_n2" else (n - 1) ** 2))
     a, b = x.diagonal, y.diagonal

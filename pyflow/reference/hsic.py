@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._schemas import HSIC_KERNELS
+from . import matmul
 
 
 # the mean squared distance is twice the sum of the variances, in units of the bandwidth; that of absolute ones, of
@@ -24,7 +25,7 @@ def raw(z: Tensor, kernel: str) -> Tensor:
     if kernel in ("laplacian", "delta"):
         difference = z.unsqueeze(-2) - z.unsqueeze(-3)
         return difference.abs().sum(-1) if kernel == "laplacian" else (difference != 0).sum(-1).to(z.dtype)
-    dot = z @ z.mT
+    dot = matmul(z, z.mT)
     if kernel == "polynomial":
         return dot
     half = z.square().sum(-1) / 2

@@ -387,13 +387,49 @@ def test_function_transforms_agree_with_the_reference():
             torch.testing.assert_close(a, b, msg=name)
 
 
-def test_autocast_changes_nothing():
-    x, y = dependent(40, 3)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = ops.hsic(x, y, bandwidth=1.0), ops.center_gram(x @ x.mT)
-        gram = x @ x.mT
-    testing.assert_same_bits(got[0], ops.hsic(x, y, bandwidth=1.0))
-    assert got[1].dtype == gram.dtype
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+@pytest.mark.parametrize("cast", (torch.bfloat16, torch.float16))
+def test_autocast_changes_nothing(backend, cast):
+    # products of these leave the range of float16
+    x, y = (300 * v for v in dependent(40, 12))
+    gram = x @ x.mT
+    calls = {
+        "rbf": lambda x: ops.hsic(x, y),
+        "linear": lambda x: ops.cka(x, y[:, :3], kernel="linear"),
+        "unbiased": lambda x: ops.hsic(x, y, kernel="linear", estimator="unbiased"),
+        "polynomial": lambda x: ops.cka(x, y, kernel="polynomial"),
+        "rff": lambda x: ops.hsic(x, y, approximate="rff"),
+        "nystrom": lambda x: ops.hsic(x, y, approximate="nystrom"),
+        "matrix": lambda x: ops.hsic_matrix([x, x[:, :2]], [y], kernel="linear").sum(),
+        "nhsic": lambda x: ops.nhsic(x, y),
+        "center_gram": lambda x: ops.center_gram(gram * x[0, 0]).square().sum(),
+        "second": lambda x: torch.func.grad(lambda z: ops.cka(z, y[:, :3], kernel="linear"))(x).square().sum(),
+        "jvp": lambda x: torch.func.jvp(lambda z: ops.cka(z, y, kernel="linear"), (x,), (y,))[1],
+    }  # fmt: skip
+
+    def results(call):
+        leaf = x.clone().requires_grad_()
+        value = call(leaf)
+        return value, torch.autograd.grad(value, leaf)[0]
+
+    for name, call in calls.items():
+        with pyflow.backend(backend):
+            want = results(call)
+            with torch.autocast("cpu", cast):
+                got = results(call)
+        testing.assert_same_bits(got[0], want[0], name)
+        # of the same products, which may be added in another order; bfloat16 is 4e-3 off
+        torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-5 * want[1].abs().max().item(), msg=name)
+
+
+def test_what_is_written_in_place_counts_as_changed():
+    for backend in ("auto", "reference"):
+        x = draw((4, 4)).requires_grad_()
+        saved = x.exp()
+        with pyflow.backend(backend):
+            ops.center_gram(saved.detach(), inplace=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            saved.sum().backward()
 
 
 def test_permuted_sums():
