@@ -26,6 +26,8 @@ def float_tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {short(value.dtype)}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {layout(value)}")
 
 
 def like(op: str, name: str, value: object, other_name: str, shape: torch.Size, device: torch.device) -> None:
@@ -49,7 +51,10 @@ def number(op: str, name: str, value: object) -> float:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{op}: {name} must fit into float64, got a larger number") from None
 
 
 def positive(op: str, name: str, value: object) -> float:
@@ -97,6 +102,11 @@ def mask_for(op: str, mask: object, x: Tensor) -> Tensor:
             raise ValueError(f"{op}: mask must be bool or hold only 0 and 1, got other values")
         mask = mask != 0
     return mask.expand(x.shape)
+
+
+def layout(tensor: Tensor) -> str:
+    """The name of a layout."""
+    return str(tensor.layout).removeprefix("torch.")
 
 
 def short(dtype: object) -> str:

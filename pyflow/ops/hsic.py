@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ def hsic(
             gradient through it; the mean distance where it is 0. bandwidth_y None: the same as for x.
         estimator: "biased" (over (n - 1)**2), "biased_n2" (over n**2) or "unbiased" (Song et al. 2012).
         normalize: divide by sqrt(hsic(x, x) hsic(y, y)), 0 where one of these is no larger than its rounding.
-        degree, gamma, coef0: of the polynomial kernel; gamma None is 1 / d.
+        degree, gamma, coef0: of the polynomial kernel; gamma None is 1 / d, a degree is at most 100.
         allow_tf32: let a GPU round the factors of dot products to 10 bits.
         approximate: None, "rff" (random Fourier features; rbf and laplacian) or "nystrom" (landmark rows).
         n_features, seed: of the approximation.
@@ -92,20 +92,14 @@ def hsic(
         >>> round(hsic(x, x**2, normalize=True).item(), 3), round(hsic(x, x, normalize=True).item(), 3)
         (0.322, 1.0)
     """
-    op = "hsic"
-    pair = variables(op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
-    rows_needed(op, pair[0].z.shape[-2], estimator)
-    if approximate is not None:
-        result, _ = approximation(
-            op, pair, estimator=estimator, normalize=normalize, approximate=approximate, n_features=n_features,
-            seed=seed,
-        )  # fmt: skip
-    elif normalize:
-        xy, xx, yy = values(op, pair, [(0, 1), (0, 0), (1, 1)], estimator, allow_tf32).unbind(-1)
-        result = ratio(xy, xx, yy)
-    else:
-        result = whole(values(op, pair, [(0, 1)], estimator, allow_tf32).squeeze(-1), *pair)
-    return result.to(pair[0].z.dtype)
+    return _dependence(
+        "hsic", x, y, kernel, bandwidth, kernel_y, bandwidth_y, estimator, normalize, degree, gamma, coef0, allow_tf32,
+        approximate, n_features, seed,
+    )  # fmt: skip
+
+
+# its options and what they are where they are not given
+OPTIONS = dict(hsic.__kwdefaults__)
 
 
 def cka(x: Tensor, y: Tensor, **options: object) -> Tensor:
@@ -127,7 +121,30 @@ def cka(x: Tensor, y: Tensor, **options: object) -> Tensor:
     """
     if "normalize" in options:
         raise TypeError("cka: normalize is always on")
-    return hsic(x, y, normalize=True, **options)
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"cka: options must be those of hsic, got {name}")
+    return _dependence("cka", x, y, **{**OPTIONS, **options, "normalize": True})
+
+
+def _dependence(
+    op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, estimator, normalize, degree, gamma, coef0, allow_tf32,
+    approximate, n_features, seed,
+):  # fmt: skip
+    """`hsic` in the name of `op`."""
+    pair = variables(op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
+    rows_needed(op, pair[0].z.shape[-2], estimator)
+    if approximate is not None:
+        result, _ = approximation(
+            op, pair, estimator=estimator, normalize=normalize, approximate=approximate, n_features=n_features,
+            seed=seed,
+        )  # fmt: skip
+    elif normalize:
+        xy, xx, yy = values(op, pair, [(0, 1), (0, 0), (1, 1)], estimator, allow_tf32).unbind(-1)
+        result = ratio(xy, xx, yy)
+    else:
+        result = whole(values(op, pair, [(0, 1)], estimator, allow_tf32).squeeze(-1), *pair)
+    return result.to(pair[0].z.dtype)
 
 
 def hsic_matrix(
@@ -162,6 +179,9 @@ def hsic_matrix(
         torch.Size([2, 1])
     """
     op = "hsic_matrix"
+    for name, tensors in (("xs", xs), ("ys", ys)):
+        if not isinstance(tensors, Iterable) or (isinstance(tensors, Tensor) and not tensors.dim()):
+            raise TypeError(f"{op}: {name} must be a list of tensors, got {type(tensors).__name__}")
     xs, ys = list(xs), list(ys)
     if not xs or not ys:
         raise ValueError(f"{op}: xs and ys must not be empty, got {len(xs)} and {len(ys)} tensors")

@@ -652,9 +652,10 @@ def _compare(call: Call, got: Answer, reference: Answer) -> None:
     assert len(got.tensors) == len(reference.tensors), f"{call}: {len(got.tensors)} outputs"
     for i, (a, b) in enumerate(zip(got.tensors, reference.tensors)):
         assert (a.dtype, a.shape) == (b.dtype, b.shape), f"{call}: output {i} is {_shown(a)}, the reference {_shown(b)}"
-        if call.exact:
+        if call.exact and not a.is_meta:
             assert_same_bits(a, b, f"{call}: output {i}")
-    if call.exact:
+    # shapes and dtypes are all that a meta tensor has
+    if call.exact or any(a.is_meta for a in got.tensors):
         return
     if call.rounds:
         _compare_digits(call, got)

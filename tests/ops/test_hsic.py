@@ -695,6 +695,14 @@ X = torch.zeros(6, 2)
             r"bandwidth must broadcast to the batch dims \(\), got shape \(3,\)",
         ),
         (lambda f: f(X, X, kernel="polynomial", degree=0), ValueError, "degree must be at least 1, got 0"),
+        (lambda f: f(X, X, kernel="polynomial", degree=10**9), ValueError, "degree must be at most 100, got 1000000000"),
+        (
+            lambda f: f(X, X, kernel="polynomial", coef0=10**400),
+            ValueError,
+            "coef0 must fit into float64, got a larger number",
+        ),
+        (lambda f: f(X, X.to_sparse()), TypeError, "y must be a dense tensor, got sparse_coo"),
+        (lambda f: f(X.to_sparse(), X, kernel="delta"), TypeError, "x must be a dense tensor, got sparse_coo"),
         (
             lambda f: f(X, X, kernel="precomputed"),
             ValueError,
@@ -709,15 +717,21 @@ X = torch.zeros(6, 2)
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_sentence(call, error, text, backend):
-    with pyflow.backend(backend), pytest.raises(error, match=f"^hsic: {text}$"):
-        call(ops.hsic)
+    for name in ("hsic", "cka"):
+        with pyflow.backend(backend), pytest.raises(error, match=f"^{name}: {text}$"):
+            call(getattr(ops, name))
 
 
 def test_bad_input_of_the_others():
     with pytest.raises(ValueError, match="^hsic_matrix: xs and ys must not be empty, got 0 and 1 tensors$"):
         ops.hsic_matrix([], [X])
+    for wrong in (None, 3, torch.zeros(())):
+        with pytest.raises(TypeError, match=f"^hsic_matrix: ys must be a list of tensors, got {type(wrong).__name__}$"):
+            ops.hsic_matrix([X], wrong)
     with pytest.raises(TypeError, match="^cka: normalize is always on$"):
         ops.cka(X, X, normalize=False)
+    with pytest.raises(TypeError, match="^cka: options must be those of hsic, got kernels$"):
+        ops.cka(X, X, kernels="rbf")
     with pytest.raises(ValueError, match=r"^center_gram: gram must be \(..., n, n\), got shape \(6, 2\)$"):
         ops.center_gram(X)
     with pytest.raises(ValueError, match="^center_gram: inplace must not be used on a tensor that requires a gradient$"):
