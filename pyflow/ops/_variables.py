@@ -387,10 +387,11 @@ def points(v: Variable) -> Tensor:
     return ref.centred(v.z) * v.scale[..., None, None]
 
 
-def between(v: Variable, a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
+def between(v: Variable, a: Tensor, b: Tensor, shift: Tensor | None = None, direct: bool = False) -> Tensor:
     """(..., m, n) kernel between `points` a (..., m, d) and b (..., n, d), less shift (...) of 0 or 1, in float64.
 
-    Not for precomputed kernels.
+    Not for precomputed kernels. `direct`: distances from differences, where dot products would lose those of near rows
+    far from the rest; not differentiable twice.
     """
     a, b = a.double(), b.double()
     name = HSIC_KERNELS[v.kernel]
@@ -400,6 +401,8 @@ def between(v: Variable, a: Tensor, b: Tensor, shift: Tensor | None = None) -> T
         return (torch.cdist(a, b, p=0) == 0).double()
     if name == "laplacian":
         exponent = -torch.cdist(a, b, p=1)
+    elif direct:
+        exponent = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square() / -2
     else:
         half = [t.square().sum(-1) / 2 for t in (a, b)]
         exponent = (a @ b.mT - (half[0].unsqueeze(-1) + half[1].unsqueeze(-2))).clamp(max=0)

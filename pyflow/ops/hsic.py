@@ -427,7 +427,7 @@ def _backward(ctx, grad_rows, grad_cross, _):
 def _of_scale(grads, z, scale):
     """Gradient of the scales: that of z scales with them."""
     # a kernel of distances does not change where all rows move, so centring is free
-    dots = [(grad * (part - part.mean(-2, keepdim=True))).sum((-2, -1)) for grad, part in zip(grads, z)]
+    dots = [(grad * ref.centred(part)).sum((-2, -1)) for grad, part in zip(grads, z)]
     return torch.stack(dots, -1) / scale
 
 

@@ -239,6 +239,12 @@ def digest() -> str:
             value = ops.hsic(*leaves, kernel=kernel, bandwidth=1.5 * d)
             for v in (value, *torch.autograd.grad(value.sum(), leaves)):
                 h.update(v.detach().numpy().tobytes())
+    for kernel in ("rbf", "laplacian"):
+        for d in (3, 33):
+            x, y = (v.requires_grad_() for v in scattered("two clusters", d))
+            value = ops.hsic(x, y, kernel=kernel, bandwidth=1.5 * d)
+            for v in (value, *torch.autograd.grad(value, (x, y))):
+                h.update(v.detach().numpy().tobytes())
     gram = draw((3, 100, 100))
     permutations = torch.stack([torch.randperm(100, generator=torch.Generator().manual_seed(s)) for s in range(3)])
     h.update(ops.center_gram(gram).numpy().tobytes())
@@ -561,6 +567,45 @@ def test_items_of_a_batch_have_units_of_their_own():
     torch.testing.assert_close(
         ops.hsic(x * 2.0**70, y * 2.0**-70, kernel="linear"), ops.hsic(x, y, kernel="linear"), rtol=1e-6, atol=0
     )
+
+
+def scattered(how, d):
+    """Rows of which float32 holds few digits beside the distance to others."""
+    x, y = dependent(150, d, seed=5)
+    if how == "two clusters":
+        x, y = x + 2.0**14 * (torch.arange(150)[:, None] % 2), y - 2.0**14 * (torch.arange(150)[:, None] % 2)
+    elif how == "heavy tails":
+        x = x / draw((150, 1), seed=6).abs().pow(4)
+    else:
+        x[0] = x[2] = how
+        y[1] = -how
+    return x, y
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("d", [1, 20])
+@pytest.mark.parametrize("how", [1e4, 1e7, 1e12, "two clusters", "heavy tails"])
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
+def test_rows_far_from_others_cost_these_no_digits(kernel, how, d, backend):
+    if backend == "reference" and how in (1e7, 1e12):
+        pytest.skip("its dot products are of float64, which loses these as float32 does the others")
+    x, y = scattered(how, d)
+    bandwidth = d**0.5 if kernel == "rbf" else float(d)
+    k, m = matrix(x, kernel, bandwidth), matrix(y, kernel, bandwidth)
+    leaf = x.clone().requires_grad_()
+    with pyflow.backend(backend):
+        for estimator in ESTIMATORS:
+            got = ops.hsic(leaf, y, kernel=kernel, bandwidth=bandwidth, estimator=estimator)
+            scale = math.sqrt(definition(k, k, estimator) * definition(m, m, estimator))
+            want = definition(k, m, estimator)
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-7 * scale, msg=f"{estimator} {got - want:.2e}")
+        (gradient,) = torch.autograd.grad(got, leaf)
+    exact = x.double().requires_grad_()
+    with pyflow.backend("reference"):
+        value = ops.hsic(exact, y.double(), kernel=kernel, bandwidth=bandwidth, estimator=estimator)
+    (want,) = torch.autograd.grad(value, exact)
+    error = 1e-2 if how == "two clusters" else 1e-4
+    torch.testing.assert_close(gradient.double(), want, rtol=0, atol=error * want.abs().max().item())
 
 
 @pytest.mark.parametrize("d", [1, 12])

@@ -170,6 +170,21 @@ def test_the_unit_of_the_data_does_not_matter(kernel):
         assert wide[0].pvalue == wide[1].pvalue and wide[1].statistic == pytest.approx(wide[0].statistic, rel=1e-4)
 
 
+@pytest.mark.parametrize("d", [1, 12])
+@pytest.mark.parametrize("far", [1e5, 1e10])
+def test_rows_far_from_others_cost_these_no_digits(far, d):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, d))
+    y = x**2 + 0.1 * rng.normal(size=(60, d))
+    x[[0, 3]] = far
+    x[20:40] -= far
+    k, m = (np.exp(-(np.linalg.norm(v[:, None] - v[None], axis=-1) ** 2) / 2) for v in (x, y))
+    h = np.eye(60) - 1 / 60
+    for method in ({"permutations": 1}, {"method": "gamma"}):
+        result = hsic_test(x, y, bandwidth=1.0, **method)
+        assert result.statistic == pytest.approx(((h @ k @ h) * m).sum() / 59**2, rel=1e-6)
+
+
 def test_what_is_not_finite_has_no_p():
     x, y = data()
     for options in ({}, {"estimator": "unbiased"}):
