@@ -82,6 +82,10 @@ def hsic(
         instruction set and batch. The backward visits all pairs again; double backward makes the matrices.
         Linear kernels use d_x x d_y covariances where these are cheaper. Data are divided by a power of two where
         their products would leave the dtype: what is normalised does not depend on the unit of x.
+        Rows far from all others, in bandwidths, cost these no digits; on a GPU, and in the features of an
+        approximation, only a few such rows may be far. The polynomial kernel is not one of differences: of data whose
+        mean is 1,000 deviations or more from 0 it keeps few digits in float32, and normalised it is 0 where it keeps
+        none, so subtract the mean first where the kernel need not be that of the data as they are.
 
     Source:
         Gretton et al. 2005, Measuring Statistical Dependence with Hilbert-Schmidt Norms; Song et al. 2012, Feature
@@ -419,7 +423,11 @@ def _backward(ctx, grad_rows, grad_cross, _):
     if ctx.parts != 1:
         raise RuntimeError("hsic: a part of the tiles has no gradient")
     *z, scale = ctx.saved_tensors
-    grads = torch.ops.pyflow.hsic_sums_backward.default(grad_rows, grad_cross, z, scale, *ctx.grams)
+    if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in (grad_rows, grad_cross)):
+        # is_grads_batched of torch.autograd.grad knows no rule for lists of tensors
+        grads = _sums_gradient(grad_rows, grad_cross, z, scale, *ctx.grams)
+    else:
+        grads = torch.ops.pyflow.hsic_sums_backward.default(grad_rows, grad_cross, z, scale, *ctx.grams)
     grad_scale = _of_scale(grads, z, scale) if ctx.needs_input_grad[1] else None
     return list(grads), grad_scale, *[None] * (len(ctx.grams) + 2)
 

@@ -393,6 +393,24 @@ def test_function_transforms_agree_with_the_reference():
             torch.testing.assert_close(a, b, msg=name)
 
 
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian", "polynomial"])
+def test_batches_of_gradients(kernel):
+    x, y = dependent(6, 2, F64)
+    factors = torch.tensor([1.0, 0.5, 2.0], dtype=F64)[:, None, None]
+
+    def f(x):
+        return ops.hsic(x * factors, y, kernel=kernel, bandwidth=1.0)
+
+    want = torch.autograd.functional.jacobian(f, x)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(f, x, vectorize=True), want)
+    leaf = x.clone().requires_grad_()
+    (got,) = torch.autograd.grad(f(leaf), leaf, torch.eye(3, dtype=F64), is_grads_batched=True)
+    torch.testing.assert_close(got, want)
+    first = lambda x: f(x)[0]  # noqa: E731
+    want = torch.autograd.functional.hessian(first, x)
+    torch.testing.assert_close(torch.autograd.functional.hessian(first, x, vectorize=True), want)
+
+
 @pytest.mark.parametrize("backend", ("auto", "reference"))
 @pytest.mark.parametrize("cast", (torch.bfloat16, torch.float16))
 def test_autocast_changes_nothing(backend, cast):
