@@ -106,7 +106,10 @@ def number(op: str, name: str, value: object) -> float:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{op}: {name} must fit into float64, got a larger number") from None
 
 
 def positive(op: str, name: str, value: object) -> float:

@@ -301,10 +301,10 @@ class Gram:
     def __init__(self, z: Tensor, scale: Tensor, kernel: int, degree: int) -> None:
         name = HSIC_KERNELS[kernel]
         self.kernel, self.degree, self.dim = kernel, degree, z.shape[-1]
+        self.shift = wide(z, scale, name).double()
         if name in ("rbf", "laplacian"):
             z = centred(z) * scale[:, None, None]
         self.z = z.contiguous()
-        self.shift = wide(z, name).double()
         self.squares = name == "rbf" and self.dim <= SQUARES_UP_TO.value
         # in float64, as their rounding stays with a row
         self.halves = (self.z.double().square().sum(-1) / 2).to(z.dtype) if name == "rbf" else self.z

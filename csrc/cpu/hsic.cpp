@@ -100,11 +100,66 @@ void multiply_panel(const Panel& p, const T* factor, int times, T* out) {
   }
 }
 
-// the panel of the variable's Gram matrix less its shift, zero outside
 template <class T>
-void gram_panel(const GramArgs& a, int64_t m, int64_t slot, const Panel& p, T* out) {
+bool any_above(const T* value, int64_t n, T bound) {
+  int64_t above = 0;
+#pragma omp simd reduction(+ : above)
+  for (int64_t i = 0; i < n; ++i) above += value[i] > bound;
+  return above > 0;
+}
+
+// apart[m]: whether both sides of the tile have rows whose rounding shows (kApart)
+template <class T>
+void find_apart(const GramArgs& a, int64_t slot, const Tile& t, double* apart) {
+  for (int64_t m = 0; m < a.variables; ++m) {
+    const T* halves = (const T*)a.halves + (slot * a.variables + m) * a.padded;
+    apart[m] = of_distances(a.variable[m].kernel) && any_above(halves + t.row, t.rows, T(kApart<T>)) &&
+               any_above(halves + t.col, t.cols, T(kApart<T>));
+  }
+}
+
+// squared or absolute differences of rows as they came, summed through sixteen lanes
+template <bool Square, class T>
+void apart_panel(const GramArgs& a, int64_t m, int64_t slot, const Panel& p, T* out) {
+  const GramVariable& v = a.variable[m];
+  const int64_t item = a.item + slot;
+  const T scale = ((const T*)a.scale)[item * a.variables + m];
+  const T* z = (const T*)v.z + item * a.tournament.n * v.dim;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    const T* __restrict x = z + (p.row + r) * v.dim;
+    for (int64_t c = first_column<T>(p); c < p.cols; ++c) {
+      const T* __restrict y = z + (p.col + c) * v.dim;
+      T lane[16] = {};
+      const auto add = [&](int64_t k, int j) {
+        const T more = (x[k] - y[k]) * scale;
+        lane[j] = Square ? fma_(more, more, lane[j]) : lane[j] + abs_(more);
+      };
+      int64_t k = 0;
+      for (; k + 16 <= v.dim; k += 16) {
+#pragma omp simd
+        for (int j = 0; j < 16; ++j) add(k + j, j);
+      }
+      for (int j = 0; k + j < v.dim; ++j) add(k + j, j);
+      for (int width = 8; width > 0; width /= 2) {
+        for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+      }
+      out[r * p.stride + c] = lane[0];
+    }
+  }
+}
+
+// the panel of the variable's Gram matrix less its shift, zero outside; `apart` is that of its tile
+template <class T>
+void gram_panel(const GramArgs& a, int64_t m, int64_t slot, const Panel& p, bool apart, T* out) {
   const GramVariable& v = a.variable[m];
   const T shift = T(a.shift[(a.item + slot) * a.variables + m]);
+  if (apart) {
+    const bool square = v.kernel == GramKernel::rbf;
+    square ? apart_panel<true>(a, m, slot, p, out) : apart_panel<false>(a, m, slot, p, out);
+    const T factor = square ? T(-0.5) : T(-1);
+    each_value(p, out, [=](T x, int64_t, int64_t) { return exp_less(factor * x, shift); });
+    return clear_outside(p, out);
+  }
   switch (raw_sum(v.kernel, v.dim)) {
     case RawSum::product: {
       raw_panel<RawSum::product>(a, v, slot, p, out);
@@ -158,13 +213,15 @@ void sums_tile(const GramSums& a, int64_t slot, int64_t tile) {
   T* values = (T*)a.scratch;  // (variables, kPanel, block)
   double* column = (double*)(values + a.variables * kPanel * block);
   double* lanes = column + a.variables * block;
+  double* apart = lanes + 16 * a.pairs;
   for (int64_t i = 0; i < a.variables * block + 16 * a.pairs; ++i) column[i] = 0;
+  find_apart<T>(a, slot, t, apart);
   double* rows = a.rows + (a.item + slot) * a.variables * a.tournament.n;
   for (int64_t i = 0; i < t.rows; i += kRows) {
     const Panel p{t.row + i, smaller(kRows, t.rows - i), t.col, t.cols, block};
     for (int64_t m = 0; m < a.variables; ++m) {
       T* panel = values + m * kPanel * block;
-      gram_panel(a, m, slot, p, panel);
+      gram_panel(a, m, slot, p, apart[m] != 0, panel);
       for (int64_t r = 0; r < p.rows; ++r) {
         rows[m * a.tournament.n + p.row + r] += add_row(panel + r * block, column + m * block, width);
       }
@@ -274,6 +331,33 @@ void spread_rows(const T* w, int64_t row_step, int64_t step, int64_t count, cons
   for (; c < width; c += 8) spread_columns<R, 8>(w, row_step, step, count, z + c, width, own + c, out + c, rows);
 }
 
+// of rows as they came: sums of weights times rows would lose the differences, signs of those packed be of rounding
+template <bool Square, class T>
+void spread_apart(const GramBackward& a, int64_t m, int64_t slot, const Tile& t, const T* weights) {
+  const GramVariable& v = a.variable[m];
+  const int64_t item = a.item + slot, block = a.tournament.block;
+  const T scale = ((const T*)a.scale)[item * a.variables + m];
+  const T* z = (const T*)v.z + item * a.tournament.n * v.dim;
+  T* grad = (T*)a.grad_workspace + slot * a.workspace_size + v.rows;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const T* __restrict x = z + (t.row + r) * v.dim;
+    for (int64_t c = 0; c < t.cols; ++c) {
+      const T weight = Square ? weights[r * block + c] * scale : weights[r * block + c];
+      if (weight == T(0)) continue;
+      const T* __restrict y = z + (t.col + c) * v.dim;
+      T* __restrict of_x = grad + (t.row + r) * v.width;
+      T* __restrict of_y = grad + (t.col + c) * v.width;
+#pragma omp simd
+      for (int64_t k = 0; k < v.dim; ++k) {
+        const T more = y[k] - x[k];
+        const T step = Square ? weight * more : more > T(0) ? weight : more < T(0) ? -weight : T(0);
+        of_x[k] += step;
+        of_y[k] -= step;
+      }
+    }
+  }
+}
+
 template <class T>
 void backward_tile(const GramBackward& a, int64_t slot, int64_t tile) {
   const Tile t = gram_tile(a, tile);
@@ -283,9 +367,13 @@ void backward_tile(const GramBackward& a, int64_t slot, int64_t tile) {
   T* weights = values + a.variables * block * block;
   T* raw = weights + block * block;  // (kPanel, block)
   double* column = (double*)(raw + kPanel * block);
+  double* apart = column + a.variables * block + 16 * a.pairs;
+  find_apart<T>(a, slot, t, apart);
   for (int64_t i = 0; i < t.rows; i += kRows) {
     const Panel p{t.row + i, smaller(kRows, t.rows - i), t.col, t.cols, block};
-    for (int64_t m = 0; m < a.variables; ++m) gram_panel(a, m, slot, p, values + (m * block + i) * block);
+    for (int64_t m = 0; m < a.variables; ++m) {
+      gram_panel(a, m, slot, p, apart[m] != 0, values + (m * block + i) * block);
+    }
   }
   for (int64_t m = 0; m < a.variables; ++m) {
     const GramVariable& v = a.variable[m];
@@ -305,6 +393,11 @@ void backward_tile(const GramBackward& a, int64_t slot, int64_t tile) {
           grad[j * n + i] = T(rows[j]) + other;
         }
       }
+      continue;
+    }
+    if (apart[m] != 0) {
+      const bool square = v.kernel == GramKernel::rbf;
+      square ? spread_apart<true>(a, m, slot, t, weights) : spread_apart<false>(a, m, slot, t, weights);
       continue;
     }
     if (v.kernel == GramKernel::rbf) {

@@ -60,10 +60,10 @@ struct GramArgs {
   const char* scale;    // (B, variables), of the compute type as all that is char*; of a kernel of distances, whose
                         // rows are centred first
   double* shift;        // (B, variables): 0, or 1 where K - 1 takes the place of K
-  char* means;          // (items, columns)
+  char* centres;        // (items, columns)
   char* workspace;      // strips and padded rows, centred and scaled
   int64_t workspace_size;  // elements of an item
-  char* halves;            // (items, variables, padded): half the squares of rows
+  char* halves;            // (items, variables, padded): of kernels of distances, half the squares of rows
   int64_t padded;          // n, made a multiple of kPad
   char* scratch;           // of this thread
   int64_t item, items;
@@ -89,7 +89,7 @@ constexpr int64_t kPanel = 8;  // rows that are worked on together, at most
 PYFLOW_FN int64_t scratch_of(const GramArgs& a, bool backward) {
   const int64_t size = a.f64 ? 8 : 4, block = a.tournament.block;
   const int64_t values = backward ? ((a.variables + 1) * block + kPanel) * block : a.variables * kPanel * block;
-  return size * values + 8 * (a.variables * block + 16 * a.pairs);
+  return size * values + 8 * (a.variables * block + 16 * a.pairs + a.variables);
 }
 
 // units: permutations

@@ -1,4 +1,4 @@
-// Before and after the tiles of hsic.cpp: means and shifts, rows as strips, and what gradients grow in at 0.
+// Before and after the tiles of hsic.cpp: centres and shifts, rows as strips, and what gradients grow in at 0.
 #include "strips.h"
 #include "sums.h"
 
@@ -6,8 +6,7 @@ namespace pyflow::PYFLOW_ISA {
 
 constexpr int64_t kStatsRows = 32, kStatsAhead = 8;
 
-// A few rows less the first are summed in the compute type: neither what rows are centred by nor where K - 1 takes the
-// place of K needs more.
+// A few rows less the first are summed in the compute type: where K - 1 takes the place of K needs no more.
 template <class T>
 void add_moments(const T* __restrict first, const T* __restrict row, int64_t rows, int64_t stride, int64_t count,
                  double* __restrict sum, double* __restrict square) {
@@ -28,7 +27,18 @@ void add_moments(const T* __restrict first, const T* __restrict row, int64_t row
   }
 }
 
-// the means of a variable's features, and from their variances what is subtracted from the kernel
+// the third of five in size
+template <class T>
+PYFLOW_FN T middle(const T* x, int64_t step) {
+  const auto less = [](T a, T b) { return a < b ? a : b; };
+  const auto more = [](T a, T b) { return a < b ? b : a; };
+  const T a = x[0], b = x[step], c = x[2 * step], d = x[3 * step], e = x[4 * step];
+  // neither the least nor the largest of four can be it
+  const T low = more(less(a, b), less(c, d)), high = less(more(a, b), more(c, d));
+  return more(less(low, high), less(more(low, high), e));
+}
+
+// what a variable's features are centred by, and from their variances what is subtracted from the kernel
 template <class T>
 void item_stats(const GramArgs& a, int64_t slot, int64_t m) {
   const GramVariable& v = a.variable[m];
@@ -38,7 +48,7 @@ void item_stats(const GramArgs& a, int64_t slot, int64_t m) {
   if (!of_distances(v.kernel)) return;
   const double scale = double(((const T*)a.scale)[item * a.variables + m]);
   const T* z = (const T*)v.z + item * n * v.dim;
-  T* means = (T*)a.means + slot * a.columns + v.first;
+  T* centres = (T*)a.centres + slot * a.columns + v.first;
   double spread = 0;
   for (int64_t k = 0; k < v.dim; k += kChunk) {
     const int64_t count = smaller(kChunk, v.dim - k);
@@ -51,9 +61,18 @@ void item_stats(const GramArgs& a, int64_t slot, int64_t m) {
     for (int64_t c = 0; c < count; ++c) {
       const double mean = sum[c] / double(n);
       const double variance = (square[c] - mean * sum[c]) / double(n > 1 ? n - 1 : 1);
-      means[k + c] = T(double(first[c]) + mean);
       spread += v.kernel == GramKernel::rbf ? variance : __builtin_sqrt(variance > 0 ? variance : 0);
     }
+  }
+  // the median of five rows, which a few rows far from all others do not pull away from these
+  T five[5 * kChunk];
+  for (int64_t k = 0; k < v.dim; k += kChunk) {
+    const int64_t count = smaller(kChunk, v.dim - k);
+    for (int64_t i = 0; i < 5; ++i) {
+      const T* row = z + i * (n - 1) / 4 * v.dim + k;
+      for (int64_t c = 0; c < count; ++c) five[i * kChunk + c] = row[c];
+    }
+    for (int64_t c = 0; c < count; ++c) centres[k + c] = middle(five + c, kChunk);
   }
   shift = v.kernel == GramKernel::rbf ? spread * scale * scale <= kWideVariance : spread * scale <= kWideDeviation;
 }
@@ -105,7 +124,7 @@ void pack_strip(const GramArgs& a, int64_t slot, int64_t m, int64_t strip) {
   const bool centred = of_distances(v.kernel);
   const int64_t n = a.tournament.n, item = a.item + slot, begin = strip * kCols<T>;
   const T scale = centred ? ((const T*)a.scale)[item * a.variables + m] : T(1);
-  const T* means = (const T*)a.means + slot * a.columns + v.first;
+  const T* centres = (const T*)a.centres + slot * a.columns + v.first;
   T* workspace = (T*)a.workspace + slot * a.workspace_size;
   T* __restrict out = workspace + v.strips + begin * v.dim;
   alignas(64) T rows[4][kChunk];
@@ -116,9 +135,9 @@ void pack_strip(const GramArgs& a, int64_t slot, int64_t m, int64_t strip) {
       for (int64_t r = 0; r < 4; ++r) {
         const int64_t count = begin + c + r < n ? dims : 0;
         const T* __restrict value = z + r * v.dim + first;
-        const T* __restrict mean = means + first;
+        const T* __restrict centre = centres + first;
         T* __restrict row = rows[r];
-        for (int64_t k = 0; k < count; ++k) row[k] = centred ? (value[k] - mean[k]) * scale : value[k];
+        for (int64_t k = 0; k < count; ++k) row[k] = centred ? (value[k] - centre[k]) * scale : value[k];
         for (int64_t k = count; k < padded; ++k) row[k] = T(0);
         T* __restrict kept = workspace + v.rows + (begin + c + r) * v.width + first;
         for (int64_t k = 0; v.rows >= 0 && k < padded; ++k) kept[k] = row[k];
@@ -126,7 +145,7 @@ void pack_strip(const GramArgs& a, int64_t slot, int64_t m, int64_t strip) {
       side_by_side(rows[0], out + first * kCols<T> + c, dims);
     }
   }
-  if (raw_sum(v.kernel, v.dim) != RawSum::product) return;
+  if (!centred) return;
   double square[kCols<T>] = {};
   for (const T* __restrict values = out; values < out + v.dim * kCols<T>; values += kCols<T>) {
 #pragma omp simd

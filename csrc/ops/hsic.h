@@ -33,6 +33,12 @@ PYFLOW_FN RawSum raw_sum(GramKernel kernel, int64_t dim) {
   }
 }
 
+// Half the squared length of a row, centred and in units of the bandwidth, above which its rounding shows in distances
+// to rows near it: differences of the rows as they came take the place of what is packed. A row far from a near one is
+// far enough that K is 0 whatever the rounding.
+template <class T>
+constexpr double kApart = sizeof(T) == 4 ? 0x1p6 : 0x1p16;
+
 template <RawSum R, class T>
 PYFLOW_FN T accumulate(T sum, T a, T b) {
   if constexpr (R == RawSum::product) return fma_(a, b, sum);

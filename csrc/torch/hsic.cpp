@@ -30,7 +30,7 @@ int64_t this_thread() {
 // for anybody; else all threads share the tiles of a group of items. The order of an item's sums is the same.
 struct Grams {
   std::vector<Tensor> z;
-  Tensor scale, shift, means, workspace, halves, scratch;
+  Tensor scale, shift, centres, workspace, halves, scratch;
   std::vector<GramVariable> variables;
   int64_t batch, items, teams, scratch_bytes;
 
@@ -67,14 +67,14 @@ struct Grams {
     items = teams > 1 || items < 1 ? 1 : items < batch ? items : batch;
     const int64_t sizes[] = {batch, a.variables};
     shift = new_empty(scale, sizes, 2, ScalarType::Double);
-    means = buffer(scale, teams * items * a.columns, scale.scalar_type());
+    centres = buffer(scale, teams * items * a.columns, scale.scalar_type());
     workspace = buffer(scale, teams * items * a.workspace_size, scale.scalar_type());
     halves = buffer(scale, teams * items * a.variables * a.padded, scale.scalar_type());
     scratch_bytes = (scratch_of(a, backward) + 63) / 64 * 64;
     scratch = buffer(scale, threads * scratch_bytes / 8, ScalarType::Double);
     a.scale = (const char*)scale.data_ptr();
     a.shift = (double*)shift.data_ptr();
-    a.means = (char*)means.data_ptr();
+    a.centres = (char*)centres.data_ptr();
     a.workspace = (char*)workspace.data_ptr();
     a.halves = (char*)halves.data_ptr();
     a.parts = 1;
@@ -91,7 +91,7 @@ struct Grams {
     const auto groups = [&](int64_t begin, int64_t end, int64_t team) {
       A a = args;
       const int64_t bytes = team * items * int64_t(scale.element_size());
-      a.means += bytes * a.columns;
+      a.centres += bytes * a.columns;
       a.workspace += bytes * a.workspace_size;
       a.halves += bytes * a.variables * a.padded;
       for (a.item = begin; a.item < end; a.item += items) {

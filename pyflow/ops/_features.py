@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS
+from ..reference import matmul
 from ._variables import Variable, between, points, ratio, whole
 from .noise import normal, seed_tensor, uniform
 
@@ -119,7 +120,7 @@ def _fourier(op: str, v: Variable, n_features: int, seed: Tensor, step: int) -> 
         frequencies = ((uniform(shape, **draw) + 2.0**-25 - 0.5) * math.pi).tan()
 
     def of(z: Tensor) -> Tensor:
-        angle = z @ frequencies
+        angle = matmul(z, frequencies)
         return torch.stack((angle.cos(), angle.sin()), -1).flatten(-2)
 
     return Features(of, shape[1], 2)
@@ -167,9 +168,9 @@ def _sums(
     lengths, own = [0.0] * len(features), [0.0] * len(features)
     for chunk in chunks():
         centred = [phi - mean.to(phi.dtype) for phi, mean in zip(chunk, means)]
-        covariances = [c + (centred[a].mT @ centred[b]).double() for c, (a, b) in zip(covariances, pairs)]
+        covariances = [c + matmul(centred[a].mT, centred[b]).double() for c, (a, b) in zip(covariances, pairs)]
         if spectra:
-            own = [c + (phi.mT @ phi).double() for c, phi in zip(own, centred)]
+            own = [c + matmul(phi.mT, phi).double() for c, phi in zip(own, centred)]
         if unbiased:
             squares = [
                 phi.double().square().unflatten(-1, (f.groups, f.width)).sum(-1) for phi, f in zip(centred, features)

@@ -20,6 +20,8 @@ from .noise import uniform
 
 KERNELS = ("rbf", "laplacian", "linear", "polynomial", "delta", "precomputed")
 MEDIAN_ROWS = 1000
+# a power is so many products less one, and leaves the range of float32 long before
+MOST_DEGREE = 100
 ESTIMATORS = ("biased", "biased_n2", "unbiased")
 # float32 holds products of two entries between 2**-ORDINARY and 2**ORDINARY, and sums of them
 ORDINARY = 50
@@ -284,6 +286,8 @@ def _products(
         degree, gamma, coef0 = 1, 1.0, 0.0
     else:
         degree = check.at_least(op, "degree", degree, 1)
+        if degree > MOST_DEGREE:
+            raise ValueError(f"{op}: degree must be at most {MOST_DEGREE}, got {degree}")
         gamma = 1 / x.shape[-1] if gamma is None else check.positive(op, "gamma", gamma)
         coef0 = check.number(op, "coef0", coef0)
         if not 0 <= coef0 < math.inf:
@@ -356,6 +360,8 @@ def _labels(op: str, name: str, x: object) -> Variable:
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     if x.is_complex():
         raise TypeError(f"{op}: {name} must not be complex, got {check.short(x.dtype)}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {check.short(x.layout)}")
     if x.dim() == 0:
         raise ValueError(f"{op}: {name} must be (n,) or (..., n, d), got a scalar")
     x = x.unsqueeze(-1) if x.dim() == 1 else x
@@ -381,10 +387,11 @@ def points(v: Variable) -> Tensor:
     return ref.centred(v.z) * v.scale[..., None, None]
 
 
-def between(v: Variable, a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
+def between(v: Variable, a: Tensor, b: Tensor, shift: Tensor | None = None, direct: bool = False) -> Tensor:
     """(..., m, n) kernel between `points` a (..., m, d) and b (..., n, d), less shift (...) of 0 or 1, in float64.
 
-    Not for precomputed kernels.
+    Not for precomputed kernels. `direct`: distances from differences, where dot products would lose those of near rows
+    far from the rest; not differentiable twice.
     """
     a, b = a.double(), b.double()
     name = HSIC_KERNELS[v.kernel]
@@ -394,6 +401,8 @@ def between(v: Variable, a: Tensor, b: Tensor, shift: Tensor | None = None) -> T
         return (torch.cdist(a, b, p=0) == 0).double()
     if name == "laplacian":
         exponent = -torch.cdist(a, b, p=1)
+    elif direct:
+        exponent = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square() / -2
     else:
         half = [t.square().sum(-1) / 2 for t in (a, b)]
         exponent = (a @ b.mT - (half[0].unsqueeze(-1) + half[1].unsqueeze(-2))).clamp(max=0)

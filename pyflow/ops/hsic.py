@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from .. import _checks as check
 from .._backend import call, register, runs_reference
 from .._schemas import HSIC_KERNELS
 from ..reference import hsic as ref
+from ..reference import matmul
 from ._features import approximation
 from ._transforms import one_by_one, vector_jacobian
 from ._variables import Bandwidth, Variable, ratio, rows_needed, together, variable, variables, whole
@@ -62,7 +63,7 @@ def hsic(
             gradient through it; the mean distance where it is 0. bandwidth_y None: the same as for x.
         estimator: "biased" (over (n - 1)**2), "biased_n2" (over n**2) or "unbiased" (Song et al. 2012).
         normalize: divide by sqrt(hsic(x, x) hsic(y, y)), 0 where one of these is no larger than its rounding.
-        degree, gamma, coef0: of the polynomial kernel; gamma None is 1 / d.
+        degree, gamma, coef0: of the polynomial kernel; gamma None is 1 / d, a degree is at most 100.
         allow_tf32: let a GPU round the factors of dot products to 10 bits.
         approximate: None, "rff" (random Fourier features; rbf and laplacian) or "nystrom" (landmark rows).
         n_features, seed: of the approximation.
@@ -81,6 +82,10 @@ def hsic(
         instruction set and batch. The backward visits all pairs again; double backward makes the matrices.
         Linear kernels use d_x x d_y covariances where these are cheaper. Data are divided by a power of two where
         their products would leave the dtype: what is normalised does not depend on the unit of x.
+        Rows far from all others, in bandwidths, cost these no digits; on a GPU, and in the features of an
+        approximation, only a few such rows may be far. The polynomial kernel is not one of differences: of data whose
+        mean is 1,000 deviations or more from 0 it keeps few digits in float32, and normalised it is 0 where it keeps
+        none, so subtract the mean first where the kernel need not be that of the data as they are.
 
     Source:
         Gretton et al. 2005, Measuring Statistical Dependence with Hilbert-Schmidt Norms; Song et al. 2012, Feature
@@ -91,20 +96,14 @@ def hsic(
         >>> round(hsic(x, x**2, normalize=True).item(), 3), round(hsic(x, x, normalize=True).item(), 3)
         (0.322, 1.0)
     """
-    op = "hsic"
-    pair = variables(op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
-    rows_needed(op, pair[0].z.shape[-2], estimator)
-    if approximate is not None:
-        result, _ = approximation(
-            op, pair, estimator=estimator, normalize=normalize, approximate=approximate, n_features=n_features,
-            seed=seed,
-        )  # fmt: skip
-    elif normalize:
-        xy, xx, yy = values(op, pair, [(0, 1), (0, 0), (1, 1)], estimator, allow_tf32).unbind(-1)
-        result = ratio(xy, xx, yy)
-    else:
-        result = whole(values(op, pair, [(0, 1)], estimator, allow_tf32).squeeze(-1), *pair)
-    return result.to(pair[0].z.dtype)
+    return _dependence(
+        "hsic", x, y, kernel, bandwidth, kernel_y, bandwidth_y, estimator, normalize, degree, gamma, coef0, allow_tf32,
+        approximate, n_features, seed,
+    )  # fmt: skip
+
+
+# its options and what they are where they are not given
+OPTIONS = dict(hsic.__kwdefaults__)
 
 
 def cka(x: Tensor, y: Tensor, **options: object) -> Tensor:
@@ -126,7 +125,30 @@ def cka(x: Tensor, y: Tensor, **options: object) -> Tensor:
     """
     if "normalize" in options:
         raise TypeError("cka: normalize is always on")
-    return hsic(x, y, normalize=True, **options)
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"cka: options must be those of hsic, got {name}")
+    return _dependence("cka", x, y, **{**OPTIONS, **options, "normalize": True})
+
+
+def _dependence(
+    op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, estimator, normalize, degree, gamma, coef0, allow_tf32,
+    approximate, n_features, seed,
+):  # fmt: skip
+    """`hsic` in the name of `op`."""
+    pair = variables(op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
+    rows_needed(op, pair[0].z.shape[-2], estimator)
+    if approximate is not None:
+        result, _ = approximation(
+            op, pair, estimator=estimator, normalize=normalize, approximate=approximate, n_features=n_features,
+            seed=seed,
+        )  # fmt: skip
+    elif normalize:
+        xy, xx, yy = values(op, pair, [(0, 1), (0, 0), (1, 1)], estimator, allow_tf32).unbind(-1)
+        result = ratio(xy, xx, yy)
+    else:
+        result = whole(values(op, pair, [(0, 1)], estimator, allow_tf32).squeeze(-1), *pair)
+    return result.to(pair[0].z.dtype)
 
 
 def hsic_matrix(
@@ -161,6 +183,9 @@ def hsic_matrix(
         torch.Size([2, 1])
     """
     op = "hsic_matrix"
+    for name, tensors in (("xs", xs), ("ys", ys)):
+        if not isinstance(tensors, Iterable) or (isinstance(tensors, Tensor) and not tensors.dim()):
+            raise TypeError(f"{op}: {name} must be a list of tensors, got {type(tensors).__name__}")
     xs, ys = list(xs), list(ys)
     if not xs or not ys:
         raise ValueError(f"{op}: xs and ys must not be empty, got {len(xs)} and {len(ys)} tensors")
@@ -218,6 +243,9 @@ def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
         if runs_reference(op, gram, cuda=False):
             return gram.copy_(_center_reference(gram))
         call("center_gram_", gram)
+        # below autograd nobody counts what is written
+        if not torch.compiler.is_compiling() and not gram.is_inference():
+            torch.autograd.graph.increment_version(gram)
         return gram
     if runs_reference(op, gram, cuda=False):
         return _center_reference(gram)
@@ -352,7 +380,7 @@ def _terms(
 def _of_covariance(x: Variable, y: Variable, estimator: str, same: bool) -> Estimate:
     """HSIC of linear kernels: the squares of the covariances."""
     n = x.z.shape[-2]
-    total = (x.z.mT @ y.z).double().square().sum((-2, -1))
+    total = matmul(x.z.mT, y.z).double().square().sum((-2, -1))
     if estimator != "unbiased":
         return Estimate(total / (n**2 if estimator == "biased_n2" else (n - 1) ** 2))
     a, b = x.diagonal, y.diagonal
@@ -395,7 +423,11 @@ def _backward(ctx, grad_rows, grad_cross, _):
     if ctx.parts != 1:
         raise RuntimeError("hsic: a part of the tiles has no gradient")
     *z, scale = ctx.saved_tensors
-    grads = torch.ops.pyflow.hsic_sums_backward.default(grad_rows, grad_cross, z, scale, *ctx.grams)
+    if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in (grad_rows, grad_cross)):
+        # is_grads_batched of torch.autograd.grad knows no rule for lists of tensors
+        grads = _sums_gradient(grad_rows, grad_cross, z, scale, *ctx.grams)
+    else:
+        grads = torch.ops.pyflow.hsic_sums_backward.default(grad_rows, grad_cross, z, scale, *ctx.grams)
     grad_scale = _of_scale(grads, z, scale) if ctx.needs_input_grad[1] else None
     return list(grads), grad_scale, *[None] * (len(ctx.grams) + 2)
 
@@ -403,7 +435,7 @@ def _backward(ctx, grad_rows, grad_cross, _):
 def _of_scale(grads, z, scale):
     """Gradient of the scales: that of z scales with them."""
     # a kernel of distances does not change where all rows move, so centring is free
-    dots = [(grad * (part - part.mean(-2, keepdim=True))).sum((-2, -1)) for grad, part in zip(grads, z)]
+    dots = [(grad * ref.centred(part)).sum((-2, -1)) for grad, part in zip(grads, z)]
     return torch.stack(dots, -1) / scale
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._schemas import HSIC_KERNELS
+from . import matmul
 
 
 # the mean squared distance is twice the sum of the variances, in units of the bandwidth; that of absolute ones, of
@@ -17,31 +18,43 @@ WIDE_VARIANCE = 2.0
 WIDE_DEVIATION = math.sqrt(math.pi)
 
 
-def raw(z: Tensor, kernel: str) -> Tensor:
-    """(..., n, n) what the kernel is a function of: -|a - b|^2 / 2, |a - b|_1, a.b, mismatches, or the entry itself."""
+def raw(z: Tensor, scale: Tensor, kernel: str) -> Tensor:
+    """(..., n, n) what the kernel is a function of: -|a - b|^2 / 2, |a - b|_1, a.b, mismatches, or the entry itself.
+
+    Distances are in units of the bandwidth.
+    """
     if kernel == "precomputed":
         return z
     if kernel in ("laplacian", "delta"):
         difference = z.unsqueeze(-2) - z.unsqueeze(-3)
-        return difference.abs().sum(-1) if kernel == "laplacian" else (difference != 0).sum(-1).to(z.dtype)
-    dot = z @ z.mT
+        if kernel == "delta":
+            return (difference != 0).sum(-1).to(z.dtype)
+        return (difference * scale[..., None, None, None]).abs().sum(-1)
     if kernel == "polynomial":
-        return dot
+        return matmul(z, z.mT)
+    # in float64: of near rows that are far from all others, by up to 1e5 bandwidths, float32 keeps no digit
+    dtype, z = z.dtype, centred(z.double()) * scale.double()[..., None, None]
     half = z.square().sum(-1) / 2
-    return (dot - (half.unsqueeze(-1) + half.unsqueeze(-2))).clamp(max=0)
+    return (z @ z.mT - (half.unsqueeze(-1) + half.unsqueeze(-2))).clamp(max=0).to(dtype)
 
 
 def centred(z: Tensor) -> Tensor:
-    """Rows less their mean, which is not differentiated; exactly 0 where all are equal."""
-    z = z - z.detach()[..., :1, :]
-    return z - z.detach().mean(-2, keepdim=True)
+    """Rows less the median of five of them, which is not differentiated; exactly 0 where all are equal.
+
+    Rows far from all others, which would pull a mean away from these, are not many of the five.
+    """
+    n = z.shape[-2]
+    if n == 0:
+        return z
+    few = torch.stack([z.detach()[..., i * (n - 1) // 4, :] for i in range(5)], -2)
+    return z - few.sort(-2).values[..., 2:3, :]
 
 
-def wide(z: Tensor, kernel: str) -> Tensor:
-    """(...) 1 where z, in units of the bandwidth, is so narrow that K - 1 takes the place of K, else 0."""
+def wide(z: Tensor, scale: Tensor, kernel: str) -> Tensor:
+    """(...) 1 where z times scale is so narrow that K - 1 takes the place of K, else 0."""
     if kernel not in ("rbf", "laplacian"):
         return z.new_zeros(z.shape[:-2])
-    z = z.detach()
+    z = centred(z.detach()) * scale.detach()[..., None, None]
     variance = (z - z.mean(-2, keepdim=True)).square().sum(-2) / max(z.shape[-2] - 1, 1)
     if kernel == "rbf":
         return (variance.sum(-1) <= WIDE_VARIANCE).to(z.dtype)
@@ -50,9 +63,7 @@ def wide(z: Tensor, kernel: str) -> Tensor:
 
 def gram(z: Tensor, scale: Tensor, kernel: str, degree: int) -> tuple[Tensor, Tensor]:
     """(..., n, n) kernel matrix less a shift, with zeros on its diagonal, and the shift, (...) 0 or 1."""
-    if kernel in ("rbf", "laplacian"):
-        z = centred(z) * scale[..., None, None]
-    value, shift = raw(z, kernel), wide(z, kernel)
+    value, shift = raw(z, scale, kernel), wide(z, scale, kernel)
     if kernel in ("rbf", "laplacian"):
         exponent = value if kernel == "rbf" else -value
         value = torch.where(shift[..., None, None] != 0, exponent.expm1(), exponent.exp())

@@ -16,6 +16,8 @@ from ..reference import hsic as ref
 
 # elements of a block
 BLOCK = 2**22
+# columns, and squares of lengths in units of the bandwidth whose rounding shows beside the distances of near rows
+DIRECT_UP_TO, FAR = 8, 2.0**17
 
 
 class CentredGram:
@@ -32,8 +34,15 @@ class CentredGram:
     def __init__(self, v: Variable, unbiased: bool) -> None:
         self.v, self.unbiased = v, unbiased
         self.n = v.z.shape[-2]
+        kernel = HSIC_KERNELS[v.kernel]
+        if kernel in ("rbf", "laplacian"):
+            v = v._replace(z=v.z.double(), scale=v.scale.double())
         self.points = points(v)
-        self.shift = ref.wide(self.points, HSIC_KERNELS[v.kernel]).double()
+        # of few columns differences cost no more than dot products
+        self.direct = kernel == "rbf" and (
+            self.points.shape[-1] <= DIRECT_UP_TO or bool(self.points.square().sum(-1).amax() > FAR)
+        )
+        self.shift = ref.wide(v.z, v.scale, kernel).double()
         self.diagonal = v.diagonal - self.shift
         # a constant variable has nothing left but rounding
         self.constant = bool((v.z == v.z[:1]).all())
@@ -66,7 +75,7 @@ class CentredGram:
         rows = self.points[start:stop]
         if HSIC_KERNELS[self.v.kernel] == "precomputed":
             return rows.double()
-        block = between(self.v, rows, self.points, self.shift)
+        block = between(self.v, rows, self.points, self.shift, self.direct)
         block.diagonal(start).copy_(self.diagonal[start:stop])
         return block
 

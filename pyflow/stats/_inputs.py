@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .. import _checks as check
 from ..ops._variables import comparable
 
 # a bar appears for what takes longer, in seconds
 PATIENCE = 1.0
+# pandas' types of what is not there
+MISSING = ("NAType", "NaTType")
 
 
 def samples(op: str, name: str, value: object, kernel: str) -> Tensor:
@@ -22,12 +26,16 @@ def samples(op: str, name: str, value: object, kernel: str) -> Tensor:
     """
     if not isinstance(value, Tensor):
         array = array_of(op, name, value)
+        if array.dtype.kind == "O" and kernel != "delta":
+            array = _numbers(op, name, array)
         if kernel == "delta" and array.dtype.kind in "OSTUMm":
             array = _codes(op, name, array)
         if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
             raise TypeError(f"{op}: {name} must hold numbers, got {array.dtype}")
         # torch reads one byte order
         value = torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {check.short(value.layout)}")
     if value.is_complex():
         raise TypeError(f"{op}: {name} must hold real numbers, got {value.dtype}")
     if value.dim() == 1:
@@ -40,16 +48,42 @@ def samples(op: str, name: str, value: object, kernel: str) -> Tensor:
 
 
 def array_of(op: str, name: str, value: object) -> np.ndarray:
+    if _masked(value):
+        raise ValueError(f"{op}: {name} must have no missing values, got a masked array with some")
     try:
         return np.asarray(value)
     except ValueError:
         raise ValueError(f"{op}: {name} must have rows of one length, got others") from None
 
 
+def _masked(value: object) -> bool:
+    """Whether an array, or one in a list, hides elements: as an array it would show what lies under its mask."""
+    if isinstance(value, np.ma.MaskedArray):
+        return bool(np.ma.getmaskarray(value).any())
+    return isinstance(value, (list, tuple)) and any(map(_masked, value))
+
+
+def _numbers(op: str, name: str, array: np.ndarray) -> np.ndarray:
+    """float64 where all objects are numbers, as of a table whose columns differ in type; else what was given."""
+    values = array.ravel().tolist()
+    missing = [v for v in values if v is None or type(v).__name__ in MISSING]
+    if missing:
+        raise ValueError(f"{op}: {name} must have no missing values, got {missing[0]}")
+    if not all(isinstance(v, (numbers.Real, np.bool_)) for v in values):
+        return array
+    try:
+        return array.astype(np.float64)
+    except OverflowError:
+        raise ValueError(f"{op}: {name} must fit into float64, got a larger number") from None
+
+
 def _codes(op: str, name: str, labels: np.ndarray) -> np.ndarray:
     """int64, equal where the labels are."""
     codes: dict[object, int] = {}
     values = labels.ravel().tolist()
+    missing = [v for v in values if type(v).__name__ in MISSING]
+    if missing:
+        raise ValueError(f"{op}: {name} must have no missing values, got {missing[0]}")
     try:
         equal = all(bool(v == v) for v in values)
         found = [codes.setdefault(v, len(codes)) for v in values]

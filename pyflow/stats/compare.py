@@ -134,8 +134,13 @@ def compare_representations(
     total = len(loader) if hasattr(loader, "__len__") else None
     with evaluating(models), bar(total, "batch", progress) as done:
         for batch in loader:
-            x = batch[0] if isinstance(batch, (tuple, list)) else batch
+            x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
             done(1)
+            if not isinstance(x, Tensor):
+                kind = type(batch).__name__ if x is batch else f"{type(batch).__name__} of {type(x).__name__}"
+                raise TypeError(f"{OP}: loader must be of tensors, or of tuples and lists that start with one, got {kind}")
+            if not x.dim() or x.layout is not torch.strided:
+                raise ValueError(f"{OP}: loader must be of dense tensors of samples, got shape {tuple(x.shape)}")
             if len(x) < 4:
                 continue
             parts = [_grams(model, names, x, gram) for model, names in zip(models, chosen)]

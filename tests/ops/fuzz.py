@@ -645,8 +645,11 @@ def _check_in_place(call: Call, inputs: list[Tensor], before: list[Tensor]) -> b
         assert isinstance(got.refusal, (TypeError, ValueError)) and text.startswith(f"{call.op}: "), f"{call}: {text}"
         assert all(torch.equal(memory(t), b) for t, b in zip(inputs, before)), f"{call}: refused, and changed"
         return False
-    assert_same_bits(got.tensors[0], apart.tensors[0], f"{call}")
     view = call.args[0]
+    if view.is_meta:
+        assert got.tensors[0] is view or got.tensors[0].shape == view.shape, f"{call}: not in place"
+        return True
+    assert_same_bits(got.tensors[0], apart.tensors[0], f"{call}")
     assert got.tensors[0].data_ptr() == view.data_ptr(), f"{call}: not in place"
     left = before[0].view(view.dtype).as_strided(view.shape, view.stride(), view.storage_offset())
     left.copy_(view)
@@ -660,7 +663,8 @@ def _compare(call: Call, got: Answer, reference: Answer) -> None:
         assert (a.dtype, a.shape) == (b.dtype, b.shape), f"{call}: output {i} is {_shown(a)}, the reference {_shown(b)}"
         if call.exact and not a.is_meta:
             assert_same_bits(a, b, f"{call}: output {i}")
-    if call.exact or any(t.is_meta for t in got.tensors):
+    # shapes and dtypes are all that a meta tensor has
+    if call.exact or any(a.is_meta for a in got.tensors):
         return
     if call.rounds:
         _compare_digits(call, got)

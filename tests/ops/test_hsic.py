@@ -239,6 +239,12 @@ def digest() -> str:
             value = ops.hsic(*leaves, kernel=kernel, bandwidth=1.5 * d)
             for v in (value, *torch.autograd.grad(value.sum(), leaves)):
                 h.update(v.detach().numpy().tobytes())
+    for kernel in ("rbf", "laplacian"):
+        for d in (3, 33):
+            x, y = (v.requires_grad_() for v in scattered("two clusters", d))
+            value = ops.hsic(x, y, kernel=kernel, bandwidth=1.5 * d)
+            for v in (value, *torch.autograd.grad(value, (x, y))):
+                h.update(v.detach().numpy().tobytes())
     gram = draw((3, 100, 100))
     permutations = torch.stack([torch.randperm(100, generator=torch.Generator().manual_seed(s)) for s in range(3)])
     h.update(ops.center_gram(gram).numpy().tobytes())
@@ -387,13 +393,67 @@ def test_function_transforms_agree_with_the_reference():
             torch.testing.assert_close(a, b, msg=name)
 
 
-def test_autocast_changes_nothing():
-    x, y = dependent(40, 3)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = ops.hsic(x, y, bandwidth=1.0), ops.center_gram(x @ x.mT)
-        gram = x @ x.mT
-    testing.assert_same_bits(got[0], ops.hsic(x, y, bandwidth=1.0))
-    assert got[1].dtype == gram.dtype
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian", "polynomial"])
+def test_batches_of_gradients(kernel):
+    x, y = dependent(6, 2, F64)
+    factors = torch.tensor([1.0, 0.5, 2.0], dtype=F64)[:, None, None]
+
+    def f(x):
+        return ops.hsic(x * factors, y, kernel=kernel, bandwidth=1.0)
+
+    want = torch.autograd.functional.jacobian(f, x)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(f, x, vectorize=True), want)
+    leaf = x.clone().requires_grad_()
+    (got,) = torch.autograd.grad(f(leaf), leaf, torch.eye(3, dtype=F64), is_grads_batched=True)
+    torch.testing.assert_close(got, want)
+    first = lambda x: f(x)[0]  # noqa: E731
+    want = torch.autograd.functional.hessian(first, x)
+    torch.testing.assert_close(torch.autograd.functional.hessian(first, x, vectorize=True), want)
+
+
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+@pytest.mark.parametrize("cast", (torch.bfloat16, torch.float16))
+def test_autocast_changes_nothing(backend, cast):
+    # products of these leave the range of float16
+    x, y = (300 * v for v in dependent(40, 12))
+    gram = x @ x.mT
+    calls = {
+        "rbf": lambda x: ops.hsic(x, y),
+        "linear": lambda x: ops.cka(x, y[:, :3], kernel="linear"),
+        "unbiased": lambda x: ops.hsic(x, y, kernel="linear", estimator="unbiased"),
+        "polynomial": lambda x: ops.cka(x, y, kernel="polynomial"),
+        "rff": lambda x: ops.hsic(x, y, approximate="rff"),
+        "nystrom": lambda x: ops.hsic(x, y, approximate="nystrom"),
+        "matrix": lambda x: ops.hsic_matrix([x, x[:, :2]], [y], kernel="linear").sum(),
+        "nhsic": lambda x: ops.nhsic(x, y),
+        "center_gram": lambda x: ops.center_gram(gram * x[0, 0]).square().sum(),
+        "second": lambda x: torch.func.grad(lambda z: ops.cka(z, y[:, :3], kernel="linear"))(x).square().sum(),
+        "jvp": lambda x: torch.func.jvp(lambda z: ops.cka(z, y, kernel="linear"), (x,), (y,))[1],
+    }  # fmt: skip
+
+    def results(call):
+        leaf = x.clone().requires_grad_()
+        value = call(leaf)
+        return value, torch.autograd.grad(value, leaf)[0]
+
+    for name, call in calls.items():
+        with pyflow.backend(backend):
+            want = results(call)
+            with torch.autocast("cpu", cast):
+                got = results(call)
+        testing.assert_same_bits(got[0], want[0], name)
+        # of the same products, which may be added in another order; bfloat16 is 4e-3 off
+        torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-5 * want[1].abs().max().item(), msg=name)
+
+
+def test_what_is_written_in_place_counts_as_changed():
+    for backend in ("auto", "reference"):
+        x = draw((4, 4)).requires_grad_()
+        saved = x.exp()
+        with pyflow.backend(backend):
+            ops.center_gram(saved.detach(), inplace=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            saved.sum().backward()
 
 
 def test_permuted_sums():
@@ -525,6 +585,45 @@ def test_items_of_a_batch_have_units_of_their_own():
     torch.testing.assert_close(
         ops.hsic(x * 2.0**70, y * 2.0**-70, kernel="linear"), ops.hsic(x, y, kernel="linear"), rtol=1e-6, atol=0
     )
+
+
+def scattered(how, d):
+    """Rows of which float32 holds few digits beside the distance to others."""
+    x, y = dependent(150, d, seed=5)
+    if how == "two clusters":
+        x, y = x + 2.0**14 * (torch.arange(150)[:, None] % 2), y - 2.0**14 * (torch.arange(150)[:, None] % 2)
+    elif how == "heavy tails":
+        x = x / draw((150, 1), seed=6).abs().pow(4)
+    else:
+        x[0] = x[2] = how
+        y[1] = -how
+    return x, y
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("d", [1, 20])
+@pytest.mark.parametrize("how", [1e4, 1e7, 1e12, "two clusters", "heavy tails"])
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
+def test_rows_far_from_others_cost_these_no_digits(kernel, how, d, backend):
+    if backend == "reference" and how in (1e7, 1e12):
+        pytest.skip("its dot products are of float64, which loses these as float32 does the others")
+    x, y = scattered(how, d)
+    bandwidth = d**0.5 if kernel == "rbf" else float(d)
+    k, m = matrix(x, kernel, bandwidth), matrix(y, kernel, bandwidth)
+    leaf = x.clone().requires_grad_()
+    with pyflow.backend(backend):
+        for estimator in ESTIMATORS:
+            got = ops.hsic(leaf, y, kernel=kernel, bandwidth=bandwidth, estimator=estimator)
+            scale = math.sqrt(definition(k, k, estimator) * definition(m, m, estimator))
+            want = definition(k, m, estimator)
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-7 * scale, msg=f"{estimator} {got - want:.2e}")
+        (gradient,) = torch.autograd.grad(got, leaf)
+    exact = x.double().requires_grad_()
+    with pyflow.backend("reference"):
+        value = ops.hsic(exact, y.double(), kernel=kernel, bandwidth=bandwidth, estimator=estimator)
+    (want,) = torch.autograd.grad(value, exact)
+    error = 1e-2 if how == "two clusters" else 1e-4
+    torch.testing.assert_close(gradient.double(), want, rtol=0, atol=error * want.abs().max().item())
 
 
 @pytest.mark.parametrize("d", [1, 12])
@@ -659,6 +758,14 @@ X = torch.zeros(6, 2)
             r"bandwidth must broadcast to the batch dims \(\), got shape \(3,\)",
         ),
         (lambda f: f(X, X, kernel="polynomial", degree=0), ValueError, "degree must be at least 1, got 0"),
+        (lambda f: f(X, X, kernel="polynomial", degree=10**9), ValueError, "degree must be at most 100, got 1000000000"),
+        (
+            lambda f: f(X, X, kernel="polynomial", coef0=10**400),
+            ValueError,
+            "coef0 must fit into float64, got a larger number",
+        ),
+        (lambda f: f(X, X.to_sparse()), TypeError, "y must be a dense tensor, got sparse_coo"),
+        (lambda f: f(X.to_sparse(), X, kernel="delta"), TypeError, "x must be a dense tensor, got sparse_coo"),
         (
             lambda f: f(X, X, kernel="precomputed"),
             ValueError,
@@ -673,15 +780,21 @@ X = torch.zeros(6, 2)
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_sentence(call, error, text, backend):
-    with pyflow.backend(backend), pytest.raises(error, match=f"^hsic: {text}$"):
-        call(ops.hsic)
+    for name in ("hsic", "cka"):
+        with pyflow.backend(backend), pytest.raises(error, match=f"^{name}: {text}$"):
+            call(getattr(ops, name))
 
 
 def test_bad_input_of_the_others():
     with pytest.raises(ValueError, match="^hsic_matrix: xs and ys must not be empty, got 0 and 1 tensors$"):
         ops.hsic_matrix([], [X])
+    for wrong in (None, 3, torch.zeros(())):
+        with pytest.raises(TypeError, match=f"^hsic_matrix: ys must be a list of tensors, got {type(wrong).__name__}$"):
+            ops.hsic_matrix([X], wrong)
     with pytest.raises(TypeError, match="^cka: normalize is always on$"):
         ops.cka(X, X, normalize=False)
+    with pytest.raises(TypeError, match="^cka: options must be those of hsic, got kernels$"):
+        ops.cka(X, X, kernels="rbf")
     with pytest.raises(ValueError, match=r"^center_gram: gram must be \(..., n, n\), got shape \(6, 2\)$"):
         ops.center_gram(X)
     with pytest.raises(ValueError, match="^center_gram: inplace must not be used on a tensor that requires a gradient$"):

@@ -170,6 +170,21 @@ def test_the_unit_of_the_data_does_not_matter(kernel):
         assert wide[0].pvalue == wide[1].pvalue and wide[1].statistic == pytest.approx(wide[0].statistic, rel=1e-4)
 
 
+@pytest.mark.parametrize("d", [1, 12])
+@pytest.mark.parametrize("far", [1e5, 1e10])
+def test_rows_far_from_others_cost_these_no_digits(far, d):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, d))
+    y = x**2 + 0.1 * rng.normal(size=(60, d))
+    x[[0, 3]] = far
+    x[20:40] -= far
+    k, m = (np.exp(-(np.linalg.norm(v[:, None] - v[None], axis=-1) ** 2) / 2) for v in (x, y))
+    h = np.eye(60) - 1 / 60
+    for method in ({"permutations": 1}, {"method": "gamma"}):
+        result = hsic_test(x, y, bandwidth=1.0, **method)
+        assert result.statistic == pytest.approx(((h @ k @ h) * m).sum() / 59**2, rel=1e-6)
+
+
 def test_what_is_not_finite_has_no_p():
     x, y = data()
     for options in ({}, {"estimator": "unbiased"}):
@@ -249,6 +264,24 @@ def test_inputs_of_every_kind():
     assert "null" not in repr(expected)
 
 
+def test_tables_whose_columns_differ_in_type():
+    pandas = pytest.importorskip("pandas")
+    numbers = np.random.default_rng(0).integers(0, 9, 20)
+    table = pandas.DataFrame(
+        {"a": pandas.array(numbers, dtype="Int64"), "b": numbers / 7, "c": numbers > 4, "d": pandas.array(numbers > 2)}
+    )
+    plain = np.stack((numbers, numbers / 7, numbers > 4, numbers > 2), 1)
+    assert hsic_test(table, numbers, permutations=19) == hsic_test(plain, numbers, permutations=19)
+    table.loc[3, "a"] = pandas.NA
+    for options in ({}, {"kernel": "delta", "kernel_y": "rbf"}):
+        with pytest.raises(ValueError, match="^hsic_test: x must have no missing values, got <NA>$"):
+            hsic_test(table, numbers, **options)
+
+
+def test_masked_arrays_without_a_masked_element_are_arrays():
+    assert hsic_test(np.ma.masked_array(X), X, permutations=9) == hsic_test(X, X, permutations=9)
+
+
 def test_precomputed_matrices():
     x, y = data()
     k = np.exp(-((x[:, None] - x[None]) ** 2).sum(-1) / 2)
@@ -290,7 +323,9 @@ def test_gamma_is_the_formula():
     assert abs(permuted.pvalue - expected) < 0.03
 
 
-def test_gamma_has_the_mean_of_all_permutations():
+def test_gamma_has_the_mean_of_all_permutations(monkeypatch):
+    # as few as all of them can be made of
+    monkeypatch.setattr(module, "GAMMA_ROWS", 6)
     rng = np.random.default_rng(0)
     n = 6
     x, y = rng.normal(size=(n, 2)), rng.normal(size=(n, 3))
@@ -346,6 +381,7 @@ def test_bar_appears_for_long_tests_only(monkeypatch, capsys):
 
 
 X = np.arange(12.0).reshape(6, 2)
+HIDDEN = np.ma.masked_array(X, X == 3)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +391,8 @@ X = np.arange(12.0).reshape(6, 2)
         (ValueError, "hsic_test: the biased estimator needs at least 2 rows, got 1", (X[:1], X[:1]), {}),
         (ValueError, "hsic_test: the unbiased estimator needs at least 4 rows, got 3", (X[:3], X[:3]),
          {"estimator": "unbiased"}),
-        (ValueError, "hsic_test: the gamma method needs at least 6 rows, got 5", (X[:5], X[:5]), {"method": "gamma"}),
+        (ValueError, "hsic_test: the gamma method needs at least 20 rows, got 19", (np.arange(19), np.arange(19)),
+         {"method": "gamma"}),
         (ValueError, "hsic_test: the gamma method must have a biased estimator, got unbiased", (X, X),
          {"method": "gamma", "estimator": "unbiased"}),
         (ValueError, "hsic_test: the gamma method must have kernels rbf, laplacian or delta, got linear", (X, X),
@@ -380,7 +417,18 @@ X = np.arange(12.0).reshape(6, 2)
         (ValueError, "hsic_test: x must be (n,) or (n, d), got shape ()", (1.0, X), {}),
         (TypeError, "hsic_test: y must hold numbers, got <U1", (X, list("abcdef")), {}),
         (TypeError, "hsic_test: x must hold numbers, got complex128", (X * 1j, X), {}),
-        (TypeError, "hsic_test: x must hold numbers, got object", ([None] * 6, X), {}),
+        (TypeError, "hsic_test: x must hold numbers, got object", ([{}] * 6, X), {}),
+        (ValueError, "hsic_test: x must have no missing values, got None", ([None, *range(5)], X), {}),
+        (ValueError, "hsic_test: y must fit into float64, got a larger number", (X, [10**400, *range(5)]), {}),
+        (ValueError, "hsic_test: x must have no missing values, got a masked array with some", (HIDDEN, X), {}),
+        (ValueError, "hsic_test: y must have no missing values, got a masked array with some", (X, list(HIDDEN)), {}),
+        (ValueError, "hsic_test: x must have no missing values, got a masked array with some", (HIDDEN, X),
+         {"kernel": "delta"}),
+        (TypeError, "hsic_test: x must be a dense tensor, got sparse_coo", (torch.eye(6).to_sparse(), X), {}),
+        (ValueError, "hsic_test: degree must be at most 100, got 1000000000", (X, X),
+         {"kernel": "polynomial", "degree": 10**9}),
+        (ValueError, "hsic_test: gamma must fit into float64, got a larger number", (X, X),
+         {"kernel": "polynomial", "gamma": 10**400}),
         (ValueError, "hsic_test: x must have rows of one length, got others", ([[1.0, 2.0], [3.0]], X), {}),
         (ValueError, "hsic_test: x must be labels that equal themselves, got NaN", (["a", float("nan"), None, 1, 2, 3], X),
          {"kernel": "delta"}),

@@ -319,3 +319,12 @@ def test_wrong_arguments_of_trials(args, error, text):
 def test_errors_of_seeds_name_the_function_that_was_called():
     with pytest.raises(TypeError, match="^sector_probability_mc: seed must be an integer or an int64 tensor"):
         sector_probability_mc(3, 1.0, 10, seed="a")
+
+
+def test_masked_elements_are_no_numbers():
+    masked = np.ma.masked_array([4, 5], mask=[0, 1])
+    for arguments, name in (((masked, 3.0), "n"), ((4, masked), "theta")):
+        with pytest.raises(ValueError, match=f"^sector_probability: {name} must have no missing values, got a masked array"):
+            sector_probability(*arguments)
+    with pytest.raises(ValueError, match="^sector_probability_mc: theta must have no missing values"):
+        sector_probability_mc(4, masked, 10, 0)
