@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import os
 from collections.abc import Iterable
@@ -23,6 +24,8 @@ def shape(op: str, value: object) -> tuple[int, ...]:
             raise TypeError(f"{op}: shape must hold integers, got {sizes}")
     if any(n < 0 for n in sizes):
         raise ValueError(f"{op}: shape must not be negative, got {sizes}")
+    if not torch.compiler.is_compiling() and math.prod([n for n in sizes if not isinstance(n, torch.SymInt)]) >= 2**60:
+        raise ValueError(f"{op}: shape must have fewer than 2**60 elements, got {shown(sizes)}")
     return tuple(n if isinstance(n, torch.SymInt) else int(n) for n in sizes)
 
 
@@ -49,7 +52,7 @@ def device(op: str, value: object) -> torch.device:
         return torch.device(value)
     except (RuntimeError, TypeError):
         error = ValueError if isinstance(value, str) else TypeError
-        raise error(f"{op}: device must be a torch.device or its name, got {value!r}") from None
+        raise error(f"{op}: device must be a torch.device or its name, got {shown(value)}") from None
 
 
 def values_are_checked(tensor: Tensor) -> bool:
@@ -66,6 +69,7 @@ def float_tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {short(value.dtype)}")
+    dense(op, name, value)
 
 
 def like(op: str, name: str, value: object, other_name: str, shape: torch.Size, device: torch.device) -> None:
@@ -81,7 +85,7 @@ def choice(op: str, name: str, value: object, allowed: tuple[str, ...]) -> int:
     """The position of `value` among the allowed words."""
     if isinstance(value, str) and value in allowed:
         return allowed.index(value)
-    raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+    raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}, got {shown(value)}")
 
 
 def number(op: str, name: str, value: object) -> float:
@@ -89,7 +93,10 @@ def number(op: str, name: str, value: object) -> float:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{op}: {name} must fit a float, got {shown(value)}") from None
 
 
 def positive(op: str, name: str, value: object) -> float:
@@ -104,6 +111,12 @@ def integer_tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must be integers, got {short(value.dtype)}")
+    dense(op, name, value)
+
+
+def dense(op: str, name: str, value: Tensor) -> None:
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {str(value.layout).removeprefix('torch.')}")
 
 
 def int64_tensor(op: str, name: str, value: object) -> None:
@@ -111,6 +124,7 @@ def int64_tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     if value.dtype != torch.int64:
         raise TypeError(f"{op}: {name} must be int64, got {short(value.dtype)}")
+    dense(op, name, value)
 
 
 def at_least(op: str, name: str, value: object, least: int) -> int:
@@ -137,6 +151,12 @@ def mask_for(op: str, mask: object, x: Tensor) -> Tensor:
             raise ValueError(f"{op}: mask must be bool or hold only 0 and 1, got other values")
         mask = mask != 0
     return mask.expand(x.shape)
+
+
+def shown(value: object) -> str:
+    """What was given, where it fits into a sentence; else its type."""
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else type(value).__name__
 
 
 def short(dtype: object) -> str:
