@@ -7,6 +7,7 @@ import numbers
 import os
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
@@ -50,7 +51,8 @@ def float_dtype(op: str, dtype: object) -> torch.dtype:
 def device(op: str, value: object) -> torch.device:
     try:
         return torch.device(value)
-    except (RuntimeError, TypeError):
+    # an integer beyond 64 bits is a ValueError of torch's
+    except (RuntimeError, TypeError, ValueError):
         error = ValueError if isinstance(value, str) else TypeError
         raise error(f"{op}: device must be a torch.device or its name, got {shown(value)}") from None
 
@@ -97,6 +99,12 @@ def number(op: str, name: str, value: object) -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{op}: {name} must fit a float, got {shown(value)}") from None
+
+
+def flag(op: str, name: str, value: object) -> bool:
+    if not isinstance(value, (int, np.bool_)):
+        raise TypeError(f"{op}: {name} must be true or false, got {type(value).__name__}")
+    return bool(value)
 
 
 def positive(op: str, name: str, value: object) -> float:

@@ -134,7 +134,7 @@ def gan_qp_generator_loss(
     for names, pair in ((("x", "x_rec"), (x, x_rec)), (("z", "z_rec"), (z, z_rec))):
         _pair(op, t_real, "t_real", *pair, *names)
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"{op}: betas must be two numbers, got {betas!r}")
+        raise ValueError(f"{op}: betas must be two numbers, got {check.shown(betas)}")
     weights = tuple(_weight(op, f"betas[{i}]", beta) for i, beta in enumerate(betas))
     check.choice(op, "reduction", reduction, REDUCTIONS)
     return _reduced(ref.gan_qp_generator_loss(t_real, t_fake, x, x_rec, z, z_rec, weights), reduction)

@@ -71,6 +71,7 @@ def sde_step(
     op = "sde_step"
     check.float_tensor(op, "x", x)
     check.like(op, "score", score, "x", x.shape, x.device)
+    return_mean = check.flag(op, "return_mean", return_mean)
     a, b, c = coefficient(op, "a", a, x), coefficient(op, "b", b, x), at_least_zero(op, "c", c, x)
     y, mean = advance(x, score, a, b, c, stream_of(op, seed, step, x, noise), "noise", return_mean)
     return (y, mean) if return_mean else y
@@ -219,6 +220,7 @@ def langevin_step(
     check.float_tensor(op, "x", x)
     check.like(op, "score", score, "x", x.shape, x.device)
     check.choice(op, "norm", norm, NORMS)
+    return_mean = check.flag(op, "return_mean", return_mean)
     if (step_size is None) == (snr is None):
         given = "none" if snr is None else "both"
         raise ValueError(f"{op}: exactly one of step_size and snr must be given, got {given}")
