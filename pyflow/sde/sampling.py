@@ -46,7 +46,7 @@ def sample(
 ) -> Tensor:
     """Samples of the model whose score is given, by solving the SDE backwards from its prior.
 
-    x' = a x + b score + c z per step, at times linspace(1, eps, steps).
+    x' = a x + b score + c z per step, at times linspace(T, eps, steps), T being 1 for all but a subclass of yours.
 
     Args:
         sde: `VPSDE`, `SubVPSDE`, `VESDE`, `from_marginals(...)` or a subclass of `SDE`.
@@ -67,7 +67,7 @@ def sample(
         norm: "marginal" is that rule; the others take |z| / |score| in the place of std: "sample" the norms of each
             sample, for many dimensions only, since a score near 0 makes a huge step; "batch" their means over the
             batch, as published, which makes samples depend on each other.
-        eps: time of the last step, in (0, 1).
+        eps: time of the last step, in (0, T).
         denoise: the last step adds no noise, it ends on the mean.
         micro_batch: evaluate the score for this many samples at a time, the last ones padded.
         seed: an integer, which `pyflow.ops.sample_seeds` spreads over the samples, or (B,) int64, a stream each;
@@ -84,7 +84,7 @@ def sample(
 
     Raises:
         TypeError: score_fn is not callable, a wrong dtype, a count that is no integer.
-        ValueError: an unknown word, steps < 1, eps outside (0, 1), a method that is not defined for the SDE, a schedule
+        ValueError: an unknown word, steps < 1, eps outside (0, T), a method that is not defined for the SDE, a schedule
             whose steps are not finite, a score_fn or callback that begins to change x in place after it had not.
         FloatingPointError: check_finite found NaN or an infinity; the text has the step.
 
