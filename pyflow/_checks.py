@@ -66,12 +66,17 @@ def values_are_checked(tensor: Tensor) -> bool:
     return tensor.is_cpu or (tensor.device.type != "meta" and os.environ.get("PYFLOW_CHECK") == "1")
 
 
-def float_tensor(op: str, name: str, value: object) -> None:
+def tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {short(value.layout)}")
+
+
+def float_tensor(op: str, name: str, value: object) -> None:
+    tensor(op, name, value)
     if value.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {short(value.dtype)}")
-    dense(op, name, value)
 
 
 def like(op: str, name: str, value: object, other_name: str, shape: torch.Size, device: torch.device) -> None:
@@ -115,24 +120,15 @@ def positive(op: str, name: str, value: object) -> float:
 
 
 def integer_tensor(op: str, name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    tensor(op, name, value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must be integers, got {short(value.dtype)}")
-    dense(op, name, value)
-
-
-def dense(op: str, name: str, value: Tensor) -> None:
-    if value.layout is not torch.strided:
-        raise TypeError(f"{op}: {name} must be a dense tensor, got {str(value.layout).removeprefix('torch.')}")
 
 
 def int64_tensor(op: str, name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    tensor(op, name, value)
     if value.dtype != torch.int64:
         raise TypeError(f"{op}: {name} must be int64, got {short(value.dtype)}")
-    dense(op, name, value)
 
 
 def at_least(op: str, name: str, value: object, least: int) -> int:
@@ -147,8 +143,7 @@ def at_least(op: str, name: str, value: object, least: int) -> int:
 
 def mask_for(op: str, mask: object, x: Tensor) -> Tensor:
     """The mask as a bool view with the shape of x."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{op}: mask must be a tensor, got {type(mask).__name__}")
+    tensor(op, "mask", mask)
     if mask.device != x.device:
         raise ValueError(f"{op}: mask must be on the device of x, {x.device}, got {mask.device}")
     fits = mask.dim() <= x.dim() and all(m == 1 or m == n for m, n in zip(reversed(mask.shape), reversed(x.shape)))
@@ -167,6 +162,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 and "\n" not in text else type(value).__name__
 
 
-def short(dtype: object) -> str:
-    """A dtype's name, or what was given instead of one."""
-    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else type(dtype).__name__
+def short(value: object) -> str:
+    """A dtype's or layout's name, or the type of what was given instead of one."""
+    known = isinstance(value, (torch.dtype, torch.layout))
+    return str(value).removeprefix("torch.") if known else type(value).__name__

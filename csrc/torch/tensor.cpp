@@ -98,9 +98,10 @@ Space Layout::merge() {
   const auto merge_group = [&](int begin, int end, int64_t unit_stride) {
     const int first = merged;
     int64_t count = 1;
-    for (int i = begin; i < end; ++i) {
+    for (int i = begin; i < end; ++i) count *= size_[order[i]];
+    // a group without elements is one dim of size 0: nobody may divide by a size that is 0
+    for (int i = begin; count > 0 && i < end; ++i) {
       const int d = order[i];
-      count *= size_[d];
       if (size_[d] == 1) continue;
       bool joins = merged > first;
       for (int k = 0; joins && k < count_; ++k) {
@@ -115,7 +116,7 @@ Space Layout::merge() {
       for (int k = 0; k < count_; ++k) entries_[k].view->stride[merged - 1] = entries_[k].stride[d];
     }
     if (merged == first) {
-      space.size[merged] = 1;
+      space.size[merged] = count;
       for (int k = 0; k < count_; ++k) entries_[k].view->stride[merged] = unit_stride;
       ++merged;
     }

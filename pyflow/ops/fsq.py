@@ -221,13 +221,13 @@ def checked_levels(op: str, levels: Sequence[int], variant: str, numbered: bool)
         raise TypeError(f"{op}: levels must be a list of integers, got {type(levels).__name__}")
     whole = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in levels)
     if not whole or not levels or min(levels) < 2:
-        raise ValueError(f"{op}: levels must be integers >= 2, got {tuple(levels)}")
+        raise ValueError(f"{op}: levels must be integers >= 2, got {check.shown(tuple(levels))}")
     if max(levels) > MOST_LEVELS:
-        raise ValueError(f"{op}: levels must be at most 2**22, which float32 can tell apart, got {tuple(levels)}")
+        raise ValueError(f"{op}: levels must be at most 2**22, which float32 can tell apart, got {check.shown(tuple(levels))}")
     if variant in ("vqp", "hard") and min(levels) == 2:
-        raise ValueError(f"{op}: levels must be at least 3 for variant {variant}, got {tuple(levels)}")
+        raise ValueError(f"{op}: levels must be at least 3 for variant {variant}, got {check.shown(tuple(levels))}")
     if numbered and math.prod(levels) > 2**63:
-        raise ValueError(f"{op}: levels must have a product of at most 2**63 to be numbered, got {tuple(levels)}")
+        raise ValueError(f"{op}: levels must have a product of at most 2**63 to be numbered, got {check.shown(tuple(levels))}")
     return [int(n) for n in levels]
 
 

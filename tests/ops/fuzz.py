@@ -45,7 +45,6 @@ class Call:
     exact: bool = False  # bit for bit
     rounds: Callable[[], Iterator[Call]] | None = None  # calls whose digits count as well, within rounding
     scale: Callable[[], float] | None = None  # what errors are relative to beside the answer; else the largest input
-    gradients: bool = True
 
     def tensors(self) -> list[Tensor]:
         return list(_tensors([self.args, self.options]))
@@ -240,7 +239,8 @@ def flow_log_prob(hand: Hand) -> Call:
 
 
 def levels(hand: Hand) -> tuple[int, ...]:
-    return tuple(hand.one(3, 8, 5, 2, 7, 1001) for _ in range(hand.number(1, 6)))
+    # 1001 levels of "paper" are bounded by 499.5, a tie that every large z comes within an ulp of
+    return tuple(hand.one(3, 8, 5, 2, 7, 1000) for _ in range(hand.number(1, 6)))
 
 
 def within_rounding(call: Call) -> Iterator[Call]:
@@ -576,17 +576,18 @@ def answer(call: Call, backend: str) -> Answer:
             return Answer(refusal=error)
         outputs = list(_tensors(result if isinstance(result, (list, tuple)) else [result]))
         leaves = [t for t in call.tensors() if t.requires_grad]
-        differentiable = [o for o in outputs if o.requires_grad]
         gradients: list[Tensor | None] = []
-        if call.gradients and leaves and differentiable:
+        if leaves and any(o.requires_grad for o in outputs):
             source = torch.Generator().manual_seed(5)
-            # the layouts that sum and slicing leave behind
-            weights = [
-                torch.randn((), generator=source).to(o.dtype).expand_as(o) if i % 2
-                else torch.randn((*o.shape, 2), generator=source).to(o.dtype)[..., 0]
-                for i, o in enumerate(differentiable)
-            ]  # fmt: skip
-            gradients = list(torch.autograd.grad(differentiable, leaves, weights, allow_unused=True))
+            pairs = []
+            for i, o in enumerate(outputs):
+                # the layouts that sum and slicing leave behind
+                drawn = torch.randn((*o.shape, 2), generator=source, dtype=torch.float64).to(o.dtype)
+                weight = drawn.flatten()[0].expand_as(o) if i % 2 and o.numel() else drawn[..., 0]
+                if o.requires_grad:
+                    pairs.append((o, weight))
+            ends, weights = zip(*pairs)
+            gradients = list(torch.autograd.grad(ends, leaves, weights, allow_unused=True))
         return Answer([o.detach() for o in outputs], gradients)
 
 
@@ -606,9 +607,14 @@ def memory(tensor: Tensor) -> Tensor:
     return torch.tensor([], dtype=torch.uint8).set_(tensor.detach().untyped_storage()).clone()
 
 
+def plain(call: Call) -> list[Tensor]:
+    """Its tensors that have memory."""
+    return [t for t in call.tensors() if t.layout == torch.strided and t.device.type == "cpu"]
+
+
 def check(call: Call) -> bool:
     """Hold a call to what calls may do; whether it was answered."""
-    inputs = [t for t in call.tensors() if t.layout == torch.strided and t.device.type == "cpu"]
+    inputs = plain(call)
     before = [memory(t) for t in inputs]
     undrawn = torch.Generator().manual_seed(3).get_state()
     faulthandler.dump_traceback_later(PATIENCE, exit=True)
@@ -659,9 +665,9 @@ def _compare(call: Call, got: Answer, reference: Answer) -> None:
     assert len(got.tensors) == len(reference.tensors), f"{call}: {len(got.tensors)} outputs"
     for i, (a, b) in enumerate(zip(got.tensors, reference.tensors)):
         assert (a.dtype, a.shape) == (b.dtype, b.shape), f"{call}: output {i} is {_shown(a)}, the reference {_shown(b)}"
-        if call.exact:
+        if call.exact and not a.is_meta:
             assert_same_bits(a, b, f"{call}: output {i}")
-    if call.exact:
+    if call.exact or any(t.is_meta for t in got.tensors):
         return
     if call.rounds:
         _compare_digits(call, got)
@@ -670,43 +676,40 @@ def _compare(call: Call, got: Answer, reference: Answer) -> None:
         # nothing to compare
         return
     exact = answer(doubled(call), "reference")
-    # a gradient is no finer than the arithmetic of what it is taken of: that of a float64 coefficient of float32 x
-    units = [UNIT[compute_dtype(t.dtype)] for t in got.tensors if t.is_floating_point()]
     scale = call.scale() if call.scale and not exact.refusal else _largest(call)
+    dtypes = {t.dtype for t in plain(call) if t.is_floating_point()}
+    unit = UNIT[torch.float64 if dtypes == {torch.float64} else torch.float32]
     for kind in ("tensors", "gradients"):
         for i, (a, b, e) in enumerate(zip(getattr(got, kind), getattr(reference, kind), getattr(exact, kind))):
             name = f"{call}: {kind[:-1]} {i}"
             assert (a is None) == (b is None), f"{name}: {'missing' if a is None else 'not in the reference'}"
             if a is not None:
                 # gradients are of weights of size 1
-                if kind == "tensors":
-                    _close(name, a, b, e, scale)
-                else:
-                    _close(name, a, b, e, max(scale, 1.0), max(units))
+                _close(name, unit, a, b, e, scale if kind == "tensors" else max(scale, 1.0))
 
 
 def _largest(call: Call) -> float:
     """Of the finite numbers that the call is given."""
-    given = [t.detach()[t.detach().isfinite()] for t in call.tensors() if t.is_floating_point() and not t.is_meta]
+    given = [t.detach()[t.detach().isfinite()] for t in plain(call) if t.is_floating_point()]
     return max((float(t.abs().max()) for t in given if t.numel()), default=0.0)
 
 
-def _close(name: str, got: Tensor, reference: Tensor, exact: Tensor, scale: float, unit: float = 0.0) -> None:
+def _close(name: str, unit: float, got: Tensor, reference: Tensor, exact: Tensor, scale: float) -> None:
     """Within rounding of the exact answer, or no further from it than a few times the reference is."""
     if not got.is_floating_point():
         assert torch.equal(got, reference), f"{name}: {got} here, {reference} from the reference"
         return
     a, b, e = got.double(), reference.double(), exact.double()
     finite = a.isfinite() & b.isfinite() & e.isfinite()
-    # where the answer leaves the range of the dtype, infinities and NaN need only be some of both
-    huge = ~e.isfinite() | (e.abs() > torch.finfo(got.dtype).max / 16) | ~b.isfinite()
+    # where the answer leaves the range of the dtype, or one of its factors does, infinities and NaN need not agree
+    limit = min(torch.finfo(got.dtype).max / 16, torch.finfo(torch.float32).max / 2**40)
+    huge = ~e.isfinite() | (e.abs() > limit) | ~b.isfinite()
     assert bool((finite | huge).all()), f"{name}: {got} here, {reference} from the reference"
     if not finite.any():
         return
     a, b, e = a[finite], b[finite], e[finite]
     worst = float((b - e).abs().max())
     size = e.abs() + max(scale, 1e-2 * float(e.abs().max()))
-    unit = max(unit, UNIT[compute_dtype(got.dtype)])
     bound = 2 * UNIT[got.dtype] * e.abs() + 512 * unit * size + 16 * worst + 1e-30
     excess = (a - e).abs() - bound
     i = excess.argmax()
