@@ -1,4 +1,4 @@
-"""Forward SDEs dx = f(t) x dt + g(t) dw on t in [0, T], T 1 for all here, and the rows of numbers their reverse steps take.
+"""Forward SDEs dx = f(t) x dt + g(t) dw for t in [0, T], with T = 1 here, and the numbers of their reverse steps.
 
 x_t given x_0 is normal with mean alpha(t) x_0 and standard deviation std(t). Nothing here depends on x but `drift`
 and `prior_sample`; what is given in float64 is computed in float64.

@@ -18,8 +18,8 @@ class LossOnlyModule(lightning.LightningModule):
     """Train a model by the losses it adds inside itself; its output is not looked at.
 
     The bar shows every named loss and metric as its running mean over the epoch, and `loss`, the sum of the losses.
-    Loggers receive the epoch's means as train/NAME, val/NAME and test/NAME. Means are over samples: a batch counts as many as the
-    first tensor with a dim has rows, wherever in the batch it is.
+    Loggers receive the epoch's means as train/NAME, val/NAME and test/NAME. Means are over samples: a batch counts as
+    many as the first tensor with a dim has rows, wherever in the batch it is.
 
     Args:
         model: calls `pyflow.train.add_loss` in its forward. A tuple or list as a batch is passed as positional
