@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import numbers
 import os
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
@@ -24,6 +26,8 @@ def shape(op: str, value: object) -> tuple[int, ...]:
             raise TypeError(f"{op}: shape must hold integers, got {sizes}")
     if any(n < 0 for n in sizes):
         raise ValueError(f"{op}: shape must not be negative, got {sizes}")
+    if not torch.compiler.is_compiling() and math.prod([n for n in sizes if not isinstance(n, torch.SymInt)]) >= 2**60:
+        raise ValueError(f"{op}: shape must have fewer than 2**60 elements, got {shown(sizes)}")
     return tuple(n if isinstance(n, torch.SymInt) else int(n) for n in sizes)
 
 
@@ -40,15 +44,15 @@ def batch_shape(op: str, value: object) -> tuple[int, ...]:
 
 def float_dtype(op: str, dtype: object) -> torch.dtype:
     if dtype not in FLOATS:
-        got = short(dtype) if isinstance(dtype, torch.dtype) else type(dtype).__name__
-        raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16, got {got}")
+        raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16, got {short(dtype)}")
     return dtype
 
 
 def device(op: str, value: object) -> torch.device:
     try:
         return torch.device(value)
-    except (RuntimeError, TypeError):
+    # an integer beyond 64 bits is a ValueError of torch's
+    except (RuntimeError, TypeError, ValueError):
         error = ValueError if isinstance(value, str) else TypeError
         raise error(f"{op}: device must be a torch.device or its name, got {shown(value)}") from None
 
@@ -112,6 +116,12 @@ def number(op: str, name: str, value: object) -> float:
         raise ValueError(f"{op}: {name} must fit into float64, got a larger number") from None
 
 
+def flag(op: str, name: str, value: object) -> bool:
+    if not isinstance(value, (int, np.bool_)):
+        raise TypeError(f"{op}: {name} must be true or false, got {type(value).__name__}")
+    return bool(value)
+
+
 def positive(op: str, name: str, value: object) -> float:
     result = number(op, name, value)
     if not 0 < result < float("inf"):
@@ -131,8 +141,8 @@ def int64_tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be int64, got {short(value.dtype)}")
 
 
-def shape(op: str, value: object) -> tuple[int, ...]:
-    """A shape, given as an integer or a tuple of them."""
+def event_shape(op: str, value: object) -> tuple[int, ...]:
+    """The shape of one sample, given as an integer or a tuple of them."""
     if not isinstance(value, (numbers.Integral, tuple, list)):
         raise TypeError(f"{op}: shape must be an integer or a tuple of integers, got {type(value).__name__}")
     sizes = value if isinstance(value, (tuple, list)) else (value,)

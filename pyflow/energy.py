@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from .ops.energy import EnergyFunction, energy_and_grad, mala_propose, mala_step
+from .ops.energy import EnergyFunction, energy_and_grad, mala_propose, mala_step, step_size
 from .ops.noise import STEPS, seed_tensor
 
 Callback = Callable[[int, Tensor], None]
@@ -74,9 +74,11 @@ def sample(
         raise ValueError(f"{op}: start + steps must be at most 2**56, got {start + steps}")
     if callback is not None and not callable(callback):
         raise TypeError(f"{op}: callback must be callable, got {type(callback).__name__}")
-    if seed is None:
-        seed = seed_tensor(op, None, None, z.device)
+    step_size(op, alpha, z)
     u, grad = energy_and_grad(energy_fn, z)
+    if seed is None:
+        # drawn when nothing is refused any more
+        seed = seed_tensor(op, None, None, z.device)
     z = z.detach()
     moved = torch.zeros(z.shape[0], device=z.device, dtype=torch.float32)
     with torch.no_grad():

@@ -86,11 +86,14 @@ def test_a_callback_does_not_reach_the_chains_and_results_compare():
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
+        ({"steps": 2, "alpha": -1}, ValueError, "alpha must be positive, got -1.0"),
         ({"steps": 2, "callback": 3}, TypeError, "callback must be callable, got int"),
         ({"steps": 2, "start": 2**56}, ValueError, r"start \+ steps must be at most 2\*\*56, got 72057594037927938"),
         ({"steps": 2, "start": -1}, ValueError, "start must be at least 0, got -1"),
     ],
 )
 def test_wrong_arguments(arguments, error, text):
+    before = torch.get_rng_state()
     with pytest.raises(error, match=f"^sample: {text}$"):
-        sample(energy, start(8), 0.3, **arguments)
+        sample(energy, start(8), arguments.pop("alpha", 0.3), **arguments)
+    assert torch.equal(torch.get_rng_state(), before)

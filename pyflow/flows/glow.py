@@ -54,7 +54,7 @@ class Glow(MultiScale):
         reversible: bool = False,
     ) -> None:
         counts("Glow", steps=steps, levels=levels)
-        shape = check.shape("Glow", shape)
+        shape = check.event_shape("Glow", shape)
         check_images("Glow", shape, 2**levels)
         stages, splits = [], []
         for level in range(levels):

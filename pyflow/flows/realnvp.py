@@ -60,7 +60,7 @@ class RealNVP(MultiScale):
         prior: str = "gaussian",
         reversible: bool = False,
     ) -> None:
-        shape = check.shape("RealNVP", shape)
+        shape = check.event_shape("RealNVP", shape)
         counts("RealNVP", couplings=couplings, levels=levels)
         options = {"scale_map": scale_map, "clamp": clamp}
         if len(shape) == 1:

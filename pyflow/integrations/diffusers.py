@@ -58,9 +58,12 @@ class _Noise:
         ]
         self.register_to_config(_use_default_values=unset)
 
-    def _check_timesteps(self, op: str) -> None:
+    def _check(self, op: str, x_name: str, x: Tensor, score_name: str, score: Tensor) -> None:
+        """Before a seed is drawn: a call that is refused draws none."""
         if self.timesteps is None:
             raise ValueError(f"{op}: timesteps are not set, call set_timesteps first")
+        check.float_tensor(op, x_name, x)
+        check.like(op, score_name, score, x_name, x.shape, x.device)
 
 
 class ScoreSdeVeScheduler(_Noise, _Ve):
@@ -150,7 +153,7 @@ class ScoreSdeVeScheduler(_Noise, _Ve):
         noise: Tensor | None = None,
     ) -> SdeVeOutput | tuple[Tensor, Tensor]:
         op = "step_pred"
-        self._check_timesteps(op)
+        self._check(op, "sample", sample, "model_output", model_output)
         if not isinstance(timestep, Tensor):
             timestep = torch.tensor(timestep, device="cpu")
         index = (timestep.float() * (len(self.timesteps) - 1)).long()
@@ -158,8 +161,9 @@ class ScoreSdeVeScheduler(_Noise, _Ve):
         below = torch.where(index == 0, 0, sigmas[index - 1])
         gap = (sigmas[index] ** 2 - below**2).to(sample.device)
         seeds = {} if noise is not None else self._seeds(op, generator, sample, self._predictions)
-        self._predictions += 1
         moved, mean = sde_step(sample, model_output, 1.0, gap, gap.sqrt(), noise=noise, return_mean=True, **seeds)
+        # after it: a call that fails is none
+        self._predictions += 1
         return SdeVeOutput(prev_sample=moved, prev_sample_mean=mean) if return_dict else (moved, mean)
 
     def step_correct(
@@ -172,7 +176,7 @@ class ScoreSdeVeScheduler(_Noise, _Ve):
         noise: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         op = "step_correct"
-        self._check_timesteps(op)
+        self._check(op, "sample", sample, "model_output", model_output)
         seeds = {} if noise is not None else self._seeds(op, generator, sample, self._corrections)
         moved = langevin_step(sample, model_output, snr=self.config.snr, norm=self.config.norm, noise=noise, **seeds)
         self._corrections += 1
@@ -235,14 +239,16 @@ class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):
         self, score: Tensor, x: Tensor, t: float | Tensor, generator: Seeds = None, *, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         op = "step_pred"
-        self._check_timesteps(op)
+        self._check(op, "x", x, "score", score)
         sde = self._sde()
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device)
         beta = sde.beta(t) / len(self.timesteps)
         seeds = {} if noise is not None else self._seeds(op, generator, x, self._predictions)
-        self._predictions += 1
         factor = -beta / sde.marginal(t)[1]
-        return sde_step(x, score, 1 + beta / 2, factor, beta.sqrt(), noise=noise, return_mean=True, **seeds)
+        result = sde_step(x, score, 1 + beta / 2, factor, beta.sqrt(), noise=noise, return_mean=True, **seeds)
+        # after it: a call that fails is none
+        self._predictions += 1
+        return result
 
     def add_noise(self, original_samples: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor:
         """alpha x + std z at each sample's time in [0, 1]; noise None draws z."""

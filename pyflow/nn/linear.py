@@ -213,7 +213,7 @@ class Scale(_Elementwise):
     def __init__(
         self, shape: int | tuple[int, ...], *, data_init: bool = False, std: float = 1.0, eps: float = 1e-3
     ) -> None:
-        super().__init__(check.shape("Scale", shape), False, data_init, std, eps)
+        super().__init__(check.event_shape("Scale", shape), False, data_init, std, eps)
 
     def _spread(self, x: Tensor) -> Tensor:
         return self.log_scale[None]

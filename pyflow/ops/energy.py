@@ -14,7 +14,6 @@ from ..reference import compute_dtype
 from ..reference import energy as ref
 from ..reference import sde as sde_ref
 from ._transforms import one_by_one
-from .noise import seed_tensor, step_tensor
 from .sde import advance, coefficient, stream_of
 
 KINDS = ("linear", "hinge", "ebgan")
@@ -119,8 +118,11 @@ def energy_and_grad(energy_fn: EnergyFunction, z: Tensor) -> tuple[Tensor, Tenso
     op = "energy_and_grad"
     check.float_tensor(op, "z", z)
     _check_batch(op, "z", z)
-    if not callable(energy_fn):
-        raise TypeError(f"{op}: energy_fn must be callable, got {type(energy_fn).__name__}")
+    _check_function(op, energy_fn)
+    return _energy_and_grad(op, energy_fn, z)
+
+
+def _energy_and_grad(op: str, energy_fn: EnergyFunction, z: Tensor) -> tuple[Tensor, Tensor]:
     traced = torch.compiler.is_compiling()
     # out of inference mode, where no graph is recorded
     with contextlib.nullcontext() if traced else torch.inference_mode(False), torch.enable_grad():
@@ -159,7 +161,8 @@ def mala_propose(
         z', in z's dtype and strides.
 
     Raises:
-        TypeError, ValueError: as for `sde_step`; an alpha that is not positive.
+        TypeError, ValueError: as for `sde_step`; an alpha that is not positive or, in the dtype of the arithmetic, no
+            normal number.
 
     Notes:
         It is `sde_step(z, grad, 1, -alpha, sqrt(2 alpha))`: the same bits on every backend, one pass, differentiable.
@@ -172,12 +175,14 @@ def mala_propose(
         tensor(True)
     """
     op = "mala_propose"
-    check.float_tensor(op, "z", z)
-    _check_batch(op, "z", z)
-    check.like(op, "grad", grad, "z", z.shape, z.device)
+    _check_positions(op, z, grad)
+    alpha = step_size(op, alpha, z)
+    return _propose(z, grad, alpha, stream_of(op, seed, step, z))
+
+
+def _propose(z: Tensor, grad: Tensor, alpha: Tensor, stream: tuple[Tensor | None, ...]) -> Tensor:
     # in float64, so that a root that is not exact leaves no trace in float32
-    size = _step_size(op, alpha, z).double()
-    one, stream = torch.full((), 1.0, dtype=torch.float64, device="cpu"), stream_of(op, seed, step, z)
+    size, one = alpha.double(), torch.full((), 1.0, dtype=torch.float64, device="cpu")
     return advance(z, grad, one, -size, (2 * size).sqrt(), stream, "noise")[0]
 
 
@@ -232,19 +237,20 @@ def mala_accept(
         tensor([1., 0.])
     """
     op = "mala_accept"
-    check.float_tensor(op, "z", z)
-    _check_batch(op, "z", z)
+    _check_positions(op, z, grad)
     check.like(op, "z_new", z_new, "z", z.shape, z.device)
     _check_rows(op, "u", u, "z", z)
     _check_rows(op, "u_new", u_new, "z", z)
-    check.like(op, "grad", grad, "z", z.shape, z.device)
     check.like(op, "grad_new", grad_new, "z", z.shape, z.device)
-    alpha = _step_size(op, alpha, z)
-    seed, step = seed_tensor(op, seed, z.shape, z.device, "cpu"), step_tensor(op, step, z.device)
-    tensors = [t.detach() for t in (z, z_new, u, u_new, grad, grad_new, alpha)]
-    if runs_reference(op, z):
+    alpha = step_size(op, alpha, z)
+    return _accept(op, (z, z_new, u, u_new, grad, grad_new, alpha), *stream_of(op, seed, step, z)[:2])
+
+
+def _accept(op: str, tensors: tuple[Tensor, ...], seed: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors = tuple(t.detach() for t in tensors)
+    if runs_reference(op, tensors[0]):
         return ref.mala_accept(*tensors, seed, step)
-    return call(op, *tensors, seed, step)
+    return call("mala_accept", *tensors, seed, step)
 
 
 def mala_step(
@@ -284,13 +290,28 @@ def mala_step(
         >>> abs(float(z.var()) - 1) < 0.1
         True
     """
-    if seed is None:
-        # one for both draws
-        seed = seed_tensor("mala_step", None, None, z.device if isinstance(z, Tensor) else None)
+    op = "mala_step"
+    _check_positions(op, z, grad)
+    _check_rows(op, "u", u, "z", z)
+    _check_function(op, energy_fn)
+    alpha = step_size(op, alpha, z)
+    # one seed for both draws
+    stream = stream_of(op, seed, step, z)
     with torch.no_grad():
-        z_new = mala_propose(z, grad, alpha, seed=seed, step=step)
-    u_new, grad_new = energy_and_grad(energy_fn, z_new)
-    return mala_accept(z, z_new, u, u_new, grad, grad_new, alpha, seed=seed, step=step)
+        z_new = _propose(z, grad, alpha, stream)
+    u_new, grad_new = _energy_and_grad(op, energy_fn, z_new)
+    return _accept(op, (z, z_new, u, u_new, grad, grad_new, alpha), *stream[:2])
+
+
+def _check_function(op: str, energy_fn: object) -> None:
+    if not callable(energy_fn):
+        raise TypeError(f"{op}: energy_fn must be callable, got {type(energy_fn).__name__}")
+
+
+def _check_positions(op: str, z: Tensor, grad: Tensor) -> None:
+    check.float_tensor(op, "z", z)
+    _check_batch(op, "z", z)
+    check.like(op, "grad", grad, "z", z.shape, z.device)
 
 
 def _check_batch(op: str, name: str, value: Tensor) -> None:
@@ -308,12 +329,19 @@ def _check_rows(op: str, name: str, value: object, other_name: str, other: Tenso
         raise ValueError(f"{op}: {name} must be on the device of {other_name}, {other.device}, got {value.device}")
 
 
-def _step_size(op: str, alpha: object, z: Tensor) -> Tensor:
+def step_size(op: str, alpha: object, z: Tensor) -> Tensor:
+    """Alpha as a coefficient, whose values are checked where they may be read."""
     result = coefficient(op, "alpha", alpha, z)
     if check.values_are_checked(result) and result.numel():
-        least = result.item() if result.dim() == 0 else result.min().item()
+        least, most = (result.item(),) * 2 if result.dim() == 0 else (v.item() for v in result.aminmax())
         if not least > 0:
             raise ValueError(f"{op}: alpha must be positive, got {least}")
+        # one that is rounded to 0 or infinity takes steps of another energy
+        dtype = compute_dtype(z.dtype)
+        finfo = torch.finfo(dtype)
+        if least < finfo.tiny or most > finfo.max:
+            got = least if least < finfo.tiny else most
+            raise ValueError(f"{op}: alpha must be a normal number of {check.short(dtype)}, got {got}")
     return result
 
 

@@ -173,8 +173,11 @@ def sample_seeds(seed: int | Tensor | None, n: int, start: int = 0) -> Tensor:
 def _noise(op, shape, seed, step, purpose, dtype, device):
     size, dtype = list(check.shape(op, shape)), check.float_dtype(op, dtype)
     number = check.choice(op, "purpose", purpose, PURPOSES)
-    seed = seed_tensor(op, seed, size, None if device is None else _with_index(check.device(op, device)))
-    step = step_tensor(op, step, seed.device)
+    device = None if device is None else _as_tensors_have_it(check.device(op, device))
+    at = seed.device if isinstance(seed, Tensor) else device
+    # the seed last: a call that is refused draws none
+    step = step_tensor(op, step, torch.get_default_device() if at is None and isinstance(step, Tensor) else at)
+    seed = seed_tensor(op, seed, size, device)
     if runs_reference(op, seed):
         return ref.noise(size, seed, step, kind=op, purpose=purpose, dtype=dtype)
     return call("noise", size, seed, step, NOISES.index(op), number, dtype)
@@ -211,7 +214,7 @@ def seed_tensor(
     return torch.full((), seed, dtype=torch.int64, device=number_device or device)
 
 
-def step_tensor(op: str, step: object, device: torch.device) -> Tensor:
+def step_tensor(op: str, step: object, device: torch.device | None) -> Tensor:
     """The step as a 0-d int64 tensor; a number's is on the CPU."""
     if isinstance(step, Tensor):
         check.int64_tensor(op, "step", step)
@@ -234,10 +237,11 @@ def _check_step(op: str, step: int) -> None:
         raise ValueError(f"{op}: step must be in [0, 2**56), got {step}")
 
 
-def _with_index(device: torch.device) -> torch.device:
+def _as_tensors_have_it(device: torch.device) -> torch.device:
+    """With an index on a GPU, without one on a CPU."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
-    return device
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:

@@ -71,6 +71,7 @@ def sde_step(
     op = "sde_step"
     check.float_tensor(op, "x", x)
     check.like(op, "score", score, "x", x.shape, x.device)
+    return_mean = check.flag(op, "return_mean", return_mean)
     a, b, c = coefficient(op, "a", a, x), coefficient(op, "b", b, x), at_least_zero(op, "c", c, x)
     y, mean = advance(x, score, a, b, c, stream_of(op, seed, step, x, noise), "noise", return_mean)
     return (y, mean) if return_mean else y
@@ -202,7 +203,8 @@ def langevin_step(
 
     Notes:
         A score of norm 0 leaves x as it is under the rules with norms; NaN travels. No host sync. The norms are
-        sums: on a CPU the same bits for any thread count, instruction set and (with "sample") batch.
+        sums of squares in float32: of a float32 score between about 1e-19 and 1e19. On a CPU they have the same bits
+        for any thread count, instruction set and (with "sample") batch.
 
     Source:
         Song et al. 2021, arXiv:2011.13456, algorithms 4 and 5; "marginal" is the step of annealed Langevin dynamics,
@@ -218,11 +220,10 @@ def langevin_step(
     check.float_tensor(op, "x", x)
     check.like(op, "score", score, "x", x.shape, x.device)
     check.choice(op, "norm", norm, NORMS)
+    return_mean = check.flag(op, "return_mean", return_mean)
     if (step_size is None) == (snr is None):
         given = "none" if snr is None else "both"
         raise ValueError(f"{op}: exactly one of step_size and snr must be given, got {given}")
-    # one seed for both passes
-    stream = stream_of(op, seed, step, x, noise)
     if step_size is not None:
         size = at_least_zero(op, "step_size", step_size, x).double()
     else:
@@ -231,8 +232,10 @@ def langevin_step(
             if std is None:
                 raise ValueError(f"{op}: std must be given for the norm marginal, got None")
             size = 2 * alpha * (snr * at_least_zero(op, "std", std, x).double()) ** 2
-        else:
-            size = _snr_rule(_squares(score, stream).double(), snr, alpha, norm == "batch")
+    # one seed for both passes
+    stream = stream_of(op, seed, step, x, noise)
+    if step_size is None and norm != "marginal":
+        size = _snr_rule(_squares(score, stream).double(), snr, alpha, norm == "batch")
     one = torch.full((), 1.0, dtype=torch.float64, device="cpu")
     # in float64, so that a root that is not exact leaves no trace in float32
     y, mean = advance(x, score, one, size, _root(2 * size), stream, "corrector", return_mean)
@@ -271,6 +274,8 @@ def coefficient(op: str, name: str, value: object, x: Tensor) -> Tensor:
         return value
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(value).__name__}")
+    if type(value) is not float and not isinstance(value, (torch.SymFloat, torch.SymInt)):
+        value = check.number(op, name, value)
     return torch.full((), value, dtype=torch.float64, device="cpu")
 
 
@@ -289,7 +294,9 @@ def stream_of(op: str, seed: object, step: object, x: Tensor, noise: object = No
     if noise is not None:
         check.like(op, "noise", noise, "x", x.shape, x.device)
         return None, None, noise
-    return seed_tensor(op, seed, x.shape, x.device, "cpu"), step_tensor(op, step, x.device), None
+    # the seed last: a call that is refused draws none
+    step = step_tensor(op, step, x.device)
+    return seed_tensor(op, seed, x.shape, x.device, "cpu"), step, None
 
 
 def advance(

@@ -60,8 +60,9 @@ def sector_counts(
 def counts_for(op: str, thresholds: Tensor, points: int, trials: int, seed: object, step: object) -> Tensor:
     """The counts, for the public function `op`, which has checked all but seed and step."""
     thresholds = thresholds.detach()
-    seed = seed_tensor(op, seed, (), thresholds.device, "cpu")
+    # the seed last: a call that is refused draws none
     step = step_tensor(op, step, thresholds.device)
+    seed = seed_tensor(op, seed, (), thresholds.device, "cpu")
     purpose = PURPOSES.index("monte_carlo")
     if runs_reference("sector_counts", thresholds):
         return ref.sector_counts(thresholds, points, trials, seed, step, purpose=purpose)

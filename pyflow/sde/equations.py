@@ -1,4 +1,4 @@
-"""Forward SDEs dx = f(t) x dt + g(t) dw on t in [0, 1], and the rows of numbers their reverse steps take.
+"""Forward SDEs dx = f(t) x dt + g(t) dw for t in [0, T], with T = 1 here, and the numbers of their reverse steps.
 
 x_t given x_0 is normal with mean alpha(t) x_0 and standard deviation std(t). Nothing here depends on x but `drift`
 and `prior_sample`; what is given in float64 is computed in float64.
@@ -24,17 +24,17 @@ Row = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Times of the steps, from 1 down to eps, and their places in the discrete tables of as many entries."""
+    """Times of the steps, from T down to eps, and their places in the discrete tables of as many entries."""
 
     times: Tensor
     index: Tensor
 
     @classmethod
-    def of(cls, steps: int, eps: float) -> Grid:
-        # floor(t (N - 1)) written so that rounding of t cannot move it
+    def of(cls, steps: int, eps: float, T: float = 1.0) -> Grid:
+        # floor(t / T (N - 1)) written so that rounding of t cannot move it
         k = torch.arange(steps, device="cpu")
-        index = steps - 1 - k + (k.double() * eps).floor().long()
-        return cls(torch.linspace(1, eps, steps, dtype=torch.float64, device="cpu"), index)
+        index = steps - 1 - k + (k.double() * (eps / T)).floor().long()
+        return cls(torch.linspace(T, eps, steps, dtype=torch.float64, device="cpu"), index)
 
     @property
     def steps(self) -> int:
@@ -46,7 +46,12 @@ class Grid:
 
 
 class SDE:
-    """What every SDE offers; a subclass gives `marginal` and `rates`, and its discrete tables where it has any."""
+    """What every SDE offers; a subclass gives `marginal` and `rates`, and its discrete tables where it has any.
+
+    Attributes:
+        T: the time at which x has the prior's distribution.
+        prior_std: its standard deviation there.
+    """
 
     T = 1.0
     prior_std = 1.0
@@ -61,7 +66,7 @@ class SDE:
 
     def grid(self, steps: int, eps: float) -> Grid:
         """The times that a sampler steps from."""
-        return Grid.of(steps, eps)
+        return Grid.of(steps, eps, self.T)
 
     def last_time(self, eps: float) -> float:
         """Where the ODE that carries data to the prior ends."""
@@ -88,7 +93,7 @@ class SDE:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """x at t = 1: normal with mean 0 and standard deviation `prior_std`.
+        """x at t = T: normal with mean 0 and standard deviation `prior_std`.
 
         An integer seed goes through `pyflow.ops.sample_seeds`; (B,) seeds are the samples' own.
         """
@@ -99,8 +104,8 @@ class SDE:
 
     def euler_maruyama(self, grid: Grid) -> Row:
         f, g2 = self.rates(grid.times)
-        variance = g2 / grid.steps
-        return 1 - f / grid.steps, variance, variance.sqrt()
+        variance = self.T * g2 / grid.steps
+        return 1 - self.T * f / grid.steps, variance, variance.sqrt()
 
     def reverse_diffusion(self, grid: Grid) -> Row:
         return self.euler_maruyama(grid)
@@ -115,7 +120,7 @@ class SDE:
 
     def corrector_alpha(self, grid: Grid) -> Tensor:
         """The square of what one step's drift multiplies x by."""
-        return torch.exp(2 * self.rates(grid.times)[0] / grid.steps)
+        return torch.exp(2 * self.T * self.rates(grid.times)[0] / grid.steps)
 
 
 class _LinearBeta(SDE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 
 import torch
@@ -15,11 +16,16 @@ NOTHING = 1e-6
 FALLS = "from_marginals: std / alpha must not fall as t grows"
 
 
+# a constant may be a number
+Function = Callable[[Tensor], Tensor | float] | float
+
+
 class _FromMarginals(SDE):
-    def __init__(self, alpha: Callable[[Tensor], Tensor], std: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, alpha: Function, std: Function) -> None:
         for name, function in (("alpha", alpha), ("std", std)):
-            if not callable(function):
-                raise TypeError(f"from_marginals: {name} must be callable, got {type(function).__name__}")
+            if not callable(function) and not isinstance(function, numbers.Real):
+                got = type(function).__name__
+                raise TypeError(f"from_marginals: {name} must be callable or a number, got {got}")
         self._alpha, self._std = alpha, std
         self._slopes_are_checked = False
         with torch.no_grad():
@@ -31,7 +37,9 @@ class _FromMarginals(SDE):
 
     def rates(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         self._check_slopes()
-        t, keeps_graph = time_tensor(t), torch.is_grad_enabled()
+        t = time_tensor(t)
+        # to t, or to parameters of a schedule; never to the t that slopes are taken at
+        keeps_graph = torch.is_grad_enabled() and (t.requires_grad or any(v.requires_grad for v in self._values(t)))
         with torch.inference_mode(False), torch.enable_grad():
             alpha, std, alpha_slope, std_slope = self._slopes(t)
             f = alpha_slope / alpha
@@ -119,7 +127,7 @@ class _FromMarginals(SDE):
         values = []
         for name, function in (("alpha", self._alpha), ("std", self._std)):
             # a tensor of its own: a function may change it in place
-            value = function(t.clone())
+            value = function(t.clone()) if callable(function) else function
             if not isinstance(value, Tensor):
                 value = torch.full_like(t, check.number("from_marginals", f"{name}(t)", value))
             if value.shape != t.shape:
@@ -130,21 +138,21 @@ class _FromMarginals(SDE):
     def __repr__(self) -> str:
         return f"from_marginals({self._alpha!r}, {self._std!r})"
 
-def from_marginals(alpha: Callable[[Tensor], Tensor], std: Callable[[Tensor], Tensor]) -> SDE:
+def from_marginals(alpha: Function, std: Function) -> SDE:
     """The SDE whose x_t given x_0 is normal with mean alpha(t) x_0 and standard deviation std(t).
 
     f = d log(alpha)/dt, g**2 = alpha**2 d(std**2 / alpha**2)/dt, both by autograd.
 
     Args:
         alpha, std: functions of a tensor t in [0, 1], elementwise and differentiable by torch; alpha > 0 but at t = 1,
-            where it may be 0, and std / alpha grows with t. A constant may be a number.
+            where it may be 0, and std / alpha grows with t. A constant may be a number, here or as their result.
 
     Returns:
         An `SDE` with `marginal`, `rates`, `drift`, `diffusion`, `prior_sample` and every method of `sample` but
         ancestral; its prior is N(0, std(1)**2).
 
     Raises:
-        TypeError: alpha or std is not callable.
+        TypeError: alpha or std is neither callable nor a number.
         ValueError: a result of another shape than t; std / alpha falls; at the first use of derivatives: they are not
             those of the functions, as where torch records no graph (a table, `no_grad`, NumPy, `detach`).
 

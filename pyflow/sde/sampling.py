@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..ops import langevin_step, sde_step
+from ._score import Lent, Score, checked, in_micro_batches
 from .equations import SDE, Grid, Row, seeds_for
-
-Score = Callable[[Tensor, Tensor], Tensor]
 
 METHODS = ("euler_maruyama", "reverse_diffusion", "ancestral", "pc", "probability_flow")
 PREDICTORS = ("euler_maruyama", "reverse_diffusion", "ancestral", "probability_flow")
@@ -46,7 +45,7 @@ def sample(
 ) -> Tensor:
     """Samples of the model whose score is given, by solving the SDE backwards from its prior.
 
-    x' = a x + b score + c z per step, at times linspace(1, eps, steps).
+    x' = a x + b score + c z per step, at times linspace(T, eps, steps), T being 1 for all but a subclass of yours.
 
     Args:
         sde: `VPSDE`, `SubVPSDE`, `VESDE`, `from_marginals(...)` or a subclass of `SDE`.
@@ -67,7 +66,7 @@ def sample(
         norm: "marginal" is that rule; the others take |z| / |score| in the place of std: "sample" the norms of each
             sample, for many dimensions only, since a score near 0 makes a huge step; "batch" their means over the
             batch, as published, which makes samples depend on each other.
-        eps: time of the last step, in (0, 1).
+        eps: time of the last step, in (0, T).
         denoise: the last step adds no noise, it ends on the mean.
         micro_batch: evaluate the score for this many samples at a time, the last ones padded.
         seed: an integer, which `pyflow.ops.sample_seeds` spreads over the samples, or (B,) int64, a stream each;
@@ -84,7 +83,7 @@ def sample(
 
     Raises:
         TypeError: score_fn is not callable, a wrong dtype, a count that is no integer.
-        ValueError: an unknown word, steps < 1, eps outside (0, 1), a method that is not defined for the SDE, a schedule
+        ValueError: an unknown word, steps < 1, eps outside (0, T), a method that is not defined for the SDE, a schedule
             whose steps are not finite, a score_fn or callback that begins to change x in place after it had not.
         FloatingPointError: check_finite found NaN or an infinity; the text has the step.
 
@@ -204,7 +203,7 @@ class Step:
             raise TypeError(f"{op}: callback must be callable, got {type(callback).__name__}")
         if device is None and not isinstance(seed, Tensor):
             device = _device_of(self._score_fn)
-        show = callback and _Lent(op, "callback", lambda x, i, t: callback(i, t, x))
+        show = callback and Lent(op, "callback", lambda x, i, t: callback(i, t, x))
         with torch.inference_mode(False), torch.no_grad():
             seed = seeds_for(op, shape[0], seed, device)
             x = self._plan.sde.prior_sample(shape, seed, dtype=dtype)
@@ -298,9 +297,9 @@ class _Plan:
         return [(*row, step, tuple(rest)) for *row, (step, *rest) in zip(*columns, counts)]
 
     def advance(self, score_fn: Score) -> Callable[..., Tensor]:
-        score_fn = _checked(self.op, _Lent(self.op, "score_fn", score_fn))
+        score_fn = checked(self.op, Lent(self.op, "score_fn", score_fn))
         if self.micro_batch:
-            score_fn = _in_micro_batches(score_fn, self.micro_batch)
+            score_fn = in_micro_batches(score_fn, self.micro_batch)
         norms, noisy = self.norms, self.noisy
 
         def advance(x, seed, t, a, b, c, size, step, corrector_steps):
@@ -313,27 +312,6 @@ class _Plan:
             return sde_step(x, score, a, b, c, seed=seed, step=step, noise=None if noisy else score)
 
         return advance
-
-
-class _Lent:
-    """A function of x that is lent x: one that writes into it gets copies, one that does not gets x itself."""
-
-    def __init__(self, op: str, name: str, function: Callable[..., object]) -> None:
-        # what it does is seen at the first call
-        self.op, self.name, self.function, self.copies, self.is_new = op, name, function, True, True
-
-    def __call__(self, x: Tensor, *rest: object) -> object:
-        if torch.compiler.is_compiling():
-            # costs nothing: the compiler drops a copy that nobody writes into
-            return self.function(x.clone(), *rest)
-        given = x.clone() if self.copies else x
-        version = given._version
-        result = self.function(given, *rest)
-        wrote = given._version != version
-        if wrote and not self.copies:
-            raise ValueError(f"{self.op}: {self.name} must change x in place from its first call on or never")
-        self.copies, self.is_new = wrote if self.is_new else self.copies, False
-        return result
 
 
 def _predictor(op: str, method: str, predictor: str | None) -> str:
@@ -356,35 +334,6 @@ def _row(sde: SDE, method: str, predictor: str, grid: Grid) -> Row:
     if predictor == "probability_flow":
         method, predictor = predictor, "euler_maruyama"
     return sde.probability_flow(grid, predictor) if method == "probability_flow" else getattr(sde, predictor)(grid)
-
-
-def _checked(op: str, score_fn: Score) -> Score:
-    def score(x: Tensor, t: Tensor) -> Tensor:
-        value = score_fn(x, t)
-        check.like(op, "the score", value, "x", x.shape, x.device)
-        return value
-
-    return score
-
-
-def _in_micro_batches(score_fn: Score, size: int) -> Score:
-    def score(x: Tensor, t: Tensor) -> Tensor:
-        n, scores = x.shape[0], None
-        for start in range(0, n, size):
-            part, times = x[start : start + size], t[start : start + size]
-            missing = size - part.shape[0]
-            if missing:
-                # copies of a sample, for which the network is sure to be defined
-                part = torch.cat((part, part[-1:].expand(missing, *part.shape[1:])))
-                times = torch.cat((times, times[-1:].expand(missing)))
-            of_part = score_fn(part, times)[: size - missing]
-            if scores is None:
-                scores = torch.empty_like(x, dtype=of_part.dtype)
-            # copied at once: a network may return the same memory every time
-            scores[start : start + size] = of_part
-        return torch.empty_like(x) if scores is None else scores
-
-    return score
 
 
 def _device_of(score_fn: Score) -> torch.device:

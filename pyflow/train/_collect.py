@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -21,12 +22,14 @@ class Collected:
         metrics: name -> mean of the metrics of that name, without gradient.
 
     Notes:
-        Both are float32 (float64 where a value is), whatever the dtype of the values.
+        Both are float32 (float64 where a value is), whatever the dtype of the values, and copies of them.
     """
 
     def __init__(self) -> None:
         self.losses: dict[str, Tensor] = {}
         self._metrics: dict[str, tuple[Tensor, int]] = {}
+        self._unrecorded: set[str] = set()  # names of losses that were added while no graph was recorded
+        self._backward = torch._C._current_graph_task_id()  # the one that the block was opened in, or -1
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -37,11 +40,21 @@ class Collected:
 
         Raises:
             RuntimeError: nothing was added.
+
+        Notes:
+            Warns of losses that were added where no graph is recorded, when others can train.
         """
         if not self.losses:
             raise RuntimeError("collect: the model added no loss; call pyflow.train.add_loss inside its forward")
         first, *rest = self.losses.values()
-        return sum(rest, first)
+        total = sum(rest, first)
+        if self._unrecorded and total.requires_grad:
+            warnings.warn(
+                f"collect: {', '.join(map(repr, sorted(self._unrecorded)))} cannot train, being added where no graph "
+                "is recorded: under no_grad, in a stack that recomputes its activations, in reentrant checkpointing",
+                stacklevel=2,
+            )
+        return total
 
 
 class _Blocks(threading.local):
@@ -97,13 +110,16 @@ def add_loss(value: Tensor | float, name: str) -> None:
 
     Notes:
         A block that activation checkpointing recomputes during the backward does not add again. Use it with
-        use_reentrant=False: the reentrant one runs the block without a graph, so a loss inside cannot train.
+        use_reentrant=False: the reentrant one runs the block without a graph, as `ReversibleSequential` does, so a
+        loss inside cannot train; `total` warns of it.
         Under torch.compile the surrounding graph breaks here, because the block lives outside the graph.
     """
     scalar = _scalar("add_loss", value, name)
     if scalar is not None:
-        losses = _blocks.open[-1].losses
-        losses[name] = losses[name] + scalar if name in losses else scalar
+        block = _blocks.open[-1]
+        block.losses[name] = block.losses[name] + scalar if name in block.losses else scalar
+        if isinstance(value, Tensor) and not torch.is_grad_enabled():
+            block._unrecorded.add(name)
 
 
 @_outside_the_graph
@@ -129,7 +145,8 @@ def _scalar(op: str, value: object, name: object) -> Tensor | None:
         raise TypeError(f"{op}: value must be real, got {check.short(value.dtype)}")
     if value.numel() != 1:
         raise ValueError(f"{op}: value must be a scalar, got shape {tuple(value.shape)}")
-    # inside a backward: a block that is recomputed
-    if not _blocks.open or torch._C._current_graph_task_id() != -1:
+    # in a backward that began inside the block: a part that is recomputed
+    if not _blocks.open or torch._C._current_graph_task_id() != _blocks.open[-1]._backward:
         return None
-    return value.reshape(()).to(compute_dtype(value.dtype))
+    # a copy: what was added may be changed in place later
+    return value.reshape(()).to(compute_dtype(value.dtype), copy=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping
 
 import lightning
 import torch
@@ -17,17 +18,17 @@ class LossOnlyModule(lightning.LightningModule):
     """Train a model by the losses it adds inside itself; its output is not looked at.
 
     The bar shows every named loss and metric as its running mean over the epoch, and `loss`, the sum of the losses.
-    Loggers receive the epoch's means as train/NAME and val/NAME. Means are over samples: a batch counts as many as the
-    first tensor with a dim has rows, wherever in the batch it is.
+    Loggers receive the epoch's means as train/NAME, val/NAME and test/NAME. Means are over samples: a batch counts as
+    many as the first tensor with a dim has rows, wherever in the batch it is.
 
     Args:
         model: calls `pyflow.train.add_loss` in its forward. A tuple or list as a batch is passed as positional
-            arguments, a dict as keywords, anything else as the only argument.
-        optimizer: parameters -> optimizer, or whatever else Lightning's configure_optimizers may return.
+            arguments, a dict or UserDict (the batches of Hugging Face) as keywords, anything else as the only argument.
+        optimizer: list of parameters -> optimizer, or whatever else Lightning's configure_optimizers may return.
 
     Raises:
         TypeError: model is not a module, or optimizer is not callable.
-        RuntimeError: at the first step, if the model adds no loss.
+        RuntimeError: at the first training step, if the model adds no loss; in validation it need not.
         ValueError: at a step, if a loss and a metric share a name, or what is not the only loss is called "loss".
 
     Example:
@@ -37,7 +38,7 @@ class LossOnlyModule(lightning.LightningModule):
         'Adam'
     """
 
-    def __init__(self, model: nn.Module, optimizer: Callable[[Iterable[nn.Parameter]], object]) -> None:
+    def __init__(self, model: nn.Module, optimizer: Callable[[list[nn.Parameter]], object]) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"LossOnlyModule: model must be a module, got {type(model).__name__}")
@@ -51,10 +52,10 @@ class LossOnlyModule(lightning.LightningModule):
     def forward(self, batch: object) -> object:
         if isinstance(batch, (tuple, list)):
             return self.model(*batch)
-        return self.model(**batch) if isinstance(batch, dict) else self.model(batch)
+        return self.model(**batch) if isinstance(batch, (dict, UserDict)) else self.model(batch)
 
     def configure_optimizers(self) -> object:
-        return self._optimizer_of(p for p in self.model.parameters() if p.requires_grad)
+        return self._optimizer_of([p for p in self.model.parameters() if p.requires_grad])
 
     def on_train_epoch_start(self) -> None:
         self._sums, self._counts = {}, {}
@@ -71,22 +72,31 @@ class LossOnlyModule(lightning.LightningModule):
             self.log(f"train/{name}", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
         return loss
 
-    def validation_step(self, batch: object, batch_idx: int) -> None:
+    # loggers tell several loaders apart by Lightning's own suffix
+    def validation_step(self, batch: object, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: object, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: object) -> None:
         with collect() as collected:
             self(batch)
         size = _batch_size(batch)
-        for name, value in _named(collected, collected.total()).items():
-            self.log(f"val/{name}", value, prog_bar=True, sync_dist=True, batch_size=size)
+        total = collected.total() if collected.losses else None
+        for name, value in _named(collected, total).items():
+            self.log(f"{stage}/{name}", value, prog_bar=True, sync_dist=True, batch_size=size)
 
 
-def _named(collected: Collected, total: Tensor) -> dict[str, Tensor]:
+def _named(collected: Collected, total: Tensor | None) -> dict[str, Tensor]:
     losses, metrics = collected.losses, collected.metrics
     for name in metrics:
         if name in losses:
             raise ValueError(f"LossOnlyModule: a loss and a metric must have different names, got two of {name!r}")
     if "loss" in metrics or ("loss" in losses and len(losses) > 1):
         raise ValueError("LossOnlyModule: only the sum of the losses must be called 'loss', got another value")
-    return {name: value.detach() for name, value in {**losses, **metrics, "loss": total}.items()}
+    values = {**losses, **metrics} if total is None else {**losses, **metrics, "loss": total}
+    return {name: value.detach() for name, value in values.items()}
 
 
 def _batch_size(batch: object) -> int:

@@ -129,6 +129,29 @@ def small_unet():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", [ScoreSdeVeScheduler, ScoreSdeVpScheduler])
+def test_a_refused_step_counts_for_nothing(kind):
+    x, wrong = torch.ones(2, 3), torch.ones(1, 3)
+
+    def steps(refused, pick):
+        scheduler = kind()
+        scheduler.set_timesteps(10)
+        if kind is ScoreSdeVeScheduler:
+            scheduler.set_sigmas(10)
+        t, seed = scheduler.timesteps[3], pick()
+        take = {
+            ScoreSdeVeScheduler: lambda score: scheduler.step_pred(score, t, x, seed, return_dict=False)[0],
+            ScoreSdeVpScheduler: lambda score: scheduler.step_pred(score, x, t, seed)[0],
+        }[kind]
+        if refused:
+            with pytest.raises(ValueError, match="^step_pred: (model_output|score) must have the shape of (sample|x), "):
+                take(wrong)
+        return take(x)
+
+    for pick in (lambda: 7, lambda: torch.Generator().manual_seed(7)):
+        assert torch.equal(steps(True, pick), steps(False, pick))
+
+
 def test_the_pipeline_runs_unchanged():
     pipeline = theirs.ScoreSdeVePipeline(small_unet(), ScoreSdeVeScheduler(num_train_timesteps=5, sigma_max=2.0))
     pipeline.set_progress_bar_config(disable=True)

@@ -384,6 +384,22 @@ BAD = [
     ("mala_propose", lambda f: f(Z, U, 1, seed=1), ValueError, r"grad must have the shape of z, \(2, 4\), got \(2,\)"),
     ("mala_propose", lambda f: f(Z[0, 0], Z, 1, seed=1), ValueError,
      "z must have at least one dim, the batch, got a scalar"),
+    ("mala_propose", lambda f: f(Z, Z, 1e-46, seed=1), ValueError, "alpha must be a normal number of float32, got 1e-46"),
+    ("mala_propose", lambda f: f(Z, Z, 1e40, seed=1), ValueError, r"alpha must be a normal number of float32, got 1e\+40"),
+    ("mala_propose", lambda f: f(Z.to_sparse(), Z, 1, seed=1), TypeError, "z must be a dense tensor, got sparse_coo"),
+    ("mala_accept", lambda f: f(Z.half(), Z, U, U, Z, Z, torch.tensor([1, 1e-46], dtype=torch.float64), seed=1), ValueError,
+     "alpha must be a normal number of float32, got 1e-46"),
+    ("mala_step", lambda f: f(None, U, Z, normal_energy, 1, seed=1), TypeError, "z must be a tensor, got NoneType"),
+    ("mala_step", lambda f: f(Z, U, U, normal_energy, 1, seed=1), ValueError,
+     r"grad must have the shape of z, \(2, 4\), got \(2,\)"),
+    ("mala_step", lambda f: f(Z, Z, Z, normal_energy, 1, seed=1), ValueError,
+     r"u must have the shape \(2,\), a value per sample, got \(2, 4\)"),
+    ("mala_step", lambda f: f(Z, U, Z, 3, 1, seed=1), TypeError, "energy_fn must be callable, got int"),
+    ("mala_step", lambda f: f(Z, U, Z, lambda z: z, 1, seed=1), ValueError,
+     r"the energy must have the shape \(2,\), a value per sample, got \(2, 4\)"),
+    ("mala_step", lambda f: f(Z, U, Z, normal_energy, -1, seed=1), ValueError, "alpha must be positive, got -1.0"),
+    ("mala_step", lambda f: f(Z, U, Z, normal_energy, 1, seed=1, step=-1), ValueError,
+     r"step must be in \[0, 2\*\*56\), got -1"),
     ("mala_accept", lambda f: f(Z, Z, U, U, Z, Z, torch.tensor([1.0, -1.0]), seed=1), ValueError,
      "alpha must be positive, got -1.0"),
     ("mala_accept", lambda f: f(Z, Z[:1], U, U, Z, Z, 1, seed=1), ValueError,
@@ -420,6 +436,29 @@ BAD = [
 def test_bad_input_gets_one_sentence(name, call, error, text, backend):
     with pyflow.backend(backend), pytest.raises(error, match=f"^{name}: {text}$"):
         call(getattr(ops, name))
+
+
+def test_a_refused_call_draws_no_seed():
+    before = torch.get_rng_state()
+    for call in (
+        lambda: ops.mala_step(Z, U, Z, normal_energy, -1, seed=None),
+        lambda: ops.mala_step(Z, U, Z, normal_energy, 1, seed=None, step=-1),
+        lambda: ops.mala_propose(Z, Z, 1, seed=None, step=-1),
+        lambda: ops.mala_accept(Z, Z, U, U, Z, Z, 0, seed=None),
+        lambda: ops.mala_accept(Z, Z, U, U, Z, Z, 1, seed=None, step=-1),
+    ):
+        with pytest.raises(ValueError, match="^mala_"):
+            call()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_float64_takes_steps_that_float32_cannot():
+    z = draw((2000, 2)).double() * 1e-23
+    energy = lambda z: (z / 1e-23).square().sum(1) / 2  # noqa: E731
+    u, grad = ops.energy_and_grad(energy, z)
+    for step in range(10):
+        z, u, grad, accepted = ops.mala_step(z, u, grad, energy, 5e-47, seed=0, step=step)
+    assert 0.8 < accepted.double().mean() < 0.95 and 0.9 < (z / 1e-23).var() < 1.1
 
 
 def test_an_energy_is_differentiated_in_inference_mode():

@@ -421,6 +421,7 @@ def test_bad_input_gets_one_sentence(call, error, text, backend):
         (lambda f: f(T, T, X, X[:, 1:]), ValueError, r"x_rec must have the shape of x, \(4, 3, 2\), got \(4, 2, 2\)"),
         (lambda f: f(T, T, X[:2], X[:2]), ValueError, r"x must have the 4 samples of t_real, got \(2, 3, 2\)"),
         (lambda f: f(T, T, X, X, betas=(1, -2)), ValueError, r"betas\[1\] must be at least 0 and finite, got -2"),
+        (lambda f: f(T, T, X, X, betas=torch.zeros(2, 3)), ValueError, "betas must be two numbers, got Tensor"),
         (lambda f: f(T, T, X, X, betas=(1,)), ValueError, r"betas must be two numbers, got \(1,\)"),
         (lambda f: f(T, T, X, X, betas=("a", 1)), TypeError, r"betas\[0\] must be a number, got str"),
     ],

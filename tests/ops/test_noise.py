@@ -342,6 +342,11 @@ BAD = [
     (lambda f: f("12", seed=1), TypeError, "shape must be a sequence of integers, got str"),
     (lambda f: f((2.0,), seed=1), TypeError, r"shape must hold integers, got \(2.0,\)"),
     (lambda f: f((2, True), seed=1), TypeError, r"shape must hold integers, got \(2, True\)"),
+    (lambda f: f((2**70,), seed=1), ValueError, r"shape must have fewer than 2\*\*60 elements, got \(1180591620717411303424,\)"),
+    (lambda f: f((2**40, 2**40), seed=1), ValueError, r"shape must have fewer than 2\*\*60 elements, got .*"),
+    (lambda f: f((2,), seed=1, purpose=Z(2, 3)), ValueError, "purpose must be one of noise, .*, got Tensor"),
+    (lambda f: f((2,), seed=1, device=2**70), TypeError, "device must be a torch.device or its name, got 1180591620717411303424"),
+    (lambda f: f((2,), seed=torch.tensor(1).to_sparse()), TypeError, "seed must be a dense tensor, got sparse_coo"),
 ]  # fmt: skip
 
 
@@ -353,10 +358,25 @@ def test_bad_input_gets_one_sentence(draw, call, error, text, backend):
         call(draw)
 
 
+@pytest.mark.parametrize("draw", DRAWS)
+def test_a_refused_call_draws_no_seed(draw):
+    before = torch.get_rng_state()
+    for step in (-1, torch.tensor(2**56), Z(()).long().to("meta")):
+        with pytest.raises(ValueError, match=f"^{draw.__name__}: step"):
+            draw((2,), seed=None, step=step)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_the_first_cpu_is_the_cpu(draw):
+    testing.assert_same_bits(draw((2,), seed=torch.tensor(1), device="cpu:0"), draw((2,), seed=1))
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize(
     "call, error, text",
     [
+        (lambda: ops.philox(Z(4).long().to_sparse(), Z(2).long()), TypeError, "philox: counter must be a dense tensor, got sparse_coo"),
         (lambda: ops.philox(Z(4), Z(2).long()), TypeError, "philox: counter must be int64, got float32"),
         (lambda: ops.philox(Z(3).long(), Z(2).long()), ValueError, r"philox: counter must have 4 words in its last dim, got \(3,\)"),
         (lambda: ops.philox(Z(5, 4).long(), Z(3, 2).long()), ValueError, r"philox: key must broadcast to counter, \(5,\), got \(3,\)"),

@@ -580,6 +580,10 @@ def test_bad_input_gets_one_sentence(call, error, text, backend):
     "call, error, text",
     [
         (lambda: ops.perturb(X, 1, -1.0, seed=0), ValueError, "perturb: std must be at least 0, got -1.0"),
+        (lambda: ops.perturb(X, 10**400, 1.0, seed=0), ValueError, "perturb: alpha must fit into float64, got a larger number"),
+        (lambda: ops.perturb(X.to_sparse(), 1, 1.0, seed=0), TypeError, "perturb: x0 must be a dense tensor, got sparse_coo"),
+        (lambda: ops.sde_step(X, X, 1, 1, 1, seed=0, return_mean="no"), TypeError, "sde_step: return_mean must be true or false, got str"),
+        (lambda: ops.langevin_step(X, X, step_size=1, seed=0, return_mean=X), TypeError, "langevin_step: return_mean must be true or false, got Tensor"),
         (lambda: ops.perturb(X.int(), 1, 1, seed=0), TypeError, "perturb: x0 must be float32, .*, got int32"),
         (lambda: ops.denoising_loss(X, seed=0), ValueError, "denoising_loss: std must be given for the parameterization score, got None"),
         (lambda: ops.denoising_loss(X[0, 0], 1, seed=0), ValueError, "denoising_loss: pred must have at least one dim, the batch, got a scalar"),
@@ -599,3 +603,26 @@ def test_bad_input_gets_one_sentence(call, error, text, backend):
 def test_other_bad_input_gets_one_sentence(call, error, text, backend):
     with pyflow.backend(backend), pytest.raises(error, match=f"^{text}$"):
         call()
+
+
+def test_a_refused_call_draws_no_seed():
+    before = torch.get_rng_state()
+    for call in (
+        lambda: ops.sde_step(X, X, 1, 1, 1, step=-1),
+        lambda: ops.sde_step(X, X, 1, 1, -1),
+        lambda: ops.perturb(X, 1, 1, seed=None, step=-1),
+        lambda: ops.langevin_step(X, X, snr=-1, std=1),
+        lambda: ops.langevin_step(X, X, snr=1, std=-1),
+        lambda: ops.langevin_step(X, X, snr=1),
+        lambda: ops.langevin_step(X, X, step_size=-1),
+    ):
+        with pytest.raises(ValueError):
+            call()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_large_integers_and_fractions_are_numbers():
+    from fractions import Fraction
+
+    testing.assert_same_bits(ops.perturb(X, 2**70, 0, seed=0), ops.perturb(X, 2.0**70, 0, seed=0))
+    testing.assert_same_bits(ops.perturb(X, Fraction(1, 4), 1, seed=0), ops.perturb(X, 0.25, 1, seed=0))

@@ -194,9 +194,13 @@ def test_under_transforms_and_grad():
     ({"seed": torch.arange(3)}, ValueError, "seed must have the shape (), got (3,)"),
     ({"seed": torch.tensor(1, dtype=torch.int32)}, TypeError, "seed must be int64, got int32"),
     ({"step": -1}, ValueError, "step must be in [0, 2**56), got -1"),
+    ({"step": -1, "seed": None}, ValueError, "step must be in [0, 2**56), got -1"),
+    ({"thresholds": X.to_sparse()}, TypeError, "thresholds must be a dense tensor, got sparse_coo"),
 ])  # fmt: skip
 def test_wrong_arguments(backend, change, error, text):
     options = {"thresholds": X, "points": 4, "trials": 10, "seed": 0} | change
+    before = torch.get_rng_state()
     with pyflow.backend(backend), pytest.raises(error) as raised:
         ops.sector_counts(options.pop("thresholds"), options.pop("points"), options.pop("trials"), **options)
+    assert torch.equal(torch.get_rng_state(), before)
     assert str(raised.value) == f"sector_counts: {text}"

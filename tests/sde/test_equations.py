@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pyflow.sde import VESDE, VPSDE, SubVPSDE, from_marginals
+from pyflow.sde import SDE, VESDE, VPSDE, SubVPSDE, from_marginals, sample
 from pyflow.sde.equations import Grid
 
 SDES = (VPSDE(), SubVPSDE(), VESDE())
@@ -237,7 +237,7 @@ def test_rows_are_those_of_the_table():
         (lambda: SubVPSDE(2, 1), ValueError, "SubVPSDE: beta_max must be finite and at least beta_min, 2, got 1"),
         (lambda: VESDE(sigma_min=-1), ValueError, "VESDE: sigma_min must be positive and finite, got -1"),
         (lambda: VESDE(1.0, 1.0), ValueError, "VESDE: sigma_max must be finite and above sigma_min, 1.0, got 1.0"),
-        (lambda: from_marginals(1, 2), TypeError, "from_marginals: alpha must be callable, got int"),
+        (lambda: from_marginals("1", 2), TypeError, "from_marginals: alpha must be callable or a number, got str"),
         (
             lambda: from_marginals(lambda t: 1.0, lambda t: t[None]),
             ValueError,
@@ -254,3 +254,63 @@ def test_wrong_arguments(make, error, text):
     with pytest.raises(error) as caught:
         make()
     assert str(caught.value) == text
+
+
+def test_a_constant_marginal_may_be_a_number():
+    number, function = (from_marginals(one, lambda t: 0.1 + t) for one in (1, lambda t: torch.ones_like(t)))
+    for t in (0.3, torch.tensor([0.1, 0.9])):
+        for got, wanted in zip((*number.rates(t), *number.marginal(t)), (*function.rates(t), *function.marginal(t))):
+            assert torch.equal(got, wanted)
+    assert from_marginals(0.5, 2.0).prior_std == 2
+
+
+def test_rates_have_a_graph_to_what_is_trained_alone():
+    speed = torch.tensor(1.5)
+    sde = from_marginals(lambda t: torch.cos(speed * t), lambda t: torch.sin(speed * t))
+    for value in (*sde.rates(0.5), sde.diffusion(0.5), sde.drift(torch.ones(1, 2), 0.5)):
+        assert not value.requires_grad
+    t = torch.tensor(0.5, requires_grad=True)
+    torch.testing.assert_close(torch.autograd.grad(sde.rates(t)[0], t)[0], -(1.5**2) / torch.cos(0.75 * torch.ones(())) ** 2)
+    speed.requires_grad_()
+    slope = -torch.tan(speed / 2) * speed
+    torch.testing.assert_close(*(torch.autograd.grad(f, speed)[0] for f in (sde.rates(0.5)[0], slope)))
+
+
+class Slow(SDE):
+    """VPSDE at half the speed: the same process in twice the time."""
+
+    T = 2.0
+    inner = VPSDE()
+
+    def marginal(self, t):
+        return self.inner.marginal(torch.as_tensor(t) / 2)
+
+    def rates(self, t):
+        return tuple(rate / 2 for rate in self.inner.rates(torch.as_tensor(t) / 2))
+
+
+class Fast(SDE):
+    """VPSDE without discrete tables."""
+
+    def marginal(self, t):
+        return Slow.inner.marginal(t)
+
+    def rates(self, t):
+        return Slow.inner.rates(t)
+
+
+@pytest.mark.parametrize("method", ["euler_maruyama", "pc", "probability_flow"])
+def test_a_subclass_has_its_own_last_time(method):
+    times = []
+
+    def score(x, t):
+        times.append(float(t[0]))
+        return (1 - x) / (1 + t[:, None])
+
+    options = {"steps": 50, "method": method, "seed": 0, "progress": False}
+    if method == "pc":
+        options["predictor"] = "euler_maruyama"
+    slow = sample(Slow(), lambda x, t: score(x, t / 2), (4, 3), eps=2e-3, **options)
+    assert times[0] == 1 and times[-1] == pytest.approx(1e-3)
+    other = Fast() if method == "pc" else VPSDE()
+    torch.testing.assert_close(slow, sample(other, score, (4, 3), eps=1e-3, **options), rtol=1e-4, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -110,6 +111,72 @@ def test_a_recomputed_block_does_not_add_twice():
         results.append([c.losses["size"].detach(), *(p.grad for p in model.parameters())])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
+
+
+def test_a_loss_without_a_graph_beside_others_is_told():
+    weight = torch.ones(2, requires_grad=True)
+
+    def part(x):
+        add_loss(x.square().sum(), "inside")
+        return 2 * x
+
+    with collect() as c:
+        add_loss(checkpoint(part, weight, use_reentrant=True).sum(), "outside")
+    with pytest.warns(UserWarning, match="^collect: 'inside' cannot train, being added where no graph is recorded"):
+        c.total()
+    # where nothing trains there is nothing to tell
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with collect() as c, torch.no_grad():
+            part(weight)
+        assert c.total().item() == 2
+
+
+def test_what_was_added_stays_as_it_was():
+    running = torch.full((), 5.0)
+    loss = torch.full((), 2.0, requires_grad=True) * 1
+    with collect() as c:
+        add_loss(running, "running")
+        add_loss(loss, "fit")
+        add_metric(running, "level")
+    running.fill_(100)
+    loss += 3
+    assert {name: value.item() for name, value in c.losses.items()} == {"running": 5, "fit": 2}
+    assert c.metrics["level"].item() == 5
+
+
+def test_bytes_do_not_wrap():
+    with collect() as c:
+        for _ in range(2):
+            add_metric(torch.tensor(200, dtype=torch.uint8), "pixels")
+            add_loss(torch.tensor(200, dtype=torch.uint8), "pixels")
+    assert c.metrics["pixels"].item() == 200 and c.total().item() == 400
+
+
+def test_a_block_inside_a_backward_collects():
+    inner = []
+
+    class Solver(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            add_loss(7.0, "outer")
+            with collect() as c:
+                add_loss(1.0, "inner")
+                with torch.enable_grad():
+                    y = checkpoint(lambda x: (add_loss(x.sum(), "inner"), x.exp())[1], X.clone().requires_grad_(),
+                                   use_reentrant=False)  # fmt: skip
+                    # recomputed in a backward of the backward: not a second time
+                    y.sum().backward()
+            inner.append(c.total().item())
+            return grad
+
+    with collect() as outer:
+        Solver.apply(torch.ones(1, requires_grad=True)).sum().backward()
+    assert inner == pytest.approx([1 + X.sum().item()]) and not outer.losses
 
 
 def test_threads_do_not_mix():

@@ -71,9 +71,49 @@ def test_batches_of_every_form():
     seen = []
     module = LossOnlyModule(nn.Identity(), torch.optim.SGD)
     module.model.forward = lambda *args, **keywords: seen.append((args, keywords))
-    for batch in ((1, 2), [1], {"x": 3}, 4):
+    for batch in ((1, 2), [1], {"x": 3}, collections.UserDict(x=5), 4):
         module(batch)
-    assert seen == [((1, 2), {}), ((1,), {}), ((), {"x": 3}), ((4,), {})]
+    assert seen == [((1, 2), {}), ((1,), {}), ((), {"x": 3}), ((), {"x": 5}), ((4,), {})]
+
+
+def test_an_optimizer_may_go_through_the_parameters_twice():
+    def groups(parameters):
+        decayed = [p for p in parameters if p.dim() > 1]
+        return torch.optim.AdamW(
+            [{"params": decayed}, {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+        )
+
+    optimizer = LossOnlyModule(nn.Linear(2, 1), groups).configure_optimizers()
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1]
+
+
+class InTraining(nn.Module):
+    """Adds a metric always, a loss in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+
+    def forward(self, x):
+        error = self.linear(x).square().mean()
+        add_metric(error, "error")
+        if self.training:
+            add_loss(error, "fit")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_validation_on_two_loaders_of_a_model_that_has_its_loss_in_training_alone_and_a_test():
+    data = torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=4)
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    module = LossOnlyModule(InTraining(), partial(torch.optim.SGD, lr=0.0))
+    trainer.fit(module, data, [data, data])
+    shown = trainer.callback_metrics
+    assert {name for name in shown if name.startswith("val/")} == {f"val/error/dataloader_idx_{i}" for i in (0, 1)}
+    assert shown["val/error/dataloader_idx_1"] == shown["train/error"] == shown["train/loss"]
+    assert trainer.test(module, data, verbose=False) == [{"test/error": pytest.approx(float(shown["train/error"]))}]
 
 
 def test_bad_input_gets_one_sentence():
