@@ -164,8 +164,10 @@ void clear_strip(const GramBackward& a, int64_t slot, int64_t m, int64_t strip) 
   const int64_t n = a.tournament.n, begin = strip * kCols<T>;
   for (int64_t j = begin; j < begin + kCols<T> && j < n; ++j) {
     a.weight_sums[(slot * a.variables + m) * a.padded + j] = 0;
-    T* row = (T*)a.grad_workspace + slot * a.workspace_size + v.rows + j * v.width;
-    for (int64_t k = 0; k < v.width; ++k) row[k] = T(0);
+    if (v.rows >= 0) {
+      T* row = (T*)a.grad_workspace + slot * a.workspace_size + v.rows + j * v.width;
+      for (int64_t k = 0; k < v.width; ++k) row[k] = T(0);
+    }
     T* grad = (T*)v.grad + ((a.item + slot) * n + j) * v.dim;
     for (int64_t k = 0; k < v.dim; ++k) grad[k] = T(0);
   }
