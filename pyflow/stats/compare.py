@@ -138,7 +138,7 @@ def compare_representations(
             done(1)
             if not isinstance(x, Tensor):
                 kind = type(batch).__name__ if x is batch else f"{type(batch).__name__} of {type(x).__name__}"
-                raise TypeError(f"{OP}: loader must be of tensors, or of tuples and lists that start with one, got {kind}")
+                raise TypeError(f"{OP}: loader must be of tensors, or tuples and lists that start with one, got {kind}")
             if not x.dim() or x.layout is not torch.strided:
                 raise ValueError(f"{OP}: loader must be of dense tensors of samples, got shape {tuple(x.shape)}")
             if len(x) < 4:
