@@ -18,6 +18,9 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def shape(op: str, value: object) -> tuple[int, ...]:
     """A shape as a tuple of integers, symbolic ones as they are."""
+    # of most calls, at once
+    if isinstance(value, tuple) and len(value) <= 4 and all(type(n) is int and 0 <= n < 2**15 for n in value):
+        return tuple(value)
     if isinstance(value, (str, Tensor)) or not isinstance(value, Iterable):
         raise TypeError(f"{op}: shape must be a sequence of integers, got {type(value).__name__}")
     sizes = tuple(value)
@@ -84,9 +87,10 @@ def tensor(op: str, name: str, value: object) -> None:
 
 
 def float_tensor(op: str, name: str, value: object) -> None:
+    if isinstance(value, Tensor) and value.dtype in FLOATS and value.layout is torch.strided:
+        return
     tensor(op, name, value)
-    if value.dtype not in FLOATS:
-        raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {short(value.dtype)}")
+    raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {short(value.dtype)}")
 
 
 def like(op: str, name: str, value: object, other_name: str, shape: torch.Size, device: torch.device) -> None:

@@ -164,8 +164,9 @@ def _sizes(x: Tensor) -> tuple[float, float] | None:
         low, high = (end.item() for end in x.aminmax())
         size = max(-low, high)
         return size, size
-    low, high = x.reshape(-1, x.shape[-2] * x.shape[-1]).aminmax(dim=-1)
-    least, largest = torch.maximum(-low, high).aminmax()
+    items = x.reshape(-1, x.shape[-2] * x.shape[-1])
+    # aminmax along a dim takes eight times as long as both
+    least, largest = torch.maximum(-items.amin(-1), items.amax(-1)).aminmax()
     return least.item(), largest.item()
 
 
