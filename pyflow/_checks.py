@@ -153,13 +153,13 @@ def event_shape(op: str, value: object) -> tuple[int, ...]:
     return tuple(int(at_least(op, "shape", n, 0)) for n in sizes)
 
 
-def at_least(op: str, name: str, value: object, least: int) -> int:
+def at_least(op: str, name: str, value: object, least: int, most: int = 2**63 - 1) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
-    if value >= 2**63:
-        raise ValueError(f"{op}: {name} must fit into 64 bits, got {value}")
+    if value > most:
+        raise ValueError(f"{op}: {name} must be at most {most}, got {value}")
     return int(value)
 
 
