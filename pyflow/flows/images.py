@@ -51,8 +51,8 @@ def dequantize(
     if levels > most:
         raise ValueError(f"{op}: levels must be at most {most} for {check.short(dtype)}, got {levels}")
     if x.numel() and check.values_are_checked(x):
-        # torch does not compare the wide unsigned ones
-        pixels = x.long() if x.dtype in (torch.uint16, torch.uint32, torch.uint64) else x
+        # torch compares bytes with 256 modulo 256, and the wide unsigned ones not at all
+        pixels = x if x.is_floating_point() else x.long()
         wrong = (pixels < 0) | (pixels >= levels)
         if pixels.is_floating_point():
             wrong |= pixels != pixels.floor()

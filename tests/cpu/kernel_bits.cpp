@@ -279,7 +279,7 @@ void grams(int64_t n, GramKernel kernel, int64_t dim, float scale) {
     b.workspace_size = v.rows + b.padded * v.width;
   }
   const int64_t pair[2] = {0, 1};
-  std::vector<float> means(columns), workspace(b.workspace_size), halves(2 * b.padded), grads(b.workspace_size), grad(n * columns);
+  std::vector<float> centres(columns), workspace(b.workspace_size), halves(2 * b.padded), grads(b.workspace_size), grad(n * columns);
   std::vector<double> shift(2), scratch(scratch_of(b, true) / 8 + 1), sums(2 * b.padded), grad_rows(2 * n), grad_cross(1, 0.5);
   for (double& v : grad_rows) v = uniform();
   b.variable = variables;
@@ -288,7 +288,7 @@ void grams(int64_t n, GramKernel kernel, int64_t dim, float scale) {
   variables[1].grad = (char*)(grad.data() + n * dim);
   b.scale = (const char*)scales.data();
   b.shift = shift.data();
-  b.means = (char*)means.data();
+  b.centres = (char*)centres.data();
   b.workspace = (char*)workspace.data();
   b.halves = (char*)halves.data();
   b.scratch = (char*)scratch.data();

@@ -448,3 +448,10 @@ def test_wrong_types(call, text):
 def test_wrong_arguments(make, text):
     with pytest.raises(ValueError, match=text):
         make()
+
+
+def test_bytes_are_pixels_of_256_levels():
+    x = torch.tensor([0, 184, 255], dtype=torch.uint8)
+    assert (dequantize(x, 256) * 256).floor().tolist() == [0, 184, 255]
+    with pytest.raises(ValueError, match=r"^dequantize: x must be integers in \[0, 17\), got 184$"):
+        dequantize(x, 17)

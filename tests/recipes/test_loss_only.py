@@ -37,7 +37,8 @@ def test_short_run(tmp_path, capsys):
 
 
 def test_wrong_arguments_are_one_sentence(tmp_path, capsys):
-    assert run("--epochs", 0, "--out", tmp_path / "x.png") == 1
-    assert "demo loss-only: --epochs must be at least 1, got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--epochs", 0, "--out", tmp_path / "x.png")
+    assert "argument --epochs: must be at least 1, got 0" in capsys.readouterr().err
     assert run("--backend", "vulkan", "--out", tmp_path / "x.png") == 1
     assert "backend: name must be one of" in capsys.readouterr().err
