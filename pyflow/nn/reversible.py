@@ -77,7 +77,9 @@ class ReversibleSequential(nn.Module):
 
     def forward(self, x: Tensor, *context: object, **named: object) -> tuple[Tensor, Tensor]:
         plainly = not self.recompute or not torch.is_grad_enabled()
-        if plainly or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        # what is_exporting returns, which dynamo of torch 2.11 takes for true wherever it compiles
+        exported = torch.compiler._is_exporting_flag
+        if plainly or exported or torch.jit.is_tracing():
             return self._run(x, context, named)
         return self._run_rebuilding(x, context, named)
 

@@ -152,7 +152,7 @@ def times_two_to(value: Tensor, exponent: Tensor) -> Tensor:
     # float64 holds a quarter of any exponent that occurs
     for part in range(4):
         quarter = (exponent + part) // 4
-        value = value * (quarter.clamp(-1022, 1023) + 1023 << 52).view(torch.float64)
+        value = value * _power(quarter.clamp(-1022, 1023), torch.float64)
     return value
 
 
@@ -177,6 +177,8 @@ def _ordinary(sizes: tuple[float, float] | None) -> bool:
 def _exponent(x: Tensor) -> Tensor:
     """int64 e with 2**e <= x < 2**(e + 1), that of the least normal number where x is below it."""
     x = x.clamp(min=torch.finfo(x.dtype).tiny)
+    if _batched():
+        return torch.frexp(x).exponent.long() - 1
     if x.dtype == torch.float64:
         return (x.view(torch.int64) >> 52) - 1023
     return (x.view(torch.int32) >> 23).long() - 127
@@ -191,8 +193,15 @@ def _reduced(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * _power(-exponent, x.dtype)[..., None, None], exponent
 
 
+def _batched() -> bool:
+    """Inside a transform: torch 2.11 has no batching rule for views of another dtype."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     """2**exponent, which is normal."""
+    if _batched():
+        return torch.exp2(exponent.to(dtype))
     if dtype == torch.float64:
         return (exponent + 1023 << 52).view(dtype)
     return ((exponent + 127).int() << 23).view(dtype)

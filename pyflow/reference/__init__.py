@@ -13,11 +13,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in their own dtype under autocast too, as its gradients are."""
-    kind = a.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    kind, traced = a.device.type, torch.compiler.is_compiling()
+    # torch 2.11 does not trace the question what is available
+    available = kind != "meta" if traced else torch.amp.is_autocast_available(kind)
+    if not available or not torch.is_autocast_enabled(kind):
         return a @ b
     # a trace takes no function with a forward mode, and traces the gradient here
-    if torch.compiler.is_compiling():
+    if traced:
         with torch.autocast(kind, enabled=False):
             return a @ b
     return _Matmul.apply(a, b)
