@@ -45,8 +45,7 @@ def dequantize(
         raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
     if x.is_complex():
         raise TypeError(f"{op}: x must be integers, got {check.short(x.dtype)}")
-    if dtype not in check.FLOATS:
-        raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16, got {check.short(dtype)}")
+    check.float_dtype(op, dtype)
     most = int(2**-7 / torch.finfo(dtype).eps)
     if levels > most:
         raise ValueError(f"{op}: levels must be at most {most} for {check.short(dtype)}, got {levels}")

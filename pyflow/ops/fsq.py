@@ -100,8 +100,7 @@ def fsq_decode(
     """
     op = "fsq_decode"
     check.integer_tensor(op, "indices", indices)
-    if dtype not in check.FLOATS:
-        raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16, got {check.short(dtype)}")
+    check.float_dtype(op, dtype)
     index = check.choice(op, "variant", variant, FSQ_VARIANTS)
     levels = checked_levels(op, levels, variant, True)
     dim = _dim(op, dim, indices.dim() + 1) % (indices.dim() + 1)
