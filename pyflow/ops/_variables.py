@@ -366,12 +366,9 @@ def comparable(x: Tensor) -> Tensor:
 
 
 def _labels(op: str, name: str, x: object) -> Variable:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    check.tensor(op, name, x)
     if x.is_complex():
         raise TypeError(f"{op}: {name} must not be complex, got {check.short(x.dtype)}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{op}: {name} must be a dense tensor, got {check.short(x.layout)}")
     if x.dim() == 0:
         raise ValueError(f"{op}: {name} must be (n,) or (..., n, d), got a scalar")
     x = x.unsqueeze(-1) if x.dim() == 1 else x

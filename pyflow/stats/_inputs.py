@@ -34,8 +34,7 @@ def samples(op: str, name: str, value: object, kernel: str) -> Tensor:
             raise TypeError(f"{op}: {name} must hold numbers, got {array.dtype}")
         # torch reads one byte order
         value = torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
-    if value.layout != torch.strided:
-        raise TypeError(f"{op}: {name} must be a dense tensor, got {check.short(value.layout)}")
+    check.tensor(op, name, value)
     if value.is_complex():
         raise TypeError(f"{op}: {name} must hold real numbers, got {value.dtype}")
     if value.dim() == 1:
@@ -63,12 +62,17 @@ def _masked(value: object) -> bool:
     return isinstance(value, (list, tuple)) and any(map(_masked, value))
 
 
+def _refuse(op: str, name: str, values: list, kinds: tuple[str, ...]) -> None:
+    """Values of types with these names are missing ones."""
+    missing = next((v for v in values if type(v).__name__ in kinds), values)
+    if missing is not values:
+        raise ValueError(f"{op}: {name} must have no missing values, got {missing}")
+
+
 def _numbers(op: str, name: str, array: np.ndarray) -> np.ndarray:
     """float64 where all objects are numbers, as of a table whose columns differ in type; else what was given."""
     values = array.ravel().tolist()
-    missing = [v for v in values if v is None or type(v).__name__ in MISSING]
-    if missing:
-        raise ValueError(f"{op}: {name} must have no missing values, got {missing[0]}")
+    _refuse(op, name, values, ("NoneType", *MISSING))
     if not all(isinstance(v, (numbers.Real, np.bool_)) for v in values):
         return array
     try:
@@ -81,9 +85,7 @@ def _codes(op: str, name: str, labels: np.ndarray) -> np.ndarray:
     """int64, equal where the labels are."""
     codes: dict[object, int] = {}
     values = labels.ravel().tolist()
-    missing = [v for v in values if type(v).__name__ in MISSING]
-    if missing:
-        raise ValueError(f"{op}: {name} must have no missing values, got {missing[0]}")
+    _refuse(op, name, values, MISSING)
     try:
         equal = all(bool(v == v) for v in values)
         found = [codes.setdefault(v, len(codes)) for v in values]

@@ -51,7 +51,7 @@ class Collected:
         if self._unrecorded and total.requires_grad:
             warnings.warn(
                 f"collect: {', '.join(map(repr, sorted(self._unrecorded)))} cannot train, being added where no graph "
-                "is recorded: under no_grad, in a stack that recomputes its activations, in reentrant checkpointing",
+                "is recorded, as under no_grad or in reentrant checkpointing",
                 stacklevel=2,
             )
         return total
@@ -110,8 +110,8 @@ def add_loss(value: Tensor | float, name: str) -> None:
 
     Notes:
         A block that activation checkpointing recomputes during the backward does not add again. Use it with
-        use_reentrant=False: the reentrant one runs the block without a graph, as `ReversibleSequential` does, so a
-        loss inside cannot train; `total` warns of it.
+        use_reentrant=False: the reentrant one runs the block without a graph, so a loss inside cannot train, and
+        `total` warns of it. A `ReversibleSequential` that recomputes refuses losses of its layers.
         Under torch.compile the surrounding graph breaks here, because the block lives outside the graph.
     """
     scalar = _scalar("add_loss", value, name)
