@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-all test bench gpu asan ubsan build clean
+.PHONY: help demo demo-all test bench lint format gpu asan ubsan build clean
 
 # the first Python 3.11 or newer
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -26,6 +26,7 @@ help:
 	@echo 'make demo-all  runs every demo and puts pictures and figures on one page (quickly: ARGS=--quick)'
 	@echo 'make test   runs every test'
 	@echo 'make bench  runs the benchmarks'
+	@echo 'make lint   checks the source: ruff, clang-format, mypy; make format rewrites what ruff and clang-format can'
 	@echo 'make asan   tests the C++ kernels under the address sanitizer; make ubsan for undefined behaviour'
 	@echo 'make gpu    on a GPU, in eight minutes: builds with CUDA, tests, measures, with the torch that is there'
 	@echo 'make build  makes .venv and builds the extension; make clean removes what was built'
@@ -41,6 +42,23 @@ test: $(BUILT)
 
 bench: $(BUILT)
 	$(BIN)/python -m pyflow bench $(ARGS)
+
+# what clang-format reads; kernels of both languages are held to one style, .clang-format
+CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+lint: $(READY)
+	@for tool in ruff clang-format mypy; do test -x $(BIN)/$$tool || { echo "pyflow: $$tool is not in .venv:" \
+	  'get it with .venv/bin/python -m pip install -r requirements.txt' >&2; exit 1; }; done
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	@echo $(BIN)/clang-format --dry-run -Werror csrc tests
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 # Under a sanitizer of gcc, in a copy: the checkout keeps its libraries. The first finding ends the tests, and is in
 # build/asan/found.*; asan must be in a process before anything allocates, and meets exceptions only with libstdc++.

@@ -239,7 +239,7 @@ setup(
     # these two stand at the root for the reader; installed at the top level they would shadow other packages
     package_dir={"pyflow.triton_kernels": "triton_kernels", "pyflow.benchmarks": "benchmarks"},
     packages=sorted({*find_packages(include=["pyflow", "pyflow.*"]), "pyflow.triton_kernels", "pyflow.benchmarks"}),
-    package_data={"pyflow": ["py.typed"]},
+    package_data={"pyflow": ["py.typed", "_host.pyi"]},
     include_package_data=False,
     ext_modules=[] if MISSING else [Extension("pyflow._C", sources=[])],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython},

@@ -26,14 +26,16 @@ SITE = "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 
 def ask(python, code):
-    return subprocess.run([str(python), "-c", code], stdout=subprocess.PIPE, universal_newlines=True).stdout.strip()
+    return subprocess.run([str(python), "-c", code], stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def main(folder):
     if sys.version_info < (3, 11):
-        return "pyflow: the development environment needs Python 3.11 or newer, {} is {}.{}; make PYTHON=/path/to/python3.11".format(
-            sys.executable, *sys.version_info[:2]
+        needs = (
+            "pyflow: the development environment needs Python 3.11 or newer, {} is {}.{}; "
+            "make PYTHON=/path/to/python3.11"
         )
+        return needs.format(sys.executable, *sys.version_info[:2])
     python = folder / "bin" / "python"
     if not python.exists():
         try:

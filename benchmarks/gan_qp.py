@@ -31,7 +31,7 @@ def _problem(
 
     # as one writes it: the reference besides asks which samples have no distance
     def eager(samples: Outputs, t_real: Tensor, t_fake: Tensor) -> Outputs:
-        d = sum(_distance(real, fake, distance) for real, fake in zip(samples[::2], samples[1::2]))
+        d = sum(_distance(real, fake, distance) for real, fake in zip(samples[::2], samples[1::2], strict=True))
         delta = t_real - t_fake
         return ((-delta + delta.square() / (2 * LAM * d)).mean(),)
 

@@ -90,7 +90,7 @@ def random_features(shape: tuple[int, ...], device: torch.device) -> Problem:
         return (value.reshape(1),)
 
     calls = {"eager": eager, "compile": compiled(eager), "pyflow": ours}
-    truth = lambda: eager(x.double(), y.double())  # noqa: E731
+    truth = lambda: eager(x.double(), y.double())
     return Problem(calls, truth, x.nbytes + y.nbytes, tolerance=1e-4)
 
 

@@ -40,7 +40,7 @@ def speedup(groups: list[Group]) -> Figure | None:
     figure = Figure(figsize=(8, 1.2 + 0.16 * count + 0.08 * len(bars)), layout="constrained")
     axes = figure.add_subplot()
     at, ticks = 0.0, []
-    for group, ratios in bars:
+    for _group, ratios in bars:
         ticks.append(at + (len(ratios) - 1) / 2)
         for kind, ratio in ratios.items():
             axes.barh(at, ratio - 1, left=1, height=0.85, color=COLOURS[kind])

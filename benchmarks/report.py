@@ -84,18 +84,14 @@ def duration(seconds: float) -> str:
     """Three digits and a unit."""
     if math.isnan(seconds):
         return "–"
-    for unit, factor in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * factor >= 1:
-            break
+    unit, factor = next((u for u in (("s", 1), ("ms", 1e3)) if seconds * u[1] >= 1), ("µs", 1e6))
     return f"{_digits(seconds * factor)} {unit}"
 
 
 def size(count: int | None) -> str:
     if count is None:
         return "–"
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3), ("B", 1)):
-        if count >= factor:
-            break
+    unit, factor = next((u for u in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)) if count >= u[1]), ("B", 1))
     return f"{_digits(count / factor)} {unit}"
 
 

@@ -1,4 +1,4 @@
-"""Cases of the sector probability: trials beside the usual formulation, which draws, sorts and takes gaps, and the formula.
+"""Cases of the sector probability: trials beside the usual formulation (draw, sort, take gaps), and the formula.
 
 The usual formulation draws other numbers: its share is held to the probability within eight standard errors. pyflow's
 counts are held to its reference's.

@@ -20,7 +20,7 @@ STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))
 
 def resnet50(width: float) -> list[tuple[int, ...]]:
     """Shapes of ResNet-50's 53 convolutions and its classifier, channels times `width`."""
-    channels = lambda n: max(1, int(n * width))  # noqa: E731
+    channels = lambda n: max(1, int(n * width))
     shapes: list[tuple[int, ...]] = [(channels(64), 3, 7, 7)]
     before = channels(64)
     for base, blocks in STAGES:
@@ -46,7 +46,7 @@ def _torchs(weights: Outputs, u: Outputs, v: Outputs, cotangents: Outputs | None
     leaves = [layer.parametrizations.weight.original for layer in layers]
 
     def forward() -> Outputs:
-        for norm, a, b in zip(norms, u, v):
+        for norm, a, b in zip(norms, u, v, strict=True):
             norm._u.copy_(a)
             norm._v.copy_(b)
         with torch.set_grad_enabled(cotangents is not None):

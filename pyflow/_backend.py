@@ -30,6 +30,7 @@ NAMES = ("auto", "cpu", "triton", "cuda", "reference")
 # process's. A plain threading.local: dynamo reads no subclass of it by thread, and no ContextVar at all.
 _thread = threading.local()
 _process = "auto"
+_blocks_were_opened = False  # by any thread, ever: until then a call need not ask for its thread's choice
 
 # the calls that made the process's choice, oldest first; one whose object is alive may still become a block
 _calls: list[tuple[Callable[[], object], str]] = [(lambda: None, "auto")]
@@ -161,7 +162,7 @@ class backend:
 
 def current() -> str:
     """The name of the backend chosen here: for this thread by a block, else for the process."""
-    return getattr(_thread, "choice", None) or _process
+    return (getattr(_thread, "choice", None) if _blocks_were_opened else None) or _process
 
 
 @dataclass
@@ -178,6 +179,8 @@ def _blocks() -> list[_Block]:
 
 
 def _open(owner: object, choice: str) -> None:
+    global _blocks_were_opened
+    _blocks_were_opened = True
     _blocks().append(_Block(owner, choice))
     _thread.choice = choice
 
@@ -248,7 +251,7 @@ def runs_reference(op: str, x: Tensor, cuda: bool = True) -> bool:
 
     Without `cuda` only Triton has kernels for a GPU, csrc/cuda none.
     """
-    choice = getattr(_thread, "choice", None) or _process
+    choice = current()
     if choice == "reference" or _under_transform():
         return True
     kind = x.device.type

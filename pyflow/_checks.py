@@ -154,6 +154,8 @@ def event_shape(op: str, value: object) -> tuple[int, ...]:
 
 
 def at_least(op: str, name: str, value: object, least: int, most: int = 2**63 - 1) -> int:
+    if type(value) is int and least <= value <= most:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
     if value < least:
@@ -168,7 +170,9 @@ def mask_for(op: str, mask: object, x: Tensor) -> Tensor:
     tensor(op, "mask", mask)
     if mask.device != x.device:
         raise ValueError(f"{op}: mask must be on the device of x, {x.device}, got {mask.device}")
-    fits = mask.dim() <= x.dim() and all(m == 1 or m == n for m, n in zip(reversed(mask.shape), reversed(x.shape)))
+    fits = mask.dim() <= x.dim() and all(
+        m == 1 or m == n for m, n in zip(reversed(mask.shape), reversed(x.shape), strict=False)
+    )
     if not fits:
         raise ValueError(f"{op}: mask must broadcast to the shape of x, {tuple(x.shape)}, got {tuple(mask.shape)}")
     if mask.dtype != torch.bool:

@@ -11,8 +11,9 @@ the caller gave a number, so that nothing is compiled anew for another value.
 - fsq, residual_fsq take and return their channels in front; `dim` of fsq_decode is where they go.
 - sde_step_backward sums the gradients of a, b and c, (3, rows), where it is given x; denoising_loss without std takes
   pred for the noise.
-- hsic_sums takes variables, (B, n, dim) each, and what they are scaled by, (B, variables), one over their bandwidths; `pairs` lists which of them are multiplied, `part` of `parts` which tiles are visited. Of
-  their matrices less a shift it returns row sums and sums of products, and that shift, (B, variables).
+- hsic_sums takes variables, (B, n, dim) each, and what they are scaled by, (B, variables), one over their bandwidths;
+  `pairs` lists which of them are multiplied, `part` of `parts` which tiles are visited. Of their matrices less a shift
+  it returns row sums and sums of products, and that shift, (B, variables).
   hsic_permuted takes symmetric matrices.
 - gan_qp_loss returns the distances too, all that its backward needs of the samples.
 - spectral_normalize returns the normalised weights, u, v and sigmas, one list after the other; a vector's u and v are

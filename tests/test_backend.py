@@ -97,13 +97,13 @@ def test_concurrent_blocks_see_their_own_choice_and_leave_nothing():
 def test_a_backward_runs_on_the_backend_of_its_forward(elsewhere, monkeypatch):
     seen = []
     op = _backend._operators["fsq_backward"]
-    note = lambda *args: (seen.append(_backend.current()), op(*args))[1]  # noqa: E731
+    note = lambda *args: (seen.append(_backend.current()), op(*args))[1]
     z = torch.randn(4, 3, requires_grad=True)
     with pyflow.backend("cpu"):
         codes, _ = pyflow.ops.fsq(z, (8, 5, 5))
     monkeypatch.setitem(_backend._operators, "fsq_backward", note)
     with pyflow.backend("reference"):
-        backward = lambda: torch.autograd.grad(codes.sum(), z)  # noqa: E731
+        backward = lambda: torch.autograd.grad(codes.sum(), z)
         in_a_thread(backward) if elsewhere else backward()
         assert _backend.current() == "reference"
     assert seen == ["cpu"] and in_a_thread(_backend.current) == "auto"
@@ -151,7 +151,7 @@ def test_a_trace_records_operators_and_can_be_saved(tmp_path):
 
 def test_unknown_name():
     with pytest.raises(
-        ValueError, match="^backend: name must be one of auto, cpu, triton, cuda, reference, got 'gpu'$"
+        ValueError, match=r"^backend: name must be one of auto, cpu, triton, cuda, reference, got 'gpu'$"
     ):
         pyflow.backend("gpu")
 
@@ -213,5 +213,5 @@ def test_triton_without_the_interpreter_refuses_cpu_tensors(monkeypatch):
     monkeypatch.setattr(_backend, "_process", "triton")
     monkeypatch.setattr(_backend, "_devices", _backend._find_devices())
     x = torch.zeros(2, 3)
-    with pytest.raises(RuntimeError, match="^affine_coupling: backend triton cannot run on a tensor on cpu$"):
+    with pytest.raises(RuntimeError, match=r"^affine_coupling: backend triton cannot run on a tensor on cpu$"):
         pyflow.ops.affine_coupling(x, x, x)

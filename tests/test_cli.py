@@ -52,15 +52,13 @@ def test_demos_are_the_recipes():
 
 def test_without_tqdm_every_demo_says_how_to_get_it():
     # a process of its own: packages that fail on the way are half imported
-    code = "import sys; sys.modules['tqdm'] = None; from pyflow import cli; print([cli.main(['demo', n, '--quick']) for n in cli.demos()])"  # fmt: skip
+    code = "import sys; sys.modules['tqdm'] = None; from pyflow import cli; print([cli.main(['demo', n, '--quick']) for n in cli.demos()])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     names = cli.demos()
     assert done.stdout == f"{[1] * len(names)}\n", done.stderr
     for name, line in zip(names, done.stderr.splitlines(), strict=True):
         # or another package of the extra, imported before
-        assert re.fullmatch(
-            rf"pyflow demo {name}: [\w.]+ is not installed: pip install 'pyflow-kernels\[demo\]'", line
-        )
+        assert re.fullmatch(rf"pyflow demo {name}: [\w.]+ is not installed: pip install 'pyflow-kernels\[demo\]'", line)
 
 
 @pytest.mark.parametrize("name", cli.demos())

@@ -45,7 +45,7 @@ def test_the_bar_and_the_callback(capsys):
     sample(energy, start(8), 0.3, steps=3, seed=1, start=4, callback=lambda step, z: seen.append((step, z.shape)))
     assert seen == [(4, (8, 2)), (5, (8, 2)), (6, (8, 2))]
     assert "accepted" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="^sample: steps must be at least 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^sample: steps must be at least 1, got 0$"):
         sample(energy, start(8), 0.3, steps=0)
 
 

@@ -103,13 +103,13 @@ def _merge(
         size = shape[d]
         if size == 1:
             continue
-        if sizes and all(m[-1] == s[d] * size for m, s in zip(merged, strides)):
+        if sizes and all(m[-1] == s[d] * size for m, s in zip(merged, strides, strict=True)):
             sizes[-1] *= size
         else:
             sizes.append(size)
             for m in merged:
                 m.append(0)
-        for m, s in zip(merged, strides):
+        for m, s in zip(merged, strides, strict=True):
             m[-1] = s[d]
     if not sizes:
         return [1], [[unit] for _ in strides]
@@ -168,7 +168,7 @@ def launch(
 
 def with_strides(tensors: Sequence[Tensor | None], at: Sequence[object]) -> list[object]:
     """tensor, strides, tensor, strides, ... as the kernels take them."""
-    return [value for pair in zip(tensors, at) for value in pair]
+    return [value for pair in zip(tensors, at, strict=True) for value in pair]
 
 
 def sum_segments(partial: Tensor, out: Tensor) -> None:

@@ -455,7 +455,11 @@ def _over(
         return
     f64 = lead.dtype == torch.float64
     space = _launch.collapse(lead.dim() - 1, views)
-    tile = _tile(space, [at for t, at in zip(views, space.at) if t is not None and t.is_floating_point()], most_steps)
+    tile = _tile(
+        space,
+        [at for t, at in zip(views, space.at, strict=True) if t is not None and t.is_floating_point()],
+        most_steps,
+    )
     # float64: half the elements per thread, for the registers
     _launch.launch(
         kernel, -(-space.cols // (tile.positions * tile.steps)), lead.device, *_launch.with_strides(views, space.at),
@@ -484,7 +488,7 @@ def _tile(space: _launch.Space, at: Sequence[tuple], most_steps: int) -> Tile:
 def _channels(levels: tuple[int, ...], variant: int, f64: bool) -> Channels:
     c = ref.constants(levels, FSQ_VARIANTS[variant])
     real = float if f64 else np.float32
-    gain = tuple(float(real(h) / real(w)) for h, w in zip(c.half, c.width))
+    gain = tuple(float(real(h) / real(w)) for h, w in zip(c.half, c.width, strict=True))
     return Channels(
         tuple(c.shift), tuple(c.half), tuple(c.offset), _divisors(c.width), _divisors(c.top), tuple(c.step), gain
     )
@@ -512,4 +516,4 @@ def _digits(levels: tuple[int, ...]) -> Digits:
 def _magic(divisors: Sequence[int], wide: bool) -> Magic:
     shifts = tuple((n - 1).bit_length() for n in divisors)
     bits = 63 if wide else 31
-    return Magic(tuple(-(-(1 << bits + s) // n) for n, s in zip(divisors, shifts)), shifts)
+    return Magic(tuple(-(-(1 << bits + s) // n) for n, s in zip(divisors, shifts, strict=True)), shifts)

@@ -40,7 +40,9 @@ def power(x, DEGREE: tl.constexpr):
 
 
 @triton.jit
-def raw_tile(z, i, j, n, dim, KERNEL: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr):
+def raw_tile(
+    z, i, j, n, dim, KERNEL: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr
+):
     """What the kernel is a function of: dot products, squared or absolute differences summed, mismatches counted."""
     dtype: tl.constexpr = z.dtype.element_ty
     rows, columns = z + i.to(tl.int64) * dim, z + j.to(tl.int64) * dim
@@ -266,7 +268,9 @@ def center_sums_kernel(gram, at, row_sums, columns, n, blocks, BLOCK_R: tl.const
         c = c0 + tl.arange(0, BLOCK_C)
         inside = (i < n)[:, None] & (c < n)[None, :]
         where = gram + item * at[0] + i.to(tl.int64)[:, None] * at[1] + c.to(tl.int64)[None, :] * at[2]
-        values = tl.load(where, mask=inside, other=0.0).to(tl.float32 if gram.dtype.element_ty != tl.float64 else tl.float64)
+        values = tl.load(where, mask=inside, other=0.0).to(
+            tl.float32 if gram.dtype.element_ty != tl.float64 else tl.float64
+        )
         values = values.to(tl.float64)
         total += tl.sum(values, 1)
         tl.store(columns + (item * blocks + block) * n + c, tl.sum(values, 0), mask=c < n)
@@ -336,7 +340,7 @@ def hsic_sums(
     shift = torch.stack([gram.shift for gram in grams], 1)
     blocks = len(range(part, -(-n // BLOCK), parts))
     # a variable in no pair has row sums too
-    asked = [*zip(pairs[::2], pairs[1::2])] + [(m, m) for m in range(len(z)) if m not in pairs]
+    asked = [*zip(pairs[::2], pairs[1::2], strict=True)] + [(m, m) for m in range(len(z)) if m not in pairs]
     left = set(range(len(z)))
     for p, (a, b) in enumerate(asked):
         if batch * blocks == 0:
@@ -345,8 +349,8 @@ def hsic_sums(
         x_rows, y_rows = (rows[m] if m in left else None for m in (a, b))
         left -= {a, b}
         _launch.launch(
-            sums_kernel, batch * blocks, scale.device, *grams[a].arguments, *grams[b].arguments, x_rows, y_rows, partial,
-            n, blocks, part, parts, SAME=a == b, **grams[a].constants("X"), **grams[b].constants("Y"), **tile,
+            sums_kernel, batch * blocks, scale.device, *grams[a].arguments, *grams[b].arguments, x_rows, y_rows,
+            partial, n, blocks, part, parts, SAME=a == b, **grams[a].constants("X"), **grams[b].constants("Y"), **tile,
         )  # fmt: skip
         if p < len(cross):
             _launch.sum_segments(partial, cross[p])
@@ -373,8 +377,8 @@ def hsic_sums_backward(
             if kernels[m] == PRECOMPUTED.value:
                 blocks = -(-n // BLOCK)
                 _launch.launch(
-                    matrix_kernel, batch * blocks * blocks, scale.device, *y.arguments, given, factor.contiguous(), grad, n,
-                    blocks, ADD=index > 0, **y.constants("Y"), **tile,
+                    matrix_kernel, batch * blocks * blocks, scale.device, *y.arguments, given, factor.contiguous(),
+                    grad, n, blocks, ADD=index > 0, **y.constants("Y"), **tile,
                 )  # fmt: skip
                 continue
             # sums over a third dim want small tiles
@@ -418,7 +422,7 @@ def center_into(gram: Tensor, out: Tensor) -> None:
         flat = out.flatten(0, -3)
     if flat is None:
         # leading dims that do not merge
-        for one, target in zip(gram, out):
+        for one, target in zip(gram, out, strict=True):
             center_into(one, target)
         return
     source = gram.reshape(flat.shape) if gram is not out else flat
@@ -427,7 +431,9 @@ def center_into(gram: Tensor, out: Tensor) -> None:
     blocks = -(-n // 32)
     row_sums = gram.new_empty((batch, n), dtype=torch.float64)
     partial = gram.new_empty((batch, blocks, n), dtype=torch.float64)
-    _launch.launch(center_sums_kernel, batch * blocks, gram.device, source, source.stride(), row_sums, partial, n, blocks, **size)
+    _launch.launch(
+        center_sums_kernel, batch * blocks, gram.device, source, source.stride(), row_sums, partial, n, blocks, **size
+    )
     columns, sums = torch.empty_like(row_sums), gram.new_empty((batch,), dtype=torch.float64)
     _launch.sum_segments(partial.mT.contiguous().view(batch * n, blocks), columns.view(-1))
     _launch.sum_segments(row_sums, sums)

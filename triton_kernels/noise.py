@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch, _random
-from ._random import draw, philox as philox_block
+from ._random import draw
+from ._random import philox as philox_block
 from ._tiles import place, store, width
 
 

@@ -291,7 +291,7 @@ def sde_step_backward(
         return *grads, lead.new_zeros((3, _rows(lead)) if x is not None else 0, dtype=dtype)
     if x is None:
         score = noise = None
-    tensors = [grad, grad_mean, x, score, noise, *(g if d else None for g, d in zip(grads, dtypes))]
+    tensors = [grad, grad_mean, x, score, noise, *(g if d else None for g, d in zip(grads, dtypes, strict=True))]
     space = _space(tensors)
     partial = None if x is None else _partial(space, 3, lead, dtype)
     _launch.over_space(

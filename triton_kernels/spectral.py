@@ -172,8 +172,8 @@ def gradient_kernel(
 
 
 def spectral_normalize(weights: list[Tensor], u: list[Tensor], v: list[Tensor], n_iter: int) -> list[Tensor]:
-    lists = [_normalized(*layer, n_iter) for layer in zip(weights, u, v)]
-    return [tensor for tensors in zip(*lists) for tensor in tensors]
+    lists = [_normalized(*layer, n_iter) for layer in zip(weights, u, v, strict=True)]
+    return [tensor for tensors in zip(*lists, strict=True) for tensor in tensors]
 
 
 def _normalized(weight: Tensor, u: Tensor, v: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -197,9 +197,7 @@ def _normalized(weight: Tensor, u: Tensor, v: Tensor, n_iter: int) -> tuple[Tens
         for i in range(max(n_iter, 1)):
             last = i + 1 >= n_iter
             to = (new_u, new_v) if last else (u.new_empty(rows, dtype=dtype), v.new_empty(cols, dtype=dtype))
-            _launch.launch(
-                product_kernel, blocks, device, w, right, y, partial, rows, cols, BLOCK_R=ROWS, BLOCK_C=COLS
-            )
+            _launch.launch(product_kernel, blocks, device, w, right, y, partial, rows, cols, BLOCK_R=ROWS, BLOCK_C=COLS)
             if n_iter:
                 _launch.launch(
                     reduce_kernel, -(-cols // COLS), device, partial, z, blocks, cols, BLOCK_R=ROWS, BLOCK_C=COLS
@@ -223,7 +221,7 @@ def spectral_normalize_backward(
     v: list[Tensor],
     sigmas: list[Tensor],
 ) -> list[Tensor]:
-    return [_gradient(*layer) for layer in zip(grads, grad_sigmas, weights, u, v, sigmas)]
+    return [_gradient(*layer) for layer in zip(grads, grad_sigmas, weights, u, v, sigmas, strict=True)]
 
 
 def _gradient(grad: Tensor, grad_sigma: Tensor, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor) -> Tensor:

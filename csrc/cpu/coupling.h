@@ -9,8 +9,8 @@ namespace pyflow {
 struct CouplingArgs {
   Space space;
   Plan plan;
-  bool f64;          // compute type: double for float64 x, float for everything else
-  bool affine;       // has a scale and a logdet; else additive
+  bool f64;     // compute type: double for float64 x, float for everything else
+  bool affine;  // has a scale and a logdet; else additive
   bool inverse;
   bool shift_first;
   ScaleMap scale_map;  // unused without a scale
@@ -20,12 +20,12 @@ struct CouplingArgs {
 
 struct CouplingForward : CouplingArgs {
   View y;
-  void* logdet;      // (rows,) of the compute type, where affine
-  double* partial;   // (rows, segments) when a row has several segments, else absent
+  void* logdet;     // (rows,) of the compute type, where affine
+  double* partial;  // (rows, segments) when a row has several segments, else absent
 };
 
 struct CouplingBackward : CouplingArgs {
-  View gy, gl;       // either may be absent; gl is read by row dims only
+  View gy, gl;              // either may be absent; gl is read by row dims only
   View gx, gshift, gscale;  // gshift may be absent
 };
 

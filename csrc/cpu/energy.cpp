@@ -61,8 +61,8 @@ void sum_unit(const MalaArgs& a, const Tile& unit, double* sums) {
     const T* grad_new = load(s, a.grad_new, t, grads_new);
     for (int64_t r = 0; r < t.rows; ++r) {
       const int64_t at = r * t.cols;
-      sums[r * a.plan.segments] += transition_row(z + at, z_new + at, grad + at, grad_new + at,
-                                                  value_of<T>(a.alpha, t.row + r), t.cols);
+      sums[r * a.plan.segments] +=
+          transition_row(z + at, z_new + at, grad + at, grad_new + at, value_of<T>(a.alpha, t.row + r), t.cols);
     }
   });
 }

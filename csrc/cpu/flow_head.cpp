@@ -50,8 +50,7 @@ T sum_density(const T* __restrict h, const T* __restrict e, int64_t n) {
 
 // gh, and the row's addition to the gradient of log_scale
 template <Prior P, class T>
-void score_row(const T* __restrict h, const T* __restrict e, T grad, T* __restrict gh, T* __restrict sum,
-               int64_t n) {
+void score_row(const T* __restrict h, const T* __restrict e, T grad, T* __restrict gh, T* __restrict sum, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const T z = h[i] * e[i];

@@ -13,7 +13,7 @@ struct FlowHeadArgs {
   Space space;
   int64_t segments;
   bool f64;
-  int prior;       // Prior
+  int prior;          // Prior
   View h, log_scale;  // log_scale may be absent
 };
 
@@ -22,9 +22,9 @@ struct FlowHeadForward : FlowHeadArgs {
 };
 
 struct FlowHeadBackward : FlowHeadArgs {
-  View grad;        // row dims only
+  View grad;  // row dims only
   View gh, glog_scale;
-  char* partial;    // (row blocks, cols) of the compute type, absent without log_scale
+  char* partial;  // (row blocks, cols) of the compute type, absent without log_scale
 };
 
 }  // namespace pyflow

@@ -213,8 +213,7 @@ void residual_forward(const ResidualFsqForward& a, int64_t position, int64_t n) 
 
 // as take_stage; the sum is that of the slopes
 template <FsqVariant V, class T>
-void add_slope(EachElement<T> constants, const T* __restrict scale, T* __restrict rest, T* __restrict sum,
-               int64_t n) {
+void add_slope(EachElement<T> constants, const T* __restrict scale, T* __restrict rest, T* __restrict sum, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const T scaled = rest[i] / scale[i];
@@ -267,8 +266,8 @@ void split_digit(double* __restrict rest, int64_t level, T* __restrict digits, i
 }
 
 template <FsqVariant V, class C, class T>
-void decode_run(const T* __restrict digits, C constants, const int32_t* __restrict unknown,
-                T* __restrict codes, int64_t n) {
+void decode_run(const T* __restrict digits, C constants, const int32_t* __restrict unknown, T* __restrict codes,
+                int64_t n) {
   const T nan = T(float_of(0x7fc00000u));
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {

@@ -15,10 +15,10 @@ struct FsqTable {
 
 // units: tiles of positions, at most kChunk of them; flat, and in the residual operators, at most kChunk values
 struct FsqArgs {
-  Space space;   // (channels) x (positions); flat: one row of positions x channels
+  Space space;  // (channels) x (positions); flat: one row of positions x channels
   FsqTable table;
   int64_t channels, positions, tile;
-  bool flat;     // the channels of a position lie side by side
+  bool flat;  // the channels of a position lie side by side
   bool f64;
   bool wide;     // indices are int64
   int variant;   // FsqVariant
@@ -41,7 +41,7 @@ struct FsqDecode : FsqArgs {
 
 // the scale of stage q and entry i is scales[q * period + i]; stages from `active` on do nothing
 struct ResidualFsqForward : FsqForward {
-  const char* scales;  // of the compute type
+  const char* scales;      // of the compute type
   int64_t stages, active;  // a position's indices lie side by side
 };
 

@@ -9,10 +9,10 @@ namespace pyflow {
 struct GanQpSums {
   Space space;
   Plan plan;
-  bool f64;        // compute type: double where one of the call's tensors is
-  int distance;    // Distance
+  bool f64;      // compute type: double where one of the call's tensors is
+  int distance;  // Distance
   View real, fake;
-  double* sums;    // (rows, segments)
+  double* sums;  // (rows, segments)
 };
 
 // the critic's values, a row after another stride[0] apart

@@ -44,11 +44,11 @@ PYFLOW_FN Pairing pairing(const Tournament& t, int64_t round, int64_t tile) {
 struct GramVariable {
   GramKernel kernel;
   int degree;
-  int64_t dim, first;  // features; of the features of all, where these begin
-  int64_t width;       // dim, made a multiple of 8; 0 where nothing is packed
+  int64_t dim, first;    // features; of the features of all, where these begin
+  int64_t width;         // dim, made a multiple of 8; 0 where nothing is packed
   int64_t strips, rows;  // where they begin in an item's workspace (rows: -1 without gradient), as in the gradient's
-  const char* z;  // (B, n, dim), contiguous
-  char* grad;     // as z
+  const char* z;         // (B, n, dim), contiguous
+  char* grad;            // as z
 };
 
 // Works on batch items [item, item + items); what it needs of them lies side by side in workspaces.
@@ -56,12 +56,12 @@ struct GramArgs {
   Tournament tournament;
   int64_t variables, pairs, columns;  // columns: features of all variables
   const GramVariable* variable;
-  const int64_t* pair;  // two variables each
-  const char* scale;    // (B, variables), of the compute type as all that is char*; of a kernel of distances, whose
-                        // rows are centred first
-  double* shift;        // (B, variables): 0, or 1 where K - 1 takes the place of K
-  char* centres;        // (items, columns)
-  char* workspace;      // strips and padded rows, centred and scaled
+  const int64_t* pair;     // two variables each
+  const char* scale;       // (B, variables), of the compute type as all that is char*; of a kernel of distances, whose
+                           // rows are centred first
+  double* shift;           // (B, variables): 0, or 1 where K - 1 takes the place of K
+  char* centres;           // (items, columns)
+  char* workspace;         // strips and padded rows, centred and scaled
   int64_t workspace_size;  // elements of an item
   char* halves;            // (items, variables, padded): of kernels of distances, half the squares of rows
   int64_t padded;          // n, made a multiple of kPad
@@ -104,7 +104,7 @@ struct PermutedArgs {
 constexpr int64_t kCenterRows = 64;  // units: so many rows of a matrix
 
 struct CenterArgs {
-  Space space;     // (matrices, n) x (n)
+  Space space;  // (matrices, n) x (n)
   View gram, out;
   int64_t n, blocks;  // blocks of rows in a matrix
   double* row_means;  // (matrices, n)

@@ -6,8 +6,21 @@
 namespace pyflow {
 
 enum class MathFunction : int {
-  exp, exp_unfused, tanh, tanh_unfused, log, log1p01, softplus, sigmoid, atan, log_plain, radius, sin_turns, cos_turns,
-  exp_minus, expm1_minus
+  exp,
+  exp_unfused,
+  tanh,
+  tanh_unfused,
+  log,
+  log1p01,
+  softplus,
+  sigmoid,
+  atan,
+  log_plain,
+  radius,
+  sin_turns,
+  cos_turns,
+  exp_minus,
+  expm1_minus
 };
 constexpr const char* kMathFunctions[] = {"exp",     "exp_unfused", "tanh",      "tanh_unfused", "log",
                                           "log1p01", "softplus",    "sigmoid",   "atan",         "log_plain",

@@ -13,9 +13,7 @@ T coefficient(const View& v, int64_t row) {
 }
 
 // whether all rows have the coefficients of the first
-bool shared(const SdeArgs& a) {
-  return a.a.stride[0] == 0 && a.b.stride[0] == 0 && a.c.stride[0] == 0;
-}
+bool shared(const SdeArgs& a) { return a.a.stride[0] == 0 && a.b.stride[0] == 0 && a.c.stride[0] == 0; }
 
 template <class T>
 void fill(T* to, T value, int64_t n) {

@@ -93,12 +93,8 @@ PYFLOW_FN void write_run(const T* __restrict src, int64_t stride, int64_t n, D* 
 template <class T>
 void read_typed(const View& v, int64_t offset, int64_t stride, int64_t n, T* dst) {
   switch (v.dtype) {
-    case DType::f32:
-      read_run((const float*)v.data + offset, stride, n, dst, [](float x) { return x; });
-      break;
-    case DType::f64:
-      read_run((const double*)v.data + offset, stride, n, dst, [](double x) { return x; });
-      break;
+    case DType::f32: read_run((const float*)v.data + offset, stride, n, dst, [](float x) { return x; }); break;
+    case DType::f64: read_run((const double*)v.data + offset, stride, n, dst, [](double x) { return x; }); break;
     case DType::bf16:
       read_run((const uint16_t*)v.data + offset, stride, n, dst, [](uint16_t x) { return bf16_to_float(x); });
       break;
@@ -108,34 +104,26 @@ void read_typed(const View& v, int64_t offset, int64_t stride, int64_t n, T* dst
     case DType::u8:
       read_run((const uint8_t*)v.data + offset, stride, n, dst, [](uint8_t x) { return x ? 1.f : 0.f; });
       break;
-    default:
-      break;  // indices have their own
+    default: break;  // indices have their own
   }
 }
 
 template <class T>
 void write_typed(const View& v, int64_t offset, int64_t stride, int64_t n, const T* src) {
   switch (v.dtype) {
-    case DType::f32:
-      write_run(src, stride, n, (float*)v.data + offset, [](T x) { return float(x); });
-      break;
-    case DType::f64:
-      write_run(src, stride, n, (double*)v.data + offset, [](T x) { return double(x); });
-      break;
+    case DType::f32: write_run(src, stride, n, (float*)v.data + offset, [](T x) { return float(x); }); break;
+    case DType::f64: write_run(src, stride, n, (double*)v.data + offset, [](T x) { return double(x); }); break;
     case DType::bf16:
       write_run(src, stride, n, (uint16_t*)v.data + offset, [](T x) { return float_to_bf16(float(x)); });
       break;
     case DType::f16:
       write_run(src, stride, n, (uint16_t*)v.data + offset, [](T x) { return float_to_half(float(x)); });
       break;
-    default:
-      break;  // masks are read only, indices have their own
+    default: break;  // masks are read only, indices have their own
   }
 }
 
-PYFLOW_FN int64_t size_of(DType d) {
-  return d == DType::f64 ? 8 : d == DType::f32 ? 4 : d == DType::u8 ? 1 : 2;
-}
+PYFLOW_FN int64_t size_of(DType d) { return d == DType::f64 ? 8 : d == DType::f32 ? 4 : d == DType::u8 ? 1 : 2; }
 
 // calls run(offset in v, offset in the tile, length, stride) for every innermost run of the tile
 template <class F>

@@ -22,13 +22,13 @@ struct Space {
 struct View {
   char* data = nullptr;  // null: the tensor is absent
   DType dtype = DType::f32;
-  bool stream = false;   // written past the caches, see stream.h
+  bool stream = false;            // written past the caches, see stream.h
   int64_t stride[kMaxDims] = {};  // in elements, same dims as the Space
 };
 
 // Work is cut the same way whatever the thread count, so sums never depend on it:
 // a unit is a block of whole short rows, or one segment of a long row.
-constexpr int64_t kChunk = 512;          // elements worked on at a time; the buffers stay in L1
+constexpr int64_t kChunk = 512;  // elements worked on at a time; the buffers stay in L1
 constexpr int64_t kSegment = 16 * kChunk;
 
 // how many units of `elements` each are worth a thread
@@ -38,7 +38,7 @@ struct Plan {
   int64_t tile_rows;  // rows in a unit
   int64_t segments;   // units in a row
   int64_t units;
-  int64_t grain;      // units that are worth a thread
+  int64_t grain;  // units that are worth a thread
 };
 
 inline Plan plan_of(const Space& s, bool flat) {

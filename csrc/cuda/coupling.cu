@@ -1,6 +1,5 @@
 // Coupling layers on an NVIDIA GPU: grids over the scalar functions of ops/coupling.h.
 #include "../ops/coupling.h"
-
 #include "tile.h"
 
 namespace pyflow::cuda {
@@ -259,9 +258,9 @@ void add_packed(Layout& layout, View& shift, View& scale, const Tensor& params, 
   layout.add_slice(scale, params, dim, packing == 1 ? 0 : second, step);
 }
 
-std::tuple<Tensor, Tensor> affine_coupling_packed(Tensor x, Tensor params, std::optional<Tensor> mask,
-                                                  int64_t packing, int64_t dim, int64_t scale_map, double map_arg,
-                                                  bool shift_first, bool inverse, int64_t event_dims) {
+std::tuple<Tensor, Tensor> affine_coupling_packed(Tensor x, Tensor params, std::optional<Tensor> mask, int64_t packing,
+                                                  int64_t dim, int64_t scale_map, double map_arg, bool shift_first,
+                                                  bool inverse, int64_t event_dims) {
   Args a{};
   Layout layout(x, event_dims);
   set_map(a, {scale_map, map_arg, shift_first, inverse});
@@ -285,16 +284,17 @@ Tensor run_backward(Args& a, Layout& layout, const std::optional<Tensor>& gy, co
   return gx;
 }
 
-std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(
-    std::optional<Tensor> gy, std::optional<Tensor> gl, Tensor x, std::optional<Tensor> shift, Tensor scale,
-    std::optional<Tensor> mask, int64_t scale_map, double map_arg, bool shift_first, bool inverse,
-    int64_t event_dims, std::optional<ScalarType> shift_dtype) {
+std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(std::optional<Tensor> gy, std::optional<Tensor> gl,
+                                                            Tensor x, std::optional<Tensor> shift, Tensor scale,
+                                                            std::optional<Tensor> mask, int64_t scale_map,
+                                                            double map_arg, bool shift_first, bool inverse,
+                                                            int64_t event_dims, std::optional<ScalarType> shift_dtype) {
   Args a{};
   Layout layout(x, event_dims);
   set_map(a, {scale_map, map_arg, shift_first, inverse});
   const int64_t none = 0;
-  Tensor gshift = shift_dtype ? new_empty(x, x.sizes().data(), x.dim(), *shift_dtype)
-                              : new_empty(x, &none, 1, x.scalar_type());
+  Tensor gshift =
+      shift_dtype ? new_empty(x, x.sizes().data(), x.dim(), *shift_dtype) : new_empty(x, &none, 1, x.scalar_type());
   Tensor gscale = new_like(scale);
   layout.add(a.x, x);
   if (shift) layout.add(a.shift, *shift);
@@ -305,10 +305,10 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(
   return {gx, gshift, gscale};
 }
 
-std::tuple<Tensor, Tensor> affine_coupling_packed_backward(
-    std::optional<Tensor> gy, std::optional<Tensor> gl, Tensor x, Tensor params, std::optional<Tensor> mask,
-    int64_t packing, int64_t dim, int64_t scale_map, double map_arg, bool shift_first, bool inverse,
-    int64_t event_dims) {
+std::tuple<Tensor, Tensor> affine_coupling_packed_backward(std::optional<Tensor> gy, std::optional<Tensor> gl, Tensor x,
+                                                           Tensor params, std::optional<Tensor> mask, int64_t packing,
+                                                           int64_t dim, int64_t scale_map, double map_arg,
+                                                           bool shift_first, bool inverse, int64_t event_dims) {
   Args a{};
   Layout layout(x, event_dims);
   set_map(a, {scale_map, map_arg, shift_first, inverse});

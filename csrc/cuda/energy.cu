@@ -1,6 +1,5 @@
 // The accept step of a Metropolis-adjusted Langevin chain and squared norms on an NVIDIA GPU.
 #include "../ops/energy.h"
-
 #include "random.h"
 
 namespace pyflow::cuda {

@@ -1,6 +1,5 @@
 // The head of a flow on an NVIDIA GPU: grids over the scalar functions of ops/flow_head.h.
 #include "../ops/flow_head.h"
-
 #include "tile.h"
 
 namespace pyflow::cuda {

@@ -1,9 +1,8 @@
 // Finite scalar quantisation on an NVIDIA GPU: grids over the scalar functions of ops/fsq.h.
 // A block works on a tile of positions with all their channels, numbered as in triton_kernels/fsq.py.
-#include "../torch/fsq.h"
-
 #include <initializer_list>
 
+#include "../torch/fsq.h"
 #include "tile.h"
 
 namespace pyflow::cuda {
@@ -15,15 +14,15 @@ constexpr int kScales = 1056;  // all that differ, whatever the levels: see set_
 constexpr int kAny = -1;       // variant found at run time, where speed matters less than the size of the binary
 
 struct Args {
-  Space space;            // (channels) x (positions)
-  int channels, per;      // positions of a tile
+  Space space;        // (channels) x (positions)
+  int channels, per;  // positions of a tile
   int64_t positions;
-  bool inner;             // channels run fastest, else positions
-  bool wide;              // indices are int64
+  bool inner;  // channels run fastest, else positions
+  bool wide;   // indices are int64
   bool f64;
   int variant;
-  View z, codes;          // backward: codes is the gradient of z
-  View grad, indices;     // may be absent
+  View z, codes;       // backward: codes is the gradient of z
+  View grad, indices;  // may be absent
   float constants[kFields][kChannels];
   int64_t basis[kChannels];
 };
@@ -35,8 +34,8 @@ struct DecodeArgs : Args {
 
 struct ResidualArgs : Args {
   int64_t stages;
-  const int64_t* active;        // on the device; may be absent
-  int first_scale[kChannels];   // of a channel, the last of which is that of all later stages
+  const int64_t* active;       // on the device; may be absent
+  int first_scale[kChannels];  // of a channel, the last of which is that of all later stages
   int last_scale[kChannels];
   float scales[kScales];
 };
@@ -447,9 +446,9 @@ std::tuple<Tensor, Tensor> residual_fsq(Tensor x, Levels levels, int64_t variant
   plan(a, layout);
   if (a.positions == 0) return {out, indices};
   const bool whole = !a.f64 && vectors(a, {&a.z, &a.codes}), hard = variant == kSymmetricHard;
-  const auto kernel = a.f64 ? (hard ? residual<kSymmetricHard, 1, double> : residual<kSymmetric, 1, double>)
-                    : whole ? (hard ? residual<kSymmetricHard, kEach, float> : residual<kSymmetric, kEach, float>)
-                            : (hard ? residual<kSymmetricHard, 1, float> : residual<kSymmetric, 1, float>);
+  const auto kernel = a.f64   ? (hard ? residual<kSymmetricHard, 1, double> : residual<kSymmetric, 1, double>)
+                      : whole ? (hard ? residual<kSymmetricHard, kEach, float> : residual<kSymmetric, kEach, float>)
+                              : (hard ? residual<kSymmetricHard, 1, float> : residual<kSymmetric, 1, float>);
   launch(kernel, blocks_of(a), x, a);
   return {out, indices};
 }
@@ -469,7 +468,7 @@ Tensor residual_fsq_backward(Tensor grad, Tensor x, Levels levels, int64_t varia
   if (a.positions == 0) return gx;
   const bool whole = !a.f64 && vectors(a, {&a.z, &a.grad, &a.codes}), hard = variant == kSymmetricHard;
   const auto kernel =
-      a.f64 ? (hard ? residual_backward<kSymmetricHard, 1, double> : residual_backward<kSymmetric, 1, double>)
+      a.f64   ? (hard ? residual_backward<kSymmetricHard, 1, double> : residual_backward<kSymmetric, 1, double>)
       : whole ? (hard ? residual_backward<kSymmetricHard, kEach, float> : residual_backward<kSymmetric, kEach, float>)
               : (hard ? residual_backward<kSymmetricHard, 1, float> : residual_backward<kSymmetric, 1, float>);
   launch(kernel, blocks_of(a), x, a);

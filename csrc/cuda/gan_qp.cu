@@ -1,6 +1,5 @@
 // The critic of a GAN-QP on an NVIDIA GPU: sums of deviations over the samples, then a thread for each sample.
 #include "../ops/gan_qp.h"
-
 #include "tile.h"
 
 namespace pyflow::cuda {
@@ -23,12 +22,12 @@ struct Sums {
 struct Args {
   int64_t rows;
   Distance distance;
-  Sums x, z;             // forward
-  View t_real, t_fake;   // a row after another stride[0] apart
-  double lam2, eps;      // 2 lam
-  void* loss;            // forward, like d
+  Sums x, z;            // forward
+  View t_real, t_fake;  // a row after another stride[0] apart
+  double lam2, eps;     // 2 lam
+  void* loss;           // forward, like d
   View grad, d;
-  View g_real, g_fake;   // backward
+  View g_real, g_fake;  // backward
 };
 
 template <Distance D, int N, class T>
@@ -124,8 +123,8 @@ Tensor sum(Sums& s, const Tensor& real, const Tensor& fake, Distance distance, S
 
 std::tuple<Tensor, Tensor> gan_qp_loss(Tensor t_real, Tensor t_fake, Tensor x_real, Tensor x_fake, Optional z_real,
                                        Optional z_fake, double lam, double eps, int64_t distance) {
-  const bool f64 = is_f64(t_real) || is_f64(t_fake) || is_f64(x_real) || is_f64(x_fake) || is_f64(z_real) ||
-                   is_f64(z_fake);
+  const bool f64 =
+      is_f64(t_real) || is_f64(t_fake) || is_f64(x_real) || is_f64(x_fake) || is_f64(z_real) || is_f64(z_fake);
   const ScalarType dtype = f64 ? ScalarType::Double : ScalarType::Float;
   Args a{};
   a.rows = x_real.size(0);

@@ -1,8 +1,7 @@
 // Counter-based noise on an NVIDIA GPU: a thread draws the four elements of a block.
-#include "../ops/noise.h"
-
 #include <vector>
 
+#include "../ops/noise.h"
 #include "random.h"
 
 namespace pyflow::cuda {
@@ -38,8 +37,8 @@ void launch_noise(const Args& a, const Tensor& out) {
   launch(whole_vectors(a.space, a.out) ? noise_kernel<K, kEach> : noise_kernel<K, 1>, a.cut.blocks, out, a);
 }
 
-__global__ void __launch_bounds__(kThreads, 2) philox_kernel(const int64_t* counter, const int64_t* key, int64_t* out,
-                                                             int64_t count) {
+__global__ void __launch_bounds__(kThreads, 2)
+    philox_kernel(const int64_t* counter, const int64_t* key, int64_t* out, int64_t count) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= count) return;
   const int64_t* c = counter + 4 * i;

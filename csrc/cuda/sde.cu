@@ -1,6 +1,5 @@
 // Steps of SDEs on an NVIDIA GPU: a thread works on four neighbours, whose noise is one block of words.
 #include "../ops/sde.h"
-
 #include "random.h"
 
 namespace pyflow::cuda {
@@ -227,8 +226,7 @@ void set_noise(Args& a, Layout& layout, const Optional& seed, const Optional& st
 Tensor add_output(View& view, Layout& layout, const Tensor& like, const std::optional<ScalarType>& dtype) {
   const int64_t none = 0;
   if (!dtype) return new_empty(like, &none, 1, like.scalar_type());
-  Tensor out = *dtype == like.scalar_type() ? new_like(like)
-                                            : new_empty(like, like.sizes().data(), like.dim(), *dtype);
+  Tensor out = *dtype == like.scalar_type() ? new_like(like) : new_empty(like, like.sizes().data(), like.dim(), *dtype);
   layout.add(view, out);
   return out;
 }
@@ -275,10 +273,12 @@ std::tuple<Tensor, Tensor> sde_step(Tensor x, Optional score, Tensor a, Optional
   return {y, mean};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sde_step_backward(
-    Optional gy, Optional gmean, Optional x, Optional score, Tensor a, Optional b, Tensor c, Optional seed,
-    Optional step, Optional noise, int64_t purpose, std::optional<ScalarType> x_dtype,
-    std::optional<ScalarType> score_dtype, std::optional<ScalarType> noise_dtype, bool f64) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> sde_step_backward(Optional gy, Optional gmean, Optional x, Optional score,
+                                                             Tensor a, Optional b, Tensor c, Optional seed,
+                                                             Optional step, Optional noise, int64_t purpose,
+                                                             std::optional<ScalarType> x_dtype,
+                                                             std::optional<ScalarType> score_dtype,
+                                                             std::optional<ScalarType> noise_dtype, bool f64) {
   Args args{};
   const Tensor& lead = gy ? *gy : *gmean;
   Layout layout = layout_of(lead);

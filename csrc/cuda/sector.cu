@@ -1,12 +1,11 @@
 // Largest gaps of random points on a circle on an NVIDIA GPU: a trial per thread.
 #include "../ops/sector.h"
-
 #include "random.h"
 
 namespace pyflow::cuda {
 namespace {
 
-constexpr int kThresholds = 256;      // of one launch, counted in shared memory
+constexpr int kThresholds = 256;       // of one launch, counted in shared memory
 constexpr int64_t kMostBlocks = 4096;  // each then takes every so many trials
 
 struct Args {
@@ -62,8 +61,12 @@ Tensor sector_counts(Tensor thresholds, int64_t points, int64_t trials, Tensor s
   launch(clear_kernel, ceil_div(count, kThreads), out, counts, count);
   const Stream stream = stream_of(seed, step, purpose);
   for (int64_t k = 0; k < count; k += kThresholds) {
-    const Args a{(const double*)x.data_ptr() + k, int(std::min<int64_t>(count - k, kThresholds)), points, trials,
-                 stream, counts + k};
+    const Args a{(const double*)x.data_ptr() + k,
+                 int(std::min<int64_t>(count - k, kThresholds)),
+                 points,
+                 trials,
+                 stream,
+                 counts + k};
     launch(counts_kernel, std::min(ceil_div(trials, kThreads), kMostBlocks), out, a);
   }
   return out;

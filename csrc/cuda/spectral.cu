@@ -1,8 +1,7 @@
 // Spectral normalisation on an NVIDIA GPU: the passes of triton_kernels/spectral.py, a launch per pass and layer.
-#include "../ops/spectral.h"
-
 #include <vector>
 
+#include "../ops/spectral.h"
 #include "tile.h"
 
 namespace pyflow::cuda {
@@ -125,8 +124,8 @@ __global__ void __launch_bounds__(kThreads, 2) dot(View grad, View w, T* partial
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) slope_of(const T* partial, View grad_sigma, View sigma, T* slope,
-                                                     int64_t blocks) {
+__global__ void __launch_bounds__(kThreads, 2)
+    slope_of(const T* partial, View grad_sigma, View sigma, T* slope, int64_t blocks) {
   T acc = T(0);
   for (int64_t i = threadIdx.x; i < blocks; i += kThreads) acc += partial[i];
   const T sum = total(acc);
@@ -201,8 +200,8 @@ Layer normalized(const Tensor& weight, Tensor u, Tensor v, int64_t n_iter) {
       const Tensor to_u = last ? new_u : vector_like(w, rows, dtype), to_v = last ? new_v : vector_like(w, cols, dtype);
       launch(product<T>, blocks, w, flat(w), flat(v), (T*)y.data_ptr(), parts, rows, cols);
       if (n_iter > 0) launch(reduce<T>, ceil_div(cols, kThreads), w, (const T*)parts, (T*)z.data_ptr(), blocks, cols);
-      const Finish a{flat(y),    flat(z),     flat(u), flat(v), flat(to_u),
-                     flat(to_v), flat(sigma), rows,    cols,    false,      n_iter > 0};
+      const Finish a{flat(y),     flat(z), flat(u), flat(v), flat(to_u), flat(to_v),
+                     flat(sigma), rows,    cols,    false,   n_iter > 0};
       launch(finish<T>, 1, w, a);
       u = to_u;
       v = to_v;

@@ -16,9 +16,9 @@
 namespace pyflow::cuda {
 
 constexpr int kThreads = 256;
-constexpr int kEach = 4;                  // neighbouring columns of one thread
-constexpr int kTile = kThreads * kEach;   // elements a block works on at a time
-constexpr int64_t kLongest = 4 * kTile;   // part of a row, at most, in one block
+constexpr int kEach = 4;                 // neighbouring columns of one thread
+constexpr int kTile = kThreads * kEach;  // elements a block works on at a time
+constexpr int64_t kLongest = 4 * kTile;  // part of a row, at most, in one block
 
 inline int64_t power_of_two(int64_t n) {
   int64_t p = 1;
@@ -183,8 +183,8 @@ __device__ T fold(const Group<T, kEach>& own, int cols) {
 
 // (rows, segments) -> (rows,): one tile walks along each row
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) sum_segments(const T* partial, T* out, int64_t rows, int64_t segments,
-                                                         int cols) {
+__global__ void __launch_bounds__(kThreads, 2)
+    sum_segments(const T* partial, T* out, int64_t rows, int64_t segments, int cols) {
   const int width = cols / kEach;
   const int64_t row = int64_t(blockIdx.x) * (kThreads / width) + threadIdx.x / width;
   Group<T, kEach> acc{};

@@ -8,7 +8,7 @@ namespace pyflow {
 PYFLOW_FN float atan_(float x) {
   const float a = abs_(x);
   const bool large = a > 1.f;
-  const float z = large ? -1.f / a : a;   // atan(a) = pi/2 + atan(-1/a)
+  const float z = large ? -1.f / a : a;  // atan(a) = pi/2 + atan(-1/a)
   const float z2 = z * z;
   float p = -0.0018272094892200563f;
   p = fma_(p, z2, 0.01106442604213953f);

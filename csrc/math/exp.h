@@ -7,9 +7,9 @@
 namespace pyflow {
 
 constexpr float kLog2e = 1.44269504f;
-constexpr float kLn2Hi = 0.693145752f;     // 17 bits: k * kLn2Hi is exact
+constexpr float kLn2Hi = 0.693145752f;  // 17 bits: k * kLn2Hi is exact
 constexpr float kLn2Lo = 1.42860677e-6f;
-constexpr float kRound = 12582912.f;       // 1.5 * 2^23: adding it rounds to nearest even
+constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to nearest even
 
 // x = k ln2 + r with |r| <= ln2 / 2; returns expm1(r), k as an integer
 template <bool Fused = true>

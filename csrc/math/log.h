@@ -33,7 +33,7 @@ PYFLOW_FN float log_(float x) {
   const float tail = fma_(k, kLn2Lo, log1p_tail(f));
   float y = fma_(k, kLn2Hi, f + tail);
   y = x == 0.f ? -inf : y;
-  y = x < inf ? y : x;                    // inf and NaN
+  y = x < inf ? y : x;  // inf and NaN
   return x < 0.f ? float_of(0x7fc00000u) : y;
 }
 
@@ -41,7 +41,7 @@ PYFLOW_FN double log_(double x) { return __builtin_log(x); }
 
 PYFLOW_FN float log1p01(float e) {
   const bool big = e > 0.41421356f;
-  const float f = big ? 0.5f * (e - 1.f) : e;   // (1 + e) / 2 - 1, exact
+  const float f = big ? 0.5f * (e - 1.f) : e;  // (1 + e) / 2 - 1, exact
   const float k = big ? 1.f : 0.f;
   const float tail = fma_(k, kLn2Lo, log1p_tail(f));
   return fma_(k, kLn2Hi, f + tail);

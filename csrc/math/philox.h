@@ -13,8 +13,7 @@ struct Words {
 // The ten rounds on words, or on vectors of them (Lane: 64 bits, of which only the low half counts, or 32). `product`
 // multiplies low halves.
 template <class Lane, class Key, class Product>
-PYFLOW_FN void philox_rounds(Lane& c0, Lane& c1, Lane& c2, Lane& c3, Key key0, Key key1,
-                             Product product) {
+PYFLOW_FN void philox_rounds(Lane& c0, Lane& c1, Lane& c2, Lane& c3, Key key0, Key key1, Product product) {
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #elif !defined(__CUDACC__)

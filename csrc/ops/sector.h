@@ -55,9 +55,7 @@ struct Path {
 };
 
 // of a density exp(-slope u) on [0, 1]
-PYFLOW_FN double tilted_mean(double slope) {
-  return 1 / slope - __builtin_exp(-slope) / -__builtin_expm1(-slope);
-}
+PYFLOW_FN double tilted_mean(double slope) { return 1 / slope - __builtin_exp(-slope) / -__builtin_expm1(-slope); }
 
 PYFLOW_FN double centre(const Path& p, double m) { return m * tilted_mean(p.slope * m / p.n); }
 

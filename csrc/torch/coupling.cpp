@@ -14,9 +14,9 @@ struct Packing {
 // the order is the `packing` integer of the operator schema
 Packing packing_of(int64_t packing, int64_t half) {
   switch (packing) {
-    case 0: return {0, half, 1};   // shift_scale
-    case 1: return {half, 0, 1};   // scale_shift
-    default: return {0, 1, 2};     // interleaved
+    case 0: return {0, half, 1};  // shift_scale
+    case 1: return {half, 0, 1};  // scale_shift
+    default: return {0, 1, 2};    // interleaved
   }
 }
 
@@ -80,8 +80,8 @@ Tensor additive_coupling(Tensor x, Tensor shift, std::optional<Tensor> mask, boo
 }
 
 std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor shift, Tensor scale, std::optional<Tensor> mask,
-                                           int64_t scale_map, double map_arg, bool shift_first,
-                                           bool inverse, int64_t event_dims) {
+                                           int64_t scale_map, double map_arg, bool shift_first, bool inverse,
+                                           int64_t event_dims) {
   CouplingForward a{};
   Layout layout(x, event_dims);
   set_map(a, {scale_map, map_arg, shift_first, inverse}, x);
@@ -92,10 +92,9 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor shift, Tensor scale,
   return run_forward(a, layout, x, mask, event_dims);
 }
 
-std::tuple<Tensor, Tensor> affine_coupling_packed(Tensor x, Tensor params, std::optional<Tensor> mask,
-                                                  int64_t packing, int64_t dim, int64_t scale_map,
-                                                  double map_arg, bool shift_first, bool inverse,
-                                                  int64_t event_dims) {
+std::tuple<Tensor, Tensor> affine_coupling_packed(Tensor x, Tensor params, std::optional<Tensor> mask, int64_t packing,
+                                                  int64_t dim, int64_t scale_map, double map_arg, bool shift_first,
+                                                  bool inverse, int64_t event_dims) {
   CouplingForward a{};
   Layout layout(x, event_dims);
   const Packing p = packing_of(packing, x.size(dim));
@@ -126,16 +125,17 @@ Tensor run_backward(CouplingBackward& a, Layout& layout, const std::optional<Ten
   return gx;
 }
 
-std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(
-    std::optional<Tensor> gy, std::optional<Tensor> gl, Tensor x, std::optional<Tensor> shift, Tensor scale,
-    std::optional<Tensor> mask, int64_t scale_map, double map_arg, bool shift_first, bool inverse,
-    int64_t event_dims, std::optional<ScalarType> shift_dtype) {
+std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(std::optional<Tensor> gy, std::optional<Tensor> gl,
+                                                            Tensor x, std::optional<Tensor> shift, Tensor scale,
+                                                            std::optional<Tensor> mask, int64_t scale_map,
+                                                            double map_arg, bool shift_first, bool inverse,
+                                                            int64_t event_dims, std::optional<ScalarType> shift_dtype) {
   CouplingBackward a{};
   Layout layout(x, event_dims);
   set_map(a, {scale_map, map_arg, shift_first, inverse}, x);
   const int64_t none = 0;
-  Tensor gshift = shift_dtype ? new_empty(x, x.sizes().data(), x.dim(), *shift_dtype)
-                              : new_empty(x, &none, 1, x.scalar_type());
+  Tensor gshift =
+      shift_dtype ? new_empty(x, x.sizes().data(), x.dim(), *shift_dtype) : new_empty(x, &none, 1, x.scalar_type());
   Tensor gscale = new_like(scale);
   layout.add(a.x, x);
   if (shift) layout.add(a.shift, *shift);
@@ -148,10 +148,10 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(
   return {gx, gshift, gscale};
 }
 
-std::tuple<Tensor, Tensor> affine_coupling_packed_backward(
-    std::optional<Tensor> gy, std::optional<Tensor> gl, Tensor x, Tensor params, std::optional<Tensor> mask,
-    int64_t packing, int64_t dim, int64_t scale_map, double map_arg, bool shift_first, bool inverse,
-    int64_t event_dims) {
+std::tuple<Tensor, Tensor> affine_coupling_packed_backward(std::optional<Tensor> gy, std::optional<Tensor> gl, Tensor x,
+                                                           Tensor params, std::optional<Tensor> mask, int64_t packing,
+                                                           int64_t dim, int64_t scale_map, double map_arg,
+                                                           bool shift_first, bool inverse, int64_t event_dims) {
   CouplingBackward a{};
   Layout layout(x, event_dims);
   const Packing p = packing_of(packing, x.size(dim));

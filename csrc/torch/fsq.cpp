@@ -36,8 +36,8 @@ void fill_table(FsqArgs& a, Table& table, const Levels& levels) {
     return fields[run];
   };
   const auto basis = [&](int64_t, int64_t channel) { return product(levels, size_t(channel)); };
-  a.table.constants = a.f64 ? fill_runs<double>(table.constants, a, 6, constant)
-                            : fill_runs<float>(table.constants, a, 6, constant);
+  a.table.constants =
+      a.f64 ? fill_runs<double>(table.constants, a, 6, constant) : fill_runs<float>(table.constants, a, 6, constant);
   a.table.basis = a.wide ? fill_runs<int64_t>(table.basis, a, 1, basis) : fill_runs<int32_t>(table.basis, a, 1, basis);
 }
 

@@ -43,8 +43,8 @@ Tensor sum(GanQpSums& a, const Tensor& real, const Tensor& fake, int64_t distanc
 
 std::tuple<Tensor, Tensor> gan_qp_loss(Tensor t_real, Tensor t_fake, Tensor x_real, Tensor x_fake, Optional z_real,
                                        Optional z_fake, double lam, double eps, int64_t distance) {
-  const bool f64 = is_f64(t_real) || is_f64(t_fake) || is_f64(x_real) || is_f64(x_fake) || is_f64(z_real) ||
-                   is_f64(z_fake);
+  const bool f64 =
+      is_f64(t_real) || is_f64(t_fake) || is_f64(x_real) || is_f64(x_fake) || is_f64(z_real) || is_f64(z_fake);
   const int64_t rows = x_real.size(0);
   const ScalarType dtype = f64 ? ScalarType::Double : ScalarType::Float;
   Tensor loss = new_empty(x_real, &rows, 1, dtype), d = new_empty(x_real, &rows, 1, dtype);

@@ -46,7 +46,7 @@ struct Grams {
     a.pair = pairs.data();
     for (size_t m = 0; m < z_.size(); ++m) {
       z.push_back(torch::stable::contiguous(z_[m]));
-      GramVariable v{GramKernel(kernels[m]), int(degrees[m]), z[m].size(2), a.columns, 0, a.workspace_size, -1,
+      GramVariable v{GramKernel(kernels[m]),       int(degrees[m]), z[m].size(2), a.columns, 0, a.workspace_size, -1,
                      (const char*)z[m].data_ptr(), nullptr};
       a.columns += v.dim;
       if (v.kernel != GramKernel::precomputed) {
@@ -191,8 +191,12 @@ Tensor hsic_permuted(Tensor gram_x, Tensor gram_y, Tensor permutations) {
   const Tensor x = torch::stable::contiguous(gram_x), y = torch::stable::contiguous(gram_y);
   const Tensor p = torch::stable::contiguous(permutations);
   Tensor out = buffer(x, p.size(0), ScalarType::Double);
-  const PermutedArgs a{x.size(0), (const char*)x.data_ptr(), (const char*)y.data_ptr(), (const int32_t*)p.data_ptr(),
-                       (double*)out.data_ptr(), x.scalar_type() == ScalarType::Double};
+  const PermutedArgs a{x.size(0),
+                       (const char*)x.data_ptr(),
+                       (const char*)y.data_ptr(),
+                       (const int32_t*)p.data_ptr(),
+                       (double*)out.data_ptr(),
+                       x.scalar_type() == ScalarType::Double};
   const auto kernel = cpu_table()->gram_permuted;
   in_parallel(p.size(0), grain_of(a.n * a.n), [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   return out;

@@ -92,9 +92,7 @@ class Layers {
   }
 
  private:
-  int64_t bytes_of(size_t i) const {
-    return layers_[i].space.rows * layers_[i].space.cols * (layers_[i].f64 ? 8 : 4);
-  }
+  int64_t bytes_of(size_t i) const { return layers_[i].space.rows * layers_[i].space.cols * (layers_[i].f64 ? 8 : 4); }
 
   template <class Pass>
   void pass_over(const Pass& pass, size_t begin, size_t end) {

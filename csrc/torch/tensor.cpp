@@ -153,8 +153,7 @@ Tensor new_like(const Tensor& t) {
 Tensor new_empty(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType dtype) {
   int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle out = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_aten_new_empty(like.get(), sizes, dims, &type, nullptr, nullptr, 0, nullptr, &out));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes, dims, &type, nullptr, nullptr, 0, nullptr, &out));
   Tensor tensor(out);
   advise_huge_pages(tensor);
   return tensor;

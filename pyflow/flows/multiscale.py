@@ -61,7 +61,7 @@ class MultiScale(Flow):
             raise ValueError(f"{name}: z must have the shape {_batched(self.latent_shape)}, got {tuple(z.shape)}")
         *parts, x = (
             part.unflatten(1, shape)
-            for part, shape in zip(z.split([math.prod(s) for s in self._parts], 1), self._parts)
+            for part, shape in zip(z.split([math.prod(s) for s in self._parts], 1), self._parts, strict=True)
         )
         total = 0
         for level, stage in reversed(list(enumerate(self.stages))):

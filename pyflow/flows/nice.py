@@ -92,7 +92,7 @@ class NICE(Flow):
         if self.scale.may_start:
             self.scale.start(torch.cat(halves, 1))
         log_scales = self.scale.log_scale.split(self._sizes())
-        a, b = (flow_log_prob(h, s, prior=self.prior) for h, s in zip(halves, log_scales))
+        a, b = (flow_log_prob(h, s, prior=self.prior) for h, s in zip(halves, log_scales, strict=True))
         return a + b
 
     def _couple(self, x: Tensor) -> list[Tensor]:

@@ -60,7 +60,11 @@ class HSICLoss(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return hsic(
-            _rows("HSICLoss", "x", x), _rows("HSICLoss", "y", y), bandwidth=self.bandwidth, bandwidth_y=self.bandwidth_y, **self.options
+            _rows("HSICLoss", "x", x),
+            _rows("HSICLoss", "y", y),
+            bandwidth=self.bandwidth,
+            bandwidth_y=self.bandwidth_y,
+            **self.options,
         )
 
     def extra_repr(self) -> str:
@@ -130,7 +134,7 @@ class HSICBottleneck(nn.Module):
         """One step on a batch x (n, ...), y (n,) or (n, ...): the losses of the layers, and of the head."""
         self._check_optimizers()
         losses, z, aim = [], x, self._aim(x, y)
-        for layer, optimizer in zip(self.layers, self._optimizers):
+        for layer, optimizer in zip(self.layers, self._optimizers, strict=True):
             z = layer(z.detach())
             losses.append(self._step(optimizer, lambda z=z: self._towards(aim, z)))
         if self.head is not None:
@@ -142,7 +146,7 @@ class HSICBottleneck(nn.Module):
         return [*self.layers, *([self.head] if self.head is not None else ())]
 
     def _check_optimizers(self) -> None:
-        for module, optimizer in zip(self._trained(), self._optimizers):
+        for module, optimizer in zip(self._trained(), self._optimizers, strict=True):
             own = {id(p) for p in module.parameters()}
             if optimizer and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
                 raise RuntimeError(

@@ -339,7 +339,7 @@ class Invertible1x1Conv(HoldsNumbers):
         if inverse:
             log_volume = -log_volume
         if mask is None:
-            return y, (log_volume * math.prod(x.shape[2:])).repeat(x.shape[0])
+            return y, (log_volume * math.prod(x.shape[2:])).expand(x.shape[0]).clone()
         return torch.where(mask, x, y), log_volume * (~mask[:, :1]).flatten(1).sum(1)
 
     def _check(self, x: Tensor) -> None:

@@ -196,7 +196,7 @@ class ResidualFSQ(CountsUsage):
     def _stage_by_stage(self, h: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor]:
         """What no operator does: a rotation or noise in every stage."""
         residual, out, indices = h.to(compute_dtype(h.dtype)), 0.0, []
-        for stage, (layer, scale) in enumerate(zip(self.layers, self._constant("scales", h.device))):
+        for stage, (layer, scale) in enumerate(zip(self.layers, self._constant("scales", h.device), strict=True)):
             codes, index = layer._encode((residual / scale).unsqueeze(-2), True)
             quantized = codes.squeeze(-2) * scale
             if active is not None:
@@ -235,7 +235,7 @@ class ResidualFSQ(CountsUsage):
         indices = F.pad(signed(indices), (0, self.num_quantizers - given), value=-1)
         dtype = compute_dtype(dtype)
         scales = self._constant("scales", indices.device)
-        for layer, scale, index in zip(self.layers, scales, indices.unbind(-1)):
+        for layer, scale, index in zip(self.layers, scales, indices.unbind(-1), strict=True):
             codes = fsq_decode(index, self.levels, variant=layer.variant, dtype=dtype)
             codes = codes.masked_fill(index[..., None] == -1, 0)
             if layer.orthogonal_rotation:
@@ -320,8 +320,8 @@ class GroupedResidualFSQ(nn.Module):
         if active is None:
             active = self.rvqs[0]._draw_active(x.device, None)
         options = {"return_all_codes": return_all_codes, "mask": mask, "lengths": lengths, "active": active}
-        groups = [rvq(part, **options) for rvq, part in zip(self.rvqs, x.chunk(self.groups, split))]
-        out, *rest = zip(*groups)
+        groups = [rvq(part, **options) for rvq, part in zip(self.rvqs, x.chunk(self.groups, split), strict=True)]
+        out, *rest = zip(*groups, strict=True)
         return torch.cat(out, split), *(torch.stack(part) for part in rest)
 
     def get_codes_from_indices(self, indices: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -341,7 +341,7 @@ class GroupedResidualFSQ(nn.Module):
                 f"GroupedResidualFSQ: indices must start with a dim of {self.groups} groups, "
                 f"got shape {tuple(indices.shape)}"
             )
-        return list(zip(self.rvqs, indices))
+        return list(zip(self.rvqs, indices, strict=True))
 
     def track_usage(self) -> None:
         """Count from now on which entries of the codebooks occur; a second call starts from zero."""

@@ -164,9 +164,9 @@ class _Rebuilding(torch.autograd.Function):
                 "got one modified by an inplace operation"
             )
         y, *tensors = ctx.saved_tensors
-        kept = dict(zip(ctx.kept, tensors[ctx.n_given :]))
+        kept = dict(zip(ctx.kept, tensors[ctx.n_given :], strict=True))
         needed = ctx.needs_input_grad[5 : 5 + ctx.n_given]
-        tensors = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed)]
+        tensors = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True)]
         weights = tensors[ctx.n_given - len(ctx.norms) :]
         args, named = ctx.given.filled(tensors)
         grads = _Sum(t for t in (*tensors, *ctx.parameters) if t.requires_grad)
@@ -205,11 +205,11 @@ def _given(norms: list[SpectralNorm], weights: list[Tensor]) -> Iterator[None]:
     """The layers meet these normalised weights."""
     before = [norm.given for norm in norms]
     try:
-        for norm, weight in zip(norms, weights):
+        for norm, weight in zip(norms, weights, strict=True):
             norm.give((weight, None, None))
         yield
     finally:
-        for norm, normalised in zip(norms, before):
+        for norm, normalised in zip(norms, before, strict=True):
             norm.give(normalised)
 
 
@@ -246,7 +246,7 @@ def _gradients(
     outputs: Iterable[Tensor], grads: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
     """torch.autograd.grad of the outputs that have a graph; a logdet may be one for all samples."""
-    pairs = [(o, g.sum_to_size(o.shape).to(o.dtype)) for o, g in zip(outputs, grads) if o.requires_grad]
+    pairs = [(o, g.sum_to_size(o.shape).to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
     return torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
 
 
@@ -257,7 +257,7 @@ class _Sum:
         self.totals: dict[int, Tensor | None] = {id(t): None for t in tensors}
 
     def add(self, tensors: list[Tensor], grads: tuple[Tensor | None, ...]) -> None:
-        for tensor, grad in zip(tensors, grads):
+        for tensor, grad in zip(tensors, grads, strict=True):
             if id(tensor) not in self.totals:
                 raise RuntimeError(
                     "ReversibleSequential: parameters must be the same tensors in forward and backward; "

@@ -103,7 +103,7 @@ class SpectralNorm(nn.Module):
 def normalize(layers: list[tuple[SpectralNorm, Tensor]], rounds: int, again: bool = False) -> list[Normalised]:
     """The normalised weights of layers on one device; the layers' u and v move on. `again`: as they were kept."""
     matrices = [norm.matrix(weight) for norm, weight in layers]
-    vectors = [norm.vectors(matrix) for (norm, _), matrix in zip(layers, matrices)]
+    vectors = [norm.vectors(matrix) for (norm, _), matrix in zip(layers, matrices, strict=True)]
     through = layers[0][0].through_iteration
     if again and not through:
         vectors = [norm._kept[1:] for norm, _ in layers]
@@ -113,12 +113,14 @@ def normalize(layers: list[tuple[SpectralNorm, Tensor]], rounds: int, again: boo
     if rounds and not through:
         # in place, for DDP's broadcasts; what the backward needs are u and v themselves
         with torch.no_grad():
-            for (a, b), new_a, new_b in zip(vectors, u, v):
+            for (a, b), new_a, new_b in zip(vectors, u, v, strict=True):
                 if a is not None:
                     a.copy_(new_a)
                     b.copy_(new_b)
-    weights = [weight.movedim(0, norm.dim) if norm.dim else weight for (norm, _), weight in zip(layers, weights)]
-    return list(zip(weights, u, v))
+    weights = [
+        weight.movedim(0, norm.dim) if norm.dim else weight for (norm, _), weight in zip(layers, weights, strict=True)
+    ]
+    return list(zip(weights, u, v, strict=True))
 
 
 class _Together:
@@ -138,7 +140,7 @@ class _Together:
             norm, weight = layer[0], layer.original
             groups.setdefault((weight.device, norm.rounds), []).append((norm, weight))
         for (_, rounds), layers in groups.items():
-            for (norm, _), normalised in zip(layers, normalize(layers, rounds, again)):
+            for (norm, _), normalised in zip(layers, normalize(layers, rounds, again), strict=True):
                 norm.give(normalised)
 
     def after(self, root: nn.Module, args: object, output: object) -> None:
@@ -159,7 +161,7 @@ class _Together:
                     tensor.register_hook(lambda _: self.keep(given))
 
     def keep(self, given: list[Normalised | None]) -> None:
-        for norm, normalised in zip(self.norms, given):
+        for norm, normalised in zip(self.norms, given, strict=True):
             norm._kept = normalised
 
 

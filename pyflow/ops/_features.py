@@ -69,7 +69,7 @@ def approximation(
         features = [_fourier(op, v, n_features, seed, step) for step, v in enumerate((x, y) * (1 + normalize))]
         own = [(0, 2), (1, 3)]
     else:
-        features = [_landmarks(op, v, of, n_features, seed) for v, of in zip(every, rows)]
+        features = [_landmarks(op, v, of, n_features, seed) for v, of in zip(every, rows, strict=True)]
         own = [(0, 0), (1, 1)]
     n = x.z.shape[-2]
     bounded = with_error and approximate == "nystrom"
@@ -87,7 +87,7 @@ def approximation(
     elif with_error:
         error = _standard_error(tables[0])
     if normalize:
-        others = [_above_rounding(own, v, n) for own, v in zip(others, every)]
+        others = [_above_rounding(own, v, n) for own, v in zip(others, every, strict=True)]
         error = None if error is None else ratio(error, *others)
         value = ratio(value, *others)
     else:
@@ -158,30 +158,33 @@ def _sums(
 
     def chunks():
         for start in range(0, n, rows):
-            yield [f.of(z[..., start : start + rows, :]) for f, z in zip(features, zs)]
+            yield [f.of(z[..., start : start + rows, :]) for f, z in zip(features, zs, strict=True)]
 
     totals = [0.0] * len(features)
     for chunk in chunks():
-        totals = [total + phi.double().sum(-2, keepdim=True) for total, phi in zip(totals, chunk)]
+        totals = [total + phi.double().sum(-2, keepdim=True) for total, phi in zip(totals, chunk, strict=True)]
     means = [total / n for total in totals]
     covariances, norms = [0.0] * len(pairs), [0.0] * len(pairs)
     lengths, own = [0.0] * len(features), [0.0] * len(features)
     for chunk in chunks():
-        centred = [phi - mean.to(phi.dtype) for phi, mean in zip(chunk, means)]
-        covariances = [c + matmul(centred[a].mT, centred[b]).double() for c, (a, b) in zip(covariances, pairs)]
+        centred = [phi - mean.to(phi.dtype) for phi, mean in zip(chunk, means, strict=True)]
+        covariances = [
+            c + matmul(centred[a].mT, centred[b]).double() for c, (a, b) in zip(covariances, pairs, strict=True)
+        ]
         if spectra:
-            own = [c + matmul(phi.mT, phi).double() for c, phi in zip(own, centred)]
+            own = [c + matmul(phi.mT, phi).double() for c, phi in zip(own, centred, strict=True)]
         if unbiased:
             squares = [
-                phi.double().square().unflatten(-1, (f.groups, f.width)).sum(-1) for phi, f in zip(centred, features)
+                phi.double().square().unflatten(-1, (f.groups, f.width)).sum(-1)
+                for phi, f in zip(centred, features, strict=True)
             ]
-            norms = [c + squares[a].mT @ squares[b] for c, (a, b) in zip(norms, pairs)]
-            lengths = [total + s.sum(-2) for total, s in zip(lengths, squares)]
+            norms = [c + squares[a].mT @ squares[b] for c, (a, b) in zip(norms, pairs, strict=True)]
+            lengths = [total + s.sum(-2) for total, s in zip(lengths, squares, strict=True)]
     if spectra:
         # without centring, the traces that the diagonals are compared with
-        own = [(c, n * mean.square().sum((-2, -1))) for c, mean in zip(own, means)]
+        own = [(c, n * mean.square().sum((-2, -1))) for c, mean in zip(own, means, strict=True)]
     result = []
-    for (a, b), covariance, norm in zip(pairs, covariances, norms):
+    for (a, b), covariance, norm in zip(pairs, covariances, norms, strict=True):
         f, g = features[a], features[b]
         squared = covariance.square().unflatten(-1, (g.groups, g.width)).unflatten(-3, (f.groups, f.width))
         rest = (norm, lengths[a], lengths[b]) if unbiased else (None, None, None)
@@ -209,7 +212,7 @@ def _bound(every: Sequence[Variable], spectra: Sequence[tuple[Tensor, Tensor]]) 
     What K lacks, E, is positive semi-definite: tr(E H L H) <= tr(E) times the largest eigenvalue of H L H.
     """
     missing, largest = [], []
-    for v, (covariance, of_mean) in zip(every, spectra):
+    for v, (covariance, of_mean) in zip(every, spectra, strict=True):
         missing.append((v.diagonal.sum(-1) - covariance.diagonal(dim1=-2, dim2=-1).sum(-1) - of_mean).clamp(min=0))
         largest.append(torch.linalg.eigvalsh(covariance)[..., -1])
     return missing[0] * (largest[1] + missing[1]) + missing[1] * largest[0]

@@ -11,7 +11,8 @@ from torch import Tensor
 def batch_first(info: object, in_dims: Sequence[object], *tensors: Tensor | Sequence[Tensor] | None) -> list[object]:
     """Every tensor, of lists too, with the vmapped dim in front, expanded where it was not batched."""
     out = []
-    for tensor, dim in zip(tensors, in_dims):
+    # in_dims goes on with those of the options
+    for tensor, dim in zip(tensors, in_dims, strict=False):
         if tensor is None:
             out.append(None)
         elif not isinstance(tensor, Tensor):
@@ -29,7 +30,7 @@ def one_by_one(
     """A vmap rule for an operator that has no dim to spare: a call per slice, outputs stacked in front."""
     batched = batch_first(info, in_dims, *tensors)
     calls = [op(*(_slice(t, i) for t in batched), *options) for i in range(info.batch_size)]
-    return tuple(torch.stack(outputs) for outputs in zip(*calls))
+    return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True))
 
 
 def _slice(batched: object, i: int) -> object:
@@ -44,13 +45,13 @@ def vector_jacobian(
 
     def of_present(*tensors: Tensor) -> tuple[Tensor, ...]:
         full = list(inputs)
-        for i, tensor in zip(present, tensors):
+        for i, tensor in zip(present, tensors, strict=True):
             full[i] = tensor
         return tuple(formula(*full))
 
     outputs, pull_back = torch.func.vjp(of_present, *(inputs[i] for i in present))
-    filled = tuple(torch.zeros_like(o) if g is None else g.to(o.dtype) for o, g in zip(outputs, grads))
+    filled = tuple(torch.zeros_like(o) if g is None else g.to(o.dtype) for o, g in zip(outputs, grads, strict=True))
     result: list[Tensor | None] = [None] * len(inputs)
-    for i, grad in zip(present, pull_back(filled)):
+    for i, grad in zip(present, pull_back(filled), strict=True):
         result[i] = grad
     return result

@@ -171,7 +171,7 @@ def _sizes(x: Tensor) -> tuple[float, float] | None:
 
 
 def _ordinary(sizes: tuple[float, float] | None) -> bool:
-    return sizes is not None and 2.0**-ORDINARY <= sizes[0] and sizes[1] <= 2.0**ORDINARY
+    return sizes is not None and sizes[0] >= 2.0**-ORDINARY and sizes[1] <= 2.0**ORDINARY
 
 
 def _exponent(x: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ def _distances(
     else:
         sigma = _bandwidth(op, "bandwidth" if name == "x" else "bandwidth_y", bandwidth, x)
         # on an accelerator the kernels take rows and bandwidth as they are
-        if sizes is None or ordinary and _near(sizes, bandwidth):
+        if sizes is None or (ordinary and _near(sizes, bandwidth)):
             scale = 1 / sigma
         else:
             x, of_rows = _reduced(x)
@@ -262,7 +262,9 @@ def _bandwidth(op: str, name: str, value: float | Tensor, x: Tensor) -> Tensor:
         return torch.full((), value, dtype=x.dtype, device=x.device)
     check.float_tensor(op, name, value)
     batch = x.shape[:-2]
-    fits = value.dim() <= len(batch) and all(m in (1, n) for m, n in zip(reversed(value.shape), reversed(batch)))
+    fits = value.dim() <= len(batch) and all(
+        m in (1, n) for m, n in zip(reversed(value.shape), reversed(batch), strict=False)
+    )
     if not fits:
         raise ValueError(
             f"{op}: {name} must broadcast to the batch dims {tuple(batch)}, got shape {tuple(value.shape)}"
@@ -277,9 +279,7 @@ def _bandwidth(op: str, name: str, value: float | Tensor, x: Tensor) -> Tensor:
 
 def _out_of_range(op: str, name: str, dtype: torch.dtype, value: object) -> ValueError:
     least = TINY[dtype]
-    return ValueError(
-        f"{op}: {name} must be from {least:.3g} to {1 / least:.3g} in {check.short(dtype)}, got {value}"
-    )
+    return ValueError(f"{op}: {name} must be from {least:.3g} to {1 / least:.3g} in {check.short(dtype)}, got {value}")
 
 
 def _products(
@@ -320,9 +320,7 @@ def _products(
         exponent = 2 * degree * exponent
     diagonal = z.double().square().sum(-1)
     diagonal = diagonal if degree == 1 else diagonal**degree
-    return Variable(
-        z, z.new_ones(()), HSIC_KERNELS.index("polynomial"), degree, diagonal, linear, exponent, constant
-    )
+    return Variable(z, z.new_ones(()), HSIC_KERNELS.index("polynomial"), degree, diagonal, linear, exponent, constant)
 
 
 def _ordinary_products(sizes: tuple[float, float], d: int, degree: int, gamma: float, coef0: float) -> bool:
@@ -336,7 +334,9 @@ def _together_reduced(exponent: Tensor, factor: float, column: float, x: Tensor)
     given = [torch.full((), v, dtype=torch.float64, device=x.device) for v in (factor, column, x.shape[-1] + 1)]
     of_rows, of_column, of_width = (_exponent(v) + 1 for v in given)
     total = torch.maximum(exponent + 1 + of_rows, of_column) + (of_width + 1) // 2
-    factors = [times_two_to(v, e).to(x.dtype)[..., None, None] for v, e in zip(given, (exponent - total, -total))]
+    factors = [
+        times_two_to(v, e).to(x.dtype)[..., None, None] for v, e in zip(given, (exponent - total, -total), strict=True)
+    ]
     return factors, total
 
 

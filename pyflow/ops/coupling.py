@@ -178,9 +178,7 @@ def affine_coupling_packed(
         raise ValueError(f"{op}: dim must be in [{-x.dim()}, {x.dim() - 1}], got {dim}")
     dim %= x.dim()
     shape = x.shape
-    check.like(
-        op, "params", params, "x doubled along dim", shape[:dim] + (2 * shape[dim],) + shape[dim + 1 :], x.device
-    )
+    check.like(op, "params", params, "x doubled along dim", (*shape[:dim], 2 * shape[dim], *shape[dim + 1 :]), x.device)
     layout = check.choice(op, "packing", packing, PACKINGS)
     index, arg = scale_map_constant(op, scale_map, clamp, eps, slope)
     event_dims = _event_dims(op, x, event_dims)

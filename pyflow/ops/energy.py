@@ -350,7 +350,7 @@ def step_size(op: str, alpha: object, z: Tensor) -> Tensor:
 
 def _accept_reference(z, z_new, u, u_new, grad, grad_new, alpha, seed, step):
     outputs = ref.mala_accept(z, z_new, u, u_new, grad, grad_new, alpha, seed, step)
-    return *(torch.empty_like(like).copy_(value) for like, value in zip((z, u, grad), outputs)), outputs[3]
+    return *(torch.empty_like(like).copy_(value) for like, value in zip((z, u, grad), outputs, strict=True)), outputs[3]
 
 
 def _accept_fake(z, z_new, u, u_new, grad, grad_new, alpha, seed, step):

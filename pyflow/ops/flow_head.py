@@ -77,7 +77,7 @@ def _backward(ctx, grad):
 
 
 def _vmap(info, in_dims, h, log_scale, prior):
-    single = lambda *args: (torch.ops.pyflow.flow_log_prob(*args),)  # noqa: E731
+    single = lambda *args: (torch.ops.pyflow.flow_log_prob(*args),)
     return one_by_one(info, in_dims, single, (h, log_scale), prior)[0], 0
 
 

@@ -222,11 +222,15 @@ def checked_levels(op: str, levels: Sequence[int], variant: str, numbered: bool)
     if not whole or not levels or min(levels) < 2:
         raise ValueError(f"{op}: levels must be integers >= 2, got {check.shown(tuple(levels))}")
     if max(levels) > MOST_LEVELS:
-        raise ValueError(f"{op}: levels must be at most 2**22, which float32 can tell apart, got {check.shown(tuple(levels))}")
+        raise ValueError(
+            f"{op}: levels must be at most 2**22, which float32 can tell apart, got {check.shown(tuple(levels))}"
+        )
     if variant in ("vqp", "hard") and min(levels) == 2:
         raise ValueError(f"{op}: levels must be at least 3 for variant {variant}, got {check.shown(tuple(levels))}")
     if numbered and math.prod(levels) > 2**63:
-        raise ValueError(f"{op}: levels must have a product of at most 2**63 to be numbered, got {check.shown(tuple(levels))}")
+        raise ValueError(
+            f"{op}: levels must have a product of at most 2**63 to be numbered, got {check.shown(tuple(levels))}"
+        )
     return [int(n) for n in levels]
 
 
@@ -313,7 +317,7 @@ def _backward_setup(ctx, inputs, output):
 
 
 def _backward_backward(ctx, grad):
-    formula = lambda g, z: (ref.fsq_backward(g, z, ctx.levels, variant=FSQ_VARIANTS[ctx.variant]),)  # noqa: E731
+    formula = lambda g, z: (ref.fsq_backward(g, z, ctx.levels, variant=FSQ_VARIANTS[ctx.variant]),)
     return (*vector_jacobian(formula, ctx.saved_tensors, (grad,)), None, None)
 
 
@@ -368,9 +372,9 @@ def _residual_vmap(info, in_dims, x, levels, variant, stages, active):
     if in_dims[4] is not None:
         calls = [
             torch.ops.pyflow.residual_fsq(one, levels, variant, stages, n)
-            for one, n in zip(*batch_first(info, (in_dims[0], in_dims[4]), x, active))
+            for one, n in zip(*batch_first(info, (in_dims[0], in_dims[4]), x, active), strict=True)
         ]
-        return tuple(torch.stack(outputs) for outputs in zip(*calls)), (0, 0)
+        return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0, 0)
     return torch.ops.pyflow.residual_fsq(x.movedim(in_dims[0], 1), levels, variant, stages, active), (1, 0)
 
 
@@ -402,7 +406,7 @@ def _residual_backward_vmap(info, in_dims, grad, x, levels, variant, stages, act
     if in_dims[5] is not None:
         calls = [
             torch.ops.pyflow.residual_fsq_backward(g, one, levels, variant, stages, n)
-            for g, one, n in zip(*batch_first(info, (*in_dims[:2], in_dims[5]), grad, x, active))
+            for g, one, n in zip(*batch_first(info, (*in_dims[:2], in_dims[5]), grad, x, active), strict=True)
         ]
         return torch.stack(calls), 0
     both = _channels_then_batch(info, in_dims, grad, x)

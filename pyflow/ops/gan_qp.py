@@ -226,7 +226,7 @@ def _vmap(info, in_dims, *args):
 
 def _backward_reference(grad, t_real, t_fake, d, lam, eps):
     grads = ref.gan_qp_loss_backward(grad, t_real, t_fake, d, lam=lam, eps=eps)
-    return tuple(torch.empty_like(t).copy_(g) for t, g in zip((t_real, t_fake), grads))
+    return tuple(torch.empty_like(t).copy_(g) for t, g in zip((t_real, t_fake), grads, strict=True))
 
 
 def _backward_fake(grad, t_real, t_fake, d, lam, eps):

@@ -204,7 +204,7 @@ def hsic_matrix(
         own = result[..., p * q :]
         cross = ratio(result[..., : p * q].unflatten(-1, (p, q)), own[..., :p, None], own[..., None, p:])
     else:
-        parts = [whole(value, every[a], every[b]) for value, (a, b) in zip(result.unbind(-1), pairs)]
+        parts = [whole(value, every[a], every[b]) for value, (a, b) in zip(result.unbind(-1), pairs, strict=True)]
         cross = torch.stack(parts, -1).unflatten(-1, (p, q))
     return cross.to(every[0].z.dtype)
 
@@ -256,7 +256,7 @@ def _overlaps(tensor: Tensor) -> bool:
     """Whether two elements lie at one address, by a step along one or two dims."""
     if not tensor.numel():
         return False
-    dims = [(size, step) for size, step in zip(tensor.shape, tensor.stride()) if size > 1]
+    dims = [(size, step) for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     if any(step == 0 for _, step in dims):
         return True
     steps = ((a, b, math.gcd(a[1], b[1])) for i, a in enumerate(dims) for b in dims[:i])
@@ -277,7 +277,7 @@ def values(
     `visit` stands in for `sums`.
     """
     result = []
-    for (a, b), (value, lost, _) in zip(pairs, estimates(op, every, pairs, estimator, allow_tf32, visit)):
+    for (a, b), (value, lost, _) in zip(pairs, estimates(op, every, pairs, estimator, allow_tf32, visit), strict=True):
         if lost is not None:
             value = torch.where(lost, 0.0, value)
         for m in {a, b}:
@@ -300,7 +300,7 @@ def estimates(
     n = every[0].z.shape[-2]
     if all(v.linear for v in every):
         used = [every[m] for pair in pairs for m in pair]
-        widths = [(a.z.shape[-1], b.z.shape[-1]) for a, b in zip(used[::2], used[1::2])]
+        widths = [(a.z.shape[-1], b.z.shape[-1]) for a, b in zip(used[::2], used[1::2], strict=True)]
         if sum(a * b for a, b in widths) < n * sum(v.z.shape[-1] for v in every) / 2:
             return [_of_covariance(every[a], every[b], estimator, a == b) for a, b in pairs]
     rows, cross, shift = (visit or sums)(op, every, pairs, allow_tf32)
@@ -345,7 +345,7 @@ def sums(
     part: int = 0,
     parts: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row sums (*batch, M, n) and sums of products (*batch, P) over i != j of K - shift, and shift (*batch, M); float64.
+    """Row sums (*batch, M, n), sums of products (*batch, P) over i != j of K - shift, and shift (*batch, M); float64.
 
     HSIC is the same for any shift. Of the tiles only part `part` of `parts` is visited: row sums and sums of products
     of all parts add up.
@@ -414,7 +414,7 @@ def _fake(z, scale, kernels, degrees, pairs, allow_tf32, part, parts):
 
 
 def _setup(ctx, inputs, output):
-    z, scale, *ctx.grams, part, ctx.parts = inputs
+    z, scale, *ctx.grams, _part, ctx.parts = inputs
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(*z, scale)
 
@@ -435,7 +435,7 @@ def _backward(ctx, grad_rows, grad_cross, _):
 def _of_scale(grads, z, scale):
     """Gradient of the scales: that of z scales with them."""
     # a kernel of distances does not change where all rows move, so centring is free
-    dots = [(grad * ref.centred(part)).sum((-2, -1)) for grad, part in zip(grads, z)]
+    dots = [(grad * ref.centred(part)).sum((-2, -1)) for grad, part in zip(grads, z, strict=True)]
     return torch.stack(dots, -1) / scale
 
 
@@ -444,7 +444,7 @@ def _vmap(info, in_dims, z, scale, *options):
 
 
 def _sums_gradient(grad_rows, grad_cross, z, scale, kernels, degrees, pairs, allow_tf32):
-    formula = lambda *z: ref.hsic_sums(z, scale, kernels, degrees, pairs)[:2]  # noqa: E731
+    formula = lambda *z: ref.hsic_sums(z, scale, kernels, degrees, pairs)[:2]
     return vector_jacobian(formula, z, (grad_rows, grad_cross))
 
 
@@ -483,7 +483,7 @@ register(
 
 
 def _permuted_vmap(info, in_dims, *tensors):
-    single = lambda *slices: (torch.ops.pyflow.hsic_permuted(*slices),)  # noqa: E731
+    single = lambda *slices: (torch.ops.pyflow.hsic_permuted(*slices),)
     return one_by_one(info, in_dims, single, tensors)[0], 0
 
 

@@ -79,9 +79,10 @@ def regularised(op: str, v: Variable, epsilon: float) -> Tensor:
         rounding = torch.where(v.constant, 0.0, rounding)
         centred = torch.where(v.constant[..., None, None], 0.0, centred)
     lost = ~(rounding < epsilon)
-    if check.values_are_checked(rounding) and bool(lost.any()):
+    if not check.values_are_checked(rounding):
+        centred = torch.where(lost[..., None, None], math.nan, centred)
+    elif bool(lost.any()):
         least = f"{rounding.amax().item():.3g}"
         raise ValueError(f"{op}: epsilon must be above the rounding of the kernel matrix, {least}, got {epsilon}")
-    centred = torch.where(lost[..., None, None], math.nan, centred)
     factor, _ = torch.linalg.cholesky_ex(centred + epsilon * n * torch.eye(n, dtype=gram.dtype, device=gram.device))
     return torch.cholesky_solve(centred, factor)

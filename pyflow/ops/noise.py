@@ -245,7 +245,7 @@ def _as_tensors_have_it(device: torch.device) -> torch.device:
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    return len(shape) <= len(to) and all(m in (1, n) for m, n in zip(reversed(shape), reversed(to)))
+    return len(shape) <= len(to) and all(m in (1, n) for m, n in zip(reversed(shape), reversed(to), strict=False))
 
 
 # what torch must know of each operator, arguments in the order of its schema

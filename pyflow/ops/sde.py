@@ -344,7 +344,8 @@ def _setup(ctx, inputs, output):
     x, score, a, b, c, seed, step, noise, ctx.purpose, ctx.return_mean = inputs
     needs = ctx.needs_input_grad
     ctx.dtypes = [
-        t.dtype if t is not None and need else None for t, need in zip((x, score, noise), (*needs[:2], needs[7]))
+        t.dtype if t is not None and need else None
+        for t, need in zip((x, score, noise), (*needs[:2], needs[7]), strict=True)
     ]
     ctx.f64 = x.dtype == torch.float64
     ctx.set_materialize_grads(False)
@@ -364,7 +365,7 @@ def _backward(ctx, grad, grad_mean):
     of_x, of_score, of_noise, sums = call(
         "sde_step_backward", grad, grad_mean, *saved, ctx.purpose, *ctx.dtypes, ctx.f64
     )  # fmt: skip
-    grads = [None if dtype is None else g for dtype, g in zip(ctx.dtypes, (of_x, of_score, of_noise))]
+    grads = [None if dtype is None else g for dtype, g in zip(ctx.dtypes, (of_x, of_score, of_noise), strict=True)]
     needs = ctx.needs_input_grad
     of = [_of_coefficient(sums[i], t) if needs[2 + i] else None for i, t in enumerate((a, b, c))]
     return *grads[:2], *of, None, None, grads[2], None, None
@@ -399,7 +400,7 @@ def _backward_reference(grad, grad_mean, *rest):
     of_x, of_score, of_noise, sums = _formula(purpose, f64)(grad, grad_mean, *tensors)
     outputs = [
         _like(lead, dtype) if dtype is None else _copy_like(lead, value, dtype)
-        for dtype, value in zip((x_dtype, score_dtype, noise_dtype), (of_x, of_score, of_noise))
+        for dtype, value in zip((x_dtype, score_dtype, noise_dtype), (of_x, of_score, of_noise), strict=True)
     ]
     return *outputs, lead.new_empty(0, dtype=of_x.dtype) if sums is None else sums.contiguous()
 
@@ -426,9 +427,9 @@ def _backward_backward(ctx, *grads):
     def formula(*tensors):
         *inner, noise = tensors
         out = _formula(ctx.purpose, ctx.f64)(*inner, seed, step, noise)
-        return tuple(value for value, due in zip(out, asked) if due)
+        return tuple(value for value, due in zip(out, asked, strict=True) if due)
 
-    kept = [grad for grad, due in zip(grads, asked) if due]
+    kept = [grad for grad, due in zip(grads, asked, strict=True) if due]
     inner = vector_jacobian(formula, (*variables, noise), kept)
     return (*inner[:7], None, None, inner[7], *(None,) * 5)
 
@@ -456,7 +457,7 @@ def _loss_backward(ctx, grad):
 
 
 def _loss_vmap(info, in_dims, *tensors):
-    single = lambda *args: (torch.ops.pyflow.denoising_loss(*args),)  # noqa: E731
+    single = lambda *args: (torch.ops.pyflow.denoising_loss(*args),)
     return one_by_one(info, in_dims, single, tensors)[0], 0
 
 
@@ -502,13 +503,13 @@ def _squares_backward(ctx, grad):
     needs = ctx.needs_input_grad
     of = [
         (2 * ref.column(g, t) * t).to(t.dtype) if need else None
-        for g, t, need in zip(grad, (score, noise), (needs[0], needs[3]))
+        for g, t, need in zip(grad, (score, noise), (needs[0], needs[3]), strict=True)
     ]
     return of[0], None, None, of[1], None
 
 
 def _squares_vmap(info, in_dims, *args):
-    single = lambda *tensors: (torch.ops.pyflow.langevin_squares(*tensors),)  # noqa: E731
+    single = lambda *tensors: (torch.ops.pyflow.langevin_squares(*tensors),)
     return one_by_one(info, in_dims, single, args[:4], *args[4:])[0], 0
 
 

@@ -74,22 +74,22 @@ def spectral_normalize(
     vectors = [w.dim() == 1 for w in weights]
     return (
         scaled,
-        [None if vector else x for vector, x in zip(vectors, new_u)],
-        [None if vector else x for vector, x in zip(vectors, new_v)],
+        [None if vector else x for vector, x in zip(vectors, new_u, strict=True)],
+        [None if vector else x for vector, x in zip(vectors, new_v, strict=True)],
         sigmas,
     )
 
 
 def _checked(op: str, *lists: object) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The three lists, with an empty tensor for the u and v of a vector."""
-    for name, values in zip(("weights", "u", "v"), lists):
+    for name, values in zip(("weights", "u", "v"), lists, strict=True):
         if not isinstance(values, (list, tuple)):
             raise TypeError(f"{op}: {name} must be a list, got {type(values).__name__}")
         if len(values) != len(lists[0]):
             raise ValueError(f"{op}: {name} must be as many as weights, {len(lists[0])}, got {len(values)}")
     if not lists[0]:
         raise ValueError(f"{op}: weights must hold at least one tensor, got an empty list")
-    for i, (weight, *vectors) in enumerate(zip(*lists)):
+    for i, (weight, *vectors) in enumerate(zip(*lists, strict=True)):
         check.float_tensor(op, f"weights[{i}]", weight)
         if weight.dim() == 0:
             raise ValueError(f"{op}: weights[{i}] must have at least one dim, got a scalar")
@@ -98,7 +98,7 @@ def _checked(op: str, *lists: object) -> tuple[list[Tensor], list[Tensor], list[
         rows, size = weight.shape[0], weight.numel()
         if weight.dim() > 1 and size == 0:
             raise ValueError(f"{op}: weights[{i}] must not be empty, got shape {tuple(weight.shape)}")
-        for name, vector, length in zip("uv", vectors, (rows, size // max(rows, 1))):
+        for name, vector, length in zip("uv", vectors, (rows, size // max(rows, 1)), strict=True):
             if weight.dim() == 1:
                 if vector is not None:
                     raise ValueError(f"{op}: {name}[{i}] must be None, weights[{i}] is a vector")
@@ -123,7 +123,7 @@ def _parts(tensors, count):
 
 
 def _like(weights, values):
-    return [torch.empty_like(w).copy_(x) for w, x in zip(weights, values)]
+    return [torch.empty_like(w).copy_(x) for w, x in zip(weights, values, strict=True)]
 
 
 def _reference(weights, u, v, n_iter):
@@ -155,7 +155,7 @@ def _backward(ctx, grads):
 
 def _present(grads, like):
     """Gradients with none missing and none sparse, as embeddings give them."""
-    grads = [t.new_zeros(()).expand(t.shape) if g is None else g for g, t in zip(grads, like)]
+    grads = [t.new_zeros(()).expand(t.shape) if g is None else g for g, t in zip(grads, like, strict=True)]
     return [g if g.layout == torch.strided else g.to_dense() for g in grads]
 
 

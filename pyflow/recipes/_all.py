@@ -139,7 +139,7 @@ def document(results: Sequence[Result], quick: bool) -> str:
     size = "quick runs, which show that everything works and not how well" if quick else "full runs"
     rows = "".join(
         f'<tr><td><a href="#{r.name}">{r.name}</a></td><td class="seconds">{r.seconds:.1f} s</td>'
-        f'<td{"" if r.status == 0 else " class=failed"}>{r.verdict}</td></tr>'
+        f"<td{'' if r.status == 0 else ' class=failed'}>{r.verdict}</td></tr>"
         for r in results
     )
     return (

@@ -45,7 +45,7 @@ def plain_rows(sde: VPSDE, steps: int, eps: float, device: torch.device) -> list
     # the last step adds no noise
     c = torch.cat((beta[:-1].sqrt(), beta.new_zeros(1)))
     columns = torch.stack((t, 1 + beta / 2, beta, c)).float().to(device)
-    return [*zip(*(column.unbind() for column in columns))]
+    return [*zip(*(column.unbind() for column in columns), strict=True)]
 
 
 def plain_step(score: Score, noise: Callable[[Tensor], Tensor] = torch.randn_like) -> Callable[..., Tensor]:

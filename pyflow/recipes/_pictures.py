@@ -11,9 +11,9 @@ import torch
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.gridspec import GridSpec  # noqa: E402
-from torch import Tensor  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.gridspec import GridSpec
+from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", default="digits", metavar="DATA",
         help=f"{', '.join(_data.NAMES)}, faces (of scikit-image) or a folder of images; default digits",
     )  # fmt: skip
-    parser.add_argument("--steps", type=_demo.positive, help=f"of generator and encoder, default at most {Settings.steps}")
+    parser.add_argument(
+        "--steps", type=_demo.positive, help=f"of generator and encoder, default at most {Settings.steps}"
+    )
     parser.add_argument("--latent", type=_demo.positive, help=f"numbers in a latent, default {Settings.latent}")
     parser.add_argument("--seed", type=_demo.seed, default=0, help="of weights, batches and latents")
     parser.add_argument(
@@ -117,7 +120,7 @@ def demo(images: _data.Images, settings: Settings, args: argparse.Namespace, dev
 def layers(*sizes: int) -> nn.Sequential:
     """Linear layers with a leaky ReLU between them."""
     parts: list[nn.Module] = []
-    for size, following in zip(sizes, sizes[1:]):
+    for size, following in itertools.pairwise(sizes):
         parts += [nn.Linear(size, following), nn.LeakyReLU(0.2)]
     return nn.Sequential(*parts[:-1])
 
@@ -254,7 +257,7 @@ def picture(
     weights = torch.linspace(0, 1, COLUMNS, device=test.device)[:, None]
     with torch.no_grad():
         starts, ends = model.encoder(test[: min(6, len(test) // 2 * 2)]).chunk(2)
-        ways = torch.stack([model.generator(torch.lerp(a, b, weights)) for a, b in zip(starts, ends)])
+        ways = torch.stack([model.generator(torch.lerp(a, b, weights)) for a, b in zip(starts, ends, strict=True)])
     grid = samples[: 2 * COLUMNS].unflatten(0, (-1, COLUMNS))
 
     def panel(title: str, labels: list[str], values: Tensor) -> _pictures.Panel:

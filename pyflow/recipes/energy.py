@@ -27,7 +27,7 @@ from .nice import threads
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 # of the grid: places of its modes on each axis, and their standard deviation
 PLACES, SPREAD = (-4.0, -2.0, 0.0, 2.0, 4.0), 0.1
@@ -74,7 +74,9 @@ QUICK = {"steps": 200, "average": 0.98, "samples": 500, "chain_steps": 40}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=_demo.positive, help=f"of the generators, default {GRID.steps} and {DIGITS.steps}")
+    parser.add_argument(
+        "--steps", type=_demo.positive, help=f"of the generators, default {GRID.steps} and {DIGITS.steps}"
+    )
     parser.add_argument("--chain-steps", type=_demo.positive, help=f"of the chains, default {GRID.chain_steps}")
     parser.add_argument(
         "--held-out", type=_held_out, help="digits that are the anomaly in turn: a list as 1,5 or all; "
@@ -151,7 +153,7 @@ def demo(
         scores.append((u, anomalous))
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     print(f"\n{'AUPRC, held out':<16}" + "".join(f"{name:>12}" for name in mean))
-    for digit, row in (*zip(held_out, rows), ("mean", mean)):
+    for digit, row in (*zip(held_out, rows, strict=True), ("mean", mean)):
         print(f"{digit!s:<16}" + "".join(f"{value:>12.3f}" for value in row.values()))
 
     model, train = models[0]
@@ -242,7 +244,8 @@ def fit(model: MEG, draw: Callable[[int], Tensor], settings: Settings, name: str
     parts = (model.energy, model.generator, model.pairing)
     rates = (settings.rate, settings.generator_rate, settings.rate)
     optimizers = [
-        torch.optim.Adam(part.parameters(), rate, betas=(0.5, 0.9), fused=True) for part, rate in zip(parts, rates)
+        torch.optim.Adam(part.parameters(), rate, betas=(0.5, 0.9), fused=True)
+        for part, rate in zip(parts, rates, strict=True)
     ]
     # full rates for a half, then a line down to 0
     schedules = [
@@ -328,7 +331,7 @@ def picture(
     for axis, x, title in ((axes[0, 1], before, "generator"), (axes[0, 2], after, "after MALA")):
         axis.plot(*x.cpu().numpy().T, ".", markersize=1.5, color="0.2")
         axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-    for axis, (name, x) in zip(axes[1], drawn.items()):
+    for axis, (name, x) in zip(axes[1], drawn.items(), strict=True):
         tiles = x.reshape(8, 8, 8, 8).permute(0, 2, 1, 3).reshape(64, 64).cpu().numpy()
         axis.imshow(tiles, cmap="gray", vmin=-1, vmax=1)
         axis.set_title(f"digits, {name}")

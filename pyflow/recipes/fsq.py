@@ -103,7 +103,7 @@ def demo(
     print(
         f"{len(train):,} tiles of {_data.TILE} x {_data.TILE} pixels to train on, {len(test):,} held out, no pixel in "
         f"two, from {len(photographs.names)} photographs: {shortened(photographs.names)}\n"
-        f"the same first weights and batches for all, {settings.steps:,} steps each; one token for {DOWN} x {DOWN} pixels"
+        f"the same initial weights and batches, {settings.steps:,} steps each; one token per {DOWN} x {DOWN} pixels"
     )
     for name in VQS[args.vq]:
         options = [f"{key}={value}" for key, value in REVIVED.items() if name == "VQ revived"]
@@ -118,9 +118,7 @@ def demo(
     print(f"\n{table(scores)}\nusage and perplexity: of the {tokens:,} tokens of all tiles; the rest held out alone\n")
     sentences = verdict(scores)
     print("\n".join(sentences))
-    print(
-        f"The paper's figures are of ImageNet, these of {settings.steps:,} steps on {len(photographs.names)} photographs."
-    )
+    print(f"The paper measured ImageNet; these are {settings.steps:,} steps on {len(photographs.names)} photographs.")
     picture(models, scores, test, f"{settings.steps:,} steps each, seed {args.seed}", args.out)
     return {
         "data": str(args.data or "scikit-image, scikit-learn"), "photographs": photographs.names, "seed": args.seed,
@@ -220,7 +218,7 @@ def crops(tiles: Tensor, n: int, size: int, generator: torch.Generator) -> Tenso
     """n random crops (n, 3, size, size) of the tiles."""
     which = torch.randint(len(tiles), (n,), generator=generator).tolist()
     corners = torch.randint(_data.TILE - size + 1, (n, 2), generator=generator).tolist()
-    return torch.stack([tiles[i, :, y : y + size, x : x + size] for i, (y, x) in zip(which, corners)])
+    return torch.stack([tiles[i, :, y : y + size, x : x + size] for i, (y, x) in zip(which, corners, strict=True)])
 
 
 def scaled(pixels: Tensor) -> Tensor:
@@ -260,7 +258,7 @@ def score(model: Autoencoder, photographs: _data.Photographs, name: str, codes: 
 
 def table(scores: Sequence[Score]) -> str:
     words = ("codes", "MSE", "PSNR", "usage", "perplexity", "held out", "perplexity", "s/step")
-    lines = [" " * 12 + "".join(f"{word:>{n}}" for word, n in zip(words, (7, 10, 10, 9, 12, 10, 12, 9)))]
+    lines = [" " * 12 + "".join(f"{word:>{n}}" for word, n in zip(words, (7, 10, 10, 9, 12, 10, 12, 9), strict=True))]
     lines += [
         f"{s.quantizer:<12}{s.codes:>7,}{s.mse:>10.5f}{s.psnr:>7.2f} dB{s.usage:>8.1%} {s.perplexity:>11,.0f}"
         f"{s.held_out_usage:>10.1%}{s.held_out_perplexity:>12,.0f}{s.step_seconds:>9.4f}"
@@ -290,9 +288,9 @@ def partly(fsq: Sequence[Score]) -> str:
 
 def crossover(fsq: Sequence[Score], vq: Sequence[Score]) -> str:
     """One sentence on who reconstructs better below and above CROSSOVER codes."""
-    gains = [theirs.psnr - ours.psnr for ours, theirs in zip(fsq, vq)]
-    said = [f"at {s.codes:,} codes {winner(gain, vq[0].quantizer)}" for s, gain in zip(fsq, gains)]
-    holds = all(gain > EQUAL if s.codes < CROSSOVER else gain < -EQUAL for s, gain in zip(fsq, gains))
+    gains = [theirs.psnr - ours.psnr for ours, theirs in zip(fsq, vq, strict=True)]
+    said = [f"at {s.codes:,} codes {winner(gain, vq[0].quantizer)}" for s, gain in zip(fsq, gains, strict=True)]
+    holds = all(gain > EQUAL if s.codes < CROSSOVER else gain < -EQUAL for s, gain in zip(fsq, gains, strict=True))
     more = [f"{s[0].quantizer} {s[-1].psnr - s[0].psnr:+.2f} dB" for s in (fsq, vq)]
     return (
         f"Paper: VQ reconstructs better below about {CROSSOVER:,} codes, FSQ above. Here, {' and '.join(said)}: "
@@ -314,12 +312,12 @@ def picture(models: Sequence[Autoencoder], scores: Sequence[Score], test: Tensor
     drawn = [reconstruct(model, tiles) for model in models]
 
     def rows(title: str, codes: int, images: Sequence[Tensor]) -> _pictures.Panel:
-        here = [(s, image) for s, image in zip(scores, images) if s.codes == codes]
+        here = [(s, image) for s, image in zip(scores, images, strict=True) if s.codes == codes]
         labels = [f"{s.quantizer}\n{s.psnr:.1f} dB\n{s.usage:.0%} used" for s, _ in here]
         return _pictures.Panel(f"{codes:,} codes: {title}", labels, torch.stack([image for _, image in here]))
 
     reconstructions = [pixels.movedim(1, -1) for pixels, _ in drawn]
-    maps = [_pictures.code_map(tokens, s.codes) for s, (_, tokens) in zip(scores, drawn)]
+    maps = [_pictures.code_map(tokens, s.codes) for s, (_, tokens) in zip(scores, drawn, strict=True)]
     panels = [_pictures.Panel("Held-out photographs", ["original"], tiles.movedim(1, -1)[None] / 255)]
     sizes = list(dict.fromkeys(s.codes for s in scores))
     panels += [rows("reconstruction", codes, reconstructions) for codes in sizes]

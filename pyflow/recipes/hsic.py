@@ -15,16 +15,18 @@ import torch
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402
-from sklearn.datasets import load_diabetes, load_digits, load_wine  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import itertools
 
-from pyflow.nn import HSICBottleneck  # noqa: E402
-from pyflow.stats import HSICTest, RepresentationComparison, compare_representations, hsic_test  # noqa: E402
+from matplotlib import pyplot as plt
+from sklearn.datasets import load_diabetes, load_digits, load_wine
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from . import _demo  # noqa: E402
-from .nice import synchronize, threads  # noqa: E402
+from pyflow.nn import HSICBottleneck
+from pyflow.stats import HSICTest, RepresentationComparison, compare_representations, hsic_test
+
+from . import _demo
+from .nice import synchronize, threads
 
 LEVEL = 0.05
 NETWORKS = ("HSIC bottleneck", "backpropagation", "head on untrained layers")
@@ -132,7 +134,7 @@ def demo(settings: Settings, args: argparse.Namespace, device: torch.device) -> 
 
     comparison = compare(models["HSIC bottleneck"], models["backpropagation"], digits.test_x)
     alike = comparison.cka.diagonal().tolist()
-    said = ", ".join(f"{name} {value:.2f}" for name, value in zip(comparison.layers1, alike))
+    said = ", ".join(f"{name} {value:.2f}" for name, value in zip(comparison.layers1, alike, strict=True))
     print(f"\nCKA of the layers of both, held out: {said}")
     picture(tests, curves, comparison, settings, args.out)
     return {
@@ -194,7 +196,7 @@ def build(settings: Settings, seed: int) -> HSICBottleneck:
     """The network, with the same first weights whatever its training."""
     torch.manual_seed(seed)
     widths = [64, *[settings.width] * settings.depth]
-    layers = [nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()) for a, b in zip(widths, widths[1:])]
+    layers = [nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()) for a, b in itertools.pairwise(widths)]
     adam = partial(torch.optim.Adam, lr=settings.rate)
     return HSICBottleneck(
         layers, nn.Linear(settings.width, 10), beta=settings.beta, sigma=settings.sigma, optimizer=adam
@@ -218,9 +220,7 @@ def stepper(model: HSICBottleneck, name: str, settings: Settings) -> Callable[[T
     return step
 
 
-def train(
-    model: HSICBottleneck, name: str, digits: Digits, settings: Settings, seed: int
-) -> tuple[list[float], float]:
+def train(model: HSICBottleneck, name: str, digits: Digits, settings: Settings, seed: int) -> tuple[list[float], float]:
     """(held-out accuracy after every epoch, seconds per epoch)."""
     step = stepper(model, name, settings)
     generator = torch.Generator().manual_seed(seed)
@@ -261,7 +261,7 @@ def picture(
     out: Path,
 ) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(13, 9.5), layout="constrained", facecolor="white")
-    for panel, (title, tested) in zip(axes[0], tests.items()):
+    for panel, (title, tested) in zip(axes[0], tests.items(), strict=True):
         features = tested.features
         rows = range(len(features))
         colours = ["#c2552d" if f.pvalue <= LEVEL else "0.75" for f in features]
@@ -270,7 +270,7 @@ def picture(
         panel.set_yticks(rows, [f.name for f in features], fontsize=8)
         panel.invert_yaxis()
         edge = max(max(f.hsic, f.usual) for f in features)
-        for row, f in zip(rows, features):
+        for row, f in zip(rows, features, strict=True):
             panel.text(max(f.hsic, f.usual) + 0.015 * edge, row, f"p = {f.pvalue:.2g}", va="center", fontsize=8)
         panel.set_xlim(0, 1.2 * edge)
         panel.set_xlabel("normalised HSIC with the target")

@@ -185,7 +185,7 @@ def stepper(flow: NICE, settings: Settings) -> Callable[[Tensor, float], Tensor]
 @torch.no_grad()
 def follow(average: NICE, flow: NICE, weight: float) -> None:
     """Move the average's parameters a part of the way to the flow's."""
-    for a, p in zip(average.parameters(), flow.parameters()):
+    for a, p in zip(average.parameters(), flow.parameters(), strict=True):
         a.lerp_(p, weight)
 
 

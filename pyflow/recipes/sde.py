@@ -61,7 +61,9 @@ QUICK = Settings(steps=60, warmup=10, sampling_steps=50, samples=64, scored=40, 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_demo.positive, help=f"of training, default {Settings.steps}")
     parser.add_argument(
-        "--sampling-steps", type=_demo.positive, help=f"of every sampler, more than 20, default {Settings.sampling_steps}"
+        "--sampling-steps",
+        type=_demo.positive,
+        help=f"of every sampler, more than 20, default {Settings.sampling_steps}",
     )
     parser.add_argument("--seed", type=_demo.seed, default=0, help="of weights, batches, noise and samples")
     parser.add_argument("--out", type=Path, default=Path("outputs/sde.png"), help="the picture; metrics go beside it")
@@ -126,7 +128,7 @@ def demo(images: _data.Images, settings: Settings, args: argparse.Namespace, dev
         "likelihoods": likelihoods,
         "methods": [
             {"method": d.method, "scores_per_step": d.scores_per_step, "steps_per_second": d.steps_per_second,
-             "energy_distance": distance} for d, distance in zip(drawn, distances)
+             "energy_distance": distance} for d, distance in zip(drawn, distances, strict=True)
         ],
         "energy_distances_among_digits": among_digits, "steps_per_second": paces, "loop_difference": error,
         "alone": [
@@ -304,7 +306,7 @@ def compare(drawn: Sequence[Drawn], images: _data.Images, size: int) -> tuple[li
     among = [energy_distance(part, test) for part in digits.split(size)[: max(1, len(digits) // size)]]
     distances = [energy_distance(d.samples, test) for d in drawn]
     print(f"\n{'samples':<20}{'scores/step':>13}{'steps/s':>10}{'energy distance':>18}")
-    for d, distance in zip(drawn, distances):
+    for d, distance in zip(drawn, distances, strict=True):
         print(f"{d.method:<20}{d.scores_per_step:>13}{d.steps_per_second:>10,.0f}{distance:>18.4f}")
     print(
         f"{size} samples at a time; the distance is to the {len(test)} held-out digits, {min(among):.4f} to "

@@ -20,9 +20,9 @@ from . import _demo
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.patches import Circle, Wedge  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import Circle, Wedge
 
 TAU = 2 * math.pi
 POINTS = (2, 3, 4, 8, 16, 64, 256)
@@ -50,7 +50,9 @@ class Curve:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--points", type=_demo.positive, nargs="+", default=POINTS, metavar="N", help="a curve for each n")
+    parser.add_argument(
+        "--points", type=_demo.positive, nargs="+", default=POINTS, metavar="N", help="a curve for each n"
+    )
     parser.add_argument("--trials", type=_demo.positive, help="of each curve, default 4,000,000")
     parser.add_argument("--seed", type=_demo.seed, default=0, help="of the trials")
     parser.add_argument("--out", type=Path, default=Path("outputs/sector.png"), help="picture; figures go beside it")
@@ -76,9 +78,14 @@ def demo(args: argparse.Namespace, trials: int) -> dict[str, object]:
     print(table(curves))
     deviations = np.concatenate([c.deviations for c in curves])
     worst, within = np.abs(deviations).max(), (np.abs(deviations) <= 1).mean()
-    print(f"\nof {len(deviations)} points {within:.0%} lie within one standard error (68 % are due), the worst {worst:.1f}")
+    print(
+        f"\nof {len(deviations)} points {within:.0%} lie within one standard error (68 % expected), worst {worst:.1f}"
+    )
     exact, ducks = sector_probability(DUCKS, HALF), sector_probability_mc(DUCKS, HALF, trials, args.seed, step=1)
-    print(f"four ducks, half a pond: 1/2 (formula {exact:.15f}, trials {ducks.probability:.5f} ± {ducks.standard_error:.5f})")
+    print(
+        f"four ducks, half a pond: 1/2 (formula {exact:.15f}, "
+        f"trials {ducks.probability:.5f} ± {ducks.standard_error:.5f})"
+    )
     log = sector_probability(10_000, HALF, log=True) / math.log(10)
     print(f"ten thousand ducks, half a pond: 10^{log:.1f}")
     ours, numpys = paces(min(trials, 200_000), args.seed, rounds=3 if args.quick else 11)
@@ -159,7 +166,7 @@ def picture(curves: Sequence[Curve], trials: int, args: argparse.Namespace) -> N
     )
     figure.suptitle("n random points of a disc inside one sector", fontsize=13, fontweight="bold", x=0.01, ha="left")
     colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(curves)))
-    for c, color in zip(curves, colors):
+    for c, color in zip(curves, colors, strict=True):
         theta = np.linspace(1e-3, TAU, 400)
         degrees = np.degrees(c.theta)
         main.plot(np.degrees(theta), sector_probability(c.n, theta), color=color, lw=1.3, label=f"n = {c.n:,}")
@@ -202,10 +209,10 @@ def draw_losses(axes: Axes) -> None:
     """Relative error of 1 - P from the sum as it stands, where all gaps are small."""
     share = np.linspace(1.2, 8, 200)
     sizes = (32, 64, 128, 256)
-    for n, color in zip(sizes, plt.get_cmap("viridis")(np.linspace(0, 0.9, len(sizes)))):
+    for n, color in zip(sizes, plt.get_cmap("viridis")(np.linspace(0, 0.9, len(sizes))), strict=True):
         theta = TAU * (1 - share / n)
         exact = sector_probability(n, theta, complement=True)
-        error = [abs((1 - plain_sum(n, t)) / e - 1) for t, e in zip(theta.tolist(), exact)]
+        error = [abs((1 - plain_sum(n, t)) / e - 1) for t, e in zip(theta.tolist(), exact, strict=True)]
         axes.semilogy(share, np.clip(error, 1e-17, 1e3), color=color, lw=1, label=f"n = {n}")
     axes.axhline(1e-12, color="crimson", lw=0.8, ls="--", label="pyflow's bound")
     axes.set(

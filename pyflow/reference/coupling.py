@@ -112,7 +112,7 @@ def affine_coupling(
 
 
 def _seen(mask: Tensor | None, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Masked elements are 0 from the start: what stands there reaches neither the result nor a gradient of any order."""
+    """Masked elements are set to 0 first: their values reach neither the result nor a gradient of any order."""
     if mask is None:
         return list(tensors)
     return [t if t is None else torch.where(mask, torch.zeros((), dtype=t.dtype, device=t.device), t) for t in tensors]

@@ -20,10 +20,7 @@ def _scaled(h: Tensor, log_scale: Tensor | None) -> tuple[Tensor, Tensor | None]
 
 def flow_log_prob(h: Tensor, log_scale: Tensor | None = None, *, prior: str = "gaussian") -> Tensor:
     z, log_scale = _scaled(h, log_scale)
-    if prior == "gaussian":
-        density = -0.5 * z * z - 0.5 * math.log(2 * math.pi)
-    else:
-        density = logsigmoid(-z) + logsigmoid(z)
+    density = -0.5 * z * z - 0.5 * math.log(2 * math.pi) if prior == "gaussian" else logsigmoid(-z) + logsigmoid(z)
     total = density.flatten(1).sum(1) if h.dim() > 1 else density
     return total if log_scale is None else total + log_scale.sum()
 

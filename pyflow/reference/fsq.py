@@ -35,7 +35,7 @@ def constants(levels: Sequence[int], variant: str) -> Constants:
     offset = [single(0.5 if n % 2 == 0 else 0.0) for n in levels]
     unbound = {"paper": math.tan, "hard": float}.get(variant, math.atanh)
     needs_shift = variant in ("vqp", "paper", "hard")
-    shift = [float(single(unbound(float(o / h)))) if needs_shift else 0.0 for o, h in zip(offset, half)]
+    shift = [float(single(unbound(float(o / h)))) if needs_shift else 0.0 for o, h in zip(offset, half, strict=True)]
     step = [float(single(2) / single(n - 1)) for n in levels]
     return Constants(
         [float(h) for h in half], shift, [float(o) for o in offset], [n // 2 for n in levels],

@@ -11,7 +11,6 @@ from torch import Tensor
 from .._schemas import HSIC_KERNELS
 from . import matmul
 
-
 # the mean squared distance is twice the sum of the variances, in units of the bandwidth; that of absolute ones, of
 # normal data, 2 / sqrt(pi) times the sum of the deviations
 WIDE_VARIANCE = 2.0
@@ -89,7 +88,7 @@ def hsic_sums(
     made = [gram(variable, scale[:, m], HSIC_KERNELS[kernels[m]], degrees[m]) for m, variable in enumerate(z)]
     grams = [matrix.double() for matrix, _ in made]
     rows = torch.stack([g.sum(-1) for g in grams], 1)
-    cross = [(grams[a] * grams[b]).sum((-2, -1)) for a, b in zip(pairs[::2], pairs[1::2])]
+    cross = [(grams[a] * grams[b]).sum((-2, -1)) for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
     shift = torch.stack([shift.double() for _, shift in made], 1)
     return rows, torch.stack(cross, 1) if cross else rows.new_zeros(len(scale), 0), shift
 

@@ -32,7 +32,7 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
         # the low 64 bits of a product are right whatever its sign
         p0, p1 = c[0] * MULTIPLIERS[0], c[2] * MULTIPLIERS[1]
         c = [(p1 >> 32 & MASK) ^ c[1] ^ k[0], p1 & MASK, (p0 >> 32 & MASK) ^ c[3] ^ k[1], p0 & MASK]
-        k = [(word + weyl) & MASK for word, weyl in zip(k, WEYL)]
+        k = [(word + weyl) & MASK for word, weyl in zip(k, WEYL, strict=True)]
     return c
 
 

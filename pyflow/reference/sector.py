@@ -208,7 +208,9 @@ def sector_counts(thresholds: Tensor, points: int, trials: int, seed: Tensor, st
             counter = trial * blocks + block
             words = philox((counter & MASK, counter >> 32, *steps), key)
             used = words[: points - 4 * block]
-            u = [positive_uniform(word) for word in used] + [torch.ones((), dtype=torch.float32, device=trial.device)] * (4 - len(used))
+            u = [positive_uniform(word) for word in used] + [
+                torch.ones((), dtype=torch.float32, device=trial.device)
+            ] * (4 - len(used))
             total += fixed_log((u[0] * u[1] * (u[2] * u[3])).clamp(min=2.0**-126))
             for word in used:
                 low = torch.minimum(low, word)

@@ -45,7 +45,7 @@ def spectral_normalize(
 ) -> Lists:
     """(weights, u, v, sigmas); u and v of a vector are passed through."""
     out: Lists = ([], [], [], [])
-    for weight, left, right in zip(weights, u, v):
+    for weight, left, right in zip(weights, u, v, strict=True):
         dtype = compute_dtype(weight.dtype)
         if weight.dim() == 1:
             new_left, new_right = left.clone(), right.clone()
@@ -59,7 +59,9 @@ def spectral_normalize(
                     new_left, new_right = iterate(matrix.detach(), left.to(dtype), right.to(dtype), n_iter)
             sigma = floored(torch.dot(new_left, matrix @ new_right))
         normalized = (weight.to(dtype) / sigma).to(weight.dtype)
-        for values, value in zip(out, (normalized, new_left.to(left.dtype), new_right.to(right.dtype), sigma)):
+        for values, value in zip(
+            out, (normalized, new_left.to(left.dtype), new_right.to(right.dtype), sigma), strict=True
+        ):
             values.append(value)
     return out
 
@@ -74,7 +76,7 @@ def spectral_normalize_backward(
 ) -> list[Tensor]:
     """Gradients of the weights with u and v held: grad / sigma + (grad_sigma - sum(grad W) / sigma^2) u v'."""
     out = []
-    for grad, grad_sigma, weight, left, right, sigma in zip(grads, grad_sigmas, weights, u, v, sigmas):
+    for grad, grad_sigma, weight, left, right, sigma in zip(grads, grad_sigmas, weights, u, v, sigmas, strict=True):
         dtype = compute_dtype(weight.dtype)
         g, w, s = grad.to(dtype), weight.to(dtype), sigma.to(dtype)
         outer = w / s if w.dim() == 1 else torch.outer(left.to(dtype), right.to(dtype)).view(w.shape)

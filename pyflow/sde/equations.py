@@ -77,7 +77,7 @@ class SDE:
         check.float_tensor("drift", "x", x)
         f, _ = self.rates(time_tensor(t, x.device))
         f = f.to(x.device).reshape(f.shape + (1,) * (x.dim() - f.dim()))
-        if f.dim() > x.dim() or any(m not in (1, n) for m, n in zip(f.shape, x.shape)):
+        if f.dim() > x.dim() or any(m not in (1, n) for m, n in zip(f.shape, x.shape, strict=False)):
             raise ValueError(f"drift: t must have the shape () or {tuple(x.shape[:1])}, got {tuple(t.shape)}")
         return (f * x).to(x.dtype)
 

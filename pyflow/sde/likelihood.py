@@ -111,7 +111,7 @@ def _solve(sde, score_fn, x, signs, eps, solver, rtol, atol, steps) -> Tensor:
     def slope(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         now, t = state[0], t.clamp(eps, end)
         f, g2 = (value.to(now) for value in sde.rates(t))
-        score, divergence = score_and_divergence(now.to(x.dtype), t.float().repeat(len(now)))
+        score, divergence = score_and_divergence(now.to(x.dtype), t.float().expand(len(now)).clone())
         return f * now - 0.5 * g2 * score.to(dtype), f * size - 0.5 * g2 * divergence.to(dtype)
 
     start = x.to(dtype), x.new_zeros(x.shape[0], dtype=dtype)

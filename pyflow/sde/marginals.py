@@ -114,7 +114,7 @@ class _FromMarginals(SDE):
         with torch.inference_mode(False), torch.enable_grad():
             t = torch.linspace(0, 1, 514, dtype=torch.float64, device="cpu")[1:-1]
             alpha, std, *slopes = (part.detach() for part in self._slopes(t))
-        for name, value, slope in zip(("alpha", "std"), (alpha, std), slopes):
+        for name, value, slope in zip(("alpha", "std"), (alpha, std), slopes, strict=True):
             grown, integral = value[-1] - value[0], torch.trapezoid(slope, t)
             if bool((integral - grown).abs() > 0.1 * (value.max() - value.min()) + 1e-6 * value.abs().max()):
                 raise ValueError(
@@ -137,6 +137,7 @@ class _FromMarginals(SDE):
 
     def __repr__(self) -> str:
         return f"from_marginals({self._alpha!r}, {self._std!r})"
+
 
 def from_marginals(alpha: Function, std: Function) -> SDE:
     """The SDE whose x_t given x_0 is normal with mean alpha(t) x_0 and standard deviation std(t).

@@ -182,8 +182,11 @@ class Step:
             raise ValueError(f"step: i must be below the number of steps, {len(self.times)}, got {i}")
         # out of inference mode, so that a score function may use autograd and writes into x are seen
         with torch.inference_mode(False), torch.no_grad():
-            rows = self._rows.get(x.device) or self._load(x.device)
-            return self._advance(x.clone() if x.is_inference() else x, seed, *rows[i])
+            return self._take(x.clone() if x.is_inference() else x, i, seed)
+
+    def _take(self, x: Tensor, i: int, seed: Tensor) -> Tensor:
+        rows = self._rows.get(x.device) or self._load(x.device)
+        return self._advance(x, seed, *rows[i])
 
     def sample(
         self,
@@ -211,7 +214,7 @@ class Step:
                 x *= self._plan.start
             steps = len(self.times)
             for i, t in enumerate(_bar(self.times, progress)):
-                x = self(x, i, seed)
+                x = self._take(x, i, seed)
                 if check_finite and not bool(x.isfinite().all()):
                     raise FloatingPointError(f"{op}: x is not finite after step {i} of {steps}, t = {t:.4g}")
                 if show:
@@ -294,7 +297,7 @@ class _Plan:
         scalars, counters = scalars.to(device)[..., 0], counters.to(device)[..., 0]
         columns = [column.unbind() for column in scalars]
         counts = [row.unbind() for row in counters]
-        return [(*row, step, tuple(rest)) for *row, (step, *rest) in zip(*columns, counts)]
+        return [(*row, step, tuple(rest)) for *row, (step, *rest) in zip(*columns, counts, strict=True)]
 
     def advance(self, score_fn: Score) -> Callable[..., Tensor]:
         score_fn = checked(self.op, Lent(self.op, "score_fn", score_fn))
@@ -306,8 +309,8 @@ class _Plan:
             n = x.shape[0]
             for number in corrector_steps:
                 rule = {"step_size": size} if norms is None else {"alpha": size, **norms}
-                x = langevin_step(x, score_fn(x, t.repeat(n)), seed=seed, step=number, **rule)
-            score = score_fn(x, t.repeat(n))
+                x = langevin_step(x, score_fn(x, t.expand(n).clone()), seed=seed, step=number, **rule)
+            score = score_fn(x, t.expand(n).clone())
             # c is 0 on a probability flow: any noise will do, so none is drawn
             return sde_step(x, score, a, b, c, seed=seed, step=step, noise=None if noisy else score)
 

@@ -123,10 +123,12 @@ def compare_representations(
     """
     check.choice(OP, "kernel", kernel, KERNELS)
     models, chosen = (model1, model2), (layers1, layers2)
-    for name, model in zip(("model1", "model2"), models):
+    for name, model in zip(("model1", "model2"), models, strict=True):
         if not isinstance(model, nn.Module):
             raise TypeError(f"{OP}: {name} must be a module, got {type(model).__name__}")
-    chosen = [_names(f"layers{i + 1}", model, names) for i, (model, names) in enumerate(zip(models, chosen))]
+    chosen = [
+        _names(f"layers{i + 1}", model, names) for i, (model, names) in enumerate(zip(models, chosen, strict=True))
+    ]
     gram = _gram(kernel, bandwidth)
     cross, own, layers = 0.0, (0.0, 0.0), None
     # the powers of two that sums are in units of, by layer: the largest of any batch
@@ -143,7 +145,7 @@ def compare_representations(
                 raise ValueError(f"{OP}: loader must be of dense tensors of samples, got shape {tuple(x.shape)}")
             if len(x) < 4:
                 continue
-            parts = [_grams(model, names, x, gram) for model, names in zip(models, chosen)]
+            parts = [_grams(model, names, x, gram) for model, names in zip(models, chosen, strict=True)]
             if layers is None:
                 layers = [tuple(part) for part in parts]
             elif layers != [tuple(part) for part in parts]:
@@ -161,7 +163,7 @@ def compare_representations(
                 largest[m] = most
             first, second = stacks
             cross = cross + first @ second.mT / over
-            own = [total + stack.square().sum(1) / over for total, stack in zip(own, stacks)]
+            own = [total + stack.square().sum(1) / over for total, stack in zip(own, stacks, strict=True)]
     if layers is None:
         raise ValueError(f"{OP}: loader must have a batch of at least 4 samples, got none")
     cka = ratio(cross, own[0].unsqueeze(1), own[1])

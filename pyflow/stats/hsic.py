@@ -138,7 +138,7 @@ def tree(part: Callable[[int], tuple[Tensor, ...]], first: int, last: int) -> tu
         return part(first)
     middle = (first + last) // 2
     left, right = tree(part, first, middle), tree(part, middle, last)
-    return tuple(a + b for a, b in zip(left, right))
+    return tuple(a + b for a, b in zip(left, right, strict=True))
 
 
 def gathered(op: str, x: Tensor, y: Tensor, group: object) -> tuple[Tensor, Tensor]:
@@ -172,4 +172,4 @@ def _rows(mine: Tensor, counts: list[int], group: object) -> Tensor:
     padded[: len(mine)] = mine
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

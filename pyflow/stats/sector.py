@@ -15,7 +15,6 @@ from ..ops.sector import count, counts_for
 from ..reference import sector as ref
 from ._inputs import array_of, same
 
-
 # angles below this lose digits when they are divided
 TINY = 2.0**-900
 
@@ -38,7 +37,7 @@ class SectorEstimate(NamedTuple):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SectorEstimate):
             return NotImplemented
-        return all(same(a, b) for a, b in zip(self, other))
+        return all(same(a, b) for a, b in zip(self, other, strict=True))
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -100,7 +99,9 @@ def sector_probability(
 
         values = _host.sector_probability(*flat, complement, log)
     else:
-        values = np.array([ref.sector_probability(int(a), float(b), complement, log) for a, b in zip(*flat)], float)
+        values = np.array(
+            [ref.sector_probability(int(a), float(b), complement, log) for a, b in zip(*flat, strict=True)], float
+        )
     if log and not complement:
         # a share of the circle that float64 has no digits left for
         tiny = (flat[1] > 0) & (flat[1] < TINY)

@@ -65,6 +65,8 @@ class _Blocks(threading.local):
 
 
 _blocks = _Blocks()
+
+
 def innermost() -> Collected | None:
     """The block of this thread that receives."""
     return _blocks.open[-1] if _blocks.open else None

@@ -7,7 +7,6 @@ from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 
 import lightning
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 

@@ -208,7 +208,7 @@ def test_capture(fails, done, monkeypatch):
 
     fake = SimpleNamespace(cuda=cuda, _C=SimpleNamespace(_cuda_endAllocateToPool=end))
     monkeypatch.setattr(gpu, "torch", fake)
-    refused = pytest.raises(RuntimeError, match="invalidated|synchronizing") if fails else contextlib.nullcontext()
+    refused = pytest.raises(RuntimeError, match=r"invalidated|synchronizing") if fails else contextlib.nullcontext()
     with refused:
         gpu.Gpu.capture(object.__new__(gpu.Gpu), cuda.call)()
     assert [step for step in cuda.done if step != "replay"] == done

@@ -9,8 +9,8 @@
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/cpu/energy.h"
 #include "../../csrc/cpu/fsq.h"
-#include "../../csrc/cpu/hsic.h"
 #include "../../csrc/cpu/gan_qp.h"
+#include "../../csrc/cpu/hsic.h"
 #include "../../csrc/cpu/math.h"
 #include "../../csrc/cpu/sde.h"
 #include "../../csrc/cpu/sector.h"
@@ -35,7 +35,8 @@ float uniform() {  // [-1, 1)
 // ordinary values, with the difficult ones strewn in
 std::vector<float> values(int64_t n, float range) {
   const float inf = std::numeric_limits<float>::infinity();
-  const float special[] = {0.f, -0.f, 1e-40f, -1e-40f, 1e-20f, 88.f, -88.f, 104.f, -104.f, 1e30f, -1e30f, inf, -inf, NAN};
+  const float special[] = {0.f,   -0.f,   1e-40f, -1e-40f, 1e-20f, 88.f, -88.f,
+                           104.f, -104.f, 1e30f,  -1e30f,  inf,    -inf, NAN};
   std::vector<float> v(n);
   for (int64_t i = 0; i < n; ++i) v[i] = i % 37 == 5 ? special[i / 37 % 14] : range * uniform();
   return v;
@@ -271,7 +272,8 @@ void grams(int64_t n, GramKernel kernel, int64_t dim, float scale) {
   b.pairs = 1;
   b.items = b.parts = 1;
   const char *x = (const char*)z.data(), *y = (const char*)(z.data() + n * dim);
-  GramVariable variables[2] = {{kernel, 2, dim, 0, 0, 0, 0, x, nullptr}, {GramKernel::rbf, 1, 3, dim, 0, 0, 0, y, nullptr}};
+  GramVariable variables[2] = {{kernel, 2, dim, 0, 0, 0, 0, x, nullptr},
+                               {GramKernel::rbf, 1, 3, dim, 0, 0, 0, y, nullptr}};
   for (GramVariable& v : variables) {
     v.width = (v.dim + 7) / 8 * 8;
     v.strips = b.workspace_size;
@@ -279,8 +281,10 @@ void grams(int64_t n, GramKernel kernel, int64_t dim, float scale) {
     b.workspace_size = v.rows + b.padded * v.width;
   }
   const int64_t pair[2] = {0, 1};
-  std::vector<float> centres(columns), workspace(b.workspace_size), halves(2 * b.padded), grads(b.workspace_size), grad(n * columns);
-  std::vector<double> shift(2), scratch(scratch_of(b, true) / 8 + 1), sums(2 * b.padded), grad_rows(2 * n), grad_cross(1, 0.5);
+  std::vector<float> centres(columns), workspace(b.workspace_size), halves(2 * b.padded), grads(b.workspace_size),
+      grad(n * columns);
+  std::vector<double> shift(2), scratch(scratch_of(b, true) / 8 + 1), sums(2 * b.padded), grad_rows(2 * n),
+      grad_cross(1, 0.5);
   for (double& v : grad_rows) v = uniform();
   b.variable = variables;
   b.pair = pair;
@@ -326,7 +330,8 @@ void gan_qp(int64_t rows, int64_t cols, Distance distance) {
   auto x_real = values(n, 2), x_fake = values(n, 2), z_real = values(rows, 1), z_fake = values(rows, 1);
   auto t_real = values(rows, 3), t_fake = values(rows, 3), grad = values(rows, 1);
   std::vector<float> loss(rows), d(rows), g_real(rows), g_fake(rows);
-  const auto sums = [&](std::vector<float>& real, std::vector<float>& fake, int64_t width, std::vector<double>& memory) {
+  const auto sums = [&](std::vector<float>& real, std::vector<float>& fake, int64_t width,
+                        std::vector<double>& memory) {
     GanQpSums s{};
     s.space = space(rows, width);
     s.plan = plan_of(s.space, true);

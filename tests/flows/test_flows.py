@@ -224,7 +224,7 @@ def test_reversible_changes_no_gradient():
         rebuilt.load_state_dict(plain.state_dict())
         for flow in (plain, rebuilt):
             (-flow.log_prob(x).mean()).backward()
-        for a, b in zip(plain.parameters(), rebuilt.parameters()):
+        for a, b in zip(plain.parameters(), rebuilt.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad, atol=1e-10, rtol=1e-10)
 
 
@@ -335,7 +335,7 @@ def test_the_default_device_is_that_of_new_modules_only(name):
         assert flow.sample(2).device == x.device
     finally:
         torch.set_default_device(None)
-    for a, b in zip(got, expected):
+    for a, b in zip(got, expected, strict=True):
         assert a.equal(b)
 
 
@@ -357,7 +357,7 @@ def test_exported_in_eval(name):
     flow.eval()
     program = torch.export.export(flow, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", max=64)}}).module()
     for batch in (x, x[:3]):
-        for got, expected in zip(program(batch), flow(batch)):
+        for got, expected in zip(program(batch), flow(batch), strict=True):
             torch.testing.assert_close(got, expected)
     torch.testing.assert_close(torch.func.vmap(lambda v: flow(v[None])[0][0])(x), flow(x)[0])
 

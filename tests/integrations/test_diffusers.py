@@ -61,10 +61,10 @@ def test_vp_step_reproduces_diffusers_on_its_noise(monkeypatch):
         injected(monkeypatch, noise, "deprecated.scheduling_sde_vp")
         for time in (t, t.expand(3)):
             moved = ours.step_pred(score, x, time, noise=noise)
-            for a, b in zip(moved, published.step_pred(score, x, time)):
+            for a, b in zip(moved, published.step_pred(score, x, time), strict=True):
                 # their std loses four digits at the last times in float32
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-            for a, b in zip(moved, published.step_pred(score.double(), x.double(), time.double())):
+            for a, b in zip(moved, published.step_pred(score.double(), x.double(), time.double()), strict=True):
                 torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
     x, _, noise = draws(0)
     noised = ours.add_noise(x, noise, torch.tensor([0.0, 1.0, 1.0]))
@@ -103,7 +103,7 @@ def test_a_sample_follows_its_own_generator_or_seed(pick):
         again = ve.step_pred(score[part], ve.timesteps[0], corrected, generator=generator).prev_sample
         assert not torch.equal(moved, again)
         runs.append((corrected, moved, vp.step_pred(score[part], x[part], vp.timesteps[0], generator=generator)[0]))
-    for together, alone in zip(*runs):
+    for together, alone in zip(*runs, strict=True):
         assert_same_bits(together[1:2], alone)
 
 
@@ -144,7 +144,9 @@ def test_a_refused_step_counts_for_nothing(kind):
             ScoreSdeVpScheduler: lambda score: scheduler.step_pred(score, x, t, seed)[0],
         }[kind]
         if refused:
-            with pytest.raises(ValueError, match="^step_pred: (model_output|score) must have the shape of (sample|x), "):
+            with pytest.raises(
+                ValueError, match=r"^step_pred: (model_output|score) must have the shape of (sample|x), "
+            ):
                 take(wrong)
         return take(x)
 
@@ -211,7 +213,7 @@ def test_the_default_dtype_and_device_change_nothing(default):
         for t in (ve.timesteps[7], float(ve.timesteps[7])):
             ours += [ve.step_correct(score, x, 3).prev_sample, ve.step_pred(score, t, x, 3).prev_sample]
             ours.append(vp.step_pred(score, x, t, 3)[0])
-        return ours + [ve.add_noise(x, noise, torch.tensor([0, 7, 19], device="cpu"))]
+        return [*ours, ve.add_noise(x, noise, torch.tensor([0, 7, 19], device="cpu"))]
 
     wanted = run()
     torch.set_default_dtype(default)
@@ -222,7 +224,7 @@ def test_the_default_dtype_and_device_change_nothing(default):
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
-    for ours, want in zip(got, wanted):
+    for ours, want in zip(got, wanted, strict=True):
         assert_same_bits(ours, want)
 
 

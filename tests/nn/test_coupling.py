@@ -114,7 +114,7 @@ def test_options_reach_the_op(packing, scale_map, shift_first):
 def test_context_reaches_the_net_positionally_and_by_name():
     x, context = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
     layer = layer_for(AffineCoupling, "half", x.shape, context=2)
-    y, logdet = layer(x, context)
+    y, _logdet = layer(x, context)
     assert y.equal(layer(x, context=context)[0])
     assert not y.equal(layer(x)[0])
     torch.testing.assert_close(layer.inverse(y, context=context)[0], x)
@@ -173,7 +173,7 @@ def test_compiles_without_graph_breaks(split):
     shape = SHAPES[split]
     layer, x = layer_for(AffineCoupling, split, shape), torch.randn(shape, dtype=torch.float64, requires_grad=True)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(compiled(x), layer(x)):
+    for got, expected in zip(compiled(x), layer(x), strict=True):
         torch.testing.assert_close(got, expected)
     sum(v.sum() for v in compiled(x)).backward()
 
@@ -236,5 +236,5 @@ def test_padding_that_is_not_finite_reaches_no_weight(split, inverse):
         y, logdet = (layer.inverse if inverse else layer)(x, mask=mask)
         assert torch.where(mask, y, 0).nan_to_num(1).equal(torch.where(mask, x, 0).nan_to_num(1))
         found.append(torch.autograd.grad(torch.where(mask, 0, y).square().sum() + logdet.sum(), net.parameters()))
-    for zeros, *others in zip(*found):
+    for zeros, *others in zip(*found, strict=True):
         assert zeros.isfinite().all() and all(other.equal(zeros) for other in others)

@@ -66,14 +66,14 @@ def twins(theirs, ours, **options):
     torch.manual_seed(1)
     second = ours(**options)
     assert first.state_dict().keys() == second.state_dict().keys()
-    for a, b in zip(first.state_dict().values(), second.state_dict().values()):
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert_same_bits(b, a)
     return first, second
 
 
 def near_boundary(z, levels, variant):
     """Where a channel of z (..., d) has its bound within 4 ulp, at the range of the bound, of where it rounds."""
-    single = lambda values: torch.tensor(values, dtype=torch.float32)  # noqa: E731
+    single = lambda values: torch.tensor(values, dtype=torch.float32)
     c = reference.constants(levels, variant)
     if variant.startswith("symmetric"):
         squashed = z.double().clamp(-1, 1) if variant == "symmetric_hard" else z.double().tanh()
@@ -144,7 +144,9 @@ def test_equals_the_peer(peer, backend, options, shape, training):
     assert out.shape == their_out.shape == z.shape
     assert_same_bits(rows[0], rows[1])
     torch.testing.assert_close(rows[3], rows[2], atol=1e-6, rtol=1e-5)
-    for ours_grad, theirs_grad in zip((p.grad for p in ours.parameters()), (p.grad for p in theirs.parameters())):
+    for ours_grad, theirs_grad in zip(
+        (p.grad for p in ours.parameters()), (p.grad for p in theirs.parameters()), strict=True
+    ):
         if bool(same.all()):
             torch.testing.assert_close(ours_grad, theirs_grad, atol=1e-4, rtol=1e-5)
 
@@ -215,7 +217,7 @@ def test_signature_attributes_and_state(peer):
 
 def exact_index(digits, levels):
     index, basis = 0, 1
-    for digit, n in zip(digits, levels):
+    for digit, n in zip(digits, levels, strict=True):
         index, basis = index + int(digit) * basis, basis * n
     return index
 
@@ -233,14 +235,15 @@ def test_indices_of_large_codebooks_are_exact_where_the_peers_are_not(peer, leve
     widths = [Fraction(n - 1, 2) if preserve_symmetry else Fraction(n // 2) for n in levels]
     # (c + 1) (L - 1) / 2 and c (L // 2) + L // 2
     exact = [
-        exact_index([round((Fraction(c) + 1) * w) for c, w in zip(row, widths)], levels) for row in codes[0].tolist()
+        exact_index([round((Fraction(c) + 1) * w) for c, w in zip(row, widths, strict=True)], levels)
+        for row in codes[0].tolist()
     ]
     assert indices[0].tolist() == exact
     assert ours.codes_to_indices(codes)[0].tolist() == exact
     assert_same_bits(ours.indices_to_codes(indices), codes)
     digits = ours.indices_to_level_indices(indices)[0].tolist()
     assert [exact_index(row, levels) for row in digits] == exact
-    wrong = sum(a != b for a, b in zip(theirs.codes_to_indices(codes)[0].tolist(), exact))
+    wrong = sum(a != b for a, b in zip(theirs.codes_to_indices(codes)[0].tolist(), exact, strict=True))
     assert wrong > 20, "the peer's float32 sum has become exact"
 
 
@@ -383,18 +386,20 @@ def test_mask_of_images():
 class Operators(TorchDispatchMode):
     """The names of the operators that run, and the bytes they allocate."""
 
-    VIEWS = {
-        "transpose",
-        "permute",
-        "view",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-        "_unsafe_view",
-        "t",
-        "detach",
-        "alias",
-    }
+    VIEWS = frozenset(
+        {
+            "transpose",
+            "permute",
+            "view",
+            "unflatten",
+            "squeeze",
+            "unsqueeze",
+            "_unsafe_view",
+            "t",
+            "detach",
+            "alias",
+        }
+    )
 
     def __init__(self):
         super().__init__()
@@ -539,7 +544,7 @@ def test_usage_is_that_of_the_collected_indices():
     for n in (50, 1, 0):
         lengths = torch.tensor([n, n // 2])
         seen.append(module(torch.randn(2, n, 6), lengths=lengths)[1].flatten())
-    for got, expected in zip(module.usage(), pyflow.ops.codebook_usage(torch.cat(seen), 75)):
+    for got, expected in zip(module.usage(), pyflow.ops.codebook_usage(torch.cat(seen), 75), strict=True):
         assert_same_bits(got, expected)
     assert "_counts" not in module.state_dict()
     module.track_usage()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -71,7 +72,7 @@ def test_nhsic_gradients():
     x, y = data(8)
     sigma = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
     inputs = (x.requires_grad_(), y.requires_grad_(), sigma)
-    function = lambda x, y, s: nhsic(x, y, epsilon=0.1, bandwidth=s)  # noqa: E731
+    function = lambda x, y, s: nhsic(x, y, epsilon=0.1, bandwidth=s)
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
 
@@ -127,7 +128,7 @@ def test_minimised_it_makes_independent():
 
 
 def blocks(*widths):
-    return [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in zip(widths, widths[1:])]
+    return [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in itertools.pairwise(widths)]
 
 
 def test_no_gradient_between_layers():
@@ -161,7 +162,7 @@ def test_bottleneck_learns():
     torch.manual_seed(0)
     x = torch.randn(128, 2)
     y = (x[:, 0] * x[:, 1] > 0).long()  # no linear rule
-    optimizer = lambda p: torch.optim.Adam(p, lr=5e-3)  # noqa: E731
+    optimizer = lambda p: torch.optim.Adam(p, lr=5e-3)
     model = HSICBottleneck(blocks(2, 32, 32), nn.Linear(32, 2), optimizer=optimizer)
     losses = [model.update(x, y) for _ in range(100)]
     assert losses[0].shape == (3,) and not losses[0].requires_grad
@@ -213,5 +214,5 @@ def test_inputs_that_are_no_rows():
             HSICLoss()(value, torch.ones(4))
         with pytest.raises(error, match=f"^HSICBottleneck: y must be {text}$"):
             HSICBottleneck([nn.Linear(2, 2)]).update(torch.ones(4, 2), value)
-    with pytest.raises(ValueError, match="^HSICLoss: kernel_y must be one of .*, got 'gauss'$"):
+    with pytest.raises(ValueError, match=r"^HSICLoss: kernel_y must be one of .*, got 'gauss'$"):
         HSICLoss(kernel_y="gauss")

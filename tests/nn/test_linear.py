@@ -110,7 +110,9 @@ def test_a_flag_written_in_place_is_seen(make):
     other, moved = copy.deepcopy(layer), copy.deepcopy(layer)
     layer(x)
     with torch.no_grad():
-        for mine, theirs in zip([*other.parameters(), *other.buffers()], [*layer.parameters(), *layer.buffers()]):
+        for mine, theirs in zip(
+            [*other.parameters(), *other.buffers()], [*layer.parameters(), *layer.buffers()], strict=True
+        ):
             mine.copy_(theirs)
     assert not other.awaits_data and other(x[:4])[0].equal(layer(x[:4])[0])
     assert moved.awaits_data and not moved.eval().awaits_data
@@ -229,7 +231,7 @@ def test_what_is_masked_reaches_no_parameter(shape, kind, inverse):
         x = torch.where(mask, padding, torch.linspace(-1, 1, math.prod(shape)).view(shape))
         y, logdet = (layer.inverse if inverse else layer)(x, mask=mask)
         found.append(torch.autograd.grad(torch.where(mask, 0, y).square().sum() + logdet.sum(), layer.parameters()))
-    for zeros, *others in zip(*found):
+    for zeros, *others in zip(*found, strict=True):
         assert zeros.isfinite().all() and all(other.equal(zeros) for other in others)
 
 
@@ -251,9 +253,9 @@ def test_ensembles_start_and_run_under_vmap():
     layers, x = [ActNorm(3) for _ in range(4)], torch.randn(4, 16, 3) * torch.arange(1.0, 5)[:, None, None]
     stacked = torch.func.stack_module_state(layers)
     base = ActNorm(3).to("meta")
-    one = lambda state, x: torch.func.functional_call(base, state, (x,))[0]  # noqa: E731
+    one = lambda state, x: torch.func.functional_call(base, state, (x,))[0]
     got = torch.func.vmap(one)(stacked, x)
-    for layer, part, y in zip(layers, x, got):
+    for layer, part, y in zip(layers, x, got, strict=True):
         torch.testing.assert_close(y, layer(part)[0])
     assert stacked[1]["initialized"].tolist() == [1] * 4
 
@@ -295,7 +297,7 @@ def test_compiles_without_graph_breaks(kind):
     plain = copy.deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for _ in range(2):
-        for got, expected in zip(compiled(x), plain(x)):
+        for got, expected in zip(compiled(x), plain(x), strict=True):
             torch.testing.assert_close(got, expected)
     sum(v.sum() for v in compiled(x)).backward()
     assert x.grad is not None

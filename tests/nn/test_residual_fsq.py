@@ -55,7 +55,7 @@ def twins(theirs, ours, **options):
     torch.manual_seed(1)
     second = ours(**options)
     assert first.state_dict().keys() == second.state_dict().keys()
-    for a, b in zip(first.state_dict().values(), second.state_dict().values()):
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert_same_bits(b, a)
     return first, second
 
@@ -78,7 +78,7 @@ def assert_stages(module, x, ours, theirs, backend):
     if module.soft_clamp_input_value is not None:
         residual = (residual / module.soft_clamp_input_value).tanh() * module.soft_clamp_input_value
     same = torch.ones(residual.shape[:-1], dtype=torch.bool)
-    for stage, scale in zip(range(module.num_quantizers), module.scales):
+    for stage, scale in zip(range(module.num_quantizers), module.scales, strict=True):
         differs = same & (ours[..., stage] != theirs[..., stage])
         assert not differs.any() or (backend == "auto" and module.layers[0].variant == "symmetric")
         assert near_boundary((residual / scale)[differs], module.levels).all()
@@ -186,7 +186,7 @@ def test_groups_drop_the_same_stages():
 def test_all_codes_of_images(peer):
     theirs, ours = twins(peer.ResidualFSQ, ResidualFSQ, levels=[5, 5], num_quantizers=3, is_channel_first=True)
     x = torch.randn(2, 2, 4, 5)
-    out, indices, codes = ours(x, return_all_codes=True)
+    out, _indices, codes = ours(x, return_all_codes=True)
     assert codes.shape == (3, 2, 4, 5, 2)
     torch.testing.assert_close(codes.sum(0).movedim(-1, 1), out)
     with pytest.raises(Exception, match="Failed to determine the size"):
@@ -270,7 +270,7 @@ def test_the_caller_may_choose_the_stages():
 class Operators(TorchDispatchMode):
     """The names of the operators that run, less those that only make views."""
 
-    VIEWS = {"transpose", "permute", "view", "unflatten", "squeeze", "unsqueeze", "detach", "alias", "t"}
+    VIEWS = frozenset({"transpose", "permute", "view", "unflatten", "squeeze", "unsqueeze", "detach", "alias", "t"})
 
     def __init__(self):
         super().__init__()
@@ -289,7 +289,7 @@ def test_one_operator_for_all_stages(shape, channel_first):
     module = ResidualFSQ(levels=[8, 5, 5], num_quantizers=5, is_channel_first=channel_first, bound_hard_clamp=False)
     for x in (torch.randn(shape), torch.randn(shape, requires_grad=True)):
         with Operators() as ran:
-            out, indices = module(x)
+            out, _indices = module(x)
         assert ran.names == ["residual_fsq"]
         assert out.is_contiguous() and out.untyped_storage().nbytes() == x.nbytes
     clamped = ResidualFSQ(levels=[8, 5, 5], num_quantizers=5, is_channel_first=channel_first)
@@ -494,7 +494,7 @@ def test_usage_of_every_stage_and_group():
     for group in range(2):
         for stage in range(3):
             collected = torch.cat([indices[group, ..., stage].flatten() for indices in seen])
-            for got, expected in zip(usages[group][stage], pyflow.ops.codebook_usage(collected, 25)):
+            for got, expected in zip(usages[group][stage], pyflow.ops.codebook_usage(collected, 25), strict=True):
                 assert_same_bits(got, expected)
     with pytest.raises(RuntimeError, match=r"^ResidualFSQ: usage needs track_usage\(\) to be called first$"):
         ResidualFSQ(levels=[5], num_quantizers=2).usage()

@@ -179,7 +179,7 @@ def test_context_gets_gradients():
         found = torch.autograd.grad(y.square().sum() + logdet.sum(), [x, leaf, gain, *stack.parameters()])
         if recompute:
             first = found
-    for a, b in zip(first, found):
+    for a, b in zip(first, found, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
@@ -244,7 +244,7 @@ def test_a_tensor_that_cannot_be_found_is_not_left_without_a_gradient(hide):
     stack, x = opening_stack(), torch.randn(5, 8, dtype=torch.float64)
     h = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     y, _ = stack(x, hide(h))
-    with pytest.raises(RuntimeError, match="context must show its tensors, got (partial|function) with one inside"):
+    with pytest.raises(RuntimeError, match=r"context must show its tensors, got (partial|function) with one inside"):
         y.sum().backward()
     y, _ = stack(x, hide(h.detach()))
     y.sum().backward()
@@ -272,7 +272,7 @@ def test_hooks_on_saved_tensors(kept):
         for tensor in (x, *stack.parameters()):
             tensor.grad = None
         loss.backward()
-        for tensor, gradient in zip((x, *stack.parameters()), expected):
+        for tensor, gradient in zip((x, *stack.parameters()), expected, strict=True):
             torch.testing.assert_close(tensor.grad, gradient, atol=1e-12, rtol=1e-12)
 
 
@@ -298,7 +298,7 @@ def test_weights_that_the_root_normalises_together(through_iteration, recompute,
     for module in (model, plain):
         outputs = [module((i + 1) * x) for i in range(forwards)]
         sum(y.square().sum() + logdet.sum() for y, logdet in outputs).backward()
-    for a, b in zip(model.parameters(), plain.parameters()):
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-10, rtol=1e-10)
 
 
@@ -307,7 +307,7 @@ def test_exported():
     stack, x = coupling_stack(3).eval(), torch.randn(5, 8, dtype=torch.float64)
     for strict in (False, True):
         program = torch.export.export(stack, (x,), strict=strict)
-        for got, expected in zip(program.module()(x), stack(x)):
+        for got, expected in zip(program.module()(x), stack(x), strict=True):
             torch.testing.assert_close(got, expected)
 
 
@@ -327,7 +327,7 @@ def test_fully_sharded(tmp_path):
 
 def test_mask_reaches_every_layer():
     torch.manual_seed(0)
-    net = lambda: nn.Conv1d(2, 4, 3, padding=1)  # noqa: E731
+    net = lambda: nn.Conv1d(2, 4, 3, padding=1)
     stack = ReversibleSequential(ActNorm(4), Invertible1x1Conv(4), AffineCoupling(net(), scale_map="tanh")).double()
     x = torch.randn(3, 4, 6, dtype=torch.float64, requires_grad=True)
     padding = torch.arange(6) >= torch.tensor([6, 4, 2])[:, None, None]
@@ -343,7 +343,7 @@ def test_only_one_output_used():
         for recompute in (True, False):
             stack.recompute = recompute
             found.append(torch.autograd.grad(stack(x)[pick].sum(), [x, *stack.parameters()], allow_unused=True))
-        for a, b in zip(*found):
+        for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b if b is not None else torch.zeros_like(a), atol=1e-10, rtol=1e-10)
 
 
@@ -443,7 +443,7 @@ def test_training_flags_are_replayed():
         found.append(torch.autograd.grad(y.square().sum() + logdet.sum(), [x, *stack.parameters()]))
         assert [layer.training for layer in stack.layers] == [True, True, not switched, True]
         assert stack.layers[2].net.training is not switched
-    for a, b in zip(*found):
+    for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
 
 
@@ -483,7 +483,7 @@ def test_an_inaccurate_inverse_is_noticed():
     nn.init.zeros_(net.weight)
     with torch.no_grad():
         net.bias.copy_(torch.tensor([1e4] * 4 + [-8.0] * 4))
-    y, logdet = ReversibleSequential(AffineCoupling(net))(torch.randn(16, 8))
+    _y, logdet = ReversibleSequential(AffineCoupling(net))(torch.randn(16, 8))
     with pytest.raises(RuntimeError, match="inverse is inaccurate; use recompute=False"):
         logdet.sum().backward()
 
@@ -529,7 +529,7 @@ def test_one_logdet_for_all_samples(logdet, alone):
         y, total = stack(x)
         loss = y.square().sum() + (torch.as_tensor(total) ** 2).sum()
         found.append(torch.autograd.grad(loss, [x, *stack.parameters()], allow_unused=True))
-    for a, b in zip(*found):
+    for a, b in zip(*found, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
@@ -587,7 +587,7 @@ def test_autocast_is_replayed():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y, logdet = stack(x)
         found.append(torch.autograd.grad(y.square().sum() + logdet.sum(), [x, *stack.parameters()]))
-    for a, b in zip(*found):
+    for a, b in zip(*found, strict=True):
         assert (a - b).norm() <= 0.02 * b.norm()
     # a forward without autocast rebuilds without it, even where backward is called under it
     stack.recompute = True
@@ -603,7 +603,7 @@ def test_backward_twice_and_accumulation():
     (y.sum() + logdet.sum()).backward(retain_graph=True)
     once = [p.grad.clone() for p in stack.parameters()]
     (y.sum() + logdet.sum()).backward()
-    for parameter, grad in zip(stack.parameters(), once):
+    for parameter, grad in zip(stack.parameters(), once, strict=True):
         torch.testing.assert_close(parameter.grad, 2 * grad)
 
 
@@ -638,7 +638,7 @@ def saved_bytes(stack, x):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y, logdet = stack(x)
+        _y, _logdet = stack(x)
     return sum(kept.values())
 
 
@@ -657,12 +657,12 @@ def test_double_backward_raises():
 
 def test_modified_output_and_parameters_are_noticed():
     stack, x = coupling_stack(2), torch.randn(5, 8, dtype=torch.float64)
-    y, logdet = stack(x)
+    y, _logdet = stack(x)
     with torch.no_grad():
         stack.layers[0].net[0].weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
-    y, logdet = stack(x)
+    y, _logdet = stack(x)
     loss = y.sum()
     with torch.no_grad():
         y.mul_(2)

@@ -42,7 +42,7 @@ def test_is_torchs_spectral_norm_and_shares_its_state():
     for _ in range(3):
         a, b = ours(X), theirs(X)
         torch.testing.assert_close(a, b)
-    for p, q in zip(ours.parameters(), theirs.parameters()):
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(
             *(torch.autograd.grad(y.square().sum(), r, retain_graph=True)[0] for y, r in ((a, p), (b, q))),
             rtol=1e-4, atol=1e-5,
@@ -82,7 +82,7 @@ def test_two_forwards_before_one_backward():
     (model(x).square().sum() - model(2 * x).sum()).backward()
     twin(x).square().sum().backward()
     (-twin(2 * x).sum()).backward()
-    for p, q in zip(model.parameters(), twin.parameters()):
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
 
 
@@ -134,7 +134,7 @@ def test_a_recomputed_block_sees_the_same_weight():
     twin = copy.deepcopy(model)
     model(x, recompute=True).square().sum().backward()
     twin(x).square().sum().backward()
-    for p, q in zip(model.parameters(), twin.parameters()):
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
     assert torch.equal(model.first.parametrizations.weight[0]._u, twin.first.parametrizations.weight[0]._u)
 
@@ -154,10 +154,7 @@ def test_every_recomputation_sees_the_weights_of_its_own_forward(whole, through_
     model = disturbed(apply_spectral_norm(Checkpointed(), through_iteration=through_iteration))
     twin = copy.deepcopy(model)
     xs = torch.randn(2, 4, 6, dtype=torch.float64)
-    if whole:
-        ys = [checkpoint(model, x, use_reentrant=False) for x in xs]
-    else:
-        ys = [model(x, recompute=True) for x in xs]
+    ys = [checkpoint(model, x, use_reentrant=False) for x in xs] if whole else [model(x, recompute=True) for x in xs]
     with torch.no_grad():
         # in between, another forward that moves u and v
         model(xs[0])
@@ -165,7 +162,7 @@ def test_every_recomputation_sees_the_weights_of_its_own_forward(whole, through_
     (3 * ys[0].square().sum() - ys[1].sum()).backward()
     assert all(map(torch.equal, model.buffers(), buffers))
     (3 * twin(xs[0]).square().sum() - twin(xs[1]).sum()).backward()
-    for p, q in zip(model.parameters(), twin.parameters()):
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
 
 
@@ -188,7 +185,7 @@ def test_outputs_in_containers_tell_their_forward():
     first.sum().backward()
     for x in xs:
         twin(x)["out"][0].value.sum().backward()
-    for p, q in zip(model.parameters(), twin.parameters()):
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
 
 

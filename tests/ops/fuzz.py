@@ -1,4 +1,4 @@
-"""Calls of the public operations as nobody would write them: drawn shapes, strides, dtypes, options and wrong arguments.
+"""Calls of the public operations with drawn shapes, strides, dtypes, options and wrong arguments.
 
 `calls(op)` is a hypothesis strategy; `check(call)` holds what a call may do: give the reference's answer, or one of our
 sentences on every backend, and change none of its inputs.
@@ -227,7 +227,9 @@ def affine_coupling_packed(hand: Hand) -> Call:
     packed[dim] *= 2
     args = [hand.tensor(shape), hand.tensor(tuple(packed))]
     options = {"mask": hand.mask(shape), "event_dims": hand.one(None, *range(len(shape) + 1))}
-    return Call("affine_coupling_packed", args, {"packing": hand.one(*PACKINGS), "dim": dim, **map_options(hand), **options})
+    return Call(
+        "affine_coupling_packed", args, {"packing": hand.one(*PACKINGS), "dim": dim, **map_options(hand), **options}
+    )
 
 
 @drawer
@@ -260,7 +262,9 @@ def fsq(hand: Hand) -> Call:
     dim = hand.number(-len(shape) - 1, len(shape))
     shape = list(shape)
     shape.insert(dim % (len(shape) + 1), len(numbers))
-    call = Call("fsq", [hand.tensor(tuple(shape)), numbers], {"variant": variant, "dim": dim, "return_indices": hand.maybe()})
+    call = Call(
+        "fsq", [hand.tensor(tuple(shape)), numbers], {"variant": variant, "dim": dim, "return_indices": hand.maybe()}
+    )
     call.rounds = lambda: within_rounding(call)
     return call
 
@@ -330,11 +334,19 @@ def of_samples(hand: Hand, op: str) -> Call:
 
 def hsic_scale(x: Tensor, y: Tensor, options: dict[str, object]) -> float:
     """The geometric mean of both variables' own HSIC."""
-    plain = {name: value for name, value in options.items() if name not in ("normalize", "approximate", "n_features", "seed")}
+    plain = {
+        name: value for name, value in options.items() if name not in ("normalize", "approximate", "n_features", "seed")
+    }
     with pyflow.backend("reference"):
         own = dict(plain, kernel_y=None, bandwidth_y=None)
-        other = dict(own, kernel=options["kernel_y"] or options["kernel"], bandwidth=options["bandwidth_y"] or options["bandwidth"])
-        return math.sqrt(abs(pyflow.ops.hsic(x.double(), x.double(), **own) * pyflow.ops.hsic(y.double(), y.double(), **other)))
+        other = dict(
+            own,
+            kernel=options["kernel_y"] or options["kernel"],
+            bandwidth=options["bandwidth_y"] or options["bandwidth"],
+        )
+        return math.sqrt(
+            abs(pyflow.ops.hsic(x.double(), x.double(), **own) * pyflow.ops.hsic(y.double(), y.double(), **other))
+        )
 
 
 @drawer
@@ -527,7 +539,12 @@ def critic(hand: Hand) -> tuple[list[Tensor], tuple[int, ...], tuple[int, ...]]:
 @drawer
 def gan_qp_loss(hand: Hand) -> Call:
     scores, x, z = critic(hand)
-    args = [*scores, hand.tensor(x), hand.tensor(x), *([hand.tensor(z), hand.tensor(z)] if hand.maybe() else [None, None])]
+    args = [
+        *scores,
+        hand.tensor(x),
+        hand.tensor(x),
+        *([hand.tensor(z), hand.tensor(z)] if hand.maybe() else [None, None]),
+    ]
     options = {
         "lam": hand.one(10.0, 0.5), "distance": hand.one(*DISTANCES), "eps": hand.one(0.0, 1e-3),
         "reduction": hand.one("mean", "sum", "none"),
@@ -586,7 +603,7 @@ def answer(call: Call, backend: str) -> Answer:
                 weight = drawn.flatten()[0].expand_as(o) if i % 2 and o.numel() else drawn[..., 0]
                 if o.requires_grad:
                     pairs.append((o, weight))
-            ends, weights = zip(*pairs)
+            ends, weights = zip(*pairs, strict=True)
             gradients = list(torch.autograd.grad(ends, leaves, weights, allow_unused=True))
         return Answer([o.detach() for o in outputs], gradients)
 
@@ -624,7 +641,7 @@ def check(call: Call) -> bool:
         got, reference = answer(call, "auto"), answer(call, "reference")
     finally:
         faulthandler.cancel_dump_traceback_later()
-    for tensor, bytes_before in zip(inputs, before):
+    for tensor, bytes_before in zip(inputs, before, strict=True):
         assert torch.equal(memory(tensor), bytes_before), f"{call}: an input has changed"
     if got.refusal or reference.refusal:
         _check_sentence(call, got.refusal, reference.refusal)
@@ -650,7 +667,9 @@ def _check_in_place(call: Call, inputs: list[Tensor], before: list[Tensor]) -> b
     if got.refusal:
         text = str(got.refusal)
         assert isinstance(got.refusal, (TypeError, ValueError)) and text.startswith(f"{call.op}: "), f"{call}: {text}"
-        assert all(torch.equal(memory(t), b) for t, b in zip(inputs, before)), f"{call}: refused, and changed"
+        assert all(torch.equal(memory(t), b) for t, b in zip(inputs, before, strict=True)), (
+            f"{call}: refused, and changed"
+        )
         return False
     view = call.args[0]
     if view.is_meta:
@@ -666,7 +685,7 @@ def _check_in_place(call: Call, inputs: list[Tensor], before: list[Tensor]) -> b
 
 def _compare(call: Call, got: Answer, reference: Answer) -> None:
     assert len(got.tensors) == len(reference.tensors), f"{call}: {len(got.tensors)} outputs"
-    for i, (a, b) in enumerate(zip(got.tensors, reference.tensors)):
+    for i, (a, b) in enumerate(zip(got.tensors, reference.tensors, strict=True)):
         assert (a.dtype, a.shape) == (b.dtype, b.shape), f"{call}: output {i} is {_shown(a)}, the reference {_shown(b)}"
         if call.exact and not a.is_meta:
             assert_same_bits(a, b, f"{call}: output {i}")
@@ -684,7 +703,9 @@ def _compare(call: Call, got: Answer, reference: Answer) -> None:
     dtypes = {t.dtype for t in plain(call) if t.is_floating_point()}
     unit = UNIT[torch.float64 if dtypes == {torch.float64} else torch.float32]
     for kind in ("tensors", "gradients"):
-        for i, (a, b, e) in enumerate(zip(getattr(got, kind), getattr(reference, kind), getattr(exact, kind))):
+        for i, (a, b, e) in enumerate(
+            zip(getattr(got, kind), getattr(reference, kind), getattr(exact, kind), strict=True)
+        ):
             name = f"{call}: {kind[:-1]} {i}"
             assert (a is None) == (b is None), f"{name}: {'missing' if a is None else 'not in the reference'}"
             if a is not None:

@@ -23,7 +23,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 def inputs(shape, dtype=torch.float32, param_dtype=None, seed=0, spread=1.0):
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda d: (spread * torch.randn(shape, generator=generator, dtype=torch.float64)).to(d)  # noqa: E731
+    draw = lambda d: (spread * torch.randn(shape, generator=generator, dtype=torch.float64)).to(d)
     return draw(dtype), draw(param_dtype or dtype), draw(param_dtype or dtype)
 
 
@@ -79,7 +79,7 @@ def check(x, shift, scale, scale_map, inverse, first, **options):
     assert logdet.dtype == testing.compute_dtype(x.dtype)
     values, errors = expected(x, shift, scale, scale_map, inverse, first, grads=(gy, gl), **options)
     for name, a, e, error in zip(
-        ("y", "logdet", "grad x", "grad shift", "grad scale"), (y, logdet, *grads), values, errors
+        ("y", "logdet", "grad x", "grad shift", "grad scale"), (y, logdet, *grads), values, errors, strict=True
     ):
         testing.assert_within(a, e, error, name)
 
@@ -152,7 +152,7 @@ def test_packed_is_the_unpacked_op(packing, shape, dim, inverse, first):
     testing.assert_same_bits(logdet, plain[1])
     grads = torch.autograd.grad((y, logdet), (x, params), (y.detach(), logdet.detach()))
     plain_grads = torch.autograd.grad(plain, (x, params), (y.detach(), logdet.detach()))
-    for a, b in zip(grads, plain_grads):
+    for a, b in zip(grads, plain_grads, strict=True):
         testing.assert_same_bits(a, b)
 
 
@@ -195,7 +195,7 @@ def test_nothing_under_the_mask_reaches_a_gradient_of_any_order(x_there, scale_t
 
     with pyflow.backend(backend):
         got, want = both_orders(seen), both_orders(plain)
-        for a, b in zip(got, want):
+        for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, torch.cat((b, torch.zeros_like(b)), 1))
         for i, jacobian in enumerate(torch.func.jacrev(loss, (0, 1, 2))(x, shift, scale)):
             torch.testing.assert_close(jacobian, got[i])
@@ -260,10 +260,10 @@ def test_bits_do_not_depend_on_threads_or_batch(shape):
         single = run()
     with testing.threads(4):
         several, again = run(), run()
-    for a, b, c in zip(single, several, again):
+    for a, b, c in zip(single, several, again, strict=True):
         testing.assert_same_bits(a, b)
         testing.assert_same_bits(b, c)
-    for a, b in zip(run(1), single):
+    for a, b in zip(run(1), single, strict=True):
         testing.assert_same_bits(a, b[:1])
 
 
@@ -347,7 +347,7 @@ def test_backward_takes_any_gradient_layout(layout, inverse, first):
     gl = torch.ones(()).expand(5) if layout == "expanded" else torch.randn(10)[::2]
     got = torch.autograd.grad((y, logdet), (x, shift, scale), (gy, gl), retain_graph=True)
     plain = torch.autograd.grad((y, logdet), (x, shift, scale), (gy.contiguous(), gl.contiguous()))
-    for a, b in zip(got, plain):
+    for a, b in zip(got, plain, strict=True):
         testing.assert_same_bits(a, b)
 
 
@@ -359,7 +359,7 @@ def test_backward_through_one_output(which):
     with pyflow.backend("reference"):
         out = ops.affine_coupling(x, shift, scale, scale_map="softsign")
         want = torch.autograd.grad(out[which == "logdet"].sum(), (x, shift, scale), allow_unused=True)
-    for a, b in zip(grads, want):
+    for a, b in zip(grads, want, strict=True):
         torch.testing.assert_close(torch.zeros(5, 40) if a is None else a, torch.zeros(5, 40) if b is None else b)
 
 
@@ -367,7 +367,7 @@ def test_backward_through_one_output(which):
 @pytest.mark.parametrize("scale_map, options", MAP_OPTIONS, ids=MAP_IDS)
 def test_gradcheck_twice(scale_map, options, inverse, first):
     leaves = [v.requires_grad_() for v in inputs((2, 3), torch.float64)]
-    f = lambda *v: ops.affine_coupling(*v, scale_map=scale_map, inverse=inverse, shift_first=first, **options)  # noqa: E731
+    f = lambda *v: ops.affine_coupling(*v, scale_map=scale_map, inverse=inverse, shift_first=first, **options)
     assert torch.autograd.gradcheck(f, leaves)
     assert torch.autograd.gradgradcheck(f, leaves)
 
@@ -377,8 +377,8 @@ def test_gradcheck_twice_packed_additive_and_masked(packing):
     x, shift, scale = inputs((2, 4), torch.float64)
     mask = torch.tensor([True, False, False, True])
     leaves = [x.requires_grad_(), torch.cat((shift, scale), 1).requires_grad_()]
-    f = lambda x, p: ops.affine_coupling_packed(x, p, packing=packing, mask=mask, scale_map="tanh")  # noqa: E731
-    g = lambda x, p: ops.additive_coupling(x, p[:, ::2], mask=mask, inverse=True)  # noqa: E731
+    f = lambda x, p: ops.affine_coupling_packed(x, p, packing=packing, mask=mask, scale_map="tanh")
+    g = lambda x, p: ops.additive_coupling(x, p[:, ::2], mask=mask, inverse=True)
     for function in (f, g):
         assert torch.autograd.gradcheck(function, leaves)
         assert torch.autograd.gradgradcheck(function, leaves)
@@ -423,9 +423,9 @@ def test_compiles_without_a_graph_break_to_the_same_bits(inverse, first):
         return (*out, *torch.autograd.grad(out, (x, shift, scale), (torch.ones(6, 40), torch.ones(6))))
 
     compiled = run(torch.compile(f, fullgraph=True))
-    for a, b in zip(compiled[:2], run(f)[:2]):
+    for a, b in zip(compiled[:2], run(f)[:2], strict=True):
         testing.assert_same_bits(a, b)
-    for a, b in zip(compiled[2:], run(f)[2:]):
+    for a, b in zip(compiled[2:], run(f)[2:], strict=True):
         torch.testing.assert_close(a, b)  # sums of gradients are Inductor's
 
 
@@ -448,7 +448,7 @@ def test_function_transforms_agree_with_the_reference(inverse, first):
         got = transform(loss)
         with pyflow.backend("reference"):
             want = transform(loss)
-        for a, b in zip(got, want):
+        for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, msg=name)
 
 

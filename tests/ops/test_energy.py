@@ -57,7 +57,7 @@ def energies(z, new):
     return (z.square() - new.square()) / 2
 
 
-# log-ratios, and the variance on N(0, 1) they lead to: the right one, and the three kinds of wrong ones that samplers use
+# log-ratios and the variance they give on N(0, 1): the correct one, and three wrong ones that samplers use
 RULES = {
     "right": (1.0, lambda z, new: energies(z, new) + log_q(z, new) - log_q(new, z)),
     "energies alone": (4 / 7, energies),
@@ -133,7 +133,7 @@ def test_one_energy_per_step_and_its_results_are_carried():
         assert not (z.requires_grad or u.requires_grad or grad.requires_grad) and accepted.dtype == torch.bool
     assert calls == [64] * 6
     given = ops.mala_step(z, u, grad, lambda z: (normal_energy(z), z), 0.3, seed=1, step=5)
-    for a, b in zip(given, ops.mala_step(z, u, grad, energy, 0.3, seed=1, step=5)):
+    for a, b in zip(given, ops.mala_step(z, u, grad, energy, 0.3, seed=1, step=5), strict=True):
         assert torch.equal(a, b)
 
 
@@ -149,7 +149,7 @@ def test_selects_as_the_reference_bit_for_bit(dtype):
                 got = ops.mala_accept(*args, alpha, seed=seed, step=STEP)
                 with pyflow.backend("reference"):
                     want = ops.mala_accept(*args, alpha, seed=seed, step=STEP)
-                for name, a, b in zip(("z", "u", "grad"), got, want):
+                for name, a, b in zip(("z", "u", "grad"), got, want, strict=True):
                     testing.assert_same_bits(a, b, f"{name}, {shape}")
                 assert torch.equal(got[3], want[3]), shape
         if len(got[3]) > 30:
@@ -170,7 +170,7 @@ def test_a_selected_value_keeps_its_bits_in_any_mix_of_dtypes():
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_what_is_not_finite_is_rejected_and_leaves_no_trace(bad, where, backend):
     for cols in (3, 700, 9000):
-        args = dict(zip(("z", "z_new", "u", "u_new", "grad", "grad_new"), chain((64, cols))))
+        args = dict(zip(("z", "z_new", "u", "u_new", "grad", "grad_new"), chain((64, cols)), strict=True))
         args["u"] = args["u"] + 1e6  # what is finite would be accepted
         args[where][::2] = bad
         with pyflow.backend(backend):
@@ -195,7 +195,7 @@ def test_layouts(layout):
     views = [testing.laid_out(v, layout) for v in (z, new, grad, grad_new)]
     strided = torch.stack((u, u_new), 1)
     got = ops.mala_accept(views[0], views[1], strided[:, 0], strided[:, 1], *views[2:], 0.01, seed=3)
-    for a, b in zip(got[:3], want[:3]):
+    for a, b in zip(got[:3], want[:3], strict=True):
         testing.assert_same_bits(a, b)
     assert got[0].stride() == torch.empty_like(views[0]).stride()
     torch.testing.assert_close(ops.grad_norm_penalty(views[2]), ops.grad_norm_penalty(grad))
@@ -239,10 +239,10 @@ def test_bits_do_not_depend_on_threads_or_batch():
         for count in (1, 4):
             with testing.threads(count):
                 results.append((*ops.mala_accept(*args, 0.01, seed=seed), ops.grad_norm_penalty(args[0])))
-        for a, b in zip(*results):
+        for a, b in zip(*results, strict=True):
             assert torch.equal(a, b)
         first = ops.mala_accept(*(v[1:2] for v in args), 0.01, seed=seed[1:2])
-        for a, b in zip((*first, ops.grad_norm_penalty(args[0][1:2])), results[0]):
+        for a, b in zip((*first, ops.grad_norm_penalty(args[0][1:2])), results[0], strict=True):
             assert torch.equal(a, b[1:2])
 
 
@@ -280,7 +280,7 @@ def test_gradcheck_twice():
     assert torch.autograd.gradcheck(lambda z, g: ops.mala_propose(z, g, 0.1, seed=1), (z, slope))
     for kind in ("linear", "hinge", "ebgan"):
         energies = [draw((n,), torch.float64, n).requires_grad_() for n in (5, 7)]
-        assert torch.autograd.gradcheck(lambda r, f: ops.energy_loss(r, f, kind), energies)  # noqa: B023
+        assert torch.autograd.gradcheck(lambda r, f: ops.energy_loss(r, f, kind), energies)
 
 
 def test_the_penalty_trains_an_energy():
@@ -316,7 +316,7 @@ def test_compiles_once_for_every_step_size_and_step():
     compiled = torch.compile(accept, fullgraph=True, backend=counter)
     for i in range(4):
         alpha, step = torch.tensor(0.01 * (i + 1)), torch.tensor(i)
-        for a, b in zip(compiled(alpha, step), accept(alpha, step)):
+        for a, b in zip(compiled(alpha, step), accept(alpha, step), strict=True):
             assert torch.equal(a, b)
     assert counter.frame_count == 1
     full = torch.compile(lambda z, g: ops.mala_propose(z, g, 0.3, seed=1), fullgraph=True)
@@ -327,8 +327,8 @@ def test_compiles_once_for_every_step_size_and_step():
 
 def test_function_transforms_agree_with_the_reference():
     grad = draw((3, 4), torch.float64)
-    loss = lambda g: ops.grad_norm_penalty(g).sum()  # noqa: E731
-    row = lambda g: ops.grad_norm_penalty(g[None])[0]  # noqa: E731
+    loss = lambda g: ops.grad_norm_penalty(g).sum()
+    row = lambda g: ops.grad_norm_penalty(g[None])[0]
     transforms = {
         "grad": lambda: torch.func.grad(loss)(grad),
         "jacrev": lambda: torch.func.jacrev(loss)(grad),
@@ -342,8 +342,8 @@ def test_function_transforms_agree_with_the_reference():
         with pyflow.backend("reference"):
             torch.testing.assert_close(got, transform(), msg=name)
     args = [torch.stack((v, v + 0.01)) for v in chain((6, 4))]
-    accept = lambda *v: ops.mala_accept(*v, 0.1, seed=3)  # noqa: E731
-    for i, want in enumerate(zip(accept(*(v[0] for v in args)), accept(*(v[1] for v in args)))):
+    accept = lambda *v: ops.mala_accept(*v, 0.1, seed=3)
+    for i, want in enumerate(zip(accept(*(v[0] for v in args)), accept(*(v[1] for v in args)), strict=True)):
         assert torch.equal(torch.vmap(accept)(*args)[i], torch.stack(want))
 
 
@@ -351,7 +351,7 @@ def test_autocast_changes_nothing():
     args = chain((4, 40))
     with torch.autocast("cpu", torch.bfloat16):
         got = (*ops.mala_accept(*args, 0.1, seed=1), ops.grad_norm_penalty(args[0]))
-    for a, b in zip(got, (*ops.mala_accept(*args, 0.1, seed=1), ops.grad_norm_penalty(args[0]))):
+    for a, b in zip(got, (*ops.mala_accept(*args, 0.1, seed=1), ops.grad_norm_penalty(args[0])), strict=True):
         assert torch.equal(a, b)
 
 
@@ -447,14 +447,14 @@ def test_a_refused_call_draws_no_seed():
         lambda: ops.mala_accept(Z, Z, U, U, Z, Z, 0, seed=None),
         lambda: ops.mala_accept(Z, Z, U, U, Z, Z, 1, seed=None, step=-1),
     ):
-        with pytest.raises(ValueError, match="^mala_"):
+        with pytest.raises(ValueError, match=r"^mala_"):
             call()
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_float64_takes_steps_that_float32_cannot():
     z = draw((2000, 2)).double() * 1e-23
-    energy = lambda z: (z / 1e-23).square().sum(1) / 2  # noqa: E731
+    energy = lambda z: (z / 1e-23).square().sum(1) / 2
     u, grad = ops.energy_and_grad(energy, z)
     for step in range(10):
         z, u, grad, accepted = ops.mala_step(z, u, grad, energy, 5e-47, seed=0, step=step)
@@ -470,9 +470,9 @@ def test_an_energy_is_differentiated_in_inference_mode():
     results.append(ops.energy_and_grad(normal_energy, inner))
     want = ops.energy_and_grad(normal_energy, z)
     for got in results:
-        for a, b in zip(got, want):
+        for a, b in zip(got, want, strict=True):
             testing.assert_same_bits(a, b)
-    for a, b in zip(moved, ops.mala_step(z, *want, normal_energy, 0.1, seed=0)):
+    for a, b in zip(moved, ops.mala_step(z, *want, normal_energy, 0.1, seed=0), strict=True):
         testing.assert_same_bits(a, b)
 
 
@@ -486,10 +486,10 @@ def test_an_energy_may_return_the_same_memory_every_time():
     for energy in (reused, normal_energy):
         state = z, *ops.energy_and_grad(energy, z)
         for step in range(5):
-            *state, accepted = ops.mala_step(*state, energy, 0.5, seed=0, step=step)
+            *state, _accepted = ops.mala_step(*state, energy, 0.5, seed=0, step=step)
         if energy is reused:
             got = state
-    for a, b in zip(got, state):
+    for a, b in zip(got, state, strict=True):
         testing.assert_within(a, b.double(), 1e-5 * (1 + b.abs().double()), "state")
 
 
@@ -500,6 +500,6 @@ def test_an_energy_and_its_gradient_compile_to_one_graph():
     z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     with config.patch(trace_autograd_ops=True):
         compiled = torch.compile(lambda z: ops.energy_and_grad(normal_energy, z), backend="eager", fullgraph=True)
-        for got, want in zip(compiled(z), ops.energy_and_grad(normal_energy, z)):
+        for got, want in zip(compiled(z), ops.energy_and_grad(normal_energy, z), strict=True):
             testing.assert_same_bits(got, want)
     torch._dynamo.reset()

@@ -99,7 +99,7 @@ def test_bits_do_not_depend_on_threads_or_batch(prior):
     for shape in [(200, 392), (3, 30000)]:
         leaves = [v.requires_grad_() for v in inputs(shape)]
 
-        def run():
+        def run(leaves=leaves):
             out = ops.flow_log_prob(*leaves, prior=prior)
             return (out, *torch.autograd.grad(out, leaves, torch.ones_like(out)))
 
@@ -107,7 +107,7 @@ def test_bits_do_not_depend_on_threads_or_batch(prior):
             single = run()
         with testing.threads(4):
             several = run()
-        for a, b in zip(single, several):
+        for a, b in zip(single, several, strict=True):
             testing.assert_same_bits(a, b)
         testing.assert_same_bits(ops.flow_log_prob(leaves[0][:1], leaves[1], prior=prior), single[0][:1])
 
@@ -146,7 +146,9 @@ def test_backward_takes_any_gradient_layout(layout):
     out = ops.flow_log_prob(*leaves)
     grad = testing.gradient_layouts(torch.randn(6, 3))[layout][:, 0]
     for a, b in zip(
-        torch.autograd.grad(out, leaves, grad, retain_graph=True), torch.autograd.grad(out, leaves, grad.contiguous())
+        torch.autograd.grad(out, leaves, grad, retain_graph=True),
+        torch.autograd.grad(out, leaves, grad.contiguous()),
+        strict=True,
     ):
         testing.assert_same_bits(a, b)
 
@@ -169,18 +171,20 @@ def test_opcheck(name, args):
 @pytest.mark.parametrize("prior", PRIORS)
 def test_compiles_without_a_graph_break_to_the_same_bits(prior):
     leaves = [v.requires_grad_() for v in inputs((6, 40))]
-    f = lambda h, s: ops.flow_log_prob(h, s, prior=prior)  # noqa: E731
+    f = lambda h, s: ops.flow_log_prob(h, s, prior=prior)
     compiled = torch.compile(f, fullgraph=True)(*leaves)
     testing.assert_same_bits(compiled, f(*leaves))
-    for a, b in zip(torch.autograd.grad(compiled.sum(), leaves), torch.autograd.grad(f(*leaves).sum(), leaves)):
+    for a, b in zip(
+        torch.autograd.grad(compiled.sum(), leaves), torch.autograd.grad(f(*leaves).sum(), leaves), strict=True
+    ):
         testing.assert_same_bits(a, b)
 
 
 @pytest.mark.parametrize("prior", PRIORS)
 def test_function_transforms_agree_with_the_reference(prior):
     h, log_scale = inputs((3, 4), torch.float64)
-    loss = lambda h, s: ops.flow_log_prob(h, s, prior=prior).sum()  # noqa: E731
-    rows = lambda h, s: ops.flow_log_prob(h[None], s, prior=prior)[0]  # noqa: E731
+    loss = lambda h, s: ops.flow_log_prob(h, s, prior=prior).sum()
+    rows = lambda h, s: ops.flow_log_prob(h[None], s, prior=prior)[0]
     transforms = {
         "grad": lambda: torch.func.grad(loss, (0, 1))(h, log_scale),
         "jacrev": lambda: torch.func.jacrev(loss, (0, 1))(h, log_scale),
@@ -193,7 +197,7 @@ def test_function_transforms_agree_with_the_reference(prior):
         got = transform()
         with pyflow.backend("reference"):
             want = transform()
-        for a, b in zip(got, want):
+        for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, msg=name)
 
 

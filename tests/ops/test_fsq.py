@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 
 import pytest
@@ -106,7 +107,7 @@ def test_channels_in_front_have_the_bits_of_channels_behind(shape):
         gz = torch.autograd.grad(codes, moved, grad.movedim(1, dim).contiguous())[0]
         decoded = ops.fsq_decode(indices, levels, dim=dim)
         results.append((indices, *(t.movedim(dim, 1) for t in (codes.detach(), gz, decoded))))
-    for got, want in zip(*results):
+    for got, want in zip(*results, strict=True):
         testing.assert_same_bits(got, want)
 
 
@@ -202,7 +203,7 @@ def test_residual_stages_add_up_and_get_finer():
         scale = torch.tensor(ref.scales(levels, stages))
         torch.testing.assert_close((parts * scale).sum(-2), out)
         errors.append((x - out).abs().max().item())
-    assert all(later < earlier / 2 for earlier, later in zip(errors, errors[1:]))
+    assert all(later < earlier / 2 for earlier, later in itertools.pairwise(errors))
 
 
 def digest() -> str:
@@ -242,7 +243,7 @@ def test_bits_do_not_depend_on_threads_or_batch(shape, dim):
         single = run()
     with testing.threads(4):
         several = run()
-    for a, b in zip(single, several):
+    for a, b in zip(single, several, strict=True):
         testing.assert_same_bits(a, b)
     codes, indices = ops.fsq(z[:1], (8, 5, 5, 5), dim=dim)
     testing.assert_same_bits(codes, single[0][:1])
@@ -296,7 +297,7 @@ def test_a_clamped_value_passes_no_gradient_by_selection(variant):
 def test_gradcheck_twice(variant):
     z = values((3, 7), torch.float64).requires_grad_()
     grad = values((3, 7), torch.float64, seed=1).requires_grad_()
-    backward = lambda g, z: torch.ops.pyflow.fsq_backward(g, z, [8, 5, 4], FSQ_VARIANTS.index(variant))  # noqa: E731
+    backward = lambda g, z: torch.ops.pyflow.fsq_backward(g, z, [8, 5, 4], FSQ_VARIANTS.index(variant))
     assert torch.autograd.gradcheck(backward, (grad, z))
     assert torch.autograd.gradgradcheck(backward, (grad, z))
     codes, _ = ops.fsq(z, (8, 5, 4), variant=variant, dim=0)
@@ -310,7 +311,7 @@ def test_residual_double_backward():
     # between the steps of the first stages the gradient is smooth
     x = residual_inputs((3, 6), torch.float64).requires_grad_()
     grad = values((3, 6), torch.float64, seed=1).requires_grad_()
-    backward = lambda g, x: torch.ops.pyflow.residual_fsq_backward(g, x, [5, 5, 4], 2, 2, None)  # noqa: E731
+    backward = lambda g, x: torch.ops.pyflow.residual_fsq_backward(g, x, [5, 5, 4], 2, 2, None)
     assert torch.autograd.gradcheck(backward, (grad, x))
     assert torch.autograd.gradgradcheck(backward, (grad, x))
 
@@ -365,7 +366,7 @@ def test_compiles_without_a_graph_break_to_the_same_bits(variant):
         return codes + decoded, out, indices
 
     got, want = torch.compile(f, fullgraph=True)(z), f(z)
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         testing.assert_same_bits(a.float(), b.float())
     sums = [torch.autograd.grad((a + b).sum(), z)[0] for a, b, _ in (got, want)]
     testing.assert_same_bits(*sums)
@@ -374,9 +375,9 @@ def test_compiles_without_a_graph_break_to_the_same_bits(variant):
 @pytest.mark.parametrize("variant", ["vqp", "sigmoid", "symmetric_hard"])
 def test_function_transforms_agree_with_the_reference(variant):
     z = values((5, 3, 4), torch.float64)
-    one = lambda z: ops.fsq(z, (8, 5, 4), variant=variant, dim=0)  # noqa: E731
-    loss = lambda z: (one(z)[0] ** 2).sum()  # noqa: E731
-    stages = lambda z, n: ops.residual_fsq(z, (8, 5, 4), 3, dim=0, active=n)  # noqa: E731
+    one = lambda z: ops.fsq(z, (8, 5, 4), variant=variant, dim=0)
+    loss = lambda z: (one(z)[0] ** 2).sum()
+    stages = lambda z, n: ops.residual_fsq(z, (8, 5, 4), 3, dim=0, active=n)
     counts = torch.arange(5)
     indices = torch.arange(20).reshape(5, 4)
     transforms = {
@@ -395,7 +396,7 @@ def test_function_transforms_agree_with_the_reference(variant):
         got = transform()
         with pyflow.backend("reference"):
             want = transform()
-        for a, b in zip(got, want) if isinstance(got, tuple) else [(got, want)]:
+        for a, b in zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]:
             torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -406,8 +407,8 @@ def test_vmap_of_the_backward_operators():
         (torch.ops.pyflow.fsq_backward, (levels, 0), ()),
         (torch.ops.pyflow.residual_fsq_backward, (levels, 5, 3), (n,)),
     ):
-        got = torch.vmap(lambda g, z, *a: op(g, z, *extra, *a))(grad, z, *batched)  # noqa: B023
-        want = torch.stack([op(g, z_, *extra, *a) for g, z_, *a in zip(grad, z, *batched)])
+        got = torch.vmap(lambda g, z, *a: op(g, z, *extra, *a))(grad, z, *batched)
+        want = torch.stack([op(g, z_, *extra, *a) for g, z_, *a in zip(grad, z, *batched, strict=True)])
         testing.assert_same_bits(got, want)
     got = torch.vmap(lambda g, z: torch.ops.pyflow.residual_fsq_backward(g, z, levels, 5, 3, None))(grad, z)
     testing.assert_same_bits(got[2], torch.ops.pyflow.residual_fsq_backward(grad[2], z[2], levels, 5, 3, None))

@@ -6,13 +6,13 @@ import pytest
 
 pytest.importorskip("hypothesis")
 
-from hypothesis import HealthCheck, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-import pyflow  # noqa: E402
-from pyflow import _backend  # noqa: E402
+import pyflow
+from pyflow import _backend
 
-from . import fuzz  # noqa: E402
+from . import fuzz
 
 pytestmark = pytest.mark.skipif(bool(_backend.cpu_missing), reason=str(_backend.cpu_missing))
 

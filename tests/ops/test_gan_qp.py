@@ -20,7 +20,7 @@ CHOICES = [(distance, latents) for distance in DISTANCES for latents in (False, 
 def inputs(shape, dtype=torch.float32, t_dtype=None, latents=True, seed=0):
     """t_real, t_fake, x_real, x_fake and, with latents, z_real, z_fake."""
     generator = torch.Generator().manual_seed(seed)
-    normal = lambda *size: torch.randn(size, generator=generator, dtype=torch.float64)  # noqa: E731
+    normal = lambda *size: torch.randn(size, generator=generator, dtype=torch.float64)
     values = [normal(shape[0]).to(t_dtype or dtype) for _ in range(2)]
     samples = [normal(*shape).to(dtype) for _ in range(2)]
     return values + samples + [normal(shape[0], 37).to(dtype) for _ in range(2 * latents)]
@@ -42,7 +42,7 @@ def check(tensors, **options):
     # a deviation is off by half an ulp or so of the larger operand, in the mean by the mean of that
     size = sum(
         ref.rows((a.abs() + b.abs()).square() if distance == "l2" else a.abs() + b.abs())
-        for a, b in zip(exact[2::2], exact[3::2]) if a is not None
+        for a, b in zip(exact[2::2], exact[3::2], strict=True) if a is not None
     )  # fmt: skip
     size = size.sqrt() if distance == "l2" else size
     terms = tensors[2][0].numel() if len(loss) else 1
@@ -53,7 +53,7 @@ def check(tensors, **options):
     of_q = q.abs() * (of_d / (d + eps) + 6 * u) + of_delta / (2 * lam * (d + eps))
     testing.assert_within(loss, want, delta.abs() * of_q + of_delta * (q - 1).abs() + 4 * u * delta.abs(), "loss")
     error = weights.double().abs() * (2 * of_q + 4 * u * (1 + q.abs()))
-    for name, grad, wanted in zip(("t_real", "t_fake"), grads, want_grads):
+    for name, grad, wanted in zip(("t_real", "t_fake"), grads, want_grads, strict=True):
         assert grad.dtype == tensors[0].dtype
         testing.assert_within(grad, wanted, error, f"gradient of {name}")
 
@@ -92,9 +92,7 @@ def test_is_what_the_paper_says():
             )
             torch.testing.assert_close(got, expected)
         best = (t_fake + 7 * d).requires_grad_()
-        loss = ops.gan_qp_loss(
-            best, t_fake, x_real, x_fake, z_real, z_fake, lam=7, distance=distance, reduction="none"
-        )
+        loss = ops.gan_qp_loss(best, t_fake, x_real, x_fake, z_real, z_fake, lam=7, distance=distance, reduction="none")
         torch.testing.assert_close(loss, -7 * d / 2)
         assert torch.autograd.grad(loss.sum(), best)[0].abs().max() < 1e-12
 
@@ -149,7 +147,7 @@ def test_layouts(distance, layout):
     viewed[4:] = [testing.laid_out(t, "stepped") for t in tensors[4:]]
     viewed[:2] = [torch.stack((t, t), 1)[:, 0] for t in tensors[:2]]
     # one of the two alone in the layout, then both
-    for given in (tensors[:2] + [viewed[2], tensors[3]] + tensors[4:], viewed):
+    for given in ([*tensors[:2], viewed[2], tensors[3], *tensors[4:]], viewed):
         got = ops.gan_qp_loss(*given, distance=distance, reduction="none")
         torch.testing.assert_close(got, ops.gan_qp_loss(*tensors, distance=distance, reduction="none"))
         check(given, distance=distance)
@@ -184,7 +182,7 @@ def test_instruction_sets_give_the_same_bits(every_instruction_set):
 def test_bits_do_not_depend_on_threads_or_batch(distance):
     for shape in [(200, 392), (3, 30000), (2000, 4)]:
         tensors = inputs(shape)
-        run = lambda t: ops.gan_qp_loss(*t, distance=distance, reduction="none")  # noqa: E731
+        run = lambda t: ops.gan_qp_loss(*t, distance=distance, reduction="none")
         with testing.threads(1):
             single = run(tensors)
         with testing.threads(4):
@@ -211,13 +209,13 @@ def test_nan_and_infinity_travel_as_in_the_reference(distance):
             leaves = [t.repeat(len(x_real)).requires_grad_() for t in (t_real, t_fake)]
 
             def run():
-                out = ops.gan_qp_loss(*leaves, x_real, x_fake, distance=distance, reduction="none")  # noqa: B023
-                return (out, *torch.autograd.grad(out.sum(), leaves))  # noqa: B023
+                out = ops.gan_qp_loss(*leaves, x_real, x_fake, distance=distance, reduction="none")
+                return (out, *torch.autograd.grad(out.sum(), leaves))
 
             got = run()
             with pyflow.backend("reference"):
                 want = run()
-            for a, b in zip(got, want):
+            for a, b in zip(got, want, strict=True):
                 assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())
 
 
@@ -226,7 +224,7 @@ def test_gradcheck_twice(distance, latents):
     t_real, t_fake, *samples = inputs((3, 2, 2), torch.float64, latents=latents)
     leaves = (t_real.requires_grad_(), t_fake.requires_grad_())
     for reduction in ("none", "mean"):
-        f = lambda r, k: ops.gan_qp_loss(r, k, *samples, distance=distance, reduction=reduction)  # noqa: B023, E731
+        f = lambda r, k: ops.gan_qp_loss(r, k, *samples, distance=distance, reduction=reduction)
         assert torch.autograd.gradcheck(f, leaves)
         assert torch.autograd.gradgradcheck(f, leaves)
 
@@ -234,7 +232,7 @@ def test_gradcheck_twice(distance, latents):
 def test_gradcheck_of_the_generator():
     leaves = [t.requires_grad_() for t in inputs((3, 2, 2), torch.float64)]
     t_real, t_fake, x, x_rec, z, z_rec = leaves
-    f = lambda r, k, xr, zr: ops.gan_qp_generator_loss(r, k, x.detach(), xr, z.detach(), zr)  # noqa: E731
+    f = lambda r, k, xr, zr: ops.gan_qp_generator_loss(r, k, x.detach(), xr, z.detach(), zr)
     assert torch.autograd.gradcheck(f, (t_real, t_fake, x_rec, z_rec))
     assert torch.autograd.gradgradcheck(f, (t_real, t_fake, x_rec, z_rec))
 
@@ -246,7 +244,9 @@ def test_backward_takes_any_gradient_layout(layout):
     out = ops.gan_qp_loss(*leaves, *tensors[2:], reduction="none")
     grad = testing.gradient_layouts(torch.randn(6, 3))[layout][:, 0]
     for a, b in zip(
-        torch.autograd.grad(out, leaves, grad, retain_graph=True), torch.autograd.grad(out, leaves, grad.contiguous())
+        torch.autograd.grad(out, leaves, grad, retain_graph=True),
+        torch.autograd.grad(out, leaves, grad.contiguous()),
+        strict=True,
     ):
         testing.assert_same_bits(a, b)
 
@@ -294,15 +294,15 @@ def test_compiles_without_a_graph_break_to_the_same_bits(distance):
     got, want = torch.compile(f, fullgraph=True)(*tensors), f(*tensors)
     testing.assert_same_bits(got[0], want[0])
     torch.testing.assert_close(got[1], want[1])
-    for a, b in zip(torch.autograd.grad(got[0].sum(), leaves), torch.autograd.grad(want[0].sum(), leaves)):
+    for a, b in zip(torch.autograd.grad(got[0].sum(), leaves), torch.autograd.grad(want[0].sum(), leaves), strict=True):
         testing.assert_same_bits(a, b)
 
 
 @pytest.mark.parametrize("distance, latents", CHOICES)
 def test_function_transforms_agree_with_the_reference(distance, latents):
     tensors = inputs((3, 4), torch.float64, latents=latents)
-    loss = lambda *v: ops.gan_qp_loss(*v, distance=distance)  # noqa: E731
-    row = lambda *v: loss(*(t[None] for t in v))  # noqa: E731
+    loss = lambda *v: ops.gan_qp_loss(*v, distance=distance)
+    row = lambda *v: loss(*(t[None] for t in v))
     every, one = tuple(range(len(tensors))), (0, *(None,) * (len(tensors) - 1))
     transforms = {
         "grad": lambda: torch.func.grad(loss, every)(*tensors),
@@ -317,7 +317,7 @@ def test_function_transforms_agree_with_the_reference(distance, latents):
         got = transform()
         with pyflow.backend("reference"):
             want = transform()
-        for a, b in zip(got, want):
+        for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, msg=name)
         if name in ("grad", "jacrev", "jacfwd"):
             assert all(g.count_nonzero() == 0 for g in got[2:]), name
@@ -334,7 +334,7 @@ def test_vmap_has_a_rule_for_both_operators():
         parts = [t[i].detach().requires_grad_() for t in batch]
         want = ops.gan_qp_loss(*parts, reduction="none")
         testing.assert_same_bits(out[i], want)
-        for a, b in zip(grads, torch.autograd.grad(want.sum(), parts[:2])):
+        for a, b in zip(grads, torch.autograd.grad(want.sum(), parts[:2]), strict=True):
             testing.assert_same_bits(a[i], b)
 
 

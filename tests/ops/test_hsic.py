@@ -37,7 +37,7 @@ def dependent(n, d=3, dtype=F32, batch=(), seed=0):
 def matrix(x, kernel, bandwidth=1.0, degree=3, coef0=1.0):
     """The kernel matrix by its definition, float64."""
     x = x.double()
-    away = lambda p: torch.cdist(x, x, p, compute_mode="donot_use_mm_for_euclid_dist")  # noqa: E731
+    away = lambda p: torch.cdist(x, x, p, compute_mode="donot_use_mm_for_euclid_dist")
     return {
         "rbf": lambda: torch.exp(-away(2.0).square() / (2 * bandwidth**2)),
         "laplacian": lambda: torch.exp(-away(1.0) / bandwidth),
@@ -148,7 +148,7 @@ def test_invariances(n, d, kernel, seed):
     x, y = dependent(n, d, F64, seed=seed)
     options = dict(kernel=kernel, estimator="unbiased", normalize=False)
     value = ops.hsic(x, y, **options)
-    close = lambda other: torch.testing.assert_close(other, value, rtol=1e-9, atol=1e-12)  # noqa: E731
+    close = lambda other: torch.testing.assert_close(other, value, rtol=1e-9, atol=1e-12)
     close(ops.hsic(y, x, **options))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     close(ops.hsic(x[order], y[order], **options))
@@ -182,15 +182,16 @@ def test_gradients_are_the_reference_s(kernel, estimator):
         for normalize in (False, True):
             x, y = dependent(n, d)
             sigma = torch.tensor(1.7 * d**0.5)
-            f = lambda x, y, s: ops.hsic(  # noqa: E731
-                x, y, kernel=kernel, bandwidth=s, estimator=estimator, normalize=normalize
-            )
+
+            def f(x, y, s, normalize=normalize):
+                return ops.hsic(x, y, kernel=kernel, bandwidth=s, estimator=estimator, normalize=normalize)
+
             leaves = leaves_of(x, y, sigma)
             got = torch.autograd.grad(f(*leaves), leaves, allow_unused=True)
             exact = leaves_of(*(v.double() for v in leaves))
             with pyflow.backend("reference"):
                 want = torch.autograd.grad(f(*exact), exact, allow_unused=True)
-            for name, a, b in zip(("x", "y", "bandwidth"), got, want):
+            for name, a, b in zip(("x", "y", "bandwidth"), got, want, strict=True):
                 assert (a is None) == (b is None)
                 if a is not None:
                     # of the bandwidth: a sum that cancels
@@ -208,7 +209,7 @@ def test_gradient_of_a_batch_of_bandwidths():
         single = ops.hsic(*alone[:2], bandwidth=alone[2], bandwidth_y=1.0)
         torch.testing.assert_close(value[i], single)
         whole = torch.autograd.grad(value[i], leaves, retain_graph=True)
-        for a, b in zip(whole, torch.autograd.grad(single, alone)):
+        for a, b in zip(whole, torch.autograd.grad(single, alone), strict=True):
             torch.testing.assert_close(a[i], b)
 
 
@@ -273,7 +274,7 @@ def test_bits_do_not_depend_on_threads_or_batch(kernel, n, batch):
         single = run(x, y)
     with testing.threads(4):
         several = run(x, y)
-    for a, b, alone in zip(single, several, run(x[1:2], y[1:2])):
+    for a, b, alone in zip(single, several, run(x[1:2], y[1:2]), strict=True):
         testing.assert_same_bits(a, b)
         testing.assert_same_bits(a[1:2], alone)
 
@@ -306,7 +307,9 @@ def test_backward_takes_any_gradient_layout(layout):
     rows, cross = draw((2, 2, 20), F64), draw((2, 1), F64)
     given = testing.gradient_layouts(rows)[layout]
     backward = torch.ops.pyflow.hsic_sums_backward
-    for got, want in zip(backward(given, cross, z, *arguments), backward(given.contiguous(), cross, z, *arguments)):
+    for got, want in zip(
+        backward(given, cross, z, *arguments), backward(given.contiguous(), cross, z, *arguments), strict=True
+    ):
         testing.assert_same_bits(got, want)
 
 
@@ -320,7 +323,7 @@ def test_parts_of_the_tiles_add_up():
         torch.testing.assert_close(total, whole[i], rtol=1e-12, atol=1e-9)
         assert not torch.equal(parts[0][i], whole[i])
     assert all(torch.equal(part[2], whole[2]) for part in parts)
-    with pytest.raises(RuntimeError, match="^hsic: a part of the tiles has no gradient$"):
+    with pytest.raises(RuntimeError, match=r"^hsic: a part of the tiles has no gradient$"):
         sums = torch.ops.pyflow.hsic_sums([z[0].requires_grad_(), z[1]], *arguments[1:], 0, 5)
         sums[0].sum().backward()
 
@@ -355,10 +358,10 @@ def test_opcheck(name, args):
 @pytest.mark.parametrize("options", [{}, {"normalize": True, "estimator": "unbiased"}, {"kernel": "laplacian"}])
 def test_compiles_without_a_graph_break_to_the_same_bits(options):
     leaves = leaves_of(*dependent(30, 3))
-    f = lambda x, y: ops.hsic(x, y, bandwidth=2.0, **options)  # noqa: E731
+    f = lambda x, y: ops.hsic(x, y, bandwidth=2.0, **options)
     compiled = torch.compile(f, fullgraph=True)(*leaves)
     torch.testing.assert_close(compiled, f(*leaves), rtol=1e-6, atol=0)
-    for a, b in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(f(*leaves), leaves)):
+    for a, b in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(f(*leaves), leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     median = torch.compile(lambda x, y: ops.hsic(x, y, **options), fullgraph=True)(*leaves)
     torch.testing.assert_close(median, ops.hsic(*leaves, **options), rtol=1e-5, atol=0)
@@ -375,7 +378,7 @@ def test_another_bandwidth_compiles_nothing_anew():
 
 def test_function_transforms_agree_with_the_reference():
     x, y = dependent(8, 2, F64, batch=(3,))
-    loss = lambda x, y: ops.hsic(x, y, bandwidth=1.5).sum()  # noqa: E731
+    loss = lambda x, y: ops.hsic(x, y, bandwidth=1.5).sum()
     transforms = {
         "grad": lambda: torch.func.grad(loss, (0, 1))(x, y),
         "jacrev": lambda: torch.func.jacrev(loss, (0, 1))(x, y),
@@ -389,7 +392,7 @@ def test_function_transforms_agree_with_the_reference():
         got = transform()
         with pyflow.backend("reference"):
             want = transform()
-        for a, b in zip(got, want):
+        for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, msg=name)
 
 
@@ -406,7 +409,7 @@ def test_batches_of_gradients(kernel):
     leaf = x.clone().requires_grad_()
     (got,) = torch.autograd.grad(f(leaf), leaf, torch.eye(3, dtype=F64), is_grads_batched=True)
     torch.testing.assert_close(got, want)
-    first = lambda x: f(x)[0]  # noqa: E731
+    first = lambda x: f(x)[0]
     want = torch.autograd.functional.hessian(first, x)
     torch.testing.assert_close(torch.autograd.functional.hessian(first, x, vectorize=True), want)
 
@@ -466,9 +469,7 @@ def test_permuted_sums():
         want = torch.stack([(k * m[p][:, p]).sum() - 70 for p in permutations])
         torch.testing.assert_close(got, want, rtol=error, atol=0)
         with testing.threads(3):
-            testing.assert_same_bits(
-                got, torch.ops.pyflow.hsic_permuted(k.to(dtype), m.to(dtype), permutations.int())
-            )
+            testing.assert_same_bits(got, torch.ops.pyflow.hsic_permuted(k.to(dtype), m.to(dtype), permutations.int()))
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16, torch.float16])
@@ -504,7 +505,7 @@ def test_nan_on_a_traced_path_is_nan_when_normalised():
     x, y = dependent(20, 2)
     x[3, 1] = math.nan
     for kernel in KERNELS:
-        f = lambda x, y: ops.cka(x, y, kernel=kernel, bandwidth=1.0)  # noqa: E731, B023
+        f = lambda x, y: ops.cka(x, y, kernel=kernel, bandwidth=1.0)
         assert torch.compile(f, backend="eager", fullgraph=True)(x, y).isnan(), kernel
 
 
@@ -523,7 +524,10 @@ def test_equal_rows_depend_on_nothing(kernel, estimator, backend):
                 options = dict(kernel=kernel, estimator=estimator)
                 assert ops.cka(x, y, **options) == ops.cka(x, other, **options) == ops.hsic(other, y, **options) == 0
                 batch = torch.stack((x, other))
-                assert (ops.hsic(batch, other, **options) == 0).tolist() == [True, ops.hsic(other, other, **options) == 0]
+                assert (ops.hsic(batch, other, **options) == 0).tolist() == [
+                    True,
+                    ops.hsic(other, other, **options) == 0,
+                ]
                 if kernel in KERNELS:
                     leaf = batch.requires_grad_()
                     grad = torch.autograd.grad(ops.cka(leaf, other, **options).sum(), leaf)[0]
@@ -578,7 +582,7 @@ def test_items_of_a_batch_have_units_of_their_own():
     x, y = dependent(40, 2)
     batch = torch.stack([x * unit for unit in (1.0, 2.0**-90, 2.0**70, 2.0**100)])
     for kernel in ("rbf", "laplacian", "linear"):
-        f = lambda x: ops.cka(x, y, kernel=kernel)  # noqa: E731, B023
+        f = lambda x: ops.cka(x, y, kernel=kernel)
         for values in (f(batch), torch.compile(f, fullgraph=True, backend="eager")(batch), torch.vmap(f)(batch)):
             torch.testing.assert_close(values, f(x).expand(4), rtol=1e-6, atol=0)
     # and a value that the dtype holds is not lost on the way
@@ -616,7 +620,9 @@ def test_rows_far_from_others_cost_these_no_digits(kernel, how, d, backend):
             got = ops.hsic(leaf, y, kernel=kernel, bandwidth=bandwidth, estimator=estimator)
             scale = math.sqrt(definition(k, k, estimator) * definition(m, m, estimator))
             want = definition(k, m, estimator)
-            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-7 * scale, msg=f"{estimator} {got - want:.2e}")
+            torch.testing.assert_close(
+                got.double(), want, rtol=1e-5, atol=1e-7 * scale, msg=f"{estimator} {got - want:.2e}"
+            )
         (gradient,) = torch.autograd.grad(got, leaf)
     exact = x.double().requires_grad_()
     with pyflow.backend("reference"):
@@ -677,7 +683,7 @@ def test_defaults_of_torch_change_nothing(setting):
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(F32)
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
         testing.assert_same_bits(a, b)
 
@@ -685,7 +691,9 @@ def test_defaults_of_torch_change_nothing(setting):
 def test_nhsic_refuses_an_epsilon_below_the_rounding_of_its_matrix():
     x, y = dependent(60, 2, F64)
     assert 0 < ops.nhsic(1e3 * x, y, kernel="linear") <= 2 + 1e-6
-    with pytest.raises(ValueError, match=r"^nhsic: epsilon must be above the rounding of the kernel matrix, .*, got 1e-05$"):
+    with pytest.raises(
+        ValueError, match=r"^nhsic: epsilon must be above the rounding of the kernel matrix, .*, got 1e-05$"
+    ):
         ops.nhsic(1e8 * x, y, kernel="linear")
     compiled = torch.compile(lambda x: ops.nhsic(x, y, kernel="linear"), backend="eager", fullgraph=True)
     assert compiled(1e8 * x).isnan() and compiled(x) == ops.nhsic(x, y, kernel="linear")
@@ -786,16 +794,18 @@ def test_bad_input_gets_one_sentence(call, error, text, backend):
 
 
 def test_bad_input_of_the_others():
-    with pytest.raises(ValueError, match="^hsic_matrix: xs and ys must not be empty, got 0 and 1 tensors$"):
+    with pytest.raises(ValueError, match=r"^hsic_matrix: xs and ys must not be empty, got 0 and 1 tensors$"):
         ops.hsic_matrix([], [X])
     for wrong in (None, 3, torch.zeros(())):
         with pytest.raises(TypeError, match=f"^hsic_matrix: ys must be a list of tensors, got {type(wrong).__name__}$"):
             ops.hsic_matrix([X], wrong)
-    with pytest.raises(TypeError, match="^cka: normalize is always on$"):
+    with pytest.raises(TypeError, match=r"^cka: normalize is always on$"):
         ops.cka(X, X, normalize=False)
-    with pytest.raises(TypeError, match="^cka: options must be those of hsic, got kernels$"):
+    with pytest.raises(TypeError, match=r"^cka: options must be those of hsic, got kernels$"):
         ops.cka(X, X, kernels="rbf")
     with pytest.raises(ValueError, match=r"^center_gram: gram must be \(..., n, n\), got shape \(6, 2\)$"):
         ops.center_gram(X)
-    with pytest.raises(ValueError, match="^center_gram: inplace must not be used on a tensor that requires a gradient$"):
+    with pytest.raises(
+        ValueError, match=r"^center_gram: inplace must not be used on a tensor that requires a gradient$"
+    ):
         ops.center_gram(torch.eye(3).requires_grad_(), inplace=True)

@@ -220,7 +220,7 @@ def test_distributions(sample):
     assert stats.kstest(sample.numpy(), "norm").pvalue > 1e-4
     u = ops.uniform((N,), seed=54321).double()
     assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-4
-    assert 0 <= u.min() and u.max() < 1
+    assert u.min() >= 0 and u.max() < 1
     for part in (sample[::4], sample[1::4], sample[2::4], sample[3::4]):
         assert stats.kstest(part.numpy(), "norm").pvalue > 1e-4
     counts = torch.histc(u, 1000, 0, 1)
@@ -234,7 +234,7 @@ def test_tails():
         z = ops.normal((8_000_000,), seed=3, step=step).abs_()
         counts += torch.tensor([float((z > level).sum()) for level in levels])
         total += z.numel()
-    for level, count in zip(levels, counts.tolist()):
+    for level, count in zip(levels, counts.tolist(), strict=True):
         due = total * 2 * stats.norm.sf(level)
         assert abs(count - due) < 5 * math.sqrt(due), f"{level}: {count}, expected {due:.1f}"
 
@@ -283,7 +283,7 @@ def test_opcheck(name, args):
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_compiles_once_to_the_same_bits(draw):
-    f = lambda seed, step: draw((3, 40), seed=seed, step=step) * 1  # noqa: E731
+    f = lambda seed, step: draw((3, 40), seed=seed, step=step) * 1
     torch._dynamo.reset()
     count = CompileCounter()
     compiled = torch.compile(f, fullgraph=True)

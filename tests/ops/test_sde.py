@@ -47,11 +47,11 @@ def test_bits_of_the_reference(dtype, score_dtype):
         for kind in kinds(shape):
             for seed in seeds(shape):
                 options = dict(seed=seed, step=STEP, return_mean=True)
-                call = lambda: ops.sde_step(x, score, *coefficients(kind, shape), **options)  # noqa: B023, E731
+                call = lambda: ops.sde_step(x, score, *coefficients(kind, shape), **options)
                 got = call()
                 with pyflow.backend("reference"):
                     want = call()
-                for name, a, b in zip(("x'", "mean"), got, want):
+                for name, a, b in zip(("x'", "mean"), got, want, strict=True):
                     assert a.dtype == dtype
                     testing.assert_same_bits(a, b, f"{name}, {shape}, {kind}")
 
@@ -62,7 +62,7 @@ def test_is_the_formula(dtype):
     a, b, c = coefficients("per sample", (4,))
     got, mean = ops.sde_step(x, score, a, b, c, seed=3, step=5, return_mean=True)
     z = ops.normal(x.shape, seed=3, step=5).double()
-    wide = lambda v: v.double().reshape(4, 1, 1)  # noqa: E731
+    wide = lambda v: v.double().reshape(4, 1, 1)
     parts = wide(a) * x.double(), wide(b) * score.double(), wide(c) * z
     error = 4 * testing.UNIT[testing.compute_dtype(dtype)] * sum(p.abs() for p in parts)
     testing.assert_within(got, sum(parts), error, "x'")
@@ -85,7 +85,8 @@ def test_layouts_give_the_same_bits(layout, dtype):
         )
         testing.assert_same_bits(ops.perturb(viewed[0], 0.5, 2.0, seed=seed), ops.perturb(x, 0.5, 2.0, seed=seed))
         testing.assert_same_bits(
-            ops.langevin_step(viewed[0], score, snr=0.2, norm="sample", seed=seed), ops.langevin_step(x, score, snr=0.2, norm="sample", seed=seed)
+            ops.langevin_step(viewed[0], score, snr=0.2, norm="sample", seed=seed),
+            ops.langevin_step(x, score, snr=0.2, norm="sample", seed=seed),
         )
     got = ops.sde_step(viewed[0], score, 1.1, 0.3, 0.7, noise=viewed[2])
     testing.assert_same_bits(got, ops.sde_step(x, score, 1.1, 0.3, 0.7, noise=noise))
@@ -181,7 +182,7 @@ def test_denoising_loss(dtype, parameterization, reduction):
             u = testing.UNIT[testing.compute_dtype(dtype)]
             bound = 8 * u * size + testing.sum_error(math.prod(shape[1:]), size, testing.compute_dtype(dtype))
             testing.assert_within(got, want, bound, "loss")
-            for a, b in zip(grads, torch.autograd.grad(want.sum(), exact[: len(leaves)])):
+            for a, b in zip(grads, torch.autograd.grad(want.sum(), exact[: len(leaves)]), strict=True):
                 scale = 1 + b.abs() + (size.sum() if a.dim() == 0 else size if a.shape == size.shape else 0)
                 testing.assert_within(a, b, 400 * u * scale * heaviest, "gradient")
 
@@ -219,7 +220,9 @@ def test_the_marginal_rule_takes_the_std(dtype):
     for alpha, std in ((1.0, 0.7), (0.9, torch.linspace(0, 2, 63))):
         got = ops.langevin_step(x, score, snr=0.2, alpha=alpha, std=std, seed=seed, step=2, return_mean=True)
         size = 2 * alpha * (0.2 * torch.as_tensor(std, dtype=torch.float64)) ** 2
-        for ours, want in zip(got, ops.sde_step(x, score, 1.0, size, (2 * size).sqrt(), noise=z, return_mean=True)):
+        for ours, want in zip(
+            got, ops.sde_step(x, score, 1.0, size, (2 * size).sqrt(), noise=z, return_mean=True), strict=True
+        ):
             testing.assert_same_bits(ours, want)
 
 
@@ -232,7 +235,8 @@ def test_langevin_step_of_a_given_size():
         testing.assert_same_bits(got, ops.langevin_step(x, score, step_size=size, noise=z))
     with_rule = ops.langevin_step(x, score, snr=0.1, norm="sample", noise=z)
     testing.assert_same_bits(
-        with_rule, ops.langevin_step(x, score, snr=torch.tensor(0.1, dtype=torch.float64), norm="sample", seed=3, step=2)
+        with_rule,
+        ops.langevin_step(x, score, snr=torch.tensor(0.1, dtype=torch.float64), norm="sample", seed=3, step=2),
     )
 
 
@@ -294,7 +298,7 @@ def test_bits_do_not_depend_on_threads(shape):
         single = results(shape)
     with testing.threads(4):
         several, again = results(shape), results(shape)
-    for a, b, c in zip(single, several, again):
+    for a, b, c in zip(single, several, again, strict=True):
         testing.assert_same_bits(a, b)
         testing.assert_same_bits(b, c)
 
@@ -332,10 +336,10 @@ def test_gradcheck_twice(kind, injected):
     x, score, noise = (draw((3, 2, 2), torch.float64, i).requires_grad_() for i in range(3))
     a, b, c = (v.detach().requires_grad_() for v in coefficients(kind, (3,), torch.float64))
     if injected:
-        f = lambda x, s, a, b, c, z: ops.sde_step(x, s, a, b, c, noise=z, return_mean=True)  # noqa: E731
+        f = lambda x, s, a, b, c, z: ops.sde_step(x, s, a, b, c, noise=z, return_mean=True)
         leaves = (x, score, a, b, c, noise)
     else:
-        f = lambda *v: ops.sde_step(*v, seed=SEED, return_mean=True)  # noqa: E731
+        f = lambda *v: ops.sde_step(*v, seed=SEED, return_mean=True)
         leaves = (x, score, a, b, c)
     assert torch.autograd.gradcheck(f, leaves)
     assert torch.autograd.gradgradcheck(f, leaves)
@@ -380,7 +384,7 @@ def test_gradients_match_the_reference(dtype, shape):
             wide = ref.sde_step(*exact[:5], z)
             want = torch.autograd.grad(wide, exact, [w.double() for w in weights])
             u = testing.UNIT[testing.compute_dtype(dtype)]
-            for i, (g, w, leaf) in enumerate(zip(grads, want, leaves)):
+            for i, (g, w, leaf) in enumerate(zip(grads, want, leaves, strict=True)):
                 assert g.dtype == leaf.dtype and g.shape == leaf.shape
                 if leaf.shape == torch.Size(shape):
                     testing.assert_within(g, w, 4 * u * 10, f"gradient {i}")
@@ -396,18 +400,19 @@ def test_backward_takes_any_gradient_layout(layout):
     out = ops.sde_step(*leaves, seed=SEED, return_mean=True)
     grad = testing.gradient_layouts(draw((6, 20), seed=3))[layout]
     for pick in ((grad, grad), (grad, None), (None, grad)):
-        chosen = [(o, g) for o, g in zip(out, pick) if g is not None]
+        chosen = [(o, g) for o, g in zip(out, pick, strict=True) if g is not None]
         outputs = [o for o, _ in chosen]
         got = torch.autograd.grad(outputs, leaves, [g for _, g in chosen], retain_graph=True, materialize_grads=True)
         dense = [g.contiguous() for _, g in chosen]
         plain = torch.autograd.grad(outputs, leaves, dense, retain_graph=True, materialize_grads=True)
-        for a, b in zip(got, plain):
+        for a, b in zip(got, plain, strict=True):
             testing.assert_same_bits(a, b)
     loss = ops.denoising_loss(x, leaves[4], seed=SEED)
     row = testing.gradient_layouts(draw((6, 3), seed=4))[layout][:, 0]
     for a, b in zip(
         torch.autograd.grad(loss, (x, leaves[4]), row, retain_graph=True),
         torch.autograd.grad(loss, (x, leaves[4]), row.contiguous()),
+        strict=True,
     ):
         testing.assert_same_bits(a, b)
 
@@ -466,11 +471,12 @@ def test_compiles_without_a_graph_break_to_the_same_bits():
         (coefficients("per sample", (6,)), own, torch.tensor(3)), (coefficients("0-d", (6,)), torch.tensor(3), 4),
     ):  # fmt: skip
         got, want = compiled(x, score, *coefs, seed, step), everything(x, score, *coefs, seed, step)
-        for a, b in zip(got, want):
+        for a, b in zip(got, want, strict=True):
             testing.assert_same_bits(a, b)
         for a, b in zip(
             torch.autograd.grad([v.sum() for v in got], (x, score)),
             torch.autograd.grad([v.sum() for v in want], (x, score)),
+            strict=True,
         ):
             torch.testing.assert_close(a, b)  # sums of gradients are Inductor's
 
@@ -510,27 +516,29 @@ def test_function_transforms_agree_with_the_reference():
         got = transform()
         with pyflow.backend("reference"):
             want = transform()
-        for p, q in zip(got, want):
+        for p, q in zip(got, want, strict=True):
             torch.testing.assert_close(p, q, msg=name)
 
 
 def test_vmap_gives_every_slice_the_same_noise():
     x, score = draw((5, 3, 4)), draw((5, 3, 4), seed=1)
-    step = lambda x, s, c: ops.sde_step(x, s, 1.1, 0.3, c, seed=1)  # noqa: E731
+    step = lambda x, s, c: ops.sde_step(x, s, 1.1, 0.3, c, seed=1)
     c = torch.rand(5)
     got = torch.vmap(step)(x, score, c)
     testing.assert_same_bits(got, torch.stack([step(x[i], score[i], c[i]) for i in range(5)]))
     got = torch.vmap(lambda x: ops.denoising_loss(x, 0.5, seed=1), in_dims=1)(x)
     testing.assert_same_bits(got, torch.stack([ops.denoising_loss(x[:, i], 0.5, seed=1) for i in range(3)]))
     got = torch.vmap(lambda x, s: ops.langevin_step(x, s, snr=0.2, norm="sample", seed=1))(x, score)
-    testing.assert_same_bits(got, torch.stack([ops.langevin_step(x[i], score[i], snr=0.2, norm="sample", seed=1) for i in range(5)]))
+    testing.assert_same_bits(
+        got, torch.stack([ops.langevin_step(x[i], score[i], snr=0.2, norm="sample", seed=1) for i in range(5)])
+    )
 
 
 def test_autocast_changes_nothing():
     x, score = draw((4, 40)), draw((4, 40), seed=1)
     with torch.autocast("cpu", torch.bfloat16):
         got = everything(x, score, 1.1, 0.3, 0.7, 1, 2)
-    for a, b in zip(got, everything(x, score, 1.1, 0.3, 0.7, 1, 2)):
+    for a, b in zip(got, everything(x, score, 1.1, 0.3, 0.7, 1, 2), strict=True):
         testing.assert_same_bits(a, b)
 
 

@@ -57,7 +57,7 @@ def test_matches_the_reference(dtype, n_iter):
 def test_sigma_is_the_largest_singular_value():
     weights, u, v = inputs()
     scaled, _, _, sigmas = ops.spectral_normalize(weights, u, v, n_iter=3000)
-    for w, s, sigma in zip(weights, scaled, sigmas):
+    for w, s, sigma in zip(weights, scaled, sigmas, strict=True):
         exact = torch.linalg.svdvals(w.double().reshape(1, -1) if w.dim() == 1 else w.double().flatten(1))[0]
         assert abs(sigma.item() / exact.item() - 1) < 1e-5
         torch.testing.assert_close(s, (w.double() / exact).float(), rtol=2e-5, atol=1e-9)
@@ -93,7 +93,9 @@ def test_zero_weights_stay_and_nan_travels(backend):
 def test_magnitudes(scale):
     weights, u, v = inputs([(40, 50), (30,)])
     for a, b in zip(
-        ops.spectral_normalize([scale * w for w in weights], u, v)[0], ops.spectral_normalize(weights, u, v)[0]
+        ops.spectral_normalize([scale * w for w in weights], u, v)[0],
+        ops.spectral_normalize(weights, u, v)[0],
+        strict=True,
     ):
         torch.testing.assert_close(a, b)
 
@@ -105,7 +107,7 @@ def test_layouts(layout):
     u, v = [unit(6, 0, torch.float32)], [unit(40, 1, torch.float32)[::2]]
     got, want = forward_backward([weight], u, v), forward_backward([base], u, [v[0].contiguous()])
     assert got[0].stride() == torch.empty_like(weight).stride()
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         testing.assert_same_bits(a, b)
 
 
@@ -129,7 +131,7 @@ def test_bits_do_not_depend_on_threads_or_company():
         single = forward_backward(weights, u, v)
     with testing.threads(4):
         several = forward_backward(weights, u, v)
-    for a, b in zip(single, several):
+    for a, b in zip(single, several, strict=True):
         testing.assert_same_bits(a, b)
     alone = ops.spectral_normalize(weights[-1:], u[-1:], v[-1:])
     testing.assert_same_bits(alone[0][0], single[len(weights) - 1])
@@ -140,7 +142,7 @@ def test_nothing_is_changed_in_place_and_everything_is_written():
     before = [x.clone() for x in flat((weights, u, v))]
     with testing.poisoned():
         assert not any(x.isnan().any() for x in forward_backward(weights, u, v, n_iter=2))
-    for a, b in zip(before, flat((weights, u, v))):
+    for a, b in zip(before, flat((weights, u, v)), strict=True):
         testing.assert_same_bits(a, b)
 
 
@@ -162,7 +164,7 @@ def test_gradcheck_twice(through_iteration):
 def test_through_iteration_is_the_derivative_of_all_of_it():
     weights, u, v = inputs([(6, 4)], torch.float64)
     leaf, start = weights[0].requires_grad_(), v[0].requires_grad_()
-    f = lambda w, s: ops.spectral_normalize([w], u, [s], n_iter=2, through_iteration=True)[3][0]  # noqa: E731
+    f = lambda w, s: ops.spectral_normalize([w], u, [s], n_iter=2, through_iteration=True)[3][0]
     assert torch.autograd.gradcheck(f, (leaf, start))
     assert torch.autograd.grad(f(leaf, start), start)[0].abs().max() > 1e-4
 
@@ -195,19 +197,19 @@ def test_opcheck(name, args):
 
 def test_compiles_without_a_graph_break_to_the_same_bits():
     weights, u, v = inputs([(9, 20), (7,)])
-    f = lambda w, n: flat(ops.spectral_normalize(w, u, v, n_iter=n))  # noqa: E731
+    f = lambda w, n: flat(ops.spectral_normalize(w, u, v, n_iter=n))
     leaves = [w.requires_grad_() for w in weights]
     got, want = torch.compile(f, fullgraph=True)(leaves, 1), f(leaves, 1)
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         testing.assert_same_bits(a, b)
-    for a, b in zip(*(torch.autograd.grad(x[0].square().sum(), leaves[0]) for x in (got, want))):
+    for a, b in zip(*(torch.autograd.grad(x[0].square().sum(), leaves[0]) for x in (got, want)), strict=True):
         testing.assert_same_bits(a, b)
 
 
 def test_function_transforms_agree_with_the_reference():
     weights, u, v = inputs([(4, 6)], torch.float64)
-    f = lambda w: ops.spectral_normalize([w], u, v)[0][0]  # noqa: E731
-    loss = lambda w: f(w).square().sum()  # noqa: E731
+    f = lambda w: ops.spectral_normalize([w], u, v)[0][0]
+    loss = lambda w: f(w).square().sum()
     batch = torch.stack([weights[0], 2 * weights[0] + 1])
     transforms = {
         "grad": lambda: torch.func.grad(loss)(weights[0]),
@@ -227,7 +229,7 @@ def test_autocast_changes_nothing():
     args = inputs([(9, 20), (7,)])
     with torch.autocast("cpu", torch.bfloat16):
         got = flat(ops.spectral_normalize(*args))
-    for a, b in zip(got, flat(ops.spectral_normalize(*args))):
+    for a, b in zip(got, flat(ops.spectral_normalize(*args)), strict=True):
         testing.assert_same_bits(a, b)
 
 

@@ -139,7 +139,7 @@ def test_an_old_torch_is_one_sentence(tree, fake_torch):
 def test_an_old_torch_is_refused_at_import(fake_torch):
     code = "import pyflow"
     site = fake_torch("2.8.0")
-    with pytest.raises(AssertionError, match="ImportError: pyflow needs torch 2.11 or newer, this is 2.8.0: pip inst"):
+    with pytest.raises(AssertionError, match=r"ImportError: pyflow needs torch 2.11 or newer, this is 2.8.0: pip inst"):
         run(sys.executable, "-c", code, env={**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}"}, cwd=site)
 
 

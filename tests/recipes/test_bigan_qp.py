@@ -11,10 +11,10 @@ import torch
 for package in ("matplotlib", "PIL", "skimage", "sklearn", "tqdm"):
     pytest.importorskip(package)
 
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+from PIL import Image
 
-from pyflow.recipes import _data, bigan_qp, nice  # noqa: E402
+from pyflow.recipes import _data, bigan_qp, nice
 
 SETTINGS = bigan_qp.Settings(width=16, latent=4, steps=30, batch=16, looks=2)
 
@@ -112,7 +112,7 @@ def test_each_loss_teaches_whom_it_should():
     model = bigan_qp.BiGan(6, SETTINGS)
     x, z = torch.rand(16, 6) * 2 - 1, torch.randn(16, 4)
     networks = {name: list(getattr(model, name).parameters()) for name in ("generator", "encoder", "critic")}
-    taught = lambda: {n for n, ps in networks.items() if any(p.grad is not None for p in ps)}  # noqa: E731
+    taught = lambda: {n for n, ps in networks.items() if any(p.grad is not None for p in ps)}
     bigan_qp.critic_loss(model, x, z, 10.0).backward()
     assert taught() == {"critic"}
     model.zero_grad()

@@ -15,8 +15,8 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from pyflow import cli  # noqa: E402
-from pyflow.recipes import _all, _data, _demo  # noqa: E402
+from pyflow import cli
+from pyflow.recipes import _all, _data, _demo
 
 WRONG = {
     "": "must be a file, got the folder",
@@ -153,7 +153,7 @@ def test_a_file_that_is_read_only_is_refused(tmp_path):
 
 def test_a_format_whose_program_is_missing_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(_demo.Refused, match="--out must be a picture that matplotlib can draw, .*'xelatex' not found"):
+    with pytest.raises(_demo.Refused, match=r"--out must be a picture that matplotlib can draw, .*'xelatex' not found"):
         _demo.picture(tmp_path / "a.pgf")
 
 

@@ -12,10 +12,10 @@ import torch
 for package in ("matplotlib", "PIL", "skimage", "sklearn", "tqdm", "vector_quantize_pytorch"):
     pytest.importorskip(package)
 
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+from PIL import Image
 
-from pyflow.recipes import _data, _pictures, fsq  # noqa: E402
+from pyflow.recipes import _data, _pictures, fsq
 
 SETTINGS = fsq.Settings(width=8, latent=4, blocks=1, batch=4, warmup=2, threads=1)
 
@@ -164,7 +164,7 @@ def test_the_verdict_on_the_crossover_follows_the_numbers(ours, theirs, said):
     scores = [
         made_up(name, codes, psnr, 0.97)
         for name, both in (("FSQ", ours), ("VQ", theirs))
-        for codes, psnr in zip((240, 4375), both)
+        for codes, psnr in zip((240, 4375), both, strict=True)
     ]
     sentence = fsq.verdict(scores)[1]
     assert said in sentence and ("holds" in sentence) == ("this holds" in said)
@@ -180,7 +180,7 @@ def test_the_verdict_on_the_crossover_follows_the_numbers(ours, theirs, said):
     ],
 )
 def test_the_verdict_on_usage_follows_the_numbers(usages, said):
-    scores = [made_up("FSQ", codes, 25.0, usage) for codes, usage in zip((240, 4375), usages)]
+    scores = [made_up("FSQ", codes, 25.0, usage) for codes, usage in zip((240, 4375), usages, strict=True)]
     assert fsq.verdict(scores) == [s for s in fsq.verdict(scores) if s.endswith(said)] and len(fsq.verdict(scores)) == 1
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from pyflow.recipes import hsic  # noqa: E402
+from pyflow.recipes import hsic
 
 
 def run(*argv):

@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("lightning")
 
-from pyflow.recipes import loss_only  # noqa: E402
+from pyflow.recipes import loss_only
 
 
 def run(*argv):

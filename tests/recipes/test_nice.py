@@ -14,8 +14,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from pyflow.flows import NICE  # noqa: E402
-from pyflow.recipes import _data, nice  # noqa: E402
+from pyflow.flows import NICE
+from pyflow.recipes import _data, nice
 
 
 def run(*argv):

@@ -52,7 +52,7 @@ def net(images):
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(sde, "QUICK", SETTINGS)
-    cases = [_loops.Case(case.name, case.shape[:1] + (64,), case.network, 3) for case in _loops.CASES]
+    cases = [_loops.Case(case.name, (*case.shape[:1], 64), case.network, 3) for case in _loops.CASES]
     monkeypatch.setattr(_loops, "CASES", cases)
 
 
@@ -129,7 +129,7 @@ def test_training_lowers_the_loss_and_keeps_the_average(images, capsys):
     net = sde.ScoreNet(VPSDE(), images, SETTINGS)
     average, loss = sde.fit(net, VPSDE(), images, sde.replace(SETTINGS, steps=150), seed=1)
     assert not average.training and loss < 5
-    pairs = [*zip(net.parameters(), average.parameters())]
+    pairs = [*zip(net.parameters(), average.parameters(), strict=True)]
     assert any(not a.equal(b) for a, b in pairs) and all(b.isfinite().all() for _, b in pairs)
     x = nice.noisy(images.test, 17, CPU, seed=2)[:360]
     before = sde.ScoreNet(VPSDE(), images, SETTINGS).eval()

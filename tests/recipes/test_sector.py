@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from pyflow.recipes import sector  # noqa: E402
-from pyflow.stats import sector_probability  # noqa: E402
+from pyflow.recipes import sector
+from pyflow.stats import sector_probability
 
 
 def run(*argv):

@@ -53,7 +53,7 @@ def scalars(sde, method, steps, eps=1e-3):
     if method == "probability_flow":
         b, c = b / 2, 0 * c
     c[-1] = 0
-    return zip(grid.times, a, b, c)
+    return zip(grid.times, a, b, c, strict=True)
 
 
 def chain_moments(sde, method, steps):
@@ -204,7 +204,7 @@ def test_denoise_leaves_out_the_noise_of_the_last_step_only():
     mean = sample(sde, gaussian_score(sde), (3, 3), callback=keep, **arguments)
     states, last = last, []
     noisy = sample(sde, gaussian_score(sde), (3, 3), denoise=False, callback=keep, **arguments)
-    for ours, other in zip(states[:-1], last[:-1]):
+    for ours, other in zip(states[:-1], last[:-1], strict=True):
         assert_same_bits(ours, other)
     c = sde.reverse_diffusion(Grid.of(30, 1e-3))[2][-1].item()
     z = normal((3, 3), seed=sample_seeds(4, 3), step=29)
@@ -281,7 +281,7 @@ def test_a_callback_does_not_reach_the_state_and_writing_begins_with_the_first_c
         text = f"^sample: {name} must change x in place from its first call on or never$"
         with pytest.raises(ValueError, match=text):
             sample(VPSDE(), **functions, **arguments)
-    with pytest.raises(TypeError, match="^sample: callback must be callable, got int$"):
+    with pytest.raises(TypeError, match=r"^sample: callback must be callable, got int$"):
         sample(VPSDE(), lambda x, t: -x, callback=3, **arguments)
 
 
@@ -373,7 +373,7 @@ def test_exact_steps_are_those_of_normals(name):
     alpha, std = sde.marginal(torch.cat((grid.times, grid.times.new_zeros(1))))
     assert bool((alpha > 0).all()) and len(grid.times) < 50
     for row in (sde.euler_maruyama(grid), sde.reverse_diffusion(grid), sde.probability_flow(grid)):
-        for i, (a, b, c) in enumerate(zip(*row)):
+        for i, (a, b, c) in enumerate(zip(*row, strict=True)):
             gain = a - b / std[i] ** 2
             mean = gain * alpha[i] * m + b * alpha[i] * m / std[i] ** 2
             variance = (gain * std[i]) ** 2 + c**2
@@ -384,13 +384,13 @@ def test_exact_steps_are_those_of_normals(name):
 
 def test_schedules_without_steps_are_refused():
     late = from_marginals(lambda t: 1 - t, lambda t: t)
-    with pytest.raises(ValueError, match="^from_marginals: steps must be so many that alpha is above 0 .*, got 1$"):
+    with pytest.raises(ValueError, match=r"^from_marginals: steps must be so many that alpha is above 0 .*, got 1$"):
         sample(late, lambda x, t: -x, (2, 3), steps=1, progress=False)
     wave = from_marginals(lambda t: torch.cos(5 * t), lambda t: t)
     with pytest.raises(ValueError, match=r"^from_marginals: alpha\(t\) must be positive for t below 1$"):
         sample(wave, lambda x, t: -x, (2, 3), steps=30, progress=False)
     rough = from_marginals(lambda t: 1.0, lambda t: t * torch.where(t > 0.5, 1.0, torch.nan))
-    with pytest.raises(ValueError, match="^sample: the steps of sde must be finite, got "):
+    with pytest.raises(ValueError, match=r"^sample: the steps of sde must be finite, got "):
         sample(rough, lambda x, t: -x, (2, 3), steps=30, progress=False)
 
 

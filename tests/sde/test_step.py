@@ -115,6 +115,6 @@ def test_a_score_that_changes_its_arguments_in_place_compiles_to_the_same_step()
     for method in ("euler_maruyama", "pc"):
         torch._dynamo.reset()
         step = make_step(VPSDE(), rude, method, steps=30, backend="aot_eager")
-        pure = lambda x, t: x * (-2 - t[:, None])  # noqa: E731
+        pure = lambda x, t: x * (-2 - t[:, None])
         wanted = sample(VPSDE(), pure, (4, 3), method=method, steps=30, seed=0, progress=False)
         assert_same_bits(step.sample((4, 3), seed=0, progress=False), wanted)

@@ -53,9 +53,7 @@ def test_a_bar_over_the_parts(monkeypatch, capsys):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_rows_over_processes(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "sharded.py"), str(tmp_path)], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, str(FOLDER / "sharded.py"), str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     x, y = sharded.rows()
     alone = [hsic(x, y, progress=False, **options).value for options in sharded.OPTIONS]
@@ -119,7 +117,9 @@ def test_a_standard_error_needs_two_frequencies():
     assert hsic(x, y, approximate="rff", n_features=4).error > 0
     for n_features in (2, 3):
         assert pyflow.ops.hsic(x, y, approximate="rff", n_features=n_features) > 0
-        with pytest.raises(ValueError, match=f"^hsic: n_features must be at least 4 for the error of 'rff', got {n_features}$"):
+        with pytest.raises(
+            ValueError, match=f"^hsic: n_features must be at least 4 for the error of 'rff', got {n_features}$"
+        ):
             hsic(x, y, approximate="rff", n_features=n_features)
 
 
@@ -127,7 +127,7 @@ def test_a_drawn_seed_is_one_for_both_variables():
     x, _ = data(40)
     options = {"approximate": "nystrom", "n_features": 5, "seed": None, "normalize": True}
     assert pyflow.ops.hsic(x, x, **options).item() == pytest.approx(1, rel=1e-6)
-    with pytest.raises(TypeError, match="^hsic: seed must be an integer or an int64 tensor, got float$"):
+    with pytest.raises(TypeError, match=r"^hsic: seed must be an integer or an int64 tensor, got float$"):
         pyflow.ops.hsic(x, x, approximate="rff", seed=1.5)
 
 
@@ -157,7 +157,7 @@ def test_approximations_in_the_operator(approximate, monkeypatch):
     x, sigma = x[:12].clone().requires_grad_(), torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
     for estimator in ("biased", "unbiased"):
         assert torch.autograd.gradcheck(
-            lambda x, y, s: pyflow.ops.hsic(
+            lambda x, y, s, estimator=estimator: pyflow.ops.hsic(
                 x, y, bandwidth=s, bandwidth_y=1.0, estimator=estimator, normalize=True, **options | {"n_features": 6}
             ),
             (x, y[:12].clone().requires_grad_(), sigma),

@@ -38,7 +38,7 @@ def words(seed, r, n):
 def test_permutations_are_stable_argsorts_of_philox_words(n, seed):
     drawn = module.draw(module._key("hsic_test", seed, torch.device("cpu")), 3, 4, n)
     assert drawn.dtype == torch.int32 and drawn.shape == (4, n)
-    for row, r in zip(drawn, range(3, 7)):
+    for row, r in zip(drawn, range(3, 7), strict=True):
         assert row.long().equal(words(seed, r, n).argsort(stable=True))
 
 
@@ -54,7 +54,10 @@ def test_statistic_and_null_are_hsic_of_permuted_rows(estimator, normalize, kern
     options = {"kernel": kernels[0], "kernel_y": kernels[1], "estimator": estimator, "normalize": normalize}
     result = hsic_test(x, y, permutations=6, seed=5, **options)
     a, b = torch.from_numpy(x), torch.from_numpy(y)
-    own = [pyflow.ops.hsic(v, v, kernel=k or kernels[0], estimator=estimator).item() for v, k in zip((a, b), kernels)]
+    own = [
+        pyflow.ops.hsic(v, v, kernel=k or kernels[0], estimator=estimator).item()
+        for v, k in zip((a, b), kernels, strict=True)
+    ]
     scale = 1 if normalize else math.sqrt(own[0] * own[1])
     assert result.statistic == pytest.approx(pyflow.ops.hsic(a, b, **options).item(), abs=2e-7 * scale)
     expected = [pyflow.ops.hsic(a, b[words(5, r, len(a)).argsort(stable=True)], **options).item() for r in range(6)]
@@ -188,7 +191,9 @@ def test_rows_far_from_others_cost_these_no_digits(far, d):
 def test_what_is_not_finite_has_no_p():
     x, y = data()
     for options in ({}, {"estimator": "unbiased"}):
-        with pytest.raises(ValueError, match="^hsic_test: the statistic and its null must be finite, got .*: scale x and y"):
+        with pytest.raises(
+            ValueError, match=r"^hsic_test: the statistic and its null must be finite, got .*: scale x and y"
+        ):
             hsic_test(1e160 * x, y, kernel="linear", permutations=20, **options)
 
 
@@ -257,9 +262,9 @@ def test_inputs_of_every_kind():
     single = hsic_test(x.astype(np.float32), torch.from_numpy(y).float(), permutations=50)
     assert single.statistic == pytest.approx(expected.statistic, rel=1e-5)
     counts = np.round(3 * x).astype(np.uint16)
-    assert hsic_test(counts, y, permutations=50) .statistic == hsic_test(
-        counts.astype(float), y, permutations=50
-    ).statistic
+    assert (
+        hsic_test(counts, y, permutations=50).statistic == hsic_test(counts.astype(float), y, permutations=50).statistic
+    )
     assert isinstance(expected.statistic, float) and isinstance(expected.pvalue, float)
     assert "null" not in repr(expected)
 
@@ -274,7 +279,7 @@ def test_tables_whose_columns_differ_in_type():
     assert hsic_test(table, numbers, permutations=19) == hsic_test(plain, numbers, permutations=19)
     table.loc[3, "a"] = pandas.NA
     for options in ({}, {"kernel": "delta", "kernel_y": "rbf"}):
-        with pytest.raises(ValueError, match="^hsic_test: x must have no missing values, got <NA>$"):
+        with pytest.raises(ValueError, match=r"^hsic_test: x must have no missing values, got <NA>$"):
             hsic_test(table, numbers, **options)
 
 
@@ -305,7 +310,10 @@ def test_gamma_is_the_formula():
     x, y = data(60)
     n = len(x)
     sigma = [np.median(np.linalg.norm(v[:, None] - v[None], axis=-1)[np.triu_indices(n, 1)]) for v in (x, y)]
-    k, m = (np.exp(-(np.linalg.norm(v[:, None] - v[None], axis=-1) ** 2) / (2 * s**2)) for v, s in zip((x, y), sigma))
+    k, m = (
+        np.exp(-(np.linalg.norm(v[:, None] - v[None], axis=-1) ** 2) / (2 * s**2))
+        for v, s in zip((x, y), sigma, strict=True)
+    )
     h = np.eye(n) - 1 / n
     kc, mc = h @ k @ h, h @ m @ h
     off = ~np.eye(n, dtype=bool)
@@ -333,7 +341,7 @@ def test_gamma_has_the_mean_of_all_permutations(monkeypatch):
     h = np.eye(n) - 1 / n
     kc, mc = (
         h @ np.exp(-(np.linalg.norm(v[:, None] - v[None], axis=-1) ** 2) / (2 * s**2)) @ h
-        for v, s in zip((x, y), sigma)
+        for v, s in zip((x, y), sigma, strict=True)
     )
     every = [(kc * mc[np.ix_(p, p)]).sum() / n**2 for p in map(list, itertools.permutations(range(n)))]
     null = hsic_test(x, y, method="gamma", estimator="biased_n2").null

@@ -109,7 +109,7 @@ def test_a_recomputed_block_does_not_add_twice():
             c.total().backward()
         assert c.losses["size"].item() == before and c._metrics["magnitude"][1] == 2
         results.append([c.losses["size"].detach(), *(p.grad for p in model.parameters())])
-    for a, b in zip(*results):
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -232,7 +232,7 @@ def test_bad_input_gets_one_sentence(op, inside, args, error, text):
 
 
 def test_a_model_without_losses():
-    with pytest.raises(RuntimeError, match="^collect: the model added no loss; call pyflow.train.add_loss"):
+    with pytest.raises(RuntimeError, match=r"^collect: the model added no loss; call pyflow.train.add_loss"):
         with collect() as c:
             pass
         c.total()

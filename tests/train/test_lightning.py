@@ -13,10 +13,10 @@ from torch import nn
 
 lightning = pytest.importorskip("lightning")
 
-from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger
 
-from pyflow.train import LossOnlyModule, add_loss, add_metric  # noqa: E402
-from pyflow.train._lightning import _batch_size  # noqa: E402
+from pyflow.train import LossOnlyModule, add_loss, add_metric
+from pyflow.train._lightning import _batch_size
 
 
 class Model(nn.Module):
@@ -54,7 +54,8 @@ def test_trains_shows_logs_and_resumes(tmp_path):
     # the bar's value is the mean over the epoch so far
     mean = module._sums["square"] / module._counts["square"]
     assert module._counts["square"] == 48 and trainer.progress_bar_metrics["square"] == pytest.approx(mean.item())
-    rows = list(csv.DictReader(open(trainer.logger.log_dir + "/metrics.csv")))
+    with open(trainer.logger.log_dir + "/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
     losses = [float(row["train/loss"]) for row in rows if row.get("train/loss")]
     assert len(losses) == 4 and losses[-1] < 0.7 * losses[0]
     assert losses[-1] == pytest.approx(trainer.progress_bar_metrics["loss"], rel=1e-5)
@@ -63,7 +64,7 @@ def test_trains_shows_logs_and_resumes(tmp_path):
     _, half = fit(tmp_path / "b", 2)
     half.save_checkpoint(tmp_path / "half.ckpt")
     resumed, _ = fit(tmp_path / "c", 4, ckpt_path=tmp_path / "half.ckpt")
-    for a, b in zip(module.parameters(), resumed.parameters()):
+    for a, b in zip(module.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -117,9 +118,9 @@ def test_validation_on_two_loaders_of_a_model_that_has_its_loss_in_training_alon
 
 
 def test_bad_input_gets_one_sentence():
-    with pytest.raises(TypeError, match="^LossOnlyModule: model must be a module, got int$"):
+    with pytest.raises(TypeError, match=r"^LossOnlyModule: model must be a module, got int$"):
         LossOnlyModule(1, torch.optim.SGD)
-    with pytest.raises(TypeError, match="^LossOnlyModule: optimizer must be callable, got str$"):
+    with pytest.raises(TypeError, match=r"^LossOnlyModule: optimizer must be callable, got str$"):
         LossOnlyModule(nn.Identity(), "adam")
     with pytest.raises(RuntimeError, match="the model added no loss"):
         LossOnlyModule(nn.Identity(), torch.optim.SGD).training_step(torch.zeros(1), 0)

@@ -15,14 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import pyflow.triton_kernels
 import triton
 import triton.backends.nvidia
-from pyflow.triton_kernels import _launch
 from triton._C.libtriton import ir
 from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+
+import pyflow.triton_kernels
+from pyflow.triton_kernels import _launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

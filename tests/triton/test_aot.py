@@ -14,10 +14,10 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
     pytest.skip("the interpreter and compilation exclude each other", allow_module_level=True)
 
-from pyflow._schemas import DISTANCES, FSQ_VARIANTS, HSIC_KERNELS, PRIORS, SCALE_MAPS  # noqa: E402
-from pyflow.triton_kernels import _random, coupling, energy, flow_head, fsq, gan_qp, hsic, noise, sde, sector, spectral  # noqa: E402
+from pyflow._schemas import DISTANCES, FSQ_VARIANTS, HSIC_KERNELS, PRIORS, SCALE_MAPS
+from pyflow.triton_kernels import _random, coupling, energy, flow_head, fsq, gan_qp, hsic, noise, sde, sector, spectral
 
-from . import aot  # noqa: E402
+from . import aot
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SHAPE = (64, 392)
@@ -157,7 +157,7 @@ def quantizer(z, levels, variant, stages=2):
 def grams(dtype, kernels, dims, degree=1, n=200):
     """Launches of the sums over two variables' matrices and over one's own, forward and backward."""
     numbers = [HSIC_KERNELS.index(kernel) for kernel in kernels]
-    dims = [n if kernel == "precomputed" else dim for kernel, dim in zip(kernels, dims)]
+    dims = [n if kernel == "precomputed" else dim for kernel, dim in zip(kernels, dims, strict=True)]
     z, scale = [torch.zeros(2, n, dim, dtype=dtype) for dim in dims], torch.ones(2, len(dims), dtype=dtype)
     arguments = (scale, numbers, [degree] * len(dims), [0, 1, 0, 0], False)
     sums = torch.empty(2, len(dims), n, dtype=F64), torch.empty(2, 2, dtype=F64)
@@ -195,8 +195,8 @@ def cases():
                 name = f"{target}-{str(dtype)[6:]}-map{scale_map}{'eps' * (arg > 0)}"
                 table[name] = affine(*dense(dtype, 3), scale_map=(scale_map, arg), inverse=inverse, first=first)
     mask = torch.empty(SHAPE, dtype=torch.bool)
-    wide = lambda dtype=F32: torch.empty(64, 784, dtype=dtype)  # noqa: E731
-    image = lambda c: torch.empty(8, c, 16, 16)  # noqa: E731
+    wide = lambda dtype=F32: torch.empty(64, 784, dtype=dtype)
+    image = lambda c: torch.empty(8, c, 16, 16)
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         table[f"{target}-bfloat16-tanh"] = affine(*dense(BF16, 3))
         table[f"{target}-float64-tanh"] = affine(*dense(F64, 3))

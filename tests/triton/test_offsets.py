@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from . import aot, test_aot as cases  # noqa: E402
+from . import aot
+from . import test_aot as cases
 
 F32, BF16 = torch.float32, torch.bfloat16
 LARGE = 2**31 + 4096
@@ -70,7 +71,7 @@ def overflows(text):
             large |= set(re.findall(r"(%\w+): i32", line))
             continue
         names = re.findall(r"%[\w#]+", line)
-        if not names or "=" not in line and "scf.for" not in line:
+        if not names or ("=" not in line and "scf.for" not in line):
             continue
         result, operands = names[0].partition(":")[0], names[1:]
         if "scf.for" in line:

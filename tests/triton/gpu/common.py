@@ -7,11 +7,12 @@ import math
 import os
 from collections.abc import Callable, Sequence
 
-import pyflow
 import pytest
 import torch
-from pyflow import _backend, testing
 from torch import Tensor, nn
+
+import pyflow
+from pyflow import _backend, testing
 
 INTERPRETED = os.environ.get("PYFLOW_TEST_GPU") == "interpreter"
 if not INTERPRETED and not torch.cuda.is_available():
@@ -36,9 +37,7 @@ def few(values: Sequence, step: int = 3) -> Sequence:
     return values[::step] if INTERPRETED else values
 
 
-def draw(
-    shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0, spread: float = 1.0
-) -> Tensor:
+def draw(shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0, spread: float = 1.0) -> Tensor:
     """Normal values, the same on every machine, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     return (spread * torch.randn(tuple(shape), generator=generator, dtype=torch.float64)).to(dtype)
@@ -83,7 +82,7 @@ def compare(
     got, want = run(gpu, DEVICE, function, leaves, *given), run("auto", "cpu", function, leaves, *given)
     wide = leaves[0].dtype == torch.float64
     # the interpreter's fma of float64 rounds twice
-    rounded = wide and (libm or INTERPRETED) or _backend.cpu_missing is not None
+    rounded = (wide and (libm or INTERPRETED)) or _backend.cpu_missing is not None
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert a.dtype == b.dtype and a.stride() == b.stride(), f"output {i}"
         if i in sums or rounded:

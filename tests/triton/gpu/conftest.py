@@ -9,9 +9,10 @@ import os
 import signal
 import sys
 
-import pyflow
 import pytest
 import torch
+
+import pyflow
 from pyflow import _backend
 
 # no tests, and its import skips those who need a GPU

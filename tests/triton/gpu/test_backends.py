@@ -36,7 +36,7 @@ def test_triton_and_cuda_agree_even_in_sums(both_backends, shape, name):
             with pyflow.backend(backend):
                 out = FUNCTIONS[name](*inputs)
                 results.append(out if isinstance(out, tuple) else (out,))
-        for a, b in zip(*results):
+        for a, b in zip(*results, strict=True):
             # a zero may have either sign
             testing.assert_same_bits(a + 0, b + 0)
 
@@ -64,12 +64,12 @@ def test_another_stream(gpu):
         y.copy_(x)
         got = ops.affine_coupling(y, shift, scale)
     torch.cuda.current_stream().wait_stream(stream)
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         testing.assert_same_bits(a, b)
 
 
 @needs_cuda
 def test_tensors_on_two_devices_are_refused(gpu):
     x = torch.zeros(4, 6, device=DEVICE)
-    with pytest.raises(ValueError, match="^affine_coupling: shift must be on the device of x, cuda:0, got cpu$"):
+    with pytest.raises(ValueError, match=r"^affine_coupling: shift must be on the device of x, cuda:0, got cpu$"):
         ops.affine_coupling(x, x.cpu(), x)

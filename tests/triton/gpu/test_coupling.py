@@ -11,7 +11,17 @@ from pyflow import ops, testing
 from pyflow._schemas import PACKINGS, SCALE_MAPS
 
 from .common import (
-    DEVICE, DTYPES, check_compiled, check_graph, compare, draw, every_magnitude, moved, needs_memory, run, sized,
+    DEVICE,
+    DTYPES,
+    check_compiled,
+    check_graph,
+    compare,
+    draw,
+    every_magnitude,
+    moved,
+    needs_memory,
+    run,
+    sized,
 )  # fmt: skip
 
 F32, F64, BF16, F16 = DTYPES
@@ -41,7 +51,7 @@ def test_maps_at_every_magnitude(gpu, number):
     for inverse, first in forms:
         function = affine(scale_map=scale_map, inverse=inverse, shift_first=first, event_dims=0, **options)
         # a zero may have either sign
-        compare(gpu, lambda *v: tuple(o + 0 for o in function(*v)), leaves)  # noqa: B023
+        compare(gpu, lambda *v: tuple(o + 0 for o in function(*v)), leaves)
 
 
 @pytest.mark.parametrize("inverse, first", FORMS)
@@ -56,7 +66,7 @@ def test_dtypes_and_sizes(gpu, shape, dtype, param_dtype):
     leaves = leaves_of(shape, dtype, param_dtype)
     mask = draw(shape, seed=3) > 0.3
     compare(gpu, affine(scale_map="tanh"), leaves, sums=(1,))
-    masked = lambda x, t, s, mask: ops.affine_coupling(x, t, s, inverse=True, mask=mask)  # noqa: E731
+    masked = lambda x, t, s, mask: ops.affine_coupling(x, t, s, inverse=True, mask=mask)
     compare(gpu, masked, leaves, mask, sums=(1,))
     # the public function leaves the plain case to torch
     compare(gpu, lambda x, t: torch.ops.pyflow.additive_coupling(x, t, None, True), leaves[:2])
@@ -75,7 +85,7 @@ def test_nothing(gpu, shape):
 )  # fmt: skip
 def test_layouts(gpu, layout, event_dims):
     coupling = affine(scale_map="atan", event_dims=event_dims)
-    viewed = lambda *v: coupling(*(testing.laid_out(u, layout) for u in v))  # noqa: E731
+    viewed = lambda *v: coupling(*(testing.laid_out(u, layout) for u in v))
     compare(gpu, viewed, leaves_of((6, 5, 7, 12)), sums=(1,))
 
 
@@ -87,7 +97,7 @@ def test_gradients_of_any_layout(gpu, layout):
     of_logdet = draw((1,), seed=9).to(DEVICE).expand_as(logdet)
     got = torch.autograd.grad((y, logdet), leaves, (given, of_logdet), retain_graph=True)
     want = torch.autograd.grad((y, logdet), leaves, (given.clone(), of_logdet.clone()))
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         testing.assert_same_bits(a, b)
 
 
@@ -99,7 +109,7 @@ def test_packings(gpu, packing, dim):
     form = (PACKINGS.index(packing) + dim) % 4
     for inverse, first in FORMS if gpu == "cuda" else (FORMS[form],):
         options = dict(packing=packing, dim=dim, scale_map="tanh", inverse=inverse, shift_first=first)
-        function = lambda x, p: ops.affine_coupling_packed(x, p, **options)  # noqa: B023, E731
+        function = lambda x, p: ops.affine_coupling_packed(x, p, **options)
         compare(gpu, function, [draw(shape), draw(doubled, seed=1)], sums=(1,))
 
 
@@ -107,10 +117,12 @@ def test_same_bits_in_every_run_and_batch(gpu):
     for _, cols in sized([(300, n) for n in (3, 37, 392, 3000, 9001)]):
         x, shift, scale = moved(leaves_of((300, cols)))
         whole = ops.affine_coupling(x, shift, scale, scale_map="tanh")
-        for a, b in zip(whole, ops.affine_coupling(x, shift, scale, scale_map="tanh")):
+        for a, b in zip(whole, ops.affine_coupling(x, shift, scale, scale_map="tanh"), strict=True):
             testing.assert_same_bits(a, b)
         for rows in (slice(0, 1), slice(0, 7), slice(123, 200), slice(1, None)):
-            for a, b in zip(whole, ops.affine_coupling(x[rows], shift[rows], scale[rows], scale_map="tanh")):
+            for a, b in zip(
+                whole, ops.affine_coupling(x[rows], shift[rows], scale[rows], scale_map="tanh"), strict=True
+            ):
                 testing.assert_same_bits(a[rows], b)
 
 
@@ -159,7 +171,7 @@ def test_autocast_changes_nothing(gpu):
     leaves = moved(leaves_of((33, 37)))
     with torch.autocast(DEVICE, torch.bfloat16):
         got = ops.affine_coupling(*leaves, scale_map="tanh")
-    for a, b in zip(got, ops.affine_coupling(*leaves, scale_map="tanh")):
+    for a, b in zip(got, ops.affine_coupling(*leaves, scale_map="tanh"), strict=True):
         testing.assert_same_bits(a, b)
 
 

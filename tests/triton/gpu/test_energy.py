@@ -31,12 +31,12 @@ def chain(shape, dtype=torch.float32):
 def test_accept(gpu, shape, dtype):
     args = chain(shape, dtype)
     seeds = (2**64 - 5, torch.tensor(7), ops.sample_seeds(5, shape[0]))
-    for alpha, seed in zip((0.01, torch.tensor(0.01), torch.full(shape[:1], 0.02)), seeds):
+    for alpha, seed in zip((0.01, torch.tensor(0.01), torch.full(shape[:1], 0.02)), seeds, strict=True):
         got = ops.mala_accept(*moved(args), moved(alpha), seed=moved(seed), step=STEP)
         with pyflow.backend("auto"):
             want = ops.mala_accept(*args, alpha, seed=seed, step=STEP)
         assert torch.equal(got[3].cpu(), want[3])
-        for a, b in zip(got[:3], want[:3]):
+        for a, b in zip(got[:3], want[:3], strict=True):
             assert a.stride() == b.stride()
             testing.assert_same_bits(a.cpu(), b)
 
@@ -46,7 +46,7 @@ def test_layouts(gpu, layout):
     z, new, u, u_new, grad, grad_new = moved(chain((6, 5, 4, 10)))
     views = [testing.laid_out(v, layout) for v in (z, new, grad, grad_new)]
     got = ops.mala_accept(views[0], views[1], u, u_new, *views[2:], 0.01, seed=3)
-    for a, b in zip(got[:3], ops.mala_accept(z, new, u, u_new, grad, grad_new, 0.01, seed=3)):
+    for a, b in zip(got[:3], ops.mala_accept(z, new, u, u_new, grad, grad_new, 0.01, seed=3), strict=True):
         testing.assert_same_bits(a, b)
 
 
@@ -67,7 +67,7 @@ def test_same_bits_in_every_run_and_batch(gpu):
         whole = ops.mala_accept(*args, 0.01, seed=own), ops.grad_norm_penalty(args[0])
         for rows in (slice(None), slice(0, 1), slice(3, 20), slice(1, None)):
             part = [v[rows] for v in args]
-            for a, b in zip(whole[0], ops.mala_accept(*part, 0.01, seed=own[rows])):
+            for a, b in zip(whole[0], ops.mala_accept(*part, 0.01, seed=own[rows]), strict=True):
                 testing.assert_same_bits(a[rows], b)
             testing.assert_same_bits(whole[1][rows], ops.grad_norm_penalty(part[0]))
 
@@ -88,8 +88,8 @@ def test_works_in_a_cuda_graph_and_never_waits(gpu):
 def test_compiles_without_a_break(kernels):
     check_compiled(ops.grad_norm_penalty, [draw((32, 100))])
     args = moved(chain((12, 40)))
-    function = lambda *v: ops.mala_accept(*v, 0.01, seed=3)  # noqa: E731
-    for a, b in zip(torch.compile(function, fullgraph=True)(*args), function(*args)):
+    function = lambda *v: ops.mala_accept(*v, 0.01, seed=3)
+    for a, b in zip(torch.compile(function, fullgraph=True)(*args), function(*args), strict=True):
         testing.assert_same_bits(a, b)
 
 

@@ -12,7 +12,15 @@ from pyflow import _backend, ops, testing
 from pyflow._schemas import FSQ_VARIANTS
 
 from .common import (
-    DEVICE, DTYPES, INTERPRETED, check_compiled, check_graph, draw, every_magnitude, moved, needs_memory,
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    check_compiled,
+    check_graph,
+    draw,
+    every_magnitude,
+    moved,
+    needs_memory,
 )  # fmt: skip
 
 F32, F64, BF16, F16 = DTYPES
@@ -110,7 +118,7 @@ def test_layouts(gpu, layout, dim):
     shape = [4, 6, 5, 12]
     shape[dim] = 3
     z = draw(shape)
-    laid_out = lambda function: lambda v: function(testing.laid_out(v, layout))  # noqa: E731
+    laid_out = lambda function: lambda v: function(testing.laid_out(v, layout))
     compare(gpu, laid_out(quantize((7, 5, 6), dim, "vqp")), z)
     if layout in ("stepped", "transposed"):
         compare(gpu, laid_out(residual((7, 5, 6), dim, "symmetric")), z)
@@ -120,7 +128,7 @@ def test_layouts(gpu, layout, dim):
 def test_part_of_the_channels(gpu, dim):
     shape = [4, 6, 5, 12]
     shape[dim] = 3
-    part = lambda v: torch.cat((v, v), dim).narrow(dim, 1, 3)  # noqa: E731
+    part = lambda v: torch.cat((v, v), dim).narrow(dim, 1, 3)
     compare(gpu, lambda v: quantize((7, 5, 6), dim, "symmetric")(part(v)), draw(shape))
 
 
@@ -128,7 +136,7 @@ def test_many_channels(gpu):
     for levels in ((3,) * 40 + (5,) * 39, (6,) * 100):
         for z in (draw((200, len(levels))), draw((len(levels), 200)).t()):
             z = z[:20] if INTERPRETED else z
-            compare(gpu, lambda v: ops.fsq(v, levels, return_indices=False)[:1], z)  # noqa: B023
+            compare(gpu, lambda v: ops.fsq(v, levels, return_indices=False)[:1], z)
     compare(gpu, quantize((3,) * 39, -1, "symmetric"), draw((20, 39), F64))
 
 
@@ -147,7 +155,7 @@ def test_what_is_no_index_decodes_to_nan(gpu):
 def test_usage_counts_what_the_cpu_counts(gpu):
     _, indices = ops.fsq(draw((1000, 3)).to(DEVICE), (5, 4, 3))
     got, want = (ops.codebook_usage(i, 60) for i in (indices, indices.cpu()))
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(torch.as_tensor(a).cpu(), torch.as_tensor(b))
 
 

@@ -9,7 +9,17 @@ from pyflow import ops, testing
 from pyflow._schemas import DISTANCES
 
 from .common import (
-    DEVICE, DTYPES, INTERPRETED, check_compiled, check_graph, compare, draw, moved, needs_memory, run, sized,
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    check_compiled,
+    check_graph,
+    compare,
+    draw,
+    moved,
+    needs_memory,
+    run,
+    sized,
 )  # fmt: skip
 
 SHAPES = [(3, 1), (65, 3), (33, 37), (5, 2049), (3, 9001), (2, 50001), (5, 3, 8, 8), (2000, 64), (9,), (0, 4)]
@@ -50,7 +60,7 @@ def test_dtypes(gpu, distance, dtype, latents):
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_layouts(gpu, layout):
     tensors = inputs((6, 5, 4, 10))
-    viewed = lambda *v: loss_of("l2")(*v[:2], *(testing.laid_out(t, layout) for t in v[2:4]), *v[4:])  # noqa: E731
+    viewed = lambda *v: loss_of("l2")(*v[:2], *(testing.laid_out(t, layout) for t in v[2:4]), *v[4:])
     compare(gpu, viewed, tensors[:2], *tensors[2:], sums=(0, 1, 2))
 
 
@@ -59,7 +69,7 @@ def test_layouts(gpu, layout):
 def test_triton_and_cuda_agree_bit_for_bit(both_backends, shape, distance):
     tensors = inputs(shape)
     results = [run(name, DEVICE, loss_of(distance), tensors[:2], *tensors[2:]) for name in ("triton", "cuda")]
-    for a, b in zip(*results):
+    for a, b in zip(*results, strict=True):
         testing.assert_same_bits(a, b)
 
 
@@ -73,7 +83,7 @@ def test_same_bits_in_every_run_and_batch(gpu):
     for cols in (3, 600) if INTERPRETED else (3, 37, 3000, 9001):
         tensors = inputs((20 if INTERPRETED else 300, cols))
         whole, again = (run(gpu, DEVICE, loss_of("l1"), tensors[:2], *tensors[2:]) for _ in range(2))
-        for a, b in zip(whole, again):
+        for a, b in zip(whole, again, strict=True):
             testing.assert_same_bits(a, b)
         for rows in (slice(0, 1), slice(7, 19), slice(1, None)):
             part = [t[rows] for t in tensors]

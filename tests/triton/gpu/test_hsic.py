@@ -15,7 +15,17 @@ from pyflow.ops.hsic import permuted
 from pyflow.reference import hsic as reference
 
 from .common import (
-    DEVICE, DTYPES, INTERPRETED, assert_near, check_compiled, check_graph, draw, few, moved, needs_cuda, run,
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    assert_near,
+    check_compiled,
+    check_graph,
+    draw,
+    few,
+    moved,
+    needs_cuda,
+    run,
     sized,
 )  # fmt: skip
 
@@ -52,7 +62,7 @@ def hsic(kernel, **options):
     options = {"bandwidth": 1.5, **options}
 
     def function(x, y, *bandwidth):
-        given = {**options, **dict(zip(("bandwidth",), bandwidth))}
+        given = {**options, **dict(zip(("bandwidth",), bandwidth, strict=True))}
         if kernel == "delta":
             return ops.hsic(x, (y.detach() > 0.25).long(), kernel="rbf", kernel_y="delta", **given)
         if kernel == "precomputed":
@@ -117,7 +127,7 @@ def test_degrees(gpu, degree):
     options = dict(degree=degree, coef0=0.5, gamma=0.2)
     check_value("polynomial", x, y, **options)
     got, want = run(gpu, DEVICE, hsic("polynomial", **options), (x, y)), exact(hsic("polynomial", **options), (x, y))
-    for a, b in zip(got[1:], want[1:]):
+    for a, b in zip(got[1:], want[1:], strict=True):
         assert_near(a, b, 1e-4)
 
 
@@ -216,7 +226,7 @@ def test_same_bits_in_every_run_and_batch(tiles, kernel):
         x, y = moved(data(kernel, n, d, batch=(batch,)))
 
         def results(rows):
-            leaves = [v[rows].detach().requires_grad_() for v in (x, y)]  # noqa: B023
+            leaves = [v[rows].detach().requires_grad_() for v in (x, y)]
             value = hsic(kernel, bandwidth=2.0)(*leaves)
             return value.detach(), *torch.autograd.grad(value.sum(), leaves)
 
@@ -267,7 +277,7 @@ def test_layouts(gpu, layout):
     for viewed in (testing.laid_out(x, layout).detach().requires_grad_(), x.clone().requires_grad_()):
         value = ops.hsic(viewed, y, bandwidth=1.5)
         results.append((value.detach(), torch.autograd.grad(value.sum(), viewed)[0]))
-    for a, b in zip(*results):
+    for a, b in zip(*results, strict=True):
         assert_near(a, b, 1e-5)
 
 
@@ -309,20 +319,18 @@ def test_nan_is_nan(gpu):
 def test_nhsic(gpu, kernel):
     x, y = dependent(40, 5)
     if kernel == "delta":
-        function = lambda x, y: ops.nhsic(x, (y.detach() > 0.25).long(), kernel="rbf", kernel_y="delta")  # noqa: E731
+        function = lambda x, y: ops.nhsic(x, (y.detach() > 0.25).long(), kernel="rbf", kernel_y="delta")
     else:
-        function = lambda x, y: ops.nhsic(x, y, kernel=kernel, bandwidth=2.0)  # noqa: E731
-    for a, b in zip(run(gpu, DEVICE, function, (x, y)), run("auto", "cpu", function, (x, y))):
+        function = lambda x, y: ops.nhsic(x, y, kernel=kernel, bandwidth=2.0)
+    for a, b in zip(run(gpu, DEVICE, function, (x, y)), run("auto", "cpu", function, (x, y)), strict=True):
         assert_near(a, b, 1e-5)
 
 
 @pytest.mark.parametrize("approximate", ["rff", "nystrom"])
 def test_approximations(gpu, approximate):
-    function = lambda x, y: ops.hsic(  # noqa: E731
-        x, y, bandwidth=2.0, approximate=approximate, n_features=30, normalize=True
-    )
+    function = lambda x, y: ops.hsic(x, y, bandwidth=2.0, approximate=approximate, n_features=30, normalize=True)
     x, y = dependent(100, 5)
-    for a, b in zip(run(gpu, DEVICE, function, (x, y)), run("auto", "cpu", function, (x, y))):
+    for a, b in zip(run(gpu, DEVICE, function, (x, y)), run("auto", "cpu", function, (x, y)), strict=True):
         assert_near(a, b, 1e-3)
 
 
@@ -346,7 +354,7 @@ def test_center_gram(gpu, shape, dtype):
 def test_center_gram_of_a_gradient_and_a_batch(gpu):
     gram = draw((3, 40, 40))
     (got, grad), want = run(gpu, DEVICE, ops.center_gram, [gram]), exact(ops.center_gram, [gram])
-    for a, b in zip((got, grad), want):
+    for a, b in zip((got, grad), want, strict=True):
         assert_near(a, b, 1e-5)
     if gpu == "triton":
         whole, alone = ops.center_gram(moved(gram)), ops.center_gram(moved(gram[1:2]))

@@ -10,8 +10,20 @@ from torch import nn
 
 import pyflow
 from pyflow.nn import (
-    FSQ, ActNorm, AdditiveCoupling, AffineCoupling, GroupedResidualFSQ, HSICBottleneck, HSICLoss, Invertible1x1Conv,
-    ResidualFSQ, ReversibleSequential, Scale, apply_spectral_norm, apply_weight_norm, remove_spectral_norm,
+    FSQ,
+    ActNorm,
+    AdditiveCoupling,
+    AffineCoupling,
+    GroupedResidualFSQ,
+    HSICBottleneck,
+    HSICLoss,
+    Invertible1x1Conv,
+    ResidualFSQ,
+    ReversibleSequential,
+    Scale,
+    apply_spectral_norm,
+    apply_weight_norm,
+    remove_spectral_norm,
 )  # fmt: skip
 
 from .common import DEVICE, INTERPRETED, assert_near, check_compiled, compare_module, draw, needs_cuda
@@ -93,7 +105,7 @@ def test_masks(name):
     mask[0] = True
     with pyflow.backend("auto"):
         want = module(x, mask=mask)
-    for a, b in zip(module.to(DEVICE)(x.to(DEVICE), mask=mask.to(DEVICE)), want):
+    for a, b in zip(module.to(DEVICE)(x.to(DEVICE), mask=mask.to(DEVICE)), want, strict=True):
         assert_near(a, b, 1e-5)
 
 

@@ -104,9 +104,9 @@ def test_moments(gpu):
 def test_errors_name_the_device(gpu):
     if INTERPRETED:
         pytest.skip("the interpreter has one device")
-    with pytest.raises(ValueError, match="^normal: seed must be on the device of the result, cuda:0, got cpu$"):
+    with pytest.raises(ValueError, match=r"^normal: seed must be on the device of the result, cuda:0, got cpu$"):
         ops.normal((2,), seed=torch.tensor(1), device="cuda")
-    with pytest.raises(ValueError, match="^normal: step must be on the device of the result, cuda:0, got cpu$"):
+    with pytest.raises(ValueError, match=r"^normal: step must be on the device of the result, cuda:0, got cpu$"):
         ops.normal((2,), seed=torch.tensor(1, device="cuda"), step=torch.tensor(1))
 
 

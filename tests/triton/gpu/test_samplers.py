@@ -159,7 +159,7 @@ def test_callback_and_check():
     )  # fmt: skip
     assert [i for i, _, _ in seen] == [0, 1, 2, 3, 4] and seen[-1][2] is x
     options = {"steps": 5, "device": DEVICE, "progress": False, "check_finite": True}
-    with pytest.raises(FloatingPointError, match="^sample: x is not finite after step 0 of 5"):
+    with pytest.raises(FloatingPointError, match=r"^sample: x is not finite after step 0 of 5"):
         sample(VPSDE(), lambda x, t: x * torch.nan, (2, 3), **options)
 
 
@@ -194,7 +194,7 @@ def test_chains_are_those_of_the_cpu(metropolis, columns):
         want = chains("cpu", columns, metropolis=metropolis)
     assert got.z.device.type == DEVICE
     testing.assert_same_bits(got.z.cpu(), want.z)
-    for a, b in zip(fields(got), fields(want)):
+    for a, b in zip(fields(got), fields(want), strict=True):
         assert_near(a, b, 1e-6)
 
 
@@ -204,7 +204,7 @@ def test_chains_of_many_columns_and_their_batch():
         want = chains("cpu", 6)
     # a proposal at the edge may be decided otherwise where sums are rounded otherwise
     assert ((got.z.cpu() - want.z).abs() < 1e-5).double().mean() > 0.9
-    for a, b in zip(fields(got), fields(again)):
+    for a, b in zip(fields(got), fields(again), strict=True):
         testing.assert_same_bits(a, b)
     assert not torch.equal(got.z, energy.sample(analytic, got.z, 0.3, steps=15, seed=2, progress=False).z)
 

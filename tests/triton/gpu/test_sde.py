@@ -8,7 +8,18 @@ import torch
 from pyflow import ops, testing
 
 from .common import (
-    DEVICE, DTYPES, INTERPRETED, check_compiled, check_graph, compare, draw, few, moved, needs_memory, run, sized,
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    check_compiled,
+    check_graph,
+    compare,
+    draw,
+    few,
+    moved,
+    needs_memory,
+    run,
+    sized,
 )  # fmt: skip
 
 SHAPES = [(), (0,), (7,), (65, 3), (33, 37), (16, 392), (5, 3, 7, 4), (3, 9001), (2, 50001), (3000, 2)]
@@ -40,9 +51,9 @@ def check(gpu, shape, dtype, turn):
     for k in {turn % len(every), (turn + 2) % len(every)} if dtype != torch.float32 else {turn % len(every)}:
         seed, values = every[k], coefficients(COEFFICIENTS[(turn // 2 + k) % 3], shape)
         compare(gpu, step, (x, score, *values), seed, sums=(4, 5, 6), **WITHIN)
-        perturb = lambda x, a, c, seed: ops.perturb(x, a, c, seed=seed)  # noqa: E731
+        perturb = lambda x, a, c, seed: ops.perturb(x, a, c, seed=seed)
         compare(gpu, perturb, (x, values[0], values[2]), seed, sums=(2, 3), **WITHIN)
-    injected = lambda x, s, z: ops.sde_step(x, s, 1.1, 0.3, 0.7, noise=z)  # noqa: E731
+    injected = lambda x, s, z: ops.sde_step(x, s, 1.1, 0.3, 0.7, noise=z)
     compare(gpu, injected, (x, score, draw(shape, dtype, 6)), **WITHIN)
 
 
@@ -66,7 +77,7 @@ def test_coefficients(gpu, kind):
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_layouts(gpu, layout):
     for seed in (3, torch.arange(6)):
-        viewed = lambda x, s, seed: ops.sde_step(testing.laid_out(x, layout), s, 1.1, 0.3, 0.7, seed=seed)  # noqa: E731
+        viewed = lambda x, s, seed: ops.sde_step(testing.laid_out(x, layout), s, 1.1, 0.3, 0.7, seed=seed)
         compare(gpu, viewed, (draw((6, 5, 4, 10)), draw((6, 5, 4, 10), seed=1)), seed)
 
 
@@ -78,10 +89,10 @@ def test_loss_and_corrector(gpu, shape, dtype):
     every, turn = seeds(shape), SHAPES.index(shape) + DTYPES.index(dtype)
     for seed in every if (shape, dtype) == ((33, 37), torch.float32) else every[turn % 3 : turn % 3 + 1]:
         compare(gpu, lambda p, c, seed: ops.denoising_loss(p, c, seed=seed), (pred, std), seed, sums=(0, 2), **WITHIN)
-        epsilon = lambda p, seed: ops.denoising_loss(p, seed=seed, parameterization="epsilon")  # noqa: E731
+        epsilon = lambda p, seed: ops.denoising_loss(p, seed=seed, parameterization="epsilon")
         compare(gpu, epsilon, (pred,), seed, sums=(0,), **WITHIN)
         for norm in ("sample", "batch"):
-            corrector = lambda x, s, seed: ops.langevin_step(x, s, snr=0.2, norm=norm, seed=seed)  # noqa: B023, E731
+            corrector = lambda x, s, seed: ops.langevin_step(x, s, snr=0.2, norm=norm, seed=seed)
             compare(gpu, corrector, (pred, score), seed, sums=(0, 2), **WITHIN)
 
 
@@ -92,9 +103,13 @@ def test_a_sample_does_not_depend_on_its_batch(gpu):
         a, b, c = moved(coefficients("per sample", (40,)))
 
         def advance(rows):
-            x_, score_, own_, c_ = x[rows], score[rows], own[rows], c[rows]  # noqa: B023
-            moved_ = ops.sde_step(x_, score_, a[rows], b[rows], c_, seed=own_)  # noqa: B023
-            return moved_, ops.langevin_step(x_, score_, snr=0.16, norm="sample", seed=own_), ops.denoising_loss(x_, c_, seed=own_)
+            x_, score_, own_, c_ = x[rows], score[rows], own[rows], c[rows]
+            moved_ = ops.sde_step(x_, score_, a[rows], b[rows], c_, seed=own_)
+            return (
+                moved_,
+                ops.langevin_step(x_, score_, snr=0.16, norm="sample", seed=own_),
+                ops.denoising_loss(x_, c_, seed=own_),
+            )
 
         whole = advance(slice(None))
         for rows in (slice(None), slice(0, 1), slice(3, 20), slice(1, None)):
@@ -118,9 +133,9 @@ def test_works_in_a_cuda_graph_and_never_waits(gpu):
 
 
 def test_compiles_without_a_break(kernels):
-    function = lambda x, s: ops.sde_step(x, s, 1.01, 0.05, 0.3, seed=11, step=4)  # noqa: E731
+    function = lambda x, s: ops.sde_step(x, s, 1.01, 0.05, 0.3, seed=11, step=4)
     check_compiled(function, [draw((32, 100)), draw((32, 100), seed=1)])
-    loss = lambda p, c: ops.denoising_loss(p, c, seed=11, step=4)  # noqa: E731
+    loss = lambda p, c: ops.denoising_loss(p, c, seed=11, step=4)
     check_compiled(loss, [draw((32, 100)), draw((32,), seed=1).abs()])
 
 
@@ -135,9 +150,9 @@ def test_errors_name_the_device(gpu):
     if INTERPRETED:
         pytest.skip("the interpreter has one device")
     x = torch.zeros(2, 4, device="cuda")
-    with pytest.raises(ValueError, match="^sde_step: seed must be on the device of the result, cuda:0, got cpu$"):
+    with pytest.raises(ValueError, match=r"^sde_step: seed must be on the device of the result, cuda:0, got cpu$"):
         ops.sde_step(x, x, 1, 1, 1, seed=torch.tensor(1))
-    with pytest.raises(ValueError, match="^sde_step: c must be on the device of x, cuda:0, got cpu$"):
+    with pytest.raises(ValueError, match=r"^sde_step: c must be on the device of x, cuda:0, got cpu$"):
         ops.sde_step(x, x, 1, 1, torch.tensor(1.0), seed=1)
 
 

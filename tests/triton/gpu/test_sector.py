@@ -50,5 +50,5 @@ def test_works_in_a_cuda_graph_and_never_waits(gpu):
 
 def test_compiles_without_a_break(kernels):
     x, seed = moved([X, torch.tensor(3)])
-    function = lambda x, seed: ops.sector_counts(x, 9, 1_000, seed=seed)  # noqa: E731
+    function = lambda x, seed: ops.sector_counts(x, 9, 1_000, seed=seed)
     assert torch.equal(torch.compile(function, fullgraph=True)(x, seed), function(x, seed))

@@ -52,7 +52,7 @@ def test_a_weight_does_not_depend_on_the_others(gpu):
 def test_transposed_weights(gpu):
     weights, u, v = moved(inputs(shapes=[(70, 33), (6, 4, 3)]))
     turned = [w.transpose(0, 1).contiguous().transpose(0, 1) for w in weights]
-    for a, b in zip(ops.spectral_normalize(turned, u, v)[0], ops.spectral_normalize(weights, u, v)[0]):
+    for a, b in zip(ops.spectral_normalize(turned, u, v)[0], ops.spectral_normalize(weights, u, v)[0], strict=True):
         assert a.stride() != b.stride()
         testing.assert_within(a, b, 1e-5)
 

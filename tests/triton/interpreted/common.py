@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import pyflow
 import pytest
 import torch
+
+import pyflow
 from pyflow import _backend, testing
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -34,11 +35,11 @@ def compare(function, leaves, *, sums=(), error=2e-5):
     exact = run("reference", function, [v.double() for v in leaves],
                 [draw(o.shape, o.dtype, seed=9).double() for o in got[: len(got) - len(leaves)]])  # fmt: skip
     scale = 1e-6 if dtype == torch.float64 else error
-    for i, (a, b) in enumerate(zip(got, exact)):
+    for i, (a, b) in enumerate(zip(got, exact, strict=True)):
         testing.assert_within(a, b, scale * (1 + b.abs()), f"output {i} against the reference")
     if _backend.cpu_missing is not None or dtype == torch.float64:
         return got
-    for i, (a, b) in enumerate(zip(got, run("cpu", function, leaves))):
+    for i, (a, b) in enumerate(zip(got, run("cpu", function, leaves), strict=True)):
         assert a.dtype == b.dtype and a.stride() == b.stride(), f"output {i}"
         if i in sums:
             size = 1 + b.double().abs()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import pyflow
 import pytest
+
+import pyflow
 from pyflow import _backend
 from pyflow.triton_kernels import _random
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-import pyflow
 import pytest
 import torch
+
+import pyflow
 from pyflow import _backend, ops, testing
 from pyflow._schemas import PACKINGS, SCALE_MAPS
 
@@ -39,14 +40,14 @@ def test_affine_maps_and_forms(scale_map, options, inverse, first):
 @pytest.mark.parametrize("scale_map, options", MAPS)
 def test_extreme_values(scale_map, options):
     values = [0.0, -0.0, 1e-40, -1e-30, 0.5499999, 0.55, 1.0, -15.0, -15.000001, 20.0, 88.0, -88.0, 103.9, -120.0, 3e38]
-    scale = torch.tensor([values + [math.inf, -math.inf, math.nan]])
+    scale = torch.tensor([[*values, math.inf, -math.inf, math.nan]])
     x, shift = torch.ones_like(scale), -torch.ones_like(scale)
     for inverse, first in FORMS:
         keywords = dict(scale_map=scale_map, inverse=inverse, shift_first=first, event_dims=0, **options)
-        function = lambda x, t, s: ops.affine_coupling(x, t, s, **keywords)  # noqa: B023, E731
+        function = lambda x, t, s: ops.affine_coupling(x, t, s, **keywords)
         got = run("triton", function, (x, shift, scale))
         if _backend.cpu_missing is None:
-            for a, b in zip(got, run("cpu", function, (x, shift, scale))):
+            for a, b in zip(got, run("cpu", function, (x, shift, scale)), strict=True):
                 testing.assert_same_bits(a + 0, b + 0)  # the sign of a log-determinant's zero is free
 
 
@@ -58,8 +59,8 @@ def test_dtypes(x_dtype, dtype, inverse, first):
     for keywords in ({}, {"mask": mask}):
         for scale_map in SCALE_MAPS:
             keywords |= dict(scale_map=scale_map, inverse=inverse, shift_first=first)
-            compare(lambda x, t, s: ops.affine_coupling(x, t, s, **keywords), leaves, sums=(1,))  # noqa: B023
-        compare(lambda x, t: additive(x, t, keywords.get("mask"), inverse), leaves[:2])  # noqa: B023
+            compare(lambda x, t, s: ops.affine_coupling(x, t, s, **keywords), leaves, sums=(1,))
+        compare(lambda x, t: additive(x, t, keywords.get("mask"), inverse), leaves[:2])
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -69,7 +70,7 @@ def test_packings(packing, dim, inverse, first):
     shape = (2, 3, 4, 6)
     packed = tuple(n * (1 + (d == dim)) for d, n in enumerate(shape))
     keywords = dict(packing=packing, dim=dim, scale_map="tanh", inverse=inverse, shift_first=first)
-    function = lambda x, p: ops.affine_coupling_packed(x, p, **keywords)  # noqa: E731
+    function = lambda x, p: ops.affine_coupling_packed(x, p, **keywords)
     compare(function, [draw(shape), draw(packed, seed=1)], sums=(1,))
     mask = draw(shape[1:], seed=2) > 0
     compare(lambda x, p: function_with(mask, x, p, keywords), [draw(shape), draw(packed, seed=1)], sums=(1,))
@@ -84,10 +85,10 @@ def function_with(mask, x, params, keywords):
 @pytest.mark.parametrize("event_dims", [0, 1, 3, 4])
 def test_layouts(layout, shape, event_dims):
     x, shift, scale = draw(shape), draw(shape, seed=1), draw(shape, seed=2)
-    function = lambda x, t, s: ops.affine_coupling(x, t, s, scale_map="tanh", event_dims=event_dims)  # noqa: E731
+    function = lambda x, t, s: ops.affine_coupling(x, t, s, scale_map="tanh", event_dims=event_dims)
     plain = run("triton", function, (x, shift, scale))
     viewed = compare(function, [testing.laid_out(x, layout), shift, testing.laid_out(scale, layout)], sums=(1,))
-    for a, b in zip(plain, viewed):
+    for a, b in zip(plain, viewed, strict=True):
         # event dims are summed in memory order, anything else is the same to the bit
         if layout in ("transposed", "channels_last") and a.dim() != len(shape):
             torch.testing.assert_close(a, b)
@@ -102,10 +103,10 @@ def test_masks_broadcast():
     for shape in [(8,), (3, 1), (4, 1, 1), (4, 3, 8), ()]:
         mask = draw(shape, seed=3) > -0.2
         mask[(0,) * len(shape)] = True
-        function = lambda x, t, s: ops.affine_coupling(x, t, s, mask=mask)  # noqa: B023, E731
+        function = lambda x, t, s: ops.affine_coupling(x, t, s, mask=mask)
         clean = compare(function, [x, shift, scale], sums=(1,))
         hidden = torch.where(mask, math.nan, 0)
-        for a, b in zip(run("triton", function, (x, shift + hidden, scale + hidden)), clean):
+        for a, b in zip(run("triton", function, (x, shift + hidden, scale + hidden)), clean, strict=True):
             testing.assert_same_bits(a, b)
 
 
@@ -125,7 +126,7 @@ def test_gradients_that_are_absent_or_expanded():
         for backend in ("triton", "reference"):
             with pyflow.backend(backend):
                 grads = torch.autograd.grad(pick(*ops.affine_coupling(*leaves)), leaves, allow_unused=True)
-                results.append([torch.zeros_like(v) if g is None else g for g, v in zip(grads, leaves)])
+                results.append([torch.zeros_like(v) if g is None else g for g, v in zip(grads, leaves, strict=True)])
         torch.testing.assert_close(*results)
 
 
@@ -134,7 +135,7 @@ def test_rows_do_not_depend_on_the_batch():
         x, shift, scale = (draw((7, cols), seed=i) for i in range(3))
         whole = ops.affine_coupling(x, shift, scale)
         for rows in (slice(0, 1), slice(2, 5)):
-            for a, b in zip(whole, ops.affine_coupling(x[rows], shift[rows], scale[rows])):
+            for a, b in zip(whole, ops.affine_coupling(x[rows], shift[rows], scale[rows]), strict=True):
                 testing.assert_same_bits(a[rows], b)
         head = ops.flow_log_prob(x)
         testing.assert_same_bits(head[2:5], ops.flow_log_prob(x[2:5]))
@@ -143,7 +144,7 @@ def test_rows_do_not_depend_on_the_batch():
 def test_float64_is_accurate():
     s = torch.cat((torch.linspace(-40, 40, 2001), 10.0 ** torch.linspace(-30, -1, 400)), 0).double()
     zero = torch.zeros_like(s)
-    softplus = lambda v: torch.clamp(v, min=0) + torch.log1p(torch.exp(-v.abs()))  # noqa: E731
+    softplus = lambda v: torch.clamp(v, min=0) + torch.log1p(torch.exp(-v.abs()))
     expected = {
         "exp": s, "sigmoid": -softplus(-(s + 2)), "sigmoid_inv": softplus(-(s + 2)), "tanh": 2 * torch.tanh(s / 2),
         "atan": 2 * 0.636 * torch.atan(s), "softsign": s / (1 + s.abs() / -math.log(1e-3)),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import pyflow
 import pytest
 import torch
+
+import pyflow
 from pyflow import _backend, ops, testing
 
 from .common import DTYPES, compare, draw
@@ -48,7 +49,7 @@ def test_layouts(layout):
         want = ops.mala_accept(z, z_new, u, u_new, grad, grad_new, 0.01, seed=3)
         viewed = [testing.laid_out(v, layout) for v in (z, z_new, grad, grad_new)]
         got = ops.mala_accept(viewed[0], viewed[1], u, u_new, *viewed[2:], 0.01, seed=3)
-    for a, b in zip(got[:3], want[:3]):
+    for a, b in zip(got[:3], want[:3], strict=True):
         testing.assert_same_bits(a, b)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from pyflow import ops, testing
 from pyflow._schemas import PRIORS
 
@@ -17,7 +18,7 @@ def test_flow_head(prior, dtype, scaled):
     shapes = [(3, 1), (5, 2, 3, 7), (0, 4), (4, 0), (9,), (2, 600)]
     for shape in shapes + [(33, 63), (35, 513), (2, 9001)] * (dtype == torch.float32 and scaled):
         leaves = [draw(shape, dtype), 0.3 * draw(shape[1:], dtype, 1)][: 1 + scaled]
-        function = lambda *v: ops.flow_log_prob(*v, prior=prior)  # noqa: E731
+        function = lambda *v: ops.flow_log_prob(*v, prior=prior)
         got = compare(function, leaves, sums=(0, 2), error=2e-4)
         assert got[0].dtype == testing.compute_dtype(dtype)
 

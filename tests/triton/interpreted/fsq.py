@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-import pyflow
 import pytest
 import torch
+
+import pyflow
 from pyflow import _backend, ops, testing
 from pyflow._schemas import FSQ_VARIANTS
 from pyflow.triton_kernels import fsq
@@ -57,7 +58,7 @@ def test_fsq_layouts(layout, dim, levels):
     shape[dim] = len(levels)
     z = testing.laid_out(draw(shape), layout)
     both_backends(quantize(levels, dim, "vqp"), z)
-    residual = lambda v: ops.residual_fsq(v, levels, 2, dim=dim)  # noqa: E731
+    residual = lambda v: ops.residual_fsq(v, levels, 2, dim=dim)
     both_backends(residual, z.clamp(-1, 1) if layout == "contiguous" else z)
     wide = torch.cat((z, z), dim).narrow(dim, 1, len(levels))
     both_backends(quantize(levels, dim, "symmetric"), wide)
@@ -81,16 +82,16 @@ def test_fsq_numbers_beyond_int32():
 def test_fsq_many_channels_and_many_tiles(monkeypatch):
     for levels in ((3,) * 40 + (5,) * 39, (6,) * 100):
         for z in (draw((20, len(levels))), draw((len(levels), 20)).t()):
-            function = lambda v: ops.fsq(v, levels, return_indices=False)[:1]  # noqa: B023, E731
+            function = lambda v: ops.fsq(v, levels, return_indices=False)[:1]
             both_backends(function, z)
     monkeypatch.setattr(fsq, "MANY_TILES", 3)
     tile = fsq._tile
     for wide in (False, True):
         # 64-bit numbers, as from 2**31 elements on
-        monkeypatch.setattr(fsq, "_tile", lambda *args: tile(*args)._replace(wide=wide))  # noqa: B023
+        monkeypatch.setattr(fsq, "_tile", lambda *args: tile(*args)._replace(wide=wide))
         for shape, dim in (((1701, 5), -1), ((3, 5, 1000), 1)):
             both_backends(quantize((7, 5, 5, 5, 5), dim, "vqp"), draw(shape))
-            both_backends(lambda z: ops.residual_fsq(z, (7, 5, 5, 5, 5), 2, dim=dim), draw(shape))  # noqa: B023
+            both_backends(lambda z: ops.residual_fsq(z, (7, 5, 5, 5, 5), 2, dim=dim), draw(shape))
 
 
 def test_fsq_gradients_that_are_expanded():
@@ -111,7 +112,7 @@ def test_fsq_decode(variant):
         for kind, dim in ((torch.int64, 0), (torch.int32, 1), (torch.int64, -1)):
             for given in (indices.to(kind), indices.to(kind)[:420].view(20, 21).t(), indices.to(kind)[5]):
                 if -given.dim() - 1 <= dim <= given.dim():
-                    call = lambda: ops.fsq_decode(given, levels, variant=variant, dim=dim, dtype=dtype)  # noqa: B023, E731
+                    call = lambda: ops.fsq_decode(given, levels, variant=variant, dim=dim, dtype=dtype)
                     with pyflow.backend("reference"):
                         want = call()
                     equal(call(), want.contiguous(), f"{dtype} {kind} {dim}")
@@ -128,7 +129,7 @@ def test_fsq_residual(variant, dtype):
         z = draw(shape, dtype)
         for active in (None, 0, 2, 5):
             given = None if active is None else torch.tensor(active)
-            function = lambda v: ops.residual_fsq(v, levels, 3, variant=variant, dim=dim, active=given)  # noqa: B023, E731
+            function = lambda v: ops.residual_fsq(v, levels, 3, variant=variant, dim=dim, active=given)
             got = both_backends(function, with_nan(z) if active == 2 else z)
             if active is not None:
                 assert (got["output 1"][..., active:] == -1).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from pyflow import ops, testing
 from pyflow._schemas import DISTANCES
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from pyflow import ops, testing
 from pyflow._schemas import HSIC_KERNELS
 from pyflow.reference import hsic as reference
@@ -17,7 +18,7 @@ DISTANCES = ("rbf", "laplacian")
 def variables(kernels, n, dims, dtype, seed=0):
     """The operator's arguments: labels are few, matrices symmetric."""
     parts = []
-    for index, (kernel, dim) in enumerate(zip(kernels, dims)):
+    for index, (kernel, dim) in enumerate(zip(kernels, dims, strict=True)):
         part = draw((2, n, n if kernel == "precomputed" else dim), dtype, seed + index)
         if kernel == "delta":
             part = part.round().clamp(0, 1)
@@ -72,7 +73,7 @@ def test_hsic_variables_without_a_pair():
 
 
 def test_hsic_is_that_of_cpp():
-    function = lambda x, y: ops.hsic(x, y, bandwidth=1.5, estimator="unbiased")  # noqa: E731
+    function = lambda x, y: ops.hsic(x, y, bandwidth=1.5, estimator="unbiased")
     compare(function, [draw((2, 50, 3)), draw((2, 50, 12), seed=1)], sums=(0, 1, 2))
 
 

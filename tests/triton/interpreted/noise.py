@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from pyflow import ops
 
 from .common import DTYPES, same_on_every_backend
@@ -15,7 +16,7 @@ def test_noise(dtype, scalars):
         for seed in (3, 2**64 - 5, *(torch.arange(n) * 2**33 - 2 for n in shape[:1])):
             for draw in (ops.normal, ops.uniform):
                 options = dict(seed=seed, step=2**40 + 3, dtype=dtype, purpose="prior")
-                same_on_every_backend(lambda: (draw(shape, **options),))  # noqa: B023
+                same_on_every_backend(lambda: (draw(shape, **options),))
 
 
 def test_noise_words():

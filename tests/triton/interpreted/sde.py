@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from pyflow import ops, testing
 
 from .common import DTYPES, compare, draw
@@ -24,12 +25,17 @@ def test_sde_step(dtype, kind, scalars):
             continue
         leaves = sde_leaves(shape, dtype, kind)
         for seed in (3, *(ops.sample_seeds(3, n) for n in shape[:1])):
-            step = lambda *v: ops.sde_step(*v, seed=seed, step=2**33, return_mean=True)  # noqa: B023, E731
+            step = lambda *v: ops.sde_step(*v, seed=seed, step=2**33, return_mean=True)
             compare(step, leaves, sums=(4, 5, 6), error=3e-4)
-            compare(lambda x, a, c: ops.perturb(x, a, c, seed=seed), [leaves[0], *leaves[2::2]], sums=(2, 3), error=3e-4)  # noqa: B023
-        injected = lambda *v: ops.sde_step(*v[:5], noise=v[5], return_mean=True)  # noqa: E731
+            compare(
+                lambda x, a, c, seed=seed: ops.perturb(x, a, c, seed=seed),
+                [leaves[0], *leaves[2::2]],
+                sums=(2, 3),
+                error=3e-4,
+            )
+        injected = lambda *v: ops.sde_step(*v[:5], noise=v[5], return_mean=True)
         compare(injected, [*leaves, draw(shape, dtype, 6)], sums=(4, 5, 6), error=3e-4)
-        numbers = lambda x, s: ops.sde_step(x, s, 1.1, 0.3, 0.7, seed=3)  # noqa: E731
+        numbers = lambda x, s: ops.sde_step(x, s, 1.1, 0.3, 0.7, seed=3)
         compare(numbers, leaves[:2])
 
 
@@ -38,9 +44,9 @@ def test_sde_layouts(layout):
     x, score, noise = (draw((6, 5, 4, 10), seed=i) for i in range(3))
     viewed = [testing.laid_out(v, layout) for v in (x, score, noise)]
     for seed in (3, ops.sample_seeds(3, 6)):
-        compare(lambda x, s: ops.sde_step(x, s, 1.1, 0.3, 0.7, seed=seed), viewed[:2])  # noqa: B023
-        compare(lambda x, s: ops.sde_step(x, s, 1.1, 0.3, 0.7, seed=seed), [viewed[0], score])  # noqa: B023
-        loss = lambda p, c: ops.denoising_loss(p, c, seed=seed)  # noqa: B023, E731
+        compare(lambda x, s: ops.sde_step(x, s, 1.1, 0.3, 0.7, seed=seed), viewed[:2])
+        compare(lambda x, s: ops.sde_step(x, s, 1.1, 0.3, 0.7, seed=seed), [viewed[0], score])
+        loss = lambda p, c: ops.denoising_loss(p, c, seed=seed)
         compare(loss, [viewed[0], draw((6,), seed=4).abs()], sums=(0, 2), error=3e-4)
     compare(lambda x, s, z: ops.sde_step(x, s, 1.1, 0.3, 0.7, noise=z), viewed)
 
@@ -50,13 +56,13 @@ def test_sde_loss_and_norms(dtype, scalars):
     for shape in [(9,), (0, 4), (4, 0), (5, 2, 7, 3), *[(33, 63), (2, 9001)] * (dtype == torch.float32)]:
         pred, score, _, _, std = sde_leaves(shape, dtype, "per sample")
         for seed in (3, ops.sample_seeds(3, shape[0])):
-            loss = lambda p, c: ops.denoising_loss(p, c, seed=seed)  # noqa: B023, E731
+            loss = lambda p, c: ops.denoising_loss(p, c, seed=seed)
             compare(loss, [pred, std], sums=(0, 2), error=3e-4)
-            epsilon = lambda p: ops.denoising_loss(p, seed=seed, parameterization="epsilon")  # noqa: B023, E731
+            epsilon = lambda p: ops.denoising_loss(p, seed=seed, parameterization="epsilon")
             compare(epsilon, [pred], sums=(0,), error=3e-4)
             for norm in ("sample", "batch"):
                 options = dict(snr=0.2, norm=norm, seed=seed)
-                corrector = lambda x, s: ops.langevin_step(x, s, **options)  # noqa: B023, E731
+                corrector = lambda x, s: ops.langevin_step(x, s, **options)
                 compare(corrector, [pred, score], sums=(0, 2), error=3e-4)
-            marginal = lambda x, s: ops.langevin_step(x, s, snr=0.2, std=0.7, seed=seed)  # noqa: B023, E731
+            marginal = lambda x, s: ops.langevin_step(x, s, snr=0.2, std=0.7, seed=seed)
             compare(marginal, [pred, score], error=3e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from pyflow import ops
 from pyflow.triton_kernels import sector
 
@@ -17,4 +18,4 @@ def test_counts(points, scalars, monkeypatch):
     monkeypatch.setattr(sector, "PROGRAMS", 2)  # so that each takes several blocks of trials
     for trials, seed in ((1, 0), (1300, 2**64 - 5)):
         for x in (THRESHOLDS, THRESHOLDS.mT, THRESHOLDS[:0], THRESHOLDS[0, 1]):
-            same_on_every_backend(lambda: (ops.sector_counts(x, points, trials, seed=seed, step=2**40 + 3),))  # noqa: B023
+            same_on_every_backend(lambda: (ops.sector_counts(x, points, trials, seed=seed, step=2**40 + 3),))

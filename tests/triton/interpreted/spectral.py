@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import pyflow
 import pytest
 import torch
+
+import pyflow
 from pyflow import ops, testing
 
 from .common import DTYPES, draw
