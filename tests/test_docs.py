@@ -1,0 +1,46 @@
+"""The pages for users: their examples run, their links exist, their tables are those of the result files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pyflow.benchmarks import pages
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="this folder holds the tests alone")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "page"}
+    text = page.read_text()
+    for block in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        # empty lines in front, so that an error names its line of the page
+        lines = "\n" * text[: block.start(1)].count("\n")
+        exec(compile(lines + block[1], str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_exist(page):
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_readme_is_one_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_tables_are_those_of_the_result_files():
+    text = pages.PAGE.read_text()
+    assert pages.page(text, pages.entries(pages.RESULTS)) == text, "run: python -m pyflow.benchmarks.pages"
+    families = re.findall(r"<!-- table: (\w+) -->", text)
+    assert set(families) == set(pages.FAMILIES.values())
+
+
+def test_raw_results_stay_small():
+    assert sum(path.stat().st_size for path in pages.RESULTS.glob("*.json")) <= 200_000
