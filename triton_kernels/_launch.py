@@ -168,7 +168,7 @@ def launch(
 
 def with_strides(tensors: Sequence[Tensor | None], at: Sequence[object]) -> list[object]:
     """tensor, strides, tensor, strides, ... as the kernels take them."""
-    return [value for pair in zip(tensors, at, strict=True) for value in pair]
+    return [value for pair in zip(tensors, at, strict=False) for value in pair]
 
 
 def sum_segments(partial: Tensor, out: Tensor) -> None:

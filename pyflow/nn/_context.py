@@ -43,7 +43,7 @@ class Context:
     def filled(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict]:
         """The arguments with these in the places of `tensors`."""
         leaves = [*self._leaves]
-        for i, tensor in zip(self._where, tensors, strict=True):
+        for i, tensor in zip(self._where, tensors, strict=False):
             leaves[i] = tensor
         return self._fill(leaves)
 

@@ -134,7 +134,7 @@ class HSICBottleneck(nn.Module):
         """One step on a batch x (n, ...), y (n,) or (n, ...): the losses of the layers, and of the head."""
         self._check_optimizers()
         losses, z, aim = [], x, self._aim(x, y)
-        for layer, optimizer in zip(self.layers, self._optimizers, strict=True):
+        for layer, optimizer in zip(self.layers, self._optimizers, strict=False):
             z = layer(z.detach())
             losses.append(self._step(optimizer, lambda z=z: self._towards(aim, z)))
         if self.head is not None:

@@ -164,9 +164,9 @@ class _Rebuilding(torch.autograd.Function):
                 "got one modified by an inplace operation"
             )
         y, *tensors = ctx.saved_tensors
-        kept = dict(zip(ctx.kept, tensors[ctx.n_given :], strict=True))
+        kept = dict(zip(ctx.kept, tensors[ctx.n_given :], strict=False))
         needed = ctx.needs_input_grad[5 : 5 + ctx.n_given]
-        tensors = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True)]
+        tensors = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=False)]
         weights = tensors[ctx.n_given - len(ctx.norms) :]
         args, named = ctx.given.filled(tensors)
         grads = _Sum(t for t in (*tensors, *ctx.parameters) if t.requires_grad)
@@ -246,7 +246,7 @@ def _gradients(
     outputs: Iterable[Tensor], grads: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
     """torch.autograd.grad of the outputs that have a graph; a logdet may be one for all samples."""
-    pairs = [(o, g.sum_to_size(o.shape).to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+    pairs = [(o, g.sum_to_size(o.shape).to(o.dtype)) for o, g in zip(outputs, grads, strict=False) if o.requires_grad]
     return torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
 
 

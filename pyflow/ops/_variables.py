@@ -335,7 +335,7 @@ def _together_reduced(exponent: Tensor, factor: float, column: float, x: Tensor)
     of_rows, of_column, of_width = (_exponent(v) + 1 for v in given)
     total = torch.maximum(exponent + 1 + of_rows, of_column) + (of_width + 1) // 2
     factors = [
-        times_two_to(v, e).to(x.dtype)[..., None, None] for v, e in zip(given, (exponent - total, -total), strict=True)
+        times_two_to(v, e).to(x.dtype)[..., None, None] for v, e in zip(given, (exponent - total, -total), strict=False)
     ]
     return factors, total
 
