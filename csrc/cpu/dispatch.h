@@ -77,8 +77,7 @@ struct CpuTable {
   void (*math_evaluate)(const MathArgs&, int64_t begin, int64_t end);
 };
 
-// null if no compiled instruction set runs on this CPU; the environment variable PYFLOW_CPU_ISA allows only the named
-// one
+// null if no compiled instruction set runs on this CPU, or not the one named by the variable PYFLOW_CPU_ISA
 const CpuTable* cpu_table();
 
 // comma-separated: features of this CPU, instruction sets of this build, and those of them that this CPU supports

@@ -51,8 +51,8 @@ struct GramVariable {
   char* grad;            // like z
 };
 
-// A call works on batch items [item, item + items); slot s of a workspace belongs to item + s. Every char* points to
-// values of the compute type.
+// A call works on batch items [item, item + items); slot s of a workspace belongs to item + s. Arrays behind
+// a char* have the compute type.
 struct GramArgs {
   Tournament tournament;
   int64_t variables, pairs, columns;  // columns: features of all variables
