@@ -1,10 +1,11 @@
-// HKH of Gram matrices: part of the family hsic.
+// Centred Gram matrices HKH in three steps: sums of rows and columns, means, subtraction. A unit is kCenterRows rows of
+// a matrix; for the means it is a matrix.
 #include "hsic.h"
 #include "sums.h"
 
 namespace pyflow::PYFLOW_ISA {
 
-// a block of rows: their means, and what they add to the columns
+// the row means of a block of rows, and its column sums
 template <class T>
 void center_sums_block(const CenterArgs& a, int64_t unit) {
   const int64_t first = unit / a.blocks * a.n, row = unit % a.blocks * kCenterRows;
@@ -30,7 +31,7 @@ void center_sums(const CenterArgs& a, int64_t begin, int64_t end) {
   for (int64_t u = begin; u < end; ++u) a.f64 ? center_sums_block<double>(a, u) : center_sums_block<float>(a, u);
 }
 
-// units: matrices
+// a unit is a matrix
 void center_means(const CenterArgs& a, int64_t begin, int64_t end) {
   for (int64_t u = begin; u < end; ++u) {
     double* __restrict column = a.columns + u * a.blocks * a.n;
@@ -56,7 +57,7 @@ void center_block(const CenterArgs& a, int64_t unit) {
     const double own = a.row_means[first + r] - a.means[matrix];
     for (int64_t c = 0; c < a.n; c += kChunk) {
       const Tile t{first + r, 1, c, smaller(kChunk, a.n - c)};
-      // may be the same memory
+      // no __restrict: gram and out may be the same memory
       const T* values = load(a.space, a.gram, t, buffer);
       T* to = target(a.space, a.out, t, out);
 #pragma omp simd

@@ -1,10 +1,12 @@
+// Affine and additive coupling layers, forward and backward. A unit is a block of whole short rows or one segment of a
+// long row (see Plan); each is processed in chunks.
 #include "coupling.h"
 
 #include "tile.h"
 
 namespace pyflow::PYFLOW_ISA {
 
-// pointers to one chunk of n contiguous values each
+// one chunk: pointers to n contiguous values each
 template <class T>
 struct Chunk {
   int64_t n;
@@ -47,7 +49,7 @@ void map_chunk(const Chunk<T>& c, const CouplingArgs& a) {
   }
 }
 
-// e = exp(+-g) here and not with g above: with the map's constants in the same loop the registers run out
+// e = exp(+-g) has a loop apart from g: together with the constants of the map, the registers would run out
 template <bool Inverse, bool ShiftFirst, class T>
 void couple_chunk(const Chunk<T>& c) {
   const T* __restrict x = c.x;
@@ -114,7 +116,7 @@ void couple_backward_chunk(const Chunk<T>& c, const Tile& t, const CouplingArgs&
   }
 }
 
-// masking is by selection, so that a NaN that is masked out never leaks
+// masks select instead of multiplying, so a masked NaN does not propagate
 template <class T>
 void pass_through(const T* mask, const T* from, T* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = mask[i] != T(0) ? from[i] : to[i];
@@ -134,7 +136,8 @@ template <class T>
 void forward_unit(const CouplingForward& a, const Tile& unit, int64_t segment) {
   alignas(64) T x[kChunk], shift[kChunk], scale[kChunk], mask[kChunk], g[kChunk], y[kChunk];
   const Space& s = a.space;
-  double total = -0.0;  // of one row (a unit of several rows has one chunk); -0 + v is v to the bit
+  // sum of one row (a unit of several rows has one chunk); starts at -0, since -0 + v has the bits of v
+  double total = -0.0;
   for (int64_t c0 = 0; c0 < unit.cols; c0 += kChunk) {
     const int64_t cols = unit.cols - c0 < kChunk ? unit.cols - c0 : kChunk;
     const Tile t{unit.row, unit.rows, unit.col + c0, cols};
@@ -200,10 +203,11 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
     for (const View* v : outputs) prefetch<true>(s, *v, next);
     Chunk<T> c{};
     c.n = t.count();
-    // without gy only g counts, whatever y has become: zeros stand for x and shift too
+    // without gy only the gradient of logdet counts: zeros replace x and shift, which may hold inf or NaN
     c.gy = a.gy.data ? load(s, a.gy, t, gy) : gy;
     c.x = a.gy.data ? load(s, a.x, t, x) : gy;
-    c.shift = a.gy.data && a.shift.data ? load(s, a.shift, t, shift) : c.x;  // absent where the formula has no shift
+    // shift is absent where the gradient does not need it; any valid pointer will do
+    c.shift = a.gy.data && a.shift.data ? load(s, a.shift, t, shift) : c.x;
     c.scale = load(s, a.scale, t, scale);
     for (int64_t r = 0; r < t.rows; ++r) {
       gl[r] = T(0);

@@ -1,3 +1,4 @@
+// Builds one kernel table per compiled instruction set and chooses the first that this CPU supports, widest first.
 #include "dispatch.h"
 
 #include <cstdlib>

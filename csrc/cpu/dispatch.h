@@ -1,4 +1,4 @@
-// The kernels of the instruction set this process uses, chosen once.
+// Table of the kernels of one instruction set; the process chooses its table once. Each kernel runs units [begin, end).
 #pragma once
 
 #include <cstdint>
@@ -77,10 +77,10 @@ struct CpuTable {
   void (*math_evaluate)(const MathArgs&, int64_t begin, int64_t end);
 };
 
-// null where no compiled instruction set runs on this CPU; PYFLOW_CPU_ISA narrows the choice
+// null if no compiled instruction set runs on this CPU, or not the one named by the variable PYFLOW_CPU_ISA
 const CpuTable* cpu_table();
 
-// comma-separated: what the CPU has, what this build holds, what of that runs on this CPU
+// comma-separated: features of this CPU, instruction sets of this build, and those of them that this CPU supports
 const char* cpu_features();
 const char* compiled_isas();
 const char* supported_isas();

@@ -7,7 +7,7 @@
 
 namespace pyflow::PYFLOW_ISA {
 
-constexpr int kBlocks = int(kChunk) / 4 + 1;  // a chunk need not begin with a block
+constexpr int kBlocks = int(kChunk) / 4 + 1;  // + 1: a chunk can begin inside a block
 constexpr int kBlockRoom = (kBlocks + 15) / 16 * 16;
 
 struct DrawBuffer {
@@ -17,7 +17,7 @@ struct DrawBuffer {
 };
 
 #if defined(PYFLOW_LANES)
-// words of the blocks in `block` on lanes i and after; what a buffer holds beyond its last block is never used
+// stores the words of kLanes blocks from index i of b.word on; words past the last block are never read
 template <class Key>
 PYFLOW_FN void draw_vector(const Stream& s, const Lanes& block, Key key0, Key key1, int i, DrawBuffer& b) {
   Lanes c0 = block, c1 = block >> 32;
@@ -29,7 +29,7 @@ PYFLOW_FN void draw_vector(const Stream& s, const Lanes& block, Key key0, Key ke
   narrow(c3, b.word[3] + i);
 }
 
-// words of `n` blocks of one stream from `block` on
+// words of n consecutive blocks of one stream, starting at `block`
 inline void draw_run(const Stream& s, uint64_t seed, uint64_t block, int n, DrawBuffer& b) {
   Lanes blocks = lanes_of(block, 1);
   for (int i = 0; i < n; i += kLanes) {
@@ -38,7 +38,7 @@ inline void draw_run(const Stream& s, uint64_t seed, uint64_t block, int n, Draw
   }
 }
 
-// likewise of every `step`-th block
+// words of the n blocks `block` + i * `step` of one stream
 inline void draw_every(const Stream& s, uint64_t seed, uint64_t block, uint64_t step, int n, DrawBuffer& b) {
   Lanes blocks = lanes_of(block, step);
   for (int i = 0; i < n; i += kLanes) {
@@ -47,7 +47,7 @@ inline void draw_every(const Stream& s, uint64_t seed, uint64_t block, uint64_t 
   }
 }
 
-// likewise with the block and the seed of each lane as the buffer holds them
+// words of n blocks, with the number and the seed of each block in the buffer
 inline void draw_lanes(const Stream& s, int n, DrawBuffer& b) {
   for (int i = 0; i < n; i += kLanes) {
     draw_vector(s, widen(b.block + i), widen(b.seed_low + i), widen(b.seed_high + i), i, b);
@@ -62,7 +62,7 @@ PYFLOW_FN void put_words(const Words& w, int i, uint32_t* __restrict w0, uint32_
   w3[i] = w.v[3];
 }
 
-// words of `n` blocks of one stream from `block` on
+// words of n consecutive blocks of one stream, starting at `block`
 inline void draw_run(const Stream& s, uint64_t seed, uint64_t block, int n, DrawBuffer& b) {
   const uint32_t low = uint32_t(block), high = uint32_t(block >> 32);
   const uint32_t step_low = uint32_t(s.step), step_high = high_of_step(s.step, s.purpose);
@@ -75,7 +75,7 @@ inline void draw_run(const Stream& s, uint64_t seed, uint64_t block, int n, Draw
   }
 }
 
-// likewise of every `step`-th block
+// words of the n blocks `block` + i * `step` of one stream
 inline void draw_every(const Stream& s, uint64_t seed, uint64_t block, uint64_t step, int n, DrawBuffer& b) {
   const uint32_t step_low = uint32_t(s.step), step_high = high_of_step(s.step, s.purpose);
   const uint32_t seed_low = uint32_t(seed), seed_high = uint32_t(seed >> 32);
@@ -87,7 +87,7 @@ inline void draw_every(const Stream& s, uint64_t seed, uint64_t block, uint64_t 
   }
 }
 
-// likewise with the block and the seed of each lane as the buffer holds them
+// words of n blocks, with the number and the seed of each block in the buffer
 inline void draw_lanes(const Stream& s, int n, DrawBuffer& b) {
   const uint32_t step_low = uint32_t(s.step), step_high = high_of_step(s.step, s.purpose);
 #pragma omp simd
@@ -98,7 +98,7 @@ inline void draw_lanes(const Stream& s, int n, DrawBuffer& b) {
 }
 #endif
 
-// the words of n blocks to floats
+// converts the words of n blocks to floats
 template <NoiseKind K>
 void words_to_floats(const DrawBuffer& b, int n, float* __restrict z) {
   const uint32_t* __restrict w0 = b.word[0];
@@ -129,7 +129,7 @@ void draw_elements(const Stream& s, int64_t seed, int64_t k, int64_t n, DrawBuff
   if (!whole) copy_floats(b.z + k % 4, out, n);
 }
 
-// short rows, each with its own seed: as many of them at a time as fill the lanes
+// short rows, each with its own seed: draws as many rows at a time as fit in the buffer
 template <NoiseKind K>
 void draw_rows(const Stream& s, const Tile& t, DrawBuffer& b, float* out) {
   const int64_t each = (t.cols + 3) / 4;
@@ -150,7 +150,7 @@ void draw_rows(const Stream& s, const Tile& t, DrawBuffer& b, float* out) {
   }
 }
 
-// the tile's noise into out, which has room for it
+// writes the noise of tile t to `out`
 template <NoiseKind K>
 void draw(const Stream& s, const Space& space, const Tile& t, DrawBuffer& b, float* out) {
   if (!s.per_row) return draw_elements<K>(s, s.seed[0], t.row * space.cols + t.col, t.count(), b, out);

@@ -1,3 +1,5 @@
+// MALA: sums of the log-ratio of proposal densities, accept decisions, selection of old or new rows; row sums of
+// squares. A unit is a block of whole short rows or one segment of a long row.
 #include "energy.h"
 
 #include "../ops/energy.h"
@@ -67,7 +69,7 @@ void sum_unit(const MalaArgs& a, const Tile& unit, double* sums) {
   });
 }
 
-// decides for every row of the unit; what the rows carry is written with their first segment
+// accept decision for every row of the unit; the first segment of a row also writes its energy and its flag
 template <class T>
 void decide(const MalaArgs& a, const Tile& unit, DrawBuffer& draws, bool* accepted) {
   alignas(64) float uniforms[kChunk];
@@ -97,7 +99,7 @@ void select_unit(const MalaArgs& a, const Tile& unit, const bool* accepted) {
       any |= accepted[r];
       all &= accepted[r];
     }
-    // a view that no row takes from is not read
+    // a view from which no row is selected is not read
     const T* from_old = all ? nullptr : load(s, old, t, olds);
     const T* from_new = any ? load(s, fresh, t, news) : nullptr;
     T* to = target(s, out, t, outs);
@@ -115,7 +117,7 @@ void select_unit(const MalaArgs& a, const Tile& unit, const bool* accepted) {
 template <class T>
 void accept_unit(const MalaArgs& a, const Tile& unit, DrawBuffer& draws) {
   bool accepted[kChunk];
-  // a row of one segment is summed here and selected while it is in the cache
+  // rows of one segment are summed here and selected while they are in the cache
   if (a.plan.segments == 1) sum_unit<T>(a, unit, a.sums + unit.row);
   decide<T>(a, unit, draws, accepted);
   select_unit<T>(a, unit, accepted);

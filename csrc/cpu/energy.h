@@ -9,9 +9,9 @@ struct MalaArgs {
   Space space;
   Plan plan;
   bool f64;
-  Stream stream;  // of the accept uniforms, one for each row
+  Stream stream;  // of the accept uniforms, one per row
   View z, z_new, grad, grad_new;
-  View alpha, u, u_new;  // one value for each row, stride[0] apart
+  View alpha, u, u_new;  // row views: one value per row, stride[0] apart
   View z_out, grad_out, u_out;
   uint8_t* accepted;  // (rows)
   double* sums;       // (rows, segments)

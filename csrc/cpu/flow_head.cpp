@@ -1,3 +1,5 @@
+// Flow head: log-density of the prior at z = h e^{log_scale}, summed per row, and its gradients. A unit is kHeadRows
+// rows of one segment, which share e^{log_scale}; flow_head_reduce adds the gradients of log_scale over the row blocks.
 #include "flow_head.h"
 
 #include "../ops/flow_head.h"
@@ -13,7 +15,7 @@ Tile block_of(const FlowHeadArgs& a, int64_t unit) {
           a.space.cols - col < kHeadSegment ? a.space.cols - col : kHeadSegment};
 }
 
-// e = exp(log_scale) of the block's columns, for all of its rows; returns the sum of log_scale
+// e = exp(log_scale) for the columns of a block, shared by its rows; returns the sum of log_scale
 template <class T>
 double exp_columns(const FlowHeadArgs& a, const Tile& b, T* __restrict e) {
   if (!a.log_scale.data) {
@@ -33,7 +35,7 @@ double exp_columns(const FlowHeadArgs& a, const Tile& b, T* __restrict e) {
   return total;
 }
 
-// the sum of n <= kChunk densities, in the order of lane_sum
+// sum of n <= kChunk log-densities, in the order of lane_sum
 template <Prior P, class T>
 T sum_density(const T* __restrict h, const T* __restrict e, int64_t n) {
   T lane[16] = {};
@@ -48,7 +50,7 @@ T sum_density(const T* __restrict h, const T* __restrict e, int64_t n) {
   return lane_sum(lane, 16);
 }
 
-// gh, and the row's addition to the gradient of log_scale
+// gh of a row; adds the row to the gradient of log_scale
 template <Prior P, class T>
 void score_row(const T* __restrict h, const T* __restrict e, T grad, T* __restrict gh, T* __restrict sum, int64_t n) {
 #pragma omp simd
@@ -121,7 +123,7 @@ void flow_head_backward(const FlowHeadBackward& a, int64_t begin, int64_t end) {
   stream_fence();
 }
 
-// the row blocks' partial sums, columns [begin, end), in double and in order
+// adds the partial sums of all row blocks in double and in order, for columns [begin, end)
 template <class T>
 void reduce_columns(const FlowHeadBackward& a, int64_t begin, int64_t end) {
   alignas(64) T out[kChunk];

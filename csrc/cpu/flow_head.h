@@ -6,9 +6,9 @@
 namespace pyflow {
 
 constexpr int64_t kHeadRows = 32;             // rows that share one exponential of log_scale
-constexpr int64_t kHeadSegment = 4 * kChunk;  // columns of them; what is kept per column stays in L1
+constexpr int64_t kHeadSegment = 4 * kChunk;  // columns of a unit; its buffers stay in L1
 
-// units: (blocks of kHeadRows rows) x (segments of kHeadSegment columns), segment fastest
+// a unit is kHeadRows rows x one segment of kHeadSegment columns, segment fastest
 struct FlowHeadArgs {
   Space space;
   int64_t segments;

@@ -1,3 +1,5 @@
+// Finite scalar quantisation: codes and indices, gradients, decoding, and the residual form. A unit is a tile of
+// positions; flat tiles (channels adjacent) run over all channels in one loop, others channel by channel.
 #include "fsq.h"
 
 #include "../ops/fsq.h"
@@ -5,8 +7,8 @@
 
 namespace pyflow::PYFLOW_ISA {
 
-// The constants of a run of elements: an entry for each, or one channel's for all. Field by field: a struct copied
-// whole inside a loop keeps it from being vectorised.
+// Constants for a loop over elements: one entry per element, or one channel for all elements. Fields are copied one by
+// one: a loop that copies a whole struct is not vectorised.
 template <class T>
 struct EachElement {
   const T *shift, *half, *offset, *width, *top, *step;
@@ -55,7 +57,7 @@ void store_indices(const FsqArgs& a, int64_t position, int64_t n, const I* indic
   });
 }
 
-// the indices of n positions whose digits lie side by side
+// the indices of n positions from digits (n, channels)
 template <class I, class T>
 void number_flat(const FsqArgs& a, const T* __restrict digits, int64_t position, int64_t n, int64_t offset) {
   const int64_t d = a.channels, count = n * d;
@@ -68,7 +70,7 @@ void number_flat(const FsqArgs& a, const T* __restrict digits, int64_t position,
     weight[i] = I(int32_t(known ? digits[i] : T(0))) * basis[i];
     unknown |= !known;
   }
-  // sum[i] = weight[i] + ... + weight[i + d - 1]: whole vectors, of which every d-th entry counts
+  // sum[i] = weight[i] + ... + weight[i + d - 1] for all i, so that it vectorises; every d-th entry is used
   for (int64_t i = 0; i < count; ++i) sum[i] = weight[i];
   for (int64_t c = 1; c < d; ++c) {
     for (int64_t i = 0; i + c < count; ++i) sum[i] += weight[i + c];
@@ -93,7 +95,7 @@ void add_channel(const T* __restrict digits, I basis, int64_t n, I* __restrict i
   }
 }
 
-// the tile worked on after t: the next positions of the same channels
+// the tile that follows t: the next positions of the same channels
 PYFLOW_FN Tile following(const Tile& t) { return {t.row, t.rows, t.col + t.cols, t.cols}; }
 
 template <FsqVariant V, class I, class T>
@@ -143,7 +145,7 @@ void backward_tile(const FsqBackward& a, const Tile& t, C constants) {
   store(a.space, a.gz, t, out);
 }
 
-// n positions of v with their channels side by side
+// copies n positions of v to values (n, channels)
 template <class T>
 void gather(const FsqArgs& a, const View& v, int64_t position, int64_t n, T* __restrict values) {
   const int64_t d = a.channels;
@@ -159,6 +161,7 @@ void gather(const FsqArgs& a, const View& v, int64_t position, int64_t n, T* __r
   }
 }
 
+// writes values (n, channels) to n positions of v
 template <class T>
 void scatter(const FsqArgs& a, const View& v, int64_t position, int64_t n, const T* __restrict values) {
   const int64_t d = a.channels;
@@ -177,7 +180,7 @@ void scatter(const FsqArgs& a, const View& v, int64_t position, int64_t n, const
   }
 }
 
-// a stage: what it adds to the sum is taken from the rest
+// one residual stage: quantises rest / scale, adds the scaled code to sum and subtracts it from rest
 template <FsqVariant V, class T>
 void take_stage(EachElement<T> constants, const T* __restrict scale, T* __restrict rest, T* __restrict sum,
                 T* __restrict digits, int64_t n) {
@@ -211,7 +214,7 @@ void residual_forward(const ResidualFsqForward& a, int64_t position, int64_t n) 
   scatter(a, a.codes, position, n, sum);
 }
 
-// as take_stage; the sum is that of the slopes
+// take_stage for the backward: sum adds up the slopes instead of the codes
 template <FsqVariant V, class T>
 void add_slope(EachElement<T> constants, const T* __restrict scale, T* __restrict rest, T* __restrict sum, int64_t n) {
 #pragma omp simd
@@ -244,7 +247,7 @@ void read_indices(const FsqArgs& a, int64_t position, int64_t n, I* __restrict o
   });
 }
 
-// the next channel's digit, and what is left of the indices
+// digits = rest % level, rest /= level: splits off the digits of the next channel
 template <class T>
 void split_digit(int64_t* __restrict rest, int64_t level, T* __restrict digits, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
@@ -253,7 +256,7 @@ void split_digit(int64_t* __restrict rest, int64_t level, T* __restrict digits, 
   }
 }
 
-// the same in vectors: the quotient of integers below 2^53 does not round up to the next one
+// the same in float64, which vectorises: the quotient of integers below 2^53 does not round up to the next integer
 template <class T>
 void split_digit(double* __restrict rest, int64_t level, T* __restrict digits, int64_t n) {
   const double divisor = double(level);
@@ -296,7 +299,7 @@ void decode_tile(const FsqDecode& a, int64_t position, int64_t n) {
   }
 }
 
-// f(position, n) for every tile of the units [begin, end)
+// calls f(position, n) for every tile of the units [begin, end)
 template <class F>
 void for_each_tile(const FsqArgs& a, int64_t begin, int64_t end, F f) {
   for (int64_t position = begin * a.tile; position < end * a.tile && position < a.positions; position += a.tile) {
@@ -310,7 +313,7 @@ struct Variant {
   static constexpr FsqVariant value = V;
 };
 
-// f(Variant, zero of the compute type, zero of the index type)
+// calls f(Variant, 0 of the compute type, 0 of the index type)
 template <class F>
 void dispatch(const FsqArgs& a, F f) {
   const auto typed = [&](auto v) {
@@ -362,7 +365,7 @@ void fsq_decode(const FsqDecode& a, int64_t begin, int64_t end) {
   });
 }
 
-// the residual operators know two of the variants
+// the residual operators support the two symmetric variants only
 template <class F>
 void dispatch_residual(const FsqArgs& a, F f) {
   dispatch(a, [&](auto variant, auto real, auto integer) {

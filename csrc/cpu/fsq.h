@@ -5,20 +5,20 @@
 
 namespace pyflow {
 
-// What a kernel needs of the channels: six runs of constants (FsqChannel's fields in their order) and one of the
-// basis, entry i of a run for channel i % channels.
+// Constants of the channels: six arrays of `period` entries, one per field of FsqChannel in their order, and one array
+// for the basis. Entry i of an array belongs to channel i % channels.
 struct FsqTable {
   const char* constants;  // of the compute type
   const char* basis;      // of the index type
-  int64_t period;         // entries in a run
+  int64_t period;         // entries per array
 };
 
-// units: tiles of positions, at most kChunk of them; flat, and in the residual operators, at most kChunk values
+// a unit is a tile of at most kChunk positions; with flat and in the residual operators, of at most kChunk values
 struct FsqArgs {
-  Space space;  // (channels) x (positions); flat: one row of positions x channels
+  Space space;  // channels x positions; flat: one row of positions * channels
   FsqTable table;
   int64_t channels, positions, tile;
-  bool flat;  // the channels of a position lie side by side
+  bool flat;  // the channels of a position are adjacent in memory
   bool f64;
   bool wide;     // indices are int64
   int variant;   // FsqVariant
@@ -36,13 +36,13 @@ struct FsqBackward : FsqArgs {
 struct FsqDecode : FsqArgs {
   View codes;
   const int64_t* levels;
-  uint64_t size;  // of the codebook
+  uint64_t size;  // entries of the codebook
 };
 
-// the scale of stage q and entry i is scales[q * period + i]; stages from `active` on do nothing
+// the scale of stage q and entry i is scales[q * period + i]; stages >= active are dropped: index -1, nothing added
 struct ResidualFsqForward : FsqForward {
   const char* scales;      // of the compute type
-  int64_t stages, active;  // a position's indices lie side by side
+  int64_t stages, active;  // the indices of a position are adjacent
 };
 
 struct ResidualFsqBackward : FsqBackward {

@@ -1,3 +1,5 @@
+// GAN-QP critic: partial sums of the distance per row (units of the plan), then distance, loss and gradients (a unit is
+// a row).
 #include "gan_qp.h"
 
 #include "../ops/gan_qp.h"
@@ -5,7 +7,7 @@
 
 namespace pyflow::PYFLOW_ISA {
 
-// two accumulators of AVX-512 hide each other's latency, and the order of a sum is that of every instruction set
+// two AVX-512 accumulators hide the latency of an addition; every instruction set adds in the order of these lanes
 constexpr int kLanes = 32;
 
 // adds n <= kChunk deviations to the lanes of a row
@@ -38,7 +40,7 @@ void sums_unit(const GanQpSums& a, const Tile& unit, double* sums) {
     const Tile t{unit.row, unit.rows, unit.col + c, unit.cols - c < kChunk ? unit.cols - c : kChunk};
     const T* real = load(a.space, a.real, t, reals);
     const T* fake = load(a.space, a.fake, t, fakes);
-    // a unit of several rows is one chunk
+    // a unit of several rows has one chunk
     for (int64_t r = 0; r < t.rows; ++r) {
       for (int j = 0; c == 0 && j < kLanes; ++j) lanes[j] = 0;
       add_deviations<D>(real + r * t.cols, fake + r * t.cols, t.cols, lanes);

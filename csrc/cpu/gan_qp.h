@@ -5,27 +5,27 @@
 
 namespace pyflow {
 
-// units of the plan
+// sums of the distance terms per row and segment; units are those of the plan
 struct GanQpSums {
   Space space;
   Plan plan;
-  bool f64;      // compute type: double where one of the call's tensors is
+  bool f64;      // compute type: double if any tensor of the call is float64
   int distance;  // Distance
   View real, fake;
   double* sums;  // (rows, segments)
 };
 
-// the critic's values, a row after another stride[0] apart
+// values of the critic, one per row, stride[0] apart
 struct GanQpValues {
   bool f64;
   View t_real, t_fake;
-  double lam2, eps;  // 2 lam
+  double lam2, eps;  // lam2 = 2 lam
 };
 
 struct GanQpLoss : GanQpValues {
   const GanQpSums* x;
   const GanQpSums* z;  // null without latents
-  char* loss;          // of the compute type, like the distances
+  char* loss;          // loss and d: (rows) of the compute type
   char* d;
 };
 

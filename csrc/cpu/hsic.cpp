@@ -1,3 +1,5 @@
+// Row sums of Gram matrices, sums of the products of pairs of them, and the gradients (HSIC, CKA), without an n x n
+// matrix. A unit is one tile of one batch item, computed in panels of kRows rows. Tiles of a round share no rows.
 #include "hsic.h"
 
 #include "strips.h"
@@ -5,6 +7,7 @@
 
 namespace pyflow::PYFLOW_ISA {
 
+// adds x[i] * y[i] to sixteen sums, one per lane; n is a multiple of 16
 template <class T>
 void add_products(const T* __restrict x, const T* __restrict y, double* __restrict sums, int64_t n) {
   double lane[16];
@@ -18,7 +21,7 @@ void add_products(const T* __restrict x, const T* __restrict y, double* __restri
   for (int j = 0; j < 16; ++j) sums[j] = lane[j];
 }
 
-// out[r][c]: the sum over the features of column r of one strip and c of another, (dim, kCols) each
+// out[r][c]: raw sum over the features of column r of strip `a` and column c of `strip`, both (dim, kCols)
 template <RawSum R, int Rows, int Cols, class T>
 void raw_block(const T* __restrict a, const T* __restrict strip, int64_t dim, T* __restrict out, int64_t out_stride) {
   T sum[Rows][Cols] = {};
@@ -37,12 +40,12 @@ void raw_block(const T* __restrict a, const T* __restrict strip, int64_t dim, T*
   }
 }
 
-// rows [row, row + rows) by columns [col, col + cols) of a Gram matrix; rows lie `stride` apart
+// rows [row, row + rows) and columns [col, col + cols) of a Gram matrix; `stride` is the row stride of its buffer
 struct Panel {
   int64_t row, rows, col, cols, stride;
 };
 
-// columns of the panel left of this one are on or below the diagonal for all of its rows
+// first column to compute: columns before it are on or below the diagonal in every row of the panel
 template <class T>
 PYFLOW_FN int64_t first_column(const Panel& p) {
   constexpr int half = kCols<T> / 2;
@@ -68,7 +71,7 @@ void raw_panel(const GramArgs& a, const GramVariable& v, int64_t slot, const Pan
   for (; c < p.cols; c += kCols<T>) raw_strip<R, kCols<T>>(p, rows, strips + (p.col + c) * v.dim, v.dim, out + c);
 }
 
-// what is not above the diagonal, or beyond the matrix up to a multiple of kPad, counts as 0
+// zeroes the entries on or below the diagonal, and the padding of the columns to a multiple of kPad
 template <class T>
 void clear_outside(const Panel& p, T* out) {
   const int64_t width = (p.cols + kPad - 1) / kPad * kPad;
@@ -79,6 +82,7 @@ void clear_outside(const Panel& p, T* out) {
   }
 }
 
+// out[r][c] = f(out[r][c], r, c)
 template <class T, class F>
 PYFLOW_FN void each_value(const Panel& p, T* out, F f) {
   const int64_t first = first_column<T>(p);
@@ -91,7 +95,7 @@ PYFLOW_FN void each_value(const Panel& p, T* out, F f) {
   }
 }
 
-// out times factor, that many times
+// multiplies out by factor elementwise, `times` times
 template <class T>
 void multiply_panel(const Panel& p, const T* factor, int times, T* out) {
   const int64_t stride = p.stride;
@@ -108,7 +112,7 @@ bool any_above(const T* value, int64_t n, T bound) {
   return above > 0;
 }
 
-// apart[m]: whether both sides of the tile have rows whose rounding shows (kApart)
+// apart[m]: whether both sides of the tile have rows above kApart, whose packed values are too inaccurate
 template <class T>
 void find_apart(const GramArgs& a, int64_t slot, const Tile& t, double* apart) {
   for (int64_t m = 0; m < a.variables; ++m) {
@@ -118,7 +122,7 @@ void find_apart(const GramArgs& a, int64_t slot, const Tile& t, double* apart) {
   }
 }
 
-// squared or absolute differences of rows as they came, summed through sixteen lanes
+// sums of squared or absolute differences of the original rows, times the scale, in sixteen lanes
 template <bool Square, class T>
 void apart_panel(const GramArgs& a, int64_t m, int64_t slot, const Panel& p, T* out) {
   const GramVariable& v = a.variable[m];
@@ -148,7 +152,7 @@ void apart_panel(const GramArgs& a, int64_t m, int64_t slot, const Panel& p, T* 
   }
 }
 
-// the panel of the variable's Gram matrix less its shift, zero outside; `apart` is that of its tile
+// a panel of the variable's Gram matrix minus its shift, zero on or below the diagonal; `apart`: see find_apart
 template <class T>
 void gram_panel(const GramArgs& a, int64_t m, int64_t slot, const Panel& p, bool apart, T* out) {
   const GramVariable& v = a.variable[m];
@@ -196,7 +200,7 @@ void gram_panel(const GramArgs& a, int64_t m, int64_t slot, const Panel& p, bool
   clear_outside(p, out);
 }
 
-// the rows by the columns of a tile, (row, rows, col, cols); no rows where the tile is not visited
+// rows and columns of a tile; 0 rows for a bye or a tile of another part
 PYFLOW_FN Tile gram_tile(const GramArgs& a, int64_t tile) {
   const Tournament& t = a.tournament;
   const Pairing p = pairing(t, a.round, tile);
@@ -236,7 +240,7 @@ void sums_tile(const GramSums& a, int64_t slot, int64_t tile) {
   }
   const int64_t at = first_tile(a.tournament, a.round) + tile, all = first_tile(a.tournament, a.tournament.seats);
   double* cross = a.cross + (slot * all + at) * a.pairs;
-  // (i, j) and (j, i)
+  // times 2: (i, j) and (j, i)
   for (int64_t k = 0; k < a.pairs; ++k) cross[k] = 2 * lane_sum(lanes + 16 * k, 16);
 }
 
@@ -247,8 +251,8 @@ void gram_sums(const GramSums& a, int64_t begin, int64_t end) {
   }
 }
 
-// dL/dK of one variable in a panel, times the derivative of its kernel; zero outside. `values` and `out` are the
-// tile's rows of this panel, those of the variables a tile apart; `raw` has room for a panel.
+// dL/dK of one variable in a panel, times the derivative of its kernel; zero on or below the diagonal. `values` (a tile
+// per variable) and `out` point to the panel's first row; `raw` is a buffer for one panel.
 template <class T>
 void weight_panel(const GramBackward& a, int64_t m, int64_t slot, const Panel& p, const T* values, T* raw, T* out) {
   const int64_t item = a.item + slot, tile = p.stride * p.stride, stride = p.stride;
@@ -275,14 +279,15 @@ void weight_panel(const GramBackward& a, int64_t m, int64_t slot, const Panel& p
   clear_outside(p, out);
 }
 
-// what a row of z gets from another one by a weight: w z, or of |a - b| -w sign(own - z)
+// adds another row z, weighted by w, to a gradient: w z for a product, -w sign(own - z) for |own - z|
 template <RawSum R, class T>
 PYFLOW_FN T spread(T sum, T w, T z, T own) {
   if constexpr (R == RawSum::product) return fma_(w, z, sum);
   return own > z ? sum - w : own < z ? sum + w : sum;
 }
 
-// out[r][c] += over k, weights at r * row_step + k * step times rows of z
+// out[r][c] += sum over k < count of w[r * row_step + k * step] z[k][c] (product; else by `spread`). The two steps
+// select the weights or their transpose.
 template <RawSum R, int Rows, int Cols, class T>
 void spread_block(const T* __restrict w, int64_t row_step, int64_t step, int64_t count, const T* __restrict z,
                   int64_t width, const T* __restrict own, T* __restrict out) {
@@ -320,7 +325,7 @@ void spread_columns(const T* w, int64_t row_step, int64_t step, int64_t count, c
   }
 }
 
-// `rows` rows of the gradient, each from `count` rows of z
+// adds `count` weighted rows of z to each of `rows` gradient rows, in blocks of kRows x kCols
 template <RawSum R, class T>
 void spread_rows(const T* w, int64_t row_step, int64_t step, int64_t count, const T* z, int64_t width, const T* own,
                  T* out, int64_t rows) {
@@ -331,7 +336,8 @@ void spread_rows(const T* w, int64_t row_step, int64_t step, int64_t count, cons
   for (; c < width; c += 8) spread_columns<R, 8>(w, row_step, step, count, z + c, width, own + c, out + c, rows);
 }
 
-// of rows as they came: sums of weights times rows would lose the differences, signs of those packed be of rounding
+// spread_rows with differences of the original rows. With packed rows, weighted sums would cancel (rbf), and the signs
+// of differences would be rounding errors (laplacian).
 template <bool Square, class T>
 void spread_apart(const GramBackward& a, int64_t m, int64_t slot, const Tile& t, const T* weights) {
   const GramVariable& v = a.variable[m];
@@ -383,7 +389,7 @@ void backward_tile(const GramBackward& a, int64_t slot, int64_t tile) {
       weight_panel(a, m, slot, p, values + i * block, raw, weights + i * block);
     }
     if (v.kernel == GramKernel::precomputed) {
-      // an entry on each side of the diagonal, of its own row
+      // entries (i, j) and (j, i): each gets the gradient of its own row sum, and both get `other`
       T* grad = (T*)v.grad + (a.item + slot) * n * n;
       const double* rows = a.grad_rows + ((a.item + slot) * a.variables + m) * n;
       for (int64_t i = t.row; i < t.row + t.rows; ++i) {
@@ -427,7 +433,7 @@ void gram_backward(const GramBackward& a, int64_t begin, int64_t end) {
   }
 }
 
-// units: (item, row)
+// a unit is a row of a batch item
 template <class T>
 void finish_row(const GramBackward& a, int64_t slot, int64_t row) {
   const int64_t n = a.tournament.n;
@@ -436,7 +442,7 @@ void finish_row(const GramBackward& a, int64_t slot, int64_t row) {
     if (v.width == 0 || v.kernel == GramKernel::delta) continue;
     const int64_t at = slot * a.workspace_size + v.rows + row * v.width;
     const T *z = (const T*)a.workspace + at, *sum = (const T*)a.grad_workspace + at;
-    // of an rbf kernel: the weights times z_j - z_i
+    // rbf: sum_j w_j (z_j - z_i) = sum_j w_j z_j - z_i sum_j w_j
     const bool rbf = v.kernel == GramKernel::rbf;
     const T own = rbf ? T(a.weight_sums[(slot * a.variables + m) * a.padded + row]) : T(0);
     T* grad = (T*)v.grad + ((a.item + slot) * n + row) * v.dim;

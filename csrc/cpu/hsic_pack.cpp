@@ -1,12 +1,15 @@
-// Before and after the tiles of hsic.cpp: centres and shifts, rows as strips, and what gradients grow in at 0.
+// Prepares the tiles of hsic.cpp: statistics of the features (centres, shifts), rows packed as strips, cleared
+// gradients. A unit is one variable of one batch item (statistics), or kPad rows of it.
 #include "strips.h"
 #include "sums.h"
 
 namespace pyflow::PYFLOW_ISA {
 
+// rows summed in the compute type, and prefetch distance in rows
 constexpr int64_t kStatsRows = 32, kStatsAhead = 8;
 
-// A few rows less the first are summed in the compute type: where K - 1 takes the place of K needs no more.
+// Adds the sums and squared sums of `rows` rows minus the first row. The compute type is accurate enough for so few
+// rows: the result only decides between K and K - 1.
 template <class T>
 void add_moments(const T* __restrict first, const T* __restrict row, int64_t rows, int64_t stride, int64_t count,
                  double* __restrict sum, double* __restrict square) {
@@ -27,18 +30,18 @@ void add_moments(const T* __restrict first, const T* __restrict row, int64_t row
   }
 }
 
-// the third of five in size
+// the median of five
 template <class T>
 PYFLOW_FN T middle(const T* x, int64_t step) {
   const auto less = [](T a, T b) { return a < b ? a : b; };
   const auto more = [](T a, T b) { return a < b ? b : a; };
   const T a = x[0], b = x[step], c = x[2 * step], d = x[3 * step], e = x[4 * step];
-  // neither the least nor the largest of four can be it
+  // the smallest and the largest of four cannot be the median
   const T low = more(less(a, b), less(c, d)), high = less(more(a, b), more(c, d));
   return more(less(low, high), less(more(low, high), e));
 }
 
-// what a variable's features are centred by, and from their variances what is subtracted from the kernel
+// centres of a variable's features, and from their variances the shift, 0 or 1, that is subtracted from the kernel
 template <class T>
 void item_stats(const GramArgs& a, int64_t slot, int64_t m) {
   const GramVariable& v = a.variable[m];
@@ -52,7 +55,7 @@ void item_stats(const GramArgs& a, int64_t slot, int64_t m) {
   double spread = 0;
   for (int64_t k = 0; k < v.dim; k += kChunk) {
     const int64_t count = smaller(kChunk, v.dim - k);
-    // of what a row is more than the first: a common offset costs no digits
+    // moments of the differences to the first row: a common offset costs no digits
     double sum[kChunk] = {}, square[kChunk] = {};
     const T* first = z + k;
     for (int64_t j = 1; j < n; j += kStatsRows) {
@@ -64,7 +67,7 @@ void item_stats(const GramArgs& a, int64_t slot, int64_t m) {
       spread += v.kernel == GramKernel::rbf ? variance : __builtin_sqrt(variance > 0 ? variance : 0);
     }
   }
-  // the median of five rows, which a few rows far from all others do not pull away from these
+  // the centre is the median of five rows: a few outliers do not move it
   T five[5 * kChunk];
   for (int64_t k = 0; k < v.dim; k += kChunk) {
     const int64_t count = smaller(kChunk, v.dim - k);
@@ -77,7 +80,7 @@ void item_stats(const GramArgs& a, int64_t slot, int64_t m) {
   shift = v.kernel == GramKernel::rbf ? spread * scale * scale <= kWideVariance : spread * scale <= kWideDeviation;
 }
 
-// units: (item, variable)
+// a unit is an (item, variable)
 void gram_stats(const GramArgs& a, int64_t begin, int64_t end) {
   for (int64_t u = begin; u < end; ++u) {
     const int64_t slot = u / a.variables, m = u % a.variables;
@@ -85,7 +88,7 @@ void gram_stats(const GramArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// elements of x (0 to 3) and y (4 to 7); gcc has the same word as clang from 12 on
+// shuffles the elements of x (0 to 3) and y (4 to 7); gcc has clang's builtin from version 12 on
 template <int A, int B, int C, int D, class V>
 PYFLOW_FN V pick(V x, V y) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -95,7 +98,8 @@ PYFLOW_FN V pick(V x, V y) {
 #endif
 }
 
-// four rows of n values, kChunk apart, into four columns of a strip; by vectors of four, which gcc does not find itself
+// transposes four rows of n values, kChunk apart, into four columns of a strip. By 4 x 4 blocks: gcc does not vectorise
+// the plain loop.
 template <class T>
 void side_by_side(const T* __restrict rows, T* __restrict strip, int64_t n) {
   typedef T Four __attribute__((vector_size(4 * sizeof(T))));
@@ -116,7 +120,8 @@ void side_by_side(const T* __restrict rows, T* __restrict strip, int64_t n) {
   }
 }
 
-// kCols rows, centred and scaled: as a strip, their features side by side; half their squares; for a gradient as rows
+// packs kCols rows, centred and scaled for distance kernels, as a strip; also |row|^2 / 2 for distance kernels, and
+// padded rows if there is a gradient
 template <class T>
 void pack_strip(const GramArgs& a, int64_t slot, int64_t m, int64_t strip) {
   const GramVariable& v = a.variable[m];
@@ -157,7 +162,7 @@ void pack_strip(const GramArgs& a, int64_t slot, int64_t m, int64_t strip) {
   for (int c = 0; c < kCols<T>; ++c) halves[c] = T(0.5 * square[c]);
 }
 
-// the gradient's rows and the sums of weights at 0
+// zeroes the gradient rows and the weight sums
 template <class T>
 void clear_strip(const GramBackward& a, int64_t slot, int64_t m, int64_t strip) {
   const GramVariable& v = a.variable[m];
@@ -173,7 +178,7 @@ void clear_strip(const GramBackward& a, int64_t slot, int64_t m, int64_t strip) 
   }
 }
 
-// units: (item, variable, kPad rows)
+// calls f(slot, variable, strip); a unit is kPad rows of an (item, variable)
 template <class F>
 PYFLOW_FN void each_strip(const GramArgs& a, int64_t begin, int64_t end, F f) {
   const int64_t groups = a.padded / kPad, strips = kPad / (a.f64 ? kCols<double> : kCols<float>);

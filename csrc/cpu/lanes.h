@@ -1,6 +1,6 @@
-// Philox on vectors. Its product of two 32-bit words is one instruction on 64-bit lanes, which gcc does not find: it
-// multiplies all 64 bits by several (a quarter more time for a normal on a core of a Xeon, with AVX2 as with
-// AVX-512). Besides stream.h the one place with intrinsics; without them the compiler vectorises words.
+// Philox on vectors of 64-bit elements. One instruction multiplies the low 32 bits of each element to 64 bits; gcc does
+// not find it and multiplies all 64 bits with several (normal floats take a quarter longer on a core of a Xeon, with
+// AVX2 and with AVX-512). Intrinsics are used only here and in stream.h; without AVX2 gcc vectorises 32-bit words.
 #pragma once
 
 #if defined(__AVX2__)
@@ -23,10 +23,10 @@ typedef uint64_t Vector __attribute__((vector_size(64)));
 #else
 typedef uint64_t Vector __attribute__((vector_size(32)));
 #endif
-constexpr int kHalf = sizeof(Vector) / 8;
+constexpr int kHalf = sizeof(Vector) / 8;  // elements of a Vector
 typedef uint32_t Narrow __attribute__((vector_size(4 * kHalf)));
 
-// two vectors, so that one chain of rounds fills the waits of the other
+// two independent vectors: the rounds of one hide the latency of the other
 struct Lanes {
   Vector a, b;
 };
@@ -37,6 +37,7 @@ PYFLOW_FN Lanes operator^(const Lanes& x, uint64_t y) { return {x.a ^ y, x.b ^ y
 PYFLOW_FN Lanes operator>>(const Lanes& x, int bits) { return {x.a >> bits, x.b >> bits}; }
 PYFLOW_FN Lanes& operator+=(Lanes& x, uint64_t y) { return x = {x.a + y, x.b + y}; }
 
+// element i is first + i * step
 PYFLOW_FN Vector vector_of(uint64_t first, uint64_t step) {
   Vector v{};
   for (int i = 0; i < kHalf; ++i) v[i] = first + uint64_t(i) * step;
@@ -47,10 +48,10 @@ PYFLOW_FN Lanes lanes_of(uint64_t first, uint64_t step) {
   return {vector_of(first, step), vector_of(first + kHalf * step, step)};
 }
 
-// of the low halves
+// products of the low 32 bits of every element with `by`
 PYFLOW_FN Vector product(const Vector& words, uint32_t by) {
 #if defined(__AVX512F__)
-  // masked: gcc 12 warns of its own header otherwise
+  // masked, because the plain intrinsic triggers a warning inside gcc 12's header
   return (Vector)_mm512_maskz_mul_epu32(0xff, (__m512i)words, (__m512i)vector_of(by, 0));
 #else
   return (Vector)_mm256_mul_epu32((__m256i)words, (__m256i)vector_of(by, 0));
@@ -65,8 +66,10 @@ PYFLOW_FN Vector widen_half(const uint32_t* from) {
   return __builtin_convertvector(v, Vector);
 }
 
+// kLanes words, zero-extended
 PYFLOW_FN Lanes widen(const uint32_t* from) { return {widen_half(from), widen_half(from + kHalf)}; }
 
+// stores the low 32 bits of every element
 PYFLOW_FN void narrow(const Lanes& from, uint32_t* to) {
   const Narrow a = __builtin_convertvector(from.a, Narrow), b = __builtin_convertvector(from.b, Narrow);
   __builtin_memcpy(to, &a, sizeof a);

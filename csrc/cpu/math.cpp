@@ -1,3 +1,4 @@
+// Evaluates one elementary function over an array, for tests. A unit is an element.
 #include "math.h"
 
 #include "../math/atan.h"
@@ -28,11 +29,11 @@ void math_evaluate(const MathArgs& a, int64_t begin, int64_t end) {
     case MathFunction::sigmoid: return each(a, begin, end, [](float x) { return sigmoid(x); });
     case MathFunction::atan: return each(a, begin, end, [](float x) { return atan_(x); });
     case MathFunction::log_plain: return each(a, begin, end, [](float x) { return log_plain(x); });
-    // of a random word, which is the float's bits
+    // functions of a random word: the bits of x
     case MathFunction::radius: return each(a, begin, end, [](float x) { return radius(bits_of(x)); });
     case MathFunction::sin_turns: return each(a, begin, end, [](float x) { return sincos_turns(bits_of(x) >> 8).sin; });
     case MathFunction::cos_turns: return each(a, begin, end, [](float x) { return sincos_turns(bits_of(x) >> 8).cos; });
-    // of numbers that are not positive
+    // evaluated at -|x|
     case MathFunction::exp_minus: return each(a, begin, end, [](float x) { return exp_less(-abs_(x), 0.f); });
     case MathFunction::expm1_minus: return each(a, begin, end, [](float x) { return exp_less(-abs_(x), 1.f); });
   }

@@ -1,4 +1,4 @@
-// The elementary functions over an array, so that a test can hold them to their stated error.
+// Elementary functions over an array, for the tests of their stated error.
 #pragma once
 
 #include <cstdint>

@@ -1,3 +1,5 @@
+// Counter-based noise and raw Philox words. A unit is a block of whole short rows or one segment of a long row; for the
+// words it is one counter.
 #include "noise.h"
 
 #include "draw.h"

@@ -6,10 +6,10 @@
 
 namespace pyflow {
 
-// the noise of a call: one stream over all elements in C order, or one for each row
+// random stream of a call: one over all elements in C order, or one per row
 struct Stream {
   const int64_t* seed;
-  int64_t seed_stride;  // from row to row
+  int64_t seed_stride;  // between rows
   bool per_row;
   uint64_t step;
   int purpose;

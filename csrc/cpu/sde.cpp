@@ -1,3 +1,6 @@
+// Steps of reverse SDEs with their gradients, the denoising loss, and the squared norms of score and noise for Langevin
+// step sizes. Noise is given or drawn chunk by chunk. A unit is a block of whole short rows or one segment of a long
+// row.
 #include "sde.h"
 
 #include "../ops/sde.h"
@@ -12,7 +15,7 @@ T coefficient(const View& v, int64_t row) {
   return value;
 }
 
-// whether all rows have the coefficients of the first
+// whether all rows share one a, b and c
 bool shared(const SdeArgs& a) { return a.a.stride[0] == 0 && a.b.stride[0] == 0 && a.c.stride[0] == 0; }
 
 template <class T>
@@ -105,6 +108,7 @@ PYFLOW_FN void each_chunk(const SdeArgs& a, const Tile& unit, F work) {
   }
 }
 
+// whether noise is needed: given noise always, drawn noise only if a c of the tile is not 0
 template <class T>
 bool adds_noise(const SdeArgs& a, const Tile& t) {
   const int64_t rows = a.c.stride[0] == 0 ? 1 : t.rows;
@@ -235,7 +239,7 @@ void sde_step_backward(const SdeArgs& a, int64_t begin, int64_t end) {
   stream_fence();
 }
 
-// with gx the backward
+// forward; backward if gx is present
 void denoising_loss(const SdeArgs& a, int64_t begin, int64_t end) {
   DrawBuffer draws;
   for (int64_t u = begin; u < end; ++u) {

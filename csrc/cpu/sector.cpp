@@ -1,3 +1,5 @@
+// Sector probability: the formula of ops/sector.h (a unit is one n and theta), and Monte-Carlo trials (a unit is a
+// trial).
 #include "sector.h"
 
 #include "draw.h"
@@ -10,7 +12,7 @@ PYFLOW_FN double largest_of(const double* a, int64_t n) {
   return top;
 }
 
-// one level: a[i] stands for t - first - i, and reads what stands for one less
+// one level of the recurrence in place: a[i] holds g(t - first - i), and a[i + 1] that of an argument one less
 PYFLOW_FN void spline_level(double* __restrict a, int64_t n, double t, int64_t first, double m, double scale) {
   const double top = t - double(first);
 #pragma omp simd
@@ -22,7 +24,7 @@ PYFLOW_FN void spline_level(double* __restrict a, int64_t n, double t, int64_t f
 
 // g_n(t) of ops/sector.h for 1 <= t <= n / 2
 inline Scaled spline(int64_t n, const DoubleDouble& t, double* a) {
-  constexpr int64_t kLevels = 8;  // between looks at the window; g grows by less than n in each
+  constexpr int64_t kLevels = 8;  // levels per update of the window; g grows by less than a factor n per level
   const Path path = path_to(n, t.hi);
   const int64_t last = int64_t(t.hi);
   int64_t first = last, end = last + 1, exponent = 0, tilt = 0;
@@ -58,7 +60,7 @@ inline Scaled spline(int64_t n, const DoubleDouble& t, double* a) {
       spline_level(a, size, t.hi, first, double(m), scale);
     }
   }
-  // the derivative, for what t.hi has lost
+  // first-order correction for t.lo
   return scaled({a[0] * (1 + double(n - 1) * before / a[0] * t.lo), 0}, exponent);
 }
 
@@ -85,7 +87,7 @@ void sector_formula(const SectorFormula& a, int64_t begin, int64_t end) {
   }
 }
 
-constexpr int kTrials = 128;  // a lane each
+constexpr int kTrials = 128;  // trials at a time, one per lane
 
 struct TrialBuffer {
   DrawBuffer draw;
@@ -95,7 +97,7 @@ struct TrialBuffer {
   alignas(64) double largest[kTrials], total[kTrials];
 };
 
-// a block of every trial, whose words are in the buffer
+// adds one block of every trial; its words are in the buffer
 PYFLOW_FN void take_block(TrialBuffer& b) {
   const uint32_t* __restrict w0 = b.draw.word[0];
   const uint32_t* __restrict w1 = b.draw.word[1];
@@ -115,6 +117,7 @@ PYFLOW_FN void take_block(TrialBuffer& b) {
   for (int i = 0; i < kTrials; ++i) sum[i] += int64_t(part[i]);
 }
 
+// runs kTrials trials from number `first` on
 inline void play(const SectorTrials& a, uint64_t first, TrialBuffer& b) {
   const uint64_t blocks = uint64_t(a.points + 3) / 4;
   for (int i = 0; i < kTrials; ++i) b.low[i] = kNoWord;

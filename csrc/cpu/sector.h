@@ -10,11 +10,11 @@ struct SectorFormula {
   const int64_t* n;
   const double* theta;
   bool complement, log;
-  double* work;  // path_room of the largest n
+  double* work;  // path_room doubles for the largest n
   double* out;
 };
 
-// counts[k] += trials, of those in the range, whose largest gap reaches thresholds[k]
+// counts[k] += number of trials in [begin, end) whose largest gap is at least thresholds[k]
 struct SectorTrials {
   const double* thresholds;
   int64_t count;

@@ -1,3 +1,5 @@
+// Spectral normalisation of many layers: power iteration, W / sigma, and the gradient. A unit is a run of whole rows of
+// one layer; start and iterate have one unit per layer.
 #include "spectral.h"
 
 #include "../ops/spectral.h"
@@ -6,7 +8,7 @@
 namespace pyflow::PYFLOW_ISA {
 namespace {
 
-// the layer that a unit is of
+// the layer of a unit, by binary search
 SpectralLayer& layer_of(const SpectralArgs& a, int64_t unit) {
   int64_t low = 0, high = a.count - 1;
   while (low < high) {
@@ -27,7 +29,7 @@ Rows rows_of(const SpectralLayer& l, int64_t unit) {
 
 int64_t chunk_of(const SpectralLayer& l, int64_t c) { return l.space.cols - c < kChunk ? l.space.cols - c : kChunk; }
 
-// the sum of n <= kChunk products through 32 lanes and the fold of lane_sum
+// sum of n <= kChunk products in 32 lanes, folded by lane_sum
 template <class T>
 T dot_chunk(const T* __restrict a, const T* __restrict b, int64_t n) {
   T lane[32] = {};
@@ -74,7 +76,7 @@ void add_four_rows(const T* __restrict a, const T* __restrict b, const T* __rest
   }
 }
 
-// rows [r, r + n) of W, n <= 4, times y into sum
+// adds W' y of rows [r, r + n), n <= 4, to sum
 template <class T>
 void add_rows(const SpectralLayer& l, int64_t r, int64_t n, const T* y, T* sum) {
   alignas(64) T buffer[4][kChunk];
@@ -90,7 +92,7 @@ void add_rows(const SpectralLayer& l, int64_t r, int64_t n, const T* y, T* sum) 
   }
 }
 
-// y = W v of the unit's rows and, while they are in the cache, their part of W' y
+// y = W v for the rows of a unit, and their partial sums of W' y while the rows are in the cache; a vector has y = 1
 template <class T>
 void product_unit(const SpectralArgs& a, const SpectralLayer& l, int64_t unit) {
   const bool vector = !l.v.data, products = a.iterates || vector;
@@ -123,7 +125,8 @@ void product_unit(const SpectralArgs& a, const SpectralLayer& l, int64_t unit) {
   }
 }
 
-// the norms of W v and of W' u, and what follows from them
+// Ends a round: sigma and the new u and v from the norms of W v and W' u; writes the results in the last round. u and v
+// stay unchanged if a norm vanishes.
 template <class T>
 void iterate_layer(const SpectralArgs& a, SpectralLayer& l) {
   double* z = l.partial;
@@ -159,12 +162,13 @@ void iterate_layer(const SpectralArgs& a, SpectralLayer& l) {
     write_typed(l.u_out, r, 1, 1, &u);
   }
   if (!vector) write_typed(l.v_out, 0, 1, l.space.cols, right);
-  // the weight is divided by the sigma that is returned
+  // the divisor is the returned sigma, rounded to the compute type
   const T returned = T(spectral_floored(sigma));
   write_typed(l.sigma, 0, 1, 1, &returned);
   l.divisor = double(returned);
 }
 
+// W / sigma
 template <class T>
 void scale_unit(const SpectralLayer& l, int64_t unit) {
   alignas(64) T in[kChunk], out[kChunk];
@@ -184,6 +188,7 @@ void scale_unit(const SpectralLayer& l, int64_t unit) {
   }
 }
 
+// partial sum(grad * W) of a unit
 template <class T>
 void dot_unit(const SpectralLayer& l, int64_t unit) {
   alignas(64) T first[kChunk], second[kChunk];
@@ -198,6 +203,7 @@ void dot_unit(const SpectralLayer& l, int64_t unit) {
   l.partial[unit] = total;
 }
 
+// gradient of the weight, from the partial sums of all units of the layer
 template <class T>
 void gradient_unit(const SpectralLayer& l, int64_t unit) {
   alignas(64) T in[kChunk], along[kChunk], out[kChunk];
@@ -211,7 +217,7 @@ void gradient_unit(const SpectralLayer& l, int64_t unit) {
   const double slope = spectral_slope(double(grad_sigma), dot, double(sigma));
   const T inverse = T(1) / sigma;
   for (int64_t r = rows.begin; r < rows.end; ++r) {
-    // of a vector u v' is w / sigma
+    // for a vector, u v' is w / sigma
     T u = inverse;
     if (!vector) read_typed(l.u, r * l.u.stride[0], 1, 1, &u);
     const T of_row = T(slope * double(u));
@@ -236,7 +242,7 @@ void gradient_unit(const SpectralLayer& l, int64_t unit) {
 
 }  // namespace
 
-// v as it is given
+// copies v to the compute type
 void spectral_start(const SpectralArgs& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const SpectralLayer& l = a.layers[i];

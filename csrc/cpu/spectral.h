@@ -5,31 +5,31 @@
 
 namespace pyflow {
 
-constexpr int64_t kSpectralUnit = 131072;    // elements of a unit, about
-constexpr int64_t kSpectralGroup = 8 << 20;  // bytes of weights whose passes follow each other, for the cache
-constexpr int64_t kSpectralRows = 32;        // added in the compute type before the sum goes on in double
+constexpr int64_t kSpectralUnit = 131072;    // approximate elements per unit
+constexpr int64_t kSpectralGroup = 8 << 20;  // bytes of weights per group: its passes run back to back, in cache
+constexpr int64_t kSpectralRows = 32;        // rows summed in the compute type before the sum is added in double
 
-// one weight as (rows, cols), cut into units of whole rows by its number of columns alone
+// one weight as (rows, cols), split into units of whole rows; the rows per unit depend on cols only
 struct SpectralLayer {
   Space space;
-  View w, u, v;            // u and v along the rows and the columns; absent of a vector, which is one row
+  View w, u, v;            // u (rows), v (cols), absent for a vector, which is one row
   View out, u_out, v_out;  // forward
   View grad, grad_sigma;   // backward: grad like w, grad_sigma a scalar
   View sigma;              // written forward, read backward
   bool f64;
   int64_t unit_rows, units, first_unit;
   double* y;        // (rows): W v
-  double* partial;  // (units, cols): every unit's part of W' y; backward (units): of sum(grad W)
-  char* sum;        // (units, cols) of the compute type
-  char* right;      // (cols) of the compute type: v as the rounds go on
-  double divisor;   // sigma as it is returned
+  double* partial;  // (units, cols): W' y per unit; backward (units): sum(grad * W) per unit
+  char* sum;        // (units, cols) of the compute type: up to kSpectralRows rows of partial
+  char* right;      // (cols) of the compute type: the current v
+  double divisor;   // the returned sigma
 };
 
 struct SpectralArgs {
   SpectralLayer* layers;
   int64_t count;
-  bool iterates;  // u and v move
-  bool last;      // this is the last round
+  bool iterates;  // power iteration updates u and v
+  bool last;      // last round: results are written
 };
 
 }  // namespace pyflow

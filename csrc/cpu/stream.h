@@ -1,7 +1,6 @@
-// Writing past the caches. An ordinary store first reads the line it writes to; for an output that no
-// cache will hold until it is read, that is a fifth of a coupling's traffic (two cores of a Zen 5, forward
-// at 6.4 M floats: see README). With lanes.h the one place with intrinsics: the compiler has no other
-// word for it.
+// Streaming (non-temporal) stores, which bypass the caches. An ordinary store first reads the cache line it writes to.
+// For an output too large to stay in a cache, that read is a fifth of a coupling's traffic (two cores of a Zen 5,
+// forward at 6.4 M floats: see README). Intrinsics are used only here and in lanes.h; plain C++ has no such store.
 #pragma once
 
 #include <cstdint>
@@ -14,9 +13,9 @@
 
 namespace pyflow {
 
-constexpr int64_t kStreamBytes = 16 << 20;  // written in one call, from which on it pays
+constexpr int64_t kStreamBytes = 16 << 20;  // smallest output for which streaming pays
 
-// n floats from src to dst: whole lines past the caches, the ends as usual
+// copies n floats: whole cache lines by streaming stores, the ends by ordinary ones
 PYFLOW_FN void stream(float* __restrict dst, const float* __restrict src, int64_t n) {
   int64_t i = 0;
 #if defined(__AVX2__)
@@ -37,7 +36,7 @@ PYFLOW_FN void stream(double* __restrict dst, const double* __restrict src, int6
   stream((float*)dst, (const float*)src, 2 * n);
 }
 
-// streamed stores of this thread come before whatever it stores next
+// orders this thread's streaming stores before its later stores
 PYFLOW_FN void stream_fence() {
 #if defined(__AVX2__)
   _mm_sfence();

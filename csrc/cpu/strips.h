@@ -1,5 +1,5 @@
-// The shape of what the kernels of Gram matrices multiply, and how their rows are packed: strips of so many rows,
-// transposed, serve both sides of a product.
+// Register tile of the Gram matrix kernels, kRows x kCols, and the packed format of its operands: a strip is kCols
+// rows, transposed to (features, kCols). Left and right operand of a product use the same strips.
 #pragma once
 
 #include "hsic.h"
@@ -10,8 +10,8 @@
 
 namespace pyflow::PYFLOW_ISA {
 
-// as many sums as the registers hold: gcc keeps all of them there and reaches the peak of a core (107 of 112 GFLOP/s
-// on a Zen 4, where the BLAS of torch reaches 104)
+// as many sums as fit in the registers: gcc keeps all of them there and nearly reaches the peak of a core (107 of 112
+// GFLOP/s on a Zen 4; torch's BLAS reaches 104)
 #if defined(__AVX512F__)
 constexpr int kRows = 8, kStripBytes = 128;
 #else

@@ -1,4 +1,4 @@
-// Sums in float64 through sixteen lanes and the fold of lane_sum: the same bits for every vector width.
+// float64 sums in sixteen lanes with the fold of lane_sum: the same bits for every vector width.
 #pragma once
 
 #include "tile.h"
@@ -11,7 +11,7 @@ namespace pyflow::PYFLOW_ISA {
 
 PYFLOW_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// the sum of n values, each also added to its column's; n a multiple of 16
+// returns the sum of n values, and adds each value to its column sum; n is a multiple of 16
 template <class T>
 double add_row(const T* __restrict value, double* __restrict column, int64_t n) {
   double lane[16] = {};

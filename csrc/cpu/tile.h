@@ -1,6 +1,6 @@
-// Reading and writing a tile of a strided tensor of any dtype as contiguous values of the compute
-// type. A tensor that already has that form is used in place; anything else passes through a
-// buffer in L1, so a kernel is one loop over plain arrays whatever the layout.
+// Reads and writes a tile of a strided tensor of any dtype as contiguous values of the compute type. A tile that
+// already has that form is used in place; any other goes through a buffer in L1, so a kernel is one loop over plain
+// arrays.
 #pragma once
 
 #include "../math/half.h"
@@ -18,14 +18,14 @@ struct Tile {
   int64_t count() const { return rows * cols; }
 };
 
-// the part of the space that a unit of the plan is
+// rows and columns of a unit of the plan
 PYFLOW_FN Tile unit_tile(const Space& s, const Plan& p, int64_t unit) {
   const int64_t row = unit / p.segments * p.tile_rows, col = unit % p.segments * kSegment;
   const int64_t rows = s.rows - row < p.tile_rows ? s.rows - row : p.tile_rows;
   return {row, rows, col, s.cols - col < kSegment ? s.cols - col : kSegment};
 }
 
-// the chunk of a unit that is worked on after t: the next one of the same rows, or the first of the rows below
+// the chunk that follows t, for prefetching: the next one of the same rows, or the first one of the rows below
 PYFLOW_FN Tile after(const Tile& unit, const Tile& t) {
   const int64_t end = unit.col + unit.cols, col = t.col + t.cols;
   if (col < end) return {t.row, t.rows, col, end - col < kChunk ? end - col : kChunk};
@@ -69,7 +69,7 @@ PYFLOW_FN bool in_place(const Space& s, const View& v, const Tile& t) {
   return t.rows == 1 || (s.row_dims == 1 && s.col_dims == 1 && v.stride[0] == s.cols);
 }
 
-// strides 1 and 2 are spelled out: the compiler vectorises those
+// strides 1 and 2 have loops of constant stride, which the compiler vectorises
 template <class T, class S, class F>
 PYFLOW_FN void read_run(const S* __restrict src, int64_t stride, int64_t n, T* __restrict dst, F f) {
   if (stride == 1) {
@@ -104,7 +104,7 @@ void read_typed(const View& v, int64_t offset, int64_t stride, int64_t n, T* dst
     case DType::u8:
       read_run((const uint8_t*)v.data + offset, stride, n, dst, [](uint8_t x) { return x ? 1.f : 0.f; });
       break;
-    default: break;  // indices have their own
+    default: break;  // kernels read indices directly
   }
 }
 
@@ -119,7 +119,7 @@ void write_typed(const View& v, int64_t offset, int64_t stride, int64_t n, const
     case DType::f16:
       write_run(src, stride, n, (uint16_t*)v.data + offset, [](T x) { return float_to_half(float(x)); });
       break;
-    default: break;  // masks are read only, indices have their own
+    default: break;  // masks are never written; kernels write indices directly
   }
 }
 
@@ -140,7 +140,7 @@ PYFLOW_FN void for_each_run(const Space& s, const View& v, const Tile& t, F run)
   }
 }
 
-// the tile of v as contiguous values: v's own memory, or `buffer` filled
+// returns the tile as contiguous values: a pointer into v, or `buffer` after filling it
 template <class T>
 const T* load(const Space& s, const View& v, const Tile& t, T* buffer) {
   if (in_place<T>(s, v, t)) return (const T*)v.data + run_offset(s, v, t);
@@ -150,10 +150,10 @@ const T* load(const Space& s, const View& v, const Tile& t, T* buffer) {
   return buffer;
 }
 
-// Asks for a tile's memory, one run, ahead of its use. A kernel computes for a while on what it has loaded, and the
-// short runs of a half lie far apart: the hardware sees neither coming. What is read is asked into the second cache:
-// many more misses are under way there (two cores of a Zen 4: strided halves cost 2.3 times a whole tensor asked
-// into the first, 1.1 times into the second).
+// Prefetches a tile that is one run of memory. The hardware prefetcher does not help: a kernel computes for long
+// between two loads, and the short rows of a strided half lie far apart. Inputs are prefetched into L2, which allows
+// many more outstanding misses (two cores of a Zen 4: strided halves take 2.3 times as long as a whole tensor with
+// prefetches into L1, 1.1 times with prefetches into L2).
 template <bool Write = false>
 PYFLOW_FN void prefetch(const Space& s, const View& v, const Tile& t) {
   const int64_t step = v.stride[s.row_dims + s.col_dims - 1] * size_of(v.dtype);
@@ -162,7 +162,7 @@ PYFLOW_FN void prefetch(const Space& s, const View& v, const Tile& t) {
   for (int64_t i = 0; i < t.count() * step; i += 64) __builtin_prefetch(p + i, Write, Write ? 3 : 2);
 }
 
-// where a kernel writes the tile of v; `store` then moves it if that was the buffer
+// returns where to write the tile: into v, or to `buffer`, which `store` then copies to v
 template <class T>
 T* target(const Space& s, const View& v, const Tile& t, T* buffer) {
   return in_place<T>(s, v, t) && !v.stream ? (T*)v.data + run_offset(s, v, t) : buffer;
@@ -179,7 +179,7 @@ void store(const Space& s, const View& v, const Tile& t, const T* values) {
   });
 }
 
-// whether a and b are the even and the odd elements of the same floats
+// whether a and b are the even and the odd elements of one array of the compute type
 template <class T>
 PYFLOW_FN bool interleaved(const Space& s, const View& a, const View& b) {
   const int last = s.row_dims + s.col_dims - 1;
@@ -187,7 +187,7 @@ PYFLOW_FN bool interleaved(const Space& s, const View& a, const View& b) {
   return floats && (T*)b.data == (T*)a.data + 1 && a.stride[last] == 2 && b.stride[last] == 2;
 }
 
-// such a pair is read and written together: one vectorised pass instead of two scattered ones
+// reads an interleaved pair in one vectorised pass instead of two strided ones; store_pair writes one
 template <class T>
 void load_pair(const Space& s, const View& a, const Tile& t, T* va, T* vb) {
   for_each_run(s, a, t, [&](int64_t offset, int64_t at, int64_t n, int64_t) {
@@ -216,8 +216,8 @@ void store_pair(const Space& s, const View& a, const Tile& t, const T* va, const
   });
 }
 
-// Sum of n <= kChunk values through sixteen lanes and a fixed fold: the same bits for every
-// vector width. Relative error <= (n / 16 + 4) ulp / 2 of the sum of magnitudes.
+// Sum of n <= kChunk values in sixteen lanes and a fixed fold: the same bits for every vector width. Error at most
+// (n / 16 + 4) ulp / 2, relative to the sum of the magnitudes.
 template <class T>
 PYFLOW_FN T lane_sum(const T* v, int64_t n) {
   T lane[16] = {};

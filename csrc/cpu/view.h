@@ -1,16 +1,16 @@
-// What a CPU kernel is handed: a pointer, a dtype and strides per tensor, and one iteration
-// space for all of them. Plain structs, shared by every instruction set.
+// Tensor arguments of a CPU kernel: pointer, dtype and strides per tensor, one iteration space for all tensors, and the
+// plan that splits it. Plain structs, shared by every instruction set.
 #pragma once
 
 #include <cstdint>
 
 namespace pyflow {
 
-enum class DType : int { f32, f64, bf16, f16, u8, i32, i64 };  // integers: indices, read and written as they are
+enum class DType : int { f32, f64, bf16, f16, u8, i32, i64 };  // i32, i64: indices, never converted
 
-constexpr int kMaxDims = 12;  // after neighbours are merged, so any real tensor fits
+constexpr int kMaxDims = 12;  // counted after adjacent dims are merged
 
-// (rows) x (cols): the leading dims are the batch, the trailing ones the event that is summed over
+// rows x cols: the leading dims are the batch, the trailing dims the event that row sums run over
 struct Space {
   int row_dims = 0;
   int col_dims = 0;
@@ -22,25 +22,26 @@ struct Space {
 struct View {
   char* data = nullptr;  // null: the tensor is absent
   DType dtype = DType::f32;
-  bool stream = false;            // written past the caches, see stream.h
+  bool stream = false;            // written by streaming stores, see stream.h
   int64_t stride[kMaxDims] = {};  // in elements, same dims as the Space
 };
 
-// Work is cut the same way whatever the thread count, so sums never depend on it:
-// a unit is a block of whole short rows, or one segment of a long row.
-constexpr int64_t kChunk = 512;  // elements worked on at a time; the buffers stay in L1
+// The plan does not depend on the thread count, so neither do sums. A unit is a block of whole short rows, or one
+// segment of a long row.
+constexpr int64_t kChunk = 512;  // elements per chunk: the buffers of a kernel stay in L1
 constexpr int64_t kSegment = 16 * kChunk;
 
-// how many units of `elements` each are worth a thread
+// smallest number of units per thread, for units of `elements` elements
 inline int64_t grain_of(int64_t elements) { return elements > 32768 ? 1 : 32768 / (elements > 0 ? elements : 1); }
 
 struct Plan {
   int64_t tile_rows;  // rows in a unit
   int64_t segments;   // units in a row
   int64_t units;
-  int64_t grain;  // units that are worth a thread
+  int64_t grain;  // smallest number of units per thread
 };
 
+// `flat`: every tensor is contiguous, so short rows are cheaper several at a time
 inline Plan plan_of(const Space& s, bool flat) {
   Plan p;
   const bool row_by_row = s.cols > kChunk / 2 || (!flat && s.cols >= 128);

@@ -20,6 +20,7 @@ PYFLOW_FN float atan_(float x) {
   p = fma_(p, z2, 0.19998638331890106f);
   p = fma_(p, z2, -0.33333301544189453f);
   const float y = fma_(z2 * z, p, z);
+  // pi/2 as the sum of two floats
   return with_sign(large ? 1.57079637f + (y - 4.37113883e-8f) : y, x);
 }
 

@@ -1,7 +1,7 @@
-// Sums of two doubles (about 106 bits), and powers of them with an exponent of their own: nothing overflows, and what
-// is computed from them rounds once.
-//   mul, div, add   max 2^-102 relative (add: of summands of one sign, else of their magnitudes)
-//   power           max n * 2^-101 relative
+// Double-double arithmetic: a value is the unevaluated sum of two doubles (about 106 bits). Scaled adds a separate
+// integer exponent, so powers neither overflow nor underflow.
+//   mul, div, add   max relative error 2^-102 (add: with opposite signs, relative to the sum of the magnitudes)
+//   power           max relative error n * 2^-101
 #pragma once
 
 #include "fn.h"
@@ -38,7 +38,7 @@ PYFLOW_FN DoubleDouble div(const DoubleDouble& a, const DoubleDouble& b) {
   return add(two_sum(q, next), {rest.hi / b.hi, 0});
 }
 
-// 2^e; 0 below the smallest normal number, infinity above the largest
+// 2^e; 0 for e < -1022, infinity for e > 1023
 PYFLOW_FN double power_of_two(int64_t e) {
   const uint64_t bits = e < -1022 ? 0 : uint64_t((e > 1023 ? 1024 : e) + 1023) << 52;
   double x;
@@ -46,7 +46,7 @@ PYFLOW_FN double power_of_two(int64_t e) {
   return x;
 }
 
-// e of 2^(e - 1) <= |x| < 2^e, for finite x; -1022 or less for 0
+// returns e with 2^(e - 1) <= |x| < 2^e, for finite x; for 0 some e <= -1022
 PYFLOW_FN int64_t exponent_of(double x) {
   const bool tiny = abs_(x) < 2.2250738585072014e-308;
   const double normal = tiny ? x * 18014398509481984.0 : x;
@@ -61,6 +61,7 @@ struct Scaled {
   int64_t exponent;
 };
 
+// x * 2^e in three factors: 2^e alone may overflow or underflow
 PYFLOW_FN double times_two_to(double x, int64_t e) {
   const int64_t bounded = e < -2100 ? -2100 : e > 2100 ? 2100 : e, half = bounded / 2;
   const int64_t first = half < -1000 ? -1000 : half > 1000 ? 1000 : half, rest = bounded - first;
@@ -68,7 +69,7 @@ PYFLOW_FN double times_two_to(double x, int64_t e) {
   return x * power_of_two(first) * power_of_two(second) * power_of_two(rest - second);
 }
 
-// |value| brought into [1/2, 1)
+// a * 2^exponent, normalised to |value| in [1/2, 1)
 PYFLOW_FN Scaled scaled(const DoubleDouble& a, int64_t exponent) {
   const int64_t e = exponent_of(a.hi);
   return {{times_two_to(a.hi, -e), times_two_to(a.lo, -e)}, exponent + e};

@@ -17,7 +17,7 @@ PYFLOW_FN uint16_t float_to_bf16(float x) {
 PYFLOW_FN float half_to_float(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000u) << 16;
   const uint32_t magnitude = uint32_t(h & 0x7fffu) << 13;
-  // normal: re-bias by 112; denormal: the multiplication renormalises; inf and NaN: re-bias again
+  // normal: re-bias by 112; denormal: the multiplication renormalises; inf and NaN: set the whole exponent
   const float scaled = float_of(magnitude) * float_of(0x77800000u);  // 2^112
   const uint32_t u = bits_of(scaled);
   const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u | magnitude : u;

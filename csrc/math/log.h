@@ -1,4 +1,4 @@
-// log and its relatives. float errors are over the stated range; double: libm.
+// Logarithms and sigmoid. float: max error over the stated range; double: libm.
 //   log_      max 0.9 ulp, all positive floats; log(0) = -inf, log(<0) = NaN, NaN stays NaN
 //   log1p01   log(1 + e) for 0 <= e <= 1, max 1.5 ulp
 //   softplus  log(1 + exp(x)), max 1.7 ulp, all floats
@@ -33,7 +33,7 @@ PYFLOW_FN float log_(float x) {
   const float tail = fma_(k, kLn2Lo, log1p_tail(f));
   float y = fma_(k, kLn2Hi, f + tail);
   y = x == 0.f ? -inf : y;
-  y = x < inf ? y : x;  // inf and NaN
+  y = x < inf ? y : x;  // inf and NaN pass through
   return x < 0.f ? float_of(0x7fc00000u) : y;
 }
 
@@ -51,7 +51,7 @@ PYFLOW_FN double log1p01(double e) { return __builtin_log1p(e); }
 
 template <class T>
 PYFLOW_FN T softplus(T x) {
-  return (x > T(0) ? x : T(0)) + log1p01(exp_(-abs_(x)));  // NaN travels through exp
+  return (x > T(0) ? x : T(0)) + log1p01(exp_(-abs_(x)));  // NaN propagates through exp
 }
 
 template <class T>

@@ -1,7 +1,7 @@
-// Random words to floats. No fma anywhere, IEEE square root: plain torch, the Triton interpreter and every
-// binary give the same bits.
+// Uniform and normal floats from random 32-bit words. No fma and a correctly rounded square root: plain torch, the
+// Triton interpreter and every binary give the same bits.
 //   log_plain   max 0.9 ulp, positive normal floats only
-//   radius      sqrt(-2 ln u), max 1.0 ulp against the u it is given
+//   radius      sqrt(-2 ln u), max 1.0 ulp for the float u made from the word
 //   box_muller  tails to 6.66 standard deviations
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace pyflow {
 
-// in [0, 1), a multiple of 2^-24
+// a multiple of 2^-24 in [0, 1)
 PYFLOW_FN float uniform(uint32_t word) { return float(int32_t(word >> 8)) * 5.9604644775390625e-8f; }
 
 PYFLOW_FN float log_plain(float x) {
@@ -30,7 +30,7 @@ PYFLOW_FN float log_plain(float x) {
   return k * 0.693145752f + (f + (k * 1.42860677e-6f + tail));
 }
 
-// all 32 bits of the word: with 24 the tail ends at 5.77 standard deviations
+// uses all 32 bits of the word: with 24 bits the tail would end at 5.77 standard deviations
 PYFLOW_FN float radius(uint32_t word) {
   return sqrt_(-2.f * log_plain((float(word) + 1.f) * 2.3283064365386963e-10f));  // 2^-32
 }

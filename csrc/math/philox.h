@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon et al. 2011, Random123): four words from a 128-bit counter and a 64-bit key. Integers
-// only, so every backend gives the same.
+// Philox4x32-10 (Salmon et al. 2011, Random123): four words from a 128-bit counter and a 64-bit key. Integer
+// arithmetic only: the same words on every backend.
 #pragma once
 
 #include "fn.h"
@@ -10,8 +10,8 @@ struct Words {
   uint32_t v[4];
 };
 
-// The ten rounds on words, or on vectors of them (Lane: 64 bits, of which only the low half counts, or 32). `product`
-// multiplies low halves.
+// Ten rounds, on single words (Lane has 32 bits) or on vectors (64-bit elements, with the word in the low half).
+// `product` multiplies the low 32 bits of each element to 64 bits.
 template <class Lane, class Key, class Product>
 PYFLOW_FN void philox_rounds(Lane& c0, Lane& c1, Lane& c2, Lane& c3, Key key0, Key key1, Product product) {
 #if defined(__CUDA_ARCH__)
@@ -36,13 +36,13 @@ PYFLOW_FN Words philox4x32(const Words& counter, uint32_t key0, uint32_t key1) {
   return {{c0, c1, c2, c3}};
 }
 
-// the words of elements 4 * block to 4 * block + 3 of a stream; `step_high` comes from the function below
+// the random words of stream elements 4 * block to 4 * block + 3; `step_high` comes from high_of_step
 PYFLOW_FN Words block_words(uint32_t block_low, uint32_t block_high, uint32_t step_low, uint32_t step_high,
                             uint32_t seed_low, uint32_t seed_high) {
   return philox4x32({{block_low, block_high, step_low, step_high}}, seed_low, seed_high);
 }
 
-// step < 2^56, and in the top byte what the draw is for, so that draws for different ends never share a word
+// high word of step < 2^56, with the purpose in the top byte: draws for different purposes never share a word
 PYFLOW_FN uint32_t high_of_step(uint64_t step, int purpose) {
   return (uint32_t(step >> 32) & 0x00ffffffu) | uint32_t(purpose) << 24;
 }

@@ -1,5 +1,5 @@
-// sin and cos of a random angle. float, no fma: max error 1.6 ulp over all 2^24 angles, near their zeros too, and
-// exact at whole quarters of a turn.
+// sin and cos of a random angle. float, no fma: max error 1.6 ulp over all 2^24 angles, also near the zeros; exact at
+// multiples of a quarter turn.
 #pragma once
 
 #include "fn.h"
@@ -10,9 +10,9 @@ struct SinCos {
   float sin, cos;
 };
 
-// of 2 pi turn / 2^24 for turn < 2^24
+// sin and cos of 2 pi turn / 2^24, turn < 2^24
 PYFLOW_FN SinCos sincos_turns(uint32_t turn) {
-  // nearest quarter, and the exact rest in [-1/8, 1/8] of a turn
+  // nearest quarter turn, and the exact remainder in [-1/8, 1/8] of a turn
   const uint32_t quarter = (turn + 0x200000u) >> 22;
   const float r = float(int32_t(turn - (quarter << 22))) * 5.9604644775390625e-8f;  // 2^-24
   const float s = r * r;

@@ -8,23 +8,23 @@ namespace pyflow {
 
 PYFLOW_FN float tanh_(float x) {
   const float a = abs_(x);
-  // from 0.55 on: 1 - 2 / (e^{2a} + 1), at least 1/2, so the error of e^{2a} counts at most once
+  // a >= 0.55: 1 - 2 / (e^{2a} + 1) is at least 1/2, so the error of e^{2a} counts at most once
   int32_t k;
   const float e = (1.f + expm1_reduced(at_most(2.f * a, 20.f), k)) * pow2(k);
   const float large = 1.f - 2.f / (e + 1.f);
-  // below: a + a^3 p(a^2)
+  // a < 0.55: a + a^3 p(a^2)
   const float z = a * a;
   float p = 0.016454307362437248f;
   p = fma_(p, z, -0.05268188938498497f);
   p = fma_(p, z, 0.13320907950401306f);
   p = fma_(p, z, -0.33332955837249756f);
   const float small = fma_(z * a, p, a);
-  return with_sign(a >= 0.55f ? large : small, x);  // NaN travels through the polynomial
+  return with_sign(a >= 0.55f ? large : small, x);  // NaN propagates through the polynomial
 }
 
 PYFLOW_FN double tanh_(double x) { return __builtin_tanh(x); }
 
-// t / (t + 2) with t = expm1(2a): shorter, and nothing in it is fused
+// without fma: t / (t + 2), t = expm1(2a); fewer operations
 PYFLOW_FN float tanh_unfused(float x) {
   const float a = abs_(x);
   int32_t k;

@@ -10,8 +10,8 @@
 
 namespace pyflow {
 
-// the order is the `scale_map` integer of the operator schema; with eps > 0 two of the maps
-// are other formulas, which `resolve` finds once per call
+// the order is the `scale_map` integer of the operator schema; `resolve` turns sigmoid and softplus with eps > 0 into
+// their own formulas, once per call
 enum class ScaleMap : int { exp, sigmoid, sigmoid_inv, softplus, tanh, atan, softsign, sigmoid_eps, softplus_eps };
 
 PYFLOW_FN ScaleMap resolve(int64_t scale_map, double arg) {

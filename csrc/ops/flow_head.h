@@ -1,4 +1,4 @@
-// The head of a flow: log-density of the prior at z = h e^{log_scale}, plus log_scale, per element.
+// Flow head, per element: log-density of the prior at z = h e^{log_scale}, plus log_scale.
 #pragma once
 
 #include "../math/log.h"
@@ -26,7 +26,7 @@ PYFLOW_FN T prior_log_density(T z) {
 template <Prior P>
 constexpr double kPriorConstant = P == Prior::gaussian ? -kHalfLog2Pi : 0.0;
 
-// d/dz of the above
+// derivative of prior_log_density
 template <Prior P, class T>
 PYFLOW_FN T prior_score(T z) {
   return P == Prior::gaussian ? -z : -tanh_(T(0.5) * z);

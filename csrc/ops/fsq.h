@@ -1,5 +1,5 @@
-// Finite scalar quantisation of one value: bound, digit, code, and the slope of the straight-through
-// gradient. Nothing is fused, so that every room has the same bits.
+// Finite scalar quantisation of one value: bound, digit, code, and the slope of the straight-through gradient. No fma:
+// the same bits on every backend.
 #pragma once
 
 #include "../math/exp.h"
@@ -10,7 +10,7 @@ namespace pyflow {
 // the order is the `variant` integer of the operator schema
 enum class FsqVariant : int { vqp, paper, symmetric, sigmoid, hard, symmetric_hard };
 
-// a channel's constants, exact in float32: the bound is half f(z + shift) - offset
+// constants of a channel, exact in float32; the bounded value is half * squash(z + shift) - offset
 template <class T>
 struct FsqChannel {
   T shift, half, offset;
@@ -36,7 +36,7 @@ PYFLOW_FN float floor_(float x) { return __builtin_floorf(x); }
 PYFLOW_FN double floor_(double x) { return __builtin_floor(x); }
 #endif
 
-// NaN passes
+// NaN stays NaN
 template <class T>
 PYFLOW_FN T clamp_(T x, T low, T high) {
   x = x < low ? low : x;
@@ -48,7 +48,7 @@ PYFLOW_FN T squash(T x) {
   return is_hard(V) ? clamp_(x, T(-1), T(1)) : tanh_unfused(x);
 }
 
-// 0 to top, or NaN
+// level index of z: 0 to top, or NaN
 template <FsqVariant V, class T>
 PYFLOW_FN T fsq_digit(T z, const FsqChannel<T>& c) {
   T digit;
@@ -73,7 +73,7 @@ PYFLOW_FN T fsq_code(T digit, const FsqChannel<T>& c) {
   }
 }
 
-// d code / dz before rounding
+// d code / dz, taking the rounding as the identity
 template <FsqVariant V, class T>
 PYFLOW_FN T fsq_slope(T z, const FsqChannel<T>& c) {
   const T u = V == FsqVariant::sigmoid || is_symmetric(V) ? z : z + c.shift;
@@ -81,14 +81,14 @@ PYFLOW_FN T fsq_slope(T z, const FsqChannel<T>& c) {
   if constexpr (is_hard(V)) {
     return u >= T(-1) && u <= T(1) ? gain : T(0);
   } else {
-    // sigmoid' = e / (1 + e)^2 with e = exp(-|u|), tanh' four times that with e = exp(-2 |u|)
+    // sigmoid' = e / (1 + e)^2 with e = exp(-|u|); tanh' = 4 e / (1 + e)^2 with e = exp(-2 |u|)
     constexpr T k = V == FsqVariant::sigmoid ? T(1) : T(2);
     const T e = exp_unfused(-k * abs_(u));
     return gain * (k * k * e / ((T(1) + e) * (T(1) + e)));
   }
 }
 
-// a clamped value passes no gradient, not even an infinite one
+// the gradient of a clamped value is 0, even if grad is infinite or NaN
 template <FsqVariant V, class T>
 PYFLOW_FN T fsq_gradient(T grad, T slope) {
   return is_hard(V) && slope == T(0) ? T(0) : grad * slope;

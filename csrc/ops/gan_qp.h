@@ -1,4 +1,4 @@
-// The critic of a GAN-QP: the distance of two samples, and a sample's loss -D + D^2 / (2 lam (d + eps)) of
+// GAN-QP critic: the distance d of two samples, and the loss -D + D^2 / (2 lam (d + eps)) of a sample with
 // D = t_real - t_fake. No fma.
 #pragma once
 
@@ -9,7 +9,7 @@ namespace pyflow {
 // the order is the `distance` integer of the operator schema
 enum class Distance : int { l1, l2 };
 
-// what the distance is the mean of, or the root of the mean
+// one element's term: the distance is the mean of the terms (l1) or the square root of the mean (l2)
 template <Distance D, class T>
 PYFLOW_FN T deviation(T real, T fake) {
   const T difference = real - fake;
@@ -22,7 +22,7 @@ PYFLOW_FN T mean_distance(Distance distance, T sum, int64_t n) {
   return distance == Distance::l1 ? mean : sqrt_(mean);
 }
 
-// 2 lam (d + eps); 0: the sample has no distance, and no loss
+// 2 lam (d + eps), with lam2 = 2 lam; where it is 0, so are the loss and its slope
 template <class T>
 PYFLOW_FN T width_of(T d, T lam2, T eps) {
   return lam2 * (d + eps);
@@ -34,7 +34,7 @@ PYFLOW_FN T quadratic_loss(T delta, T width) {
   return width == T(0) ? T(0) : loss;
 }
 
-// d/dD of the above
+// derivative of quadratic_loss with respect to delta
 template <class T>
 PYFLOW_FN T quadratic_slope(T delta, T width) {
   const T slope = T(2) * (delta / width) - T(1);

@@ -1,4 +1,4 @@
-// Kernels of HSIC: what of two rows is summed over the features, the kernel of that sum, and its derivative.
+// Kernel functions of HSIC: the sum over the features of two rows (the raw sum), and the kernel value of that sum.
 #pragma once
 
 #include "../math/exp.h"
@@ -10,17 +10,18 @@ enum class GramKernel : int { rbf, laplacian, polynomial, delta, precomputed };
 
 PYFLOW_FN bool of_distances(GramKernel kernel) { return kernel == GramKernel::rbf || kernel == GramKernel::laplacian; }
 
-// At wide bandwidths the sums of K cancel: K - 1 takes its place, for which HSIC is the same; at narrow ones K - 1
-// would lose what K keeps. The mean squared distance is twice the sum of the features' variances, here in units of the
-// squared bandwidth; that of absolute ones, of normal data, 2 / sqrt(pi) times the sum of their deviations.
+// At wide bandwidths sums of K cancel, so K - 1 is used instead, which gives the same HSIC; at narrow bandwidths K - 1
+// loses digits that K keeps. K - 1 is used up to these limits: rbf, the sum of the feature variances over the squared
+// bandwidth (half the mean squared distance); laplacian, the sum of the feature standard deviations over the bandwidth
+// (for normal data the mean absolute distance is 2 / sqrt(pi) times that).
 constexpr double kWideVariance = 2;
 constexpr double kWideDeviation = 1.7724538509055159;
 
-// what is summed over the features
+// the term that is summed over the features
 enum class RawSum : int { product, square, distance, mismatch, none };
 
-// up to here an rbf kernel sums squared differences, which are exact for near rows; above it uses dot products, one
-// operation a feature
+// up to this dimension an rbf kernel sums squared differences, which are exact for near rows; above it uses dot
+// products, one operation per feature
 constexpr int kSquaresUpTo = 8;
 
 PYFLOW_FN RawSum raw_sum(GramKernel kernel, int64_t dim) {
@@ -33,9 +34,9 @@ PYFLOW_FN RawSum raw_sum(GramKernel kernel, int64_t dim) {
   }
 }
 
-// Half the squared length of a row, centred and in units of the bandwidth, above which its rounding shows in distances
-// to rows near it: differences of the rows as they came take the place of what is packed. A row far from a near one is
-// far enough that K is 0 whatever the rounding.
+// Limit of |z|^2 / 2 for a row z, centred and in units of the bandwidth. Above it the rounding of packed rows shows in
+// the distance of two near rows, so differences of the original rows are used. If one of two rows is above the limit
+// and the other near the centre, K is 0 whatever the rounding.
 template <class T>
 constexpr double kApart = sizeof(T) == 4 ? 0x1p6 : 0x1p16;
 
@@ -47,11 +48,11 @@ PYFLOW_FN T accumulate(T sum, T a, T b) {
   return sum + T(a != b);
 }
 
-// the kernel less `shift`; `halves` are both rows' |z|^2 / 2
+// rbf kernel minus `shift` from a dot product; `halves` is the sum of both rows' |z|^2 / 2
 template <class T>
 PYFLOW_FN T rbf_of_product(T product, T halves, T shift) {
   const T exponent = product - halves;
-  // rounding may leave a distance below 0
+  // rounding can make the squared distance negative
   return exp_less(exponent > T(0) ? T(0) : exponent, shift);
 }
 

@@ -1,4 +1,4 @@
-// Counter-based noise: what a random word becomes.
+// Counter-based noise: uniform or normal floats from the random words of a block.
 #pragma once
 
 #include "../math/normal.h"
@@ -8,7 +8,7 @@ namespace pyflow {
 // the order is the `kind` integer of the operator schema
 enum class NoiseKind : int { uniform, normal };
 
-// four neighbours of a stream, from the words of their block
+// four consecutive elements of a stream: one block
 struct Four {
   float v[4];
 };

@@ -1,5 +1,5 @@
-// Prints what this build's kernels compute on fixed inputs, bit by bit, so that builds for different
-// CPUs can be compared: one line per result, `case word word ...`.
+// Prints the kernel results of this build on fixed inputs, bit by bit, to compare builds for different CPUs. One line
+// per result: `case word word ...`.
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -32,7 +32,7 @@ float uniform() {  // [-1, 1)
   return float(int32_t(state)) * 0x1p-31f;
 }
 
-// ordinary values, with the difficult ones strewn in
+// ordinary values, every 37th a special one
 std::vector<float> values(int64_t n, float range) {
   const float inf = std::numeric_limits<float>::infinity();
   const float special[] = {0.f,   -0.f,   1e-40f, -1e-40f, 1e-20f, 88.f, -88.f,
@@ -42,7 +42,7 @@ std::vector<float> values(int64_t n, float range) {
   return v;
 }
 
-// a NaN's payload is not part of the promise
+// every NaN prints alike: payloads may differ
 unsigned word(float v) { return v != v ? 0x7fc00000u : bits_of(v); }
 
 void print(const char* name, const std::vector<float>& v) {
@@ -118,7 +118,7 @@ void coupling(int64_t rows, int64_t cols, ScaleMap map, bool inverse, bool shift
   show("gscale", gscale);
 }
 
-// channels side by side, or one plane each; with stages for the variants that have them
+// channels adjacent (flat) or one plane per channel; for the symmetric variants also residual_fsq
 void fsq(FsqVariant variant, bool flat) {
   const int64_t positions = 37, channels = 3, stages = 2, n = positions * channels;
   const float levels[channels] = {8, 5, 3};
@@ -226,7 +226,7 @@ void sde(int64_t rows, int64_t cols) {
   print("denoising_loss", losses);
 }
 
-// counts are integers below 2^24, which floats hold
+// counts are integers below 2^24, exact as floats
 void sector(int64_t points, int64_t trials) {
   std::vector<double> thresholds;
   for (int k = 0; k < 16; ++k) thresholds.push_back(double(k * k) / 256);
@@ -236,7 +236,7 @@ void sector(int64_t points, int64_t trials) {
   print("sector_trials", std::vector<float>(counts.begin(), counts.end()));
 }
 
-// the formula is printed as its float64 words, high and low
+// prints the bits of the float64 results
 void sector_formula() {
   std::vector<int64_t> n;
   std::vector<double> theta;
@@ -259,7 +259,7 @@ void sector_formula() {
   }
 }
 
-// two variables, one pair: row sums, the sum of products and the gradient
+// one pair of two variables: row sums, sums of products, shifts and the gradient
 void grams(int64_t n, GramKernel kernel, int64_t dim, float scale) {
   const int64_t columns = dim + 3;
   auto z = values(n * columns, 2), scales = std::vector<float>{scale, 1.f};
@@ -324,7 +324,7 @@ void grams(int64_t n, GramKernel kernel, int64_t dim, float scale) {
   print(name, grad);
 }
 
-// real and fake samples, latents of one feature; the loss and its gradients
+// loss and gradients for real and fake samples, with latents of one feature
 void gan_qp(int64_t rows, int64_t cols, Distance distance) {
   const int64_t n = rows * cols;
   auto x_real = values(n, 2), x_fake = values(n, 2), z_real = values(rows, 1), z_fake = values(rows, 1);
@@ -367,7 +367,7 @@ void gan_qp(int64_t rows, int64_t cols, Distance distance) {
   for (const auto* v : {&loss, &d, &g_real, &g_fake}) print(name, *v);
 }
 
-// two layers of several units, a matrix and a vector: two rounds, the weight divided, and its gradient
+// a matrix of several units and a vector: two rounds of power iteration, W / sigma, and the gradient
 void spectral(int64_t rows, int64_t cols) {
   struct Layer {
     std::vector<float> w, u, v, grad, out, u_out, v_out, gw, sigma, grad_sigma, sum, right;
@@ -436,7 +436,7 @@ void spectral(int64_t rows, int64_t cols) {
   }
 }
 
-// a proposal accepted or not, and the squares of rows
+// the accept step, and row sums of squares
 void mala(int64_t rows, int64_t cols) {
   const int64_t n = rows * cols;
   std::vector<float> in[4], u(rows), u_new(rows), alpha(rows, 0.1f), z_out(n), grad_out(n), u_out(rows);
@@ -479,7 +479,7 @@ void mala(int64_t rows, int64_t cols) {
   print("row_squares", totals);
 }
 
-// storage in half precision: the conversions are ours too
+// 16-bit storage: checks the conversions
 void additive(DType dtype, const char* name) {
   const int64_t rows = 3, cols = 211;
   const auto x = values(rows * cols, 3), shift = values(rows * cols, 2);
@@ -514,7 +514,7 @@ int main() {
     table->math_evaluate({MathFunction(function++), in.data(), out.data()}, 0, int64_t(in.size()));
     print(name, out);
   }
-  // tiles of short rows, one row in several chunks, a row in several segments
+  // several short rows per unit, a row of several chunks, rows of several segments
   const int64_t shapes[][2] = {{40, 31}, {1, 1037}, {2, kSegment + 5}};
   for (const auto& s : shapes) {
     for (int map = 0; map <= int(ScaleMap::softplus_eps); ++map) {

@@ -71,7 +71,7 @@ def test_special_values(name):
         assert torch.equal(torch.signbit(got[:2]), torch.tensor([False, True]))
 
 
-# functions of a random word, which comes as the bits of a float: name -> (float64 function, largest error in ulp)
+# functions of a random word, passed as the bits of a float: name -> (float64 function, largest error in ulp)
 WORD_FUNCTIONS = {
     "radius": (lambda w: torch.sqrt(-2 * torch.log(((w.float() + 1) * 2.0**-32).double())), 1.0),
     "sin_turns": (lambda w: torch.sin(2 * torch.pi * (w >> 8).double() / 2**24), 1.6),
@@ -82,11 +82,11 @@ WORD_FUNCTIONS = {
 @pytest.mark.parametrize("name", WORD_FUNCTIONS)
 def test_error_over_random_words(name):
     function, bound = WORD_FUNCTIONS[name]
-    # every angle there is
+    # covers all 2^24 angles
     words = torch.arange(0, 2**32, 256) if name != "radius" else torch.arange(0, 2**32, 509)
     got = evaluate(name, words.to(torch.int32).view(torch.float32))
     exact = function(words)
-    # float64's own 2 pi is not exact: sin(pi) is not 0 there
+    # 2 pi is rounded in float64, so the reference's sin(pi) is not exactly 0
     kept = exact.abs() > 1e-12
     assert testing.ulp_error(got[kept], exact[kept]).max() <= bound
     assert (got[~kept] == 0).all()

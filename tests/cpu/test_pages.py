@@ -1,4 +1,4 @@
-"""Large results ask for huge pages: a fault of the first touch per 2 MB and not per 4 KB."""
+"""Large results request huge pages: one page fault per 2 MB at the first touch instead of one per 4 KB."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ MB = 1 << 20
 
 
 def asks_for_huge_pages(address: int) -> bool:
-    """Whether the mapping that holds the address has been so advised (proc(5), VmFlags: hg)."""
+    """Return whether the mapping of the address was advised MADV_HUGEPAGE (proc(5), VmFlags: hg)."""
     for mapping in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
         first, last = (int(end, 16) for end in mapping.split()[0].split("-"))
         if first <= address < last:
@@ -25,13 +25,13 @@ def asks_for_huge_pages(address: int) -> bool:
 
 @pytest.mark.skipif(not HUGE.exists(), reason="this kernel has no transparent huge pages")
 def test_large_results_ask_for_huge_pages():
-    # in a process of its own: what others have freed may have been advised before
+    # in a subprocess: memory freed by other tests may have been advised before
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
 def main():
-    # above glibc's largest threshold: a mapping of its own
+    # larger than glibc's largest mmap threshold, so it gets its own mapping
     x = torch.zeros(4, 4 * MB).t()
     middle = 8 * MB
     assert not asks_for_huge_pages(x.data_ptr() + middle)
