@@ -1,5 +1,5 @@
-# make demo | demo-all | test | bench: in .venv, which they make; a second run re-uses what the first made
-# make gpu: with the Python that is there and its torch, downloading nothing
+# demo, test, bench, lint, ...: run in .venv, which is made on first use
+# gpu: uses the installed Python and torch, downloads nothing
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -8,13 +8,13 @@ SHELL := /bin/bash
 # the first Python 3.11 or newer
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$$p" && break; done)
-# more words for the command: make demo ARGS="--epochs 3", make test ARGS="-k coupling"
+# appended to the command: make demo ARGS="--epochs 3", make test ARGS="-k coupling"
 ARGS ?=
-# processes that test; 0 is this one
+# test processes; 0 runs the tests in one process
 WORKERS ?= auto
 OUT ?= benchmarks/results
 
-# threads that wait do not spin: several processes share the cores
+# waiting threads sleep instead of spinning, since several processes share the cores
 WORKING := OMP_WAIT_POLICY=passive
 
 BIN := .venv/bin
@@ -28,8 +28,8 @@ help:
 	@echo 'make bench  runs the benchmarks'
 	@echo 'make lint   checks the source: ruff, clang-format, mypy; make format rewrites what ruff and clang-format can'
 	@echo 'make asan   tests the C++ kernels under the address sanitizer; make ubsan for undefined behaviour'
-	@echo 'make gpu    on a GPU, in eight minutes: builds with CUDA, tests, measures, with the torch that is there'
-	@echo 'make build  makes .venv and builds the extension; make clean removes what was built'
+	@echo 'make gpu    on a machine with a GPU: builds with CUDA, tests and measures in eight minutes, with the installed torch'
+	@echo 'make build  makes .venv and builds the native modules; make clean removes build products'
 
 demo: $(BUILT)
 	$(BIN)/python -m pyflow demo nice $(ARGS)
@@ -43,7 +43,7 @@ test: $(BUILT)
 bench: $(BUILT)
 	$(BIN)/python -m pyflow bench $(ARGS)
 
-# what clang-format reads; kernels of both languages are held to one style, .clang-format
+# the C++ and CUDA files; their style is in .clang-format
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 lint: $(READY)
@@ -60,8 +60,9 @@ format: $(READY)
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# Under a sanitizer of gcc, in a copy: the checkout keeps its libraries. The first finding ends the tests, and is in
-# build/asan/found.*; asan must be in a process before anything allocates, and meets exceptions only with libstdc++.
+# Tests under one of gcc's sanitizers, in a copy of the tree, so that the checkout keeps its release libraries. The first
+# finding ends the tests and is kept in build/asan/found.*. libasan must be loaded before anything allocates, and needs
+# libstdc++ beside it to see exceptions.
 SANITIZED ?= tests/ops tests/cpu -k 'not compiles and not opcheck'
 asan ubsan: $(READY)
 	@mkdir -p build/$@/tree && rm -f build/$@/found.*
@@ -83,11 +84,11 @@ $(READY): requirements.txt requirements-torch.txt .ci/environment.py
 $(BUILT): $(READY) pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	@echo building the native modules
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-index -e .
-	@# without a compiler everything runs on plain torch, and the next make looks again
+	@# without a compiler everything runs on plain torch, and the next make tries again
 	@PYFLOW_NATIVE=1 $(BIN)/python -W ignore setup.py --quiet --version >/dev/null && touch $@ || echo 'pyflow: going on with plain torch' >&2
 
-# Staged, so that a short loan of a GPU counts: each stage has its time and leaves its file in OUT/CARD whatever
-# becomes of the next. Eight minutes at most, nothing downloaded.
+# In stages, for machines with a GPU for a short time: each stage has a time limit and writes its file to OUT/CARD before
+# the next one starts. Eight minutes at most, nothing downloaded.
 ask_gpu = $(shell nvidia-smi --query-gpu=$(1) --format=csv,noheader 2>/dev/null | head -1 | tr 'A-Z ' 'a-z-')
 CARD = $(call ask_gpu,name)
 ARCH = $(subst .,,$(call ask_gpu,compute_cap))

@@ -4,9 +4,9 @@ PYFLOW_NATIVE=1 makes a missing part an error, 0 leaves the native modules out.
 PYFLOW_CUDA=1 builds the CUDA operators too, 0 leaves them out; by default they are built where nvcc is
 found and of the CUDA version torch was built for. CUDAARCHS names the architectures (90;100, native).
 PYFLOW_BUILD is release, debug (no optimisation), asan or ubsan (gcc's sanitizers; asan's must be loaded before Python).
-Whatever stands in the way ends in one sentence that says what to do.
+Whatever prevents a native build ends in one sentence that says what to do.
 
-`python setup.py native` builds the modules in place, without a word to setuptools, which may be too old for the rest.
+`python setup.py native` builds the modules in place without setuptools' commands, so an old setuptools will do.
 """
 
 import json
@@ -31,10 +31,10 @@ KIND = os.environ.get("PYFLOW_BUILD") or "release"
 KINDS = ("release", "debug", "asan", "ubsan")
 BUILD = ROOT / "build" / ("native" if KIND == "release" else KIND)
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-OLDEST_TORCH, NEWEST_TORCH = "2.11", "2.13"  # what it is tested with; newer ones are tried
+OLDEST_TORCH, NEWEST_TORCH = "2.11", "2.13"  # tested versions; newer ones are tried
 COMPILERS = "gcc 11, clang 12 or newer"
 
-# torch is looked up, never imported: that costs seconds, and pip asks for the metadata several times
+# finds torch without importing it: an import costs seconds, and pip asks for the metadata several times
 FIND_TORCH = """
 import importlib.metadata, importlib.util, json
 spec = importlib.util.find_spec("torch")
@@ -52,7 +52,7 @@ def run(*command, **options):
 
 
 def find_torch():
-    """Its folder and its version."""
+    """Return torch's folder and version."""
     # pip hides the user's packages from a build through PYTHONPATH, which -I ignores; as -I hides
     # ~/.local too, -E from an empty folder comes last
     with tempfile.TemporaryDirectory() as empty:
@@ -72,7 +72,7 @@ def find_torch():
 
 
 def numbers(version):
-    """Major and minor."""
+    """Return major and minor."""
     return [int(n) for n in re.findall(r"\d+", version)[:2]]
 
 
@@ -101,7 +101,7 @@ def find_tool(name):
 
 
 def wants_cuda(torch):
-    """Whether the CUDA operators are built, and why not where somebody might expect them."""
+    """Return whether to build the CUDA operators, and the reason to print if not."""
     wanted = os.environ.get("PYFLOW_CUDA")
     if wanted == "0":
         return False, None
@@ -125,7 +125,7 @@ def wants_cuda(torch):
 
 
 def configuration():
-    """The command that configures the native build, and what to say where it fails; raises NotNative."""
+    """Return the CMake command of the native build and the advice to print if it fails; raises NotNative."""
     if os.environ.get("PYFLOW_NATIVE") == "0":
         raise NotNative("PYFLOW_NATIVE=0")
     if KIND not in KINDS:
@@ -166,7 +166,7 @@ def configuration():
 
 
 def step(*command):
-    """Run a command of the native build in sight; where it fails, end with its first error and what to do."""
+    """Run a command of the native build and show its output; on failure exit with its first error and the advice."""
     said = []
     with subprocess.Popen(
         [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -180,7 +180,7 @@ def step(*command):
 
 
 def build_native(folder):
-    # a folder configured otherwise (another Python, torch or compiler) is of no use
+    # start over if the folder was configured for another Python, torch or compiler
     stamp = BUILD / "configure.json"
     if not stamp.exists() or json.loads(stamp.read_text()) != CONFIGURE:
         shutil.rmtree(BUILD, ignore_errors=True)
@@ -190,7 +190,7 @@ def build_native(folder):
     step(CONFIGURE[0], "--build", BUILD)
     folder.mkdir(parents=True, exist_ok=True)
     for module in BUILD.glob("_*.so"):
-        # replaced in one step: a process that has the old file mapped keeps it
+        # os.replace is atomic: a process that has mapped the old file keeps it
         target = folder / module.name
         shutil.copy2(module, f"{target}.new")
         os.replace(f"{target}.new", target)
@@ -236,7 +236,7 @@ class BuildPython(build_py):
 
 
 setup(
-    # these two stand at the root for the reader; installed at the top level they would shadow other packages
+    # installed at the top level, these two would shadow other packages (Triton has a triton_kernels)
     package_dir={"pyflow.triton_kernels": "triton_kernels", "pyflow.benchmarks": "benchmarks"},
     packages=sorted({*find_packages(include=["pyflow", "pyflow.*"]), "pyflow.triton_kernels", "pyflow.benchmarks"}),
     package_data={"pyflow": ["py.typed", "_host.pyi"]},

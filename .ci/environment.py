@@ -1,6 +1,6 @@
 """Makes the virtual environment `make` works in, or brings it up to date: python .ci/environment.py .venv
 
-A torch that the running Python can import is used as it is; only without one the pinned torch is installed.
+Uses a torch that the running Python can import; installs the pinned one only if there is none.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# prints torch's version where it is new enough, nothing otherwise
+# prints torch's version if it is new enough, nothing otherwise
 TORCH = """
 import re
 try:
@@ -54,7 +54,7 @@ def main(folder):
     wanted = ["-r", str(ROOT / "requirements.txt")]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
         if version:
-            # nothing in the requirements may bring another torch along
+            # no requirement may install another torch
             print(f"using torch {version}", flush=True)
             constraints.write(f"torch=={version}\n")
             constraints.flush()
