@@ -265,7 +265,7 @@ def _rebuild(
 def _gradients(
     outputs: Iterable[Tensor], grads: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
-    """torch.autograd.grad of the outputs that have a graph; sums the gradient of a logdet shared by all samples."""
+    """torch.autograd.grad of the outputs that have a graph; a logdet may be one for all samples."""
     pairs = [(o, g.sum_to_size(o.shape).to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
     return torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
 
