@@ -109,7 +109,7 @@ class ReversibleSequential(nn.Module):
         modules = [*self.modules()]
         owned = {id(p): p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad}
         parameters = [*owned.values()]
-        # here a parameter is one tensor outside of its layer's forward and another inside, so gradients would be lost
+        # with transforms and DTensors a layer's forward sees other parameter tensors, so gradients would be lost
         if _transformed() or any(map(is_traceable_wrapper_subclass, parameters)):
             return self._run(x, context, named)
         # weights normalised by the root share one graph across layers, so they are inputs like the context
