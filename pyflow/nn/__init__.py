@@ -1,5 +1,5 @@
-"""Invertible layers, every one `forward(x) -> (y, logdet)` and `inverse(y) -> (x, logdet)`, quantisers, HSIC, and the
-normalisation of any layer's weight."""
+"""Modules: invertible layers with `forward(x) -> (y, logdet)` and `inverse(y) -> (x, logdet)`, quantisers, HSIC losses,
+and spectral and weight normalisation of any model."""
 
 from .coupling import AdditiveCoupling, AffineCoupling
 from .fsq import FSQ

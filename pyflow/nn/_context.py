@@ -1,32 +1,34 @@
-"""Arguments that a stack of layers hands on: the tensors inside, and the same arguments with others in their place."""
+"""Find the tensors inside the arguments of a stack of layers, and rebuild the arguments with other tensors."""
 
 from __future__ import annotations
 
 import copy
 import enum
+import functools
 import itertools
 import numbers
 import types
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-# objects inside objects are opened so far down
+# how many levels of objects inside objects are searched
 _DEPTH = 4
-# what can hold no tensor
+# types that can hold no tensor
 _PLAIN = (
     numbers.Number, str, bytes, type(None), enum.Enum, np.ndarray, np.generic, torch.dtype, torch.device, torch.Size,
     torch.Generator, type,
 )  # fmt: skip
-# whose attributes are not for us to copy
+# types whose attributes are not searched or copied
 _CLOSED = (Tensor, nn.Module, types.FunctionType, types.MethodType, types.ModuleType, *_PLAIN)
 
 
 class Context:
-    """The tensors in arguments: as they are, in containers, and in the attributes of objects."""
+    """The tensors in arguments: passed directly, in containers, and in the attributes of objects."""
 
     def __init__(self, context: tuple, named: dict) -> None:
         self.context, self.named = context, named
@@ -37,53 +39,55 @@ class Context:
         self._closed = sorted({type(v).__name__ for v in self._leaves if not isinstance(v, _PLAIN)})
 
     def forget(self) -> None:
-        """Let go of the arguments and their tensors, which autograd holds."""
+        """Drop the references to the arguments and their tensors; autograd saves the tensors."""
         del self.context, self.named, self.tensors
 
     def filled(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict]:
-        """The arguments with these in the places of `tensors`."""
+        """Return (context, named) with `tensors` replaced by these."""
         leaves = [*self._leaves]
         for i, tensor in zip(self._where, tensors, strict=False):
             leaves[i] = tensor
         return self._fill(leaves)
 
     def check(self, outputs: Iterable[Tensor], known: Iterable[Tensor]) -> None:
-        """No object in the arguments holds another tensor that needs a gradient, as far as `outputs` depend on it."""
+        """Raise if `outputs` depend on a tensor that needs a gradient but is hidden in an object of the arguments."""
         if not self._closed:
             return
-        known = {id(t) for t in known}
+        known_ids = {id(t) for t in known}
         ahead = [o.grad_fn for o in outputs if o.grad_fn is not None]
         seen = {*ahead}
         while ahead:
             for node, _ in ahead.pop().next_functions:
                 if node is None or node in seen:
                     continue
-                if hasattr(node, "variable") and id(node.variable) not in known:
+                if hasattr(node, "variable") and id(node.variable) not in known_ids:
                     raise RuntimeError(
-                        f"ReversibleSequential: context must show its tensors, got {', '.join(self._closed)} with one "
-                        "inside that needs a gradient; pass that tensor, or detach it"
+                        "ReversibleSequential: context must not hide tensors that need a gradient, got one inside "
+                        f"{', '.join(self._closed)}; pass the tensor itself, or detach it"
                     )
                 seen.add(node)
                 ahead.append(node)
 
 
-def _flatten(tree: object, depth: int) -> tuple[list, Callable[[list], object]]:
-    """(leaves, what makes the tree of leaves): as torch's pytrees, and into objects that have tensors inside."""
+def _flatten(tree: object, depth: int) -> tuple[list, Callable[[list], Any]]:
+    """Return (leaves, function from leaves to the tree): torch's pytrees, extended to attributes of objects."""
     nodes, spec = tree_flatten(tree)
-    flat, parts = [], []
+    flat: list = []
+    parts: list[tuple[int, Callable[[list], Any]]] = []
     for node in nodes:
-        leaves, fill = [node], _first
+        leaves: list = [node]
+        fill: Callable[[list], Any] = _first
         state = _attributes(node)
         if state and depth < _DEPTH:
             inside, make = _flatten(state, depth + 1)
             if any(isinstance(leaf, Tensor) for leaf in inside):
-                leaves, fill = inside, lambda values, node=node, make=make: _copied(node, make(values))
+                leaves, fill = inside, functools.partial(_refilled, node, make)
         flat += leaves
         parts.append((len(leaves), fill))
 
-    def fill_all(values: list) -> object:
-        values = iter(values)
-        return tree_unflatten([fill([*itertools.islice(values, n)]) for n, fill in parts], spec)
+    def fill_all(values: list) -> Any:
+        rest = iter(values)
+        return tree_unflatten([fill([*itertools.islice(rest, n)]) for n, fill in parts], spec)
 
     return flat, fill_all
 
@@ -104,9 +108,10 @@ def _slots(kind: type) -> Sequence[str]:
     return [n for n in ((slots,) if isinstance(slots, str) else slots) if n not in ("__dict__", "__weakref__")]
 
 
-def _copied(node: object, attributes: dict[str, object]) -> object:
+def _refilled(node: object, make: Callable[[list], dict[str, object]], values: list) -> object:
+    """A shallow copy of `node` with its attributes rebuilt from `values`."""
     twin = copy.copy(node)
-    for name, value in attributes.items():
-        # frozen dataclasses too
+    for name, value in make(values).items():
+        # object.__setattr__ also works on frozen dataclasses
         object.__setattr__(twin, name, value)
     return twin

@@ -1,17 +1,19 @@
-"""Buffers whose numbers must come through whatever is done to buffers."""
+"""Buffers whose values survive casts and averaging of the module."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 class HoldsNumbers(nn.Module):
-    """A module with buffers that casts leave in float32, and averages of buffers as they are.
+    """A module whose buffers named in `held` stay at least float32 under casts and exact under averaging.
 
-    They are floats, since averages truncate integers and know no bools; state_dicts that have them so still load.
+    They are floats: averaging of buffers truncates integers and fails on bools. state_dicts that store them as
+    integers or bools still load.
     """
 
     held: tuple[str, ...] = ()
@@ -21,14 +23,14 @@ class HoldsNumbers(nn.Module):
         super()._apply(fn, recurse)
         for name, value in before.items():
             cast = self._buffers[name]
-            if cast.element_size() < value.element_size():
+            if cast is not None and value is not None and cast.element_size() < value.element_size():
                 self._buffers[name] = value.to(cast.device, torch.float32)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for name in self.held:
-            value = state_dict.get(prefix + name)
-            if value is not None:
-                # assign=True would make it the buffer
-                state_dict[prefix + name] = value.to(self._buffers[name].dtype)
+            value, buffer = state_dict.get(prefix + name), self._buffers[name]
+            if value is not None and buffer is not None:
+                # with assign=True the loaded tensor becomes the buffer, so it needs the buffer's dtype
+                state_dict[prefix + name] = value.to(buffer.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)

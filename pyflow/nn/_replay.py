@@ -1,9 +1,10 @@
-"""What a forward that is computed again in its backward must meet again, and the check that it did."""
+"""State that the recomputation of a forward in its backward restores, and a check of the rebuilt inputs."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,25 +14,28 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _checks as check
 
+if TYPE_CHECKING:
+    from .reversible import ReversibleSequential
+
 
 class Replay:
-    """The random and autocast state and the training flags of a forward, and a fingerprint of every layer's input."""
+    """Random state, autocast state and training flags of a forward, and a fingerprint of every layer's input."""
 
-    def __init__(self, x: Tensor, stack: nn.Module) -> None:
-        # fake tensors draw nothing, and the state is none of them
+    def __init__(self, x: Tensor, stack: ReversibleSequential) -> None:
+        # drawing with fake tensors leaves the random state unchanged, so there is nothing to replay
         self.device, self.rng = x.device, stack.preserve_rng and not isinstance(x, FakeTensor)
         kinds = [k for k in {"cpu", x.device.type} if torch.amp.is_autocast_available(k)]
         self.casts = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
         self.modes = [(module, module.training) for module in stack.modules()]
-        self.drawn: list[list[Tensor] | None] = []  # the state before each layer that drew numbers
+        self.drawn: list[list[Tensor] | None] = []  # random state before each layer; None if it drew nothing
         self.prints: list[Tensor | None] = []
         self.directions: dict[tuple[int, torch.dtype], Tensor] = {}
         self.last = self._read()
 
     @contextlib.contextmanager
     def conditions(self) -> Iterator[None]:
-        """The forward's autocast, and no weights of caches: made without a graph, they must not be found by a
-        forward that wants one.
+        """Restore the forward's autocast; turn off the autocast and parametrization caches, since a weight cached
+        without a graph must not be reused by a forward that needs one.
         """
         cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
         try:
@@ -43,7 +47,7 @@ class Replay:
             parametrize._cache_enabled = cached
 
     def record(self, x: Tensor) -> bool:
-        """Note, after a layer, its input and where it started if it drew numbers; whether it did."""
+        """Record a layer's input fingerprint and the random state before it; return whether the layer drew numbers."""
         self.prints.append(self._print(x))
         state = self._read()
         drew = not all(map(torch.equal, state, self.last))
@@ -54,7 +58,7 @@ class Replay:
 
     @contextlib.contextmanager
     def resume(self) -> Iterator[None]:
-        """The forward's conditions and flags; whatever is drawn inside, the caller's random state comes back."""
+        """Restore the forward's conditions and training flags; on exit restore the caller's flags and random state."""
         before = self._read()
         changed = [(module, module.training, then) for module, then in self.modes if module.training != then]
         try:
@@ -69,21 +73,23 @@ class Replay:
                 self._write(before)
 
     def rewind(self, i: int) -> None:
-        if self.drawn[i] is not None:
-            self._write(self.drawn[i])
+        """Set the random state that layer i started from, if it drew numbers."""
+        state = self.drawn[i]
+        if state is not None:
+            self._write(state)
 
     def verify(self, i: int, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        """x, rebuilt from y, is the input that layer i had, as far as its inverse can tell, where values are read."""
+        """Raise if x, rebuilt from y, is not the input that layer i had, within the accuracy of its inverse."""
         seen, found = self.prints[i], self._print(x)
         if seen is None or found is None or not seen.numel():
             return
         eps, features = torch.finfo(x.dtype).eps, x.numel() // seen.numel()
-        # the usual case, without a look at x and y
+        # fast path: compares fingerprints only, without reading x and y
         if bool((found - seen).abs().sum() <= eps**0.4 * seen.abs().sum()):
             return
-        # rows that are not finite say nothing; of an x far below its y the inverse can tell few digits
-        off = (found.double() - seen.double()).square().nansum().sqrt() * features**0.5
-        off = float(off / (_norm(x) + eps**0.2 * _norm(y)))
+        # nansum skips rows that are not finite; where |x| << |y| the inverse recovers few digits of x
+        distance = (found.double() - seen.double()).square().nansum().sqrt() * features**0.5
+        off = float(distance / (_norm(x) + eps**0.2 * _norm(y)))
         if off > eps**0.4:
             raise RuntimeError(
                 f"ReversibleSequential: layer {i}, {type(layer).__name__}, must rebuild its input from its output, got "
@@ -92,13 +98,13 @@ class Replay:
             )
 
     def _print(self, x: Tensor) -> Tensor | None:
-        """One number for each sample, which another x would not have; None where values are not to be read."""
+        """Fingerprint of x, one random-like projection per sample; None where values must not be read."""
         if not check.values_are_checked(x) or not x.is_floating_point() or is_traceable_wrapper_subclass(x):
             return None
         rows = x.detach().flatten(1) if x.dim() > 1 else x.detach()[..., None]
         key = rows.shape[-1], x.dtype
         if key not in self.directions:
-            # a chirp: as large on smooth differences as on rough ones
+            # a chirp has a flat spectrum: it detects smooth and rough differences alike
             chirp = torch.arange(key[0], dtype=torch.float64, device=x.device).square().mul(0.7).cos()
             self.directions[key] = (chirp * (2 / max(key[0], 1)) ** 0.5).to(x.dtype)
         with torch._C._DisableAutocast():

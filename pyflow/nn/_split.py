@@ -1,4 +1,4 @@
-"""How a coupling layer parts its input: which elements stay and feed the net, which change."""
+"""Split the input of a coupling layer into the elements that stay and feed the net, and the elements that change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _RANKS = {"half": (2, "(B, D, ...)"), "interleave": (2, "(B, D, ...)"), "channel
 
 
 def divide(op: str, x: Tensor, split: str, swap: bool, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(kept, changed, mask of changed): views of x; on a checkerboard kept is x with zeros and changed is x itself."""
+    """Return (kept, changed, mask of changed) as views of x.
+
+    On a checkerboard kept is x with zeros in the changed pixels, and changed is x itself with kept pixels masked.
+    """
     _check(op, x, split)
     if mask is not None:
         mask = check.mask_for(op, mask, x)
@@ -27,7 +30,7 @@ def divide(op: str, x: Tensor, split: str, swap: bool, mask: Tensor | None) -> t
 
 
 def join(kept: Tensor, changed: Tensor, split: str, swap: bool) -> Tensor:
-    """The inverse of `divide`."""
+    """Join the parts that `divide` returned."""
     if split == "checkerboard":
         return changed
     first, second = (changed, kept) if swap else (kept, changed)
@@ -39,17 +42,17 @@ def join(kept: Tensor, changed: Tensor, split: str, swap: bool) -> Tensor:
 
 
 def checkerboard(x: Tensor, swap: bool) -> Tensor:
-    """(H, W) bool: true where row + column is even (odd with `swap`)."""
+    """Bool (H, W): true where row + column is even (odd with `swap`)."""
     row, column = (torch.arange(n, device=x.device) for n in x.shape[-2:])
     return (row[:, None] + column) % 2 == int(swap)
 
 
-def _halves(x: Tensor, split: str) -> tuple[Tensor, Tensor]:
-    """(first, second); the first is the longer one when the length is odd."""
+def _halves(x: Tensor, split: str) -> tuple[Tensor, ...]:
+    """Return (first, second); for an odd length the first is longer by one."""
     if split != "interleave":
         return x.chunk(2, 1)
     if x.shape[1] % 2 == 0:
-        # unbind's gradient is one stack; two slices would each fill a tensor with zeros
+        # the backward of unbind is one stack; the backward of each slice would fill a whole tensor with zeros
         return x.unflatten(1, (-1, 2)).unbind(2)
     return x[:, 0::2], x[:, 1::2]
 

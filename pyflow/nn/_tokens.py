@@ -1,4 +1,4 @@
-"""What the quantisers share: which positions are padding, and how often each codebook entry was seen."""
+"""Shared by the quantisers: masks of padding, and counts of how often each codebook entry occurs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from ..ops.fsq import CodebookUsage, signed, usage_of
 from ._held import HoldsNumbers
 
 MOST_COUNTED = 2**24
+# values and dtype
+Constant = tuple[float | Sequence, torch.dtype]
 
 
-def valid_positions(op: str, shape: torch.Size, like: Tensor, mask: object, lengths: object) -> Tensor | None:
-    """Bool of this shape, (B, n) or any other for a mask: false at padding; None where nothing is."""
+def valid_positions(
+    op: str, shape: torch.Size, like: Tensor, mask: Tensor | None, lengths: Tensor | None
+) -> Tensor | None:
+    """Return a bool tensor of this shape, false at padding, from a mask or from lengths (shape (B, n) only).
+
+    None if neither is given.
+    """
     if mask is not None and lengths is not None:
         raise ValueError(f"{op}: mask and lengths must not be given together, got both")
     if mask is not None:
@@ -37,7 +44,7 @@ def valid_positions(op: str, shape: torch.Size, like: Tensor, mask: object, leng
     return torch.arange(shape[1], device=like.device) < lengths[:, None]
 
 
-def _check_positions(op: str, name: str, value: object, shape: torch.Size, like: Tensor) -> None:
+def _check_positions(op: str, name: str, value: object, shape: tuple[int, ...], like: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     if value.shape != shape:
@@ -47,14 +54,16 @@ def _check_positions(op: str, name: str, value: object, shape: torch.Size, like:
 
 
 class CountsUsage(HoldsNumbers):
-    """A module that can count the entries of its codebook, apart for every column of its indices."""
+    """A module that can count how often its codebook entries occur, separately for every column of its indices."""
 
     codebook_size: int
     columns = 1
+    _place: Tensor
+    _counts: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
-        # without numbers, so nothing can harm it: it tells the module's device and dtype
+        # an empty buffer follows the module's device and dtype
         self.register_buffer("_place", torch.empty(0), persistent=False)
         self.register_buffer("_counts", None, persistent=False)
 
@@ -63,8 +72,8 @@ class CountsUsage(HoldsNumbers):
         """A tensor with the module's device and dtype."""
         return next(self.parameters(), self._place)
 
-    def _fix(self, **values: tuple[Sequence, torch.dtype]) -> None:
-        """Constants by name. No buffers: those are cast with the module, averaged, and lost by to_empty."""
+    def _fix(self, **values: Constant) -> None:
+        """Set the constants by name. They are not buffers: casts, averaging and to_empty would change them."""
         self._values = values
         self._fixed = self._tensors(self._place.device)
 
@@ -75,7 +84,7 @@ class CountsUsage(HoldsNumbers):
     def _constant(self, name: str, device: torch.device) -> Tensor:
         if self._fixed[name].device == device:
             return self._fixed[name]
-        # moved without a word to the module, as fully_shard and load_state_dict(assign=True) do
+        # fully_shard and load_state_dict(assign=True) move parameters without calling _apply
         there = self._tensors(device)
         if not torch.compiler.is_compiling() and type(there[name]) is Tensor:
             self._fixed = there
@@ -88,10 +97,10 @@ class CountsUsage(HoldsNumbers):
 
     @torch.inference_mode(False)
     def track_usage(self) -> None:
-        """Count from now on which entries of the codebook occur; a second call starts from zero.
+        """Start counting which codebook entries occur; a second call resets the counts to zero.
 
-        What activation checkpointing recomputes counts once. DistributedDataParallel copies buffers from rank 0: what
-        it has seen counts.
+        Batches recomputed by activation checkpointing count once. DistributedDataParallel copies buffers from rank 0,
+        so the counts are those of rank 0.
         """
         if self.codebook_size > MOST_COUNTED:
             raise ValueError(
@@ -99,7 +108,7 @@ class CountsUsage(HoldsNumbers):
                 f"{self.codebook_size}; collect indices and use pyflow.ops.codebook_usage"
             )
         device = self._like.device
-        # slot 0 takes padding, dropped stages and NaN
+        # slot 0 counts index -1: padding, dropped stages and NaN
         self._counts = torch.zeros(self.columns, self.codebook_size + 1, dtype=torch.int64, device=device)
 
     def _count(self, indices: Tensor) -> None:

@@ -1,6 +1,8 @@
-"""Coupling layers around a network: part of the input stays and decides how the rest changes."""
+"""Coupling layers: part of the input stays the same, and a network computes from it how the rest changes."""
 
 from __future__ import annotations
+
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,18 @@ from ..ops.coupling import scale_map_constant
 from ._split import SPLITS, divide, join
 
 
+class _Options(TypedDict):
+    packing: str
+    scale_map: str
+    clamp: float
+    eps: float
+    slope: float
+    shift_first: bool
+
+
 class _Coupling(nn.Module):
+    net: nn.Module
+
     def __init__(self, net: nn.Module, split: str, swap: bool) -> None:
         super().__init__()
         check.choice(type(self).__name__, "split", split, SPLITS)
@@ -35,13 +48,13 @@ class _Coupling(nn.Module):
     def rebuild(
         self, y: Tensor, *context: object, mask: Tensor | None = None, **named: object
     ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, ...]]:
-        """The input of an output, and the graph between them, with one evaluation of the net.
+        """Rebuild the input from an output and the graph between them, with one evaluation of the net.
 
         Returns:
             (x, forward(x), leaves): the gradients of the leaves add up to that of x.
         """
         with torch.enable_grad():
-            # the kept part of y is that of x, so the net can run before x is known
+            # x and y have the same kept part, so the net can run before x is known
             first = y.detach().requires_grad_()
             kept, seen, changed, part_mask = self._divide(first, mask)
             params = self.net(seen, *context, **named)
@@ -58,7 +71,7 @@ class _Coupling(nn.Module):
         kept, changed, part_mask = divide(name, x, self.split, self.swap, mask)
         if mask is None:
             return kept, kept, changed, part_mask
-        # a NaN in the padding would reach the net's weights
+        # a NaN in the padding would reach the gradients of the net's weights
         padded = torch.where(check.mask_for(name, mask, x) & ~x.isfinite(), 0, x)
         return kept, divide(name, padded, self.split, self.swap, None)[0], changed, part_mask
 
@@ -68,35 +81,38 @@ class _Coupling(nn.Module):
         y, logdet = self._step(changed, params, mask, inverse)
         return join(kept, y, self.split, self.swap), logdet
 
+    def _step(self, x: Tensor, params: Tensor, mask: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         return f"split={self.split!r}, swap={self.swap}"
 
 
 class AdditiveCoupling(_Coupling):
-    """Volume-preserving coupling layer of NICE.
+    """Additive, volume-preserving coupling layer of NICE.
 
     y_kept = x_kept, y_changed = x_changed + net(x_kept), logdet = 0.
 
     Args:
-        net: maps the kept part to the shift of the changed part, in its shape; further arguments of `forward`
-            and `inverse` reach it unchanged (conditioning).
-        split: "half" and "channel" halve dim 1 (the first half is longer by one for an odd length; "channel" insists
-            on an image or sequence), "interleave" takes every other element of dim 1, "checkerboard" every other
-            pixel of images (B, C, H, W): there the net sees the whole image with zeros in the changed pixels and
-            returns a whole image.
+        net: maps the kept part to the shift, which has the shape of the changed part; further arguments of `forward`
+            and `inverse` are passed to it unchanged (conditioning).
+        split: "half" and "channel" halve dim 1 (the first half is longer by one for an odd length; "channel" requires
+            an image or sequence), "interleave" takes every other element of dim 1, "checkerboard" takes every other
+            pixel of images (B, C, H, W): the net gets the whole image with zeros in the changed pixels and returns a
+            whole image.
         swap: change the first part (even elements, pixels with an even row + column) instead of the second.
 
     Returns:
         `forward(x, *context, mask=None, **context)` and `inverse(y, ...)`: (y, logdet), y with x's shape and dtype,
-        logdet (B,) of zeros in float32 (float64 for float64 x). `mask` broadcasts to x, padded sequences for
-        instance; where it is true elements pass through. The net sees them, as 0 where they are not finite.
+        logdet (B,) of zeros in float32 (float64 for float64 x). `mask` broadcasts to x, for example to mark padding;
+        elements where it is true pass through. The net still gets them, with non-finite values replaced by 0.
 
     Raises:
-        ValueError: unknown split, or an x that cannot be split so.
+        ValueError: unknown split, or x cannot be split this way.
 
     Notes:
-        The parts are views of x. Re-joining them costs one pass over the output; a flow that keeps its two halves
-        apart, as `pyflow.flows.NICE` does, saves it.
+        The parts are views of x. Joining them costs one pass over the output; a flow that keeps its two halves
+        apart, such as `pyflow.flows.NICE`, avoids it.
 
     Source:
         Dinh et al. 2014, NICE, arXiv:1410.8516, section 3.2.
@@ -124,10 +140,10 @@ class AffineCoupling(_Coupling):
     logdet = sum g(scale).
 
     Args:
-        net: maps the kept part to shift and scale of the changed part in one tensor, twice its length along dim 1;
-            further arguments of `forward` and `inverse` reach it unchanged (conditioning).
+        net: maps the kept part to the shift and scale of the changed part in one tensor, twice as long along dim 1;
+            further arguments of `forward` and `inverse` are passed to it unchanged (conditioning).
         split, swap: as in `AdditiveCoupling`.
-        packing: how the net lays out its output: "shift_scale", "scale_shift" or "interleaved".
+        packing: layout of the net's output: "shift_scale", "scale_shift" or "interleaved".
         scale_map, clamp, eps, slope, shift_first: as in `pyflow.ops.affine_coupling`.
 
     Returns:
@@ -136,11 +152,11 @@ class AffineCoupling(_Coupling):
         through and add nothing to logdet.
 
     Raises:
-        TypeError, ValueError: an unknown split, packing or scale map, a constant out of range, an x that cannot be
-            split so, or a net whose output does not fit.
+        TypeError, ValueError: unknown split, packing or scale map; a constant out of range; x cannot be split this
+            way; the net's output has the wrong shape.
 
     Notes:
-        As `AdditiveCoupling`.
+        As for `AdditiveCoupling`.
 
     Source:
         Dinh et al. 2016, RealNVP, arXiv:1605.08803, section 3; Kingma and Dhariwal 2018, Glow, arXiv:1807.03039.
@@ -171,7 +187,7 @@ class AffineCoupling(_Coupling):
         name = type(self).__name__
         check.choice(name, "packing", packing, PACKINGS)
         scale_map_constant(name, scale_map, clamp, eps, slope)
-        self.options = {
+        self.options: _Options = {
             "packing": packing, "scale_map": scale_map, "clamp": clamp, "eps": eps, "slope": slope,
             "shift_first": bool(shift_first),
         }  # fmt: skip

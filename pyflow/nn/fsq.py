@@ -1,4 +1,4 @@
-"""Finite scalar quantisation as a module, in the place of vector-quantize-pytorch's."""
+"""Finite scalar quantisation as a module, a drop-in replacement for vector-quantize-pytorch's FSQ."""
 
 from __future__ import annotations
 
@@ -14,49 +14,50 @@ from ..ops import fsq, fsq_decode
 from ..ops.fsq import CodebookUsage, checked_levels, signed
 from ..reference import compute_dtype
 from ..reference import fsq as ref
-from ._tokens import CountsUsage, valid_positions
+from ._tokens import Constant, CountsUsage, valid_positions
 
-EPS = 1e-3  # the margin of the bound that the operator is built with
+EPS = 1e-3  # the operator's margin of the bound
 
 
 class FSQ(CountsUsage):
-    """Quantise every channel to a few levels; their combination is the token.
+    """Quantise every channel to a few levels; the combination of the levels is the token.
 
     out = project_out(codes of project_in(z)), with the straight-through gradient of the bound.
 
     Args:
-        levels: number of levels of each channel, from 3 (from 2 with preserve_symmetry).
-        dim: number of channels of z; where it is not num_codebooks * len(levels), linear layers project.
-        num_codebooks: quantise so many groups of channels, each to a token of its own.
-        keep_num_codebooks_dim: whether indices end in a dim for the codebooks; by default if there are several.
+        levels: number of levels of each channel, at least 3 (2 with preserve_symmetry).
+        dim: number of channels of z; if it differs from num_codebooks * len(levels), linear layers project.
+        num_codebooks: number of groups of channels; each group has its own token.
+        keep_num_codebooks_dim: whether indices have a last dim for the codebooks; default: if num_codebooks > 1.
         channel_first: whether sequences are (B, dim, n) instead of (B, n, dim).
-        projection_has_bias: of the linear layers.
-        return_indices: whether forward returns indices, or None in their place.
+        projection_has_bias: whether the linear layers have a bias.
+        return_indices: whether forward returns indices; otherwise None.
         preserve_symmetry: digits floor((L - 1) (tanh(z) + 1) / 2 + 1/2), `variant` "symmetric", instead of "vqp".
-        noise_dropout: with preserve_symmetry, the share of the codes that training moves by up to half a unit.
-        bound_hard_clamp: clamp to [-1, 1] where the variant takes the tanh.
-        orthogonal_rotation: quantise in a random rotation of the channels, a buffer, and rotate back.
-        scale, allowed_dtypes, force_quantization_f32: kept as attributes. The bound is always taken in float32
-            (float64 for float64 z), and out has the dtype of z (that of the projections, where there are).
+        noise_dropout: with preserve_symmetry, the share of the codes that gets uniform noise in [-1/2, 1/2) in
+            training.
+        bound_hard_clamp: clamp to [-1, 1] instead of tanh.
+        orthogonal_rotation: quantise in a random rotation of the channels, stored in a buffer, and rotate back.
+        scale, allowed_dtypes, force_quantization_f32: stored as attributes only. The bound is always computed in
+            float32 (float64 for float64 z), and out has the dtype of z (of the projections, if there are any).
 
     Returns:
-        `forward(z, mask=None, lengths=None)`: (out, indices). z is (..., dim); with four dims and more, as images and
-        videos, (B, dim, ...), which channel_first asks of three dims too. out is like z, indices like z without the
-        channels, with num_codebooks at the end if kept: int32 while the codebook has at most 2**31 entries, int64 to
-        2**63. mask is bool like z without the channels, true at valid positions; lengths, integers (B,), say the
-        same of sequences. At padding out is 0 and the index -1, and nothing there reaches an output or a gradient,
-        not even a NaN.
+        `forward(z, mask=None, lengths=None)`: (out, indices). z is (..., dim); with four or more dims, such as images
+        and videos, z is (B, dim, ...), with channel_first also for three dims. out has the shape of z; indices have
+        the shape of z without the channels, plus a last dim num_codebooks if kept: int32 for codebooks of at most
+        2**31 entries, int64 up to 2**63. mask is bool, shaped like z without the channels, true at valid positions;
+        alternatively lengths, integers (B,), for sequences. At padding out is 0 and the index is -1, and the values
+        of z there, NaN included, reach neither another output nor a gradient.
 
     Raises:
-        TypeError, ValueError: levels out of range, channels that do not fit, options that exclude one another.
+        TypeError, ValueError: levels out of range, wrong number of channels, options that exclude each other.
 
     Notes:
         Parameters, state, methods and return values are those of vector-quantize-pytorch 1.32; a state_dict
-        loads in both directions. Unlike there, indices are exact for codebooks above 2**24 entries, noise_dropout
-        is the share it names (there it is always one half), a NaN gives the index -1, and no codebook is stored.
-        Casts of the module change no constant and no rotation; indices_to_codes has the module's dtype unless told
-        another.
-        Without projection one pass reads z and writes out and indices, and nothing else is allocated.
+        loads in both directions. Differences: indices are exact for codebooks above 2**24 entries, noise_dropout
+        is used as the share (there the share is always one half), a NaN gives the index -1, and no codebook is stored.
+        Casts of the module change neither the constants nor the rotation; indices_to_codes returns the module's dtype
+        unless `dtype` is given.
+        Without projections one pass reads z and writes out and indices; nothing else is allocated.
 
     Source:
         Mentzer et al. 2023, Finite Scalar Quantization, arXiv:2309.15505; preserve_symmetry and noise_dropout:
@@ -71,6 +72,10 @@ class FSQ(CountsUsage):
         >>> bool(quantizer.indices_to_codes(indices).equal(out))
         True
     """
+
+    project_in: nn.Module
+    project_out: nn.Module
+    orthogonal_rot: Tensor
 
     def __init__(
         self,
@@ -110,7 +115,7 @@ class FSQ(CountsUsage):
         self.scale, self.channel_first, self.return_indices = scale, channel_first, return_indices
         self.allowed_dtypes, self.force_quantization_f32 = allowed_dtypes, force_quantization_f32
 
-        constants = {"levels": (self.levels, torch.int32), "sizes": (self.levels, torch.float32)}
+        constants: dict[str, Constant] = {"levels": (self.levels, torch.int32), "sizes": (self.levels, torch.float32)}
         if self.codebook_size <= 2**63:
             constants["basis"] = ref.basis(self.levels), ref.index_dtype(self.levels)
         self._fix(**constants)
@@ -129,7 +134,7 @@ class FSQ(CountsUsage):
             with torch.inference_mode(False):
                 rotation = torch.empty(self.codebook_dim, self.codebook_dim, dtype=torch.float32)
                 self.register_buffer("orthogonal_rot", nn.init.orthogonal_(rotation))
-            # rounded it would not be orthogonal
+            # in lower precision it would not be orthogonal
             self.held = ("orthogonal_rot",)
 
     @property
@@ -138,7 +143,7 @@ class FSQ(CountsUsage):
 
     @property
     def _basis(self) -> Tensor | None:
-        """What a digit of each channel adds to the index, in the dtype of the index; None beyond int64."""
+        """Weight of each channel's digit in the index, in the dtype of the index; None beyond int64."""
         return self._fixed.get("basis")
 
     @property
@@ -150,7 +155,7 @@ class FSQ(CountsUsage):
 
     @property
     def implicit_codebook(self) -> Tensor:
-        """The codes of all indices, (codebook_size, len(levels)), made at every access."""
+        """The codes of all indices, (codebook_size, len(levels)), computed at every access."""
         return self._indices_to_codes(torch.arange(self.codebook_size, device=self._like.device))
 
     def forward(
@@ -173,7 +178,7 @@ class FSQ(CountsUsage):
         if indices is not None:
             self._count(indices)
         out = out.movedim(-1, channel)
-        if not self.return_indices:
+        if indices is None or not self.return_indices:
             return out, None
         return out, indices if self.keep_num_codebooks_dim else indices.squeeze(-1)
 
@@ -181,7 +186,7 @@ class FSQ(CountsUsage):
         return dims >= 4 or (self.channel_first and dims == 3)
 
     def _encode(self, z: Tensor, return_indices: bool) -> tuple[Tensor, Tensor | None]:
-        """Codes and indices of (..., codebooks, channels)."""
+        """Return codes and indices of z, (..., codebooks, channels)."""
         dtype, noisy = z.dtype, self.training and self.noise_dropout > 0
         if noisy or self.orthogonal_rotation:
             z = z.to(compute_dtype(dtype))
@@ -195,7 +200,7 @@ class FSQ(CountsUsage):
         return codes.to(dtype), indices
 
     def bound(self, z: Tensor, eps: float = EPS, hard_clamp: bool = False) -> Tensor:
-        """Codes of z (..., len(levels)) as without preserve_symmetry."""
+        """Return codes of z (..., len(levels)) without preserve_symmetry."""
         if eps == EPS:
             return fsq(z, self.levels, variant="hard" if hard_clamp else "vqp", return_indices=False)[0]
         levels = self._constant("sizes", z.device)
@@ -206,25 +211,24 @@ class FSQ(CountsUsage):
         return (bounded + (bounded.round() - bounded).detach()) / (levels // 2)
 
     def symmetry_preserving_bound(self, z: Tensor, hard_clamp: bool = False) -> Tensor:
-        """Codes of z (..., len(levels)) as with preserve_symmetry."""
+        """Return codes of z (..., len(levels)) with preserve_symmetry."""
         return fsq(z, self.levels, variant="symmetric_hard" if hard_clamp else "symmetric", return_indices=False)[0]
 
     def quantize(self, z: Tensor) -> Tensor:
-        """Codes of z (..., len(levels))."""
+        """Return codes of z (..., len(levels))."""
         return fsq(z, self.levels, variant=self.variant, return_indices=False)[0]
 
     def maybe_apply_noise(self, bounded_z: Tensor) -> Tensor:
-        """In training, move a share `noise_dropout` of the codes by up to half a unit."""
+        """In training, add uniform noise in [-1/2, 1/2) to a share `noise_dropout` of the codes."""
         if not self.training or self.noise_dropout == 0:
             return bounded_z
-        # drawn in the order of the elements, whatever the layout
-        dense = {"memory_format": torch.contiguous_format}
-        moved = torch.empty_like(bounded_z, **dense).bernoulli_(self.noise_dropout).bool()
-        offset = torch.rand_like(bounded_z, **dense) - 0.5
+        # contiguous, so that the random numbers do not depend on the strides of z
+        moved = torch.empty_like(bounded_z, memory_format=torch.contiguous_format).bernoulli_(self.noise_dropout).bool()
+        offset = torch.rand_like(bounded_z, memory_format=torch.contiguous_format) - 0.5
         return torch.where(moved, bounded_z + offset, bounded_z).clamp(-1.0, 1.0)
 
     def codes_to_indices(self, zhat: Tensor) -> Tensor:
-        """Indices of codes (..., len(levels)); -1 for NaN."""
+        """Return indices of codes (..., len(levels)); -1 for NaN."""
         check.float_tensor("FSQ", "zhat", zhat)
         if zhat.dim() == 0 or zhat.shape[-1] != self.codebook_dim:
             raise ValueError(f"FSQ: zhat must have {self.codebook_dim} channels last, got shape {tuple(zhat.shape)}")
@@ -235,7 +239,7 @@ class FSQ(CountsUsage):
         return torch.where(digits.isnan().any(-1), -1, indices).to(basis.dtype)
 
     def indices_to_level_indices(self, indices: Tensor) -> Tensor:
-        """The digit of every channel, (..., len(levels)); -1 where the index is."""
+        """Return the digit of every channel, (..., len(levels)); -1 where the index is -1."""
         check.integer_tensor("FSQ", "indices", indices)
         indices = signed(indices)[..., None]
         if indices.numel() and check.values_are_checked(indices):
@@ -254,10 +258,10 @@ class FSQ(CountsUsage):
         *,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """What forward returned with these indices: project_out of their codes, channels where forward has them.
+        """Return project_out of the codes of indices, in the layout of forward's out.
 
-        An index of -1 is NaN, but 0 at the padding that mask or lengths tell of. `dtype` is that of the codes, the
-        module's unless given: without projections forward follows z, which may have another.
+        An index of -1 gives NaN, or 0 at padding given by mask or lengths. `dtype` is the dtype of the codes, by
+        default the module's. Without projections forward uses the dtype of z: pass it to get the same values.
         """
         dtype = self._like.dtype if dtype is None else dtype
         check.integer_tensor("FSQ", "indices", indices)
@@ -307,7 +311,7 @@ class FSQ(CountsUsage):
         return self._constant("basis", device)
 
     def usage(self) -> CodebookUsage:
-        """Counts, fraction and perplexity of the tokens since `track_usage()`, all codebooks together."""
+        """Return counts, fraction and perplexity of the tokens since `track_usage()`, over all codebooks together."""
         return self._usages()[0]
 
     def extra_repr(self) -> str:
@@ -321,7 +325,7 @@ def _rotate(z: Tensor, matrix: Tensor) -> Tensor:
         return z @ matrix.to(z.dtype)
 
 
-def _share(name: str, value: object) -> float:
+def _share(name: str, value: float) -> float:
     if not 0 <= check.number("FSQ", name, value) <= 1:
         raise ValueError(f"FSQ: {name} must lie in [0, 1], got {value}")
     return value

@@ -1,9 +1,11 @@
-"""Losses and training by dependence: HSIC as a penalty, and the HSIC bottleneck."""
+"""HSIC as a loss, and training by the HSIC bottleneck."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +16,27 @@ from ..ops._variables import ESTIMATORS, KERNELS, Bandwidth, Variable, rows_need
 from ..ops.nhsic import regularised
 
 
+class _Options(TypedDict):
+    estimator: str
+    normalize: bool
+    kernel: str
+    kernel_y: str | None
+    degree: int
+    gamma: float | None
+    coef0: float
+
+
 class HSICLoss(nn.Module):
-    """HSIC of two batches as a loss: minimised it makes them independent, negated it makes them dependent.
+    """HSIC of two batches as a loss: minimise it to make them independent, maximise it to make them dependent.
 
     Args:
-        estimator: "biased", "biased_n2" or "unbiased" (whose mean does not depend on the size of a batch).
-        normalize: divide by sqrt(HSIC(x, x) HSIC(y, y)), so that scaling does not lower it: CKA.
+        estimator: "biased", "biased_n2" or "unbiased" (its mean does not depend on the batch size).
+        normalize: divide by sqrt(HSIC(x, x) HSIC(y, y)), which gives CKA: scaling x or y does not lower the loss.
         kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0: as for `pyflow.ops.hsic`; a bandwidth may be
-            an `nn.Parameter`, which is then the module's.
+            an `nn.Parameter`, which is registered with the module.
 
     Notes:
-        forward(x, y): dims after the first are flattened, (n,) is one column; returns a 0-d loss.
+        forward(x, y): flattens the dims after the first, treats (n,) as one column, and returns a 0-d loss.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -51,9 +63,9 @@ class HSICLoss(nn.Module):
         check.choice("HSICLoss", "estimator", estimator, ESTIMATORS)
         check.choice("HSICLoss", "kernel", kernel, KERNELS)
         check.choice("HSICLoss", "kernel_y", kernel if kernel_y is None else kernel_y, KERNELS)
-        # parameters and tensors become the module's own
+        # plain attributes, so that a Parameter is registered
         self.bandwidth, self.bandwidth_y = bandwidth, bandwidth_y
-        self.options = {
+        self.options: _Options = {
             "estimator": estimator, "normalize": normalize, "kernel": kernel, "kernel_y": kernel_y, "degree": degree,
             "gamma": gamma, "coef0": coef0,
         }  # fmt: skip
@@ -72,23 +84,24 @@ class HSICLoss(nn.Module):
 
 
 class HSICBottleneck(nn.Module):
-    """Trains every layer by its own objective, with no gradient between layers.
+    """Train every layer with its own objective, without gradients between layers.
 
-    Layer i, whose input is detached, minimises nHSIC(z_i, x) - beta nHSIC(z_i, y): it forgets the input and keeps what
-    says something about the target. A head, if given, learns to read the last layer by its own loss.
+    The input of layer i is detached; the layer minimises nHSIC(z_i, x) - beta nHSIC(z_i, y), which removes information
+    about the input and keeps information about the target. An optional head is trained on the last layer's output
+    with its own loss.
 
     Args:
-        layers: modules that run one after the other; each is trained on its own.
-        head: reads the last layer's output, which is detached; None: `forward` returns that output.
+        layers: modules that run one after the other; each is trained separately.
+        head: applied to the detached output of the last layer; None: `forward` returns that output.
         beta: weight of the dependence on the target.
         sigma: kernel width: exp(-|a - b|^2 / (2 sigma^2 d)) for d features.
-        epsilon: of `pyflow.ops.nhsic`.
-        optimizer: called with the parameters of one layer. None: Adam with rate 1e-3.
+        epsilon: as for `pyflow.ops.nhsic`.
+        optimizer: called with the parameters of one layer. None: Adam with learning rate 1e-3.
         criterion: loss of the head. None: cross-entropy.
 
     Notes:
-        `update(x, y)` takes one step with every layer and returns their losses. Class labels, (n,) integers, are
-        compared by equality, other targets by the same Gaussian kernel. The optimisers are not part of state_dict.
+        `update(x, y)` takes one optimiser step for every layer and returns the losses. Class labels, (n,) integers,
+        use the equality kernel, other targets the Gaussian kernel. The optimisers are not part of state_dict.
 
     Source:
         Ma, Lewis and Kleijn 2019, The HSIC Bottleneck: Deep Learning without Back-Propagation, arXiv:1908.01580.
@@ -99,6 +112,9 @@ class HSICBottleneck(nn.Module):
         >>> model.update(torch.randn(16, 4), torch.arange(16) % 3).shape
         torch.Size([3])
     """
+
+    layers: nn.ModuleList
+    head: nn.Module | None
 
     def __init__(
         self,
@@ -122,7 +138,7 @@ class HSICBottleneck(nn.Module):
         self.criterion = criterion or nn.functional.cross_entropy
         make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-3))
         parameters = [[p for p in module.parameters() if p.requires_grad] for module in self._trained()]
-        # a layer without parameters only passes on
+        # a layer without parameters has no optimiser
         self._optimizers = [make(group) if group else None for group in parameters]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,12 +147,12 @@ class HSICBottleneck(nn.Module):
         return x if self.head is None else self.head(x)
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
-        """One step on a batch x (n, ...), y (n,) or (n, ...): the losses of the layers, and of the head."""
+        """Take one step on a batch x (n, ...), y (n,) or (n, ...); return the losses: layers first, then the head."""
         self._check_optimizers()
         losses, z, aim = [], x, self._aim(x, y)
         for layer, optimizer in zip(self.layers, self._optimizers, strict=False):
             z = layer(z.detach())
-            losses.append(self._step(optimizer, lambda z=z: self._towards(aim, z)))
+            losses.append(self._step(optimizer, functools.partial(self._towards, aim, z)))
         if self.head is not None:
             read = self.head(z.detach())
             losses.append(self._step(self._optimizers[-1], lambda: self.criterion(read, y)))
@@ -155,11 +171,11 @@ class HSICBottleneck(nn.Module):
                 )
 
     def objective(self, z: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """nHSIC(z, x) - beta nHSIC(z, y)."""
+        """Return nHSIC(z, x) - beta nHSIC(z, y)."""
         return self._towards(self._aim(x, y), z)
 
     def _aim(self, x: Tensor, y: Tensor) -> Tensor:
-        """Rx - beta Ry, the same for all layers: nHSIC is linear in it."""
+        """Return Rx - beta Ry; nHSIC is linear in R, so all layers share it."""
         op = type(self).__name__
         labels = isinstance(y, Tensor) and y.dim() == 1 and not y.is_floating_point()
         pair = [self._variable("x", x), variable(op, "y", y, "delta", 1.0) if labels else self._variable("y", y)]

@@ -1,8 +1,9 @@
-"""Linear invertible layers: per-feature scales, with or without data-dependent start, and channel mixing."""
+"""Linear invertible layers: per-feature scale and shift with data-dependent initialisation, and 1x1 convolution."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,12 @@ from ._held import HoldsNumbers
 
 
 class _Elementwise(HoldsNumbers):
-    """y = (x + shift) * exp(log_scale), started so that the first training batch has a given spread."""
+    """y = (x + shift) * exp(log_scale), optionally initialised so that the first training batch has a given std."""
 
     held = ("initialized",)
+    log_scale: nn.Parameter
+    shift: nn.Parameter | None
+    initialized: Tensor
 
     def __init__(self, shape: tuple[int, ...], learned_shift: bool, data_init: bool, std: float, eps: float) -> None:
         super().__init__()
@@ -30,11 +34,11 @@ class _Elementwise(HoldsNumbers):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As new: the identity, which the next training batch sets where there is a data-dependent start."""
+        """Reset to the identity; with data-dependent initialisation the next training batch sets the parameters."""
         for parameter in self.parameters(recurse=False):
             parameter.zero_()
         self.initialized.fill_(not self.data_init)
-        # the flag that is known to be set: the tensor, since casts, moves and functional_call put others in its place
+        # the flag tensor known to be true, compared by identity: casts, moves and functional_call replace the tensor
         self._seen_set: Tensor | None = None if self.data_init else self.initialized
 
     @property
@@ -43,28 +47,31 @@ class _Elementwise(HoldsNumbers):
         return self.training and not bool(self.initialized)
 
     def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Set the parameters from a batch; elements where `mask` is true do not count."""
+        """Set the parameters from a batch; elements where `mask` is true are ignored."""
         self._fit(x, mask, None)
 
     @property
     def may_start(self) -> bool:
-        """Whether `start` has to look at a batch; known without a look at the device."""
+        """Whether `start` has to read a batch; does not read the device."""
         return self.training and self._seen_set is not self.initialized
 
     def start(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """`initialize` unless that was done before, which is decided on the device."""
+        """Initialise from a batch unless already initialised; the decision is made on the device."""
         self._fit(x, mask, self.initialized != 0)
 
     @torch.no_grad()
     def _fit(self, x: Tensor, mask: Tensor | None, keep: Tensor | None) -> None:
-        """Set the parameters but where `keep` is true or fewer than two numbers count; none if some are not finite."""
+        """Set the parameters, except where `keep` is true or fewer than two values are unmasked.
+
+        If any variance is not finite, set nothing.
+        """
         if x.numel() == 0 or x.numel() < 2 * self.log_scale.numel():
             return
         reduced = [d for d in range(x.dim()) if self._spread(x).shape[d] == 1]
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         counted = None if mask is None else ~check.mask_for(type(self).__name__, mask, x)
         x = x if counted is None else torch.where(counted, x, 0)
-        # what is large would overflow when it is squared
+        # scale large values down: their squares would overflow
         unit = x.abs().amax(reduced, keepdim=True)
         unit = torch.where(unit > 1e15, unit, 1)
         x = x / unit
@@ -110,23 +117,23 @@ class _Elementwise(HoldsNumbers):
         )
 
     def _spread(self, x: Tensor) -> Tensor:
-        """log_scale as it broadcasts to x."""
+        """log_scale, viewed so that it broadcasts to x."""
         raise NotImplementedError
 
     def _check(self, x: Tensor) -> None:
         raise NotImplementedError
 
-    def _load_from_state_dict(self, *args: object) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._seen_set = None
 
 
 def _known_set(flag: Tensor, likely: bool) -> bool:
-    """Whether a flag is set: read where the host may ask, once; else taken for what is `likely`."""
+    """Whether a flag is set; `likely` where reading it would break a compiled graph or a CUDA graph capture."""
     if torch.compiler.is_compiling():
         return likely
     if torch._C._functorch.peek_interpreter_stack() is not None or flag.is_meta:
-        # a wrapper, which must not outlive its call, or nothing to read
+        # a functorch wrapper must not outlive its call; a meta tensor has no value
         return False
     if type(flag) is not Tensor or (flag.is_cuda and torch.cuda.is_current_stream_capturing()):
         return likely
@@ -134,28 +141,29 @@ def _known_set(flag: Tensor, likely: bool) -> bool:
 
 
 class ActNorm(_Elementwise):
-    """Per-channel affine layer that starts by standardising the first training batch.
+    """Per-channel affine layer, initialised to standardise the first training batch.
 
     y = (x + shift) * exp(log_scale), logdet = H * W * sum log_scale.
 
     Args:
         features: size of dim 1 of x: (B, D), (B, C, T), (B, C, H, W), ...
-        eps: smallest standard deviation the start divides by.
+        eps: lower bound of the standard deviation in the initialisation.
 
     Returns:
         `forward(x, *context, mask=None, **context)` and `inverse(y, ...)`: (y, logdet (B,)); context is ignored;
-        elements where `mask` is true pass through, add nothing to logdet and do not count in the start.
+        elements where `mask` is true pass through, add nothing to logdet and are ignored by the initialisation.
 
     Raises:
         ValueError: x has another number of channels.
 
     Notes:
-        The buffer `initialized` travels with the state_dict; a layer that never saw a training batch is the identity.
-        The start is decided and made on the device, and costs nothing once it is over; the host asks after every batch
-        until it is (under torch.compile not at all: the first one counts, and with a mask every training step decides
-        again). A batch starts nothing if it is one sample or has numbers that are not finite; a channel of which it
-        shows fewer than two numbers keeps its parameters. Under DistributedDataParallel and fully_shard run one batch
-        before wrapping: every rank would start from its own, and what is sharded cannot be set in a forward.
+        The buffer `initialized` is part of the state_dict; a layer that never saw a training batch is the identity.
+        The initialisation runs on the device. Until it has succeeded, the host reads the flag after every training
+        batch; afterwards it costs nothing. Under torch.compile the host never reads: the first batch is assumed to
+        succeed, and with a mask every training step repeats the check on the device. A batch of one sample or with
+        non-finite values initialises nothing; a channel with fewer than two unmasked values keeps its parameters.
+        With DistributedDataParallel or fully_shard, run one batch before wrapping: otherwise every rank initialises
+        from its own batch, and sharded parameters cannot be set in a forward.
 
     Source:
         Kingma and Dhariwal 2018, Glow, arXiv:1807.03039, section 3.1.
@@ -184,14 +192,16 @@ class ActNorm(_Elementwise):
 
 
 class Scale(_Elementwise):
-    """A learned scale per element, NICE's last layer.
+    """Learned scale per element, the last layer of NICE.
 
     y = x * exp(log_scale), logdet = sum log_scale.
 
     Args:
-        shape: of one sample, an int or a tuple; x is (B, *shape).
-        data_init: set log_scale from the first training batch, so that every element has the standard deviation
-            `std` (at least `eps` is divided by); otherwise it starts at 0.
+        shape: shape of one sample, an int or a tuple; x is (B, *shape).
+        data_init: set log_scale from the first training batch, so that every element has standard deviation `std`;
+            otherwise log_scale starts at 0.
+        std: standard deviation after `data_init`.
+        eps: lower bound of the measured standard deviation in `data_init`.
 
     Returns:
         `forward(x, *context, mask=None, **context)` and `inverse(y, ...)`: (y, logdet (B,)); context is ignored;
@@ -229,7 +239,7 @@ class Scale(_Elementwise):
 
 
 class Invertible1x1Conv(HoldsNumbers):
-    """The same invertible matrix mixes the channels of every position.
+    """Invertible 1x1 convolution: one invertible matrix mixes the channels at every position.
 
     y[b, :, p] = W x[b, :, p] with W = P L (U + diag(sign * exp(log_diagonal))), logdet = positions * sum log_diagonal.
 
@@ -241,11 +251,11 @@ class Invertible1x1Conv(HoldsNumbers):
         positions where `mask` (size 1 along dim 1) is true pass through and add nothing to logdet.
 
     Raises:
-        ValueError: x has another number of channels, or the mask tells channels apart.
+        ValueError: x has another number of channels, or the mask differs between channels.
 
     Notes:
-        W starts as a random rotation; P and the signs stay fixed. The inverse is two triangular solves, no
-        matrix is inverted. Computed in float32 (float64 for float64 x), autocast or not.
+        W starts as a random rotation; P and the signs stay fixed. The inverse is two triangular solves, without a
+        matrix inverse. Computed in float32 (float64 for float64 x), also under autocast.
 
     Source:
         Kingma and Dhariwal 2018, Glow, arXiv:1807.03039, section 3.2, equation 10.
@@ -259,6 +269,8 @@ class Invertible1x1Conv(HoldsNumbers):
     """
 
     held = ("permutation",)
+    permutation: Tensor
+    sign: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -272,7 +284,7 @@ class Invertible1x1Conv(HoldsNumbers):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Another random rotation."""
+        """Set W to a new random rotation."""
         channels = self.lower.shape[0]
         rotation, _ = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
         permutation, lower, upper = torch.linalg.lu(rotation)
@@ -285,14 +297,14 @@ class Invertible1x1Conv(HoldsNumbers):
         self.log_diagonal.copy_(diagonal.abs().log())
 
     def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """(L, U + diag), the two triangular matrices."""
+        """Return the triangular matrices (L, U + diag)."""
         dtype = dtype or self.lower.dtype
         one = torch.eye(self.lower.shape[0], dtype=dtype, device=self.lower.device)
         diagonal = self.sign.to(dtype) * self.log_diagonal.to(dtype).exp()
         return self.lower.to(dtype).tril(-1) + one, self.upper.to(dtype).triu(1) + torch.diag(diagonal)
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W, (C, C)."""
+        """Return W, (C, C)."""
         lower, upper = self.factors(dtype)
         return (lower @ upper)[self.permutation.argsort()]
 
@@ -324,7 +336,7 @@ class Invertible1x1Conv(HoldsNumbers):
             return self._finish(y, x.view(columns.shape).transpose(0, 1), mask, True)
 
     def _seen(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """The mask in x's shape, and x to compute with: without what is masked, not even a NaN."""
+        """Return (mask with the shape of x, x in the compute dtype with masked elements, NaN included, set to 0)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         if mask is None:
             return None, x.to(dtype)

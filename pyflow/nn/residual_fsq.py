@@ -1,10 +1,11 @@
-"""Residual stages of finite scalar quantisation, in the place of vector-quantize-pytorch's modules."""
+"""Residual finite scalar quantisation, drop-in replacements for vector-quantize-pytorch's modules."""
 
 from __future__ import annotations
 
 import numbers
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -16,49 +17,89 @@ from ..ops import fsq_decode, residual_fsq
 from ..ops.fsq import CodebookUsage, checked_levels, signed
 from ..reference import compute_dtype
 from ..reference import fsq as ref
-from ._tokens import CountsUsage, valid_positions
+from ._tokens import Constant, CountsUsage, valid_positions
 from .fsq import FSQ, _rotate
 
-# options of FSQ that a stage cannot have, and what they are instead
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._typed import ModuleListOf
+
+# options of FSQ with a fixed value in the stages
 STAGE = {"num_codebooks": 1, "keep_num_codebooks_dim": False, "channel_first": False, "return_indices": True}
 
 
-class ResidualFSQ(CountsUsage):
-    """Quantise, then quantise what is left over with finer digits, and so on: a token per stage.
+class _StageOptions(TypedDict, total=False):
+    num_codebooks: int
+    keep_num_codebooks_dim: bool | None
+    scale: float | None
+    allowed_dtypes: tuple[torch.dtype, ...]
+    channel_first: bool
+    projection_has_bias: bool
+    return_indices: bool
+    force_quantization_f32: bool
+    noise_dropout: float
+    orthogonal_rotation: bool
 
-    out = project_out(sum over stages q of L**-q codes_q), codes_q those of L**q (h - stages before), h = project_in(x)
-    softly clamped.
+
+class _GroupOptions(_StageOptions, total=False):
+    is_channel_first: bool
+    quantize_dropout: bool
+    quantize_dropout_cutoff_index: int
+    quantize_dropout_multiple_of: int
+    soft_clamp_input_value: float | Sequence[float] | Tensor | None
+    bound_hard_clamp: bool
+
+
+class _Options(_GroupOptions):
+    levels: Sequence[int]
+    num_quantizers: int
+
+
+class _ForwardOptions(TypedDict):
+    return_all_codes: bool
+    mask: Tensor | None
+    lengths: Tensor | None
+    active: Tensor | None
+
+
+class ResidualFSQ(CountsUsage):
+    """Residual quantisation: every stage quantises the residual of the stages before it with finer digits.
+
+    out = project_out(sum over stages q of L**-q codes_q), with codes_q the codes of
+    L**q (h - sum of the earlier stages) and h = project_in(x), softly clamped.
 
     Args:
-        levels: number of levels of each channel, from 2.
+        levels: number of levels of each channel, at least 2.
         num_quantizers: number of stages Q.
-        dim: number of channels of x; where it is not len(levels), linear layers project.
+        dim: number of channels of x; if it differs from len(levels), linear layers project.
         is_channel_first: whether x is (B, dim, ...) instead of (..., dim).
-        quantize_dropout: training drops the last stages, a number drawn anew for every batch.
-        quantize_dropout_cutoff_index: at least so many stages and one more stay.
-        quantize_dropout_multiple_of: the number that stays is rounded up to a multiple.
-        soft_clamp_input_value: h becomes c tanh(h / c), c a number, a list with one for each channel, or a tensor.
-        bound_hard_clamp: clamp to [-1, 1] where stages take the tanh; sets c = 1 + 1 / (L - 1).
-        kwargs: further options of `FSQ` for the stages, with preserve_symmetry.
+        quantize_dropout: drop a random number of the last stages in every training batch.
+        quantize_dropout_cutoff_index: index of the last stage that is never dropped.
+        quantize_dropout_multiple_of: round the number of remaining stages up to a multiple of this.
+        soft_clamp_input_value: c in h = c tanh(h / c): a number, a list with one number per channel, or a tensor.
+        bound_hard_clamp: the stages clamp to [-1, 1] instead of tanh; sets c = 1 + 1 / (L - 1).
+        kwargs: further options of `FSQ` for the stages, which have preserve_symmetry.
 
     Returns:
         `forward(x, return_all_codes=False, rand_quantize_dropout_fixed_seed=None, mask=None, lengths=None,
-        active=None)`: (out, indices), and what every stage adds, (Q, B, ..., len(levels)), if asked for. out is like
-        x, in its dtype; indices like x without the channels, with Q at the end (in dim 1 with is_channel_first), -1
-        for a dropped stage and for NaN: int32 or int64 as for `FSQ`, int64 when stages may be dropped. mask and
-        lengths as for `FSQ`. active, a 0-d int64 tensor on the device of x, sets how many stages quantise, in
-        training or not, instead of a draw.
+        active=None)`: (out, indices), and with return_all_codes the codes of every stage, (Q, B, ..., len(levels)).
+        out has the shape and dtype of x; indices have the shape of x without the channels, plus Q as the last dim
+        (as dim 1 with is_channel_first), -1 for a dropped stage and for NaN: int32 or int64 as for `FSQ`, int64 if
+        stages may be dropped. mask and lengths are as for `FSQ`. active, a 0-d int64 tensor on the device of x, sets
+        the number of stages instead of a random draw, also in eval mode.
 
     Raises:
-        TypeError, ValueError: levels out of range, channels that do not fit, options that exclude one another.
+        TypeError, ValueError: levels out of range, wrong number of channels, options that exclude each other.
 
     Notes:
         Parameters, state, methods and return values are those of vector-quantize-pytorch 1.32; a state_dict
         loads in both directions. All stages run in one pass (stage by stage with noise_dropout in training and
-        with orthogonal_rotation). The number of stages is drawn and used on the device, the host never waits; it
-        is the same on all ranks of torch.distributed; rand_quantize_dropout_fixed_seed gives that of the original.
-        Float32 between the projections (float64 for float64 x), whatever the module is cast to; decoding has the
-        module's dtype. Unlike there, decoding undoes orthogonal_rotation.
+        with orthogonal_rotation). The number of stages is drawn and used on the device without a sync; all ranks of
+        torch.distributed use the same number; rand_quantize_dropout_fixed_seed draws the same number as
+        vector-quantize-pytorch.
+        Computes in float32 between the projections (float64 for float64 x), also if the module is cast; decoding
+        returns the module's dtype. Unlike vector-quantize-pytorch, decoding undoes orthogonal_rotation.
 
     Source:
         Zeghidour et al. 2021, SoundStream, arXiv:2107.03312, algorithm 1 and section III-C.
@@ -72,6 +113,10 @@ class ResidualFSQ(CountsUsage):
         True
     """
 
+    project_in: nn.Module
+    project_out: nn.Module
+    layers: ModuleListOf[FSQ]
+
     def __init__(
         self,
         *,
@@ -84,15 +129,16 @@ class ResidualFSQ(CountsUsage):
         quantize_dropout_multiple_of: int = 1,
         soft_clamp_input_value: float | Sequence[float] | Tensor | None = None,
         bound_hard_clamp: bool = True,
-        **kwargs: object,
+        **kwargs: Unpack[_StageOptions],
     ) -> None:
         super().__init__()
         op = "ResidualFSQ"
         self.levels = checked_levels(op, levels, "symmetric", True)
         self.num_quantizers = self.columns = check.at_least(op, "num_quantizers", num_quantizers, 1)
+        given: Mapping[str, object] = kwargs
         for name, value in STAGE.items():
-            if kwargs.get(name) not in (None, value):
-                raise ValueError(f"{op}: {name} must be {value} in the stages, got {kwargs[name]}")
+            if given.get(name) not in (None, value):
+                raise ValueError(f"{op}: {name} must be {value} in the stages, got {given[name]}")
         self.quantize_dropout = bool(quantize_dropout) and num_quantizers > 1
         self.quantize_dropout_cutoff_index = check.at_least(
             op, "quantize_dropout_cutoff_index", quantize_dropout_cutoff_index, 0
@@ -113,10 +159,13 @@ class ResidualFSQ(CountsUsage):
         self.project_in = nn.Linear(self.dim, channels) if self.has_projections else nn.Identity()
         self.project_out = nn.Linear(channels, self.dim) if self.has_projections else nn.Identity()
 
-        stage = {"dim": channels, "preserve_symmetry": True, "bound_hard_clamp": bound_hard_clamp}
-        self.layers = nn.ModuleList(FSQ(self.levels, **stage, **kwargs) for _ in range(num_quantizers))
+        layers = nn.ModuleList(
+            FSQ(self.levels, dim=channels, preserve_symmetry=True, bound_hard_clamp=bound_hard_clamp, **kwargs)
+            for _ in range(num_quantizers)
+        )
+        self.layers = cast("ModuleListOf[FSQ]", layers)
         self.codebook_size = self.layers[0].codebook_size
-        constants = {"scales": (ref.scales(self.levels, num_quantizers), torch.float32)}
+        constants: dict[str, Constant] = {"scales": (ref.scales(self.levels, num_quantizers), torch.float32)}
         if bound_hard_clamp:
             if soft_clamp_input_value is not None:
                 raise ValueError(f"{op}: soft_clamp_input_value must be None with bound_hard_clamp, got a value")
@@ -134,12 +183,12 @@ class ResidualFSQ(CountsUsage):
 
     @property
     def soft_clamp_input_value(self) -> Tensor | None:
-        """The c of the soft clamp, for every channel or one for all, float32."""
+        """c of the soft clamp, one per channel or one for all channels, float32."""
         return self._fixed.get("clamp")
 
     @property
     def codebooks(self) -> Tensor:
-        """The codes of all indices, (Q, codebook_size, len(levels)), made at every access."""
+        """The codes of all indices, (Q, codebook_size, len(levels)), computed at every access."""
         return self.layers[0].implicit_codebook.expand(self.num_quantizers, -1, -1)
 
     def forward(
@@ -173,7 +222,7 @@ class ResidualFSQ(CountsUsage):
         return (*ret, self.get_codes_from_indices(indices)) if return_all_codes else ret
 
     def _draw_active(self, device: torch.device, seed: int | None) -> Tensor | None:
-        """How many stages quantise, 0-d on the device; None for all."""
+        """Draw the number of stages, 0-d on the device; None for all stages."""
         if not (self.training and self.quantize_dropout and torch.is_grad_enabled()):
             return None
         few, many = self.quantize_dropout_cutoff_index + 1, self.num_quantizers + 1
@@ -194,8 +243,10 @@ class ResidualFSQ(CountsUsage):
         return residual_fsq(h, self.levels, self.num_quantizers, variant=layer.variant, active=active)
 
     def _stage_by_stage(self, h: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What no operator does: a rotation or noise in every stage."""
-        residual, out, indices = h.to(compute_dtype(h.dtype)), 0.0, []
+        """Run the stages one by one, for rotation and noise, which no operator supports."""
+        residual, indices = h.to(compute_dtype(h.dtype)), []
+        out: Any = 0.0
+        index: Any
         for stage, (layer, scale) in enumerate(zip(self.layers, self._constant("scales", h.device), strict=True)):
             codes, index = layer._encode((residual / scale).unsqueeze(-2), True)
             quantized = codes.squeeze(-2) * scale
@@ -203,25 +254,28 @@ class ResidualFSQ(CountsUsage):
                 quantized, index = torch.where(stage < active, quantized, 0), torch.where(stage < active, index, -1)
             residual, out = residual - quantized.detach(), out + quantized
             indices.append(index.squeeze(-1))
-        indices = torch.stack(indices, -1)
-        return out, indices if active is None else indices.long()
+        stacked = torch.stack(indices, -1)
+        return out, stacked if active is None else stacked.long()
 
     def get_codes_from_indices(self, indices: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """What every stage adds, (Q, B, ..., len(levels)), of indices (B, ..., Q): stages last in any layout.
+        """Return the scaled codes of every stage, (Q, B, ..., len(levels)), of indices (B, ..., Q).
 
-        An index of -1 adds 0. With quantize_dropout there may be fewer stages. `dtype` is the module's unless given.
+        The stages are the last dim of indices, also with is_channel_first. An index of -1 gives 0. With
+        quantize_dropout there may be fewer stages. `dtype` defaults to the module's dtype.
         """
         dtype = self._like.dtype if dtype is None else dtype
         return torch.stack(list(self._stages(indices, dtype))).to(dtype)
 
     def get_output_from_indices(self, indices: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """What forward returned with indices (B, ..., Q), bit for bit; channels last in any layout.
+        """Return forward's out for indices (B, ..., Q), bit for bit; channels are last, also with is_channel_first.
 
-        `dtype` is the module's unless given: without projections forward follows x, which may have another.
+        `dtype` defaults to the module's dtype. Without projections forward uses the dtype of x: pass it to get the
+        same values.
         """
         dtype = self._like.dtype if dtype is None else dtype
-        # in the order of forward, which sum(0) does not keep
-        return self.project_out(sum(self._stages(indices, dtype)).to(dtype))
+        # adds the stages in the order of forward; Tensor.sum(0) may use another order
+        out: Any = sum(self._stages(indices, dtype))
+        return self.project_out(out.to(dtype))
 
     def _stages(self, indices: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         op = "ResidualFSQ"
@@ -243,7 +297,7 @@ class ResidualFSQ(CountsUsage):
             yield codes * scale
 
     def usage(self) -> tuple[CodebookUsage, ...]:
-        """Counts, fraction and perplexity of the tokens since `track_usage()`, for every stage."""
+        """Return counts, fraction and perplexity of the tokens since `track_usage()`, for every stage."""
         return self._usages()
 
     def extra_repr(self) -> str:
@@ -251,7 +305,7 @@ class ResidualFSQ(CountsUsage):
 
 
 class GroupedResidualFSQ(nn.Module):
-    """A `ResidualFSQ` for every group of channels.
+    """One `ResidualFSQ` per group of channels.
 
     Args:
         dim: number of channels of x.
@@ -260,15 +314,15 @@ class GroupedResidualFSQ(nn.Module):
         kwargs: options of `ResidualFSQ`.
 
     Returns:
-        `forward(x, return_all_codes=False, mask=None, lengths=None, active=None)`: (out, indices), and all codes if
-        asked for; out is like x, indices and codes are those of the groups stacked in front. Arguments as for
-        `ResidualFSQ`; training drops the same stages in all groups.
+        `forward(x, return_all_codes=False, mask=None, lengths=None, active=None)`: (out, indices), and with
+        return_all_codes the codes. out has the shape of x; indices and codes are stacked over the groups in dim 0.
+        Arguments are as for `ResidualFSQ`; training drops the same stages in all groups.
 
     Raises:
-        TypeError, ValueError: as `ResidualFSQ`; dim that groups do not divide.
+        TypeError, ValueError: as for `ResidualFSQ`; groups does not divide dim.
 
     Notes:
-        As `ResidualFSQ`. is_channel_first is accept_image_fmap.
+        As for `ResidualFSQ`. is_channel_first always equals accept_image_fmap.
 
     Source:
         Yang et al. 2023, HiFi-Codec, arXiv:2305.02765, with `ResidualFSQ` in the groups.
@@ -280,7 +334,11 @@ class GroupedResidualFSQ(nn.Module):
         (torch.Size([1, 7, 4]), torch.Size([2, 1, 7, 3]))
     """
 
-    def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: object) -> None:
+    rvqs: ModuleListOf[ResidualFSQ]
+
+    def __init__(
+        self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: Unpack[_Options]
+    ) -> None:
         super().__init__()
         op = "GroupedResidualFSQ"
         self.dim, self.groups = check.at_least(op, "dim", dim, 1), check.at_least(op, "groups", groups, 1)
@@ -292,17 +350,18 @@ class GroupedResidualFSQ(nn.Module):
                 f"{op}: is_channel_first must equal accept_image_fmap, {self.accept_image_fmap}, "
                 f"got {kwargs['is_channel_first']}"
             )
-        self.rvqs = nn.ModuleList(ResidualFSQ(dim=dim // groups, **kwargs) for _ in range(groups))
+        rvqs = nn.ModuleList(ResidualFSQ(dim=dim // groups, **kwargs) for _ in range(groups))
+        self.rvqs = cast("ModuleListOf[ResidualFSQ]", rvqs)
         self.codebook_size = self.rvqs[0].codebook_size
 
     @property
     def codebooks(self) -> Tensor:
-        """The codes of all indices, (groups, Q, codebook_size, len(levels)), made at every access."""
+        """The codes of all indices, (groups, Q, codebook_size, len(levels)), computed at every access."""
         return self.rvqs[0].codebooks.expand(self.groups, -1, -1, -1)
 
     @property
     def split_dim(self) -> int:
-        """Where the channels are."""
+        """The dim of the channels."""
         return 1 if self.accept_image_fmap else -1
 
     def forward(
@@ -319,17 +378,22 @@ class GroupedResidualFSQ(nn.Module):
             raise ValueError(f"{op}: x must have {self.dim} channels in dim {split}, got shape {tuple(x.shape)}")
         if active is None:
             active = self.rvqs[0]._draw_active(x.device, None)
-        options = {"return_all_codes": return_all_codes, "mask": mask, "lengths": lengths, "active": active}
+        options: _ForwardOptions = {
+            "return_all_codes": return_all_codes,
+            "mask": mask,
+            "lengths": lengths,
+            "active": active,
+        }
         groups = [rvq(part, **options) for rvq, part in zip(self.rvqs, x.chunk(self.groups, split), strict=True)]
         out, *rest = zip(*groups, strict=True)
         return torch.cat(out, split), *(torch.stack(part) for part in rest)
 
     def get_codes_from_indices(self, indices: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """What every stage adds, (groups, Q, B, ..., len(levels)), of indices (groups, B, ..., Q)."""
+        """Return the scaled codes of every stage, (groups, Q, B, ..., len(levels)), of indices (groups, B, ..., Q)."""
         return torch.stack([rvq.get_codes_from_indices(part, dtype=dtype) for rvq, part in self._by_group(indices)])
 
     def get_output_from_indices(self, indices: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """What forward returned with indices (groups, B, ..., Q), stages last in any layout."""
+        """Return forward's out for indices (groups, B, ..., Q); the stages are the last dim in every layout."""
         parts = [rvq.get_output_from_indices(part, dtype=dtype) for rvq, part in self._by_group(indices)]
         out = torch.cat(parts, -1)
         return out.movedim(-1, self.split_dim)
@@ -344,16 +408,16 @@ class GroupedResidualFSQ(nn.Module):
         return list(zip(self.rvqs, indices, strict=True))
 
     def track_usage(self) -> None:
-        """Count from now on which entries of the codebooks occur; a second call starts from zero."""
+        """Start counting which codebook entries occur; a second call resets the counts to zero."""
         for rvq in self.rvqs:
             rvq.track_usage()
 
     def usage(self) -> tuple[tuple[CodebookUsage, ...], ...]:
-        """Counts, fraction and perplexity of the tokens since `track_usage()`, for every group and stage."""
+        """Return counts, fraction and perplexity of the tokens since `track_usage()`, for every group and stage."""
         return tuple(rvq.usage() for rvq in self.rvqs)
 
 
-# an operator, so that torch.compile traces no generator and compiles once for all seeds
+# a registered operator: torch.compile cannot trace random.Random, and compiles once for all seeds
 @torch.library.custom_op("pyflow::drawn_from", mutates_args=())
 def _drawn_from(seed: int, low: int, high: int, device: torch.device) -> Tensor:
     return torch.full((), random.Random(seed).randrange(low, high), dtype=torch.int64, device=device)
@@ -365,7 +429,7 @@ def _(seed: int, low: int, high: int, device: torch.device) -> Tensor:
 
 
 def _same_on_all_ranks(number: Tensor) -> Tensor:
-    """The number of rank 0. An all_reduce, since torch.compile cannot trace a broadcast."""
+    """Return the number of rank 0 on all ranks; all_reduce, since torch.compile cannot trace a broadcast."""
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         number = number if distributed.get_rank() == 0 else torch.zeros_like(number)
         distributed.all_reduce(number)
@@ -373,6 +437,7 @@ def _same_on_all_ranks(number: Tensor) -> Tensor:
 
 
 def _clamp(value: object, channels: int) -> float | list[float] | None:
+    """Return the soft clamp's checked constants as Python floats."""
     if value is None:
         return None
     if not isinstance(value, (numbers.Real, list, tuple, Tensor)):

@@ -1,10 +1,11 @@
-"""Train deep stacks of invertible layers in the memory of a shallow one."""
+"""A stack of invertible layers whose activation memory does not grow with its depth."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,38 +18,42 @@ from ._context import Context
 from ._replay import Replay
 from .spectral import SpectralNorm
 
+if TYPE_CHECKING:
+    from ._typed import InvertibleModule, ModuleListOf
+
 
 class ReversibleSequential(nn.Module):
-    """Invertible layers in a row whose backward rebuilds every input from its output.
+    """Stack of invertible layers whose backward rebuilds every layer's input from its output.
 
-    y = layer_n(... layer_1(x)), logdet = the layers' sum; nothing but y is kept for backward.
+    y = layer_n(... layer_1(x)), logdet = sum of the layers' logdets; only y is kept for the backward.
 
     Args:
         layers: modules with `forward(x, *context, **context) -> (y, logdet)` and `inverse(y, ...) -> (x, logdet)`.
-            A layer may offer `rebuild` as the coupling layers do, to save an evaluation of its net; it is not used
-            where a subclass, the instance or a hook changes what forward or inverse do. Stacks inside are opened.
-        recompute: False keeps activations as any module does (faster, differentiable twice, memory grows with depth).
-        preserve_rng: replay the random state of layers that drew numbers, so that dropout in a net works. The input of
-            one that draws and has no `rebuild` is kept.
+            A layer may define `rebuild`, as the coupling layers do, which saves an evaluation of its net; it is not
+            used if a subclass, the instance or a hook overrides forward or inverse. Nested stacks are flattened.
+        recompute: False keeps the activations (faster, differentiable twice, memory grows with depth).
+        preserve_rng: replay the random state of layers that drew numbers, so that dropout in a net works. For a layer
+            that draws numbers and has no `rebuild`, the input is kept.
 
     Returns:
         `forward(x, *context, **context)` and `inverse(y, ...)`: (y, logdet (B,)). Every layer gets the context.
 
     Raises:
-        RuntimeError: in backward with create_graph=True, since there is no graph to differentiate again; of a context
-            that hides a tensor which needs a gradient; in backward where an input is not what it was (on a CPU, or
-            with PYFLOW_CHECK=1); where a layer calls `pyflow.train.add_loss`.
+        RuntimeError: in the backward with create_graph=True; an object in the context hides a tensor that needs a
+            gradient; in the backward, a rebuilt input differs from the input of the forward (checked on a CPU, or with
+            PYFLOW_CHECK=1); a layer calls `pyflow.train.add_loss`.
 
     Notes:
-        Activation memory is that of one layer plus y, at the price of one more net evaluation per coupling layer
-        (two for layers without `rebuild`). Gradients equal those of the plain stack up to the rounding of the
+        Activation memory is one layer's activations plus y; the cost is one more net evaluation per coupling layer
+        (two per layer without `rebuild`). Gradients equal those of the plain stack up to the rounding of the
         inverse: keep x in float32 or float64 and scale maps bounded. Autocast, training flags and the backend are
-        replayed, other state is not: layers whose forward changes it see every batch twice, and must give the same
-        output both times (batch norm's statistics do, a counter or a power iteration does not).
-        torch.compile breaks its graph here when gradients are wanted: compile the nets inside instead. A tensor a net
-        closes over gets no gradient: pass it as context, by itself, in containers or as an attribute. Activations are
-        kept under torch.func, forward-mode AD, torch.export and torch.jit.trace, and where parameters are DTensors
-        while forward is called: with fully_shard shard the whole stack, not its layers.
+        restored in the recomputation, other state is not: a layer whose forward changes state sees every batch twice
+        and must give the same output both times (true for batch norm's statistics, not for a counter or a power
+        iteration).
+        torch.compile has a graph break here when gradients are needed: compile the nets inside instead. A tensor that
+        a net closes over gets no gradient: pass it as context, directly, in a container or as an attribute.
+        Activations are kept under torch.func, forward-mode AD, torch.export and torch.jit.trace, and if parameters are
+        DTensors during forward: with fully_shard, shard the whole stack and not its layers.
 
     Source:
         Gomez et al. 2017, The Reversible Residual Network, arXiv:1707.04585; Jacobsen et al. 2018, arXiv:1802.07088.
@@ -63,6 +68,8 @@ class ReversibleSequential(nn.Module):
         True
     """
 
+    layers: ModuleListOf[InvertibleModule]
+
     def __init__(self, *layers: nn.Module, recompute: bool = True, preserve_rng: bool = True) -> None:
         super().__init__()
         for i, layer in enumerate(layers):
@@ -72,26 +79,26 @@ class ReversibleSequential(nn.Module):
                 )
         if not layers:
             raise ValueError("ReversibleSequential: layers must not be empty")
-        self.layers = nn.ModuleList(layers)
+        self.layers = cast("ModuleListOf[InvertibleModule]", nn.ModuleList(layers))
         self.recompute, self.preserve_rng = recompute, preserve_rng
 
     def forward(self, x: Tensor, *context: object, **named: object) -> tuple[Tensor, Tensor]:
         plainly = not self.recompute or not torch.is_grad_enabled()
-        # what is_exporting returns, which dynamo of torch 2.11 takes for true wherever it compiles
+        # not is_exporting(): dynamo of torch 2.11 folds that call to true in every compilation
         exported = torch.compiler._is_exporting_flag
-        if plainly or exported or torch.jit.is_tracing():
+        if plainly or exported or torch.jit.is_tracing():  # type: ignore[attr-defined]  # missing in torch.jit.__all__
             return self._run(x, context, named)
         return self._run_rebuilding(x, context, named)
 
     def inverse(self, y: Tensor, *context: object, **named: object) -> tuple[Tensor, Tensor]:
-        total = 0
+        total: Any = 0
         for layer in reversed(self.layers):
             y, logdet = layer.inverse(y, *context, **named)
             total = logdet + total
         return y, total
 
     def _run(self, x: Tensor, context: tuple, named: dict) -> tuple[Tensor, Tensor]:
-        total = 0
+        total: Any = 0
         for layer in self.layers:
             x, logdet = layer(x, *context, **named)
             total = logdet + total
@@ -102,17 +109,17 @@ class ReversibleSequential(nn.Module):
         modules = [*self.modules()]
         owned = {id(p): p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad}
         parameters = [*owned.values()]
-        # what a parameter is outside of its layer's forward is another tensor than inside
+        # with transforms and DTensors a layer's forward sees other parameter tensors, so gradients would be lost
         if _transformed() or any(map(is_traceable_wrapper_subclass, parameters)):
             return self._run(x, context, named)
-        # weights that the root has normalised for all layers at once: one graph, so they enter as context does
+        # weights normalised by the root share one graph across layers, so they are inputs like the context
         norms = [m for m in modules if isinstance(m, SpectralNorm) and m.held is not None]
         given = Context(context, named)
         tensors = [*given.tensors, *(norm.held for norm in norms)]
         return _Rebuilding.apply(self, given, norms, len(tensors), x, *tensors, *parameters)
 
-    def _flat(self) -> Iterator[nn.Module]:
-        """The layers, those of stacks inside too: every layer is rebuilt by itself."""
+    def _flat(self) -> Iterator[InvertibleModule]:
+        """Yield the layers, with nested stacks flattened, so that every layer is rebuilt separately."""
         for layer in self.layers:
             if isinstance(layer, ReversibleSequential) and _made_by(layer, ReversibleSequential):
                 yield from layer._flat()
@@ -128,31 +135,40 @@ class ReversibleSequential(nn.Module):
 
 class _Rebuilding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, stack, given, norms, n_given, x, *tensors):
+    def forward(
+        ctx: Any,
+        stack: ReversibleSequential,
+        given: Context,
+        norms: list[SpectralNorm],
+        n_given: int,
+        x: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         ctx.layers, ctx.given, ctx.norms, ctx.n_given = [*stack._flat()], given, norms, n_given
         ctx.replay, ctx.backend = Replay(x, stack), _backend.current()
         ctx.kept = []
-        y, total, inputs = x, 0, []
+        y, inputs = x, []
+        total: Any = 0
         with _without_losses(), ctx.replay.conditions():
             for i, layer in enumerate(ctx.layers):
                 before = y
                 y, logdet = layer(y, *given.context, **given.named)
                 total = logdet + total
                 if ctx.replay.record(before) and not _rebuilds(layer):
-                    # its inverse may draw in another order than its forward
+                    # the inverse may draw numbers in another order than the forward, so keep the input
                     ctx.kept.append(i)
                     inputs.append(before)
-        # layers that only relabel would hand out the input itself
+        # layers that return x itself: a custom Function must return another tensor
         y = y.view_as(y) if y is x else y
         ctx.save_for_backward(y, *tensors[:n_given], *inputs)
         given.forget()
-        # not saved: hooks on saved tensors would hand back others, and gradients are those of these
+        # not in save_for_backward: saved-tensor hooks may return copies, and gradients belong to these tensors
         ctx.parameters = tensors[n_given:]
         ctx.versions = [p._version for p in ctx.parameters]
         return y, total
 
     @staticmethod
-    def backward(ctx, grad_y, grad_logdet):
+    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "ReversibleSequential: create_graph=True is not supported, since activations are rebuilt and dropped; "
@@ -174,10 +190,11 @@ class _Rebuilding(torch.autograd.Function):
         with _backend.on(ctx.backend), ctx.replay.resume(), _given(ctx.norms, weights):
             for i, layer in reversed(list(enumerate(ctx.layers))):
                 wanted = [t for t in tensors if t.requires_grad] + [p for p in layer.parameters() if p.requires_grad]
-                x, outputs, leaves = _rebuild(layer, y, kept.get(i), args, named, lambda i=i: ctx.replay.rewind(i))
+                rewind = functools.partial(ctx.replay.rewind, i)
+                x, results, leaves = _rebuild(layer, y, kept.get(i), args, named, rewind)
                 ctx.replay.verify(i, layer, x, y)
                 y = x
-                outputs = [o for o in outputs if isinstance(o, Tensor)]
+                outputs = [o for o in results if isinstance(o, Tensor)]
                 ctx.given.check(outputs, (*leaves, *wanted))
                 found = _gradients(outputs, (grad_y, grad_logdet), (*leaves, *wanted))
                 grad_y = functools.reduce(torch.add, (g for g in found[: len(leaves)] if g is not None))
@@ -188,7 +205,7 @@ class _Rebuilding(torch.autograd.Function):
 
 @contextlib.contextmanager
 def _without_losses() -> Iterator[None]:
-    """Nothing inside may add a loss: there is no graph yet, and in the backward it is too late."""
+    """Raise if the block calls add_loss: the loss would have no graph, since the block runs without gradients."""
     collected = innermost()
     before = {} if collected is None else dict(collected.losses)
     yield
@@ -202,7 +219,7 @@ def _without_losses() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _given(norms: list[SpectralNorm], weights: list[Tensor]) -> Iterator[None]:
-    """The layers meet these normalised weights."""
+    """Let the layers use these normalised weights inside the block."""
     before = [norm.given for norm in norms]
     try:
         for norm, weight in zip(norms, weights, strict=True):
@@ -214,22 +231,25 @@ def _given(norms: list[SpectralNorm], weights: list[Tensor]) -> Iterator[None]:
 
 
 def _made_by(layer: nn.Module, kind: type) -> bool:
-    """Whether a call does what `kind` says: nothing below it or on the instance has a forward or inverse of its own."""
+    """Whether the layer runs `kind`'s forward and inverse: no subclass, instance attribute or hook overrides them."""
     below = type(layer).__mro__[: type(layer).__mro__.index(kind)]
     overridden = any(name in vars(k) for k in (*below, layer) for name in ("forward", "inverse"))
     return not (overridden or layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _rebuilds(layer: nn.Module) -> bool:
-    """Whether the layer's `rebuild` knows its forward and inverse."""
+    """Whether the layer has a `rebuild` that matches its forward and inverse."""
     kind = next((k for k in type(layer).__mro__ if "rebuild" in vars(k)), None)
     return kind is not None and _made_by(layer, kind)
 
 
 def _rebuild(
-    layer: nn.Module, y: Tensor, x: Tensor | None, args: tuple, named: dict, rewind: Callable[[], None]
+    layer: InvertibleModule, y: Tensor, x: Tensor | None, args: tuple, named: dict, rewind: Callable[[], None]
 ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, ...]]:
-    """(x, layer(x) with its graph, the leaves whose gradients add up to x's), of an x that was kept or is rebuilt."""
+    """Return (x, layer(x) with its graph, leaves whose gradients sum to the gradient of x).
+
+    `x` is the kept input, or None to rebuild it from y.
+    """
     rewind()
     if _rebuilds(layer):
         return layer.rebuild(y, *args, **named)
@@ -243,7 +263,7 @@ def _rebuild(
 
 
 def _gradients(
-    outputs: Iterable[Tensor], grads: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...]
+    outputs: Iterable[Tensor], grads: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
     """torch.autograd.grad of the outputs that have a graph; a logdet may be one for all samples."""
     pairs = [(o, g.sum_to_size(o.shape).to(o.dtype)) for o, g in zip(outputs, grads, strict=False) if o.requires_grad]
@@ -251,7 +271,7 @@ def _gradients(
 
 
 class _Sum:
-    """Gradients by tensor: a parameter shared by layers collects from each."""
+    """Sum of gradients per tensor, so that a parameter shared by layers gets all of them."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.totals: dict[int, Tensor | None] = {id(t): None for t in tensors}
@@ -272,4 +292,5 @@ class _Sum:
 
 
 def _transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

@@ -1,9 +1,10 @@
-"""Spectral and weight normalisation of every layer of a model, as torch parametrizations."""
+"""Spectral and weight normalisation of all layers of a model, as torch parametrizations."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,10 @@ from .. import _checks as check
 from ..ops import spectral_normalize
 from ._context import Context
 
-# rounds that bring random u and v near the singular vectors before the first forward, as in torch
+if TYPE_CHECKING:
+    from ._typed import ModuleListOf
+
+# power iterations on the random u and v before the first forward, as in torch
 STARTING_ROUNDS = 15
 
 Filter = Callable[[str, nn.Module], bool]
@@ -26,7 +30,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class SpectralNorm(nn.Module):
-    """The parametrization W / sigma(W); buffers and their names are those of torch's spectral_norm."""
+    """The parametrization W / sigma(W), with the buffers of torch's spectral_norm."""
 
     _u: Tensor | None
     _v: Tensor | None
@@ -34,18 +38,19 @@ class SpectralNorm(nn.Module):
     def __init__(self, weight: Tensor, dim: int, n_iter: int, through_iteration: bool) -> None:
         super().__init__()
         self.dim, self.n_iter, self.through_iteration = dim, n_iter, through_iteration
-        self._given: dict[int, Normalised] = {}  # by the root, to the thread in which its forward runs
-        self._kept: Normalised | None = None  # what the forward whose backward runs was given, for a recomputation
+        self._given: dict[int, Normalised] = {}  # by thread, while the root's forward runs
+        self._kept: Normalised | None = None  # of the last forward, for recomputation in its backward
         if weight.dim() > 1 and not through_iteration:
             matrix = self.matrix(weight.detach())
             for name, size in (("_u", matrix.shape[0]), ("_v", matrix[0].numel())):
                 self.register_buffer(name, F.normalize(weight.new_empty(size).normal_(), dim=0))
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """The weight with its outputs in front."""
+        """The weight with its output dim first."""
         return weight.movedim(self.dim, 0) if self.dim else weight
 
     def vectors(self, matrix: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the starting (u, v) of the power iteration; (None, None) for a vector."""
         if matrix.dim() == 1:
             return None, None
         if self.through_iteration:
@@ -54,19 +59,20 @@ class SpectralNorm(nn.Module):
 
     @property
     def rounds(self) -> int:
-        """A block that is recomputed for its gradient finds u and v where its forward has left them."""
+        """Power iterations of this forward; with buffers u and v none in eval mode and in recomputation."""
         moves = self.training and not check.in_backward()
         return self.n_iter if moves or self.through_iteration else 0
 
     @property
     def given(self) -> Normalised | None:
+        """What the root's forward in this thread has computed for this layer."""
         if torch.compiler.is_compiling():
-            # by a root inside the graph or around it
+            # one shared entry under compile, whether the root is inside the graph or around it
             return next(iter(self._given.values()), None)
         return self._given.get(threading.get_ident())
 
     def give(self, normalised: Normalised | None) -> None:
-        """Let this thread meet this weight; None: no more."""
+        """Set (or with None clear) the normalised weight that forwards in this thread return."""
         thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
         if normalised is None:
             self._given.pop(thread, None)
@@ -75,9 +81,9 @@ class SpectralNorm(nn.Module):
 
     @property
     def held(self) -> Tensor | None:
-        """The normalised weight, if the root has made it."""
+        """The normalised weight, if the root has computed it."""
         given = self.given
-        # a block that is recomputed for its gradient sees the weight it saw before
+        # recomputation in the backward gets the same weight as the forward
         held = self._kept if given is None and check.in_backward() else given
         return None if held is None else held[0]
 
@@ -86,7 +92,7 @@ class SpectralNorm(nn.Module):
         if held is not None:
             return held
         if self._kept is not None and not torch.compiler.is_compiling():
-            # on its own from here on
+            # the layer is called without the root: drop the weight of the last root forward
             self._kept = None
         return normalize([(self, weight)], self.rounds)[0][0]
 
@@ -101,32 +107,44 @@ class SpectralNorm(nn.Module):
 
 
 def normalize(layers: list[tuple[SpectralNorm, Tensor]], rounds: int, again: bool = False) -> list[Normalised]:
-    """The normalised weights of layers on one device; the layers' u and v move on. `again`: as they were kept."""
+    """Return the normalised weights of layers on one device and update their u and v.
+
+    `again`: use the u and v of the last forward.
+    """
     matrices = [norm.matrix(weight) for norm, weight in layers]
     vectors = [norm.vectors(matrix) for (norm, _), matrix in zip(layers, matrices, strict=True)]
     through = layers[0][0].through_iteration
     if again and not through:
-        vectors = [norm._kept[1:] for norm, _ in layers]
-    weights, u, v, _ = spectral_normalize(
+        vectors = [norm._kept[1:] for norm, _ in layers if norm._kept is not None]
+    normalised, u, v, _ = spectral_normalize(
         matrices, [a for a, _ in vectors], [b for _, b in vectors], n_iter=rounds, through_iteration=through
     )
     if rounds and not through:
-        # in place, for DDP's broadcasts; what the backward needs are u and v themselves
+        # in place, so that DDP broadcasts the buffers; the backward uses the new tensors u and v
         with torch.no_grad():
             for (a, b), new_a, new_b in zip(vectors, u, v, strict=True):
-                if a is not None:
+                if a is not None and b is not None and new_a is not None and new_b is not None:
                     a.copy_(new_a)
                     b.copy_(new_b)
     weights = [
-        weight.movedim(0, norm.dim) if norm.dim else weight for (norm, _), weight in zip(layers, weights, strict=True)
+        weight.movedim(0, norm.dim) if norm.dim else weight
+        for (norm, _), weight in zip(layers, normalised, strict=True)
     ]
     return list(zip(weights, u, v, strict=True))
 
 
-class _Together:
-    """Hooks of the root: before its forward all layers are normalised in one call, after it nothing is given."""
+if TYPE_CHECKING:
 
-    def __init__(self, layers: list[parametrize.ParametrizationList]) -> None:
+    class _Normed(ModuleListOf[SpectralNorm]):
+        """A ParametrizationList with a SpectralNorm."""
+
+        original: Tensor
+
+
+class _Together:
+    """Hooks of the root: normalise all layers in one call before its forward, and clear the weights after it."""
+
+    def __init__(self, layers: list[_Normed]) -> None:
         self.layers = layers
 
     @property
@@ -135,7 +153,7 @@ class _Together:
 
     def before(self, root: nn.Module, args: object) -> None:
         again = check.in_backward() and all(norm._kept is not None for norm in self.norms)
-        groups: dict[tuple[object, int], list[tuple[SpectralNorm, Tensor]]] = {}
+        groups: dict[tuple[torch.device, int], list[tuple[SpectralNorm, Tensor]]] = {}
         for layer in self.layers:
             norm, weight = layer[0], layer.original
             groups.setdefault((weight.device, norm.rounds), []).append((norm, weight))
@@ -144,7 +162,7 @@ class _Together:
                 norm.give(normalised)
 
     def after(self, root: nn.Module, args: object, output: object) -> None:
-        given = [norm.given for norm in self.norms]
+        given: list[Normalised | None] = [norm.given for norm in self.norms]
         for norm in self.norms:
             norm.give(None)
         if torch.compiler.is_compiling() or check.in_backward():
@@ -152,20 +170,21 @@ class _Together:
         if not torch.is_grad_enabled():
             given = [None] * len(given)
         self.keep(given)
-        plain = torch._C._functorch.peek_interpreter_stack() is None and not torch.jit.is_tracing()
+        plain = torch._C._functorch.peek_interpreter_stack() is None and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # missing in torch.jit.__all__
         if torch.is_grad_enabled() and plain:
-            # the backward of a forward starts at its outputs
+            # the hooks of the outputs run first in a backward: restore the weights of its own forward
             nodes = {normalised[0].grad_fn for normalised in given if normalised is not None}
             for tensor in [output] if isinstance(output, Tensor) else Context((output,), {}).tensors:
                 if tensor.grad_fn is not None and tensor.grad_fn not in nodes:
                     tensor.register_hook(lambda _: self.keep(given))
 
     def keep(self, given: list[Normalised | None]) -> None:
+        """Set the weights that recomputation in a backward returns."""
         for norm, normalised in zip(self.norms, given, strict=True):
             norm._kept = normalised
 
 
-# u and v change in place in every forward, which what is made in inference mode must not
+# every forward changes u and v in place, which autograd forbids for tensors made in inference mode
 @torch.inference_mode(False)
 def apply_spectral_norm(
     model: nn.Module,
@@ -175,33 +194,33 @@ def apply_spectral_norm(
     n_iter: int | None = None,
     through_iteration: bool = False,
 ) -> nn.Module:
-    """Divide the weight of every layer by its largest singular value, all layers in one call per forward.
+    """Spectral norm: divide every layer's weight by its largest singular value, all layers in one call per forward.
 
     Args:
-        model: any module; changed in place. Its forward is where the layers are normalised, so call it and not its
-            parts (a part called on its own normalises its layers one by one).
-        filter: filter(layer's name, layer) picks layers; default every layer with a float parameter of this name:
-            linear, convolutions, transposed ones, embeddings, the gains of norms.
-        name: of the parameter.
-        n_iter: rounds of power iteration per forward while training; default 1, or 5 with `through_iteration`.
-        through_iteration: u and v start from ones in every forward and gradients pass through the rounds; the
-            usual form keeps u and v in buffers, starts them at random, and holds them in the backward.
+        model: any module; changed in place. The forward of `model` normalises all layers, so call `model` and not
+            its parts (a part called directly normalises its layers one by one).
+        filter: filter(layer's name, layer) selects layers; default: every layer with a float parameter `name`, such
+            as linear layers, (transposed) convolutions, embeddings and the gains of norms.
+        name: name of the parameter.
+        n_iter: power iterations per forward while training; default 1, or 5 with `through_iteration`.
+        through_iteration: u and v start from ones in every forward and gradients pass through the iterations.
+            Otherwise u and v are buffers with a random start and are constants in the backward.
 
     Returns:
         The model.
 
     Raises:
         TypeError: `n_iter` is not an integer.
-        ValueError: n_iter < 1; no layer is picked; a picked layer lacks the parameter, or has it normalised, lazy,
-            sharded, or all zeros, which have no direction.
+        ValueError: n_iter < 1; no layer is selected; a selected layer lacks the parameter, or it is already
+            normalised, lazy, sharded, or all zeros (no direction).
 
     Notes:
-        state_dict has the keys and shapes of torch.nn.utils.parametrizations.spectral_norm, and loads either way.
-        In eval mode u and v stay. Of transposed convolutions dim 1 is the output, as in torch. The normalised
-        weights of a forward are held for its backward, so that what activation checkpointing (use_reentrant=False)
-        recomputes there, the model or a block of it, meets them again and u and v stay. torch does not pickle
-        parametrized modules: save the state_dict; copy.deepcopy works.
-        With `through_iteration`, ones that are orthogonal to a layer's leading vector miss its singular value.
+        The state_dict has the keys and shapes of torch.nn.utils.parametrizations.spectral_norm and loads in both
+        directions. In eval mode u and v do not change. For transposed convolutions dim 1 is the output, as in torch.
+        The normalised weights of a forward are kept for its backward: activation checkpointing
+        (use_reentrant=False) of the model or of a block recomputes with the same weights and does not change u and v.
+        torch cannot pickle parametrized modules: save the state_dict; copy.deepcopy works.
+        With `through_iteration`, the largest singular value is missed if its singular vector is orthogonal to ones.
 
     Source:
         Miyato et al. 2018, Spectral normalization for GANs, arXiv:1802.05957.
@@ -224,9 +243,9 @@ def apply_spectral_norm(
         weight = getattr(layer, name)
         dim = 1 if isinstance(layer, _TRANSPOSED) and weight.dim() > 1 else 0
         norm = SpectralNorm(weight, dim, n_iter, through_iteration).train(layer.training)
-        # unsafe: torch would check the shape by a call, which moves u and v
+        # unsafe=True: torch's check of the shape would call the parametrization and change u and v
         parametrize.register_parametrization(layer, name, norm, unsafe=True)
-        layers.append(layer.parametrizations[name])
+        layers.append(cast("_Normed", _parametrizations(layer)[name]))
     if not through_iteration:
         with torch.no_grad():
             for device in {layer.original.device for layer in layers}:
@@ -239,7 +258,7 @@ def apply_spectral_norm(
 
 
 def remove_spectral_norm(model: nn.Module) -> nn.Module:
-    """Make the normalised weights plain parameters again, with the values they have now.
+    """Undo `apply_spectral_norm`: make the weights plain parameters with their current normalised values.
 
     Example:
         >>> model = remove_spectral_norm(apply_spectral_norm(nn.Linear(8, 4)))
@@ -253,8 +272,8 @@ def remove_spectral_norm(model: nn.Module) -> nn.Module:
     for layer in [*model.modules()]:
         if not parametrize.is_parametrized(layer):
             continue
-        for name in [n for n, norms in layer.parametrizations.items() if isinstance(norms[0], SpectralNorm)]:
-            layer.parametrizations[name].eval()
+        for name in [n for n, norms in _lists(layer) if isinstance(norms[0], SpectralNorm)]:
+            _parametrizations(layer)[name].eval()
             parametrize.remove_parametrizations(layer, name)
     return model
 
@@ -262,20 +281,20 @@ def remove_spectral_norm(model: nn.Module) -> nn.Module:
 def apply_weight_norm(
     model: nn.Module, filter: Filter | None = None, *, name: str = "weight", dim: int = 0
 ) -> nn.Module:
-    """Write the weight of every layer as g v / |v|, with torch's own parametrization.
+    """Weight norm: write the weight of every layer as g v / |v|, with torch's own parametrization.
 
     Args:
         model: any module; changed in place.
         filter: as in `apply_spectral_norm`.
-        name: of the parameter.
-        dim: the dim that keeps one norm per index; a vector, such as a norm's gain, has one norm.
+        name: name of the parameter.
+        dim: one norm per index of this dim; a vector, such as a norm's gain, has one norm.
 
     Returns:
-        The model; its parameters are new, so make the optimizer afterwards.
+        The model; its parameters are new, so create the optimizer afterwards.
 
     Raises:
-        ValueError: no layer is picked; a picked layer lacks the parameter, has it normalised, lazy or sharded, has
-            no such dim, or has a row of zeros, which has no direction.
+        ValueError: no layer is selected; a selected layer lacks the parameter; it is already normalised, lazy or
+            sharded; it lacks the dim; it has a row of zeros (no direction).
 
     Source:
         Salimans and Kingma 2016, arXiv:1602.07868.
@@ -294,23 +313,32 @@ def apply_weight_norm(
         if _read(weight) and not bool((_norms(weight, dim) > 0).all()):
             raise ValueError(f"{op}: {_where(path, name)} must not have a row of zeros, it has no direction")
     for _, layer in layers:
-        parametrizations.weight_norm(layer, name, None if getattr(layer, name).dim() == 1 else dim)
+        # torch's -1: one norm of the whole tensor
+        parametrizations.weight_norm(layer, name, -1 if getattr(layer, name).dim() == 1 else dim)
     return model
 
 
 def remove_weight_norm(model: nn.Module) -> nn.Module:
-    """Make the weights plain parameters again."""
+    """Undo `apply_weight_norm`: make the weights plain parameters again."""
     for layer in [*model.modules()]:
         if not parametrize.is_parametrized(layer):
             continue
-        for name, norms in [*layer.parametrizations.items()]:
+        for name, norms in [*_lists(layer)]:
             if isinstance(norms[0], parametrizations._WeightNorm):
                 parametrize.remove_parametrizations(layer, name)
     return model
 
 
+def _parametrizations(layer: nn.Module) -> nn.ModuleDict:
+    return cast("nn.ModuleDict", layer.parametrizations)
+
+
+def _lists(layer: nn.Module) -> Iterable[tuple[str, parametrize.ParametrizationList]]:
+    return cast("Iterable[tuple[str, parametrize.ParametrizationList]]", _parametrizations(layer).items())
+
+
 def _read(weight: Tensor) -> bool:
-    """Whether there are numbers to look at."""
+    """Whether the weight has values that can be read."""
     return not weight.is_meta and not isinstance(weight, FakeTensor)
 
 
@@ -323,7 +351,7 @@ def _where(path: str, name: str) -> str:
 
 
 def _picked(op: str, model: nn.Module, filter: Filter | None, name: str) -> list[tuple[str, nn.Module]]:
-    """(path, layer) of the layers to normalise."""
+    """Return (path, layer) of the layers to normalise."""
     picked = []
     for path, layer in [*model.named_modules()]:
         if isinstance(layer, (parametrize.ParametrizationList, SpectralNorm)):
@@ -335,7 +363,7 @@ def _picked(op: str, model: nn.Module, filter: Filter | None, name: str) -> list
             raise ValueError(f"{op}: {_where(path, name)} must not be {state}")
         normalised = parametrize.is_parametrized(layer, name)
         if filter is None:
-            # a slope is no gain: its norm is its size
+            # PReLU's slope is skipped: normalising it would fix its size
             if isinstance(layer, nn.PReLU) or weight is None or not weight.is_floating_point() or not weight.dim():
                 continue
         elif not picks:

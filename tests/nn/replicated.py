@@ -27,7 +27,7 @@ def work(rank: int, folder: str) -> None:
         (model(torch.randn(4, 6)).square().sum() - model(torch.randn(4, 6)).sum()).backward()
         optimizer.step()
     torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
-    # not destroy_process_group: it holds the GIL and waits for gloo's threads, one of which at times waits for the GIL
+    # no destroy_process_group: it holds the GIL while it waits for gloo's threads, which may wait for the GIL
     torch.distributed.barrier()
     os._exit(0)
 

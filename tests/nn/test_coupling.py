@@ -11,7 +11,7 @@ SHAPES = {"half": (3, 6), "interleave": (3, 6), "channel": (3, 4, 3), "checkerbo
 
 
 class Net(nn.Module):
-    """`outputs` features along dim 1 from any number along it, and from context where it is given."""
+    """Maps any number of features in dim 1, plus optional context, to `outputs` features."""
 
     def __init__(self, inputs, outputs, context=0):
         super().__init__()
@@ -225,7 +225,7 @@ def test_wrong_net_output():
 
 @pytest.mark.parametrize("split", ["half", "interleave", "channel", "checkerboard"])
 @pytest.mark.parametrize("inverse", [False, True])
-def test_padding_that_is_not_finite_reaches_no_weight(split, inverse):
+def test_nonfinite_padding_does_not_reach_the_weights(split, inverse):
     torch.manual_seed(0)
     net = torch.nn.Conv2d(*((4, 8) if split == "checkerboard" else (2, 4)), 1)
     layer = AffineCoupling(net, split=split, scale_map="tanh")

@@ -1,4 +1,4 @@
-"""FSQ against vector-quantize-pytorch and, where that is wrong, against Python integers."""
+"""FSQ against vector-quantize-pytorch, and against Python integers where vector-quantize-pytorch is inexact."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ compiled_kernels = pytest.mark.skipif(
 
 
 def twins(theirs, ours, **options):
-    """The two modules with the same weights."""
+    """Build both modules with the same weights."""
     torch.manual_seed(1)
     first = theirs(**options)
     torch.manual_seed(1)
@@ -72,7 +72,7 @@ def twins(theirs, ours, **options):
 
 
 def near_boundary(z, levels, variant):
-    """Where a channel of z (..., d) has its bound within 4 ulp, at the range of the bound, of where it rounds."""
+    """True where a channel of z (..., d) has its bound within 4 ulp (of the largest bound) of a rounding boundary."""
     single = lambda values: torch.tensor(values, dtype=torch.float32)
     c = reference.constants(levels, variant)
     if variant.startswith("symmetric"):
@@ -88,7 +88,7 @@ def near_boundary(z, levels, variant):
 
 
 def around_boundaries(levels, variant):
-    """Every z (rows, d) that rounds either way, and its neighbours in float32 up to 64 steps away."""
+    """z (rows, d) at every rounding boundary, and float32 neighbours up to 64 steps away."""
     c, columns = reference.constants(levels, variant), []
     for channel, n in enumerate(levels):
         between = torch.arange(n - 1, dtype=torch.float64) + 0.5
@@ -105,7 +105,7 @@ def around_boundaries(levels, variant):
 
 
 def assert_tokens(ours, theirs, z, module, backend):
-    """No token of z (..., d) differs but near a boundary; none on the reference or without a tanh."""
+    """Tokens of z (..., d) may differ near a boundary only, and not at all on the reference or without a tanh."""
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
     differs = ours != theirs
     far = ~near_boundary(z[differs], module.levels, module.variant)
@@ -167,7 +167,7 @@ def test_tokens_differ_only_near_a_boundary(peer, backend, levels, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_methods_equal_the_peers(peer, variant):
+def test_methods_equal_the_peer(peer, variant):
     theirs, ours = twins(peer.FSQ, FSQ, levels=[8, 5, 6], **VARIANTS[variant])
     z = torch.randn(2, 9, 3)
     with pyflow.backend("reference"):
@@ -188,7 +188,7 @@ def test_methods_equal_the_peers(peer, variant):
 
 
 @pytest.mark.parametrize("options, shape", [case for case in CASES if case[0].get("return_indices", True)])
-def test_decodes_as_the_peer(peer, options, shape):
+def test_decoding_equals_the_peer(peer, options, shape):
     theirs, ours = (m.eval() for m in twins(peer.FSQ, FSQ, **options))
     out, indices = ours(torch.randn(shape))
     assert_same_bits(ours.indices_to_codes(indices), theirs.indices_to_codes(indices))
@@ -224,10 +224,10 @@ def exact_index(digits, levels):
 
 @pytest.mark.parametrize("preserve_symmetry", [False, True])
 @pytest.mark.parametrize("levels", [(8,) * 9, (1000, 1000, 1000), (8,) * 11, (1000,) * 6, (2**21, 2**21, 2**21)])
-def test_indices_of_large_codebooks_are_exact_where_the_peers_are_not(peer, levels, preserve_symmetry):
+def test_indices_of_large_codebooks_are_exact_unlike_the_peer(peer, levels, preserve_symmetry):
     torch.manual_seed(0)
     ours = FSQ(levels, preserve_symmetry=preserve_symmetry)
-    # asked for indices it would make the whole codebook
+    # with return_indices=True the peer allocates the whole codebook
     theirs = peer.FSQ(levels, preserve_symmetry=preserve_symmetry, return_indices=False)
     assert ours.codebook_size == math.prod(levels) and type(ours.codebook_size) is int
     codes, indices = ours(torch.randn(1, 200, len(levels)))
@@ -247,7 +247,7 @@ def test_indices_of_large_codebooks_are_exact_where_the_peers_are_not(peer, leve
     assert wrong > 20, "the peer's float32 sum has become exact"
 
 
-def test_digits_stay_in_range_where_the_peers_do_not(peer):
+def test_digits_stay_in_range_unlike_the_peer(peer):
     levels, z = [1501, 5], torch.tensor([[[20.0, 0.0], [-20.0, 0.0]]])
     theirs, ours = peer.FSQ(levels), FSQ(levels)
     codes, indices = ours(z)
@@ -302,7 +302,7 @@ def test_two_dims_crash_the_peer(peer):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"preserve_symmetry": True}, {"orthogonal_rotation": True}])
-def test_storage_dtypes_are_bounded_in_float32(dtype, options):
+def test_bound_of_storage_dtypes_is_computed_in_float32(dtype, options):
     torch.manual_seed(0)
     module, z = FSQ([8, 8, 8], **options), torch.randn(2, 50, 3).to(dtype)
     out, indices = module(z)
@@ -314,7 +314,7 @@ def test_storage_dtypes_are_bounded_in_float32(dtype, options):
     assert out.dtype == projected.indices_to_codes(indices).dtype == dtype
 
 
-def test_autocast_changes_nothing_but_the_projections():
+def test_autocast_changes_only_the_projections():
     module, z = FSQ([5, 5, 5], orthogonal_rotation=True), torch.randn(2, 50, 3)
     plain = module(z)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -343,7 +343,7 @@ PADDED = [
 
 
 @pytest.mark.parametrize("options, shape", PADDED)
-def test_padding_reaches_nothing(options, shape):
+def test_padding_reaches_neither_outputs_nor_gradients(options, shape):
     torch.manual_seed(0)
     module = FSQ([5, 5, 5], **options)
     lengths = torch.tensor([6, 2, 0])
@@ -384,7 +384,7 @@ def test_mask_of_images():
 
 
 class Operators(TorchDispatchMode):
-    """The names of the operators that run, and the bytes they allocate."""
+    """Records the operators that run and the bytes they allocate."""
 
     VIEWS = frozenset(
         {
@@ -435,7 +435,7 @@ def test_one_operator_and_views(options, shape, training):
         assert ran.computing == ["fsq"]
         assert out.untyped_storage().nbytes() == z.nbytes
         assert out.is_contiguous() and indices.is_contiguous()
-    # a crop, whose rows no reshape can merge
+    # a crop: its rows cannot be merged by a reshape
     if len(shape) == 4:
         crop = torch.randn(2, shape[1], 6, 7)[..., 1:-1, 1:-1]
         with Operators() as ran:
@@ -452,20 +452,20 @@ def test_indices_are_not_computed_unless_asked_for():
 
 
 @pytest.mark.parametrize("index", [25, 300, -2])
-def test_level_indices_of_no_code(index):
+def test_level_indices_out_of_range(index):
     with pytest.raises(ValueError, match=rf"^FSQ: indices must lie in \[-1, 25\), got {index}$"):
         FSQ([5, 5]).indices_to_level_indices(torch.tensor([0, index, -1, 24]))
 
 
-def test_a_rotation_on_meta():
+def test_rotation_on_meta():
     assert FSQ([5, 5], orthogonal_rotation=True).to("meta")(torch.zeros(1, 3, 2, device="meta"))[0].shape == (1, 3, 2)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_what_is_recomputed_counts_once(use_reentrant):
+def test_usage_counts_recomputed_batches_once(use_reentrant):
     module, z = FSQ([5, 5]), torch.randn(1, 10, 2, requires_grad=True)
     module.track_usage()
-    # what is saved after the quantiser makes the recomputation reach it
+    # exp saves a tensor after the quantiser, so the recomputation runs the quantiser
     checkpoint(lambda z: module(z)[0].exp().square(), z, use_reentrant=use_reentrant).sum().backward()
     assert module.usage().counts.sum() == 10
 
@@ -518,7 +518,7 @@ def test_compiles_with_padding():
         torch.testing.assert_close(compiled(z, **options), module(z, **options))
 
 
-def test_noise_moves_the_share_it_names_where_the_peer_always_moves_half(peer):
+def test_noise_dropout_is_the_share_unlike_the_peers_constant_half(peer):
     torch.manual_seed(0)
     options = {"levels": [9, 9], "preserve_symmetry": True, "noise_dropout": 0.1}
     z = torch.randn(1, 20_000, 2)
@@ -526,7 +526,7 @@ def test_noise_moves_the_share_it_names_where_the_peer_always_moves_half(peer):
     for kind in (FSQ, peer.FSQ):
         module = kind(**options)
         codes = module.quantize(z).detach()
-        inner = codes.abs() < 0.5  # the clamp hides no offset here
+        inner = codes.abs() < 0.5  # here the clamp changes no offset
         moved = module(z)[0] != codes
         shares.append(moved[inner].float().mean().item())
         assert (module.eval()(z)[0] == codes).all()
@@ -534,7 +534,7 @@ def test_noise_moves_the_share_it_names_where_the_peer_always_moves_half(peer):
     assert abs(shares[0] - 0.1) < 0.01 and abs(shares[1] - 0.5) < 0.02
 
 
-def test_usage_is_that_of_the_collected_indices():
+def test_usage_equals_codebook_usage_of_collected_indices():
     torch.manual_seed(0)
     module, seen = FSQ([5, 5, 3], num_codebooks=2), []
     with pytest.raises(RuntimeError, match=r"^FSQ: usage needs track_usage\(\) to be called first$"):
@@ -564,7 +564,7 @@ def test_usage_of_a_codebook_too_large_to_count():
         FSQ([1000] * 3).track_usage()
 
 
-def test_asymmetric_levels_are_not_worth_a_rotation():
+def test_rotation_of_unequal_levels_warns():
     with pytest.warns(UserWarning, match=r"FSQ: orthogonal_rotation suits levels that are all the same, got \(5, 3\)"):
         FSQ([5, 3], orthogonal_rotation=True)
 

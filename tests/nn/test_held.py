@@ -1,4 +1,4 @@
-"""What holds a layer's numbers, buffers and constants, through casts, averages, empty memory and old state_dicts."""
+"""Buffers and constants keep their values through casts, averaging, to_empty and old state_dicts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pyflow.nn import (
 from pyflow.ops import codebook_usage, fsq_decode
 from pyflow.testing import assert_same_bits
 
-# layers whose output says whether a number was lost; started, and with the channels they take
+# layers whose output changes if a value is lost
 LAYERS = {
     "actnorm": lambda: ActNorm(17),
     "scale": lambda: Scale(17, data_init=True),
@@ -61,7 +61,7 @@ def quantiser(request):
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("average", [{}, {"avg_fn": get_ema_avg_fn(0.9)}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}])
-def test_averages_of_buffers(name, average):
+def test_averaging_keeps_buffers(name, average):
     torch.manual_seed(0)
     layer = LAYERS[name]()
     mean = AveragedModel(layer, use_buffers=True, **average)
@@ -75,7 +75,7 @@ def test_averages_of_buffers(name, average):
 
 
 @pytest.mark.parametrize("name", UNPROJECTED)
-def test_averages_of_quantisers(name):
+def test_averaging_keeps_quantisers(name):
     torch.manual_seed(0)
     module = QUANTISERS[name]().eval()
     mean = AveragedModel(module, use_buffers=True, avg_fn=get_ema_avg_fn(0.9))
@@ -91,7 +91,7 @@ def test_averages_of_quantisers(name):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", UNPROJECTED)
-def test_a_cast_changes_no_token(name, dtype):
+def test_casts_change_no_token(name, dtype):
     torch.manual_seed(0)
     module = QUANTISERS[name]().eval()
     cast = copy.deepcopy(module).to(dtype)
@@ -102,14 +102,14 @@ def test_a_cast_changes_no_token(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_decoding_after_a_cast_is_what_forward_gave(quantiser, dtype):
+def test_decoding_after_a_cast_equals_forward(quantiser, dtype):
     _, module = quantiser
     module.to(dtype)
     out, indices = module(torch.randn(1, 500, module.dim, dtype=dtype))
     assert_same_bits(decode(module, indices), out)
 
 
-def test_many_channels_keep_their_order_in_bfloat16():
+def test_permutation_of_many_channels_survives_bfloat16():
     torch.manual_seed(0)
     layer = Invertible1x1Conv(300).bfloat16()
     assert layer.permutation.sort()[0].equal(torch.arange(300.0))
@@ -153,7 +153,7 @@ def test_quantisers_from_meta(quantiser, assign):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_default_dtype_is_that_of_new_modules_only(quantiser, dtype):
+def test_default_dtype_affects_new_modules_only(quantiser, dtype):
     name, module = quantiser
     x = torch.randn(2, 20, module.dim)
     out, indices = module(x)
@@ -173,7 +173,7 @@ def test_the_default_dtype_is_that_of_new_modules_only(quantiser, dtype):
         torch.set_default_dtype(torch.float32)
 
 
-def test_the_default_device_is_that_of_new_modules_only(quantiser):
+def test_default_device_affects_new_modules_only(quantiser):
     _, module = quantiser
     x = torch.randn(2, 20, module.dim)
     torch.set_default_device("meta")
@@ -189,7 +189,7 @@ def test_the_default_device_is_that_of_new_modules_only(quantiser):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int16])
-def test_indices_and_lengths_of_any_integers(quantiser, dtype):
+def test_indices_and_lengths_of_any_integer_dtype(quantiser, dtype):
     _, module = quantiser
     x = torch.randn(2, 20, module.dim)
     indices = module(x)[1].clamp(max=100)
@@ -224,7 +224,7 @@ def test_training_after_inference_mode(quantiser):
 
 
 @pytest.mark.parametrize("name", [*LAYERS, *QUANTISERS])
-def test_whole_modules_are_saved(name):
+def test_modules_pickle(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = {**LAYERS, **QUANTISERS}[name]()
@@ -263,7 +263,7 @@ def test_fake_tensors(name):
             assert module(x, **mask)[0].shape == x.shape
 
 
-def test_a_trained_clamp_is_refused():
+def test_clamp_that_requires_grad_is_refused():
     clamp = torch.tensor(1.5, requires_grad=True)
     with pytest.raises(ValueError, match="soft_clamp_input_value must not require grad, it is a constant"):
         ResidualFSQ(levels=[5, 5], num_quantizers=2, bound_hard_clamp=False, soft_clamp_input_value=clamp)

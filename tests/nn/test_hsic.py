@@ -34,7 +34,7 @@ def rbf(x, sigma):
 
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-2])
 @pytest.mark.parametrize("sigma", [0.7, 20.0])
-def test_nhsic_is_its_formula(epsilon, sigma):
+def test_nhsic_equals_its_formula(epsilon, sigma):
     x, y = data()
     expected = formula(rbf(x, sigma), rbf(y, 1.1), epsilon)
     value = nhsic(x, y, epsilon=epsilon, bandwidth=sigma, bandwidth_y=1.1)
@@ -103,7 +103,7 @@ def test_loss_is_hsic_of_flattened_batches():
         HSICLoss(estimator="v")
 
 
-def test_loss_with_a_bandwidth_that_learns():
+def test_loss_with_a_learned_bandwidth():
     x, y = data()
     loss = HSICLoss(bandwidth=nn.Parameter(torch.tensor(1.0)), bandwidth_y=1.0)
     assert [*dict(loss.named_parameters())] == ["bandwidth"] and [*loss.state_dict()] == ["bandwidth"]
@@ -111,7 +111,7 @@ def test_loss_with_a_bandwidth_that_learns():
     assert loss.bandwidth.grad.abs() > 0
 
 
-def test_minimised_it_makes_independent():
+def test_minimising_the_loss_gives_independence():
     torch.manual_seed(0)
     x = torch.randn(200, 2)
     nuisance = x[:, :1] + 0.1 * torch.randn(200, 1)
@@ -123,7 +123,7 @@ def test_minimised_it_makes_independent():
         loss(layer(x), nuisance).backward()
         optimizer.step()
     assert loss(layer(x), nuisance).item() < 0.1 * before
-    # what is left is the other column
+    # the layer reads the other column only
     assert layer.weight[0, 1].abs() > 10 * layer.weight[0, 0].abs()
 
 
@@ -146,7 +146,7 @@ def test_no_gradient_between_layers():
     torch.testing.assert_close(model.head.weight.grad, expected)
 
 
-def test_objective_is_the_papers():
+def test_objective_equals_the_papers_formula():
     torch.manual_seed(0)
     x, y, z = torch.randn(16, 4).double(), torch.arange(16) % 3, torch.randn(16, 5).double()
     model = HSICBottleneck(blocks(4, 5), beta=7.0, sigma=2.0, epsilon=1e-3)
@@ -161,7 +161,7 @@ def test_objective_is_the_papers():
 def test_bottleneck_learns():
     torch.manual_seed(0)
     x = torch.randn(128, 2)
-    y = (x[:, 0] * x[:, 1] > 0).long()  # no linear rule
+    y = (x[:, 0] * x[:, 1] > 0).long()  # not linearly separable
     optimizer = lambda p: torch.optim.Adam(p, lr=5e-3)
     model = HSICBottleneck(blocks(2, 32, 32), nn.Linear(32, 2), optimizer=optimizer)
     losses = [model.update(x, y) for _ in range(100)]
@@ -195,7 +195,7 @@ def test_reference_and_kernels_agree():
     torch.testing.assert_close(HSICLoss(normalize=True)(x, y), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_parameters_that_were_replaced_are_not_left_untrained():
+def test_replaced_parameters_raise():
     x, y = data()
     with torch.device("meta"):
         model = HSICBottleneck([nn.Linear(3, 4)], nn.Linear(4, 1))
@@ -205,7 +205,7 @@ def test_parameters_that_were_replaced_are_not_left_untrained():
         model.double().update(x, y)
 
 
-def test_inputs_that_are_no_rows():
+def test_inputs_without_rows_raise():
     for value, error, text in (
         ([1.0], TypeError, "a tensor, got list"),
         (torch.ones(()), ValueError, r"\(n,\) or .*, got a scalar"),

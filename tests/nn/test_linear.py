@@ -74,7 +74,7 @@ def test_actnorm_standardises_its_first_batch(shape):
     assert all(before[key].equal(value) for key, value in layer.state_dict().items())
 
 
-def test_start_ignores_masked_elements():
+def test_initialisation_ignores_masked_elements():
     torch.manual_seed(0)
     x = torch.randn(4, 3, 6)
     padding = torch.arange(6) >= torch.tensor([6, 4, 2, 1])[:, None, None]
@@ -87,7 +87,7 @@ def test_start_ignores_masked_elements():
 
 
 @pytest.mark.parametrize("make", [lambda: ActNorm(3), lambda: Scale(3, data_init=True)])
-def test_start_waits_for_training_data_and_travels_with_the_state_dict(make):
+def test_initialisation_needs_training_data_and_is_kept_by_the_state_dict(make):
     layer, x = make(), 5 * torch.randn(8, 3)
     assert layer.eval()(x)[0].equal(x)
     layer.train()(x[:0])
@@ -104,7 +104,7 @@ def test_start_waits_for_training_data_and_travels_with_the_state_dict(make):
 
 
 @pytest.mark.parametrize("make", [lambda: ActNorm(3), lambda: Scale(3, data_init=True)])
-def test_a_flag_written_in_place_is_seen(make):
+def test_flag_written_in_place_is_noticed(make):
     torch.manual_seed(0)
     layer, x = make(), 5 * torch.randn(64, 3) + 2
     other, moved = copy.deepcopy(layer), copy.deepcopy(layer)
@@ -116,7 +116,7 @@ def test_a_flag_written_in_place_is_seen(make):
             mine.copy_(theirs)
     assert not other.awaits_data and other(x[:4])[0].equal(layer(x[:4])[0])
     assert moved.awaits_data and not moved.eval().awaits_data
-    # other tensors in the place of the layer's own
+    # functional_call replaces the layer's tensors
     swapped = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     assert torch.func.functional_call(moved.train(), swapped, (x[:4],))[0].equal(layer(x[:4])[0])
     moved(x)
@@ -125,7 +125,7 @@ def test_a_flag_written_in_place_is_seen(make):
 
 @pytest.mark.parametrize("make", [lambda: ActNorm(3), lambda: Scale(3, data_init=True)])
 @pytest.mark.parametrize("keep", [slice(0, 0), slice(None)])
-def test_no_data_starts_nothing(make, keep):
+def test_empty_or_fully_masked_batch_initialises_nothing(make, keep):
     layer, x = make(), torch.randn(8, 3)[keep]
     layer(x, mask=torch.ones(x.shape, dtype=torch.bool))
     assert layer.awaits_data and not layer.log_scale.any()
@@ -142,7 +142,7 @@ def test_a_channel_without_data_keeps_its_parameters():
 
 
 class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for a value."""
+    """Counts the operators that make the host wait for a value."""
 
     count = 0
 
@@ -152,7 +152,7 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mask", [None, torch.zeros(8, 1, dtype=torch.bool)])
-def test_the_host_reads_the_flag_until_there_was_data(mask):
+def test_host_reads_the_flag_only_until_initialised(mask):
     layer, x = ActNorm(3), torch.randn(8, 3)
     layer.load_state_dict(copy.deepcopy(layer).state_dict())
     with Reads() as reads:
@@ -168,7 +168,7 @@ def test_the_host_reads_the_flag_until_there_was_data(mask):
 @pytest.mark.parametrize("make", [lambda: ActNorm(3), lambda: Scale(3, data_init=True)])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("bad", ["one sample", "nan", "inf"])
-def test_a_batch_that_tells_nothing_starts_nothing(make, masked, bad):
+def test_unusable_batch_initialises_nothing(make, masked, bad):
     torch.manual_seed(0)
     layer, x = make(), 5 * torch.randn(8, 3) + 2
     mask = torch.zeros(8, 1, dtype=torch.bool) if masked else None
@@ -185,7 +185,7 @@ def test_a_batch_that_tells_nothing_starts_nothing(make, masked, bad):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_large_numbers_start_it_too(masked):
+def test_large_values_initialise_without_overflow(masked):
     torch.manual_seed(0)
     x = torch.randn(64, 3) * torch.tensor([1e20, 1e30, 1.0])
     y, logdet = ActNorm(3)(x, mask=torch.zeros(64, 1, dtype=torch.bool) if masked else None)
@@ -221,7 +221,7 @@ def test_from_meta_by_reset_parameters(kind):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", range(3))
 @pytest.mark.parametrize("inverse", [False, True])
-def test_what_is_masked_reaches_no_parameter(shape, kind, inverse):
+def test_masked_values_reach_no_parameter(shape, kind, inverse):
     torch.manual_seed(0)
     layer = layers(shape)[kind].eval()
     mask = torch.zeros(shape[0], 1, *shape[2:], dtype=torch.bool)
@@ -235,20 +235,20 @@ def test_what_is_masked_reaches_no_parameter(shape, kind, inverse):
         assert zeros.isfinite().all() and all(other.equal(zeros) for other in others)
 
 
-def test_the_logdet_can_be_written():
+def test_logdet_is_writable():
     for layer in layers((5, 3, 4)):
         _, logdet = layer(torch.randn(5, 3, 4))
         logdet += 1
 
 
-def test_once_started_the_data_is_not_looked_at():
+def test_initialised_layer_does_not_read_the_data():
     layer, x = ActNorm(3), torch.randn(8, 3)
     layer(x)
     layer.initialize = layer.start = None
     layer(x)
 
 
-def test_ensembles_start_and_run_under_vmap():
+def test_ensembles_initialise_and_run_under_vmap():
     torch.manual_seed(0)
     layers, x = [ActNorm(3) for _ in range(4)], torch.randn(4, 16, 3) * torch.arange(1.0, 5)[:, None, None]
     stacked = torch.func.stack_module_state(layers)

@@ -1,4 +1,4 @@
-"""ResidualFSQ and GroupedResidualFSQ against vector-quantize-pytorch, and what they do beyond it."""
+"""ResidualFSQ and GroupedResidualFSQ against vector-quantize-pytorch, and their additional features."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ compiled_kernels = pytest.mark.skipif(
 
 
 def twins(theirs, ours, **options):
-    """The two modules with the same weights."""
+    """Build both modules with the same weights."""
     torch.manual_seed(1)
     first = theirs(**options)
     torch.manual_seed(1)
@@ -61,7 +61,7 @@ def twins(theirs, ours, **options):
 
 
 def near_boundary(z, levels):
-    """Where a channel of z (..., d), bounded by "symmetric", is within 4 ulp, at L - 1, of where it rounds."""
+    """True where a channel of z (..., d), bounded by "symmetric", is within 4 ulp (of L - 1) of a rounding boundary."""
     top = torch.tensor(reference.constants(levels, "symmetric").top, dtype=torch.float32)
     ulp = torch.nextafter(top, torch.tensor(math.inf)) - top
     bound = (z.double().tanh() + 1) * top.double() / 2
@@ -69,9 +69,9 @@ def near_boundary(z, levels):
 
 
 def assert_stages(module, x, ours, theirs, backend):
-    """The first stage in which tokens differ is near a boundary; none on the reference, nor where nothing rounds.
+    """Tokens (..., Q) of x (..., dim) may first differ in a stage near a boundary only; on the reference never.
 
-    Tokens (..., Q) of x (..., dim). Returns where all stages are equal.
+    Returns a bool tensor: true where all stages are equal.
     """
     assert ours.shape == theirs.shape
     residual = module.project_in(x)
@@ -88,7 +88,7 @@ def assert_stages(module, x, ours, theirs, backend):
 
 
 def last(tensor, module):
-    """Channels, or stages, at the end."""
+    """Move the dim of channels or stages to the end."""
     return tensor.movedim(1, -1) if module.is_channel_first else tensor
 
 
@@ -113,7 +113,7 @@ def test_equals_the_peer(peer, backend, options, shape, training):
     else:
         same = assert_stages(ours, last(x, ours), last(indices, ours), last(their_indices, ours), backend)
     assert out.shape == x.shape and indices.stride() == their_indices.stride()
-    # the peer's are int32 again when the draw drops no stage
+    # the peer returns int32 when the draw drops no stage
     assert indices.dtype == (torch.int64 if training and ours.quantize_dropout else their_indices.dtype)
     rows = [last(t, ours)[same] for t in (out, their_out, *grads)]
     assert_same_bits(rows[0], rows[1])
@@ -133,7 +133,7 @@ def test_decodes_to_what_forward_returned(peer, options, shape):
     else:
         assert_same_bits(decoded, last(out, ours))
         assert_same_bits(stages, theirs.get_codes_from_indices(indices))
-        # the peer adds the stages in an order of their own
+        # the peer adds the stages in another order
         torch.testing.assert_close(decoded, theirs.get_output_from_indices(indices), atol=1e-6, rtol=0)
     for name in ("codebooks", "scales"):
         assert_same_bits(getattr(ours, name), getattr(theirs, name))
@@ -152,7 +152,7 @@ def test_tokens_differ_only_near_a_boundary(peer, backend, levels, options):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("options, shape", GROUPED)
-def test_groups_equal_the_peers(peer, options, shape, training):
+def test_groups_equal_the_peer(peer, options, shape, training):
     with pyflow.backend("reference"):
         theirs, ours = (m.train(training) for m in twins(peer.GroupedResidualFSQ, GroupedResidualFSQ, **options))
         x = torch.randn(shape)
@@ -163,7 +163,7 @@ def test_groups_equal_the_peers(peer, options, shape, training):
     assert ours.codebook_size == theirs.codebook_size and ours.split_dim == theirs.split_dim
     if ours.accept_image_fmap:
         indices = indices.movedim(2, -1)
-        # the peer puts channels-last groups beside each other in dim 1
+        # the peer concatenates channels-last groups in dim 1
         assert theirs.get_output_from_indices(indices).shape != out.shape
     else:
         assert_same_bits(ours.get_output_from_indices(indices), theirs.get_output_from_indices(indices))
@@ -256,7 +256,7 @@ def test_draws_are_uniform_and_follow_the_seed():
     assert all(abs(first.count(n) - 500) < 100 for n in (1, 2, 3, 4))
 
 
-def test_the_caller_may_choose_the_stages():
+def test_active_sets_the_number_of_stages():
     torch.manual_seed(0)
     module, x = ResidualFSQ(levels=[5, 5], num_quantizers=4).eval(), torch.randn(2, 3, 2)
     for kept in range(5):
@@ -268,7 +268,7 @@ def test_the_caller_may_choose_the_stages():
 
 
 class Operators(TorchDispatchMode):
-    """The names of the operators that run, less those that only make views."""
+    """Records the operators that run, without those that only make views."""
 
     VIEWS = frozenset({"transpose", "permute", "view", "unflatten", "squeeze", "unsqueeze", "detach", "alias", "t"})
 
@@ -322,7 +322,7 @@ def test_training_never_waits_for_the_device(options):
     with Operators() as ran:
         module(x)[0].sum().backward()
     assert {"randint", "scatter_add_"} <= set(ran.names)
-    # what the host would wait for: a value read, a size that depends on values, a value copied over
+    # operators that sync: a value read, a size that depends on values, a copy from the host
     assert not {"_local_scalar_dense", "nonzero", "lift_fresh"} & set(ran.names)
 
 
@@ -361,7 +361,7 @@ def test_storage_dtypes(dtype, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"dim": 5}, {"is_channel_first": True}, {"orthogonal_rotation": True}])
-def test_padding_reaches_nothing(options):
+def test_padding_reaches_neither_outputs_nor_gradients(options):
     torch.manual_seed(0)
     module = ResidualFSQ(levels=[5, 5, 5], num_quantizers=3, **options)
     lengths = torch.tensor([6, 2, 0])
@@ -389,7 +389,7 @@ def test_padding_of_groups():
     assert_same_bits(module(x, mask=mask)[0], out)
 
 
-def test_nan_is_a_dropped_stage():
+def test_nan_decodes_as_a_dropped_stage():
     module = ResidualFSQ(levels=[5, 5], num_quantizers=2)
     out, indices = module(torch.tensor([[math.nan, 0.0], [math.inf, -math.inf]]))
     assert indices[0].tolist() == [-1, -1] and out[0, 0].isnan() and indices[1, 0] == 4

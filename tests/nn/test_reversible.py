@@ -34,7 +34,7 @@ from pyflow.train import add_loss, collect
 
 
 class PeakMemory(TorchDispatchMode):
-    """Peak bytes of the tensors made inside and still alive; storages that existed before do not count."""
+    """Peak bytes of live storages allocated inside the block."""
 
     def __init__(self):
         super().__init__()
@@ -78,7 +78,7 @@ def coupling_stack(depth, width=8, hidden=16, dtype=torch.float64, kind=AffineCo
 
 
 def gradients(stack, x, *context, weights=None, seed=None, **named):
-    """(y, logdet, gradients of x, of every parameter and of the context)."""
+    """Return (y, logdet, gradients of x, of every parameter and of the context)."""
     if seed is not None:
         torch.manual_seed(seed)
     y, logdet = stack(x, *context, **named)
@@ -174,7 +174,7 @@ def test_context_gets_gradients():
     gain = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     for recompute in (True, False):
         stack.recompute = recompute
-        # a context with a graph of its own, and one inside a dict
+        # a non-leaf context, and a context inside a dict
         y, logdet = stack(x, leaf.tanh(), extra={"gain": gain, "name": "kept"})
         found = torch.autograd.grad(y.square().sum() + logdet.sum(), [x, leaf, gain, *stack.parameters()])
         if recompute:
@@ -206,7 +206,7 @@ CONTAINERS = {
 
 
 class Opening(nn.Module):
-    """A net that looks into its context."""
+    """A net that reads a tensor from an object in its context."""
 
     def __init__(self):
         super().__init__()
@@ -240,18 +240,20 @@ def test_tensors_in_objects_get_gradients(kind):
 
 
 @pytest.mark.parametrize("hide", [lambda h: functools.partial(torch.mul, h, 1), lambda h: lambda: h])
-def test_a_tensor_that_cannot_be_found_is_not_left_without_a_gradient(hide):
+def test_hidden_tensor_that_needs_a_gradient_raises(hide):
     stack, x = opening_stack(), torch.randn(5, 8, dtype=torch.float64)
     h = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     y, _ = stack(x, hide(h))
-    with pytest.raises(RuntimeError, match=r"context must show its tensors, got (partial|function) with one inside"):
+    with pytest.raises(
+        RuntimeError, match=r"context must not hide tensors that need a gradient, got one inside (partial|function)"
+    ):
         y.sum().backward()
     y, _ = stack(x, hide(h.detach()))
     y.sum().backward()
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_hooks_on_saved_tensors(kept):
+def test_saved_tensor_hooks(kept):
     torch.manual_seed(0)
     stack = coupling_stack(4)
     x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
@@ -289,7 +291,7 @@ class Around(nn.Module):
 @pytest.mark.parametrize("through_iteration", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("forwards", [1, 2])
-def test_weights_that_the_root_normalises_together(through_iteration, recompute, forwards):
+def test_spectral_norm_applied_to_the_root(through_iteration, recompute, forwards):
     torch.manual_seed(0)
     model = apply_spectral_norm(Around(coupling_stack(3), recompute), through_iteration=through_iteration)
     plain = copy.deepcopy(model)
@@ -302,7 +304,7 @@ def test_weights_that_the_root_normalises_together(through_iteration, recompute,
         torch.testing.assert_close(a.grad, b.grad, atol=1e-10, rtol=1e-10)
 
 
-def test_exported():
+def test_export():
     torch.manual_seed(0)
     stack, x = coupling_stack(3).eval(), torch.randn(5, 8, dtype=torch.float64)
     for strict in (False, True):
@@ -347,7 +349,7 @@ def test_only_one_output_used():
             torch.testing.assert_close(a, b if b is not None else torch.zeros_like(a), atol=1e-10, rtol=1e-10)
 
 
-def test_dropout_is_replayed_and_the_callers_random_state_kept():
+def test_dropout_is_replayed_and_random_state_restored():
     torch.manual_seed(0)
     stack = coupling_stack(6, dropout=0.5)
     x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
@@ -361,7 +363,7 @@ def test_dropout_is_replayed_and_the_callers_random_state_kept():
 
 
 class NoRebuild(nn.Module):
-    """A coupling that offers only forward and inverse, as other people's layers do."""
+    """A coupling with forward and inverse only, like third-party layers."""
 
     def __init__(self, inner):
         super().__init__()
@@ -382,7 +384,7 @@ def test_layers_without_rebuild():
 
 
 class Block(NoRebuild):
-    """Two couplings in one layer, whose inverse draws in the other order."""
+    """Two couplings in one layer; the inverse draws random numbers in reverse order."""
 
     def __init__(self, *parts):
         super().__init__(ReversibleSequential(*parts, recompute=False))
@@ -416,7 +418,7 @@ class NestedDoubled(ReversibleSequential):
         return x, logdet
 
 
-def test_a_rebuild_is_used_only_with_the_forward_it_knows():
+def test_rebuild_is_unused_if_forward_or_inverse_is_overridden():
     torch.manual_seed(0)
     x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     stack = coupling_stack(3, kind=Doubled)
@@ -448,7 +450,7 @@ def test_training_flags_are_replayed():
 
 
 class Counting(nn.Linear):
-    """Its output depends on how often it was called."""
+    """A net whose output depends on the number of calls."""
 
     def __init__(self):
         super().__init__(4, 8)
@@ -460,7 +462,7 @@ class Counting(nn.Linear):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_another_input_than_the_layer_had_is_noticed(dtype):
+def test_wrongly_rebuilt_input_raises(dtype):
     torch.manual_seed(0)
     nets = [nn.Linear(4, 8), Counting(), nn.Linear(4, 8)]
     stack = ReversibleSequential(*(AffineCoupling(net, scale_map="tanh") for net in nets)).to(dtype)
@@ -469,16 +471,16 @@ def test_another_input_than_the_layer_had_is_noticed(dtype):
     y, logdet = stack(x)
     with pytest.raises(RuntimeError, match="layer 1, AffineCoupling, must rebuild its input from its output, got"):
         (y.nansum() + logdet.nansum()).backward()
-    # once it has settled all is well
+    # after enough calls the output is constant, and the backward passes
     nets[1].calls += 20
     y, logdet = stack(x)
     (y.nansum() + logdet.nansum()).backward()
     assert all(parameter.grad is not None for parameter in stack.parameters())
 
 
-def test_an_inaccurate_inverse_is_noticed():
+def test_inaccurate_inverse_raises():
     torch.manual_seed(0)
-    # what is left of the changed half beside its shift are few digits
+    # scale exp(-8) and shift 1e4: the changed half keeps few digits in y
     net = nn.Linear(4, 8)
     nn.init.zeros_(net.weight)
     with torch.no_grad():
@@ -518,7 +520,7 @@ class Flip(nn.Module):
 
 @pytest.mark.parametrize("logdet", [lambda w: 0, lambda w: 3 * w, lambda w: 3 * w.reshape(1)])
 @pytest.mark.parametrize("alone", [False, True])
-def test_one_logdet_for_all_samples(logdet, alone):
+def test_scalar_logdet_for_all_samples(logdet, alone):
     torch.manual_seed(0)
     layers = [Flip(logdet), Flip(logdet)]
     stack = ReversibleSequential(*layers, *(() if alone else coupling_stack(2).layers))
@@ -541,7 +543,7 @@ class SeesBackend(nn.Linear):
         return super().forward(x)
 
 
-def test_backward_rebuilds_on_the_backend_of_its_forward():
+def test_backward_uses_the_backend_of_its_forward():
     net = SeesBackend(2, 4)
     net.seen = []
     stack = ReversibleSequential(AffineCoupling(net))
@@ -551,7 +553,7 @@ def test_backward_rebuilds_on_the_backend_of_its_forward():
     assert net.seen == ["reference", "reference"] and _backend.current() == "auto"
 
 
-def test_traced():
+def test_jit_trace():
     stack, x = coupling_stack(2), torch.randn(5, 8, dtype=torch.float64)
     traced = torch.jit.trace(stack, x)
     y, logdet = traced(2 * x)
@@ -566,7 +568,7 @@ class Regularised(nn.Linear):
         return super().forward(x)
 
 
-def test_a_loss_added_inside_is_refused_where_it_could_not_train():
+def test_add_loss_inside_raises():
     stack = ReversibleSequential(AffineCoupling(Regularised(2, 4)))
     x = torch.randn(3, 4)
     with collect(), pytest.raises(RuntimeError, match="must not call add_loss, got a loss 'decay'"):
@@ -610,7 +612,7 @@ def test_backward_twice_and_accumulation():
 def peak(depth, recompute, backward=True):
     stack = coupling_stack(depth, width=64, hidden=64, dtype=torch.float32, kind=AffineCoupling, recompute=recompute)
     for parameter in stack.parameters():
-        # the activations are the question, and gradients of parameters grow with depth whatever one does
+        # no gradients of parameters: they grow with depth, and this measures activations
         parameter.requires_grad_(False).mul_(0.5)
     x = torch.randn(1024, 64, requires_grad=True)
     with PeakMemory() as memory:
@@ -627,7 +629,7 @@ def test_activation_memory_does_not_grow_with_depth():
 
 
 def saved_bytes(stack, x):
-    """Bytes autograd keeps between forward and backward, each storage once, parameters left out."""
+    """Bytes of distinct storages autograd saves, without parameters."""
     kept = {}
     own = {p.untyped_storage().data_ptr() for p in stack.parameters()}
 
@@ -655,7 +657,7 @@ def test_double_backward_raises():
     assert torch.autograd.gradgradcheck(lambda v: stack(v), (x,))
 
 
-def test_modified_output_and_parameters_are_noticed():
+def test_modified_output_and_parameters_raise():
     stack, x = coupling_stack(2), torch.randn(5, 8, dtype=torch.float64)
     y, _logdet = stack(x)
     with torch.no_grad():
@@ -670,7 +672,7 @@ def test_modified_output_and_parameters_are_noticed():
         loss.backward()
 
 
-def test_swapped_parameters_are_noticed():
+def test_swapped_parameters_raise():
     stack, x = coupling_stack(2), torch.randn(5, 8, dtype=torch.float64)
     other = {name: p.detach().clone().requires_grad_() for name, p in stack.named_parameters()}
     y, _ = torch.func.functional_call(stack, other, (x,))
@@ -705,7 +707,7 @@ def test_transforms_keep_activations():
     torch.testing.assert_close(pushed.sum(), (expected * tangent).sum())
 
 
-def test_compile_breaks_the_graph_only_for_gradients():
+def test_compile_has_a_graph_break_only_for_gradients():
     stack, x = coupling_stack(3), torch.randn(5, 8, dtype=torch.float64)
     y, logdet = torch.compile(stack, backend="aot_eager")(x)
     (y.sum() + logdet.sum()).backward()

@@ -1,4 +1,4 @@
-"""Normalised layers against torch's own parametrizations, alone, compiled, copied and in two processes."""
+"""Spectral and weight norm against torch's own parametrizations: compiled, copied, recomputed and under DDP."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def torchs(model):
     return model
 
 
-def test_is_torchs_spectral_norm_and_shares_its_state():
+def test_equals_torch_spectral_norm_and_shares_its_state_dict():
     ours, theirs = apply_spectral_norm(net()), torchs(net())
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     theirs.load_state_dict(ours.state_dict())
@@ -128,7 +128,7 @@ class Checkpointed(nn.Module):
         return self.second(h.tanh())
 
 
-def test_a_recomputed_block_sees_the_same_weight():
+def test_recomputed_block_uses_the_same_weight():
     x = torch.randn(4, 6, requires_grad=True)
     model = apply_spectral_norm(Checkpointed())
     twin = copy.deepcopy(model)
@@ -140,7 +140,7 @@ def test_a_recomputed_block_sees_the_same_weight():
 
 
 def disturbed(model):
-    """As after some training: u and v are not yet the singular vectors."""
+    """A model whose u and v have not converged to the singular vectors, as during training."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -150,13 +150,13 @@ def disturbed(model):
 
 @pytest.mark.parametrize("through_iteration", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
-def test_every_recomputation_sees_the_weights_of_its_own_forward(whole, through_iteration):
+def test_recomputation_uses_the_weights_of_its_own_forward(whole, through_iteration):
     model = disturbed(apply_spectral_norm(Checkpointed(), through_iteration=through_iteration))
     twin = copy.deepcopy(model)
     xs = torch.randn(2, 4, 6, dtype=torch.float64)
     ys = [checkpoint(model, x, use_reentrant=False) for x in xs] if whole else [model(x, recompute=True) for x in xs]
     with torch.no_grad():
-        # in between, another forward that moves u and v
+        # another forward in between changes u and v
         model(xs[0])
     buffers = [b.clone() for b in model.buffers()]
     (3 * ys[0].square().sum() - ys[1].sum()).backward()
@@ -176,7 +176,7 @@ class Wrapping(Checkpointed):
         return {"out": [Wrapped(super().forward(x, recompute=True))]}
 
 
-def test_outputs_in_containers_tell_their_forward():
+def test_outputs_in_containers_restore_the_weights_of_their_forward():
     model = disturbed(apply_spectral_norm(Wrapping()))
     twin = copy.deepcopy(model)
     xs = torch.randn(2, 4, 6, dtype=torch.float64)
@@ -189,7 +189,7 @@ def test_outputs_in_containers_tell_their_forward():
         torch.testing.assert_close(p.grad, q.grad)
 
 
-def test_a_thread_that_evaluates_beside_the_one_that_trains():
+def test_one_thread_evaluates_while_another_trains():
     model = apply_spectral_norm(Meeting()).eval()
     training, evaluating = threading.Event(), threading.Event()
 
@@ -211,7 +211,7 @@ def test_a_thread_that_evaluates_beside_the_one_that_trains():
 
 
 class Meeting(nn.Module):
-    """Two layers, between which something happens."""
+    """Two layers with a callback between them."""
 
     def __init__(self):
         super().__init__()
@@ -265,11 +265,11 @@ def test_through_iteration_starts_from_ones_and_has_no_buffers():
     assert a.shape == b.shape
     weight = model[0].parametrizations.weight.original
     (gradient,) = torch.autograd.grad(model[0].weight.square().sum(), weight)
-    # the gradient of |W / sigma|^2 is orthogonal to W whatever the rounds
+    # the gradient of |W / sigma|^2 is orthogonal to W for any number of iterations
     assert abs((gradient * weight).sum().item()) < 1e-4
 
 
-def test_a_part_that_is_called_on_its_own():
+def test_part_called_without_the_root():
     model = apply_spectral_norm(net())
     before = model[5].parametrizations.weight[0]._u.clone()
     model[5](torch.randn(1, 256))
@@ -305,7 +305,7 @@ def test_remove():
     torch.testing.assert_close(model(X), y)
 
 
-def test_weight_norm_is_torchs():
+def test_weight_norm_equals_torch():
     ours, theirs = apply_weight_norm(net()), net()
     for i in LAYERS:
         parametrizations.weight_norm(theirs[i], dim=None if i == 1 else 0)
@@ -364,7 +364,7 @@ def test_filter_and_names():
         ),
     ],
 )  # fmt: skip
-def test_bad_input_gets_one_sentence(call, error, text):
+def test_wrong_arguments(call, error, text):
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value) == text
