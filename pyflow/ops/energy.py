@@ -248,11 +248,13 @@ def mala_accept(
     return _accept(op, (z, z_new, u, u_new, grad, grad_new, alpha), *stream_of(op, seed, step, z)[:2])
 
 
-def _accept(op: str, tensors: Any, seed: Any, step: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors = tuple(t.detach() for t in tensors)
-    if runs_reference(op, tensors[0]):
-        return ref.mala_accept(*tensors, seed, step)
-    return call("mala_accept", *tensors, seed, step)
+def _accept(
+    op: str, tensors: tuple[Tensor, ...], seed: Tensor | None, step: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments: list[Any] = [*(t.detach() for t in tensors), seed, step]
+    if runs_reference(op, arguments[0]):
+        return ref.mala_accept(*arguments)
+    return call("mala_accept", *arguments)
 
 
 def mala_step(

@@ -12,7 +12,8 @@ from .._schemas import HSIC_KERNELS
 from . import matmul
 
 # A bandwidth is wide if the mean of |a - b|^2 is at most 4, or the mean of |a - b|_1 at most 2, in bandwidths. The
-# first mean is twice the sum of the variances, the second (of normal data) 2 / sqrt(pi) times the sum of the deviations.
+# first mean is twice the sum of the variances; the second, for normal data, is 2 / sqrt(pi) times the sum of the
+# standard deviations.
 WIDE_VARIANCE = 2.0
 WIDE_DEVIATION = math.sqrt(math.pi)
 
