@@ -1,8 +1,8 @@
-"""Which implementation runs, and why the others do not.
+"""Select the implementation of every operator: C++, Triton, CUDA or the plain-torch reference.
 
-A call of a public function goes to the operator, whose kernel torch's dispatcher picks by device: C++ on a
-CPU, a Triton launcher on a GPU (the CUDA kernel without Triton). Where no compiled kernel exists, the public
-function runs the plain-torch reference itself, so that torch.compile can still fuse it.
+A public function calls its operator, and torch's dispatcher picks the kernel by device: C++ on a CPU, a Triton
+launcher on a GPU (the CUDA kernel if Triton is missing). If no compiled kernel exists, the public function calls the
+plain-torch reference directly instead of the operator, so that torch.compile can fuse it.
 """
 
 from __future__ import annotations
@@ -17,35 +17,38 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.jit._trace import is_tracing
 
 from ._schemas import SCHEMAS, define, library
 
 NAMES = ("auto", "cpu", "triton", "cuda", "reference")
 
-# the choice, which dynamo guards on: that of the innermost block of this thread (`choice`, missing outside), else the
-# process's. A plain threading.local: dynamo reads no subclass of it by thread, and no ContextVar at all.
+# The chosen backend: `_thread.choice` inside a `with` block of this thread, else `_process`. Dynamo guards on both.
+# A plain threading.local, because dynamo does not support subclasses of it or ContextVar.
 _thread = threading.local()
 _process = "auto"
-_blocks_were_opened = False  # by any thread, ever: until then a call need not ask for its thread's choice
+_blocks_were_opened = False  # in any thread since import; while False, `current` skips the thread's choice
 
-# the calls that made the process's choice, oldest first; one whose object is alive may still become a block
+# calls of `backend` outside a block, oldest first, each with a weak reference to its object: as long as the object
+# lives, a `with` statement may still turn the call into a block and undo it
 _calls: list[tuple[Callable[[], object], str]] = [(lambda: None, "auto")]
 _lock = threading.Lock()
 
-unusable: dict[str, str] = {}  # a PYFLOW_BACKEND that cannot be had -> why
+unusable: dict[str, str] = {}  # the value of PYFLOW_BACKEND, if it cannot run here -> the reason
 
-_families: dict[str, str] = {}  # operator -> family, whose name is the file in every room
+_families: dict[str, str] = {}  # operator -> family: the file name in ops/, reference/ and triton_kernels/
 _operators: dict[str, torch._ops.OpOverload] = {}
-_functions: dict[str, type] = {}  # operator -> its torch.autograd.Function
-_interpreter: torch.library.Library | None = None  # CPU kernels that give way to the interpreter where it is chosen
+_functions: dict[str, type[torch.autograd.Function]] = {}  # operator -> its autograd function
+_interpreter: torch.library.Library | None = None  # CPU kernels that can run the Triton interpreter; see below
 
 
 def _load_cpu() -> str | None:
-    """Load the operators' C++ kernels; None, or why that is not possible."""
+    """Load the C++ kernels; return None, or the reason why they do not load."""
     here = Path(__file__).parent
     if not (here / "_C.so").exists():
         return "this installation has no compiled kernels (built without a C++ compiler, or without torch in sight)"
@@ -86,7 +89,7 @@ def interpreting() -> bool:
 
 
 def _find_devices() -> dict[str, tuple[str, ...]]:
-    """The kinds of device a choice has compiled kernels for; Triton's interpreter counts as one."""
+    """Map each backend to the device types that it has compiled kernels for, including Triton's interpreter."""
     gpu = torch.cuda.is_available()
     here = {
         "cpu": ("cpu",) * (cpu_missing is None),
@@ -99,16 +102,16 @@ def _find_devices() -> dict[str, tuple[str, ...]]:
 cpu_missing = _load_cpu()
 _triton_runs = _triton_missing() is None
 _devices = _find_devices()
-_cuda_library: torch.library.Library | None = None  # the CUDA operators' schemas, kept alive
+_cuda_library: torch.library.Library | None = None  # keeps the schemas of the CUDA operators alive
 
 
 def status() -> dict[str, str | None]:
-    """Every backend and why it cannot run here (None: it can)."""
+    """Map each backend to the reason why it cannot run here, or to None if it can."""
     return {"cpu": cpu_missing, "triton": _triton_missing(), "cuda": _cuda_missing(), "reference": None}
 
 
 class backend:
-    """Choose the implementation: for the process by a call, for a thread by a `with` block.
+    """Choose the backend: a call chooses for the process, a `with` block for its thread.
 
     Args:
         name: "auto" (the fastest that runs on the tensor's device), "cpu", "triton", "cuda" or "reference".
@@ -119,10 +122,10 @@ class backend:
         RuntimeError: the backend cannot run here; the text says why.
 
     Notes:
-        A block holds in its own thread until it ends, before the process's choice; a call inside a block holds until
-        that block ends. PYFLOW_BACKEND is the process's choice at import. A backward runs on the backend of its
-        forward, wherever it runs; in a graph of torch.compile on a GPU, which is compiled anew for another choice,
-        the process's choice decides between Triton and CUDA.
+        A block overrides the process's choice in its own thread until it ends; a call inside a block holds until that
+        block ends. PYFLOW_BACKEND sets the process's choice at import. A backward runs on the backend of its forward,
+        in any thread. torch.compile recompiles a graph when the choice changes; inside a compiled graph on a GPU the
+        process's choice decides between Triton and CUDA.
 
     Example:
         >>> import pyflow
@@ -149,7 +152,7 @@ class backend:
             _choose_for_process(self)
 
     def __enter__(self) -> backend:
-        # not a call, then: take back what __init__ did as one
+        # __init__ treated this as a call for the process: undo that
         if self._around:
             self._around.choice, self._around = self._replaced, None
         _forget_for_process(self)
@@ -161,7 +164,7 @@ class backend:
 
 
 def current() -> str:
-    """The name of the backend chosen here: for this thread by a block, else for the process."""
+    """Return the name of the backend chosen for this thread by a block, else for the process."""
     return (getattr(_thread, "choice", None) if _blocks_were_opened else None) or _process
 
 
@@ -172,7 +175,7 @@ class _Block:
 
 
 def _blocks() -> list[_Block]:
-    """The open blocks of this thread."""
+    """Return the open blocks of this thread, outermost first."""
     if not hasattr(_thread, "blocks"):
         _thread.blocks = []
     return _thread.blocks
@@ -186,7 +189,7 @@ def _open(owner: object, choice: str) -> None:
 
 
 def _close(owner: object) -> None:
-    """Blocks of coroutines need not end in order."""
+    """Remove the owner's block, which need not be the innermost one: coroutines may interleave blocks."""
     blocks = _blocks()
     del blocks[max(i for i, block in enumerate(blocks) if block.owner is owner)]
     if blocks:
@@ -197,7 +200,7 @@ def _close(owner: object) -> None:
 
 @contextlib.contextmanager
 def on(choice: str) -> Iterator[None]:
-    """A block with the choice of another time, which was possible then."""
+    """Run a block on a backend that has already been checked, for example the backend of a forward."""
     if current() == choice:
         yield
         return
@@ -212,7 +215,7 @@ def on(choice: str) -> Iterator[None]:
 def _choose_for_process(call: backend) -> None:
     global _process
     with _lock:
-        # a call that nobody holds will never be a block: what came before it is over
+        # a call whose object is gone can no longer become a block, so the calls before it can be dropped
         final = max((i for i, (holder, _) in enumerate(_calls) if holder() is None), default=0)
         _calls[:] = [*_calls[final:], (weakref.ref(call), call.name)]
         _process = call.name
@@ -226,7 +229,7 @@ def _forget_for_process(call: backend) -> None:
 
 
 def _offer_interpreter() -> None:
-    """Register the Triton kernels for CPU tensors too, for threads that choose them."""
+    """Register the Triton kernels for CPU tensors, used by threads that choose "triton" (the interpreter)."""
     global _interpreter
     if _interpreter is None:
         _interpreter = torch.library.Library("pyflow", "IMPL")
@@ -235,10 +238,10 @@ def _offer_interpreter() -> None:
 
 
 def _interpretable(op: str) -> Callable:
-    """A CPU kernel that runs the Triton kernel in a thread that chose it, else what was there before."""
+    """Return a CPU kernel that runs the Triton kernel in threads that chose it, else the compiled CPU kernel."""
     compiled = torch.library.get_kernel(_operators[op], "CPU")
 
-    def launch(keys: torch._C.DispatchKeySet, *args: object) -> object:
+    def launch(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
         if current() == "triton":
             return _triton_kernel(op)(*args)
         return compiled.call_boxed(keys, *args)
@@ -247,9 +250,10 @@ def _interpretable(op: str) -> Callable:
 
 
 def runs_reference(op: str, x: Tensor, cuda: bool = True) -> bool:
-    """Whether the public function runs plain torch: chosen, no kernel here, or a transform without a rule.
+    """Whether the public function calls the plain-torch reference instead of the operator.
 
-    Without `cuda` only Triton has kernels for a GPU, csrc/cuda none.
+    It does if the reference is chosen, if the device has no kernel, and under a transform that operators have no
+    rule for. `cuda=False`: csrc/cuda has no kernel for this operator, so that a GPU needs Triton.
     """
     choice = current()
     if choice == "reference" or _under_transform():
@@ -262,30 +266,30 @@ def runs_reference(op: str, x: Tensor, cuda: bool = True) -> bool:
     return True
 
 
-def call(name: str, *args: object) -> object:
-    """Run an operator by the shortest way: its autograd function itself, or below the autograd key.
+def call(name: str, *args: Any) -> Any:
+    """Run an operator: apply its autograd function directly, or skip the autograd key if no gradient is needed.
 
-    The dispatcher would find the same function after two more hops through Python, which cost 20 us on a
-    warm cache and 200 us on one that a large tensor has just gone through.
+    The dispatcher would reach the same function after two more Python calls, which cost 20 us with a warm cache and
+    200 us after a large tensor has evicted it.
     """
     op = _operators[name]
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return op(*args)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        # a trace records operators, and would record a Python function as one it cannot save
-        return op(*args) if torch.jit.is_tracing() else _functions[name].apply(*args)
+        # torch.jit.trace can save operators but not Python autograd functions
+        return op(*args) if is_tracing() else _functions[name].apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
 def _on_its_backend(setup_context: Callable, backward: Callable) -> tuple[Callable, Callable]:
-    """The two, with backward on the backend of its forward whichever thread it runs in, and when."""
+    """Return both functions, changed so that the backward runs on the backend of its forward in any thread."""
 
-    def remember(ctx: object, inputs: tuple, output: object) -> None:
+    def remember(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.backend = current()
         setup_context(ctx, inputs, output)
 
-    def run(ctx: object, *grads: object) -> object:
+    def run(ctx: Any, *grads: Any) -> Any:
         if current() == ctx.backend:
             return backward(ctx, *grads)
         with on(ctx.backend):
@@ -294,8 +298,8 @@ def _on_its_backend(setup_context: Callable, backward: Callable) -> tuple[Callab
     return remember, run
 
 
-def _function(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> type:
-    def forward(ctx: object, *args: object) -> object:
+def _function(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
+    def forward(ctx: Any, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             output = op(*args)
         setup_context(ctx, args, output)
@@ -307,7 +311,7 @@ def _function(op: torch._ops.OpOverload, setup_context: Callable, backward: Call
 
 
 def _under_transform() -> bool:
-    """Inside forward-mode AD or a torch.func transform other than vmap, for which operators have a rule."""
+    """Whether forward-mode AD or a torch.func transform other than vmap is active; operators have a vmap rule only."""
     if forward_ad._current_level >= 0:
         return True
     if torch._C._functorch.peek_interpreter_stack() is None:
@@ -316,15 +320,15 @@ def _under_transform() -> bool:
     return any(level.key() != vmap for level in torch._C._functorch.get_interpreter_stack())
 
 
-# what torch.compiler.assume_constant_result does, without importing dynamo: the transforms that are
-# active while a function is traced are part of what is traced
-_under_transform._dynamo_marked_constant = True
+# Dynamo evaluates the function while tracing: the active transforms do not change within a graph. This is
+# torch.compiler.assume_constant_result without importing dynamo.
+vars(_under_transform)["_dynamo_marked_constant"] = True
 
 
 def _cuda_kernel(op: str) -> Callable:
-    """The kernel for CUDA tensors: Triton with fusion off, or the CUDA operator where that was chosen."""
+    """Return the kernel for CUDA tensors: the Triton launcher, or the CUDA operator if chosen or without Triton."""
 
-    def launch(*args: object) -> object:
+    def launch(*args: Any) -> Any:
         choice = current()
         if choice == "cuda" or (choice == "auto" and not _triton_runs):
             return getattr(_cuda_ops(), op)(*args)
@@ -337,7 +341,7 @@ def _triton_kernel(op: str) -> Callable:
     return getattr(importlib.import_module(f"pyflow.triton_kernels.{_families[op]}"), op)
 
 
-def _cuda_ops() -> object:
+def _cuda_ops() -> Any:
     global _cuda_library
     if _cuda_library is None:
         _cuda_library = define("pyflow_cuda")
@@ -355,9 +359,9 @@ def register(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> None:
-    """Tell torch everything about one operator. All callables take the schema's arguments in order.
+    """Register one operator: kernels, fake kernel, vmap rule and autograd formula.
 
-    Without `backward` nothing the operator takes is differentiable.
+    All callables take the arguments of the schema in order. Without `backward` the operator is not differentiable.
     """
     name = f"pyflow::{op}"
     _families[op] = family
@@ -367,13 +371,14 @@ def register(
     torch.library.register_vmap(name, vmap, lib=library)
     _operators[op] = getattr(torch.ops.pyflow, op).default
     if backward is not None:
+        assert setup_context is not None
         setup_context, backward = _on_its_backend(setup_context, backward)
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
         _functions[op] = _function(_operators[op], setup_context, backward)
 
 
 def finish() -> None:
-    """After every family has registered: check the table, then apply PYFLOW_BACKEND."""
+    """Check that every schema has an implementation, then apply PYFLOW_BACKEND. Called once all families are loaded."""
     unregistered = SCHEMAS.keys() - _families.keys()
     if unregistered:
         raise RuntimeError(f"operators without an implementation: {sorted(unregistered)}")
@@ -383,7 +388,7 @@ def finish() -> None:
 
 
 def _choose_by_environment() -> None:
-    """The process's first choice: PYFLOW_BACKEND. One that cannot be had fails the first operation, not the import."""
+    """Choose PYFLOW_BACKEND for the process. If it cannot run here, the first operation raises, not the import."""
     global _process
     wanted = os.environ.get("PYFLOW_BACKEND") or "auto"
     try:

@@ -1,4 +1,7 @@
-"""Argument checks shared by the public functions: one clear sentence, before anything runs."""
+"""Argument checks shared by the public functions. Each raises one sentence, `op: argument rule, got value`.
+
+Values are `Any`: they come from the user, and a check cannot narrow the type of its caller's variable at no cost.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import math
 import numbers
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +21,13 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def shape(op: str, value: object) -> tuple[int, ...]:
-    """A shape as a tuple of integers, symbolic ones as they are."""
-    # of most calls, at once
+    """Return a shape as a tuple of integers; symbolic integers stay symbolic."""
+    # fast path for most calls
     if isinstance(value, tuple) and len(value) <= 4 and all(type(n) is int and 0 <= n < 2**15 for n in value):
         return tuple(value)
     if isinstance(value, (str, Tensor)) or not isinstance(value, Iterable):
         raise TypeError(f"{op}: shape must be a sequence of integers, got {type(value).__name__}")
-    sizes = tuple(value)
+    sizes: tuple[Any, ...] = tuple(value)
     for n in sizes:
         if isinstance(n, bool) or not isinstance(n, (numbers.Integral, torch.SymInt)):
             raise TypeError(f"{op}: shape must hold integers, got {sizes}")
@@ -31,11 +35,12 @@ def shape(op: str, value: object) -> tuple[int, ...]:
         raise ValueError(f"{op}: shape must not be negative, got {sizes}")
     if not torch.compiler.is_compiling() and math.prod([n for n in sizes if not isinstance(n, torch.SymInt)]) >= 2**60:
         raise ValueError(f"{op}: shape must have fewer than 2**60 elements, got {shown(sizes)}")
-    return tuple(n if isinstance(n, torch.SymInt) else int(n) for n in sizes)
+    checked: Any = tuple(n if isinstance(n, torch.SymInt) else int(n) for n in sizes)
+    return checked
 
 
 def batch_shape(op: str, value: object) -> tuple[int, ...]:
-    """A shape whose first dim is the batch."""
+    """Return a shape (B, ...) as a tuple of integers."""
     rule = f"{op}: shape must be (B, ...) of integers that are not negative"
     if isinstance(value, (str, Tensor)) or not isinstance(value, Iterable):
         raise TypeError(f"{rule}, got {type(value).__name__}")
@@ -51,17 +56,17 @@ def float_dtype(op: str, dtype: object) -> torch.dtype:
     return dtype
 
 
-def device(op: str, value: object) -> torch.device:
+def device(op: str, value: Any) -> torch.device:
     try:
         return torch.device(value)
-    # an integer beyond 64 bits is a ValueError of torch's
+    # torch raises ValueError for an integer beyond 64 bits
     except (RuntimeError, TypeError, ValueError):
         error = ValueError if isinstance(value, str) else TypeError
         raise error(f"{op}: device must be a torch.device or its name, got {shown(value)}") from None
 
 
 def values_are_checked(tensor: Tensor) -> bool:
-    """Whether the content may be read: on a CPU always, on an accelerator with PYFLOW_CHECK=1, never while traced."""
+    """Whether a check may read the values: on a CPU, on an accelerator with PYFLOW_CHECK=1, never while traced."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if isinstance(tensor, FakeTensor):
@@ -70,12 +75,12 @@ def values_are_checked(tensor: Tensor) -> bool:
 
 
 def in_backward() -> bool:
-    """Whether a backward runs in this thread, so that a forward here is a recomputation."""
+    """Whether this thread runs a backward: a forward is then a recomputation."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def uncast(x: Tensor) -> contextlib.AbstractContextManager:
-    """A block without autocast on x's device; meta has none."""
+    """Return a context manager that disables autocast on x's device; the meta device has no autocast."""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
@@ -86,15 +91,17 @@ def tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be a dense tensor, got {short(value.layout)}")
 
 
-def float_tensor(op: str, name: str, value: object) -> None:
+def float_tensor(op: str, name: str, value: Any) -> None:
     if isinstance(value, Tensor) and value.dtype in FLOATS and value.layout is torch.strided:
         return
     tensor(op, name, value)
     raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {short(value.dtype)}")
 
 
-def like(op: str, name: str, value: object, other_name: str, shape: torch.Size, device: torch.device) -> None:
-    """`value` is a float tensor of this shape on this device."""
+def like(
+    op: str, name: str, value: Any, other_name: str, shape: torch.Size | tuple[int, ...], device: torch.device
+) -> None:
+    """Require a float tensor with the given shape on the given device."""
     float_tensor(op, name, value)
     if value.shape != shape:
         raise ValueError(f"{op}: {name} must have the shape of {other_name}, {tuple(shape)}, got {tuple(value.shape)}")
@@ -103,7 +110,7 @@ def like(op: str, name: str, value: object, other_name: str, shape: torch.Size, 
 
 
 def choice(op: str, name: str, value: object, allowed: tuple[str, ...]) -> int:
-    """The position of `value` among the allowed words."""
+    """Return the index of `value` in `allowed`."""
     if isinstance(value, str) and value in allowed:
         return allowed.index(value)
     raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}, got {shown(value)}")
@@ -133,40 +140,40 @@ def positive(op: str, name: str, value: object) -> float:
     return result
 
 
-def integer_tensor(op: str, name: str, value: object) -> None:
+def integer_tensor(op: str, name: str, value: Any) -> None:
     tensor(op, name, value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must be integers, got {short(value.dtype)}")
 
 
-def int64_tensor(op: str, name: str, value: object) -> None:
+def int64_tensor(op: str, name: str, value: Any) -> None:
     tensor(op, name, value)
     if value.dtype != torch.int64:
         raise TypeError(f"{op}: {name} must be int64, got {short(value.dtype)}")
 
 
 def event_shape(op: str, value: object) -> tuple[int, ...]:
-    """The shape of one sample, given as an integer or a tuple of them."""
+    """Return the shape of one sample, given as an integer or as a tuple of integers."""
     if not isinstance(value, (numbers.Integral, tuple, list)):
         raise TypeError(f"{op}: shape must be an integer or a tuple of integers, got {type(value).__name__}")
     sizes = value if isinstance(value, (tuple, list)) else (value,)
     return tuple(int(at_least(op, "shape", n, 0)) for n in sizes)
 
 
-def at_least(op: str, name: str, value: object, least: int, most: int = 2**63 - 1) -> int:
+def at_least(op: str, name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
     if type(value) is int and least <= value <= most:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
-    if value > most:
+    if int(value) > most:
         raise ValueError(f"{op}: {name} must be at most {most}, got {value}")
     return int(value)
 
 
-def mask_for(op: str, mask: object, x: Tensor) -> Tensor:
-    """The mask as a bool view with the shape of x."""
+def mask_for(op: str, mask: Any, x: Tensor) -> Tensor:
+    """Return the mask as a bool tensor expanded to the shape of x."""
     tensor(op, "mask", mask)
     if mask.device != x.device:
         raise ValueError(f"{op}: mask must be on the device of x, {x.device}, got {mask.device}")
@@ -183,12 +190,12 @@ def mask_for(op: str, mask: object, x: Tensor) -> Tensor:
 
 
 def shown(value: object) -> str:
-    """What was given, where it fits into a sentence; else its type."""
+    """Return the repr of a value for an error text, or its type's name if the repr is long."""
     text = repr(value)
     return text if len(text) <= 80 and "\n" not in text else type(value).__name__
 
 
 def short(value: object) -> str:
-    """A dtype's or layout's name, or the type of what was given instead of one."""
+    """Return the name of a dtype or layout without "torch.", or the type's name of any other value."""
     known = isinstance(value, (torch.dtype, torch.layout))
     return str(value).removeprefix("torch.") if known else type(value).__name__

@@ -1,23 +1,68 @@
-"""Every operator's schema and tags, in one place.
+"""Schemas and tags of every operator.
 
-An operator is opaque to Inductor: its bits are the same eager and compiled. The integers `scale_map`, `packing`,
-`prior`, `variant` and `distance` index the tuples below, as do `kind` and `purpose` of noise; `map_arg` is the one
-constant a scale map uses (clamp, eps or c). A `*_backward` operator returns an empty tensor for a gradient it was not
-asked for (shift_dtype: the dtype of shift, or None where its gradient is that of y or of x).
+An operator is opaque to Inductor, so that its result has the same bits in eager and compiled code.
 
-Seeds are int64, 0-d or one per sample; `step` and what else changes from call to call are tensors, 0-d on the CPU where
-the caller gave a number, so that nothing is compiled anew for another value.
+Common arguments and results:
 
-- fsq, residual_fsq take and return their channels in front; `dim` of fsq_decode is where they go.
-- sde_step_backward sums the gradients of a, b and c, (3, rows), where it is given x; denoising_loss without std takes
-  pred for the noise.
-- hsic_sums takes variables, (B, n, dim) each, and what they are scaled by, (B, variables), one over their bandwidths;
-  `pairs` lists which of them are multiplied, `part` of `parts` which tiles are visited. Of their matrices less a shift
-  it returns row sums and sums of products, and that shift, (B, variables).
-  hsic_permuted takes symmetric matrices.
-- gan_qp_loss returns the distances too, all that its backward needs of the samples.
-- spectral_normalize returns the normalised weights, u, v and sigmas, one list after the other; a vector's u and v are
-  empty.
+- Integer arguments `scale_map`, `packing`, `prior`, `kind`, `purpose`, `variant`, `distance` and the entries of
+  `kernels` are indices into the tuples below.
+- `seed` is int64, 0-d or (B,) with one stream per sample. `step` is 0-d int64. Values that change from call to call
+  (seed, step, coefficients) are tensors, on the CPU if the caller passed a number: a new value does not recompile.
+- The compute dtype is float64 for float64 inputs, else float32. "like x" means the shape, dtype and strides of x.
+- A `*_backward` operator takes the output gradients first (None: zero) and returns one gradient per differentiable
+  input, or an empty tensor in place of a gradient that was not requested.
+
+Couplings (formulas: `pyflow.ops.affine_coupling`):
+
+- additive_coupling: x, shift and an optional bool mask (true: the element passes through), all of one shape
+  -> y like x.
+- affine_coupling: likewise with scale -> y like x, and logdet of shape x.shape[:-event_dims] in the compute dtype.
+  `map_arg` is the constant of the scale map (clamp, eps or c); `shift_first` adds the shift before scaling.
+- affine_coupling_backward -> grad_x, grad_shift, grad_scale. `shift` may be None if the formula does not contain it.
+  `shift_dtype` is the dtype of grad_shift, or None if the caller reuses grad_y or grad_x as grad_shift.
+- affine_coupling_packed: params holds shift and scale in its dim `dim` -> y, logdet; backward -> grad_x, grad_params.
+- flow_log_prob: h (B, ...) and log_scale of shape h.shape[1:] -> (B,) prior log-density plus log-determinant.
+
+Noise and steps of SDEs:
+
+- philox: counter (..., 4) and key (..., 2), int64 words -> (..., 4) random words.
+- noise -> contiguous tensor of the given size and dtype, on the device of seed.
+- sde_step: x, score (B, ...), coefficients a, b, c 0-d or (B,), and either seed and step or noise
+  -> a x + b score + c z like x, and the mean a x + b score (empty unless `return_mean`).
+- sde_step_backward -> gradients of x, score and noise in the given dtypes (None: not requested), and (3, B) gradients
+  of a, b and c per sample (empty if x is None). `f64`: x is float64.
+- denoising_loss: pred (B, ...) is the score, or the predicted noise if std is None -> (B,) losses;
+  backward -> grad_pred and (B,) gradients of std.
+- langevin_squares -> (2, B) squared norms of score and noise.
+- mala_accept: z, proposals, energies (B,), gradients, alpha -> z, u and grad after acceptance, and accepted (B,) bool.
+- grad_norm_penalty: (B, ...) -> (B,) squared norms.
+- sector_counts: float64 thresholds -> int64 counts of the same shape: trials with a largest gap >= the threshold.
+
+FSQ:
+
+- fsq: z (d, ...) with the channels first -> codes like z, indices (...) int32 or int64 (empty unless
+  `return_indices`).
+- fsq_decode: indices (...) -> codes with the d channels inserted at `dim`.
+- residual_fsq: x (d, ...) -> the sum of all stages like x, and indices (..., stages). `active` is a 0-d count of stages
+  that are used.
+
+HSIC:
+
+- hsic_sums: M variables z, each (B, n, d_m), and scale (B, M), one over the bandwidths; `degrees` of polynomial
+  kernels; `pairs` is a flat list of variable indices, two per product. K is a kernel matrix minus its shift (0 or 1)
+  with a zero diagonal. -> row sums of every K (B, M, n), sums of elementwise products of the pairs (B, P), and the
+  shifts (B, M), all float64. `part` of `parts` restricts the tiles; the sums of all parts add up.
+- hsic_sums_backward -> one gradient per variable, computed for all tiles.
+- hsic_permuted: two symmetric (n, n) matrices and permutations (R, n) -> (R,) float64 sums over i != j of
+  K[i, j] L[p[i], p[j]].
+- center_gram: (..., n, n) -> H K H; center_gram_ works in place.
+
+GAN-QP and spectral normalisation:
+
+- gan_qp_loss: t (B,), x and optional latents z (B, ...) of real and generated samples -> (B,) losses and (B,)
+  distances; backward (reads the distances, not the samples) -> gradients of t_real and t_fake.
+- spectral_normalize: N weights, u and v (empty for a weight of one dim) -> one flat list of 4 N tensors: normalised
+  weights, then new u, new v and sigmas; backward -> one gradient per weight.
 """
 
 from __future__ import annotations
@@ -28,12 +73,12 @@ SCALE_MAPS = ("exp", "sigmoid", "sigmoid_inv", "softplus", "tanh", "atan", "soft
 PACKINGS = ("shift_scale", "scale_shift", "interleaved")
 PRIORS = ("gaussian", "logistic")
 NOISES = ("uniform", "normal")
-# what a draw is for: the top byte of a stream's last counter word, so that no two of them share a word
+# the purpose of a draw is the top byte of the last counter word, so that draws of two purposes share no words
 PURPOSES = ("noise", "corrector", "prior", "accept", "data", "permutation", "monte_carlo")
 DISTANCES = ("l1", "l2")
 FSQ_VARIANTS = ("vqp", "paper", "symmetric", "sigmoid", "hard", "symmetric_hard")
 
-# kernels of HSIC; a linear one is polynomial of degree 1
+# kernels of HSIC; a linear kernel is a polynomial kernel of degree 1
 HSIC_KERNELS = ("rbf", "laplacian", "polynomial", "delta", "precomputed")
 
 _MAP = "int scale_map, float map_arg, bool shift_first, bool inverse, int event_dims"
@@ -108,7 +153,7 @@ TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
 def define(namespace: str) -> torch.library.Library:
-    """A library of this name with every schema."""
+    """Return a new torch library `namespace` that defines every schema."""
     library = torch.library.Library(namespace, "DEF")
     for name, schema in SCHEMAS.items():
         library.define(name + schema, tags=TAGS)

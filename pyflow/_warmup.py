@@ -1,8 +1,9 @@
-"""Compile every kernel ahead of the first real call."""
+"""Compile the kernels before their first use."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -19,14 +20,14 @@ def warmup(
 ) -> None:
     """Run every operation once, forward and backward, on small tensors of these dtypes.
 
-    A Triton kernel is compiled at its first call for a dtype and scale map; this moves that wait to where
-    you choose. On a CPU nothing is compiled at run time and this only touches the code.
+    Triton compiles a kernel at its first call for a dtype and scale map; `warmup` compiles it in advance. On a CPU
+    nothing is compiled at run time.
 
     Args:
-        device: where the kernels will run.
-        dtypes: of the inputs.
-        scale_maps: the maps of the coupling layers to prepare.
-        levels: the level sets of FSQ to prepare.
+        device: device that the kernels will run on.
+        dtypes: dtypes of the inputs.
+        scale_maps: scale maps of the coupling layers.
+        levels: FSQ levels.
 
     Example:
         >>> warmup("cpu", scale_maps=["tanh"])
@@ -34,12 +35,12 @@ def warmup(
     for dtype in dtypes:
         x = torch.zeros(2, 64, dtype=dtype, device=device, requires_grad=True)
         params = torch.zeros(2, 128, dtype=dtype, device=device, requires_grad=True)
-        outputs = [ops.additive_coupling(x, x)]
+        outputs: list[Any] = [ops.additive_coupling(x, x)]
         for inverse in (False, True):
             for scale_map in scale_maps:
                 outputs += ops.affine_coupling(x, x, x, scale_map=scale_map, inverse=inverse)
                 for packing in PACKINGS:
-                    options = dict(packing=packing, scale_map=scale_map, inverse=inverse)
+                    options: dict[str, Any] = dict(packing=packing, scale_map=scale_map, inverse=inverse)
                     outputs += ops.affine_coupling_packed(x, params, **options)
         outputs += [ops.flow_log_prob(x, x[0], prior=prior) for prior in PRIORS]
         for distance in DISTANCES:
@@ -53,6 +54,7 @@ def warmup(
                 if min(numbers) == 2 and variant in ("vqp", "hard"):
                     continue
                 codes, indices = ops.fsq(z, numbers, variant=variant)
+                assert indices is not None
                 outputs.append(codes)
                 ops.fsq_decode(indices, numbers, variant=variant, dtype=dtype)
             for variant in ("symmetric", "symmetric_hard"):

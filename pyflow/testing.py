@@ -1,36 +1,37 @@
-"""What tests and benchmarks share: tolerances, layouts that views produce, poisoned memory, bitwise equality."""
+"""Helpers of tests and benchmarks: error bounds, memory layouts of views, poisoned memory, bitwise equality."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .reference import compute_dtype as compute_dtype
 
-# half the spacing of numbers near 1: the relative error of one rounding
+# unit roundoff: the relative error of one rounding
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-# smallest positive number: the absolute error of one rounding near 0
+# smallest positive subnormal number: the absolute error of one rounding near 0
 TINY = {torch.float64: 5e-324, torch.float32: 1.5e-45, torch.bfloat16: 9.2e-41, torch.float16: 6e-8}
 
 
 def sum_error(terms: int, magnitudes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bound on the error of a sum of `terms` rounded terms through sixteen lanes in chunks of 512."""
+    """Bound the error of a sum of `terms` rounded terms, added in sixteen lanes and chunks of 512."""
     steps = min(terms, 512) / 16 + 6
     return steps * UNIT[dtype] * magnitudes
 
 
 def assert_within(actual: Tensor, expected: Tensor, error: Tensor | float, name: str = "") -> None:
-    """|actual - expected| <= error elementwise, in float64, plus one rounding to actual's dtype.
+    """Assert |actual - expected| <= error elementwise, in float64, plus one rounding to actual's dtype.
 
-    NaN must meet NaN, and an infinity the same infinity.
+    NaN matches only NaN, and an infinity only the same infinity.
     """
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     a, e = actual.detach().double(), expected.detach().double()
     limit = torch.finfo(actual.dtype).max
-    e = torch.where(e.abs() > limit, e.sign() * torch.inf, e)  # what the dtype cannot hold is an infinity
+    e = torch.where(e.abs() > limit, e.sign() * torch.inf, e)  # overflow of actual's dtype
     assert torch.equal(a.isnan(), e.isnan()), f"{name}: NaN in other places"
     same = (a == e) | a.isnan()
     bound = error + UNIT[actual.dtype] * e.abs() + TINY[actual.dtype]
@@ -43,7 +44,7 @@ def assert_within(actual: Tensor, expected: Tensor, error: Tensor | float, name:
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, name: str = "") -> None:
-    """Equal bit for bit, except that any NaN equals any NaN."""
+    """Assert that both have the same bits, except that any NaN equals any NaN."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape, f"{name}: dtype or shape differs"
     integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[actual.element_size()]
     a, e = actual.detach().contiguous(), expected.detach().contiguous()
@@ -52,12 +53,12 @@ def assert_same_bits(actual: Tensor, expected: Tensor, name: str = "") -> None:
 
 
 def ulp_error(actual: Tensor, exact: Tensor) -> Tensor:
-    """|actual - exact| in units of the last place of float32 at `exact` (float64)."""
+    """Return |actual - exact| in float32 ulps of `exact`, which is float64."""
     exponent = torch.frexp(exact).exponent.clamp(min=-125)
     return (actual.double() - exact).abs() / torch.ldexp(torch.ones_like(exact), exponent - 24)
 
 
-# name -> (shape -> tensor of that shape); every layout a view can produce
+# name -> function that copies a tensor into this memory layout; covers the layouts that views produce
 LAYOUTS = {
     "contiguous": lambda values: values.clone(),
     "half": lambda values: torch.cat((values, values), -1)[..., : values.shape[-1]],
@@ -69,12 +70,12 @@ LAYOUTS = {
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
-    """`values` in the memory layout of this name."""
+    """Return `values` in the named memory layout."""
     return LAYOUTS[layout](values)
 
 
 def gradient_layouts(grad: Tensor) -> dict[str, Tensor]:
-    """The same gradient as autograd may deliver it: dense, stride 0 from a sum, transposed, sliced."""
+    """Return gradients in the layouts that autograd produces: dense, stride 0 from a sum, transposed, sliced."""
     return {
         "contiguous": grad.contiguous(),
         "expanded": grad.flatten()[0].expand(grad.shape),
@@ -85,21 +86,22 @@ def gradient_layouts(grad: Tensor) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fresh memory is filled with NaN, in Python and in C++, so that an unwritten output shows."""
+    """Fill newly allocated tensors with NaN, in Python and C++, so that unwritten outputs are found."""
+    deterministic: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        deterministic.fill_uninitialized_memory = fill
 
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Run with this many threads."""
+    """Run a block with `count` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,4 +1,4 @@
-"""Which implementation runs: the choice, its errors, and what PYFLOW_BACKEND and PYFLOW_CPU_ISA do."""
+"""Choice of the backend: calls, blocks, threads, errors, PYFLOW_BACKEND and PYFLOW_CPU_ISA."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def test_a_block_ends_with_an_exception_and_out_of_order():
 
 
 def in_a_thread(function):
-    """What the function returns in a thread of its own."""
+    """Run the function in a new thread and return its result."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
 
 
-def test_a_call_is_the_process_and_a_block_its_thread():
+def test_a_call_sets_the_process_and_a_block_its_thread():
     with pyflow.backend("reference"):
         assert in_a_thread(_backend.current) == "auto"
     pyflow.backend("reference")
@@ -110,7 +110,7 @@ def test_a_backward_runs_on_the_backend_of_its_forward(elsewhere, monkeypatch):
 
 
 @needs_kernels
-def test_a_compiled_graph_notices_a_change():
+def test_a_compiled_graph_is_recompiled_for_another_backend():
     graphs = []
 
     def keep(graph, inputs):
@@ -130,7 +130,7 @@ def test_a_compiled_graph_notices_a_change():
     pyflow.backend("reference")
     shifted(x)
     pyflow.backend("auto")
-    assert graphs == [True, False, False]  # the operator, the reference of a block, and that of a call
+    assert graphs == [True, False, False]  # operator, reference chosen by a block, reference chosen by a call
 
 
 @needs_kernels
@@ -174,7 +174,7 @@ def test_the_environment_chooses():
 
 @needs_kernels
 @pytest.mark.parametrize("name, why", [("gpu", "name must be one of auto, "), ("cuda", "cuda cannot run here: no GPU")])
-def test_an_environment_that_cannot_be_had_fails_the_first_operation(name, why, monkeypatch):
+def test_an_unavailable_pyflow_backend_fails_the_first_operation(name, why, monkeypatch):
     if name == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     code = (
@@ -188,7 +188,7 @@ def test_an_environment_that_cannot_be_had_fails_the_first_operation(name, why, 
 
 
 @needs_kernels
-def test_an_instruction_set_that_is_not_there():
+def test_an_unavailable_instruction_set():
     code = "import pyflow; print(pyflow._backend.status()['cpu'])"
     done = run(code, PYFLOW_CPU_ISA="sse2")
     assert done.stdout.startswith("PYFLOW_CPU_ISA=sse2 is not available here")

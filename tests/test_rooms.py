@@ -1,4 +1,4 @@
-"""Every family of ops has its file in every room, or a stated reason why not."""
+"""Every family of operators has one file of the same name in every directory below, or an exemption."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOMS = [
     "pyflow/reference/{}.py", "pyflow/ops/{}.py", "benchmarks/{}.py", "tests/ops/test_{}.py",
     "tests/triton/interpreted/{}.py", "tests/triton/gpu/test_{}.py",
 ]  # fmt: skip
-# (family, room) -> why it needs none
+# (family, file) -> why the family has no such file
 EXEMPT = {("hsic", "csrc/cuda/{}.cu"): "its tiles are matrix products, which Triton schedules"}
 
 FAMILIES = sorted(set(_backend._families.values()))
@@ -23,14 +23,14 @@ FAMILIES = sorted(set(_backend._families.values()))
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("room", ROOMS)
-def test_family_has_its_room(family, room):
+def test_every_family_has_its_file(family, room):
     path = ROOT / room.format(family)
     reason = EXEMPT.get((family, room))
     assert path.exists() != (reason is not None), f"{path.relative_to(ROOT)}: {reason or 'missing'}"
 
 
 @pytest.mark.parametrize("op, family", sorted(_backend._families.items()))
-def test_every_operator_has_a_kernel_in_each_native_room(op, family):
+def test_every_operator_has_a_kernel_in_every_native_directory(op, family):
     launchers = ast.parse((ROOT / f"triton_kernels/{family}.py").read_text())
     assert op in {node.name for node in launchers.body if isinstance(node, ast.FunctionDef)}
     for room in ("csrc/torch/{}.cpp", "csrc/cuda/{}.cu"):

@@ -1,10 +1,10 @@
-"""HSIC with kernels replaced by products of features: time linear in n, for samples that pairs are too many of."""
+"""Approximate HSIC by feature maps (random Fourier features, Nystrom), in time linear in n."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +16,14 @@ from ._variables import Variable, between, points, ratio, whole
 from .noise import normal, seed_tensor, uniform
 
 APPROXIMATIONS = ("rff", "nystrom")
-# elements of features that are held at a time
+# number of feature elements per chunk of rows
 HELD = 2**22
 
 
 class Features(NamedTuple):
-    """A map of rows to features whose products are the kernel.
+    """A feature map: the kernel of two rows is the mean over `groups` of dot products of `width` features.
 
-    They come in `groups` of independent draws (one where nothing is drawn), and the kernel is the mean over groups.
+    Groups are independent random draws; there is one group if the map is not random.
     """
 
     of: Callable[[Tensor], Tensor]  # (..., m, d) of `points` -> (..., m, groups * width)
@@ -32,12 +32,12 @@ class Features(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Of one pair of variables, float64, over centred features."""
+    """Sums over the centred features of one pair of variables, float64; gx and gy are the numbers of groups."""
 
-    products: Tensor  # (..., gx, gy) squared covariances, summed over a group's features
-    norms: Tensor | None  # (..., gx, gy) sums over rows of products of squared lengths
-    x: Tensor | None  # (..., gx) sums over rows of squared lengths
-    y: Tensor | None
+    products: Tensor  # (..., gx, gy) squared covariances, summed over the features of a group
+    norms: Tensor | None  # (..., gx, gy) products of squared feature norms, summed over rows
+    x: Tensor | None  # (..., gx) squared feature norms, summed over rows
+    y: Tensor | None  # (..., gy) likewise
 
 
 def approximation(
@@ -51,25 +51,26 @@ def approximation(
     seed: int,
     with_error: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(HSIC of the two variables, error), (...) float64.
+    """Return HSIC of the two variables and its error (None without `with_error`), (...) float64.
 
-    "rff": the error is a standard error over the draw of frequencies. "nystrom": the exact biased value lies at most
-    error above the approximation; of the unbiased one it is an estimate. With normalize it is the numerator's.
+    "rff": the error is the standard error over the draw of frequencies. "nystrom": the exact biased value is at most
+    `error` above the approximation; for the unbiased estimator this is an estimate. With `normalize`, the error covers
+    the numerator only.
     """
     check.choice(op, "approximate", approximate, APPROXIMATIONS)
     n_features = check.at_least(op, "n_features", n_features, 2)
     if with_error and approximate == "rff" and n_features < 4:
         raise ValueError(f"{op}: n_features must be at least 4 for the error of 'rff', got {n_features}")
     x, y = every
-    # one for all draws: the same rows of both variables are landmarks
-    seed = seed_tensor(op, seed, None, x.z.device)
+    # one seed for all draws, so that both variables use the same rows as landmarks
+    drawn = seed_tensor(op, seed, None, x.z.device)
     rows = [points(v) for v in every]
     if approximate == "rff":
-        # x with itself needs a second draw: a frequency is not independent of itself
-        features = [_fourier(op, v, n_features, seed, step) for step, v in enumerate((x, y) * (1 + normalize))]
+        # hsic(x, x) needs two independent draws of frequencies for x
+        features = [_fourier(op, v, n_features, drawn, step) for step, v in enumerate((x, y) * (1 + normalize))]
         own = [(0, 2), (1, 3)]
     else:
-        features = [_landmarks(op, v, of, n_features, seed) for v, of in zip(every, rows, strict=True)]
+        features = [_landmarks(op, v, of, n_features, drawn) for v, of in zip(every, rows, strict=True)]
         own = [(0, 0), (1, 1)]
     n = x.z.shape[-2]
     bounded = with_error and approximate == "nystrom"
@@ -97,7 +98,7 @@ def approximation(
 
 
 def _above_rounding(own: Tensor, v: Variable, n: int) -> Tensor:
-    """HSIC of a variable with itself, 0 where the rounding of its features is as large."""
+    """Return HSIC of a variable with itself, set to 0 where it does not exceed the rounding of the features."""
     size = v.diagonal.sum(-1) / n
     if v.constant is not None:
         own = torch.where(v.constant, 0.0, own)
@@ -105,18 +106,24 @@ def _above_rounding(own: Tensor, v: Variable, n: int) -> Tensor:
 
 
 def _fourier(op: str, v: Variable, n_features: int, seed: Tensor, step: int) -> Features:
-    """cos and sin of n_features / 2 frequencies: their mean product is the kernel's Fourier integral."""
+    """Random Fourier features: cos and sin of n_features / 2 random frequencies."""
     name = HSIC_KERNELS[v.kernel]
     if name not in ("rbf", "laplacian"):
         raise ValueError(
             f"{op}: approximate 'rff' must have kernels rbf or laplacian, got {'linear' if v.linear else name}"
         )
     shape = (v.z.shape[-1], n_features // 2)
-    draw = {"seed": seed, "step": step, "purpose": "monte_carlo", "device": v.z.device, "dtype": v.z.dtype}
+    draw: dict[str, Any] = {
+        "seed": seed,
+        "step": step,
+        "purpose": "monte_carlo",
+        "device": v.z.device,
+        "dtype": v.z.dtype,
+    }
     if name == "rbf":
         frequencies = normal(shape, **draw)
     else:
-        # the middle of the interval that a uniform value stands for
+        # Cauchy frequencies; a uniform value is the lower end of an interval, 2**-25 moves it to the middle
         frequencies = ((uniform(shape, **draw) + 2.0**-25 - 0.5) * math.pi).tan()
 
     def of(z: Tensor) -> Tensor:
@@ -127,7 +134,7 @@ def _fourier(op: str, v: Variable, n_features: int, seed: Tensor, step: int) -> 
 
 
 def _landmarks(op: str, v: Variable, rows: Tensor, n_features: int, seed: Tensor) -> Features:
-    """K(., landmarks) K(landmarks, landmarks)^(-1/2), in float64."""
+    """Nystrom features: K(., landmarks) K(landmarks, landmarks)^(-1/2), in float64."""
     if HSIC_KERNELS[v.kernel] == "precomputed":
         raise ValueError(f"{op}: approximate 'nystrom' must have rows to choose from, got a precomputed matrix")
     n = rows.shape[-2]
@@ -135,7 +142,7 @@ def _landmarks(op: str, v: Variable, rows: Tensor, n_features: int, seed: Tensor
     which = uniform((n,), seed=seed, purpose="monte_carlo", device=rows.device).topk(count).indices
     chosen = rows.index_select(-2, which)
     gram = between(v, chosen, chosen)
-    # equal landmarks, or more than the kernel has dimensions, make it singular
+    # jitter: gram is singular if landmarks are equal or outnumber the dimensions of the feature space
     scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(gram.dtype).tiny)[..., None, None]
     factor = torch.linalg.cholesky(gram + 1e-8 * scale * torch.eye(count, dtype=gram.dtype, device=gram.device))
 
@@ -152,7 +159,10 @@ def _sums(
     unbiased: bool,
     spectra: bool,
 ) -> tuple[list[Sums], list[tuple[Tensor, Tensor]]]:
-    """Of every pair in two passes over the rows; with spectra also each feature covariance and n |mean|^2."""
+    """Return the sums of every pair, in two passes over the rows.
+
+    With `spectra`, also the feature covariance and n |mean|^2 of every variable, else an empty list.
+    """
     n = zs[0].shape[-2]
     rows = max(1, HELD // max(f.groups * f.width for f in features))
 
@@ -160,12 +170,14 @@ def _sums(
         for start in range(0, n, rows):
             yield [f.of(z[..., start : start + rows, :]) for f, z in zip(features, zs, strict=True)]
 
-    totals = [0.0] * len(features)
+    totals: list[Any] = [0.0] * len(features)
     for chunk in chunks():
         totals = [total + phi.double().sum(-2, keepdim=True) for total, phi in zip(totals, chunk, strict=True)]
     means = [total / n for total in totals]
-    covariances, norms = [0.0] * len(pairs), [0.0] * len(pairs)
-    lengths, own = [0.0] * len(features), [0.0] * len(features)
+    covariances: list[Any] = [0.0] * len(pairs)
+    norms: list[Any] = [0.0] * len(pairs)
+    lengths: list[Any] = [0.0] * len(features)
+    own: list[Any] = [0.0] * len(features)
     for chunk in chunks():
         centred = [phi - mean.to(phi.dtype) for phi, mean in zip(chunk, means, strict=True)]
         covariances = [
@@ -181,7 +193,7 @@ def _sums(
             norms = [c + squares[a].mT @ squares[b] for c, (a, b) in zip(norms, pairs, strict=True)]
             lengths = [total + s.sum(-2) for total, s in zip(lengths, squares, strict=True)]
     if spectra:
-        # without centring, the traces that the diagonals are compared with
+        # covariance and mean give the trace of the uncentred features, which `_bound` compares with v.diagonal
         own = [(c, n * mean.square().sum((-2, -1))) for c, mean in zip(own, means, strict=True)]
     result = []
     for (a, b), covariance, norm in zip(pairs, covariances, norms, strict=True):
@@ -193,26 +205,27 @@ def _sums(
 
 
 def _table(s: Sums, n: int, estimator: str) -> Tensor:
-    """(..., gx, gy) HSIC by each group of x's features and each of y's."""
+    """(..., gx, gy) HSIC for every pair of feature groups of x and y."""
     if estimator != "unbiased":
         return s.products / (n**2 if estimator == "biased_n2" else (n - 1) ** 2)
+    assert s.norms is not None and s.x is not None and s.y is not None
     means = s.x.unsqueeze(-1) * s.y.unsqueeze(-2) / ((n - 1) * (n - 2))
     return (s.products - s.norms + means - 2 / (n - 2) * s.norms) / (n * (n - 3))
 
 
 def _standard_error(table: Tensor) -> Tensor:
-    """Of the mean of a table whose rows and columns are independent draws, by its projections on both."""
+    """Return the standard error of the table's mean. Rows and columns are independent draws."""
     parts = [table.mean(dim).var(-1) / table.mean(dim).shape[-1] for dim in (-1, -2)]
     return (parts[0] + parts[1]).sqrt()
 
 
 def _bound(every: Sequence[Variable], spectra: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """How far tr(K H L H) can be above its approximation.
+    """Return an upper bound on tr(K H L H) minus its Nystrom approximation.
 
-    What K lacks, E, is positive semi-definite: tr(E H L H) <= tr(E) times the largest eigenvalue of H L H.
+    The residual E of K is positive semi-definite, so that tr(E H L H) <= tr(E) * largest eigenvalue of H L H.
     """
     missing, largest = [], []
-    for v, (covariance, of_mean) in zip(every, spectra, strict=True):
-        missing.append((v.diagonal.sum(-1) - covariance.diagonal(dim1=-2, dim2=-1).sum(-1) - of_mean).clamp(min=0))
+    for v, (covariance, mean_part) in zip(every, spectra, strict=True):
+        missing.append((v.diagonal.sum(-1) - covariance.diagonal(dim1=-2, dim2=-1).sum(-1) - mean_part).clamp(min=0))
         largest.append(torch.linalg.eigvalsh(covariance)[..., -1])
     return missing[0] * (largest[1] + missing[1]) + missing[1] * largest[0]

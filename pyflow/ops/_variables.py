@@ -1,13 +1,13 @@
-"""A variable of HSIC: data and kernel brought into the form that the operators take.
+"""Check the inputs of HSIC and convert each one into a `Variable`, the form that the operators take.
 
-Kernels of distances are functions of z over a bandwidth; the factors of the others are multiplied into z, so that their
-gradients come from torch.
+Distance kernels (rbf, laplacian) are functions of z times `scale`. The factors of the other kernels are multiplied into
+z, so that autograd computes their gradients.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,15 +20,15 @@ from .noise import uniform
 
 KERNELS = ("rbf", "laplacian", "linear", "polynomial", "delta", "precomputed")
 MEDIAN_ROWS = 1000
-# a power is so many products less one, and leaves the range of float32 long before
+# the operators compute powers by repeated multiplication; larger degrees leave the range of float32 anyway
 MOST_DEGREE = 100
 ESTIMATORS = ("biased", "biased_n2", "unbiased")
-# float32 holds products of two entries between 2**-ORDINARY and 2**ORDINARY, and sums of them
+# products of two values between 2**-ORDINARY and 2**ORDINARY, and sums of such products, fit into float32
 ORDINARY = 50
-# exponents of rows over the bandwidth: below NEAREST K - 1 is proportional to the distance, above FARTHEST K is 0 for
-# all rows that rounding tells apart
+# Exponents of rows divided by the bandwidth. Below NEAREST, K - 1 is proportional to the distance (laplacian) or its
+# square (rbf). Above FARTHEST, K is 0 for any two rows that differ by more than rounding.
 NEAREST, FARTHEST = -30, {torch.float32: 50, torch.float64: 100}
-# of normal numbers: the largest exponent whose inverse power is one, and the least
+# FINITE: the largest e for which 2**e and 2**-e are both normal; TINY: the smallest normal number
 FINITE = {torch.float32: 126, torch.float64: 1022}
 TINY = {dtype: torch.finfo(dtype).tiny for dtype in FINITE}
 
@@ -36,20 +36,20 @@ Bandwidth = float | Tensor | str
 
 
 class Variable(NamedTuple):
-    """What `hsic_sums` is given for one variable; `batch` are leading dims.
+    """One checked input of HSIC: rows and kernel as `hsic_sums` takes them; `batch` are leading dims.
 
-    Rows whose products leave the range of their dtype are divided by a power of two: K, less a constant, is
-    2**exponent times the kernel of z.
+    Rows whose products would leave the range of their dtype are divided by a power of two. The user's kernel matrix K,
+    up to an additive constant, is then 2**exponent times the kernel matrix of z.
     """
 
     z: Tensor  # (*batch, n, d)
-    scale: Tensor  # (*batch) one over the bandwidth
-    kernel: int  # of HSIC_KERNELS
+    scale: Tensor  # (*batch) 1 / bandwidth
+    kernel: int  # index into HSIC_KERNELS
     degree: int
-    diagonal: Tensor  # (*batch, n) of K, float64
+    diagonal: Tensor  # (*batch, n) diagonal of the kernel matrix of z, float64
     linear: bool = False
-    exponent: Tensor | None = None  # (*batch) int64; None: 0
-    constant: Tensor | None = None  # (*batch) whether all rows are equal, where the sums leave rounding of that
+    exponent: Tensor | None = None  # (*batch) int64; None means 0
+    constant: Tensor | None = None  # (*batch) bool: all rows are equal, so HSIC is 0; None: no or not needed
 
 
 def variable(
@@ -62,7 +62,7 @@ def variable(
     gamma: float | None = None,
     coef0: float = 1.0,
 ) -> Variable:
-    """Check one input and prepare it."""
+    """Check one input and convert it."""
     check.choice(op, "kernel" if name == "x" else "kernel_y", kernel, KERNELS)
     if kernel == "delta":
         return _labels(op, name, x)
@@ -94,7 +94,7 @@ def variables(
     gamma: float | None = None,
     coef0: float = 1.0,
 ) -> list[Variable]:
-    """x and y checked and prepared, of one dtype and with the same leading dims."""
+    """Check x and y and convert them to variables with one dtype and the same leading dims."""
     kernel_y = kernel if kernel_y is None else kernel_y
     bandwidth_y = bandwidth if bandwidth_y is None else bandwidth_y
     return together(
@@ -107,7 +107,7 @@ def variables(
 
 
 def together(op: str, every: list[Variable]) -> list[Variable]:
-    """The variables with one dtype and the same leading dims."""
+    """Convert the variables to one dtype and expand them to the same leading dims."""
     first = every[0].z
     for other in every[1:]:
         if other.z.device != first.device:
@@ -142,14 +142,14 @@ def rows_needed(op: str, n: int, estimator: str) -> None:
 
 
 def whole(value: Tensor, *every: Variable) -> Tensor:
-    """(*batch) float64 HSIC of the kernels of z as that of K."""
+    """Convert (*batch) float64 HSIC of the kernels of z into HSIC of the user's kernels."""
     exponents = [v.exponent for v in every if v.exponent is not None]
-    return times_two_to(value, sum(exponents)) if exponents else value
+    return times_two_to(value, sum(exponents[1:], exponents[0])) if exponents else value
 
 
 def times_two_to(value: Tensor, exponent: Tensor) -> Tensor:
     """value * 2**exponent in float64, exact."""
-    # float64 holds a quarter of any exponent that occurs
+    # in four factors, each of which fits into float64
     for part in range(4):
         quarter = (exponent + part) // 4
         value = value * _power(quarter.clamp(-1022, 1023), torch.float64)
@@ -157,7 +157,7 @@ def times_two_to(value: Tensor, exponent: Tensor) -> Tensor:
 
 
 def _sizes(x: Tensor) -> tuple[float, float] | None:
-    """Least and largest, over a batch, of the items' largest absolute values; None where values are not read."""
+    """Return min and max over the batch of each item's largest absolute value, or None if values may not be read."""
     if not x.numel() or not check.values_are_checked(x):
         return None
     if x.dim() == 2:
@@ -165,17 +165,18 @@ def _sizes(x: Tensor) -> tuple[float, float] | None:
         size = max(-low, high)
         return size, size
     items = x.reshape(-1, x.shape[-2] * x.shape[-1])
-    # aminmax along a dim takes eight times as long as both
+    # amin and amax are eight times as fast as aminmax along a dim
     least, largest = torch.maximum(-items.amin(-1), items.amax(-1)).aminmax()
     return least.item(), largest.item()
 
 
 def _ordinary(sizes: tuple[float, float] | None) -> bool:
+    """Whether products of two entries are known to stay in the range of float32."""
     return sizes is not None and sizes[0] >= 2.0**-ORDINARY and sizes[1] <= 2.0**ORDINARY
 
 
 def _exponent(x: Tensor) -> Tensor:
-    """int64 e with 2**e <= x < 2**(e + 1), that of the least normal number where x is below it."""
+    """Return int64 e with 2**e <= x < 2**(e + 1); subnormal x counts as the smallest normal number."""
     x = x.clamp(min=torch.finfo(x.dtype).tiny)
     if _batched():
         return torch.frexp(x).exponent.long() - 1
@@ -185,21 +186,21 @@ def _exponent(x: Tensor) -> Tensor:
 
 
 def _reduced(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (*batch, n, d) below 2, and the exponent (*batch) of the power of two that they were divided by."""
+    """Divide rows (*batch, n, d) by a power of two, so that they are below 2; return them and its exponent (*batch)."""
     if not x.numel():
         return x, torch.zeros(x.shape[:-2], dtype=torch.int64, device=x.device)
-    # a NaN, which is not an exponent, stays in the rows
+    # NaN gives some finite exponent and stays in the rows
     exponent = _exponent(x.detach().abs().amax((-2, -1))).clamp(max=FINITE[x.dtype])
     return x * _power(-exponent, x.dtype)[..., None, None], exponent
 
 
 def _batched() -> bool:
-    """Inside a transform: torch 2.11 has no batching rule for views of another dtype."""
+    """Whether a torch.func transform is active: torch 2.11 has no batching rule for view(dtype)."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """2**exponent, which is normal."""
+    """2**exponent, for exponents of normal numbers."""
     if _batched():
         return torch.exp2(exponent.to(dtype))
     if dtype == torch.float64:
@@ -208,7 +209,7 @@ def _power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _constant(x: Tensor) -> Tensor | None:
-    """(*batch) whether all rows are equal; None where they are known to be nowhere."""
+    """Return (*batch) whether all rows are equal, or None if they are known to differ."""
     if not x.numel():
         return None
     if x.dim() == 2 and check.values_are_checked(x) and not x.select(0, 0).equal(x.select(0, -1)):
@@ -219,6 +220,7 @@ def _constant(x: Tensor) -> Tensor | None:
 def _distances(
     op: str, name: str, x: Tensor, sizes: tuple[float, float] | None, kernel: str, bandwidth: Bandwidth
 ) -> Variable:
+    """Variable of an rbf or laplacian kernel."""
     p, exponent, ordinary = (1 if kernel == "laplacian" else 2), None, _ordinary(sizes)
     if isinstance(bandwidth, str):
         if bandwidth != "median":
@@ -228,21 +230,21 @@ def _distances(
         scale = 1 / median_distance(x.detach(), float(p))
     else:
         sigma = _bandwidth(op, "bandwidth" if name == "x" else "bandwidth_y", bandwidth, x)
-        # on an accelerator the kernels take rows and bandwidth as they are
+        # without reading values (on an accelerator), rows and bandwidth are not rescaled
         if sizes is None or (ordinary and _near(sizes, bandwidth)):
             scale = 1 / sigma
         else:
-            x, of_rows = _reduced(x)
+            x, row_exponent = _reduced(x)
             scale = 1 / sigma.double()
-            of_scale = _exponent(scale.detach())
-            reach = of_rows + of_scale
-            scale = times_two_to(scale, reach.clamp(NEAREST, FARTHEST[x.dtype]) - of_scale).to(x.dtype)
+            scale_exponent = _exponent(scale.detach())
+            reach = row_exponent + scale_exponent
+            scale = times_two_to(scale, reach.clamp(NEAREST, FARTHEST[x.dtype]) - scale_exponent).to(x.dtype)
             exponent = p * (reach - NEAREST).clamp(max=0)
     return Variable(x, scale, HSIC_KERNELS.index(kernel), 1, _ones(x), exponent=exponent)
 
 
 def _near(sizes: tuple[float, float], bandwidth: float | Tensor) -> bool:
-    """Whether rows over the bandwidth are of a size that kernels are computed for."""
+    """Whether the exponents of rows divided by the bandwidth lie between NEAREST and FARTHEST."""
     if not isinstance(bandwidth, Tensor):
         least = largest = float(bandwidth)
     else:
@@ -255,6 +257,7 @@ def _ones(x: Tensor) -> Tensor:
 
 
 def _bandwidth(op: str, name: str, value: float | Tensor, x: Tensor) -> Tensor:
+    """Check a bandwidth and return it as a tensor of x's dtype."""
     least = TINY[x.dtype]
     if not isinstance(value, Tensor):
         if not least <= check.positive(op, name, value) <= 1 / least:
@@ -291,6 +294,7 @@ def _products(
     gamma: float | None,
     coef0: float,
 ) -> Variable:
+    """Variable of a linear or polynomial kernel."""
     linear = kernel == "linear"
     if linear:
         degree, gamma, coef0 = 1, 1.0, 0.0
@@ -314,7 +318,7 @@ def _products(
         else:
             factors, exponent = _together_reduced(exponent, factor, more, x)
             rows, column = x * factors[0], factors[1].expand(*x.shape[:-1], 1)
-        # a column more: its products are coef0
+        # an extra column of sqrt(coef0) adds coef0 to every dot product
         z = torch.cat((rows, column), -1)
     if exponent is not None:
         exponent = 2 * degree * exponent
@@ -324,16 +328,20 @@ def _products(
 
 
 def _ordinary_products(sizes: tuple[float, float], d: int, degree: int, gamma: float, coef0: float) -> bool:
-    """Whether the kernel of the largest rows is in range."""
+    """Whether kernel values of the largest rows are in range."""
     limit = 2.0 ** (ORDINARY / degree)
     return 1 / limit <= gamma * sizes[0] * sizes[0] + coef0 and gamma * d * sizes[1] * sizes[1] + coef0 <= limit
 
 
 def _together_reduced(exponent: Tensor, factor: float, column: float, x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """What reduced rows are multiplied by, and their last column, so that no row is longer than 1; and its exponent."""
+    """Rescale factor and column of a polynomial kernel so that no row is longer than 1.
+
+    `exponent` is the exponent that the rows were reduced by. Return the factor of the reduced rows and the value of the
+    extra column, and the total exponent that both are divided by.
+    """
     given = [torch.full((), v, dtype=torch.float64, device=x.device) for v in (factor, column, x.shape[-1] + 1)]
-    of_rows, of_column, of_width = (_exponent(v) + 1 for v in given)
-    total = torch.maximum(exponent + 1 + of_rows, of_column) + (of_width + 1) // 2
+    factor_exponent, column_exponent, width_exponent = (_exponent(v) + 1 for v in given)
+    total = torch.maximum(exponent + 1 + factor_exponent, column_exponent) + (width_exponent + 1) // 2
     factors = [
         times_two_to(v, e).to(x.dtype)[..., None, None] for v, e in zip(given, (exponent - total, -total), strict=False)
     ]
@@ -341,6 +349,7 @@ def _together_reduced(exponent: Tensor, factor: float, column: float, x: Tensor)
 
 
 def _matrix(op: str, name: str, x: Tensor, sizes: tuple[float, float] | None) -> Variable:
+    """Variable of a precomputed kernel matrix."""
     if x.shape[-1] != x.shape[-2]:
         raise ValueError(f"{op}: {name} must be square with a precomputed kernel, got shape {tuple(x.shape)}")
     if sizes is not None:
@@ -352,7 +361,7 @@ def _matrix(op: str, name: str, x: Tensor, sizes: tuple[float, float] | None) ->
     constant, exponent = _constant(x), None
     if not _ordinary(sizes):
         x, exponent = _reduced(x)
-    # HSIC does not change, and the sums are of smaller numbers
+    # a constant does not change HSIC; smaller entries make the sums more accurate
     z = x - x.detach().mean((-2, -1), keepdim=True)
     diagonal = z.diagonal(dim1=-2, dim2=-1).double()
     index = HSIC_KERNELS.index("precomputed")
@@ -360,12 +369,13 @@ def _matrix(op: str, name: str, x: Tensor, sizes: tuple[float, float] | None) ->
 
 
 def comparable(x: Tensor) -> Tensor:
-    """Labels whose unsigned dtypes torch does not compute with as signed ones, equal where these are."""
+    """Reinterpret labels of unsigned dtypes, which torch has no arithmetic for, as signed; equality is preserved."""
     signed = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
     return x.view(signed[x.dtype]) if x.dtype in signed else x
 
 
-def _labels(op: str, name: str, x: object) -> Variable:
+def _labels(op: str, name: str, x: Any) -> Variable:
+    """Variable of the delta kernel; x holds labels."""
     check.tensor(op, name, x)
     if x.is_complex():
         raise TypeError(f"{op}: {name} must not be complex, got {check.short(x.dtype)}")
@@ -380,7 +390,7 @@ def _labels(op: str, name: str, x: object) -> Variable:
         z = x.detach().to(compute_dtype(x.dtype))
     else:
         x = comparable(x)
-        # float32 holds 24 bits exactly
+        # pieces of 24 bits are exact in float32
         pieces = [x & 0xFFFFFF, x >> 24 & 0xFFFFFF, x >> 48] if x.dtype in (torch.int64, torch.int32) else [x]
         z = torch.cat([piece.float() for piece in pieces], -1)
     constant = _constant(z)
@@ -388,17 +398,17 @@ def _labels(op: str, name: str, x: object) -> Variable:
 
 
 def points(v: Variable) -> Tensor:
-    """(..., n, d) rows that the kernel is a function of, in units of the bandwidth: `between` takes some of them."""
+    """Return the rows (..., n, d) for `between`; rows of distance kernels are centred and divided by the bandwidth."""
     if HSIC_KERNELS[v.kernel] not in ("rbf", "laplacian"):
         return v.z
     return ref.centred(v.z) * v.scale[..., None, None]
 
 
 def between(v: Variable, a: Tensor, b: Tensor, shift: Tensor | None = None, direct: bool = False) -> Tensor:
-    """(..., m, n) kernel between `points` a (..., m, d) and b (..., n, d), less shift (...) of 0 or 1, in float64.
+    """Return the kernel (..., m, n) between `points` a (..., m, d) and b (..., n, d) minus shift (...), in float64.
 
-    Not for precomputed kernels. `direct`: distances from differences, where dot products would lose those of near rows
-    far from the rest; not differentiable twice.
+    Not for precomputed kernels; `shift` is 0 or 1. `direct` computes distances from differences instead of dot
+    products, which is accurate for close rows far from the others, but not twice differentiable.
     """
     a, b = a.double(), b.double()
     name = HSIC_KERNELS[v.kernel]
@@ -418,18 +428,18 @@ def between(v: Variable, a: Tensor, b: Tensor, shift: Tensor | None = None, dire
 
 
 def ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
-    """xy / sqrt(xx yy), 0 where one of them is not positive."""
+    """xy / sqrt(xx yy), or 0 where xx or yy is not positive."""
     undefined = (xx <= 0) | (yy <= 0)
-    # selected before the division, so that no NaN reaches a gradient
+    # replaced before the division, so that gradients contain no NaN
     xx, yy = (torch.where(undefined, torch.ones_like(v), v) for v in (xx, yy))
     return torch.where(undefined, torch.zeros_like(xy), xy / (xx.sqrt() * yy.sqrt()))
 
 
 def median_distance(x: Tensor, p: float = 2.0) -> Tensor:
-    """The median of the distances between rows, as NumPy's; their mean where it is 0, and 1 where that is 0 too.
+    """Return the median distance between rows (as numpy.median), or their mean if it is 0, or 1 if both are 0.
 
     Args:
-        x: (..., n, d); of more than 1,000 rows the same 1,000 are picked for every batch.
+        x: (..., n, d); above 1,000 rows, 1,000 fixed random rows are used, the same for every batch item.
         p: 2 for Euclidean distances, 1 for sums of absolute differences.
 
     Returns:

@@ -1,9 +1,10 @@
-"""Energies: Metropolis-adjusted Langevin steps, the gradient penalty and the losses of energy-based GANs."""
+"""Metropolis-adjusted Langevin (MALA) steps, the gradient penalty and the losses of energy-based GANs."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ EnergyFunction = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 
 
 def energy_loss(u_real: Tensor, u_fake: Tensor, kind: str = "linear", margin: float = 1.0) -> Tensor:
-    """What an energy U minimises: low on data, high on samples.
+    """Return the loss of an energy U that is to be low on data and high on samples.
 
     "linear": E U(real) - E U(fake); "hinge": E max(0, m + U(real)) + E max(0, m - U(fake));
     "ebgan": E U(real) + E max(0, m - U(fake)).
@@ -30,17 +31,17 @@ def energy_loss(u_real: Tensor, u_fake: Tensor, kind: str = "linear", margin: fl
     Args:
         u_real, u_fake: energies of data and of samples, float32, float64, bfloat16 or float16, any shapes.
         kind: "linear", "hinge" or "ebgan".
-        margin: m, positive; of "linear" not used.
+        margin: m, positive; not used by "linear".
 
     Returns:
-        Scalar, float32 (float64 where an energy is), differentiable any number of times.
+        Scalar, float32 (float64 if an energy is float64), differentiable any number of times.
 
     Raises:
         TypeError: not a tensor, a wrong dtype, a margin that is not a number.
-        ValueError: an unknown kind, a margin that is not positive, other devices.
+        ValueError: an unknown kind, a margin that is not positive, different devices.
 
     Notes:
-        The gradient penalty of MEG is `grad_norm_penalty` of the energy's gradient at the data, times its weight.
+        For the gradient penalty of MEG, add weight * `grad_norm_penalty` of the energy's gradient at the data.
 
     Source:
         Kumar et al. 2019, Maximum Entropy Generators for Energy-Based Models, arXiv:1901.08508; Lim and Ye 2017,
@@ -60,11 +61,11 @@ def energy_loss(u_real: Tensor, u_fake: Tensor, kind: str = "linear", margin: fl
 
 
 def grad_norm_penalty(grad: Tensor) -> Tensor:
-    """|grad|^2 of each sample, over all dims but the first: the penalty on an energy's or critic's slope.
+    """Squared norm of each sample's gradient, over all dims but the first: the gradient penalty of a critic or energy.
 
     Args:
-        grad: (B, ...) the gradient, of `torch.autograd.grad(u.sum(), x, create_graph=True)` where the penalty is to
-            be trained; float32, float64, bfloat16 or float16, any strides.
+        grad: (B, ...) float32, float64, bfloat16 or float16, any strides. To train with the penalty, compute it by
+            `torch.autograd.grad(u.sum(), x, create_graph=True)`.
 
     Returns:
         (B,) float32 (float64 for float64 grad).
@@ -74,9 +75,9 @@ def grad_norm_penalty(grad: Tensor) -> Tensor:
         ValueError: grad without a batch dim.
 
     Notes:
-        Over all dims of a sample: the published code of MEG takes the norm of an image over its channels alone. Sums
-        of at most 512 terms in float32, beyond that in float64: on a CPU the same bits for any thread count,
-        instruction set and batch. Differentiable any number of times.
+        The sum runs over all dims of a sample; the published code of MEG sums over the channels of an image only.
+        Up to 512 terms are summed in float32, more in float64: on a CPU the same bits for any thread count, instruction
+        set and batch. Differentiable any number of times.
 
     Source:
         Kumar et al. 2019, arXiv:1901.08508, equation 3.
@@ -94,22 +95,22 @@ def grad_norm_penalty(grad: Tensor) -> Tensor:
 
 
 def energy_and_grad(energy_fn: EnergyFunction, z: Tensor) -> tuple[Tensor, Tensor]:
-    """U(z) of each sample and its gradient, detached: what the first `mala_step` of a chain starts from.
+    """Return the energies U(z) and their gradients, detached, for the first `mala_step` of a chain.
 
     Args:
-        energy_fn: z -> (B,) energies, differentiable; or z -> ((B,) energies, gradients like z). It must not change z.
+        energy_fn: z -> (B,) energies, differentiable; or z -> ((B,) energies, gradients like z). It must not modify z.
         z: (B, ...) float tensor.
 
     Returns:
-        (u, grad): (B,) and like z, of memory of their own.
+        (u, grad): (B,) and like z; new tensors that share no memory with other tensors.
 
     Raises:
         TypeError: energy_fn is not callable or returns something else.
-        ValueError: energies that are not (B,), a gradient of another shape; energies without a graph to z, as under
-            `no_grad`, and no gradient; an energy_fn that changes z in place.
+        ValueError: energies that are not (B,); a gradient with another shape; energies without a graph to z (for
+            example under `no_grad`) and without a gradient; an energy_fn that modifies z in place.
 
     Notes:
-        May be called in inference mode: the energy is differentiated all the same.
+        May be called in inference mode: it is left while the energy is differentiated.
 
     Example:
         >>> energy_and_grad(lambda z: z.square().sum(1) / 2, torch.tensor([[3.0, 4.0]]))
@@ -124,7 +125,7 @@ def energy_and_grad(energy_fn: EnergyFunction, z: Tensor) -> tuple[Tensor, Tenso
 
 def _energy_and_grad(op: str, energy_fn: EnergyFunction, z: Tensor) -> tuple[Tensor, Tensor]:
     traced = torch.compiler.is_compiling()
-    # out of inference mode, where no graph is recorded
+    # inference mode records no graph
     with contextlib.nullcontext() if traced else torch.inference_mode(False), torch.enable_grad():
         leaf = (z.clone() if not traced and z.is_inference() else z.detach()).requires_grad_()
         version = 0 if traced else leaf._version
@@ -140,7 +141,7 @@ def _energy_and_grad(op: str, energy_fn: EnergyFunction, z: Tensor) -> tuple[Ten
                 raise ValueError(f"{op}: energy_fn must keep the graph from z to the energy, or return a gradient too")
         else:
             check.like(op, "the gradient", grad, "z", z.shape, z.device)
-            # a function may return the same memory every time
+            # the function may reuse its output buffer
             grad = grad.detach().clone()
         return u.detach().clone(), grad
 
@@ -148,24 +149,25 @@ def _energy_and_grad(op: str, energy_fn: EnergyFunction, z: Tensor) -> tuple[Ten
 def mala_propose(
     z: Tensor, grad: Tensor, alpha: float | Tensor, *, seed: int | Tensor | None, step: int | Tensor = 0
 ) -> Tensor:
-    """z' = z - alpha grad + sqrt(2 alpha) n: the Langevin proposal of a Metropolis-adjusted step.
+    """Return the Langevin proposal of a MALA step, z' = z - alpha grad + sqrt(2 alpha) n.
 
     Args:
         z: (B, ...) positions; float32, float64, bfloat16 or float16, any strides.
-        grad: gradient of the energy at z, of its shape.
+        grad: gradient of the energy at z, with the shape of z.
         alpha: step size, positive; number, 0-d or (B,) tensor.
-        seed, step: say which n, as for `sde_step`; the stream is that of the purpose "noise". With None the accept
-            step draws from another seed than this one.
+        seed, step: select the noise n as in `sde_step`, with the purpose "noise". With seed None the proposal and the
+            accept step draw two different seeds.
 
     Returns:
         z', in z's dtype and strides.
 
     Raises:
-        TypeError, ValueError: as for `sde_step`; an alpha that is not positive or, in the dtype of the arithmetic, no
-            normal number.
+        TypeError, ValueError: as for `sde_step`; an alpha that is not positive or not a normal number of the compute
+            dtype.
 
     Notes:
-        It is `sde_step(z, grad, 1, -alpha, sqrt(2 alpha))`: the same bits on every backend, one pass, differentiable.
+        Equal to `sde_step(z, grad, 1, -alpha, sqrt(2 alpha))`: one pass, differentiable, the same bits on every
+        backend.
 
     Source:
         Roberts and Tweedie 1996; Kumar et al. 2019, arXiv:1901.08508, algorithm 2.
@@ -181,7 +183,7 @@ def mala_propose(
 
 
 def _propose(z: Tensor, grad: Tensor, alpha: Tensor, stream: tuple[Tensor | None, ...]) -> Tensor:
-    # in float64, so that a root that is not exact leaves no trace in float32
+    # in float64, because the float32 roots of two backends may differ by an ulp
     size, one = alpha.double(), torch.full((), 1.0, dtype=torch.float64, device="cpu")
     return advance(z, grad, one, -size, (2 * size).sqrt(), stream, "noise")[0]
 
@@ -198,18 +200,19 @@ def mala_accept(
     seed: int | Tensor | None,
     step: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keep each sample's proposal with probability min(1, e^(U - U') q(z|z') / q(z'|z)), its energy and gradient too.
+    """Accept each sample's proposal with probability min(1, e^(U - U') q(z|z') / q(z'|z)).
 
+    Position, energy and gradient are selected together.
     log q(z|z') - log q(z'|z) = sum (g + g') ((z' - z) / 2 + alpha (g - g') / 4), with
     q(z'|z) ~ exp(-|z' - z + alpha g|^2 / (4 alpha)).
 
     Args:
-        z, z_new: (B, ...) position and proposal; float32, float64, bfloat16 or float16, any strides.
-        u, u_new: (B,) their energies.
-        grad, grad_new: gradients there, of the shape of z.
-        alpha: that of the proposal; number, 0-d or (B,) tensor.
-        seed, step: those of the proposal: the uniforms are of another purpose, "accept", and share nothing with its
-            noise; seed (B,) gives each sample its own.
+        z, z_new: (B, ...) positions and proposals; float32, float64, bfloat16 or float16, any strides.
+        u, u_new: (B,) energies at z and z_new.
+        grad, grad_new: gradients at z and z_new, with the shape of z.
+        alpha: step size of the proposal; number, 0-d or (B,) tensor.
+        seed, step: may be the same as for the proposal: the uniforms have the purpose "accept" and are independent of
+            its noise. seed (B,) gives each sample its own stream.
 
     Returns:
         (z, u, grad, accepted): selected values in the dtypes and strides of z, u and grad; (B,) bool.
@@ -218,17 +221,16 @@ def mala_accept(
         TypeError, ValueError: as for `mala_propose`; energies that are not (B,).
 
     Notes:
-        Float32 arithmetic (float64 where any tensor is float64). A selected value is a copy, bit for bit; a proposal
-        with an energy that is not finite, or NaN or infinity in position or gradient, is rejected and leaves no
-        trace. The log-ratio is taken from the stored proposal in multiplied-out form: nothing is drawn again or
-        divided by alpha, and two norms that almost cancel are never subtracted. On a CPU the decisions are the same
-        for any thread count, instruction set and batch; another backend sums in another order and may decide
-        otherwise where the two sides of the comparison agree to rounding. Not differentiable: the results are
-        detached. No host sync.
+        float32 arithmetic (float64 if any tensor is float64). Selected values are exact copies. A proposal with NaN or
+        infinity in energy, position or gradient is rejected and does not affect the result. The expanded log-ratio
+        needs neither the noise nor a division by alpha, and avoids subtracting two almost equal norms. On a CPU the
+        decisions are the same for any thread count, instruction set and batch. Backends sum in different orders and
+        may decide differently where both sides of the comparison agree to rounding. Not differentiable: the results
+        are detached. No host sync.
 
     Source:
-        Roberts and Tweedie 1996, Exponential Convergence of Langevin Distributions. Three published versions of the
-        ratio are biased: on N(0, 1) with alpha = 1/2 their variances are 4/3, 0.736 and 4/7; this one's is 1.
+        Roberts and Tweedie 1996, Exponential Convergence of Langevin Distributions. Three published forms of the
+        ratio are wrong: on N(0, 1) with alpha = 1/2 they give variances of 4/3, 0.736 and 4/7 instead of 1.
 
     Example:
         >>> z, new = torch.zeros(2, 1), torch.ones(2, 1)
@@ -246,11 +248,13 @@ def mala_accept(
     return _accept(op, (z, z_new, u, u_new, grad, grad_new, alpha), *stream_of(op, seed, step, z)[:2])
 
 
-def _accept(op: str, tensors: tuple[Tensor, ...], seed: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors = tuple(t.detach() for t in tensors)
-    if runs_reference(op, tensors[0]):
-        return ref.mala_accept(*tensors, seed, step)
-    return call("mala_accept", *tensors, seed, step)
+def _accept(
+    op: str, tensors: tuple[Tensor, ...], seed: Tensor | None, step: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments: list[Any] = [*(t.detach() for t in tensors), seed, step]
+    if runs_reference(op, arguments[0]):
+        return ref.mala_accept(*arguments)
+    return call("mala_accept", *arguments)
 
 
 def mala_step(
@@ -263,14 +267,14 @@ def mala_step(
     seed: int | Tensor | None,
     step: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A Metropolis-adjusted Langevin step: `mala_propose`, one evaluation of the energy, `mala_accept`.
+    """Run one Metropolis-adjusted Langevin step: `mala_propose`, one evaluation of the energy, `mala_accept`.
 
     Args:
         z: (B, ...) positions.
-        u, grad: (B,) energies and gradients there: those of the step before, at first of `energy_and_grad`.
+        u, grad: (B,) energies and gradients at z, from the previous step or, at the start, from `energy_and_grad`.
         energy_fn: as for `energy_and_grad`; called once.
         alpha: step size, positive; number, 0-d or (B,) tensor.
-        seed, step: of the noise and the uniforms; every step of a chain takes another `step`.
+        seed, step: of the noise and the uniforms; every step of a chain needs another `step`.
 
     Returns:
         (z, u, grad, accepted), detached.
@@ -295,7 +299,7 @@ def mala_step(
     _check_rows(op, "u", u, "z", z)
     _check_function(op, energy_fn)
     alpha = step_size(op, alpha, z)
-    # one seed for both draws
+    # with seed None, draw one seed for proposal and accept step
     stream = stream_of(op, seed, step, z)
     with torch.no_grad():
         z_new = _propose(z, grad, alpha, stream)
@@ -319,8 +323,8 @@ def _check_batch(op: str, name: str, value: Tensor) -> None:
         raise ValueError(f"{op}: {name} must have at least one dim, the batch, got a scalar")
 
 
-def _check_rows(op: str, name: str, value: object, other_name: str, other: Tensor) -> None:
-    """One value for each sample of `other`."""
+def _check_rows(op: str, name: str, value: Any, other_name: str, other: Tensor) -> None:
+    """Require one value per sample of `other`."""
     check.float_tensor(op, name, value)
     if value.shape != other.shape[:1]:
         want = tuple(other.shape[:1])
@@ -330,13 +334,13 @@ def _check_rows(op: str, name: str, value: object, other_name: str, other: Tenso
 
 
 def step_size(op: str, alpha: object, z: Tensor) -> Tensor:
-    """Alpha as a coefficient, whose values are checked where they may be read."""
+    """Return alpha as a 0-d or (B,) coefficient; check its values if they may be read."""
     result = coefficient(op, "alpha", alpha, z)
     if check.values_are_checked(result) and result.numel():
         least, most = (result.item(),) * 2 if result.dim() == 0 else (v.item() for v in result.aminmax())
         if not least > 0:
             raise ValueError(f"{op}: alpha must be positive, got {least}")
-        # one that is rounded to 0 or infinity takes steps of another energy
+        # an alpha that rounds to 0 or infinity in the compute dtype would sample another distribution
         dtype = compute_dtype(z.dtype)
         finfo = torch.finfo(dtype)
         if least < finfo.tiny or most > finfo.max:
@@ -345,7 +349,7 @@ def step_size(op: str, alpha: object, z: Tensor) -> Tensor:
     return result
 
 
-# what torch must know of each operator, arguments in the order of its schema
+# registration with torch; arguments are in the order of the schemas
 
 
 def _accept_reference(z, z_new, u, u_new, grad, grad_new, alpha, seed, step):
@@ -371,7 +375,7 @@ def _penalty_setup(ctx, inputs, output):
 
 def _penalty_backward(ctx, weight):
     (grad,) = ctx.saved_tensors
-    # plain torch: one product, and the gradients of gradients come with it
+    # plain torch: a single product, differentiable again
     return (sde_ref.column(2 * weight, grad) * grad).to(grad.dtype)
 
 

@@ -1,8 +1,9 @@
-"""GAN-QP: the critic's quadratic loss against the distance of its samples, in one pass over the images."""
+"""Losses of GAN-QP: the critic's quadratic loss, with the sample distances, in one pass over the samples."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,38 +30,37 @@ def gan_qp_loss(
     eps: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """What the critic T of a GAN-QP minimises: -Delta + Delta**2 / (2 lam (d + eps)), Delta = t_real - t_fake.
+    """Return the critic loss of GAN-QP: -Delta + Delta**2 / (2 lam (d + eps)), with Delta = t_real - t_fake.
 
-    Sample i of x_real is paired with sample i of x_fake; d_i is the mean of |x_real - x_fake| over its elements ("l2":
-    the root of the mean square), plus the same of z where latents are given. The quadratic term takes the place of a
-    Lipschitz constraint: no gradient penalty, no normalisation of the critic's weights.
+    Sample i of x_real is paired with sample i of x_fake. d_i is the mean of |x_real - x_fake| over the elements of the
+    sample ("l2": root mean square), plus the same distance of the latents if they are given. The quadratic term
+    replaces a Lipschitz constraint: no gradient penalty and no weight normalisation in the critic.
 
     Args:
-        t_real, t_fake: (B,), or (B, 1, ...): the critic's values of real and generated samples; float32, float64,
-            bfloat16 or float16.
-        x_real, x_fake: (B, ...) the samples, of one shape, any strides; each dtype is read as it is.
-        z_real, z_fake: (B, ...) their latents, both or none: E(x_real), and the z of x_fake.
-        lam: positive; the critic's best Delta is lam (d + eps), where its loss is -lam (d + eps) / 2.
+        t_real, t_fake: (B,) or (B, 1, ...) critic values of real and generated samples; float32, float64, bfloat16
+            or float16.
+        x_real, x_fake: (B, ...) samples of one shape, any strides; the dtypes may differ.
+        z_real, z_fake: (B, ...) latents, both or none: E(x_real), and the z that generated x_fake.
+        lam: positive. The loss has its minimum -lam (d + eps) / 2 at Delta = lam (d + eps).
         distance: "l1" or "l2".
         eps: added to the distance, at least 0.
         reduction: over the samples: "mean", "sum" or "none".
 
     Returns:
-        A scalar, or (B,) for "none"; float32 (float64 where one of the tensors is).
+        A scalar, or (B,) for "none"; float32 (float64 if any input is float64).
 
     Raises:
         TypeError: not a tensor, or a wrong dtype.
-        ValueError: shapes or devices that do not pair, samples without elements, lam not positive, eps below 0, an
-            unknown word.
+        ValueError: shapes or devices that do not match, samples without elements, lam not positive, eps below 0, an
+            unknown distance or reduction.
 
     Notes:
-        Gradients reach t_real and t_fake only: the distance is a constant of the critic's step, so nothing flows to the
-        samples, attached or not, and the backward does not read them: what is kept is one distance per sample. A sample
-        of distance 0 (x_real equal to x_fake, eps 0) contributes a loss and gradients of 0. float32 arithmetic, on a
-        CPU with sums that go on in float64 after 512 terms: there a sample's loss has the same bits for any thread
-        count, instruction set and batch; "l2" squares differences in float32, which should lie between about 1e-19
-        and 1e19. Double backward works. No host sync: safe in CUDA graphs. Under torch.compile another lam or eps
-        compiles anew.
+        Only t_real and t_fake get gradients: the distance is a constant of the critic's step. The backward reads one
+        stored distance per sample instead of the samples. A sample with d + eps = 0 has loss and gradients 0.
+        float32 arithmetic; on a CPU, sums of more than 512 terms continue in float64, and the loss of a sample has the
+        same bits for any thread count, instruction set and batch. "l2" squares differences in float32: they should lie
+        between about 1e-19 and 1e19. Double backward works. No host sync: safe in CUDA graphs. torch.compile
+        recompiles for another lam or eps.
 
     Source:
         Su 2018, GAN-QP, arXiv:1811.07296, section 3.2.
@@ -98,26 +98,26 @@ def gan_qp_generator_loss(
     *,
     reduction: str = "mean",
 ) -> Tensor:
-    """What generator and encoder of a (Bi)GAN-QP minimise: Delta + betas[0] MSE(z, z_rec) + betas[1] MSE(x, x_rec).
+    """Return the loss of generator and encoder of (Bi)GAN-QP: Delta + betas[0] MSE(z, z_rec) + betas[1] MSE(x, x_rec).
 
-    Delta = t_real - t_fake; the critic's quadratic term is no part of it. BiGAN-QP passes x_rec = G(sg[E(x)]) and
-    z_rec = E(sg[G(z)]), sg for `detach`: each network is taught by its own reconstruction.
+    Delta = t_real - t_fake, without the critic's quadratic term. BiGAN-QP passes x_rec = G(sg[E(x)]) and
+    z_rec = E(sg[G(z)]), where sg is `detach`: each reconstruction error trains one network only.
 
     Args:
         t_real, t_fake: as for `gan_qp_loss`.
         x, x_rec: (B, ...) real samples and their reconstructions, both or none.
         z, z_rec: (B, ...) latents and their reconstructions, both or none.
-        betas: weights of the errors of z and of x, at least 0; published (2, 3) at 128 pixels, (4, 6) at 256.
+        betas: weights of the errors of z and x, at least 0; published are (2, 3) at 128 pixels and (4, 6) at 256.
         reduction: over the samples: "mean", "sum" or "none".
 
     Returns:
-        A scalar, or (B,) for "none"; float32 (float64 where one of the tensors is).
+        A scalar, or (B,) for "none"; float32 (float64 if any input is float64).
 
     Raises:
         TypeError, ValueError: as for `gan_qp_loss`; a beta below 0.
 
     Notes:
-        Gradients reach t_real, t_fake, x_rec and z_rec; x and z are constants. float32 arithmetic in plain torch,
+        t_real, t_fake, x_rec and z_rec get gradients; x and z are constants. float32 arithmetic in plain torch,
         fused by torch.compile; twice differentiable.
 
     Source:
@@ -135,12 +135,13 @@ def gan_qp_generator_loss(
         _pair(op, t_real, "t_real", *pair, *names)
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"{op}: betas must be two numbers, got {check.shown(betas)}")
-    weights = tuple(_weight(op, f"betas[{i}]", beta) for i, beta in enumerate(betas))
+    weights = _weight(op, "betas[0]", betas[0]), _weight(op, "betas[1]", betas[1])
     check.choice(op, "reduction", reduction, REDUCTIONS)
     return _reduced(ref.gan_qp_generator_loss(t_real, t_fake, x, x_rec, z, z_rec, weights), reduction)
 
 
-def _samples(op: str, name: str, x: object) -> None:
+def _samples(op: str, name: str, x: Any) -> None:
+    """Require a float tensor with a batch dim and at least one element per sample."""
     check.float_tensor(op, name, x)
     if x.dim() == 0:
         raise ValueError(f"{op}: {name} must have at least one dim, the batch, got a scalar")
@@ -148,8 +149,8 @@ def _samples(op: str, name: str, x: object) -> None:
         raise ValueError(f"{op}: {name} must have at least one element per sample, got {tuple(x.shape)}")
 
 
-def _values(op: str, name: str, t: object, like: Tensor, like_name: str) -> Tensor:
-    """One value per sample of `like`, (B,)."""
+def _values(op: str, name: str, t: Any, like: Tensor, like_name: str) -> Tensor:
+    """Require one value per sample of `like` and return them as (B,)."""
     check.float_tensor(op, name, t)
     batch = like.shape[0]
     if t.dim() == 0 or t.shape[0] != batch or any(n != 1 for n in t.shape[1:]):
@@ -162,8 +163,8 @@ def _values(op: str, name: str, t: object, like: Tensor, like_name: str) -> Tens
     return t if t.dim() == 1 else t.reshape(batch)
 
 
-def _pair(op: str, like: Tensor, like_name: str, one: object, other: object, *names: str) -> None:
-    """Both absent, or of one shape with as many samples as `like`."""
+def _pair(op: str, like: Tensor, like_name: str, one: Any, other: Any, *names: str) -> None:
+    """Require that both are None, or that both have one shape and as many samples as `like`."""
     if (one is None) != (other is None):
         given, lacking = names if other is None else names[::-1]
         raise ValueError(f"{op}: {given} must come with {lacking}, got None for {lacking}")
@@ -192,7 +193,7 @@ def _reduced(loss: Tensor, reduction: str) -> Tensor:
     return loss.mean() if reduction == "mean" else loss.sum()
 
 
-# what torch must know of each operator, arguments in the order of its schema
+# registration with torch; arguments are in the order of the schemas
 
 
 def _reference(*args):
@@ -208,7 +209,7 @@ def _fake(t_real, t_fake, x_real, x_fake, z_real, z_fake, lam, eps, distance):
 
 def _setup(ctx, inputs, output):
     t_real, t_fake, *_, ctx.lam, ctx.eps, _ = inputs
-    # without a gradient for the distance, whose own is 0
+    # None instead of zeros as the gradient of the distances
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(t_real, t_fake, output[1])
 
@@ -216,8 +217,8 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad, _):
     if grad is None:
         return (None,) * 9
-    of_real, of_fake = call("gan_qp_loss_backward", grad, *ctx.saved_tensors, ctx.lam, ctx.eps)
-    return of_real, of_fake, *(None,) * 7
+    grad_real, grad_fake = call("gan_qp_loss_backward", grad, *ctx.saved_tensors, ctx.lam, ctx.eps)
+    return grad_real, grad_fake, *(None,) * 7
 
 
 def _vmap(info, in_dims, *args):

@@ -1,4 +1,4 @@
-"""Hilbert-Schmidt independence criterion and centred kernel alignment, without an n x n matrix."""
+"""Hilbert-Schmidt independence criterion (HSIC) and centred kernel alignment (CKA) without n x n matrices."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ EPS = torch.finfo(torch.float64).eps
 
 
 class Estimate(NamedTuple):
-    """HSIC of two variables, (*batch) float64; of a variable with itself also what it is worth."""
+    """HSIC of two variables, (*batch) float64; for a variable with itself also how reliable it is."""
 
     value: Tensor
-    lost: Tensor | None = None  # whether it may be rounding alone; None: it is not
-    added: Tensor | None = None  # the sum of the absolute values of its terms
+    lost: Tensor | None = None  # bool: the value may be pure rounding error; None: it is not
+    added: Tensor | None = None  # sum of the absolute values of the terms
 
 
 def hsic(
@@ -47,45 +47,46 @@ def hsic(
     n_features: int = 512,
     seed: int = 0,
 ) -> Tensor:
-    """How dependent x and y are: tr(K H L H) / (n - 1)**2, zero where they are independent.
+    """Return HSIC, a measure of the dependence of x and y: tr(K H L H) / (n - 1)**2, near 0 if they are independent.
 
     Kernels: "rbf" exp(-|a - b|^2 / (2 sigma^2)), "laplacian" exp(-|a - b|_1 / sigma), "linear" a.b, "polynomial"
-    (gamma a.b + coef0)^degree, "delta" (all entries equal), "precomputed" (x itself is the matrix).
+    (gamma a.b + coef0)^degree, "delta" (1 if a = b, else 0), "precomputed" (x itself is the kernel matrix).
 
     Args:
         x: (..., n, d_x) float32, float64, bfloat16 or float16; (..., n, n) symmetric for "precomputed"; for "delta"
             any dtype, or labels (n,).
         y: (..., n, d_y) likewise; leading dims broadcast.
-        kernel, kernel_y: of x and of y; None: the same.
-        bandwidth, bandwidth_y: sigma, a normal number of x's dtype, or a tensor of such that broadcasts to the leading
-            dims (differentiable), or
-            "median": the median distance between two rows, of each variable on its own, on 1,000 rows above that, no
-            gradient through it; the mean distance where it is 0. bandwidth_y None: the same as for x.
-        estimator: "biased" (over (n - 1)**2), "biased_n2" (over n**2) or "unbiased" (Song et al. 2012).
-        normalize: divide by sqrt(hsic(x, x) hsic(y, y)), 0 where one of these is no larger than its rounding.
-        degree, gamma, coef0: of the polynomial kernel; gamma None is 1 / d, a degree is at most 100.
-        allow_tf32: let a GPU round the factors of dot products to 10 bits.
+        kernel: kernel of x.
+        bandwidth: sigma of x: a positive normal number of x's dtype; a tensor of them that broadcasts to the leading
+            dims (differentiable); or "median": the median distance between the rows of each variable (of 1,000 rows if
+            there are more), without a gradient, or the mean distance if the median is 0.
+        kernel_y, bandwidth_y: of y; None: as for x.
+        estimator: "biased" (divides by (n - 1)**2), "biased_n2" (by n**2) or "unbiased" (Song et al. 2012).
+        normalize: divide by sqrt(hsic(x, x) hsic(y, y)); 0 if one of the two is not above its rounding error.
+        degree, gamma, coef0: of the polynomial kernel; gamma None means 1 / d, degree is at most 100.
+        allow_tf32: allow TF32 (10-bit mantissas) in the dot products on a GPU.
         approximate: None, "rff" (random Fourier features; rbf and laplacian) or "nystrom" (landmark rows).
         n_features, seed: of the approximation.
 
     Returns:
-        (...) float32 (float64 if an input is). All rows equal: 0.
+        (...) float32 (float64 if an input is float64); 0 if all rows of x or of y are equal.
 
     Raises:
         TypeError: not a tensor, or a wrong dtype.
-        ValueError: different n, too few rows (2, unbiased 4), unknown words, a bandwidth that is not positive or not
-            normal, a precomputed matrix that is not square or not symmetric, values that are not finite.
+        ValueError: different n, too few rows (2, unbiased 4), an unknown kernel or estimator, a bandwidth that is not
+            positive or not normal, a precomputed matrix that is not square or not symmetric, values that are not
+            finite.
 
     Notes:
-        Memory O(n (d_x + d_y)): tiles of both matrices are made, used and dropped, forward and backward. Products in
-        float32, K - 1 in place of K at wide bandwidths, sums in float64. On a CPU the same bits for any thread count,
-        instruction set and batch. The backward visits all pairs again; double backward makes the matrices.
-        Linear kernels use d_x x d_y covariances where these are cheaper. Data are divided by a power of two where
-        their products would leave the dtype: what is normalised does not depend on the unit of x.
-        Rows far from all others, in bandwidths, cost these no digits; on a GPU, and in the features of an
-        approximation, only a few such rows may be far. The polynomial kernel is not one of differences: of data whose
-        mean is 1,000 deviations or more from 0 it keeps few digits in float32, and normalised it is 0 where it keeps
-        none, so subtract the mean first where the kernel need not be that of the data as they are.
+        Memory O(n (d_x + d_y)): tiles of both kernel matrices are computed, used and discarded, forward and backward.
+        Products are float32, sums float64; K - 1 replaces K at wide bandwidths. On a CPU the same bits for any thread
+        count, instruction set and batch. The backward computes all tiles again; double backward stores the matrices.
+        Linear kernels use the d_x x d_y covariance if that is cheaper. Data whose products would overflow or underflow
+        are divided by a power of two, so that normalised values do not depend on the unit of x.
+        Rows that are many bandwidths away from all others do not reduce the accuracy for these others; on a GPU and
+        with `approximate` this holds for a few such rows. The polynomial kernel is not translation invariant: in
+        float32 it keeps few digits if the mean of the data is 1,000 standard deviations or more from 0 (normalised: 0
+        if it keeps none). Subtract the mean first if your application allows it.
 
     Source:
         Gretton et al. 2005, Measuring Statistical Dependence with Hilbert-Schmidt Norms; Song et al. 2012, Feature
@@ -102,18 +103,18 @@ def hsic(
     )  # fmt: skip
 
 
-# its options and what they are where they are not given
-OPTIONS = dict(hsic.__kwdefaults__)
+# options of `hsic` and their defaults
+OPTIONS = dict(hsic.__kwdefaults__ or {})
 
 
 def cka(x: Tensor, y: Tensor, **options: object) -> Tensor:
-    """Centred kernel alignment: `hsic` with normalize=True, which is 1 for y = x.
+    """Return the centred kernel alignment: `hsic` with normalize=True, which is 1 for y = x.
 
     Args:
         x, y, options: as for `hsic`, without normalize.
 
     Returns:
-        (...) float32 (float64 if an input is).
+        (...) float32 (float64 if an input is float64).
 
     Source:
         Kornblith et al. 2019, Similarity of Neural Network Representations Revisited, arXiv:1905.00414.
@@ -135,7 +136,7 @@ def _dependence(
     op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, estimator, normalize, degree, gamma, coef0, allow_tf32,
     approximate, n_features, seed,
 ):  # fmt: skip
-    """`hsic` in the name of `op`."""
+    """Compute `hsic` for the public function `op`, which appears in error texts."""
     pair = variables(op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
     rows_needed(op, pair[0].z.shape[-2], estimator)
     if approximate is not None:
@@ -166,13 +167,13 @@ def hsic_matrix(
     coef0: float = 1.0,
     allow_tf32: bool = False,
 ) -> Tensor:
-    """HSIC of every x with every y, representations of the same n samples, each Gram tile made once.
+    """Return HSIC of every x with every y for representations of the same n samples. Each tile is computed once.
 
     Args:
-        xs, ys: lists of (..., n, d) tensors with the same leading dims; d may differ. The rest as for `hsic`.
+        xs, ys: lists of (..., n, d) tensors with the same leading dims; d may differ. Other arguments: as for `hsic`.
 
     Returns:
-        (..., len(xs), len(ys)) float32 (float64 if an input is).
+        (..., len(xs), len(ys)) float32 (float64 if an input is float64).
 
     Raises:
         TypeError, ValueError: as for `hsic`, or an empty list.
@@ -210,11 +211,11 @@ def hsic_matrix(
 
 
 def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
-    """H K H with H = I - 1/n: rows and columns that sum to zero, in one read and one write.
+    """Return H K H with H = I - 1/n, whose rows and columns sum to zero, with one read and one write of memory.
 
     Args:
         gram: (..., n, n) float32, float64, bfloat16 or float16; need not be symmetric.
-        inplace: write into gram, which then must not require a gradient.
+        inplace: write into gram, which must not require a gradient.
 
     Returns:
         (..., n, n) of gram's dtype; gram itself if inplace.
@@ -224,7 +225,7 @@ def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
         ValueError: not square; inplace on a tensor that requires a gradient or whose elements share memory.
 
     Notes:
-        Sums in fixed order, in float64: the same bits for any thread count, instruction set and batch on a CPU.
+        Sums are float64 in a fixed order: on a CPU the same bits for any thread count, instruction set and batch.
 
     Example:
         >>> center_gram(torch.eye(2))
@@ -243,7 +244,7 @@ def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
         if runs_reference(op, gram, cuda=False):
             return gram.copy_(_center_reference(gram))
         call("center_gram_", gram)
-        # below autograd nobody counts what is written
+        # `call` skips autograd, which would have increased the version counter
         if not torch.compiler.is_compiling() and not gram.is_inference():
             torch.autograd.graph.increment_version(gram)
         return gram
@@ -253,7 +254,7 @@ def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether two elements lie at one address, by a step along one or two dims."""
+    """Whether two elements that differ in one or two dims have the same address."""
     if not tensor.numel():
         return False
     dims = [(size, step) for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
@@ -271,18 +272,19 @@ def values(
     allow_tf32: bool,
     visit: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> Tensor:
-    """(*batch, P) the estimate of every pair of variables, of the kernels of z, float64.
+    """Return HSIC of every pair of variables, (*batch, P) float64, for the kernels of z.
 
-    0 with a variable whose rows are all equal, and of a variable with itself where it is no larger than its rounding.
-    `visit` stands in for `sums`.
+    The value is 0 if all rows of a variable are equal, and for a variable with itself if it is not above its rounding
+    error. `visit` replaces `sums`.
     """
     result = []
     for (a, b), (value, lost, _) in zip(pairs, estimates(op, every, pairs, estimator, allow_tf32, visit), strict=True):
         if lost is not None:
             value = torch.where(lost, 0.0, value)
         for m in {a, b}:
-            if every[m].constant is not None:
-                value = torch.where(every[m].constant, 0.0, value)
+            constant = every[m].constant
+            if constant is not None:
+                value = torch.where(constant, 0.0, value)
         result.append(value)
     return torch.stack(result, -1)
 
@@ -296,7 +298,10 @@ def estimates(
     visit: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
     with_added: bool = False,
 ) -> list[Estimate]:
-    """Of every pair of variables, of the kernels of z; `added` not of covariances."""
+    """Return the estimate of every pair of variables, for the kernels of z.
+
+    `added` is None if the covariance form is used (linear kernels). `visit` replaces `sums`.
+    """
     n = every[0].z.shape[-2]
     if all(v.linear for v in every):
         used = [every[m] for pair in pairs for m in pair]
@@ -320,20 +325,20 @@ def estimates(
 
 
 def _lost(v: Variable, more: Tensor, less: Tensor, over: int) -> Tensor:
-    """Whether (more - less) / over, HSIC of v with itself, may be rounding alone."""
+    """Whether HSIC of v with itself, (more - less) / over, may be pure rounding error."""
     n = v.z.shape[-2]
-    # n^2 terms are added in float64; each has the rounding of an entry, whose squares add up
+    # n^2 terms are added in float64; errors of entries have random signs, so that their squares add up
     entry = (v.degree * torch.finfo(v.z.dtype).eps) ** 2
     rounding = chain(n) + entry
     most = more * ((1 - rounding) / (1 + rounding))
     if HSIC_KERNELS[v.kernel] == "polynomial":
-        # of a dot product it is relative to both lengths
+        # the rounding error of a dot product is relative to the lengths of both rows
         most = most - entry * over * (v.diagonal.sum(-1) / n).square()
     return less >= most
 
 
 def chain(n: int) -> float:
-    """Of sums over n^2 terms, rows first: twice the rounding of both chains, relative to the absolute values."""
+    """Bound the relative rounding error of two float64 sums over n^2 terms, row sums first, with a factor of two."""
     return 4 * EPS * (2 * n)
 
 
@@ -345,10 +350,10 @@ def sums(
     part: int = 0,
     parts: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row sums (*batch, M, n), sums of products (*batch, P) over i != j of K - shift, and shift (*batch, M); float64.
+    """Return row sums (*batch, M, n) and sums of products (*batch, P) of K - shift, and shift (*batch, M), float64.
 
-    HSIC is the same for any shift. Of the tiles only part `part` of `parts` is visited: row sums and sums of products
-    of all parts add up.
+    Sums run over i != j; HSIC does not depend on the shift. Only the tiles of part `part` of `parts` are computed: the
+    row sums and sums of products of all parts add up.
     """
     batch = every[0].z.shape[:-2]
     z = [v.z.reshape(-1, *v.z.shape[-2:]) for v in every]
@@ -364,9 +369,10 @@ def sums(
 def _terms(
     cross: Tensor, k: Tensor, m: Tensor, diag_k: Tensor, diag_l: Tensor, estimator: str
 ) -> tuple[Tensor, Tensor, int]:
-    """HSIC is the first less the second over the third; all are positive where K is L.
+    """Return (more, less, over) with HSIC = (more - less) / over; all three are positive if K = L.
 
-    From the sum of K_ij L_ij over i != j, both row sums without and both diagonals, float64.
+    `cross` is the sum of K_ij L_ij over i != j, k and m are the row sums of K and L without the diagonals diag_k and
+    diag_l; all float64.
     """
     n = k.shape[-1]
     if estimator == "unbiased":
@@ -378,7 +384,7 @@ def _terms(
 
 
 def _of_covariance(x: Variable, y: Variable, estimator: str, same: bool) -> Estimate:
-    """HSIC of linear kernels: the squares of the covariances."""
+    """Return HSIC of linear kernels from the squared entries of the covariance matrix."""
     n = x.z.shape[-2]
     total = matmul(x.z.mT, y.z).double().square().sum((-2, -1))
     if estimator != "unbiased":
@@ -387,24 +393,24 @@ def _of_covariance(x: Variable, y: Variable, estimator: str, same: bool) -> Esti
     ab, over = (a * b).sum(-1), n * (n - 3)
     product, less = a.sum(-1) * b.sum(-1) / ((n - 1) * (n - 2)), 2 / (n - 2) * ab
     value = (total - ab + product - less) / over
-    # the sums of products are of the dtype of x
+    # the covariance is computed in the dtype of x
     eps = torch.finfo(x.z.dtype).eps
     return Estimate(value, ab + less >= (total + product) * ((1 - eps) / (1 + eps)) if same else None)
 
 
 def permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:
-    """(R,) sum over i != j of K[i, j] L[p[i], p[j]], float64, for every row p of permutations (R, n) int32."""
+    """(R,) float64 sums over i != j of K[i, j] L[p[i], p[j]], one for each row p of permutations (R, n) int32."""
     if runs_reference("hsic_permuted", gram_x, cuda=False):
         return ref.hsic_permuted(gram_x, gram_y, permutations)
     return call("hsic_permuted", gram_x, gram_y, permutations)
 
 
-# what torch must know of each operator, arguments in the order of its schema
+# registration with torch; arguments are in the order of the schemas
 
 
 def _reference(z, scale, kernels, degrees, pairs, allow_tf32, part, parts):
     rows, cross, shift = ref.hsic_sums(z, scale, kernels, degrees, pairs)
-    # all matrices are made whole: the first part has everything
+    # the reference does not use tiles: the first part has the complete sums
     return (rows, cross, shift) if part == 0 else (torch.zeros_like(rows), torch.zeros_like(cross), shift)
 
 
@@ -424,7 +430,7 @@ def _backward(ctx, grad_rows, grad_cross, _):
         raise RuntimeError("hsic: a part of the tiles has no gradient")
     *z, scale = ctx.saved_tensors
     if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in (grad_rows, grad_cross)):
-        # is_grads_batched of torch.autograd.grad knows no rule for lists of tensors
+        # is_grads_batched of torch.autograd.grad has no batching rule for operators with lists of tensors
         grads = _sums_gradient(grad_rows, grad_cross, z, scale, *ctx.grams)
     else:
         grads = torch.ops.pyflow.hsic_sums_backward.default(grad_rows, grad_cross, z, scale, *ctx.grams)
@@ -433,8 +439,8 @@ def _backward(ctx, grad_rows, grad_cross, _):
 
 
 def _of_scale(grads, z, scale):
-    """Gradient of the scales: that of z scales with them."""
-    # a kernel of distances does not change where all rows move, so centring is free
+    """Return the gradient of the scales, sum(grad_z * z) / scale, because the kernel depends on z * scale only."""
+    # distances do not change if all rows are translated; centred rows give a smaller rounding error
     dots = [(grad * ref.centred(part)).sum((-2, -1)) for grad, part in zip(grads, z, strict=True)]
     return torch.stack(dots, -1) / scale
 
@@ -466,8 +472,8 @@ def _backward_backward(ctx, grads):
     def formula(grad_rows, grad_cross, *tensors):
         return _sums_gradient(grad_rows, grad_cross, tensors[:-1], tensors[-1], *ctx.grams)
 
-    of_rows, of_cross, *of_z, of_scale = vector_jacobian(formula, ctx.saved_tensors, grads)
-    return of_rows, of_cross, of_z, of_scale, *[None] * len(ctx.grams)
+    grad_rows, grad_cross, *grad_z, grad_scale = vector_jacobian(formula, ctx.saved_tensors, grads)
+    return grad_rows, grad_cross, grad_z, grad_scale, *[None] * len(ctx.grams)
 
 
 def _backward_vmap(info, in_dims, *args):

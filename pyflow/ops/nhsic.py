@@ -1,7 +1,7 @@
 """Normalised HSIC of the HSIC bottleneck.
 
-Plain torch, forward and backward: the matrices are inverted, so they exist, and a minibatch's Cholesky factors, which
-LAPACK and cuSOLVER do well, are the work; there are no tiles to drop and nothing to fuse.
+Plain torch, forward and backward: the inverse needs the whole matrices, and most of the time goes into the Cholesky
+factorisation by LAPACK or cuSOLVER, so that tiles or fused kernels would gain nothing.
 """
 
 from __future__ import annotations
@@ -30,23 +30,25 @@ def nhsic(
     gamma: float | None = None,
     coef0: float = 1.0,
 ) -> Tensor:
-    """How many directions of feature space x and y share: tr(Rx Ry), R = Kc (Kc + epsilon n I)^-1, Kc = H K H.
+    """Normalised HSIC of x and y: tr(Rx Ry) with R = Kc (Kc + epsilon n I)^-1 and Kc = H K H.
+
+    It counts the directions of feature space that x and y share.
 
     Args:
         x: (..., n, d_x) float32, float64, bfloat16 or float16; for the kernel "delta" labels (n,) of any dtype.
         y: (..., n, d_y) likewise.
-        epsilon: positive; directions of Kc with eigenvalues far below epsilon n do not count.
+        epsilon: positive; directions of Kc with eigenvalues far below epsilon n contribute nothing.
         kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0: as for `hsic`.
 
     Returns:
-        (...) float32 (float64 if an input is), in [0, n - 1].
+        (...) float32 (float64 if an input is float64), in [0, n - 1].
 
     Raises:
         TypeError, ValueError: as for `hsic`; an epsilon that is not positive, or not above the rounding of Kc.
 
     Notes:
-        Time O(n^3), memory O(n^2): meant for minibatches. In float64 whatever the dtype: Kc + epsilon n I has a
-        condition number of 1 / epsilon. Differentiable any number of times.
+        Time O(n^3), memory O(n^2): meant for minibatches. Computed in float64 for every dtype, because the condition
+        number of Kc + epsilon n I is about 1 / epsilon. Differentiable any number of times.
 
     Source:
         Ma, Lewis and Kleijn 2019, The HSIC Bottleneck: Deep Learning without Back-Propagation, arXiv:1908.01580.
@@ -65,12 +67,12 @@ def nhsic(
 
 
 def regularised(op: str, v: Variable, epsilon: float) -> Tensor:
-    """Kc (Kc + epsilon n I)^-1, NaN where epsilon is no larger than the rounding of Kc."""
+    """Return Kc (Kc + epsilon n I)^-1, NaN where epsilon is not above the rounding error of Kc."""
     n = v.z.shape[-2]
     gram, shift = ref.gram(v.z.double(), v.scale.double(), HSIC_KERNELS[v.kernel], v.degree)
     gram = gram + torch.diag_embed(v.diagonal - shift.unsqueeze(-1))
     centred = ref.center_gram(gram)
-    # of an entry; those of n together are that of an eigenvalue
+    # rounding error of an entry; n of them are the error of an eigenvalue, which is compared with epsilon n
     rounding = 4 * torch.finfo(torch.float64).eps * gram.detach().abs().amax((-2, -1))
     if v.exponent is not None:
         rounding = times_two_to(rounding, v.exponent)

@@ -1,6 +1,8 @@
-"""Largest gaps of random points on a circle, counted: the trials behind `pyflow.stats.sector_probability_mc`."""
+"""Monte Carlo counts of the largest gap between random points on a circle, for `stats.sector_probability_mc`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,28 +18,28 @@ from .noise import seed_tensor, step_tensor
 def sector_counts(
     thresholds: Tensor, points: int, trials: int, *, seed: int | Tensor | None, step: int | Tensor = 0
 ) -> Tensor:
-    """How many of `trials` sets of random points on a circle have a largest gap that reaches each threshold.
+    """Count the sets of random points on a circle whose largest gap reaches each threshold.
 
-    The gaps between n uniform points are n exponential variables over their sum: a trial keeps one minimum and one
-    sum, nothing is sorted, and memory depends on neither points nor trials.
+    The gaps between n uniform points are distributed as n exponential variables divided by their sum. A trial keeps
+    one minimum and one sum; nothing is sorted, and memory does not depend on points or trials.
 
     Args:
-        thresholds: float64 of any shape, shares of the circle.
-        points: on the circle, at least 1.
-        trials: at least 1; all thresholds share them.
+        thresholds: float64 of any shape, as fractions of the circle.
+        points: number of points on the circle, at least 1.
+        trials: number of sets, at least 1; all thresholds use the same sets.
         seed: integer or 0-d int64 tensor on the device; None draws one from torch's default generator.
-        step: integer in [0, 2**56) or 0-d int64 tensor: another step is further, independent trials.
+        step: integer in [0, 2**56) or 0-d int64 tensor; another step gives independent trials.
 
     Returns:
         int64 of the shape of thresholds.
 
     Raises:
-        TypeError: thresholds that are no float64 tensor, points, trials or a seed that are no integers.
-        ValueError: points or trials below 1, a seed that is not 0-d, a step outside the range, another device.
+        TypeError: thresholds is not a float64 tensor; points, trials or seed is not an integer.
+        ValueError: points or trials below 1, a seed that is not 0-d, a step outside its range, different devices.
 
     Notes:
-        The same counts on every backend and any number of threads for a seed: logarithms in float32, sums of them in
-        integers of 2**-24. Nothing is read by the host. Not differentiable.
+        A seed gives the same counts on every backend and with any number of threads: logarithms are float32 and are
+        summed as integer multiples of 2**-24. No host sync. Not differentiable.
 
     Source:
         Holst 1980, On the lengths of the pieces of a stick broken at random; Salmon et al. 2011 (Philox4x32-10).
@@ -54,13 +56,10 @@ def sector_counts(
     return counts_for(op, thresholds, points, trials, seed, step)
 
 
-# what the estimate of the probability shares
-
-
 def counts_for(op: str, thresholds: Tensor, points: int, trials: int, seed: object, step: object) -> Tensor:
-    """The counts, for the public function `op`, which has checked all but seed and step."""
+    """Return the counts for the public function `op`, which has checked all arguments except seed and step."""
     thresholds = thresholds.detach()
-    # the seed last: a call that is refused draws none
+    # the seed is checked last, so that a call that raises does not draw one
     step = step_tensor(op, step, thresholds.device)
     seed = seed_tensor(op, seed, (), thresholds.device, "cpu")
     purpose = PURPOSES.index("monte_carlo")
@@ -70,16 +69,17 @@ def counts_for(op: str, thresholds: Tensor, points: int, trials: int, seed: obje
 
 
 def count(op: str, name: str, value: object) -> int:
-    """`value` as an integer of at least 1, or a symbol of one while traced."""
+    """Return `value` as an integer of at least 1; a symbolic integer of a trace is returned unchecked."""
     if isinstance(value, torch.SymInt):
-        return value
+        symbol: Any = value
+        return symbol
     value = check.at_least(op, name, value, 1)
     if value >= 2**60:
         raise ValueError(f"{op}: {name} must be below 2**60, got {value}")
     return value
 
 
-# what torch must know of the operator, arguments in the order of its schema
+# registration with torch; arguments are in the order of the schemas
 
 
 def _reference(thresholds, points, trials, seed, step, purpose):

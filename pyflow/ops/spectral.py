@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,34 +25,34 @@ def spectral_normalize(
     n_iter: int = 1,
     through_iteration: bool = False,
 ) -> Lists:
-    """Power iteration and scaling of all layers at once: W / sigma(W) with W flattened to (out, -1).
+    """Normalise all weights in one call: W / sigma(W) by power iteration, with W flattened to (out, -1).
 
-    A round is u = Wv / |Wv|, v = W'u / |W'u|; then sigma = u'Wv. A vector's sigma is its norm.
+    One round is u = Wv / |Wv|, v = W'u / |W'u|; then sigma = u'Wv. For a weight of one dim, sigma is its norm.
 
     Args:
         weights: tensors of one dim or more; float32, float64, bfloat16 or float16, any strides, one device.
-        u: for every weight (out,), its left singular vector as far as known; None for a vector.
-        v: likewise (weight[0].numel(),), the right one, from which a round starts.
-        n_iter: rounds of power iteration; 0 takes u and v as they are.
-        through_iteration: let gradients pass through the rounds, to u and v too. The usual form holds u and v.
+        u: (out,) estimate of the left singular vector of every weight; None for a weight of one dim.
+        v: (weight[0].numel(),) estimate of the right singular vector, where a round starts; None for one dim.
+        n_iter: rounds of power iteration; with 0, u and v are used unchanged.
+        through_iteration: differentiate through the rounds, also with respect to u and v. By default u and v are
+            constants of the backward.
 
     Returns:
-        (weights, u, v, sigmas): the normalised weights in dtype and strides of the given ones, new u and v (nothing
-        is changed in place), and 0-d sigmas, float32 (float64 for float64 weights).
+        (weights, u, v, sigmas): normalised weights with the dtypes and strides of the inputs, new u and v (the inputs
+        are not modified), and 0-d sigmas, float32 (float64 for float64 weights).
 
     Raises:
         TypeError: not a list, not a tensor, or a wrong dtype.
         ValueError: an empty list, lists of different lengths, u or v of the wrong size or device, n_iter < 0.
 
     Notes:
-        A v orthogonal to the leading singular vector never reaches it: v = ones stalls on a matrix whose leading
-        right singular vector sums to 0, and keeps a smaller singular value. Start from random vectors.
-        Norms and sigma are not allowed below 1e-12: a zero matrix stays zero and keeps its u and v.
-        One round reads W once: W'(Wv) grows row by row while W passes, and sigma is the ratio of two norms, so
-        sigma^2 has to be a float32 (sigma < 1e19). Sums over fixed blocks, on a CPU the same bits for any thread
-        count and instruction set. The backward is dW = g / sigma + (g_sigma - sum(g W) / sigma^2) u v'; double
-        backward works. `through_iteration` runs the reference: its backward keeps every round's vectors, and the
-        layers that ask for it are few.
+        Start from random vectors: if v is orthogonal to the leading right singular vector (for example v = ones and a
+        singular vector that sums to 0), the iteration converges to a smaller singular value.
+        Norms and sigma have a lower limit of 1e-12: a zero matrix stays zero and keeps its u and v.
+        One round reads W once: W'(Wv) is accumulated row by row, and sigma is the ratio of two norms, so sigma^2 must
+        fit into float32 (sigma < 1e19). Sums use fixed blocks: on a CPU the same bits for any thread count and
+        instruction set. The backward is dW = g / sigma + (g_sigma - sum(g W) / sigma^2) u v'; double backward works.
+        `through_iteration` runs the plain-torch reference, whose backward stores the vectors of every round.
 
     Source:
         Miyato et al. 2018, Spectral normalization for GANs, arXiv:1802.05957, algorithm 1.
@@ -80,8 +81,8 @@ def spectral_normalize(
     )
 
 
-def _checked(op: str, *lists: object) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The three lists, with an empty tensor for the u and v of a vector."""
+def _checked(op: str, *lists: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Check the three lists and return them, with empty tensors in place of None in u and v."""
     for name, values in zip(("weights", "u", "v"), lists, strict=True):
         if not isinstance(values, (list, tuple)):
             raise TypeError(f"{op}: {name} must be a list, got {type(values).__name__}")
@@ -109,15 +110,15 @@ def _checked(op: str, *lists: object) -> tuple[list[Tensor], list[Tensor], list[
             if vector.device != weight.device:
                 raise ValueError(f"{op}: {name}[{i}] must be on the device of weights, got {vector.device}")
     weights, u, v = lists
-    none = weights[0].new_empty(0) if any(x is None for x in u) else None
-    return list(weights), [none if x is None else x for x in u], [none if x is None else x for x in v]
+    empty: Any = weights[0].new_empty(0) if any(x is None for x in u) else None
+    return list(weights), [empty if x is None else x for x in u], [empty if x is None else x for x in v]
 
 
-# what torch must know of each operator, arguments in the order of its schema
+# registration with torch; arguments are in the order of the schemas
 
 
 def _parts(tensors, count):
-    """A flat list cut into `count` lists."""
+    """Split a flat list into `count` lists of equal length."""
     n = len(tensors) // count
     return [list(tensors[i * n : (i + 1) * n]) for i in range(count)]
 
@@ -154,7 +155,7 @@ def _backward(ctx, grads):
 
 
 def _present(grads, like):
-    """Gradients with none missing and none sparse, as embeddings give them."""
+    """Dense gradients, with zeros in place of None; the gradient of an embedding may be sparse."""
     grads = [t.new_zeros(()).expand(t.shape) if g is None else g for g, t in zip(grads, like, strict=True)]
     return [g if g.layout == torch.strided else g.to_dense() for g in grads]
 

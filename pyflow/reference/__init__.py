@@ -1,24 +1,26 @@
-"""Every operation in plain torch: the specification in code."""
+"""Plain-torch implementation of every operation. It defines what the kernels compute."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which an operation computes, and returns sums, for tensors of `dtype`."""
+    """Return the dtype of the arithmetic and of returned sums for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in their own dtype under autocast too, as its gradients are."""
+    """a @ b and its gradients in the dtype of the inputs, even under autocast."""
     kind, traced = a.device.type, torch.compiler.is_compiling()
-    # torch 2.11 does not trace the question what is available
+    # dynamo of torch 2.11 does not trace is_autocast_available
     available = kind != "meta" if traced else torch.amp.is_autocast_available(kind)
     if not available or not torch.is_autocast_enabled(kind):
         return a @ b
-    # a trace takes no function with a forward mode, and traces the gradient here
+    # dynamo does not trace autograd functions with a jvp; it traces the backward under this block too
     if traced:
         with torch.autocast(kind, enabled=False):
             return a @ b
@@ -26,7 +28,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Matmul(torch.autograd.Function):
-    """Autocast casts what a backward multiplies as well."""
+    """a @ b without autocast, in the backward too, where autocast would cast the factors."""
 
     generate_vmap_rule = True
 
@@ -36,20 +38,20 @@ class _Matmul(torch.autograd.Function):
             return a @ b
 
     @staticmethod
-    def setup_context(ctx: object, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
-        of_a, of_b = ctx.needs_input_grad
+        needs_a, needs_b = ctx.needs_input_grad
         return (
-            matmul(grad, b.mT).sum_to_size(a.shape) if of_a else None,
-            matmul(a.mT, grad).sum_to_size(b.shape) if of_b else None,
+            matmul(grad, b.mT).sum_to_size(a.shape) if needs_a else None,
+            matmul(a.mT, grad).sum_to_size(b.shape) if needs_b else None,
         )
 
     @staticmethod
-    def jvp(ctx: object, along_a: Tensor, along_b: Tensor) -> Tensor:
+    def jvp(ctx: Any, tangent_a: Tensor, tangent_b: Tensor) -> Tensor:
         a, b = ctx.saved_tensors
-        return matmul(along_a, b) + matmul(a, along_b)
+        return matmul(tangent_a, b) + matmul(a, tangent_b)

@@ -1,6 +1,8 @@
-"""Coupling layers in plain torch: the specification in code, twice differentiable, any dtype."""
+"""Coupling layers in plain torch, twice differentiable."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from . import compute_dtype
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)); torch's own is x beyond a threshold of 20, off by 2e-9."""
+    """log(1 + exp(x)). torch's softplus returns x above 20, which is off by 2e-9."""
     return -logsigmoid(-x)
 
 
@@ -25,7 +27,7 @@ def log_scale(s: Tensor, scale_map: str, arg: float) -> Tensor:
     if scale_map == "softplus":
         if arg > 0:
             return torch.log(softplus(s) + arg)
-        small = s < -15  # log(softplus) underflows, and so would its gradient
+        small = s < -15  # log(softplus) and its gradient underflow there
         return torch.where(small, s - 0.5 * torch.exp(s), torch.log(softplus(torch.where(small, 0, s))))
     if scale_map == "tanh":
         return arg * torch.tanh(s / arg)
@@ -37,7 +39,7 @@ def log_scale(s: Tensor, scale_map: str, arg: float) -> Tensor:
 
 
 def log_scale_slope(s: Tensor, scale_map: str, arg: float) -> Tensor:
-    """dg/ds, written out."""
+    """dg/ds of `log_scale` in closed form."""
     if scale_map == "exp":
         return torch.ones_like(s)
     if scale_map == "sigmoid":
@@ -61,7 +63,7 @@ def log_scale_slope(s: Tensor, scale_map: str, arg: float) -> Tensor:
 
 
 def unpack(params: Tensor, packing: str, dim: int) -> tuple[Tensor, Tensor]:
-    """The (shift, scale) views of packed parameters."""
+    """Return the (shift, scale) views of packed parameters."""
     if packing == "interleaved":
         pairs = params.unflatten(dim, (-1, 2))
         at = dim + 1 if dim >= 0 else dim
@@ -111,8 +113,8 @@ def affine_coupling(
     return y, g.sum(tuple(range(x.dim() - event_dims, x.dim()))) if event_dims else g
 
 
-def _seen(mask: Tensor | None, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Masked elements are set to 0 first: their values reach neither the result nor a gradient of any order."""
+def _seen(mask: Tensor | None, *tensors: Tensor | None) -> list[Any]:
+    """Set masked elements to 0: their values reach neither the result nor a gradient of any order."""
     if mask is None:
         return list(tensors)
     return [t if t is None else torch.where(mask, torch.zeros((), dtype=t.dtype, device=t.device), t) for t in tensors]
@@ -132,15 +134,16 @@ def affine_coupling_backward(
     mask: Tensor | None,
     event_dims: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (x, shift, scale), that of shift in the compute dtype.
+    """Return the gradients of (x, shift, scale); the gradient of shift has the compute dtype.
 
-    `shift` may be None where the formula has none (forward, scale first; inverse, shift first).
+    `shift` may be None if the formula does not contain it (forward with scale first, inverse with shift first).
     """
     dtype = compute_dtype(x.dtype)
     if grad_y is None:
-        # only g counts, whatever y has become
+        # only logdet has a gradient, and y may have overflowed
         x, shift = torch.zeros_like(x), None if shift is None else torch.zeros_like(shift)
-    x_, t, s = (v if v is None else v.to(dtype) for v in _seen(mask, x, shift, scale))
+    converted: list[Any] = [v if v is None else v.to(dtype) for v in _seen(mask, x, shift, scale)]
+    x_, t, s = converted
     g, slope = log_scale(s, scale_map, map_arg), log_scale_slope(s, scale_map, map_arg)
     gy = torch.zeros_like(x_) if grad_y is None else grad_y.to(dtype)
     if grad_y is None:
@@ -161,10 +164,10 @@ def affine_coupling_backward(
 
 
 def affine_coupling_packed(
-    x: Tensor, params: Tensor, *, packing: str, dim: int, **same: object
+    x: Tensor, params: Tensor, *, packing: str, dim: int, **options: Any
 ) -> tuple[Tensor, Tensor]:
     shift, scale = unpack(params, packing, dim)
-    return affine_coupling(x, shift, scale, **same)
+    return affine_coupling(x, shift, scale, **options)
 
 
 def affine_coupling_packed_backward(
@@ -175,8 +178,8 @@ def affine_coupling_packed_backward(
     *,
     packing: str,
     dim: int,
-    **same: object,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     shift, scale = unpack(params, packing, dim)
-    gx, gt, gs = affine_coupling_backward(grad_y, grad_logdet, x, shift, scale, **same)
+    gx, gt, gs = affine_coupling_backward(grad_y, grad_logdet, x, shift, scale, **options)
     return gx, pack(gt.to(params.dtype), gs, packing, dim)

@@ -1,4 +1,4 @@
-"""Metropolis-adjusted Langevin steps, gradient penalties and the losses of an energy in plain torch."""
+"""MALA accept steps, the gradient penalty and the losses of energy-based GANs in plain torch."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from .sde import column, rows
 
 
 def common_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where any tensor is, so that a selected value keeps its bits."""
+    """float64 if any tensor is float64, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def log_ratio(z: Tensor, z_new: Tensor, grad: Tensor, grad_new: Tensor, alpha: Tensor) -> Tensor:
-    """(B,) log q(z|z') - log q(z'|z), with q(z'|z) a normal around z - alpha grad of variance 2 alpha.
+    """(B,) log q(z|z') - log q(z'|z), where q(z'|z) is normal with mean z - alpha grad and variance 2 alpha.
 
-    |z' - z + alpha g|^2 / (4 alpha) - |z - z' + alpha g'|^2 / (4 alpha), multiplied out.
+    |z' - z + alpha g|^2 / (4 alpha) - |z - z' + alpha g'|^2 / (4 alpha), expanded.
     """
     quarter = 0.25 * column(alpha, z)
     return rows((grad + grad_new) * (0.5 * (z_new - z) + quarter * (grad - grad_new)))
 
 
 def log_uniforms(count: int, seed: Tensor, step: Tensor) -> Tensor:
-    """(count,) logarithms of the accept uniforms: one element of the stream for each row, or one of each row's own."""
+    """(count,) logarithms of the accept uniforms: element i of the stream of seed (), or element 0 of seed (B,)[i]."""
     u = draws.noise((count,), seed, step, kind="uniform", purpose="accept", dtype=torch.float32)
     return torch.where(u > 0, draws.log(torch.where(u > 0, u, 1.0)), -torch.inf)
 
@@ -42,7 +42,8 @@ def mala_accept(
     step: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = common_dtype(z, z_new, u, u_new, grad, grad_new)
-    ratio = log_ratio(*(t.to(dtype) for t in (z, z_new, grad, grad_new)), alpha)
+    position, proposal, slope, new_slope = (t.to(dtype) for t in (z, z_new, grad, grad_new))
+    ratio = log_ratio(position, proposal, slope, new_slope, alpha)
     bound = u.to(dtype) - u_new.to(dtype) + ratio
     log_u = log_uniforms(z.shape[0], seed.to(z.device), step)
     # a proposal whose position, energy or gradient is not finite is rejected
@@ -61,7 +62,7 @@ def grad_norm_penalty(grad: Tensor) -> Tensor:
 
 
 def energy_loss(u_real: Tensor, u_fake: Tensor, *, kind: str, margin: float) -> Tensor:
-    """Of means over either batch; an energy is low on data."""
+    """Loss of an energy that is to be low on data (u_real) and high on samples (u_fake)."""
     real, fake = (u.to(compute_dtype(u.dtype)) for u in (u_real, u_fake))
     if kind == "linear":
         return real.mean() - fake.mean()

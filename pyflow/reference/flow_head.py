@@ -1,4 +1,4 @@
-"""The head of a flow in plain torch: prior log-density of z = h e^{log_scale}, plus the log-determinant."""
+"""Flow log-probability in plain torch: prior log-density of z = h exp(log_scale), plus the log-determinant."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def flow_log_prob(h: Tensor, log_scale: Tensor | None = None, *, prior: str = "g
 def flow_log_prob_backward(
     grad: Tensor, h: Tensor, log_scale: Tensor | None, *, prior: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of (h, log_scale); the second is None without a log_scale."""
-    z, scale = _scaled(h, log_scale)
+    """Return the gradients of (h, log_scale); the second is None without a log_scale."""
+    z, _ = _scaled(h, log_scale)
     score = -z if prior == "gaussian" else -torch.tanh(0.5 * z)
     grad = grad.to(z.dtype).reshape(-1, *(1,) * (h.dim() - 1))
     if log_scale is None:
         return (grad * score).to(h.dtype), None
-    grad_h = grad * torch.exp(scale) * score
+    grad_h = grad * torch.exp(log_scale.to(z.dtype)) * score
     return grad_h.to(h.dtype), (grad * (score * z + 1)).sum(0).to(log_scale.dtype)

@@ -1,13 +1,13 @@
-"""Finite scalar quantisation in plain torch: the specification in code. Channels are the first dim.
+"""Finite scalar quantisation in plain torch. Channels are the first dim.
 
-Codes carry the straight-through gradient, that of the bound before it is rounded.
+Codes have the straight-through gradient: the gradient of the bounded value before rounding.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from . import compute_dtype
 
 
 class Constants(NamedTuple):
-    """Per channel, exact in float32: the bound is half * f(z + shift) - offset, digits reach from 0 to top."""
+    """Constants per channel, exact in float32: the bound is half * f(z + shift) - offset, digits are 0 to top."""
 
     half: list[float]
     shift: list[float]
@@ -28,7 +28,7 @@ class Constants(NamedTuple):
 
 
 def constants(levels: Sequence[int], variant: str) -> Constants:
-    """Rounded to float32 after every operation, in the order of vector-quantize-pytorch."""
+    """Return the constants, rounded to float32 after every operation as vector-quantize-pytorch does."""
     single = np.float32
     margin = single(1 - 1e-3 if variant == "paper" else 1 + 1e-3)
     half = [single(n - 1) * margin / single(2) for n in levels]
@@ -44,7 +44,7 @@ def constants(levels: Sequence[int], variant: str) -> Constants:
 
 
 def basis(levels: Sequence[int]) -> list[int]:
-    """What a digit of each channel adds to the index: the first channel runs fastest."""
+    """Return the index stride of each channel; the first channel varies fastest."""
     out = [1]
     for n in levels[:-1]:
         out.append(out[-1] * n)
@@ -60,7 +60,7 @@ def _columns(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def _squash(z: Tensor, levels: Sequence[int], variant: str) -> Tensor:
-    """Into (-1, 1), for sigmoid (0, 1), in the compute dtype."""
+    """Map z into (-1, 1), or (0, 1) for the variant sigmoid, in the compute dtype."""
     z = z.to(compute_dtype(z.dtype))
     if variant in ("vqp", "paper", "hard"):
         z = z + _columns(constants(levels, variant).shift, z, z.dtype)
@@ -79,7 +79,7 @@ def _spread(squashed: Tensor, levels: Sequence[int], variant: str) -> Tensor:
 
 
 def bound(z: Tensor, levels: Sequence[int], variant: str) -> Tensor:
-    """The bounded value, of which the digit is the rounded one (less L // 2 for vqp, paper and hard)."""
+    """Return the bounded value. Its rounding is the digit (minus L // 2 for vqp, paper and hard)."""
     return _spread(_squash(z, levels, variant), levels, variant)
 
 
@@ -109,6 +109,16 @@ def _indices(digits: Tensor, levels: Sequence[int], dtype: torch.dtype) -> Tenso
     return torch.where(digits.isnan().any(0), -1, whole.sum(0)).to(dtype)
 
 
+@overload
+def fsq(
+    z: Tensor, levels: Sequence[int], *, variant: str, return_indices: Literal[True] = ...
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def fsq(z: Tensor, levels: Sequence[int], *, variant: str, return_indices: bool) -> tuple[Tensor, Tensor | None]: ...
+
+
 def fsq(z: Tensor, levels: Sequence[int], *, variant: str, return_indices: bool = True) -> tuple[Tensor, Tensor | None]:
     squashed = _squash(z, levels, variant)
     b = _spread(squashed, levels, variant)
@@ -120,7 +130,7 @@ def fsq(z: Tensor, levels: Sequence[int], *, variant: str, return_indices: bool 
 
 
 def slope(z: Tensor, levels: Sequence[int], variant: str) -> Tensor:
-    """d code / dz before rounding."""
+    """d code / dz, ignoring the rounding."""
     dtype = compute_dtype(z.dtype)
     c = constants(levels, variant)
     z = z.to(dtype)
@@ -149,7 +159,7 @@ def fsq_backward(grad: Tensor, z: Tensor, levels: Sequence[int], *, variant: str
 
 
 def fsq_decode(indices: Tensor, levels: Sequence[int], *, variant: str, dtype: torch.dtype) -> Tensor:
-    """(...) -> (d, ...); an index outside the codebook gives NaN."""
+    """Codes (d, ...) of indices (...); an index outside the codebook gives NaN."""
     known = (indices >= 0) & (indices <= math.prod(levels) - 1)
     whole = torch.where(known, indices, 0).long()
     shape = (len(levels), *(1,) * indices.dim())
@@ -160,14 +170,14 @@ def fsq_decode(indices: Tensor, levels: Sequence[int], *, variant: str, dtype: t
 
 
 def scales(levels: Sequence[int], stages: int) -> list[list[float]]:
-    """By stage and channel: the size of one digit, L**-stage, in float32."""
+    """Return the size of one digit, L**-stage in float32, for every stage and channel."""
     return [[float(np.float32(float(n) ** -stage)) for n in levels] for stage in range(stages)]
 
 
 def residual_fsq(
     x: Tensor, levels: Sequence[int], *, variant: str, stages: int, active: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Each stage quantises what the stages before left over; indices (..., stages), -1 from stage `active` on."""
+    """Quantise x, then the residual, once per stage; indices (..., stages) are -1 from stage `active` on."""
     dtype = compute_dtype(x.dtype)
     residual, out, indices = x.to(dtype), torch.zeros_like(x, dtype=dtype), []
     for stage, factors in enumerate(scales(levels, stages)):
@@ -185,7 +195,7 @@ def residual_fsq(
 def residual_fsq_backward(
     grad: Tensor, x: Tensor, levels: Sequence[int], *, variant: str, stages: int, active: Tensor | None
 ) -> Tensor:
-    """Every stage passes the gradient on by its own slope."""
+    """Return the straight-through gradient of x: grad times the sum of the stages' slopes."""
     dtype = compute_dtype(x.dtype)
     residual, total = x.to(dtype), torch.zeros_like(x, dtype=dtype)
     for stage, factors in enumerate(scales(levels, stages)):

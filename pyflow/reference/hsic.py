@@ -1,4 +1,4 @@
-"""Sums over Gram matrices, and centring one, in plain torch: every matrix is made."""
+"""HSIC sums over Gram matrices and centring in plain torch. Whole n x n matrices are stored."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from torch import Tensor
 from .._schemas import HSIC_KERNELS
 from . import matmul
 
-# the mean squared distance is twice the sum of the variances, in units of the bandwidth; that of absolute ones, of
-# normal data, 2 / sqrt(pi) times the sum of the deviations
+# A bandwidth is wide if the mean of |a - b|^2 is at most 4, or the mean of |a - b|_1 at most 2, in bandwidths. The
+# first mean is twice the sum of the variances; the second, for normal data, is 2 / sqrt(pi) times the sum of the
+# standard deviations.
 WIDE_VARIANCE = 2.0
 WIDE_DEVIATION = math.sqrt(math.pi)
 
 
 def raw(z: Tensor, scale: Tensor, kernel: str) -> Tensor:
-    """(..., n, n) what the kernel is a function of: -|a - b|^2 / 2, |a - b|_1, a.b, mismatches, or the entry itself.
+    """Return the argument of the kernel function, (..., n, n): -|a - b|^2 / 2 for rbf, |a - b|_1 for laplacian, a.b for
+    polynomial, the number of different entries for delta, and the entry itself for precomputed.
 
     Distances are in units of the bandwidth.
     """
@@ -31,16 +33,17 @@ def raw(z: Tensor, scale: Tensor, kernel: str) -> Tensor:
         return (difference * scale[..., None, None, None]).abs().sum(-1)
     if kernel == "polynomial":
         return matmul(z, z.mT)
-    # in float64: of near rows that are far from all others, by up to 1e5 bandwidths, float32 keeps no digit
+    # float64, because float32 keeps no digit of the distance between two close rows that are 1e5 bandwidths away from
+    # the other rows
     dtype, z = z.dtype, centred(z.double()) * scale.double()[..., None, None]
     half = z.square().sum(-1) / 2
     return (z @ z.mT - (half.unsqueeze(-1) + half.unsqueeze(-2))).clamp(max=0).to(dtype)
 
 
 def centred(z: Tensor) -> Tensor:
-    """Rows less the median of five of them, which is not differentiated; exactly 0 where all are equal.
+    """Subtract the median of five rows, without a gradient through it; exactly 0 if all rows are equal.
 
-    Rows far from all others, which would pull a mean away from these, are not many of the five.
+    A mean would move towards outliers; the median of five rows does not, unless three of them are outliers.
     """
     n = z.shape[-2]
     if n == 0:
@@ -50,7 +53,7 @@ def centred(z: Tensor) -> Tensor:
 
 
 def wide(z: Tensor, scale: Tensor, kernel: str) -> Tensor:
-    """(...) 1 where z times scale is so narrow that K - 1 takes the place of K, else 0."""
+    """(...) 1 if the bandwidth is so wide that K - 1 is stored in place of K, else 0."""
     if kernel not in ("rbf", "laplacian"):
         return z.new_zeros(z.shape[:-2])
     z = centred(z.detach()) * scale.detach()[..., None, None]
@@ -61,7 +64,7 @@ def wide(z: Tensor, scale: Tensor, kernel: str) -> Tensor:
 
 
 def gram(z: Tensor, scale: Tensor, kernel: str, degree: int) -> tuple[Tensor, Tensor]:
-    """(..., n, n) kernel matrix less a shift, with zeros on its diagonal, and the shift, (...) 0 or 1."""
+    """Return the kernel matrix minus its shift, (..., n, n) with a zero diagonal, and the shift, (...) 0 or 1."""
     value, shift = raw(z, scale, kernel), wide(z, scale, kernel)
     if kernel in ("rbf", "laplacian"):
         exponent = value if kernel == "rbf" else -value
@@ -80,10 +83,10 @@ def hsic_sums(
     degrees: Sequence[int],
     pairs: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Over i != j: row sums (B, M, n) of each variable's Gram matrix less its shift, and sums (B, P) of their products.
+    """Return row sums (B, M, n), sums of products of pairs (B, P) and shifts (B, M), all float64.
 
-    And the shifts, (B, M); all float64. Variables are (B, n, dim); kernels of distances are functions of them times
-    scale (B, M).
+    The matrices are kernel matrices minus their shifts, with a zero diagonal. Variables are (B, n, d_m); `scale` (B, M)
+    is one over the bandwidths; `pairs` is flat, two variable indices per product.
     """
     made = [gram(variable, scale[:, m], HSIC_KERNELS[kernels[m]], degrees[m]) for m, variable in enumerate(z)]
     grams = [matrix.double() for matrix, _ in made]
@@ -94,7 +97,7 @@ def hsic_sums(
 
 
 def hsic_permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:
-    """(R,) sum over i != j of K[i, j] L[p[i], p[j]], float64, for each row p of permutations (R, n)."""
+    """(R,) float64 sums over i != j of K[i, j] L[p[i], p[j]], one for each row p of permutations (R, n)."""
     k = gram_x.double().fill_diagonal_(0) if gram_x.dtype != torch.float64 else gram_x.clone().fill_diagonal_(0)
     sums = [(k * gram_y[p][:, p]).sum() for p in permutations.long()]
     return torch.stack(sums) if sums else k.new_zeros(0)

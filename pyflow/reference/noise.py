@@ -1,6 +1,6 @@
-"""Counter-based noise in plain torch: Philox4x32-10, uniforms and normals, bit for bit what the kernels draw.
+"""Counter-based noise in plain torch: Philox4x32-10, uniforms and normals, with the same bits as the kernels.
 
-Words are int64 tensors with values in [0, 2**32). Every float32 operation is rounded on its own: no fma.
+Words are int64 tensors with values in [0, 2**32). Every float32 operation is rounded separately, without fma.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ COSINE = (58.07190704345703, -85.41180419921875, 64.93907928466797, -19.73920822
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
-    """Four words from four of the counter and two of the key."""
+    """Return four random words from four counter words and two key words."""
     c, k = list(counter), list(key)
     for _ in range(10):
-        # the low 64 bits of a product are right whatever its sign
+        # int64 overflow does no harm: the low 64 bits of the product are exact
         p0, p1 = c[0] * MULTIPLIERS[0], c[2] * MULTIPLIERS[1]
         c = [(p1 >> 32 & MASK) ^ c[1] ^ k[0], p1 & MASK, (p0 >> 32 & MASK) ^ c[3] ^ k[1], p0 & MASK]
         k = [(word + weyl) & MASK for word, weyl in zip(k, WEYL, strict=True)]
@@ -37,7 +37,7 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
 
 
 def words(seed: Tensor, step: Tensor, purpose: int, count: int) -> Tensor:
-    """The first `count` words of a stream, (count,); of several with seed (B,), (B, count)."""
+    """Return the first `count` words of the stream, (count,); with seed (B,) of every stream, (B, count)."""
     step = step.to(seed.device)
     block = torch.arange(-(-count // 4), device=seed.device)
     key = (seed[..., None] & MASK, seed[..., None] >> 32 & MASK)
@@ -47,7 +47,7 @@ def words(seed: Tensor, step: Tensor, purpose: int, count: int) -> Tensor:
 
 
 def uniform(word: Tensor) -> Tensor:
-    """In [0, 1), a multiple of 2**-24."""
+    """Convert words to uniforms in [0, 1), multiples of 2**-24."""
     return (word >> 8).float() * 2.0**-24
 
 
@@ -59,7 +59,7 @@ def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
 
 
 def log(x: Tensor) -> Tensor:
-    """Of positive normal float32."""
+    """Natural logarithm of positive normal float32 values."""
     i = x.view(torch.int32) - 0x3F3504F3
     k = (i >> 23).float()
     f = ((i & 0x007FFFFF) + 0x3F3504F3).view(torch.float32) - 1.0
@@ -71,7 +71,7 @@ def log(x: Tensor) -> Tensor:
 def radius(word: Tensor) -> Tensor:
     """sqrt(-2 ln u), u = (word + 1) / 2**32."""
     square = -2.0 * log((word.float() + 1.0) * 2.0**-32)
-    # torch's own float32 root is an ulp off in places; rounded from float64 it is exact
+    # torch's float32 sqrt can be off by one ulp; float64 rounded to float32 is correctly rounded
     return square.double().sqrt().float()
 
 
@@ -87,13 +87,13 @@ def sincos(turn: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normal(word: Tensor) -> Tensor:
-    """Of words in pairs along the last dim, which is even."""
+    """Box-Muller on pairs of words along the last dim, whose size is even."""
     r, (sine, cosine) = radius(word[..., ::2]), sincos(word[..., 1::2] >> 8)
     return torch.stack((r * cosine, r * sine), -1).flatten(-2)
 
 
 def noise(size: Sequence[int], seed: Tensor, step: Tensor, *, kind: str, purpose: str, dtype: torch.dtype) -> Tensor:
-    """One stream over all elements in C order, or with seed (B,) one for each sample."""
+    """Draw one stream over all elements in C order, or with seed (B,) one stream per sample."""
     count = math.prod(size[1:] if seed.dim() else size)
     word = words(seed, step, PURPOSES.index(purpose), count + count % 2)
     values = (normal(word) if kind == "normal" else uniform(word))[..., :count]

@@ -1,6 +1,6 @@
-"""n points inside one sector, in numpy and plain torch: the formula in float64, and the trials that count it.
+"""Probability that n points lie in one sector, in numpy (closed form) and plain torch (random trials).
 
-A double-double is a pair of floats whose sum it is; a scaled one comes with an exponent of two of its own.
+A double-double number is the sum of a pair of floats (`Pair`). `Scaled` adds an exponent of two, against overflow.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ Scaled = tuple[Pair, int]
 
 TWO_PI: Pair = (6.283185307179586, 2.4492935982947064e-16)
 LN2 = 0.6931471805599453
-LEVELS = 8  # of the recurrence, between looks at its window
-LANES = 2**16  # trials at a time
+LEVELS = 8  # recurrence levels between two updates of the window
+LANES = 2**16  # trials per batch
 
 
 # double-double arithmetic
@@ -81,11 +81,11 @@ def rounded(a: Scaled) -> float:
     return math.ldexp(a[0][0], a[1])
 
 
-# the formula, as csrc/ops/sector.h says it
+# closed form; csrc/ops/sector.h derives it
 
 
 def leading_sum(n: int, share: Pair, x: Pair) -> float:
-    """Stevens' sum over its first term, theta / 2 pi being the share."""
+    """Stevens' sum divided by its first term; share = theta / (2 pi)."""
     total = choices = 1.0
     for k in range(2, n + 1):
         rest = add(share, negated(mul(x, (k - 1.0, 0.0))))
@@ -100,12 +100,12 @@ def leading_sum(n: int, share: Pair, x: Pair) -> float:
 
 
 def tilted_mean(slope: float) -> float:
-    """Of a density exp(-slope u) on [0, 1]."""
+    """Mean of the density proportional to exp(-slope u) on [0, 1]."""
     return 1 / slope - math.exp(-slope) / -math.expm1(-slope)
 
 
 def slope_at(mean: float) -> float:
-    """The slope with this mean, at most a half, by Newton's method."""
+    """Return the slope whose `tilted_mean` is `mean` (at most 1/2), by Newton's method."""
     y, least = 1 - 2 * mean, 1e-5
     slope = max(2 * y * (3 - y * y) / (1 - y * y), least)
     for _ in range(4):
@@ -115,7 +115,7 @@ def slope_at(mean: float) -> float:
 
 
 def spline(n: int, t: Pair) -> Scaled:
-    """g_n(t): g_m(t) = t g_(m-1)(t) + (m - t) g_(m-1)(t - 1), where its largest contributions are."""
+    """g_n(t) by g_m(t) = t g_(m-1)(t) + (m - t) g_(m-1)(t - 1), evaluated on a window around the largest terms."""
     last, slope = int(t[0]), slope_at(t[0] / n)
     at = t[0] - np.arange(last + 1.0)
     g = np.zeros(last + 2)
@@ -141,12 +141,12 @@ def spline(n: int, t: Pair) -> Scaled:
             before = g[0] - scale * g[1]
             window[:] = at[first:end] * window + (level - at[first:end]) * (scale * g[first + 1 : end + 1])
         m = stop
-    # the derivative, for what t[0] has lost
+    # first-order correction for the low part t[1]
     return scaled((float(g[0] * (1 + (n - 1) * before / g[0] * t[1])), 0.0), exponent)
 
 
 def probabilities(n: int, theta: float) -> tuple[Scaled, Scaled]:
-    """P and 1 - P."""
+    """Return P and 1 - P."""
     zero, one = ((0.0, 0.0), 0), ((1.0, 0.0), 0)
     if theta <= 0:
         return zero, one
@@ -170,7 +170,7 @@ def probabilities(n: int, theta: float) -> tuple[Scaled, Scaled]:
 
 
 def sector_probability(n: int, theta: float, complement: bool = False, log: bool = False) -> float:
-    """Of n points of a disc being inside one sector of angle theta."""
+    """Probability that n random points of a disc lie in one sector of angle theta."""
     inside, outside = probabilities(n, theta)
     asked, other = (outside, inside) if complement else (inside, outside)
     value = rounded(asked)
@@ -185,17 +185,17 @@ def sector_probability(n: int, theta: float, complement: bool = False, log: bool
 
 
 def positive_uniform(word: Tensor) -> Tensor:
-    """In (0, 1]."""
+    """Convert words to uniforms in (0, 1]."""
     return (word.float() + 1.0) * 2.0**-32
 
 
 def fixed_log(u: Tensor) -> Tensor:
-    """-log in units of 2**-24."""
+    """Return -log(u) as an integer in units of 2**-24."""
     return (-log(u) * 2.0**24).to(torch.int64)
 
 
 def sector_counts(thresholds: Tensor, points: int, trials: int, seed: Tensor, step: Tensor, *, purpose: int) -> Tensor:
-    """How many of the trials have a largest gap that reaches each threshold: exponential variables over their sum."""
+    """Count the trials whose largest gap reaches each threshold. Gaps are exponential variables over their sum."""
     counts = torch.zeros(thresholds.shape, dtype=torch.int64, device=thresholds.device)
     key = seed & MASK, seed >> 32 & MASK
     step = step.to(seed.device)

@@ -1,4 +1,4 @@
-"""Spectral normalisation in plain torch: power iteration, the largest singular value, the weight over it."""
+"""Spectral normalisation in plain torch: power iteration and division by the largest singular value."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from torch import Tensor
 
 from . import compute_dtype
 
-# what no norm and no sigma falls below; torch's spectral_norm has it for the norms
+# lower limit of norms and sigmas; torch's spectral_norm uses the same one for norms
 FLOOR = 1e-12
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
 def floored(sigma: Tensor) -> Tensor:
-    """sigma, or FLOOR where it is next to 0; NaN stays."""
+    """sigma, or FLOOR if |sigma| is below it; NaN stays NaN."""
     return torch.where(sigma.abs() <= FLOOR, FLOOR, sigma)
 
 
 def norm(x: Tensor) -> Tensor:
-    """The 2-norm, with gradient 0 at 0."""
+    """2-norm with gradient 0 at 0."""
     square = x.square().sum()
     return torch.where(square > 0, torch.where(square > 0, square, 1).sqrt(), square)
 
 
 def iterate(matrix: Tensor, u: Tensor, v: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
-    """Rounds u = Wv / |Wv|, v = W'u / |W'u|; where a norm is next to 0 both stay what they were."""
+    """Run rounds of u = Wv / |Wv|, v = W'u / |W'u|; if a norm is at most FLOOR, u and v do not change."""
     for _ in range(n_iter):
         y = matrix @ v
         size_y = norm(y)
@@ -43,7 +43,7 @@ def iterate(matrix: Tensor, u: Tensor, v: Tensor, n_iter: int) -> tuple[Tensor, 
 def spectral_normalize(
     weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], *, n_iter: int, through_iteration: bool = False
 ) -> Lists:
-    """(weights, u, v, sigmas); u and v of a vector are passed through."""
+    """Return (weights, u, v, sigmas). For a weight of one dim, u and v are copied."""
     out: Lists = ([], [], [], [])
     for weight, left, right in zip(weights, u, v, strict=True):
         dtype = compute_dtype(weight.dtype)
@@ -74,7 +74,7 @@ def spectral_normalize_backward(
     v: Sequence[Tensor],
     sigmas: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Gradients of the weights with u and v held: grad / sigma + (grad_sigma - sum(grad W) / sigma^2) u v'."""
+    """Return grad / sigma + (grad_sigma - sum(grad W) / sigma^2) u v' per weight; u and v are constants."""
     out = []
     for grad, grad_sigma, weight, left, right, sigma in zip(grads, grad_sigmas, weights, u, v, sigmas, strict=True):
         dtype = compute_dtype(weight.dtype)

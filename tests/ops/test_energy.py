@@ -1,4 +1,4 @@
-"""MALA steps, gradient penalties and energy losses: the right distribution, the reference, every transform."""
+"""MALA steps, gradient penalty and energy losses: distribution, reference, transforms, error texts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draw(shape, dtype=torch.float32, seed=0):
 
 
 def chain(shape, dtype=torch.float32):
-    """Arguments of mala_accept of which about half the rows accept."""
+    """Return arguments of mala_accept for which about half the rows accept."""
     z, grad = draw(shape, dtype), draw(shape, dtype, 1)
     u = draw(shape[:1], seed=4)
     u_new = u + draw(shape[:1], seed=5) + 0.5
@@ -38,14 +38,14 @@ def normal_energy(z):
     return z.square().flatten(1).sum(1) / 2
 
 
-# the distribution
+# distribution of the chains
 
 
 ALPHA = 0.5
 
 
 def log_q(to, start, drift=ALPHA):
-    """Of the proposal on N(0, 1), whose energy has the gradient z."""
+    """Return the log density of the proposal on N(0, 1), up to a constant; the gradient of the energy is z."""
     return -(to - start + drift * start).square() / (4 * ALPHA)
 
 
@@ -57,12 +57,12 @@ def energies(z, new):
     return (z.square() - new.square()) / 2
 
 
-# log-ratios and the variance they give on N(0, 1): the correct one, and three wrong ones that samplers use
+# name -> (variance on N(0, 1), log-ratio): the correct rule, and three wrong rules that published samplers use
 RULES = {
     "right": (1.0, lambda z, new: energies(z, new) + log_q(z, new) - log_q(new, z)),
     "energies alone": (4 / 7, energies),
     "norms not squared": (0.736, lambda z, new: energies(z, new) + unsquared(z, new) - unsquared(new, z)),
-    # cancels the energies: every proposal is accepted, as without Metropolis, where the variance is 1 / (1 - alpha / 2)
+    # the ratio is always 1: every proposal is accepted, and the variance is 1 / (1 - alpha / 2)
     "drift of the density doubled": (
         4 / 3, lambda z, new: energies(z, new) + log_q(z, new, 2 * ALPHA) - log_q(new, z, 2 * ALPHA)
     ),
@@ -70,7 +70,7 @@ RULES = {
 
 
 def variance(advance, chains=20000, burn=40, steps=60):
-    """Mean of z^2 over chains and time, and its standard error: the chains are independent."""
+    """Return the mean of z^2 over chains and steps, and its standard error; the chains are independent."""
     total = torch.zeros(chains, dtype=torch.float64)
     for step in range(burn + steps):
         z = advance(step)
@@ -80,7 +80,7 @@ def variance(advance, chains=20000, burn=40, steps=60):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_wrong_rules_have_another_variance(rule):
+def test_each_acceptance_rule_has_its_known_variance(rule):
     want, log_ratio = RULES[rule]
     z = draw((20000, 1), torch.float64, 8)
 
@@ -92,11 +92,11 @@ def test_wrong_rules_have_another_variance(rule):
         return z
 
     got, error = variance(advance)
-    # 0.736 is known to three digits
+    # 0.736 is rounded to three digits
     assert error < 0.005 and abs(got - want) < 5 * error + 5e-4 * (want == 0.736)
 
 
-def test_the_variance_is_one():
+def test_mala_samples_have_the_variance_of_the_normal():
     z = draw((20000, 1), seed=8)
     u, grad = ops.energy_and_grad(normal_energy, z)
 
@@ -109,7 +109,7 @@ def test_the_variance_is_one():
     assert error < 0.005 and abs(got - 1) < 5 * error
 
 
-def test_the_log_ratio_is_that_of_the_densities():
+def test_log_ratio_matches_the_densities():
     z, new, _, _, grad, grad_new = chain((50, 7), torch.float64)
     alpha = torch.linspace(0.01, 2, 50, dtype=torch.float64)
     there = -(new - z + alpha[:, None] * grad).square().sum(1) / (4 * alpha)
@@ -117,7 +117,7 @@ def test_the_log_ratio_is_that_of_the_densities():
     torch.testing.assert_close(ref.log_ratio(z, new, grad, grad_new, alpha), back - there)
 
 
-def test_one_energy_per_step_and_its_results_are_carried():
+def test_a_step_evaluates_the_energy_once():
     calls = []
 
     def energy(z):
@@ -141,7 +141,7 @@ def test_one_energy_per_step_and_its_results_are_carried():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_selects_as_the_reference_bit_for_bit(dtype):
+def test_mala_accept_matches_the_reference_bit_for_bit(dtype):
     for shape in SHAPES:
         args = chain(shape, dtype)
         for alpha in (0.01, torch.tensor(0.01), torch.full(shape[:1], 0.02)):
@@ -168,10 +168,10 @@ def test_a_selected_value_keeps_its_bits_in_any_mix_of_dtypes():
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["u_new", "z_new", "grad_new"])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_what_is_not_finite_is_rejected_and_leaves_no_trace(bad, where, backend):
+def test_non_finite_proposals_are_rejected(bad, where, backend):
     for cols in (3, 700, 9000):
         args = dict(zip(("z", "z_new", "u", "u_new", "grad", "grad_new"), chain((64, cols)), strict=True))
-        args["u"] = args["u"] + 1e6  # what is finite would be accepted
+        args["u"] = args["u"] + 1e6  # finite proposals are accepted
         args[where][::2] = bad
         with pyflow.backend(backend):
             z, u, grad, accepted = ops.mala_accept(**args, alpha=0.01, seed=2)
@@ -182,7 +182,7 @@ def test_what_is_not_finite_is_rejected_and_leaves_no_trace(bad, where, backend)
         assert z.isfinite().all() and u.isfinite().all() and grad.isfinite().all()
 
 
-def test_a_chain_that_starts_outside_the_support_enters_it():
+def test_a_chain_can_leave_a_state_of_infinite_energy():
     z, new, u, u_new, grad, grad_new = chain((8, 3))
     u[:] = torch.inf
     assert ops.mala_accept(z, new, u, u_new, grad, grad_new, 0.1, seed=1)[3].all()
@@ -218,7 +218,7 @@ def test_penalty_is_the_squared_norm(dtype):
 
 
 def digest() -> str:
-    """One hash over sizes and seeds; run in a process per instruction set."""
+    """Return one hash over sizes and seeds; runs in one process per instruction set."""
     h = hashlib.sha256()
     for shape in [(33, 70), (3, 9001), (300, 3)]:
         for seed in seeds(shape):
@@ -254,7 +254,7 @@ def test_every_output_element_is_written():
             assert not any(v.isnan().any() for v in (z, u, grad, penalty))
 
 
-# what torch must know
+# registration with torch
 
 
 def operator_calls():
@@ -355,7 +355,7 @@ def test_autocast_changes_nothing():
         assert torch.equal(a, b)
 
 
-# losses, and what is said of bad input
+# losses and error texts
 
 
 def test_losses():
@@ -367,7 +367,7 @@ def test_losses():
     assert half.dtype == torch.float32 and ops.energy_loss(real.double(), fake).dtype == torch.float64
 
 
-def test_without_a_seed_torch_decides():
+def test_seed_none_uses_the_generator_of_torch():
     z = draw((8, 3))
     torch.manual_seed(0)
     first = ops.mala_step(z, normal_energy(z), z, normal_energy, 0.5, seed=None)[0]
@@ -438,7 +438,7 @@ def test_bad_input_gets_one_sentence(name, call, error, text, backend):
         call(getattr(ops, name))
 
 
-def test_a_refused_call_draws_no_seed():
+def test_a_call_that_raises_draws_no_seed():
     before = torch.get_rng_state()
     for call in (
         lambda: ops.mala_step(Z, U, Z, normal_energy, -1, seed=None),
@@ -476,7 +476,7 @@ def test_an_energy_is_differentiated_in_inference_mode():
         testing.assert_same_bits(a, b)
 
 
-def test_an_energy_may_return_the_same_memory_every_time():
+def test_an_energy_may_reuse_its_output_buffer():
     u, grad = torch.empty(50), torch.empty(50, 3)
 
     def reused(z):

@@ -1,4 +1,4 @@
-"""GAN-QP's losses against their reference, bit by bit and under every transform."""
+"""Losses of GAN-QP: reference, gradients, reproducible bits, transforms, error texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHOICES = [(distance, latents) for distance in DISTANCES for latents in (False, 
 
 
 def inputs(shape, dtype=torch.float32, t_dtype=None, latents=True, seed=0):
-    """t_real, t_fake, x_real, x_fake and, with latents, z_real, z_fake."""
+    """Return t_real, t_fake, x_real, x_fake and, with latents, z_real, z_fake."""
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *size: torch.randn(size, generator=generator, dtype=torch.float64)
     values = [normal(shape[0]).to(t_dtype or dtype) for _ in range(2)]
@@ -27,7 +27,7 @@ def inputs(shape, dtype=torch.float32, t_dtype=None, latents=True, seed=0):
 
 
 def check(tensors, **options):
-    """Losses and gradients against the reference in float64, the inputs' own rounding aside."""
+    """Compare losses and gradients with the float64 reference on the same rounded inputs."""
     leaves = [t.detach().requires_grad_() for t in tensors[:2]]
     loss = ops.gan_qp_loss(*leaves, *tensors[2:], reduction="none", **options)
     dtype = ref.common_dtype(*tensors)
@@ -39,7 +39,7 @@ def check(tensors, **options):
     want, d = ref.gan_qp_loss(*exact, lam=lam, eps=eps, distance=distance)
     want_grads = ref.gan_qp_loss_backward(weights.double(), *exact[:2], d, lam=lam, eps=eps)
     u = testing.UNIT[dtype]
-    # a deviation is off by half an ulp or so of the larger operand, in the mean by the mean of that
+    # the error of a difference is about half an ulp of the larger operand; the mean has the mean of these errors
     size = sum(
         ref.rows((a.abs() + b.abs()).square() if distance == "l2" else a.abs() + b.abs())
         for a, b in zip(exact[2::2], exact[3::2], strict=True) if a is not None
@@ -71,13 +71,13 @@ def test_matches_the_reference(distance, latents, dtype):
 def test_dtypes_may_differ(distance, dtype, t_dtype):
     tensors = inputs((7, 3, 20), dtype, t_dtype)
     check(tensors, distance=distance, lam=3.5, eps=0.25)
-    # the generated ones in another dtype than the data
+    # generated samples in another dtype than the data
     tensors[3], tensors[5] = tensors[3].float(), tensors[5].bfloat16()
     check(tensors, distance=distance)
 
 
-def test_is_what_the_paper_says():
-    """Written out, in float64; and the minimum of the critic at Delta = lam d, where the loss is -lam d / 2."""
+def test_matches_the_formula_of_the_paper():
+    """The loss equals the formula in float64, and has its minimum -lam d / 2 at Delta = lam d."""
     t_real, t_fake, x_real, x_fake, z_real, z_fake = inputs((6, 3, 8, 8), torch.float64)
     for distance in DISTANCES:
         delta = t_real - t_fake
@@ -97,7 +97,7 @@ def test_is_what_the_paper_says():
         assert torch.autograd.grad(loss.sum(), best)[0].abs().max() < 1e-12
 
 
-def test_generator_loss_is_what_it_says():
+def test_generator_loss_matches_its_formula():
     t_real, t_fake, x, x_rec, z, z_rec = inputs((6, 3, 8, 8), torch.float64)
     want = (t_real - t_fake).mean() + 4 * F.mse_loss(z_rec, z) + 6 * F.mse_loss(x_rec, x)
     got = ops.gan_qp_generator_loss(t_real, t_fake, x, x_rec, z, z_rec, (4, 6))
@@ -113,7 +113,7 @@ def test_generator_loss_is_what_it_says():
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_gradients_reach_what_they_should(backend):
+def test_only_the_documented_inputs_get_gradients(backend):
     leaves = [t.requires_grad_() for t in inputs((4, 3, 5))]
     with pyflow.backend(backend):
         critic = ops.gan_qp_loss(*leaves)
@@ -124,7 +124,7 @@ def test_gradients_reach_what_they_should(backend):
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_a_sample_of_no_distance_contributes_nothing(backend):
+def test_a_sample_with_distance_zero_contributes_nothing(backend):
     tensors = inputs((3, 10))
     tensors[3][1], tensors[5][1] = tensors[2][1], tensors[4][1]
     leaves = [t.requires_grad_() for t in tensors[:2]]
@@ -132,7 +132,7 @@ def test_a_sample_of_no_distance_contributes_nothing(backend):
         loss = ops.gan_qp_loss(*leaves, *tensors[2:], reduction="none")
         grads = torch.autograd.grad(loss.sum(), leaves)
         assert loss[1] == 0 and all(g[1] == 0 for g in grads) and all(g[[0, 2]].ne(0).all() for g in grads)
-        # with eps it does
+        # with eps > 0 it contributes
         loss = ops.gan_qp_loss(*leaves, *tensors[2:], eps=0.5, reduction="none")
         delta = (tensors[0] - tensors[1])[1]
         torch.testing.assert_close(loss[1], -delta + delta**2 / 10)
@@ -146,7 +146,7 @@ def test_layouts(distance, layout):
     viewed = [testing.laid_out(t, layout) if t.dim() == 4 else t for t in tensors]
     viewed[4:] = [testing.laid_out(t, "stepped") for t in tensors[4:]]
     viewed[:2] = [torch.stack((t, t), 1)[:, 0] for t in tensors[:2]]
-    # one of the two alone in the layout, then both
+    # x_real alone in the layout, then all samples
     for given in ([*tensors[:2], viewed[2], tensors[3], *tensors[4:]], viewed):
         got = ops.gan_qp_loss(*given, distance=distance, reduction="none")
         torch.testing.assert_close(got, ops.gan_qp_loss(*tensors, distance=distance, reduction="none"))
@@ -162,7 +162,7 @@ def test_critic_values_may_be_a_column():
 
 
 def digest() -> str:
-    """One hash over distances and sizes; run in a process per instruction set."""
+    """Return one hash over distances and sizes; runs in one process per instruction set."""
     h = hashlib.sha256()
     for distance in DISTANCES:
         for shape in [(33, 70), (2, 9001), (300, 3), (5, 3, 64, 64)]:
@@ -201,7 +201,7 @@ def test_every_output_element_is_written():
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_nan_and_infinity_travel_as_in_the_reference(distance):
+def test_nan_and_infinity_propagate_as_in_the_reference(distance):
     special = torch.tensor([0.0, -0.0, 1.0, 1e30, torch.inf, -torch.inf, torch.nan])
     x_real, x_fake = (v.flatten()[:, None] for v in torch.meshgrid(special, special, indexing="ij"))
     for t_real in special:
@@ -251,7 +251,7 @@ def test_backward_takes_any_gradient_layout(layout):
         testing.assert_same_bits(a, b)
 
 
-def test_what_is_kept_for_the_backward_is_a_value_per_sample():
+def test_the_backward_stores_one_value_per_sample():
     tensors = inputs((8, 3, 16, 16))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

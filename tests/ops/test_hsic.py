@@ -1,4 +1,4 @@
-"""HSIC and centred Gram matrices against their definition, bit by bit and under every transform."""
+"""HSIC and centred Gram matrices: definition, gradients, reproducible bits, transforms, error texts."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def draw(shape, dtype=F32, seed=0):
 
 
 def dependent(n, d=3, dtype=F32, batch=(), seed=0):
-    """y is half a function of x, half noise."""
+    """Return x and y = |x| + 0.5 * noise."""
     x = draw((*batch, n, d), F64, seed)
     y = x.abs() + 0.5 * draw((*batch, n, d), F64, seed + 1)
     return x.to(dtype), y.to(dtype)
 
 
 def matrix(x, kernel, bandwidth=1.0, degree=3, coef0=1.0):
-    """The kernel matrix by its definition, float64."""
+    """Return the kernel matrix by its definition, in float64."""
     x = x.double()
     away = lambda p: torch.cdist(x, x, p, compute_mode="donot_use_mm_for_euclid_dist")
     return {
@@ -49,7 +49,7 @@ def matrix(x, kernel, bandwidth=1.0, degree=3, coef0=1.0):
 
 
 def definition(k, m, estimator):
-    """HSIC of two kernel matrices by the textbook's formulas."""
+    """Return HSIC of two kernel matrices by the textbook formulas."""
     n = k.shape[-1]
     if estimator == "unbiased":
         k, m = (g - g.diagonal(dim1=-2, dim2=-1).diag_embed() for g in (k, m))
@@ -61,7 +61,7 @@ def definition(k, m, estimator):
 
 
 def scale_of(k, m, estimator):
-    """What an error is relative to: the unbiased value crosses zero."""
+    """Return the scale of relative errors. It is not the value alone, because the unbiased value may be near 0."""
     own = [definition(g, g, estimator).clamp(min=0) for g in (k, m)]
     return torch.maximum(definition(k, m, estimator).abs(), 1e-2 * (own[0] * own[1]).sqrt())
 
@@ -69,7 +69,7 @@ def scale_of(k, m, estimator):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16, torch.float16])
-def test_is_the_definition(kernel, estimator, dtype):
+def test_matches_the_definition(kernel, estimator, dtype):
     for n, d in [(4, 1), (5, 3), (63, 2), (128, 40), (129, 9), (300, 8)]:
         x, y = dependent(n, d, dtype, batch=(2,))
         got = ops.hsic(x, y, kernel=kernel, bandwidth=1.5, estimator=estimator)
@@ -89,7 +89,7 @@ def test_is_accurate_at_every_bandwidth(kernel, n, d, factor, estimator):
     p = 2.0 if kernel == "rbf" else 1.0
     sigma, sigma_y = (factor * median_distance(v.double(), p).item() for v in (x, y))
     got = ops.hsic(x, y, kernel=kernel, bandwidth=sigma, bandwidth_y=sigma_y, estimator=estimator)
-    # at wide bandwidths float64 too loses what K differs by, and K - 1 what is small at narrow ones
+    # even in float64, K loses digits at wide bandwidths and K - 1 at narrow ones
     form = kernel if factor < 1 else f"{kernel} less 1"
     k, m = matrix(x, form, sigma), matrix(y, form, sigma_y)
     testing.assert_within(got, definition(k, m, estimator), 1e-5 * scale_of(k, m, estimator))
@@ -110,17 +110,17 @@ def test_mixed_kernels_and_labels():
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_linear_kernels_in_feature_space_are_those_of_tiles(estimator):
+def test_linear_kernels_by_covariance_match_the_tiles(estimator):
     x, y = dependent(200, 5)
     feature = ops.hsic(x, y, kernel="linear", estimator=estimator)
-    # a polynomial of degree 1 goes through the tiles
+    # the polynomial kernel of degree 1 uses tiles
     tiled = ops.hsic(x, y, kernel="polynomial", degree=1, gamma=1.0, coef0=0.0, estimator=estimator)
     torch.testing.assert_close(feature, tiled, rtol=1e-5, atol=1e-6)
     few = ops.hsic(x[:8], y[:8], kernel="linear", estimator=estimator)
     testing.assert_within(few, definition(matrix(x[:8], "linear"), matrix(y[:8], "linear"), estimator), 1e-5)
 
 
-def test_normalised_is_one_for_itself_and_cka():
+def test_cka_of_x_with_itself_is_one():
     x, y = dependent(100, 6)
     for kernel in KERNELS:
         for estimator in ESTIMATORS:
@@ -158,12 +158,12 @@ def test_invariances(n, d, kernel, seed):
         close(ops.hsic(3 * x, 0.5 * y, **options))  # the median moves along
 
 
-def test_median_is_that_of_numpy():
+def test_median_distance_matches_numpy():
     for n, d in [(2, 1), (3, 2), (50, 3), (51, 3), (1000, 2)]:
         x = draw((n, d), F64)
         for p, metric in ((2.0, "euclidean"), (1.0, "cityblock")):
             assert median_distance(x, p).item() == pytest.approx(np.median(pdist(x.numpy(), metric)), rel=1e-12)
-    # discrete: most distances are 0; then all
+    # discrete data: first most distances are 0, then all
     x = torch.cat((torch.zeros(40, 1), torch.ones(3, 1))).double()
     assert median_distance(x).item() == pytest.approx(pdist(x.numpy()).mean())
     assert median_distance(torch.ones(9, 2)).item() == 1
@@ -177,7 +177,7 @@ def leaves_of(*tensors):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("estimator", ["biased", "unbiased"])
-def test_gradients_are_the_reference_s(kernel, estimator):
+def test_gradients_match_the_reference(kernel, estimator):
     for n, d in [(5, 1), (64, 12), (150, 5), (300, 33)]:
         for normalize in (False, True):
             x, y = dependent(n, d)
@@ -194,7 +194,7 @@ def test_gradients_are_the_reference_s(kernel, estimator):
             for name, a, b in zip(("x", "y", "bandwidth"), got, want, strict=True):
                 assert (a is None) == (b is None)
                 if a is not None:
-                    # of the bandwidth: a sum that cancels
+                    # the gradient of the bandwidth is a sum with cancellation
                     error = 1e-3 if name == "bandwidth" else 1e-4
                     testing.assert_within(a, b, error * b.abs().max(), f"{name}: n = {n}, d = {d}")
 
@@ -231,7 +231,7 @@ def test_gradcheck_twice(kernel, estimator):
 
 
 def digest() -> str:
-    """One hash over kernels and sizes; run in a process per instruction set."""
+    """Return one hash over kernels and sizes; runs in one process per instruction set."""
     h = hashlib.sha256()
     for kernel in KERNELS:
         for n, d in [(40, 3), (129, 10), (300, 33)]:
@@ -258,14 +258,14 @@ def test_instruction_sets_give_the_same_bits(every_instruction_set):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-# threads share the tiles of a few items and take many items whole
+# few items: threads share the tiles of an item; many items: each thread computes whole items
 @pytest.mark.parametrize(("n", "batch"), [(700, 3), (200, 17)])
 def test_bits_do_not_depend_on_threads_or_batch(kernel, n, batch):
     x, y = dependent(n, 6, batch=(batch,))
 
     def run(x, y):
         leaves = leaves_of(x, y)
-        # not linear: that is a matrix product of torch
+        # the linear kernel would use a matrix product of torch
         degree = dict(kernel="polynomial", degree=1) if kernel == "linear" else dict(kernel=kernel)
         value = ops.hsic(*leaves, bandwidth=2.0, **degree)
         return value.detach(), *torch.autograd.grad(value.sum(), leaves)
@@ -333,7 +333,7 @@ def operator_calls():
         d = 6 if kernel == "precomputed" else 3
         z = [draw((2, 6, d)), draw((2, 6, 2), seed=1)]
         z[0] = z[0].round() if kernel == "delta" else z[0]
-        # labels are not differentiable; the rest is
+        # only labels are not differentiable
         *z, scale = (v.requires_grad_(kernel != "delta") for v in (*z, 0.5 * torch.ones(2, 2)))
         arguments = ([index, 0], [2, 1], [0, 1, 0, 0], False)
         yield "hsic_sums", (z, scale, *arguments, 0, 1)
@@ -367,7 +367,7 @@ def test_compiles_without_a_graph_break_to_the_same_bits(options):
     torch.testing.assert_close(median, ops.hsic(*leaves, **options), rtol=1e-5, atol=0)
 
 
-def test_another_bandwidth_compiles_nothing_anew():
+def test_compiles_once_for_every_bandwidth():
     x, y = dependent(20, 2)
     count = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiled = torch.compile(lambda x, y, s: ops.hsic(x, y, bandwidth=s), backend=count, fullgraph=True)
@@ -417,7 +417,7 @@ def test_batches_of_gradients(kernel):
 @pytest.mark.parametrize("backend", ("auto", "reference"))
 @pytest.mark.parametrize("cast", (torch.bfloat16, torch.float16))
 def test_autocast_changes_nothing(backend, cast):
-    # products of these leave the range of float16
+    # products of these values overflow float16
     x, y = (300 * v for v in dependent(40, 12))
     gram = x @ x.mT
     calls = {
@@ -445,11 +445,11 @@ def test_autocast_changes_nothing(backend, cast):
             with torch.autocast("cpu", cast):
                 got = results(call)
         testing.assert_same_bits(got[0], want[0], name)
-        # of the same products, which may be added in another order; bfloat16 is 4e-3 off
+        # the summation order may differ; products in bfloat16 would be 4e-3 off
         torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-5 * want[1].abs().max().item(), msg=name)
 
 
-def test_what_is_written_in_place_counts_as_changed():
+def test_inplace_center_gram_increments_the_version():
     for backend in ("auto", "reference"):
         x = draw((4, 4)).requires_grad_()
         saved = x.exp()
@@ -493,7 +493,7 @@ def test_center_gram(shape, dtype):
     testing.assert_within(torch.autograd.grad(ops.center_gram(leaf), leaf, grad)[0], h @ grad @ h, 1e-12)
 
 
-def test_nan_on_a_traced_path_is_nan():
+def test_traced_nan_gives_nan():
     # values are not read while traced
     x, y = dependent(20, 2)
     x[3, 1] = math.nan
@@ -501,7 +501,7 @@ def test_nan_on_a_traced_path_is_nan():
     assert compiled(x, y).isnan()
 
 
-def test_nan_on_a_traced_path_is_nan_when_normalised():
+def test_traced_nan_gives_nan_when_normalised():
     x, y = dependent(20, 2)
     x[3, 1] = math.nan
     for kernel in KERNELS:
@@ -512,8 +512,8 @@ def test_nan_on_a_traced_path_is_nan_when_normalised():
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("kernel", [*KERNELS, "delta", "precomputed"])
-def test_equal_rows_depend_on_nothing(kernel, estimator, backend):
-    """However the sums round: values that are no powers of two, odd n."""
+def test_equal_rows_give_zero(kernel, estimator, backend):
+    """The sums round differently for the two variables: entries are not powers of two, and n may be odd."""
     with pyflow.backend(backend):
         for n in (5, 13, 40, 101):
             for d in (1, 3, 12):
@@ -535,9 +535,9 @@ def test_equal_rows_depend_on_nothing(kernel, estimator, backend):
                     assert ops.hsic_matrix([x], [y, other], normalize=True, **options).abs().max() == 0
 
 
-def test_what_only_rounding_tells_from_equal_rows_is_zero():
+def test_pure_rounding_error_gives_zero():
     a, b = draw((30, 1)), draw((30, 1), seed=1)
-    # centred, and without its diagonal, nothing is left of these
+    # these matrices are 0 after centring without the diagonal
     assert ops.cka(a + a.mT, b + b.mT, kernel="precomputed") == 0
     for n in (6, 7, 64, 130):
         for kernel in KERNELS:
@@ -548,7 +548,7 @@ def test_what_only_rounding_tells_from_equal_rows_is_zero():
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("estimator", ["biased", "unbiased"])
 @pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16])
-def test_the_unit_of_the_data_does_not_matter(dtype, estimator, backend):
+def test_values_do_not_depend_on_the_unit_of_the_data(dtype, estimator, backend):
     x, y = dependent(60, 3, dtype)
     z, size = x.double(), draw((60, 60), dtype)
     size = size + size.mT
@@ -573,26 +573,26 @@ def test_the_unit_of_the_data_does_not_matter(dtype, estimator, backend):
         for exponent in exponents:
             got = everything(2.0**exponent)
             torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
-            # a gradient of bfloat16 is rounded to it
+            # gradients of bfloat16 leaves are rounded to bfloat16
             rtol = 2.0**-7 if dtype == torch.bfloat16 else 1e-3
             torch.testing.assert_close(got[1], want[1], rtol=rtol, atol=1e-5, msg=f"gradient at 2**{exponent}")
 
 
-def test_items_of_a_batch_have_units_of_their_own():
+def test_items_of_a_batch_may_have_different_units():
     x, y = dependent(40, 2)
     batch = torch.stack([x * unit for unit in (1.0, 2.0**-90, 2.0**70, 2.0**100)])
     for kernel in ("rbf", "laplacian", "linear"):
         f = lambda x: ops.cka(x, y, kernel=kernel)
         for values in (f(batch), torch.compile(f, fullgraph=True, backend="eager")(batch), torch.vmap(f)(batch)):
             torch.testing.assert_close(values, f(x).expand(4), rtol=1e-6, atol=0)
-    # and a value that the dtype holds is not lost on the way
+    # no overflow on the way to a value that fits into the dtype
     torch.testing.assert_close(
         ops.hsic(x * 2.0**70, y * 2.0**-70, kernel="linear"), ops.hsic(x, y, kernel="linear"), rtol=1e-6, atol=0
     )
 
 
 def scattered(how, d):
-    """Rows of which float32 holds few digits beside the distance to others."""
+    """Return rows with outliers or clusters so far apart that float32 dot products lose the distances of close rows."""
     x, y = dependent(150, d, seed=5)
     if how == "two clusters":
         x, y = x + 2.0**14 * (torch.arange(150)[:, None] % 2), y - 2.0**14 * (torch.arange(150)[:, None] % 2)
@@ -608,9 +608,9 @@ def scattered(how, d):
 @pytest.mark.parametrize("d", [1, 20])
 @pytest.mark.parametrize("how", [1e4, 1e7, 1e12, "two clusters", "heavy tails"])
 @pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
-def test_rows_far_from_others_cost_these_no_digits(kernel, how, d, backend):
+def test_outlying_rows_do_not_reduce_accuracy(kernel, how, d, backend):
     if backend == "reference" and how in (1e7, 1e12):
-        pytest.skip("its dot products are of float64, which loses these as float32 does the others")
+        pytest.skip("the float64 dot products of the reference lose the distances at this separation")
     x, y = scattered(how, d)
     bandwidth = d**0.5 if kernel == "rbf" else float(d)
     k, m = matrix(x, kernel, bandwidth), matrix(y, kernel, bandwidth)
@@ -663,7 +663,7 @@ def test_labels_one_step_apart_differ(dtype, step):
 
 
 @pytest.mark.parametrize("setting", ["meta", torch.float64, torch.bfloat16])
-def test_defaults_of_torch_change_nothing(setting):
+def test_default_dtype_and_device_do_not_matter(setting):
     x, y = dependent(40, 3)
     labels = torch.arange(40) % 3
 
@@ -702,7 +702,7 @@ def test_nhsic_refuses_an_epsilon_below_the_rounding_of_its_matrix():
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_center_gram_in_place_needs_memory_of_its_own(backend):
+def test_center_gram_in_place_rejects_overlapping_memory(backend):
     memory = torch.arange(25.0)
     shared = (
         memory[:5].expand(5, 5), memory[:5, None].expand(5, 5), memory[:9].unfold(0, 5, 1),
@@ -793,7 +793,7 @@ def test_bad_input_gets_one_sentence(call, error, text, backend):
             call(getattr(ops, name))
 
 
-def test_bad_input_of_the_others():
+def test_bad_input_of_other_functions():
     with pytest.raises(ValueError, match=r"^hsic_matrix: xs and ys must not be empty, got 0 and 1 tensors$"):
         ops.hsic_matrix([], [X])
     for wrong in (None, 3, torch.zeros(())):

@@ -1,4 +1,4 @@
-"""Trials of the sector probability: the same counts everywhere, and the law of the largest gap."""
+"""Counts of the largest gap: definition, reference, distribution, reproducibility, error texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEED, STEP = 0x9ABCDEF012345678, 2**40 + 5
 
 
 def by_hand(x, points, trials, seed, step):
-    """Every draw of the stream at once, in float64, the logarithms included."""
+    """Return the largest gap of every trial, computed from the stream in float64."""
     blocks = -(-points // 4)
     words = pyflow.reference.noise.words(torch.tensor(seed), torch.tensor(step), PURPOSES.index("monte_carlo"),
                                          4 * blocks * trials)  # fmt: skip
@@ -32,7 +32,7 @@ def by_hand(x, points, trials, seed, step):
 
 
 @pytest.mark.parametrize("points", POINTS)
-def test_counts_of_the_reference(points):
+def test_counts_match_the_reference(points):
     for trials in TRIALS:
         for seed, step in ((SEED - 2**64, STEP), (torch.tensor(3), torch.tensor(2)), (-1, 0)):
             got = ops.sector_counts(X, points, trials, seed=seed, step=step)
@@ -42,17 +42,17 @@ def test_counts_of_the_reference(points):
 
 
 @pytest.mark.parametrize("points", POINTS)
-def test_a_trial_is_what_it_says(points):
+def test_counts_match_the_definition(points):
     trials = 3000
     largest = by_hand(X, points, trials, 11, 4)
     got = ops.sector_counts(X, points, trials, seed=11, step=4)
-    # float32 logarithms move a gap by 1e-6 of it
+    # float32 logarithms change a gap by a relative error of 1e-6
     low, high = ((largest >= X[:, None] * (1 + move)).sum(1) for move in (1e-5, -1e-5))
     assert ((low <= got) & (got <= high)).all()
 
 
-def test_the_law_of_the_largest_gap():
-    """Against points that are drawn, sorted and measured."""
+def test_distribution_of_the_largest_gap():
+    """The gaps have the distribution of the largest gaps between sorted random points."""
     n, trials = 7, 200_000
     angles = torch.rand(trials, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).sort(1).values
     gaps = torch.cat((angles.diff(dim=1), angles[:, :1] + 1 - angles[:, -1:]), 1).amax(1)
@@ -60,17 +60,17 @@ def test_the_law_of_the_largest_gap():
     assert stats.ks_2samp(gaps.numpy(), ours.numpy()).pvalue > 1e-3
 
 
-def test_words_of_a_trial_are_its_own():
-    # trial 2 of three points has block 2 of the stream: its counts are the difference of two and three trials
+def test_trials_use_separate_blocks_of_the_stream():
+    # trial 2 with three points uses block 2 of the stream: its counts are those of three trials minus those of two
     three, two = (ops.sector_counts(X, 3, trials, seed=9) for trials in (3, 2))
     assert torch.equal(three - two, (by_hand(X, 3, 3, 9, 0)[2] >= X).long())
-    # the blocks of a trial far out need the counter's high word
+    # every trial reaches the threshold 0
     assert ref.sector_counts(X, 1, 5, torch.tensor(0), torch.tensor(0), purpose=6)[0] == 5
 
 
 @pytest.mark.parametrize("points", [3, 8])
 def test_extreme_words(points, monkeypatch):
-    """All words 0, all words ones, and one of each: finite integers, a share between 0 and 1."""
+    """Random words that are all zeros or all ones give finite gaps."""
     for word in (0, ref.MASK):
         monkeypatch.setattr(ref, "philox", lambda counter, key, word=word: [torch.full_like(counter[0], word)] * 4)
         with pyflow.backend("reference"):
@@ -107,7 +107,7 @@ def test_seeds_and_steps():
 
 
 def digest() -> str:
-    """One hash over the counts; run in a process per instruction set."""
+    """Return one hash over the counts; runs in one process per instruction set."""
     h = hashlib.sha256()
     for points in POINTS:
         for trials in TRIALS:
@@ -145,7 +145,7 @@ def test_memory_depends_on_neither_points_nor_trials():
     assert most(4, 1) == most(4, 200_000) == most(1000, 500) == 8 * len(X)
 
 
-# what torch asks of an operator
+# registration with torch
 
 
 def test_opcheck():

@@ -1,4 +1,4 @@
-"""Spectral normalisation against its reference, the SVD and torch, bit by bit and under every transform."""
+"""Spectral normalisation: reference, SVD, gradients, reproducible bits, transforms, error texts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_matches_the_reference(dtype, n_iter):
     with pyflow.backend("reference"):
         wide = [[None if x is None else x.double() for x in values] for values in (weights, u, v)]
         want = forward_backward(*wide, n_iter=n_iter)
-    # u and v come back rounded, and gradients are made of them; with arbitrary u and v sigma may cancel
+    # u and v are rounded to dtype and enter the gradients; with arbitrary u and v (n_iter = 0) sigma may cancel
     unit_error = (400 if n_iter == 0 else 40) * testing.UNIT[dtype]
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         testing.assert_within(a, b, unit_error * (1 + b.abs().max()), f"output {i}")
@@ -63,7 +63,7 @@ def test_sigma_is_the_largest_singular_value():
         torch.testing.assert_close(s, (w.double() / exact).float(), rtol=2e-5, atol=1e-9)
 
 
-def test_ones_stall_where_they_are_orthogonal():
+def test_a_start_orthogonal_to_the_singular_vector_stalls():
     w = torch.outer(torch.tensor([1.0, 2.0]), torch.tensor([1.0, -1.0])) * 5 + torch.outer(
         torch.tensor([2.0, -1.0]), torch.ones(2)
     )
@@ -74,7 +74,7 @@ def test_ones_stall_where_they_are_orthogonal():
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_zero_weights_stay_and_nan_travels(backend):
+def test_zero_weights_stay_zero_and_nan_propagates(backend):
     weights = [torch.zeros(4, 3), torch.zeros(5), torch.full((4, 3), torch.nan), torch.zeros(0)]
     u, v = [torch.ones(4), None] * 2, [torch.ones(3), None] * 2
     with pyflow.backend(backend):
@@ -90,7 +90,7 @@ def test_zero_weights_stay_and_nan_travels(backend):
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e8, 1e15])
-def test_magnitudes(scale):
+def test_small_and_large_magnitudes(scale):
     weights, u, v = inputs([(40, 50), (30,)])
     for a, b in zip(
         ops.spectral_normalize([scale * w for w in weights], u, v)[0],
@@ -112,7 +112,7 @@ def test_layouts(layout):
 
 
 def digest() -> str:
-    """One hash over dtypes and rounds; run in a process per instruction set."""
+    """Return one hash over dtypes and rounds; runs in one process per instruction set."""
     h = hashlib.sha256()
     for dtype in (torch.float32, torch.bfloat16):
         for n_iter in (0, 1, 2):
@@ -125,7 +125,7 @@ def test_instruction_sets_give_the_same_bits(every_instruction_set):
     assert len(every_instruction_set) == 1
 
 
-def test_bits_do_not_depend_on_threads_or_company():
+def test_bits_do_not_depend_on_threads_or_other_weights():
     weights, u, v = inputs([*SHAPES, (600, 1200)])
     with testing.threads(1):
         single = forward_backward(weights, u, v)
@@ -149,7 +149,7 @@ def test_nothing_is_changed_in_place_and_everything_is_written():
 @pytest.mark.parametrize("through_iteration", [False, True])
 def test_gradcheck_twice(through_iteration):
     weights, u, v = inputs([(4, 3), (5,), (2, 2, 3)], torch.float64)
-    # u and v near the singular vectors: there the detached rule is the derivative
+    # at the singular vectors, the backward with constant u and v is the exact derivative
     _, u, v, _ = ops.spectral_normalize(weights, u, v, n_iter=400)
 
     def f(*leaves):
@@ -161,7 +161,7 @@ def test_gradcheck_twice(through_iteration):
     assert torch.autograd.gradcheck(f, leaves) and torch.autograd.gradgradcheck(f, leaves)
 
 
-def test_through_iteration_is_the_derivative_of_all_of_it():
+def test_through_iteration_differentiates_the_rounds():
     weights, u, v = inputs([(6, 4)], torch.float64)
     leaf, start = weights[0].requires_grad_(), v[0].requires_grad_()
     f = lambda w, s: ops.spectral_normalize([w], u, [s], n_iter=2, through_iteration=True)[3][0]
