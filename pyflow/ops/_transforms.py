@@ -55,7 +55,7 @@ def vector_jacobian(
         return tuple(formula(*full))
 
     outputs, pull_back = torch.func.vjp(of_present, *(inputs[i] for i in present))[:2]
-    filled = tuple(torch.zeros_like(o) if g is None else g.to(o.dtype) for o, g in zip(outputs, grads, strict=True))
+    filled = tuple(torch.zeros_like(o) if g is None else g.to(o.dtype) for o, g in zip(outputs, grads, strict=False))
     result: list[Tensor | None] = [None] * len(inputs)
     for i, grad in zip(present, pull_back(filled), strict=True):
         result[i] = grad
