@@ -70,7 +70,7 @@ def _refuse(op: str, name: str, values: list, kinds: tuple[str, ...]) -> None:
 
 
 def _numbers(op: str, name: str, array: np.ndarray) -> np.ndarray:
-    """Convert an object array of numbers (a table with columns of several types) to float64; return others unchanged."""
+    """Convert an object array of numbers (such as a table of mixed columns) to float64; return others unchanged."""
     values = array.ravel().tolist()
     _refuse(op, name, values, ("NoneType", *MISSING))
     if not all(isinstance(v, (numbers.Real, np.bool_)) for v in values):

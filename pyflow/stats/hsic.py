@@ -96,7 +96,7 @@ def hsic(
                 op, pair, estimator=estimator, normalize=normalize, approximate=approximate, n_features=n_features,
                 seed=seed, with_error=True,
             )  # fmt: skip
-            return HSIC(value.item(), error.item())
+            return HSIC(value.item(), 0.0 if error is None else error.item())
         pairs = [(0, 1), (0, 0), (1, 1)] if normalize else [(0, 1)]
         estimates = values(op, pair, pairs, estimator, allow_tf32, visitor(group, progress))
     return HSIC((ratio(*estimates) if normalize else whole(estimates[0], *pair)).item(), 0.0)

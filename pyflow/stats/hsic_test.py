@@ -170,7 +170,7 @@ def draw(key: Tensor, first: int, count: int, n: int) -> Tensor:
     high = torch.full_like(block, PURPOSES.index("permutation") << 24)
     counter = torch.stack((block, torch.zeros_like(block), step, high), -1)
     if runs_reference("philox", counter):
-        words = torch.stack(philox(counter.unbind(-1), key), -1)
+        words = torch.stack(philox(counter.unbind(-1), key.unbind()), -1)
     else:
         words = call("philox", counter, key.expand(*block.shape, 2))
     # the index in the low bits makes every key unique: any sort gives the stable order
@@ -278,7 +278,7 @@ def _gamma_test(op: str, pair: list[Variable], estimator: str, normalize: bool, 
     mean = (x.mean_distance() * y.mean_distance() * (n - 1) / n**2).item()
     factor = 72 * (n - 4) * (n - 5) / (n * (n - 1) * (n - 2) * (n - 3))
     variance = factor * squares.item() / 36 / (n * (n - 1))
-    # mean and variance are moments of the sum over n^2: unit converts them to the statistic
+    # mean and variance describe the sum divided by n^2; unit converts them to the statistic
     over = _over(n, estimator)
     if normalize:
         unit, statistic = (ratio(v, xx, yy) for v in (torch.full_like(xy, n**2), xy))
@@ -286,7 +286,7 @@ def _gamma_test(op: str, pair: list[Variable], estimator: str, normalize: bool, 
         unit, statistic = (whole(v / over, *pair) for v in (torch.full_like(xy, n**2), xy))
     if not (mean > 0 and variance > 0) or x.constant or y.constant:
         return HSICTest(statistic.item(), 1.0, Gamma(math.nan, math.nan), "gamma")
-    # unit may leave float64's range, shape and scale before it do not
+    # p is computed before the conversion, whose unit may leave float64's range
     shape, scale = mean**2 / variance, variance / mean
     null = Gamma(shape, scale * unit.item())
     _finite(op, [statistic.item(), *null])
