@@ -1,4 +1,4 @@
-"""The operations, one public function each."""
+"""The operations: one public function each."""
 
 from .coupling import additive_coupling, affine_coupling, affine_coupling_packed
 from .energy import energy_and_grad, energy_loss, grad_norm_penalty, mala_accept, mala_propose, mala_step

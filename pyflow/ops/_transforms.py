@@ -1,17 +1,18 @@
-"""What every family's vmap and double-backward rules share."""
+"""Helpers of the vmap and double-backward rules of all families."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def batch_first(info: object, in_dims: Sequence[object], *tensors: Tensor | Sequence[Tensor] | None) -> list[object]:
-    """Every tensor, of lists too, with the vmapped dim in front, expanded where it was not batched."""
-    out = []
-    # in_dims goes on with those of the options
+def batch_first(info: Any, in_dims: Sequence[Any], *tensors: Tensor | Sequence[Tensor] | None) -> list[Any]:
+    """Move the vmapped dim of every tensor to the front, also within lists; expand tensors that have none."""
+    out: list[Any] = []
+    # in_dims also covers the options, which follow the tensors
     for tensor, dim in zip(tensors, in_dims, strict=False):
         if tensor is None:
             out.append(None)
@@ -25,22 +26,26 @@ def batch_first(info: object, in_dims: Sequence[object], *tensors: Tensor | Sequ
 
 
 def one_by_one(
-    info: object, in_dims: Sequence[object], op: Callable, tensors: Sequence[object], *options: object
+    info: Any,
+    in_dims: Sequence[Any],
+    op: Callable[..., Iterable[Tensor]],
+    tensors: Sequence[Tensor | Sequence[Tensor] | None],
+    *options: Any,
 ) -> tuple[Tensor, ...]:
-    """A vmap rule for an operator that has no dim to spare: a call per slice, outputs stacked in front."""
+    """Vmap rule for an operator without batch dims: call it on each slice and stack the outputs in front."""
     batched = batch_first(info, in_dims, *tensors)
     calls = [op(*(_slice(t, i) for t in batched), *options) for i in range(info.batch_size)]
     return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True))
 
 
-def _slice(batched: object, i: int) -> object:
+def _slice(batched: Any, i: int) -> Any:
     return [t[i] for t in batched] if isinstance(batched, list) else None if batched is None else batched[i]
 
 
 def vector_jacobian(
-    formula: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+    formula: Callable[..., Iterable[Tensor]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients of `formula(*inputs)` for the given output gradients, themselves differentiable; None stays None."""
+    """Differentiable gradients of `formula(*inputs)` for the output gradients `grads`; None for inputs of None."""
     present = [i for i, tensor in enumerate(inputs) if tensor is not None]
 
     def of_present(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -49,7 +54,7 @@ def vector_jacobian(
             full[i] = tensor
         return tuple(formula(*full))
 
-    outputs, pull_back = torch.func.vjp(of_present, *(inputs[i] for i in present))
+    outputs, pull_back = torch.func.vjp(of_present, *(inputs[i] for i in present))[:2]
     filled = tuple(torch.zeros_like(o) if g is None else g.to(o.dtype) for o, g in zip(outputs, grads, strict=False))
     result: list[Tensor | None] = [None] * len(inputs)
     for i, grad in zip(present, pull_back(filled), strict=True):

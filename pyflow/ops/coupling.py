@@ -22,7 +22,7 @@ def additive_coupling(x: Tensor, shift: Tensor, *, inverse: bool = False, mask: 
 
     Args:
         x: (B, ...) the half that changes; float32, float64, bfloat16 or float16, any strides.
-        shift: the network's output for it, same shape, any of these dtypes.
+        shift: the network's output for that half; x's shape, any of these dtypes.
         inverse: undo the step.
         mask: broadcastable to x, bool or 0/1; elements where it is true pass through unchanged.
 
@@ -30,12 +30,12 @@ def additive_coupling(x: Tensor, shift: Tensor, *, inverse: bool = False, mask: 
         y with x's dtype. The log-determinant is 0.
 
     Raises:
-        TypeError: not a tensor, or not one of the dtypes.
-        ValueError: shapes, devices or mask do not fit.
+        TypeError: not a tensor, or an unsupported dtype.
+        ValueError: shapes, devices or a mask that do not match x.
 
     Notes:
-        One rounding, from float32 (float64 for float64 x); one pass; differentiable any number of times. Without a
-        mask and a second dtype this is torch's own addition.
+        Computed in float32 (float64 for float64 x) and rounded once, in one pass; differentiable any number of
+        times. Without a mask, and with x and shift of one dtype, it runs torch's own addition.
 
     Source:
         Dinh et al. 2014, NICE, arXiv:1410.8516, equations 7 and 8.
@@ -79,8 +79,8 @@ def affine_coupling(
 
     Args:
         x: (B, ...) the half that changes; float32, float64, bfloat16 or float16, any strides.
-        shift, scale: the network's outputs for it, same shape, any of these dtypes and strides.
-        scale_map: the log-scale g: "exp" s; "sigmoid" log(sigmoid(s + 2) + eps); "sigmoid_inv" softplus(-(s + 2));
+        shift, scale: the network's outputs for that half; x's shape, any of these dtypes and strides.
+        scale_map: the log-scale g(s): "exp" s; "sigmoid" log(sigmoid(s + 2) + eps); "sigmoid_inv" softplus(-(s + 2));
             "softplus" log(softplus(s) + eps); "tanh" clamp * tanh(s / clamp); "atan" clamp * 0.636 * atan(s);
             "softsign" s / (1 + |s| / c) with c = -log(slope).
         clamp: > 0, bound of "tanh" and "atan".
@@ -96,12 +96,12 @@ def affine_coupling(
         (float64 for float64 x).
 
     Raises:
-        TypeError: not a tensor, or a wrong dtype.
-        ValueError: shapes, devices, mask, scale map or a constant do not fit.
+        TypeError: not a tensor, or an unsupported dtype.
+        ValueError: shapes, devices or a mask that do not match x; an unknown scale map; a constant out of range.
 
     Notes:
-        Computed in float32 (float64 for float64 x). On a CPU the same bits for any thread count, instruction set
-        and batch. Double backward works; the inverse of the forward result is within
+        Computed in float32 (float64 for float64 x). On a CPU the bits do not depend on thread count, instruction
+        set or batch. Double backward works. The inverse of the forward result is within
         4 * 2**-23 * (|x| + |shift| * exp(-g)) of x for |g| <= 5.
 
     Source:
@@ -155,9 +155,9 @@ def affine_coupling_packed(
         params: x's shape, but twice as long along `dim`.
         packing: "shift_scale" (nflows), "scale_shift" (FrEIA, glow-pytorch) in halves of `dim`, or
             "interleaved" shift, scale, shift, ... (normflows).
-        dim: the dim that is packed.
+        dim: the dim along which shift and scale are packed.
 
-        The other arguments are those of `affine_coupling`.
+        The other arguments are the same as for `affine_coupling`.
 
     Returns:
         (y, logdet) as `affine_coupling`; params gets one gradient, written in one pass.
@@ -193,7 +193,7 @@ def affine_coupling_packed(
 
 
 def scale_map_constant(op: str, scale_map: str, clamp: float, eps: float, slope: float) -> tuple[int, float]:
-    """The map's number and the one constant it uses; all three are checked whichever it is."""
+    """Return the index of the map and the constant it uses; all three constants are checked for every map."""
     index = check.choice(op, "scale_map", scale_map, SCALE_MAPS)
     clamp, eps, slope = (
         check.positive(op, "clamp", clamp),
@@ -223,7 +223,7 @@ def _event_dims(op: str, x: Tensor, event_dims: int | None) -> int:
     return event_dims
 
 
-# what torch must know of each operator, arguments in the order of its schema
+# registration with torch: arguments follow the order of each operator's schema
 
 
 def _keywords(mask, scale_map, map_arg, shift_first, inverse, event_dims):
@@ -275,23 +275,23 @@ def _affine_setup(ctx, inputs, output):
     _, _, shift_first, inverse, _ = ctx.options
     ctx.shift_dtype = shift.dtype
     ctx.set_materialize_grads(False)
-    # shift enters its own backward only where it is scaled
+    # the backward needs shift only where scale multiplies it
     ctx.save_for_backward(x, shift if shift_first != inverse else None, scale, mask)
 
 
 def _affine_backward(ctx, grad_y, grad_logdet):
     x, shift, scale, mask = ctx.saved_tensors
     _, _, shift_first, inverse, _ = ctx.options
-    # forward, the gradient of shift is that of y or of x, and needs no tensor of its own
-    is_that_of_y = not inverse and mask is None and not shift_first
-    is_that_of_x = not inverse and mask is None and shift_first and ctx.shift_dtype == x.dtype
-    shift_dtype = None if is_that_of_y or is_that_of_x else ctx.shift_dtype
+    # in the forward direction grad_shift equals grad_y or grad_x: the operator need not write it
+    is_grad_y = not inverse and mask is None and not shift_first
+    is_grad_x = not inverse and mask is None and shift_first and ctx.shift_dtype == x.dtype
+    shift_dtype = None if is_grad_y or is_grad_x else ctx.shift_dtype
     grad_x, grad_shift, grad_scale = call(
         "affine_coupling_backward", grad_y, grad_logdet, x, shift, scale, mask, *ctx.options, shift_dtype
     )
-    if is_that_of_y:
+    if is_grad_y:
         grad_shift = grad_y
-    elif is_that_of_x:
+    elif is_grad_x:
         grad_shift = grad_x
     return grad_x, grad_shift, grad_scale, None, None, None, None, None, None
 
@@ -302,8 +302,8 @@ def _affine_vmap(info, in_dims, x, shift, scale, mask, *options):
 
 
 def _affine_backward_reference(grad_y, grad_logdet, x, shift, scale, mask, *options):
-    *options, shift_dtype = options
-    grads = ref.affine_coupling_backward(grad_y, grad_logdet, x, shift, scale, **_keywords(mask, *options))
+    *constants, shift_dtype = options
+    grads = ref.affine_coupling_backward(grad_y, grad_logdet, x, shift, scale, **_keywords(mask, *constants))
     grad_x, grad_shift, grad_scale = grads
     return (
         torch.empty_like(x).copy_(grad_x),

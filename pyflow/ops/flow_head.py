@@ -19,7 +19,7 @@ def flow_log_prob(h: Tensor, log_scale: Tensor | None = None, *, prior: str = "g
     "gaussian": sum(-z**2 / 2 - log(2 pi) / 2); "logistic": sum(-softplus(z) - softplus(-z)).
 
     Args:
-        h: (B, ...) what the flow's last layer returns; float32, float64, bfloat16 or float16, any strides.
+        h: (B, ...) output of the flow's last layer; float32, float64, bfloat16 or float16, any strides.
         log_scale: h.shape[1:], the scale layer's parameter, or None.
         prior: "gaussian" or "logistic".
 
@@ -27,13 +27,13 @@ def flow_log_prob(h: Tensor, log_scale: Tensor | None = None, *, prior: str = "g
         (B,) nats, float32 (float64 for float64 h). Add the log-determinants of the other layers.
 
     Raises:
-        TypeError: not a tensor, or a wrong dtype.
+        TypeError: not a tensor, or an unsupported dtype.
         ValueError: unknown prior; h without a batch dim; log_scale of another shape or device.
 
     Notes:
-        Sums of at most 512 terms in float32, beyond that in float64: on a CPU the same bits for any thread
-        count, instruction set and batch. The gradient of log_scale is summed over fixed blocks of rows, so it
-        does not depend on the thread count either. Double backward works.
+        Up to 512 terms are summed in float32, more in float64. On a CPU the bits do not depend on thread count,
+        instruction set or batch. The gradient of log_scale is summed over fixed blocks of rows, so it does not
+        depend on the thread count either. Double backward works.
 
     Source:
         Dinh et al. 2014, NICE, arXiv:1410.8516, sections 3.3 and 3.4.
@@ -54,7 +54,7 @@ def flow_log_prob(h: Tensor, log_scale: Tensor | None = None, *, prior: str = "g
     return call("flow_log_prob", h, log_scale, index)
 
 
-# what torch must know of each operator, arguments in the order of its schema
+# registration with torch: arguments follow the order of each operator's schema
 
 
 def _reference(h, log_scale, prior):
@@ -84,7 +84,7 @@ def _vmap(info, in_dims, h, log_scale, prior):
 def _backward_reference(grad, h, log_scale, prior):
     grad_h, grad_log_scale = ref.flow_log_prob_backward(grad, h, log_scale, prior=PRIORS[prior])
     grad_h = torch.empty_like(h).copy_(grad_h)
-    return grad_h, h.new_empty(0) if log_scale is None else torch.empty_like(log_scale).copy_(grad_log_scale)
+    return grad_h, h.new_empty(0) if grad_log_scale is None else torch.empty_like(log_scale).copy_(grad_log_scale)
 
 
 def _backward_fake(grad, h, log_scale, prior):

@@ -1,11 +1,11 @@
-"""Finite scalar quantisation: bound, round, code and index in one pass; decode; residual stages."""
+"""Finite scalar quantisation: codes and indices in one pass, decoding, residual stages."""
 
 from __future__ import annotations
 
 import math
 import numbers
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,39 +17,41 @@ from ..reference import fsq as ref
 from ._transforms import batch_first, vector_jacobian
 
 RESIDUAL_VARIANTS = ("symmetric", "symmetric_hard")
-MOST_LEVELS = 2**22  # float32 rounds to integers up to here
+MOST_LEVELS = 2**22  # float32 represents every level up to here
 
 
 def fsq(
     z: Tensor, levels: Sequence[int], *, variant: str = "vqp", dim: int = -1, return_indices: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Quantise every channel of z to its number of levels, and number the combination.
+    """Quantise every channel of z to its number of levels, and return codes and codebook indices.
 
     "vqp" (vector-quantize-pytorch, Cosmos) and "paper" (google-research, NeMo): round(tanh(z + shift) half - offset);
     "symmetric": floor((L - 1) (tanh(z) + 1) / 2 + 1/2); "sigmoid": round((L - 1) sigmoid(z)); "hard" and
-    "symmetric_hard": as "vqp" and "symmetric" with a clamp for tanh. A model needs the variant it was trained with.
+    "symmetric_hard": as "vqp" and "symmetric" with a clamp for tanh. Use the variant a model was trained with.
 
     Args:
         z: float32, float64, bfloat16 or float16 of any rank and strides, with len(levels) channels in `dim`.
         levels: number of levels of each channel, 2 to 2**22 (from 3 for "vqp" and "hard").
-        variant: one of the words above.
-        dim: where the channels are; no layout is copied.
+        variant: one of the names above.
+        dim: the channel dim; no layout is copied.
         return_indices: whether to return indices.
 
     Returns:
-        codes: like z, in [-1, 1] ("sigmoid": [0, 1]), with the straight-through gradient of the bound.
+        codes: like z, in [-1, 1] ("sigmoid": [0, 1]). Rounding passes gradients straight through; the bound (tanh,
+            sigmoid or clamp) is differentiated.
         indices: the shape of z without `dim`; sum of digit * (product of the levels before it), so the first
-            channel runs fastest. int32 while the codebook has at most 2**31 entries, int64 to 2**63. None if not
-            asked for.
+            channel varies fastest. int32 for a codebook of up to 2**31 entries, int64 up to 2**63. None without
+            return_indices.
 
     Raises:
-        TypeError: not a tensor, a wrong dtype, levels that are not a list of integers.
-        ValueError: unknown variant, levels out of range, another number of channels, a codebook beyond int64.
+        TypeError: not a tensor, an unsupported dtype, levels that are not a list of integers.
+        ValueError: unknown variant, levels out of range, a wrong number of channels, a codebook too large for int64.
 
     Notes:
-        Bounded in float32 (float64 for float64 z), rounded half to even, summed as integers. Codes and indices
-        have the same bits on every compiled backend; `fsq_decode(indices)` has those of codes. A NaN gives a
-        NaN code and the index -1; infinities saturate. Backward keeps nothing but z. Double backward works.
+        The bound is computed in float32 (float64 for float64 z), rounding is half to even, and indices are integer
+        sums. Codes and indices have the same bits on every compiled backend, and `fsq_decode(indices)` returns
+        the same bits as codes. A NaN gives a NaN code and the index -1; infinities saturate. Backward saves only z.
+        Double backward works.
 
     Source:
         Mentzer et al. 2023, Finite Scalar Quantization, arXiv:2309.15505; "symmetric": arXiv:2411.19842, section 3.2.
@@ -79,19 +81,19 @@ def fsq_decode(
     dim: int = -1,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The codes of indices, bit for bit those `fsq` returned with them.
+    """Return the codes of indices, with the same bits as the codes that `fsq` returned.
 
     Args:
         indices: integers in [0, product of levels), any shape; -1 gives NaN.
         levels, variant: as for `fsq`.
-        dim: where the channels go in the result.
-        dtype: of the result; that of z gives the codes of z.
+        dim: the channel dim of the result.
+        dtype: dtype of the result; pass z's dtype to get the codes of z.
 
     Returns:
         The shape of indices with len(levels) channels in `dim`.
 
     Raises:
-        TypeError: indices that are not integers, a dtype that is not a float.
+        TypeError: indices that are not integers, a dtype that is not floating-point.
         ValueError: as for `fsq`; on a CPU an index outside the codebook (on an accelerator it gives NaN).
 
     Example:
@@ -124,29 +126,29 @@ def residual_fsq(
     dim: int = -1,
     active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Quantise x, then what is left of it with L times finer digits, and so on: all stages in one pass.
+    """Quantise x, then the remainder with L times finer digits, and so on: all stages in one pass.
 
-    Stage q adds s fsq(r / s), s = L**-q, where r is x less the stages before.
+    Stage q adds s fsq(r / s), s = L**-q, where r is x minus the earlier stages.
 
     Args:
-        x: as z of `fsq`, already clamped to the range of the codes.
+        x: like z of `fsq`, already clamped to the range of the codes.
         levels: as for `fsq`.
         num_quantizers: number of stages Q, at least 1.
         variant: "symmetric" or "symmetric_hard".
-        dim: where the channels are.
-        active: 0-d integer tensor on the device of x: only so many stages quantise (quantiser dropout); read on
-            the device, never by the host.
+        dim: the channel dim.
+        active: 0-d int64 tensor on the device of x: only the first `active` stages quantise (quantiser dropout).
+            The host never reads it.
 
     Returns:
         out: like x, the sum of the stages, with the sum of their straight-through gradients.
-        indices: the shape of x without `dim`, times Q at the end; -1 from stage `active` on and for NaN. int32 or
+        indices: the shape of x without `dim`, with Q appended; -1 from stage `active` on and for NaN. int32 or
             int64 as for `fsq`, int64 with `active`.
 
     Raises:
         TypeError, ValueError: as for `fsq`.
 
     Source:
-        Zeghidour et al. 2021, SoundStream, arXiv:2107.03312, algorithm 1, with `fsq` for the quantiser.
+        Zeghidour et al. 2021, SoundStream, arXiv:2107.03312, algorithm 1, with `fsq` as the quantiser.
 
     Example:
         >>> residual_fsq(torch.tensor([[0.3, -0.6]]), (5, 5), 2)
@@ -169,8 +171,8 @@ def residual_fsq(
 
 
 class CodebookUsage(NamedTuple):
-    """How a codebook is used: `counts` of the entries that occur, 0-d `fraction` of all entries that do, 0-d
-    `perplexity`, exp of the entropy of the distribution over entries."""
+    """Codebook usage: `counts` of the entries that occur, 0-d `fraction` of the entries that occur, 0-d `perplexity`,
+    exp of the entropy of the distribution over entries."""
 
     counts: Tensor
     fraction: Tensor
@@ -178,18 +180,18 @@ class CodebookUsage(NamedTuple):
 
 
 def codebook_usage(indices: Tensor, size: int) -> CodebookUsage:
-    """Fraction of the codebook's entries that occur, and the perplexity of their distribution.
+    """Return how often the entries of a codebook occur, the fraction that occur, and their perplexity.
 
     Args:
         indices: integers of any shape; negative ones (padding, dropped stages) do not count.
-        size: number of entries of the codebook; it is never materialised.
+        size: number of entries of the codebook; no table of this size is allocated.
 
     Returns:
-        counts (entries that occur,) int64, fraction and perplexity 0-d float32; both 0 without any index.
+        counts (entries that occur,) int64; fraction and perplexity 0-d float32, both 0 when no index counts.
 
     Raises:
-        TypeError: indices that are not an integer tensor, a size that is no integer.
-        ValueError: size below 1, or on a CPU an index beyond it.
+        TypeError: indices that are not an integer tensor, a size that is not an integer.
+        ValueError: size below 1, or on a CPU an index of size or above.
 
     Example:
         >>> codebook_usage(torch.tensor([0, 0, 3, -1]), 4).fraction
@@ -206,16 +208,16 @@ def codebook_usage(indices: Tensor, size: int) -> CodebookUsage:
 
 
 def usage_of(counts: Tensor, size: int) -> CodebookUsage:
-    """From the counts of the entries that occur."""
+    """Return the usage from the counts of the entries that occur."""
     p = counts.double() / counts.sum()
     fraction = torch.tensor(counts.numel() / size, dtype=torch.float32, device=counts.device)
-    # an empty sum is 0, which exp would make 1
+    # without counts the sum is 0, and exp would return 1
     perplexity = torch.exp(-(p * p.log()).sum()) if counts.numel() else p.sum()
     return CodebookUsage(counts, fraction, perplexity.float())
 
 
 def checked_levels(op: str, levels: Sequence[int], variant: str, numbered: bool) -> list[int]:
-    """The levels as a list, or one clear sentence; `numbered`: their combinations have an index."""
+    """Return the levels as a list of integers; `numbered` also checks that their indices fit int64."""
     if isinstance(levels, (str, Tensor)) or not isinstance(levels, Sequence):
         raise TypeError(f"{op}: levels must be a list of integers, got {type(levels).__name__}")
     whole = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in levels)
@@ -235,7 +237,7 @@ def checked_levels(op: str, levels: Sequence[int], variant: str, numbered: bool)
 
 
 def signed(whole: Tensor) -> Tensor:
-    """Integers as int32 or int64, which hold -1 and which every operation takes."""
+    """Convert integers to int32 or int64, which hold -1 and which torch supports everywhere."""
     if whole.dtype in (torch.int32, torch.int64):
         return whole
     return whole.to(torch.int32 if whole.element_size() < 4 else torch.int64)
@@ -260,7 +262,7 @@ def _channels_first(op: str, name: str, x: Tensor, levels: list[int], dim: int) 
     return x.movedim(dim, 0)
 
 
-def _check_active(op: str, active: object, x: Tensor) -> None:
+def _check_active(op: str, active: Tensor, x: Tensor) -> None:
     check.int64_tensor(op, "active", active)
     if active.dim() != 0:
         raise ValueError(f"{op}: active must be 0-d, got {tuple(active.shape)}")
@@ -268,7 +270,7 @@ def _check_active(op: str, active: object, x: Tensor) -> None:
         raise ValueError(f"{op}: active must be on the device of x, {x.device}, got {active.device}")
 
 
-# what torch must know of each operator, arguments in the order of its schema
+# registration with torch: arguments follow the order of each operator's schema
 
 
 def _like(tensor: Tensor, values: Tensor) -> Tensor:
@@ -277,7 +279,7 @@ def _like(tensor: Tensor, values: Tensor) -> Tensor:
 
 def _reference(z, levels, variant, return_indices):
     codes, indices = ref.fsq(z, levels, variant=FSQ_VARIANTS[variant], return_indices=return_indices)
-    return _like(z, codes), indices.contiguous() if return_indices else z.new_empty(0, dtype=torch.int32)
+    return _like(z, codes), z.new_empty(0, dtype=torch.int32) if indices is None else indices.contiguous()
 
 
 def _fake(z, levels, variant, return_indices):
@@ -321,7 +323,7 @@ def _backward_backward(ctx, grad):
     return (*vector_jacobian(formula, ctx.saved_tensors, (grad,)), None, None)
 
 
-def _channels_then_batch(info: object, in_dims: Sequence[int | None], *tensors: Tensor) -> list[Tensor]:
+def _channels_then_batch(info: Any, in_dims: Sequence[int | None], *tensors: Tensor) -> list[Tensor]:
     return [t.movedim(0, 1) for t in batch_first(info, in_dims, *tensors)]
 
 

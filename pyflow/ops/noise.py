@@ -1,4 +1,4 @@
-"""Counter-based noise: the same seed gives the same floats on every backend, in any batch."""
+"""Counter-based noise: a seed gives the same floats on every backend and in any batch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .._schemas import NOISES, PURPOSES
 from ..reference import noise as ref
 from ._transforms import batch_first, one_by_one
 
-STEPS = 2**56  # the rest of the counter's last word says what a draw is for
+STEPS = 2**56  # the step fills 56 bits of the counter, the purpose the top byte
 
 
 def philox(counter: Tensor, key: Tensor) -> Tensor:
-    """Philox4x32-10: four random words from each counter and key.
+    """Philox4x32-10: four random words for each counter and key.
 
     Args:
         counter: (..., 4) int64 with values in [0, 2**32), low word first.
-        key: (..., 2) likewise; its leading dims broadcast to those of counter.
+        key: (..., 2) likewise; its leading dims broadcast to the leading dims of counter.
 
     Returns:
         (..., 4) int64, values in [0, 2**32).
@@ -72,27 +72,27 @@ def normal(
     Box-Muller on pairs of Philox words: sqrt(-2 ln u) cos(phi), sqrt(-2 ln u) sin(phi).
 
     Args:
-        shape: of the result.
-        seed: an integer, a 0-d int64 tensor on the device, or (B,) int64, a stream of its own for each sample of
-            the first dim (see `sample_seeds`): a sample then does not depend on the batch around it. None draws
-            one from torch's default generator.
-        step: integer in [0, 2**56) or 0-d int64 tensor: another step of the same seed is independent noise.
-        purpose: "noise", "corrector", "prior", "accept", "data", "permutation" or "monte_carlo": draws of one
-            seed and step for different ends share nothing.
-        dtype: of the result.
-        device: that of seed if it is a tensor, else torch's default.
+        shape: shape of the result.
+        seed: an integer, a 0-d int64 tensor on the device, or (B,) int64: a separate stream for each sample of the
+            first dim (see `sample_seeds`), so that a sample does not depend on the rest of the batch. None draws a
+            seed from torch's default generator.
+        step: integer in [0, 2**56) or 0-d int64 tensor; different steps of a seed give independent noise.
+        purpose: "noise", "corrector", "prior", "accept", "data", "permutation" or "monte_carlo"; draws with different
+            purposes are independent.
+        dtype: dtype of the result.
+        device: device of the result; defaults to the device of a tensor seed, else torch's default.
 
     Returns:
         Contiguous tensor; magnitudes reach 6.66.
 
     Raises:
-        TypeError: a seed or step that is neither an integer nor an int64 tensor; a dtype that is not a float.
-        ValueError: seeds of a wrong length or device, a step outside the range, an unknown purpose.
+        TypeError: a seed or step that is neither an integer nor an int64 tensor; a dtype that is not floating-point.
+        ValueError: seeds of a wrong length or device, a step out of range, an unknown purpose.
 
     Notes:
-        The same bits from every backend and thread count, eager and compiled. Drawn in float32 whatever the dtype:
-        bfloat16 and float16 are its rounding, float64 is it widened. Nothing is read by the host, so a seed and a
-        step in device tensors may change between replays of a CUDA graph.
+        The bits are the same on every backend and thread count, eager and compiled. Noise is drawn in float32, then
+        rounded to bfloat16 or float16 or widened to float64. The host reads nothing, so a seed and a step in device
+        tensors may change between replays of a CUDA graph.
 
     Source:
         Salmon et al. 2011 (Philox4x32-10); Box and Muller 1958.
@@ -117,7 +117,7 @@ def uniform(
     """Uniform noise in [0, 1), multiples of 2**-24, that is a function of seed, step and position alone.
 
     Args:
-        shape, seed, step, purpose, dtype, device: as for `normal`. Rounded to bfloat16 or float16 a value may be 1.
+        shape, seed, step, purpose, dtype, device: as for `normal`. Rounding to bfloat16 or float16 can give 1.
 
     Returns:
         Contiguous tensor.
@@ -133,15 +133,15 @@ def uniform(
 
 
 def sample_seeds(seed: int | Tensor | None, n: int, start: int = 0) -> Tensor:
-    """Seeds for samples start to start + n - 1: one stream each, the same in any batch and on any rank.
+    """Seeds of samples start to start + n - 1, one stream each: the same in any batch and on any rank.
 
     Args:
         seed: integer or 0-d int64 tensor; None draws one from torch's default generator.
         n: number of samples, at least 0.
-        start: number of the first one, at least 0; a rank of a sharded batch passes its own.
+        start: number of the first sample, at least 0; a rank of a sharded batch passes its first sample.
 
     Returns:
-        (n,) int64 on the device of seed: the first two words of a Philox block that is not used for noise.
+        (n,) int64 on the device of seed: the first two words of a Philox block that noise never uses.
 
     Raises:
         TypeError, ValueError: not integers, or out of range.
@@ -163,7 +163,7 @@ def sample_seeds(seed: int | Tensor | None, n: int, start: int = 0) -> Tensor:
         raise ValueError(f"{op}: seed must be an integer or a 0-d tensor, got {tuple(seed.shape)}")
     sample = torch.arange(start, start + n, device=seed.device)
     zero = torch.zeros_like(sample)
-    # the top byte of the last word is no purpose of PURPOSES
+    # the purpose byte 0xFF is outside PURPOSES: no draw of noise has this counter
     counter = torch.stack((sample & ref.MASK, sample >> 32, zero, zero + (0xFF << 24)), 1)
     key = torch.stack((seed & ref.MASK, seed >> 32 & ref.MASK)).expand(n, 2)
     words = _philox_reference(counter, key) if runs_reference(op, counter) else call("philox", counter, key)
@@ -175,7 +175,7 @@ def _noise(op, shape, seed, step, purpose, dtype, device):
     number = check.choice(op, "purpose", purpose, PURPOSES)
     device = None if device is None else _as_tensors_have_it(check.device(op, device))
     at = seed.device if isinstance(seed, Tensor) else device
-    # the seed last: a call that is refused draws none
+    # the seed last: a call that raises must not draw one
     step = step_tensor(op, step, torch.get_default_device() if at is None and isinstance(step, Tensor) else at)
     seed = seed_tensor(op, seed, size, device)
     if runs_reference(op, seed):
@@ -183,19 +183,19 @@ def _noise(op, shape, seed, step, purpose, dtype, device):
     return call("noise", size, seed, step, NOISES.index(op), number, dtype)
 
 
-# what the operators that draw noise share
+# shared by the operators that draw noise
 
 
 def seed_tensor(
     op: str,
-    seed: object,
+    seed: int | Tensor | None,
     shape: Sequence[int] | None,
     device: torch.device | None,
     number_device: torch.device | str | None = None,
 ) -> Tensor:
-    """The seed as an int64 tensor, 0-d or one per sample; a number's is on `number_device`, else on `device`."""
+    """Return the seed as an int64 tensor, 0-d or (B,); a number goes to `number_device`, by default `device`."""
     if seed is None:
-        # as a tensor on the device: torch's own generator is safe in a CUDA graph, a number read from it is not
+        # a tensor on the device is safe in a CUDA graph, a number read on the host is not
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         check.int64_tensor(op, "seed", seed)
@@ -214,8 +214,8 @@ def seed_tensor(
     return torch.full((), seed, dtype=torch.int64, device=number_device or device)
 
 
-def step_tensor(op: str, step: object, device: torch.device | None) -> Tensor:
-    """The step as a 0-d int64 tensor; a number's is on the CPU."""
+def step_tensor(op: str, step: int | Tensor, device: torch.device | None) -> Tensor:
+    """Return the step as a 0-d int64 tensor; a number goes to the CPU."""
     if isinstance(step, Tensor):
         check.int64_tensor(op, "step", step)
         if step.dim():
@@ -232,13 +232,13 @@ def step_tensor(op: str, step: object, device: torch.device | None) -> Tensor:
     return torch.full((), step, dtype=torch.int64, device="cpu")
 
 
-def _check_step(op: str, step: int) -> None:
+def _check_step(op: str, step: float) -> None:
     if not 0 <= step < STEPS:
         raise ValueError(f"{op}: step must be in [0, 2**56), got {step}")
 
 
 def _as_tensors_have_it(device: torch.device) -> torch.device:
-    """With an index on a GPU, without one on a CPU."""
+    """Return the device as tensors report it: with an index on a GPU, without one on a CPU."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu") if device.type == "cpu" else device
@@ -248,7 +248,7 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     return len(shape) <= len(to) and all(m in (1, n) for m, n in zip(reversed(shape), reversed(to), strict=False))
 
 
-# what torch must know of each operator, arguments in the order of its schema
+# registration with torch: arguments follow the order of each operator's schema
 
 
 def _philox_reference(counter, key):

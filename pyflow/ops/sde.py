@@ -1,4 +1,4 @@
-"""Steps of stochastic differential equations: one pass, noise drawn on the way and never stored."""
+"""Steps of stochastic differential equations: one pass, with noise drawn in the kernel and never stored."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ REDUCTIONS = ("sum", "mean")
 NORMS = ("marginal", "sample", "batch")
 
 Scalar = float | Tensor
+Stream = tuple[Tensor | None, Tensor | None, Tensor | None]  # seed, step, noise
 
 
 def sde_step(
@@ -35,29 +36,29 @@ def sde_step(
     noise: Tensor | None = None,
     return_mean: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """x' = a x + b score + c z with standard normal z: every sampler of a reverse SDE with its own a, b, c.
+    """Sampler step x' = a x + b score + c z with standard normal z; a, b and c define the sampler of a reverse SDE.
 
     Args:
         x: float32, float64, bfloat16 or float16, any rank and strides; the first dim is the batch.
         score: like x; its dtype may differ.
         a, b, c: numbers, 0-d tensors, or (B,) tensors with a value per sample; c at least 0.
-        seed, step: say which z, as for `normal`, whose value of x's shape it is; seed (B,) gives each sample its
-            own stream. None draws a seed from torch's default generator.
-        noise: z itself, like x; seed and step are then not used.
+        seed, step: z is `normal(x.shape, seed=seed, step=step)`; a seed (B,) gives each sample a separate stream.
+            None draws a seed from torch's default generator.
+        noise: z itself, like x; seed and step are then ignored.
         return_mean: whether to return a x + b score too.
 
     Returns:
         x', in x's dtype and strides; with return_mean (x', mean).
 
     Raises:
-        TypeError: not a tensor, a wrong dtype, a coefficient that is neither a number nor a tensor.
-        ValueError: a shape or device that does not fit; c below 0 (of a tensor on a CPU, or with PYFLOW_CHECK=1).
+        TypeError: not a tensor, an unsupported dtype, a coefficient that is neither a number nor a tensor.
+        ValueError: a shape or device that does not match x; c below 0 (tensors on a GPU: with PYFLOW_CHECK=1 only).
 
     Notes:
-        float32 arithmetic (float64 for float64 x), no fma: the same bits on every backend, in any batch where each
-        sample has its seed, eager and compiled. Another a, b, c, seed or step compiles nothing anew, as tensors not
-        even once. Differentiable in x, score, a, b, c and noise, twice; z is drawn again, not stored. Nothing
-        is read by the host: safe in CUDA graphs.
+        float32 arithmetic (float64 for float64 x) without fma: the same bits on every backend, eager and compiled,
+        and in any batch with a seed per sample. New values of a, b, c, seed or step do not recompile; numbers recompile
+        once, when they first change. Twice differentiable in x, score, a, b, c and noise; z is drawn again, not
+        stored. The host reads nothing: safe in CUDA graphs.
 
     Source:
         Song et al. 2021, Score-Based Generative Modeling through SDEs, arXiv:2011.13456, appendices D to F.
@@ -78,12 +79,12 @@ def sde_step(
 
 
 def perturb(x0: Tensor, alpha: Scalar, std: Scalar, *, seed: int | Tensor | None, step: int | Tensor = 0) -> Tensor:
-    """x_t = alpha x0 + std z: data at a time of the forward SDE.
+    """Return x_t = alpha x0 + std z, the data at a time t of the forward SDE.
 
     Args:
-        x0: as x of `sde_step`.
+        x0: like x of `sde_step`.
         alpha, std: numbers, 0-d or (B,) tensors; std at least 0.
-        seed, step: as for `sde_step`; `denoising_loss` with the same draws the same z.
+        seed, step: as for `sde_step`; `denoising_loss` with the same seed and step draws the same z.
 
     Returns:
         x_t, in x0's dtype and strides.
@@ -112,27 +113,27 @@ def denoising_loss(
     parameterization: str = "score",
     reduction: str = "sum",
 ) -> Tensor:
-    """Denoising score matching of each sample against the z that `perturb` added, drawn again instead of kept.
+    """Denoising score matching loss of each sample against the z that `perturb` added, drawn again, not stored.
 
     "score": sum (std pred + z)**2 / 2; "epsilon": sum (pred - z)**2 / 2.
 
     Args:
-        pred: (B, ...) what the network returns, as x of `sde_step`.
-        std: that of `perturb`; not used for "epsilon".
-        seed, step: those of `perturb`.
+        pred: (B, ...) output of the network, like x of `sde_step`.
+        std: the std given to `perturb`; ignored for "epsilon".
+        seed, step: the seed and step given to `perturb`.
         weight: number, 0-d or (B,) tensor that multiplies the loss.
-        parameterization: what pred estimates: "score", of x_t, or "epsilon", z.
+        parameterization: pred estimates the score of x_t ("score") or z ("epsilon").
         reduction: over the elements of a sample, "sum" or "mean".
 
     Returns:
         (B,) float32 (float64 for float64 pred).
 
     Raises:
-        TypeError, ValueError: as for `sde_step`; an unknown word; "score" without std.
+        TypeError, ValueError: as for `sde_step`; an unknown parameterization or reduction; "score" without std.
 
     Notes:
-        Sums of at most 512 terms in float32, beyond that in float64: on a CPU the same bits for any thread count,
-        instruction set and batch. Differentiable in pred, std and weight, twice.
+        Up to 512 terms are summed in float32, more in float64. On a CPU the bits do not depend on thread count,
+        instruction set or batch. Twice differentiable in pred, std and weight.
 
     Source:
         Vincent 2011, A Connection Between Score Matching and Denoising Autoencoders; arXiv:2011.13456, equation 7.
@@ -152,14 +153,14 @@ def denoising_loss(
     if of_score and std is None:
         raise ValueError(f"{op}: std must be given for the parameterization score, got None")
     if seed is None:
-        raise ValueError(f"{op}: seed must be given, that of perturb, got None")
-    std = at_least_zero(op, "std", std, pred) if of_score else None
+        raise ValueError(f"{op}: seed must be given, the seed of perturb, got None")
+    std = None if std is None or not of_score else at_least_zero(op, "std", std, pred)
     weight = None if weight is None else coefficient(op, "weight", weight, pred)
-    seed, step, _ = stream_of(op, seed, step, pred)
+    seeds, steps, _ = stream_of(op, seed, step, pred)
     if runs_reference(op, pred):
-        loss = ref.denoising_loss(pred, std, ref.noise_like(pred, seed, step, None, "noise"))
+        loss = ref.denoising_loss(pred, std, ref.noise_like(pred, seeds, steps, None, "noise"))
     else:
-        loss = call(op, pred, std, seed, step)
+        loss = call(op, pred, std, seeds, steps)
     if average:
         loss = loss / max(1, math.prod(pred.shape[1:]))
     return loss if weight is None else loss * weight.to(loss.dtype)
@@ -179,20 +180,21 @@ def langevin_step(
     noise: Tensor | None = None,
     return_mean: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """x' = x + e score + sqrt(2 e) z: a step of Langevin dynamics, or of a sampler's corrector.
+    """Langevin step x' = x + e score + sqrt(2 e) z, also the corrector of a predictor-corrector sampler.
 
-    With snr, e = 2 alpha (snr std)**2, or with norms e = 2 alpha (snr |z| / |score|)**2.
+    With snr, e = 2 alpha (snr std)**2 for the norm "marginal", else e = 2 alpha (snr |z| / |score|)**2.
 
     Args:
         x, score: as for `sde_step`.
         step_size: e; number, 0-d or (B,) tensor, at least 0.
-        snr: signal-to-noise ratio, likewise, at least 0; exactly one of the two is given.
-        alpha: number, 0-d or (B,) tensor: that of the corrector's schedule; only with snr.
-        std: number, 0-d or (B,) tensor, at least 0: of x given the data; with snr and the norm "marginal".
-        norm: "marginal", std in the place of the norms' ratio; "sample", norms of each sample, which in few
-            dimensions makes huge steps where a score is near 0; or "batch", their means over the batch as published.
-        seed, step, noise: as for `sde_step`; the stream is that of the purpose "corrector", so that a predictor
-            with the same seed and step draws other noise.
+        snr: signal-to-noise ratio; number, 0-d or (B,) tensor, at least 0. Give either step_size or snr.
+        alpha: alpha of the corrector's schedule; number, 0-d or (B,) tensor; only used with snr.
+        std: standard deviation of x given the data; number, 0-d or (B,) tensor, at least 0; only used with snr and
+            the norm "marginal".
+        norm: "marginal" uses std in place of the ratio of norms; "sample" uses the norms of each sample, which in few
+            dimensions gives huge steps where a score is near 0; "batch" uses their means over the batch, as published.
+        seed, step, noise: as for `sde_step`, with the purpose "corrector": a predictor with the same seed and step
+            draws different noise.
         return_mean: whether to return x + e score too.
 
     Returns:
@@ -202,9 +204,9 @@ def langevin_step(
         TypeError, ValueError: as for `sde_step`; both or none of step_size and snr; the norm "marginal" without std.
 
     Notes:
-        A score of norm 0 leaves x as it is under the rules with norms; NaN travels. No host sync. The norms are
-        sums of squares in float32: of a float32 score between about 1e-19 and 1e19. On a CPU they have the same bits
-        for any thread count, instruction set and (with "sample") batch.
+        With "sample" and "batch" a score of norm 0 leaves x unchanged. NaN propagates. No host sync. The norms are
+        float32 sums of squares, valid for float32 scores between about 1e-19 and 1e19. On a CPU their bits do not
+        depend on thread count, instruction set or (with "sample") batch.
 
     Source:
         Song et al. 2021, arXiv:2011.13456, algorithms 4 and 5; "marginal" is the step of annealed Langevin dynamics,
@@ -226,23 +228,23 @@ def langevin_step(
         raise ValueError(f"{op}: exactly one of step_size and snr must be given, got {given}")
     if step_size is not None:
         size = at_least_zero(op, "step_size", step_size, x).double()
-    else:
-        snr, alpha = (at_least_zero(op, n, v, x).double() for n, v in (("snr", snr), ("alpha", alpha)))
+    elif snr is not None:
+        snr64, alpha64 = (at_least_zero(op, n, v, x).double() for n, v in (("snr", snr), ("alpha", alpha)))
         if norm == "marginal":
             if std is None:
                 raise ValueError(f"{op}: std must be given for the norm marginal, got None")
-            size = 2 * alpha * (snr * at_least_zero(op, "std", std, x).double()) ** 2
-    # one seed for both passes
+            size = 2 * alpha64 * (snr64 * at_least_zero(op, "std", std, x).double()) ** 2
+    # both passes use one seed
     stream = stream_of(op, seed, step, x, noise)
     if step_size is None and norm != "marginal":
-        size = _snr_rule(_squares(score, stream).double(), snr, alpha, norm == "batch")
+        size = _snr_rule(_squares(score, stream).double(), snr64, alpha64, norm == "batch")
     one = torch.full((), 1.0, dtype=torch.float64, device="cpu")
-    # in float64, so that a root that is not exact leaves no trace in float32
+    # float64, so that the rounding of the root does not show in float32
     y, mean = advance(x, score, one, size, _root(2 * size), stream, "corrector", return_mean)
     return (y, mean) if return_mean else y
 
 
-def _squares(score: Tensor, stream: tuple[Tensor | None, ...]) -> Tensor:
+def _squares(score: Tensor, stream: Stream) -> Tensor:
     if runs_reference("langevin_step", score):
         return ref.langevin_squares(score, ref.noise_like(score, *stream, "corrector"))
     return call("langevin_squares", score, *stream, PURPOSES.index("corrector"))
@@ -262,8 +264,8 @@ def _snr_rule(squares: Tensor, snr: Tensor, alpha: Tensor, over_batch: bool) -> 
     return torch.where(still, 0, 2 * alpha * (snr * of_noise / torch.where(still, 1, of_score)) ** 2)
 
 
-def coefficient(op: str, name: str, value: object, x: Tensor) -> Tensor:
-    """A coefficient as a 0-d or (B,) tensor; a number's is on the CPU."""
+def coefficient(op: str, name: str, value: Scalar, x: Tensor) -> Tensor:
+    """Return a coefficient as a 0-d or (B,) tensor; a number goes to the CPU."""
     if isinstance(value, Tensor):
         check.float_tensor(op, name, value)
         if value.dim() and (x.dim() == 0 or value.shape != x.shape[:1]):
@@ -279,8 +281,8 @@ def coefficient(op: str, name: str, value: object, x: Tensor) -> Tensor:
     return torch.full((), value, dtype=torch.float64, device="cpu")
 
 
-def at_least_zero(op: str, name: str, value: object, x: Tensor) -> Tensor:
-    """Likewise, checked for its sign where its value may be read."""
+def at_least_zero(op: str, name: str, value: Scalar, x: Tensor) -> Tensor:
+    """Return `coefficient`, after a check for negative values where values may be read."""
     result = coefficient(op, name, value, x)
     if check.values_are_checked(result) and result.numel():
         least = result.item() if result.dim() == 0 else result.min().item()
@@ -289,12 +291,12 @@ def at_least_zero(op: str, name: str, value: object, x: Tensor) -> Tensor:
     return result
 
 
-def stream_of(op: str, seed: object, step: object, x: Tensor, noise: object = None) -> tuple[Tensor | None, ...]:
-    """Seed, step and noise: tensors of which the first two or the last are absent."""
+def stream_of(op: str, seed: int | Tensor | None, step: int | Tensor, x: Tensor, noise: Tensor | None = None) -> Stream:
+    """Return (seed, step, None), or (None, None, noise) where the noise is given."""
     if noise is not None:
         check.like(op, "noise", noise, "x", x.shape, x.device)
         return None, None, noise
-    # the seed last: a call that is refused draws none
+    # the seed last: a call that raises must not draw one
     step = step_tensor(op, step, x.device)
     return seed_tensor(op, seed, x.shape, x.device, "cpu"), step, None
 
@@ -305,18 +307,18 @@ def advance(
     a: Tensor,
     b: Tensor | None,
     c: Tensor,
-    stream: tuple[Tensor | None, ...],
+    stream: Stream,
     purpose: str,
     return_mean: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(a x + b score + c z, its mean): a step whose arguments are checked."""
+    """Return (a x + b score + c z, a x + b score) of arguments that are already checked."""
     if runs_reference("sde_step", x):
-        z = ref.noise_like(x, *stream, purpose)
-        return tuple(v.to(x.dtype) for v in ref.sde_step(x, score, a, b, c, z))
+        y, mean = ref.sde_step(x, score, a, b, c, ref.noise_like(x, *stream, purpose))
+        return y.to(x.dtype), mean.to(x.dtype)
     return call("sde_step", x, score, a, b, c, *stream, PURPOSES.index(purpose), return_mean)
 
 
-# what torch must know of each operator, arguments in the order of its schema
+# registration with torch: arguments follow the order of each operator's schema
 
 
 def _copy_like(like: Tensor, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -324,7 +326,7 @@ def _copy_like(like: Tensor, values: Tensor, dtype: torch.dtype | None = None) -
 
 
 def _like(like: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The layout of an output: that of `like`, contiguous in another dtype, empty where none is asked for."""
+    """Allocate an output: laid out as `like`, contiguous for another dtype, without elements for None."""
     if dtype is None:
         return like.new_empty(0)
     return torch.empty_like(like) if dtype == like.dtype else like.new_empty(like.shape, dtype=dtype)
@@ -352,7 +354,7 @@ def _setup(ctx, inputs, output):
     if any(needs[2:5]):
         ctx.save_for_backward(x, score, a, b, c, seed, step, noise)
     else:
-        # the gradients of x and score are multiples of the one that comes
+        # the gradients of x and score are multiples of grad_y: no input is needed
         ctx.save_for_backward(None, None, a, b, c, None, None, None)
 
 
@@ -362,13 +364,15 @@ def _backward(ctx, grad, grad_mean):
     if grad is None and grad_mean is None:
         return (None,) * 10
     _, _, a, b, c, *_ = saved = ctx.saved_tensors
-    of_x, of_score, of_noise, sums = call(
+    grad_x, grad_score, grad_noise, sums = call(
         "sde_step_backward", grad, grad_mean, *saved, ctx.purpose, *ctx.dtypes, ctx.f64
     )  # fmt: skip
-    grads = [None if dtype is None else g for dtype, g in zip(ctx.dtypes, (of_x, of_score, of_noise), strict=True)]
+    grads = [
+        None if dtype is None else g for dtype, g in zip(ctx.dtypes, (grad_x, grad_score, grad_noise), strict=True)
+    ]
     needs = ctx.needs_input_grad
-    of = [_of_coefficient(sums[i], t) if needs[2 + i] else None for i, t in enumerate((a, b, c))]
-    return *grads[:2], *of, None, None, grads[2], None, None
+    scalars = [_of_coefficient(sums[i], t) if needs[2 + i] else None for i, t in enumerate((a, b, c))]
+    return *grads[:2], *scalars, None, None, grads[2], None, None
 
 
 def _of_coefficient(sums: Tensor, coefficient: Tensor) -> Tensor:
@@ -381,7 +385,7 @@ def _vmap(info, in_dims, x, score, a, b, c, seed, step, noise, *options):
 
 
 def _formula(purpose, f64):
-    """The reference of sde_step_backward on its tensors; what is absent is zero, and gives no gradient."""
+    """The reference of sde_step_backward as a function of its tensors; an output gradient of None counts as zero."""
 
     def formula(grad, grad_mean, x, score, a, b, c, seed, step, noise):
         lead = grad if grad is not None else grad_mean
@@ -427,9 +431,9 @@ def _backward_backward(ctx, *grads):
     def formula(*tensors):
         *inner, noise = tensors
         out = _formula(ctx.purpose, ctx.f64)(*inner, seed, step, noise)
-        return tuple(value for value, due in zip(out, asked, strict=True) if due)
+        return tuple(value for value, wanted in zip(out, asked, strict=True) if wanted)
 
-    kept = [grad for grad, due in zip(grads, asked, strict=True) if due]
+    kept = [grad for grad, wanted in zip(grads, asked, strict=True) if wanted]
     inner = vector_jacobian(formula, (*variables, noise), kept)
     return (*inner[:7], None, None, inner[7], *(None,) * 5)
 

@@ -1,4 +1,4 @@
-"""Statistics: probabilities, estimates and tests; arrays or tensors in, plain results out."""
+"""Statistics: probabilities, estimates and tests of arrays or tensors."""
 
 from .compare import RepresentationComparison, compare_representations
 from .hsic import HSIC, hsic

@@ -1,6 +1,6 @@
-"""Centred Gram matrices in blocks of rows, in float64: what permutations and the gamma approximation need.
+"""Centred Gram matrices in blocks of rows, in float64, for permutation tests and the gamma approximation.
 
-Plain torch on purpose: a matrix is made once, for thousands of permutations of its index.
+Plain torch: one matrix serves thousands of permutations of its index, so its cost does not matter.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from .._schemas import HSIC_KERNELS
 from ..ops._variables import Variable, between, points
 from ..reference import hsic as ref
 
-# elements of a block
+# number of elements in a block
 BLOCK = 2**22
-# columns, and squares of lengths in units of the bandwidth whose rounding shows beside the distances of near rows
+# distances come from differences up to this many columns, and where squared lengths (in units of the bandwidth) are
+# so large that their rounding hides the distances of near rows
 DIRECT_UP_TO, FAR = 8, 2.0**17
 
 
 class CentredGram:
     """H K H of one variable (n, d), or with `unbiased` the U-centred matrix, whose diagonal is 0.
 
+    K is the kernel matrix of the stored rows z, without the factor of `Variable.exponent`.
+
     Attributes:
         rows: (n,) sums of K - shift over the other samples, float64.
-        largest: of the absolute values of K - shift.
-        rounding: of an entry.
-
-    All of the kernel of z, of which K may be a multiple (`Variable.exponent`).
+        largest: largest absolute value of K - shift.
+        rounding: bound on the rounding error of an entry.
     """
 
     def __init__(self, v: Variable, unbiased: bool) -> None:
@@ -38,16 +39,16 @@ class CentredGram:
         if kernel in ("rbf", "laplacian"):
             v = v._replace(z=v.z.double(), scale=v.scale.double())
         self.points = points(v)
-        # of few columns differences cost no more than dot products
+        # for few columns, differences cost no more than dot products
         self.direct = kernel == "rbf" and (
             self.points.shape[-1] <= DIRECT_UP_TO or bool(self.points.square().sum(-1).amax() > FAR)
         )
         self.shift = ref.wide(v.z, v.scale, kernel).double()
         self.diagonal = v.diagonal - self.shift
-        # a constant variable has nothing left but rounding
+        # the centred matrix of a constant variable is rounding error only
         self.constant = bool((v.z == v.z[:1]).all())
         self.starts = range(0, self.n, max(1, BLOCK // self.n))
-        self._only = None
+        self._only: Tensor | None = None
         self.rows = v.z.new_empty(self.n, dtype=torch.float64)
         largest = []
         for start in self.starts:
@@ -58,7 +59,7 @@ class CentredGram:
             self.rows[start:stop] = block.sum(1) - self.diagonal[start:stop]
             largest.append(block.abs().amax())
         self.largest = torch.stack(largest).amax()
-        # a mean of n entries is subtracted
+        # grows with n: the means subtracted are sums over n entries
         self.rounding = 4 * self.n * torch.finfo(torch.float64).eps * self.largest
         if unbiased:
             self._mean = self.rows / (self.n - 2)
@@ -68,7 +69,7 @@ class CentredGram:
             self._all = self._mean.mean()
 
     def _raw(self, start: int) -> Tensor:
-        """(m, n) rows of K - shift."""
+        """Return (m, n) rows of K - shift."""
         if self._only is not None:
             return self._only
         stop = min(start + self.starts.step, self.n)
@@ -80,7 +81,7 @@ class CentredGram:
         return block
 
     def block(self, start: int) -> Tensor:
-        """(m, n) rows of the centred matrix, for one of `starts`."""
+        """Return (m, n) rows of the centred matrix; `start` is one of `starts`."""
         block = self._raw(start)
         if self.constant:
             return torch.zeros_like(block)
@@ -91,9 +92,9 @@ class CentredGram:
         return block
 
     def matrix(self) -> tuple[Tensor, Tensor]:
-        """(the centred matrix over `scale` in float32, scale), so that no kernel's values leave float32's range.
+        """Return (centred matrix / scale in float32, scale); scale keeps the values of every kernel in float32's range.
 
-        0 where no entry is larger than its rounding.
+        The matrix is 0 if no entry exceeds the rounding error.
         """
         scale = torch.where(self.largest > 0, self.largest, torch.ones_like(self.largest))
         result = self.v.z.new_empty((self.n, self.n), dtype=torch.float32)
@@ -103,18 +104,18 @@ class CentredGram:
         return self.above_rounding(result, scale), scale
 
     def above_rounding(self, matrix: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-        """All of the centred matrix over scale, or 0."""
+        """Return the centred matrix / scale, or zeros if no entry exceeds the rounding error."""
         low, high = matrix.aminmax()
         if bool(torch.maximum(-low, high) * scale <= self.rounding):
             return torch.zeros_like(matrix)
         return matrix
 
     def mean_distance(self) -> Tensor:
-        """The mean of 1 - K off the diagonal."""
+        """Return the mean of 1 - K off the diagonal."""
         return (1 - self.shift) - self.rows.sum() / (self.n * (self.n - 1))
 
 
 def blocks(x: CentredGram, y: CentredGram) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(first row, rows of x's, rows of y's), both centred."""
+    """Yield (index of the first row, rows of x, rows of y), both centred, block by block."""
     for start in x.starts:
         yield start, x.block(start), y.block(start)

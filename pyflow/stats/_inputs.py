@@ -1,4 +1,4 @@
-"""Arrays and tensors as users have them, and a bar over what takes long."""
+"""Conversion of the arrays, lists and tensors that users pass; progress bars."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 from .. import _checks as check
 from ..ops._variables import comparable
 
-# a bar appears for what takes longer, in seconds
+# seconds before a bar appears
 PATIENCE = 1.0
-# pandas' types of what is not there
+# type names of pandas' missing values
 MISSING = ("NAType", "NaTType")
 
 
 def samples(op: str, name: str, value: object, kernel: str) -> Tensor:
-    """One sample per row, (n, d), from an array, a list or a tensor; (n,) is one column.
+    """Return samples as rows of a tensor (n, d), from an array, a list or a tensor; (n,) is one column.
 
-    Integers become float64. For the kernel "delta" they stay, and labels of any kind become integers.
+    Integers become float64. The kernel "delta" keeps integers, and replaces labels of other types by integers.
     """
     if not isinstance(value, Tensor):
         array = array_of(op, name, value)
@@ -32,7 +32,7 @@ def samples(op: str, name: str, value: object, kernel: str) -> Tensor:
             array = _codes(op, name, array)
         if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
             raise TypeError(f"{op}: {name} must hold numbers, got {array.dtype}")
-        # torch reads one byte order
+        # torch reads native byte order only
         value = torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
     check.tensor(op, name, value)
     if value.is_complex():
@@ -56,21 +56,21 @@ def array_of(op: str, name: str, value: object) -> np.ndarray:
 
 
 def _masked(value: object) -> bool:
-    """Whether an array, or one in a list, hides elements: as an array it would show what lies under its mask."""
+    """Whether an array, or an array in a list, has masked elements; np.asarray would drop their mask."""
     if isinstance(value, np.ma.MaskedArray):
         return bool(np.ma.getmaskarray(value).any())
     return isinstance(value, (list, tuple)) and any(map(_masked, value))
 
 
 def _refuse(op: str, name: str, values: list, kinds: tuple[str, ...]) -> None:
-    """Values of types with these names are missing ones."""
+    """Raise if a value has a type with one of these names, which stand for missing values."""
     missing = next((v for v in values if type(v).__name__ in kinds), values)
     if missing is not values:
         raise ValueError(f"{op}: {name} must have no missing values, got {missing}")
 
 
 def _numbers(op: str, name: str, array: np.ndarray) -> np.ndarray:
-    """float64 where all objects are numbers, as of a table whose columns differ in type; else what was given."""
+    """Convert an object array of numbers (such as a table of mixed columns) to float64; return others unchanged."""
     values = array.ravel().tolist()
     _refuse(op, name, values, ("NoneType", *MISSING))
     if not all(isinstance(v, (numbers.Real, np.bool_)) for v in values):
@@ -82,7 +82,7 @@ def _numbers(op: str, name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _codes(op: str, name: str, labels: np.ndarray) -> np.ndarray:
-    """int64, equal where the labels are."""
+    """Return int64 codes, equal for equal labels."""
     codes: dict[object, int] = {}
     values = labels.ravel().tolist()
     _refuse(op, name, values, MISSING)
@@ -97,7 +97,7 @@ def _codes(op: str, name: str, labels: np.ndarray) -> np.ndarray:
 
 
 def same(a: object, b: object) -> bool:
-    """Whether two fields of a result are equal, NaN to NaN."""
+    """Whether two fields of a result are equal; NaN equals NaN."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and same(a.detach().cpu().numpy(), b.detach().cpu().numpy())
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
@@ -106,8 +106,8 @@ def same(a: object, b: object) -> bool:
 
 
 @contextlib.contextmanager
-def bar(total: int, unit: str, progress: bool) -> Iterator[Callable[[int], object]]:
-    """A function that is told how many more are done; it shows a bar where tqdm is installed."""
+def bar(total: int | None, unit: str, progress: bool) -> Iterator[Callable[[int], object]]:
+    """Yield a function that advances a progress bar by a count; without tqdm it does nothing."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -1,11 +1,12 @@
-"""Which layers of two networks represent the same: centred kernel alignment of all pairs, over minibatches."""
+"""Comparison of the layers of two networks: centred kernel alignment of all pairs, over minibatches."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,12 @@ from ..ops._variables import ratio, times_two_to, variable
 from ._grams import CentredGram
 from ._inputs import bar, same
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 OP = "compare_representations"
-# cells of a heat-map that still hold their values in print
+# a heat-map with more cells does not print their values
 MOST_NUMBERS = 150
 KERNELS = ("linear", "rbf", "laplacian", "polynomial")
 
@@ -42,8 +47,8 @@ class RepresentationComparison:
     def __hash__(self) -> int:
         return hash((self.layers1, self.layers2))
 
-    def heatmap(self, axes: object | None = None, *, names: tuple[str, str] = ("model 1", "model 2")) -> object:
-        """Draw the matrix with matplotlib, the first layers at the bottom left; returns the axes."""
+    def heatmap(self, axes: Axes | None = None, *, names: tuple[str, str] = ("model 1", "model 2")) -> Axes:
+        """Draw the matrix with matplotlib, the first layers at the bottom left, and return the axes."""
         from matplotlib import pyplot as plt
 
         if axes is None:
@@ -63,14 +68,14 @@ class RepresentationComparison:
         return axes
 
     def plot(self, path: str | Path, *, names: tuple[str, str] = ("model 1", "model 2")) -> Path:
-        """Write the heat-map as a picture; folders are made."""
+        """Write the heat-map to an image file and return its path; missing folders are created."""
         from matplotlib import pyplot as plt
 
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        axes = self.heatmap(names=names)
-        axes.figure.savefig(path, dpi=130)
-        plt.close(axes.figure)
+        figure = cast("Figure", self.heatmap(names=names).figure)
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
         return path
 
 
@@ -78,7 +83,7 @@ class RepresentationComparison:
 def compare_representations(
     model1: nn.Module,
     model2: nn.Module,
-    loader: Iterable,
+    loader: Iterable[Tensor | Sequence[object]],
     *,
     layers1: Sequence[str] | None = None,
     layers2: Sequence[str] | None = None,
@@ -89,27 +94,26 @@ def compare_representations(
     """CKA of all pairs of layers: mean HSIC(K, L) / sqrt(mean HSIC(K, K) mean HSIC(L, L)), unbiased, over minibatches.
 
     Args:
-        model1, model2: modules called with one tensor; the same one twice compares it with itself. They run in eval
-            mode, each on its own device, and are left in the mode they were in.
-        loader: of batches: tensors, or tuples and lists whose first element is the input. Batches of fewer than 4
-            samples are left out.
-        layers1, layers2: names of submodules (as in `named_modules`); None: all that have no submodules.
-        kernel: "linear", "rbf", "laplacian" or "polynomial", of the flattened outputs.
-        bandwidth: of rbf and laplacian: a number, or "median", of each layer and batch on its own.
+        model1, model2: modules called with one tensor; may be the same module. They run in eval mode, each on its
+            device, and then return to their previous mode.
+        loader: iterable of batches: tensors, or tuples and lists that start with the input tensor. Batches of fewer
+            than 4 samples are skipped.
+        layers1, layers2: names of submodules (as in `named_modules`); None: all submodules without children.
+        kernel: "linear", "rbf", "laplacian" or "polynomial", applied to the flattened outputs.
+        bandwidth: bandwidth of rbf and laplacian: a number, or "median", computed per layer and batch.
         progress: show a bar over the batches, where tqdm is installed.
 
     Returns:
         `RepresentationComparison` with cka, layers1, layers2 and `heatmap`, `plot`. A module that runs more than once
-        in a forward is one layer each time: "relu", "relu:2".
+        in a forward counts as one layer per run: "relu", "relu:2".
 
     Raises:
         TypeError, ValueError: not modules, unknown names or kernels, no batch of 4 samples, outputs that are not
             finite.
 
     Notes:
-        The estimate does not depend on the size of the batches, only its variance does. The Gram matrices of a
-        minibatch (n x n) are kept, its activations (n x features, far larger) are not: all pairs are then one product
-        of matrices.
+        The mean of the estimate does not depend on the batch size, its variance does. A minibatch stores Gram matrices
+        (n x n) only, not activations (n x features, far larger); all pairs are then one matrix product.
 
     Source:
         Nguyen, Raghu and Kornblith 2020, Do Wide and Deep Networks Learn the Same Things?, arXiv:2010.15327.
@@ -122,18 +126,19 @@ def compare_representations(
         (('0', '1', '2'), [1.0, 1.0, 1.0])
     """
     check.choice(OP, "kernel", kernel, KERNELS)
-    models, chosen = (model1, model2), (layers1, layers2)
+    models = (model1, model2)
     for name, model in zip(("model1", "model2"), models, strict=True):
         if not isinstance(model, nn.Module):
             raise TypeError(f"{OP}: {name} must be a module, got {type(model).__name__}")
-    chosen = [
-        _names(f"layers{i + 1}", model, names) for i, (model, names) in enumerate(zip(models, chosen, strict=True))
-    ]
+    chosen = [_names("layers1", model1, layers1), _names("layers2", model2, layers2)]
     gram = _gram(kernel, bandwidth)
-    cross, own, layers = 0.0, (0.0, 0.0), None
-    # the powers of two that sums are in units of, by layer: the largest of any batch
-    largest = [None, None]
-    total = len(loader) if hasattr(loader, "__len__") else None
+    layers: list[tuple[str, ...]] | None = None
+    # sums over batches: of both models' Gram matrices, and of each model's with itself
+    cross: Any = 0.0
+    own: list[Any] = [0.0, 0.0]
+    # per layer, the exponent of the power of two that scales its sums: the largest of all batches
+    largest: list[Tensor | None] = [None, None]
+    total = len(loader) if isinstance(loader, Sized) else None
     with evaluating(models), bar(total, "batch", progress) as done:
         for batch in loader:
             x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
@@ -154,10 +159,11 @@ def compare_representations(
             stacks = [torch.stack([gram for gram, _ in part.values()]) for part in parts]
             for m, part in enumerate(parts):
                 exponents = torch.stack([exponent for _, exponent in part.values()])
-                most = exponents if largest[m] is None else torch.maximum(largest[m], exponents)
+                before = largest[m]
+                most = exponents if before is None else torch.maximum(before, exponents)
                 stacks[m] = times_two_to(stacks[m], (exponents - most).unsqueeze(1))
-                if largest[m] is not None:
-                    smaller = (largest[m] - most).unsqueeze(1)
+                if before is not None:
+                    smaller = (before - most).unsqueeze(1)
                     cross = times_two_to(cross, smaller if m == 0 else smaller.mT)
                     own[m] = times_two_to(own[m], 2 * smaller.squeeze(1))
                 largest[m] = most
@@ -184,9 +190,9 @@ def _names(argument: str, model: nn.Module, names: Sequence[str] | None) -> list
 
 
 def _gram(kernel: str, bandwidth: float | str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A function from outputs (n, ...) to their U-centred Gram matrix, (n * n,) float64 on the CPU.
+    """Return a function from outputs (n, ...) to their U-centred Gram matrix and an exponent e, both on the CPU.
 
-    And the exponent of the power of two that it is in units of.
+    The matrix is (n * n,) float64, in units of 2**e.
     """
 
     def gram(output: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,10 +209,10 @@ def _gram(kernel: str, bandwidth: float | str) -> Callable[[Tensor], tuple[Tenso
 def _grams(
     model: nn.Module, names: Sequence[str], x: Tensor, gram: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> Mapping[str, tuple[Tensor, Tensor]]:
-    """The Gram matrices of a model's layers on a batch, in the order in which they ran."""
+    """Return the Gram matrices of a model's layers on a batch, in the order in which the layers ran."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def hook(name: str) -> Callable:
+    def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: object, output: object) -> None:
             output = next((o for o in output if isinstance(o, Tensor)), None) if isinstance(output, tuple) else output
             if not isinstance(output, Tensor) or not output.is_floating_point():
@@ -236,7 +242,7 @@ def _grams(
 
 @contextlib.contextmanager
 def evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Eval mode inside; every module is in its own mode again after."""
+    """Run a block in eval mode, then restore the mode of every module."""
     before = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()

@@ -1,8 +1,8 @@
-"""HSIC of samples too many for one call without a word: in parts, over processes, or approximated."""
+"""HSIC of many samples: in parts with a progress bar, over several processes, or approximated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..ops._features import approximation
-from ..ops._variables import Bandwidth, ratio, rows_needed, variables, whole
+from ..ops._variables import Bandwidth, Variable, ratio, rows_needed, variables, whole
 from ..ops.hsic import sums, values
 from ._inputs import bar, samples
 
-# parts that the tiles are visited in, powers of 2: sums over a tree are the same for 1, 2, 4, ... processes
+# number of parts that the tiles are split into; powers of 2, so that 1, 2, 4, ... processes sum over the same tree
 PARTS, PARTS_OF_MANY, MANY = 8, 64, 10_000
 
 
 class HSIC(NamedTuple):
-    """HSIC and the error of its approximation, 0 without one."""
+    """HSIC and the error of its approximation; the error is 0 for the exact value."""
 
     value: float
     error: float
@@ -43,35 +43,35 @@ def hsic(
     approximate: str | None = None,
     n_features: int = 512,
     seed: int = 0,
-    group: object | None = None,
+    group: dist.ProcessGroup | None = None,
     progress: bool = True,
 ) -> HSIC:
-    """`pyflow.ops.hsic` for large n: with a bar, split over processes, or approximated with a word on the error.
+    """`pyflow.ops.hsic` for large n: with a progress bar, over several processes, or approximated with an error.
 
     Args:
-        x: (n, d_x) or (n,) array, list or tensor; (n, n) for the kernel "precomputed"; for "delta" labels of any kind.
+        x: (n, d_x) or (n,) array, list or tensor; (n, n) for the kernel "precomputed"; labels of any type for "delta".
         y: (n, d_y) or (n,) likewise.
         kernel, bandwidth, kernel_y, bandwidth_y, estimator, normalize, degree, gamma, coef0, allow_tf32: as for
             `pyflow.ops.hsic`.
         approximate: None, "rff" (random Fourier features; rbf and laplacian) or "nystrom" (landmark rows): time
             O(n n_features^2), memory O(n_features^2).
-        n_features, seed: of the approximation; the error of "rff" needs 4 features.
-        group: a process group of torch.distributed (`torch.distributed.group.WORLD`). Every process passes its own
-            rows, in rank order, of as many as it likes; they are gathered, and the pairs of rows are divided.
-        progress: show a bar for what takes longer than a second, where tqdm is installed.
+        n_features, seed: options of the approximation; "rff" needs at least 4 features for its error.
+        group: a process group of torch.distributed (`torch.distributed.group.WORLD`). Every process passes its part of
+            the rows, any number, in rank order. The rows are gathered and the pairs of rows divided.
+        progress: show a bar for calls longer than a second, where tqdm is installed.
 
     Returns:
-        `HSIC` with value, the same on every process, and error. For "rff" that is a standard error over the draw of
-        frequencies; for "nystrom" a bound: the exact biased value lies between value and value + error (of the
-        unbiased one, an estimate). With normalize it is the numerator's share.
+        `HSIC` with value, the same on every process, and error. For "rff" the error is a standard error over the draw
+        of frequencies. For "nystrom" it is a bound: the exact biased value lies between value and value + error (an
+        estimate for the unbiased value). With normalize, only the error of the numerator counts.
 
     Raises:
         TypeError, ValueError: as for `pyflow.ops.hsic`; group with approximate or a precomputed kernel; processes
-            whose rows do not go together.
+            with different numbers of columns or dtypes.
 
     Notes:
-        Memory O(n (d_x + d_y)) on every process. 1, 2, 4 and 8 processes give the same bits on a CPU, other numbers
-        the same within rounding of float64 sums. No gradient: that is `pyflow.ops.hsic`'s.
+        Memory O(n (d_x + d_y)) on every process. 1, 2, 4 and 8 processes give the same bits on a CPU; other numbers of
+        processes differ by the rounding of float64 sums. Not differentiable: use `pyflow.ops.hsic` for gradients.
 
     Example:
         >>> x = torch.linspace(-1, 1, 50)
@@ -96,29 +96,32 @@ def hsic(
                 op, pair, estimator=estimator, normalize=normalize, approximate=approximate, n_features=n_features,
                 seed=seed, with_error=True,
             )  # fmt: skip
-            return HSIC(value.item(), error.item())
+            return HSIC(value.item(), 0.0 if error is None else error.item())
         pairs = [(0, 1), (0, 0), (1, 1)] if normalize else [(0, 1)]
         estimates = values(op, pair, pairs, estimator, allow_tf32, visitor(group, progress))
     return HSIC((ratio(*estimates) if normalize else whole(estimates[0], *pair)).item(), 0.0)
 
 
-def visitor(group: object | None, progress: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """A function like `sums` that visits the tiles in parts, with a bar, this process only its share."""
+def visitor(group: dist.ProcessGroup | None, progress: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Return a function like `sums` that visits the tiles in parts with a progress bar, divided over the processes."""
     rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
-    def visit(op, every, pairs, allow_tf32):
-        # at least one for each process
+    def visit(
+        op: str, every: Sequence[Variable], pairs: Sequence[tuple[int, int]], allow_tf32: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # at least one part per process
         parts = max(PARTS_OF_MANY if every[0].z.shape[-2] >= MANY else PARTS, 1 << (world - 1).bit_length())
         first, last = (parts * r // world for r in (rank, rank + 1))
 
+        shift: Tensor
+
         def part(number: int) -> tuple[Tensor, Tensor]:
             nonlocal shift
-            # the shift is that of the data, the same in every part
+            # the shift depends on the data only: every part has the same
             rows, cross, shift = sums(op, every, pairs, allow_tf32, number, parts)
             done(1)
             return rows, cross
 
-        shift = None
         with bar(last - first, "part", progress and rank == 0) as done:
             rows, cross = tree(part, first, last)
         if group is None:
@@ -133,7 +136,7 @@ def visitor(group: object | None, progress: bool) -> Callable[..., tuple[Tensor,
 
 
 def tree(part: Callable[[int], tuple[Tensor, ...]], first: int, last: int) -> tuple[Tensor, ...]:
-    """The sum of part(first) to part(last - 1), halves first: it holds as many of them as the tree is deep."""
+    """Return the pairwise sum of part(first) to part(last - 1); holds as many parts at a time as the tree is deep."""
     if last - first == 1:
         return part(first)
     middle = (first + last) // 2
@@ -141,8 +144,8 @@ def tree(part: Callable[[int], tuple[Tensor, ...]], first: int, last: int) -> tu
     return tuple(a + b for a, b in zip(left, right, strict=True))
 
 
-def gathered(op: str, x: Tensor, y: Tensor, group: object) -> tuple[Tensor, Tensor]:
-    """The rows of all processes in rank order."""
+def gathered(op: str, x: Tensor, y: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Return the rows of all processes in rank order."""
     if not dist.is_initialized():
         raise ValueError(f"{op}: group must be of an initialised torch.distributed, which it is not")
     world = dist.get_world_size(group)
@@ -163,11 +166,11 @@ def gathered(op: str, x: Tensor, y: Tensor, group: object) -> tuple[Tensor, Tens
     if bool((table[:, 2:] != table[:1, 2:]).any()):
         raise ValueError(f"{op}: all processes must pass the same numbers of columns and dtypes, got others")
     counts = table[:, 0].tolist()
-    return tuple(_rows(t, counts, group) for t in (x, y))
+    return _rows(x, counts, group), _rows(y, counts, group)
 
 
-def _rows(mine: Tensor, counts: list[int], group: object) -> Tensor:
-    # all parts of one length: gloo gathers nothing else
+def _rows(mine: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+    # padded to one length: gloo gathers tensors of equal shapes only
     padded = mine.new_zeros((max(counts), mine.shape[1]))
     padded[: len(mine)] = mine
     parts = [torch.empty_like(padded) for _ in counts]

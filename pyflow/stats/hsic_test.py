@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -16,16 +16,17 @@ from .._schemas import HSIC_KERNELS, PURPOSES
 from ..ops import noise
 from ..ops._variables import ESTIMATORS, Bandwidth, Variable, ratio, rows_needed, variables, whole
 from ..ops.hsic import chain, estimates, permuted, values
+from ..reference.noise import MASK, philox
 from ._grams import CentredGram, blocks
 from ._inputs import bar, same, samples
 
 METHODS = ("permutation", "gamma")
-# of fewer rows the variance that the gamma method takes is no variance of the null: p <= 0.01 in 12 % of independent
-# samples of 6 rows and 3 % of 15; in 2 % of 20 and 1 % from 30 on
+# the variance formula of the gamma method fails for fewer rows: p <= 0.01 in 12 % of independent samples of 6 rows and
+# 3 % of 15 rows; in 2 % of 20 rows and 1 % from 30 rows on
 GAMMA_ROWS = 20
-# up to here both Gram matrices are held, 4 n^2 bytes each
+# up to this many rows both Gram matrices are stored, 4 n^2 bytes each
 GRAM_ROWS = 8192
-# permutations beside each other above that: one tile of x's matrix serves them all
+# with more rows, permutations per pass: a tile of x's matrix serves all of them
 TOGETHER = 4
 
 
@@ -38,11 +39,11 @@ class Gamma(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class HSICTest:
-    """The answer of `hsic_test`.
+    """The result of `hsic_test`.
 
     Attributes:
-        statistic: HSIC of x and y by the estimator asked for.
-        pvalue: how probable so large a statistic is if they are independent.
+        statistic: HSIC of x and y by the chosen estimator.
+        pvalue: probability of a statistic at least as large if x and y are independent.
         null: (permutations,) float64 statistics of permuted data, or a `Gamma`.
         method: "permutation" or "gamma".
     """
@@ -79,38 +80,38 @@ def hsic_test(
     coef0: float = 1.0,
     progress: bool = True,
 ) -> HSICTest:
-    """Whether x and y depend on each other: HSIC beside what it would be if they did not.
+    """Test of independence of x and y: HSIC compared with its distribution under independence.
 
     p = (1 + #{null >= statistic}) / (1 + permutations), where the null values are HSIC of x and permuted rows of y.
 
     Args:
-        x: (n, d_x) or (n,) array, list or tensor; (n, n) for the kernel "precomputed"; for "delta" labels of any kind.
+        x: (n, d_x) or (n,) array, list or tensor; (n, n) for the kernel "precomputed"; labels of any type for "delta".
         y: (n, d_y) or (n,) likewise.
-        method: "permutation", exact at any n; or "gamma", no permutations: the null distribution as the gamma
-            distribution of its mean and variance, for the biased estimators of kernels with k(x, x) = 1 and large n:
-            p below 0.01 is twice too frequent at n = 20 and right from about 30 on.
-        permutations: their number, at least 1.
-        seed: of the permutations, 64 bits.
+        method: "permutation", exact at any n; or "gamma", which fits a gamma distribution to the mean and variance of
+            the null, without permutations: for the biased estimators, kernels with k(x, x) = 1, and large n (p below
+            0.01 is twice too frequent at n = 20, and right from about 30 on).
+        permutations: number of permutations, at least 1.
+        seed: 64-bit seed of the permutations.
         kernel, bandwidth, kernel_y, bandwidth_y, estimator, degree, gamma, coef0: as for `pyflow.ops.hsic`.
         normalize: divide the statistic and its null by sqrt(HSIC(x, x) HSIC(y, y)); p is the same.
-        progress: show a bar for what takes longer than a second, where tqdm is installed.
+        progress: show a bar for calls longer than a second, where tqdm is installed.
 
     Returns:
-        `HSICTest` with statistic, pvalue, null and method. All rows of x or of y equal: statistic 0, p 1.
+        `HSICTest` with statistic, pvalue, null and method. If all rows of x or of y are equal: statistic 0, p 1.
 
     Raises:
         TypeError: not numbers, or a seed or a count that is not an integer.
         ValueError: different n, too few rows (2; unbiased 4; gamma 20), values that are not finite, a bandwidth that
             is not positive, a precomputed matrix that is not square or not symmetric, permutations below 1, an
-            estimator or a kernel that the gamma method is not made for, a statistic beyond float64.
+            estimator or a kernel that the gamma method does not support, a statistic beyond float64.
 
     Notes:
-        Permutation r is the stable argsort of the n Philox words of its own stream (purpose "permutation", step r):
-        the same on every backend, device and thread count. A null value that is below the statistic by no more than
-        the rounding of such sums in float64 counts, so that this does not decide where data repeat. Gram matrices are
-        computed in float64 and held in float32 up to n = 8,192 (0.5 GiB for both); above, every permutation is a pass
-        over tiles with memory O(n), in float64 where rows of both x and y repeat. The gamma method takes blocks of rows
-        at any n.
+        Permutation r is the stable argsort of n Philox words (purpose "permutation", step r): the same on every
+        backend, device and thread count. A null value counts as reaching the statistic if it is lower by no more than
+        the rounding of such sums in float64, so that rounding does not decide ties of repeated data. Up to n = 8,192,
+        Gram matrices are computed in float64 and stored in float32 (0.5 GiB for both). Above, every permutation is a
+        pass over tiles with memory O(n), in float64 where rows of both x and y repeat. The gamma method works on blocks
+        of rows at any n.
 
     Source:
         Gretton et al. 2007, A Kernel Statistical Test of Independence; Phipson and Smyth 2010 for the 1 in p.
@@ -153,29 +154,29 @@ def _finite(op: str, values: list[float]) -> None:
         )
 
 
-def _key(op: str, seed: object, device: torch.device) -> Tensor:
-    """(2,) words of the seed."""
+def _key(op: str, seed: int, device: torch.device) -> Tensor:
+    """Return the (2,) words of the seed."""
     if isinstance(seed, Tensor) or seed is None:
         raise TypeError(f"{op}: seed must be an integer, got {type(seed).__name__}")
-    seed = noise.seed_tensor(op, seed, None, None, device)
-    return torch.stack((seed & noise.ref.MASK, seed >> 32 & noise.ref.MASK))
+    word = noise.seed_tensor(op, seed, None, None, device)
+    return torch.stack((word & MASK, word >> 32 & MASK))
 
 
 def draw(key: Tensor, first: int, count: int, n: int) -> Tensor:
-    """(count, n) int32 permutations `first` and on of the seed whose words are `key`."""
+    """Return (count, n) int32 permutations, starting at number `first`, of the seed with the words `key`."""
     device = key.device
     block = torch.arange(-(-n // 4), device=device).expand(count, -1)
     step = torch.arange(first, first + count, device=device).unsqueeze(1).expand_as(block)
     high = torch.full_like(block, PURPOSES.index("permutation") << 24)
     counter = torch.stack((block, torch.zeros_like(block), step, high), -1)
     if runs_reference("philox", counter):
-        words = torch.stack(noise.ref.philox(counter.unbind(-1), key), -1)
+        words = torch.stack(philox(counter.unbind(-1), key.unbind()), -1)
     else:
         words = call("philox", counter, key.expand(*block.shape, 2))
-    # a word with its index below it has no equal: any sort of these is stable
+    # the index in the low bits makes every key unique: any sort gives the stable order
     bits = max(n - 1, 1).bit_length()
     keys = (words.flatten(1)[:, :n] - 2**31 << bits) | torch.arange(n, device=device)
-    # NumPy's sort is three times as fast as torch's
+    # NumPy's sort is three times as fast as torch's on a CPU
     keys = torch.from_numpy(np.sort(keys.numpy(), axis=1)) if keys.is_cpu else keys.sort(1).values
     return (keys & (1 << bits) - 1).int()
 
@@ -183,16 +184,16 @@ def draw(key: Tensor, first: int, count: int, n: int) -> Tensor:
 def _of_grams(
     pair: list[Variable], count: int, key: Tensor, estimator: str, progress: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(1 + count,) the statistic and its null, float64, from both matrices.
+    """Return the statistic and its null (1 + count,) float64, computed from both Gram matrices.
 
-    And of each variable with itself (2,), and (2,) the sums of absolute values which that is made of. The sums that
-    make up HSIC become one when both matrices are centred: the rest of them is 0.
+    Also return HSIC of each variable with itself (2,), and the sums of absolute values (2,) that it consists of. With
+    both matrices centred, only one of the three sums of HSIC is not 0.
     """
     n = len(pair[0].z)
     (k, k_scale), (m, m_scale) = (CentredGram(v, estimator == "unbiased").matrix() for v in pair)
     diagonals = k.diagonal().double(), m.diagonal().double()
     over = _over(n, estimator)
-    # a part of about a second, and at most 16 MiB of words
+    # a part takes about a second, and at most 16 MiB of words
     part = max(1, min(2**21 // n, max(32, 2**28 // n**2)))
     statistics, identity = [], torch.arange(n, dtype=torch.int32, device=key.device).unsqueeze(0)
     with bar(count, "permutation", progress) as done:
@@ -212,9 +213,9 @@ def _of_grams(
 def _of_tiles(
     pair: list[Variable], count: int, key: Tensor, estimator: str, progress: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same without a matrix."""
+    """Return the same as `_of_grams`, from tiles instead of stored matrices."""
     op = "hsic_test"
-    # where arrangements repeat, the rounding of means and products in float32 must not tell them apart
+    # float64 where permutations tie: float32 rounding of means and products would break the ties
     if all(v.linear or _repeats(v.z) for v in pair):
         pair = [v._replace(z=v.z.double(), scale=v.scale.double()) for v in pair]
     x, y = pair
@@ -241,15 +242,15 @@ def _repeats(z: Tensor) -> bool:
 
 
 def _added(op: str, v: Variable, estimator: str) -> Tensor:
-    """The absolute values that are added for HSIC of v with itself."""
+    """Return the sum of absolute values in HSIC of v with itself."""
     if v.linear:
-        # those of covariances, squared
+        # the squared covariances
         return v.diagonal.sum().square() / _over(len(v.z), estimator)
-    return estimates(op, [v], [(0, 0)], estimator, False, with_added=True)[0].added
+    return cast(Tensor, estimates(op, [v], [(0, 0)], estimator, False, with_added=True)[0].added)
 
 
 def _over(n: int, estimator: str) -> int:
-    """What the sum of products of centred matrices is divided by."""
+    """Return the divisor of the sum of products of centred matrices."""
     return {"biased": (n - 1) ** 2, "biased_n2": n**2, "unbiased": n * (n - 3)}[estimator]
 
 
@@ -273,11 +274,11 @@ def _gamma_test(op: str, pair: list[Variable], estimator: str, normalize: bool, 
             sums.append(torch.stack((total, k.square().sum(), m.square().sum(), variance)))
             done(len(k))
     xy, xx, yy, squares = torch.stack(sums).sum(0)
-    # of all permutations: tr(H K H) tr(H L H) / (n^2 (n - 1))
+    # mean over all permutations: tr(H K H) tr(H L H) / (n^2 (n - 1))
     mean = (x.mean_distance() * y.mean_distance() * (n - 1) / n**2).item()
     factor = 72 * (n - 4) * (n - 5) / (n * (n - 1) * (n - 2) * (n - 3))
     variance = factor * squares.item() / 36 / (n * (n - 1))
-    # of HSIC over n^2, whose moments these are, to the statistic
+    # mean and variance describe the sum divided by n^2; unit converts them to the statistic
     over = _over(n, estimator)
     if normalize:
         unit, statistic = (ratio(v, xx, yy) for v in (torch.full_like(xy, n**2), xy))
@@ -285,7 +286,7 @@ def _gamma_test(op: str, pair: list[Variable], estimator: str, normalize: bool, 
         unit, statistic = (whole(v / over, *pair) for v in (torch.full_like(xy, n**2), xy))
     if not (mean > 0 and variance > 0) or x.constant or y.constant:
         return HSICTest(statistic.item(), 1.0, Gamma(math.nan, math.nan), "gamma")
-    # in units of float64 whatever those of K
+    # p is computed before the conversion, whose unit may leave float64's range
     shape, scale = mean**2 / variance, variance / mean
     null = Gamma(shape, scale * unit.item())
     _finite(op, [statistic.item(), *null])

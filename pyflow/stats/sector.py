@@ -1,4 +1,4 @@
-"""The probability that random points of a disc lie inside one sector: exactly, and by trials."""
+"""The probability that random points of a disc lie inside one sector: exact, and estimated from trials."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ..ops.sector import count, counts_for
 from ..reference import sector as ref
 from ._inputs import array_of, same
 
-# angles below this lose digits when they are divided
+# angles below this lose digits in a division
 TINY = 2.0**-900
 
 
 class SectorEstimate(NamedTuple):
-    """What trials say; of the kind and shape of theta.
+    """Estimate of a sector probability; the first three fields have the type and shape of theta.
 
     Attributes:
         probability: count / trials.
         standard_error: sqrt(p (1 - p) / trials) with p = (count + 1) / (trials + 2), so that it is never 0.
-        count: trials in which all points were inside a sector.
-        trials: as asked for.
+        count: number of trials in which all points were inside a sector.
+        trials: number of trials.
     """
 
     probability: float | np.ndarray | Tensor
     standard_error: float | np.ndarray | Tensor
-    count: int | np.ndarray | Tensor
+    count: int | np.ndarray | Tensor  # type: ignore[assignment]  # hides tuple.count
     trials: int
 
     def __eq__(self, other: object) -> bool:
@@ -57,21 +57,21 @@ def sector_probability(
     Args:
         n: number of points, integers of at least 1.
         theta: angle in radians, finite; broadcasts with n.
-        complement: 1 - P instead.
-        log: the natural logarithm instead, also where the probability itself is below the smallest float64.
+        complement: return 1 - P.
+        log: return the natural logarithm; also valid where the probability is below the smallest float64.
 
     Returns:
-        float64: a float for numbers, an array where n or theta is an array, a tensor where one of them is a tensor,
-        on that one's device.
+        float64: a float if n and theta are numbers, a tensor (on the same device) if one of them is a tensor, else an
+        array.
 
     Raises:
-        TypeError: n is not integers, theta not real numbers.
+        TypeError: n that is not integer, theta that is not real.
         ValueError: n below 1, theta not finite, shapes that do not broadcast, tensors on two devices.
 
     Notes:
-        P and 1 - P each have a relative error of at most 1e-12 (5e-14 was the largest found) for n <= 10,000 where
-        they are above 1e-250, however close to 0 or 1. Where the sum cancels, 1 - P comes from a recurrence of positive
-        terms in time n^1.5: half a millisecond at n = 10,000. n = 1 gives 1 for every theta > 0, theta <= 0 gives 0,
+        P and 1 - P each have a relative error of at most 1e-12 (largest measured: 5e-14) for n <= 10,000 and values
+        above 1e-250, however close to 0 or 1. Where the sum cancels, 1 - P comes from a recurrence of positive terms in
+        time n^1.5: half a millisecond at n = 10,000. n = 1 gives 1 for every theta > 0, theta <= 0 gives 0,
         theta >= 2 pi gives 1. Computed on the CPU by one thread; not differentiable.
 
     Source:
@@ -103,7 +103,7 @@ def sector_probability(
             [ref.sector_probability(int(a), float(b), complement, log) for a, b in zip(*flat, strict=True)], float
         )
     if log and not complement:
-        # a share of the circle that float64 has no digits left for
+        # theta / 2 pi would underflow: subtract logarithms instead
         tiny = (flat[1] > 0) & (flat[1] < TINY)
         n_of, theta_of = flat[0][tiny], flat[1][tiny]
         values[tiny] = np.log(n_of) + (n_of - 1) * (np.log(theta_of) - np.log(ref.TWO_PI[0]))
@@ -122,26 +122,26 @@ def sector_probability_mc(
     step: int | Tensor = 0,
     device: torch.device | str | None = None,
 ) -> SectorEstimate:
-    """Estimate of `sector_probability` from trials: the share in which the largest gap is at least 2 pi - theta.
+    """Estimate of `sector_probability`: the fraction of trials whose largest gap is at least 2 pi - theta.
 
     Args:
         n: number of points, at least 1.
-        theta: angles in radians, finite; all of them share the trials.
-        trials: at least 1.
+        theta: angles in radians, finite; all angles share the trials.
+        trials: number of trials, at least 1.
         seed: integer or 0-d int64 tensor on the device; None draws one from torch's default generator.
-        step: integer in [0, 2**56) or 0-d int64 tensor: another step is further, independent trials.
-        device: where the trials run; that of theta if it is a tensor, else the CPU.
+        step: integer in [0, 2**56) or 0-d int64 tensor; different steps of a seed give independent trials.
+        device: device of the trials; defaults to the device of a tensor theta, else the CPU.
 
     Returns:
-        SectorEstimate of floats for a number theta, of arrays for an array and of tensors for a tensor.
+        SectorEstimate of numbers for a number theta, of arrays for an array and of tensors for a tensor.
 
     Raises:
-        TypeError: n, trials or seed are not integers, theta not real numbers.
-        ValueError: n or trials below 1, theta not finite, a device that is not theta's, a step outside the range.
+        TypeError: n, trials or seed that are not integers, theta that is not real.
+        ValueError: n or trials below 1, theta not finite, a device other than theta's, a step out of range.
 
     Notes:
-        A trial holds the smallest of n words and one sum, in one lane: memory depends on neither n nor trials, and
-        nothing is sorted. The same counts from every backend, device and number of threads for a seed.
+        A trial keeps only the smallest of n words and one sum: memory depends on neither n nor trials, and nothing is
+        sorted. A seed gives the same counts on every backend, device and number of threads.
 
     Source:
         Stevens 1939; Holst 1980, On the lengths of the pieces of a stick broken at random.
@@ -161,21 +161,20 @@ def sector_probability_mc(
         angle = torch.from_numpy(np.array(_angle(op, theta))).to(device or "cpu")
     high, low = ref.TWO_PI
     x = ((high - angle) + low) / high
-    # no largest gap exceeds the circle, and each is above 0
+    # the largest gap is above 0 and at most the circle: 2 never counts, 0 always
     x = torch.where(angle <= 0, 2.0, torch.where(angle > high, 0.0, x))
-    counts = counts_for(op, x, n, trials, seed, step)
-    if not isinstance(theta, Tensor):
-        counts = counts.cpu().numpy()
+    found = counts_for(op, x, n, trials, seed, step)
+    counts: Tensor | np.ndarray = found if isinstance(theta, Tensor) else found.cpu().numpy()
     wide = counts.astype(float) if isinstance(counts, np.ndarray) else counts.double()
     share, near = wide / trials, (wide + 1) / (trials + 2)
     error = (near * (1 - near) / trials) ** 0.5
     if np.isscalar(theta):
-        return SectorEstimate(share.item(), error.item(), counts.item(), trials)
+        return SectorEstimate(share.item(), error.item(), int(counts.item()), trials)
     return SectorEstimate(share, error, counts, trials)
 
 
 def _device(op: str, **values: object) -> torch.device | None:
-    """The device of the tensors among the values; None where there is none."""
+    """Return the device of the tensors among the values; None without tensors."""
     devices = {value.device for value in values.values() if isinstance(value, Tensor)}
     if len(devices) > 1:
         raise ValueError(f"{op}: n and theta must be on one device, got {' and '.join(sorted(map(str, devices)))}")

@@ -602,7 +602,7 @@ def test_bad_input_gets_one_sentence(call, error, text, backend):
         (lambda: ops.langevin_step(X, X, snr=0.1, step_size=0.1), ValueError, "langevin_step: exactly one of step_size and snr must be given, got both"),
         (lambda: ops.langevin_step(X, X, snr=0.1), ValueError, "langevin_step: std must be given for the norm marginal, got None"),
         (lambda: ops.langevin_step(X, X, snr=0.1, std=-1.0), ValueError, "langevin_step: std must be at least 0, got -1.0"),
-        (lambda: ops.denoising_loss(X, 1.0, seed=None), ValueError, "denoising_loss: seed must be given, that of perturb, got None"),
+        (lambda: ops.denoising_loss(X, 1.0, seed=None), ValueError, "denoising_loss: seed must be given, the seed of perturb, got None"),
         (lambda: ops.langevin_step(X, X, snr=-0.1), ValueError, "langevin_step: snr must be at least 0, got -0.1"),
         (lambda: ops.langevin_step(X, X, step_size=torch.tensor(-1.0)), ValueError, "langevin_step: step_size must be at least 0, got -1.0"),
         (lambda: ops.langevin_step(X, X, snr=0.1, norm="max"), ValueError, "langevin_step: norm must be one of marginal, sample, batch, got 'max'"),
