@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -40,7 +40,7 @@ class Blocks(NamedTuple):
     cols: int
     segment: int
     segments: int
-    count: int
+    programs: int
 
     def by_rows(self, space: Space, block_rows: int) -> Blocks:
         """One program per block of `block_rows` rows and per tile's width of columns."""
@@ -52,7 +52,7 @@ def collapse(
     event_dims: int, tensors: Sequence[Tensor | None], row_tensors: Sequence[Tensor | None] = (), c_order: bool = False
 ) -> Space:
     """Merge the dims that all tensors lay out alike; the first tensor's event order leads, or that of the dims."""
-    lead = tensors[0]
+    lead: Any = tensors[0]
     shape, split = lead.shape, lead.dim() - event_dims
     rows, cols = math.prod(shape[:split]), math.prod(shape[split:])
     present = [t for t in (*tensors, *row_tensors) if t is not None]
@@ -75,22 +75,23 @@ def collapse(
     vec = math.gcd(8, col_sizes[-1], *outer)
     if len(col_sizes) > 1:
         col_sizes[-1] //= vec
-    at = iter(
+    whole_at = iter(
         (tuple(s // vec for s in row_strides[k]), (*(s // vec for s in col_strides[k][:-1]), col_strides[k][-1]))
         for k in range(whole)
     )
     row_at = iter(tuple(row_strides[k]) for k in range(whole, len(present)))
     return Space(
         rows, cols, vec, (tuple(row_sizes[1:]), tuple(col_sizes[1:])),
-        tuple(next(at) if t is not None else None for t in tensors),
+        tuple(next(whole_at) if t is not None else None for t in tensors),
         tuple(next(row_at) if t is not None else None for t in row_tensors),
     )  # fmt: skip
 
 
 def any_event_dims(tensors: Sequence[Tensor | None]) -> int:
     """Where nothing is summed: one flat row if memory allows, else all but the first dim."""
+    lead: Any = tensors[0]
     flat = all(t is None or t.is_contiguous() for t in tensors)
-    return tensors[0].dim() - (not flat)
+    return lead.dim() - (not flat)
 
 
 def _merge(
@@ -140,14 +141,14 @@ def bits(value: float, dtype: torch.dtype) -> int:
 
 
 def over_space(
-    kernel: object, space: Space, x: Tensor, *args: object, blocks: Blocks | None = None,
+    kernel: Any, space: Space, x: Tensor, *args: object, blocks: Blocks | None = None,
     num_warps: int | None = None, **constants: object,
 ) -> None:  # fmt: skip
     """Run a kernel whose signature ends with sizes, rows, cols, segments and the block shapes; x decides the rest."""
     blocks = blocks or cut(space)
     # float64: half the elements per thread, for the registers
     launch(
-        kernel, blocks.count, x.device, *args, num_warps=num_warps or (8 if x.dtype == torch.float64 else 4),
+        kernel, blocks.programs, x.device, *args, num_warps=num_warps or (8 if x.dtype == torch.float64 else 4),
         sizes=space.sizes, rows=space.rows, cols=space.cols // space.vec, segments=blocks.segments,
         INDEX=tl.int64 if space.wide else tl.int32, VEC=space.vec, BLOCK_R=blocks.rows, BLOCK_C=blocks.cols,
         SEGMENT=blocks.segment, **constants,
@@ -155,7 +156,7 @@ def over_space(
 
 
 def launch(
-    kernel: object, count: int, device: torch.device, *args: object, num_warps: int = 4, **constants: object
+    kernel: Any, count: int, device: torch.device, *args: object, num_warps: int = 4, **constants: object
 ) -> None:
     """Run `count` programs on the tensors' device, with contraction off."""
     options = {"num_warps": num_warps, "enable_fp_fusion": False, **constants}

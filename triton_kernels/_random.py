@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -163,11 +165,12 @@ def number(value: Tensor) -> tuple[Tensor | None, int, int]:
     """(tensor or None, low word, high word) of a 0-d int64."""
     if not by_value(value):
         return value, 0, 0
-    whole = value.item() & (2**64 - 1)
+    signed: Any = value.item()
+    whole = signed & (2**64 - 1)
     return None, _signed(whole & 0xFFFFFFFF), _signed(whole >> 32)
 
 
-def stream(seed: Tensor, step: Tensor, purpose: int) -> dict[str, object]:
+def stream(seed: Tensor, step: Tensor, purpose: int) -> dict[str, Any]:
     """The arguments of `draw` that say which stream, by name."""
     of_seed, seed_low, seed_high = number(seed)
     of_step, step_low, step_high = number(step)

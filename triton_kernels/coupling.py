@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -183,7 +185,7 @@ def affine_coupling_backward(
 
 
 def affine_coupling_packed(
-    x: Tensor, params: Tensor, mask: Tensor | None, packing: int, dim: int, *options: object
+    x: Tensor, params: Tensor, mask: Tensor | None, packing: int, dim: int, *options: Any
 ) -> tuple[Tensor, Tensor]:
     return affine_coupling(x, *_unpack(params, packing, dim), mask, *options)
 
@@ -196,7 +198,7 @@ def affine_coupling_packed_backward(
     mask: Tensor | None,
     packing: int,
     dim: int,
-    *options: object,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     grad_params = torch.empty_like(params)
     grads = _unpack(grad_params, packing, dim)
@@ -237,6 +239,7 @@ def _unpack(params: Tensor, packing: int, dim: int) -> tuple[Tensor, Tensor]:
     half = params.shape[dim] // 2
     if packing == 2:
         where = (slice(None),) * dim
-        return params[(*where, slice(0, None, 2))], params[(*where, slice(1, None, 2))]
+        even, odd = (*where, slice(0, None, 2)), (*where, slice(1, None, 2))
+        return params[even], params[odd]
     first, second = params.narrow(dim, 0, half), params.narrow(dim, half, half)
     return (first, second) if packing == 0 else (second, first)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -124,11 +126,11 @@ def squares_kernel(
     tl.store(partial + row.to(tl.int64) * segments + segment, fold(acc), mask=row < rows)
 
 
-def _rows(name: str, value: Tensor) -> dict[str, object]:
+def _rows(name: str, value: Tensor) -> dict[str, Any]:
     return {name: value, f"{name}_at": value.stride(0)}
 
 
-def _alpha(alpha: Tensor, dtype: torch.dtype) -> dict[str, object]:
+def _alpha(alpha: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     if _random.by_value(alpha):
         return {"alpha": None, "alpha_at": 0, "alpha_bits": _launch.bits(alpha.item(), dtype)}
     return {"alpha": alpha, "alpha_at": alpha.stride(0) if alpha.dim() else 0, "alpha_bits": 0}

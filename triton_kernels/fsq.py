@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -227,13 +227,13 @@ def number(digit, c, DIGITS: tl.constexpr, TILE: tl.constexpr):
     weight = tl.where(known, weight, -1)
     channels: tl.constexpr = TILE.padded[0]
     positions: tl.constexpr = TILE.padded[1]
-    if TILE.channels * TILE.positions == TILE.elements:
+    full: tl.constexpr = TILE.channels * TILE.positions == TILE.elements
+    axis: tl.constexpr = 1 if full and TILE.inner else 0
+    if full:
         if TILE.inner:
             parts = tl.reshape(weight, (positions, channels))
-            axis: tl.constexpr = 1
         else:
             parts = tl.reshape(weight, (channels, positions))
-            axis: tl.constexpr = 0
     else:
         k = tl.arange(0, channels * positions)
         channel = k // positions
@@ -244,7 +244,6 @@ def number(digit, c, DIGITS: tl.constexpr, TILE: tl.constexpr):
             i = channel * TILE.positions + position
         part = tl.gather(weight, tl.minimum(i, TILE.elements - 1), 0)
         parts = tl.reshape(tl.where(channel < TILE.channels, part, 0), (channels, positions))
-        axis: tl.constexpr = 0
     return tl.where(tl.min(parts, axis) < 0, -1, tl.sum(parts, axis))
 
 
@@ -382,8 +381,9 @@ def fsq(z: Tensor, levels: Sequence[int], variant: int, return_indices: bool) ->
     codes = torch.empty_like(z)
     if return_indices:
         indices = z.new_empty(z.shape[1:], dtype=ref.index_dtype(levels))
-        views = (z, codes, indices.expand(z.shape))
-        _over(forward_kernel, levels, variant, views, DIGITS=_digits(tuple(levels)))
+        _over(
+            forward_kernel, levels, variant, (z, codes, indices.expand(z.shape)), DIGITS=_digits(tuple(levels))
+        )  # fmt: skip
         return codes, indices
     for part, views in _parts(levels, z, codes):
         _over(forward_kernel, part, variant, (*views, None), DIGITS=None)
@@ -441,7 +441,7 @@ def _parts(levels: Sequence[int], *tensors: Tensor) -> Iterator[tuple[Sequence[i
 
 
 def _over(
-    kernel: object,
+    kernel: Any,
     levels: Sequence[int],
     variant: int,
     views: Sequence[Tensor | None],
@@ -450,7 +450,7 @@ def _over(
     **constants: object,
 ) -> None:
     """Run a kernel over views of one shape, (channels, positions...), the first of which decides the rest."""
-    lead = views[0]
+    lead: Any = views[0]
     if lead.numel() == 0:
         return
     f64 = lead.dtype == torch.float64
@@ -468,7 +468,7 @@ def _over(
     )  # fmt: skip
 
 
-def _tile(space: _launch.Space, at: Sequence[tuple], most_steps: int) -> Tile:
+def _tile(space: _launch.Space, at: Sequence[Any], most_steps: int) -> Tile:
     d, elements, vec = space.rows, _launch.TILE, space.vec
     positions = elements // d // 8 * 8
     (row_strides, col_strides) = at[0]

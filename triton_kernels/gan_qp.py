@@ -117,7 +117,7 @@ def gan_qp_loss(
     if rows == 0:
         return loss, d
     x, x_count = _sums(x_real, x_fake, distance, dtype)
-    z, z_count = (None, 1) if z_real is None else _sums(z_real, z_fake, distance, dtype)
+    z, z_count = (None, 1) if z_real is None or z_fake is None else _sums(z_real, z_fake, distance, dtype)
     segments = [1 if sums is None else sums.shape[1] for sums in (x, z)]
     blocks = [min(_launch.TILE, _launch.power_of_two(n)) for n in segments]
     # a tile of the wider one

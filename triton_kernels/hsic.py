@@ -8,6 +8,7 @@ schedules, and by hand they would be the same loops without it; a GPU without Tr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -317,7 +318,7 @@ class Gram:
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, int]:
         return self.z, self.halves, self.shift, self.dim
 
-    def constants(self, name: str) -> dict[str, object]:
+    def constants(self, name: str) -> dict[str, Any]:
         return {name: self.kernel, f"{name}_DEGREE": self.degree, f"{name}_SQUARES": self.squares}
 
 
@@ -325,7 +326,7 @@ def grams_of(z: Sequence[Tensor], scale: Tensor, kernels: Sequence[int], degrees
     return [Gram(variable, scale[:, m], kernels[m], degrees[m]) for m, variable in enumerate(z)]
 
 
-def tile_of(allow_tf32: bool) -> dict[str, object]:
+def tile_of(allow_tf32: bool) -> dict[str, Any]:
     return {"PRECISION": "tf32" if allow_tf32 else "ieee", "DEPTH": DEPTH, "BLOCK": BLOCK, "num_warps": WARPS}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -189,7 +191,7 @@ def squares_kernel(
     put(partial, 1, rows, segments, row, segment, of_noise)
 
 
-def _coefficient(name: str, value: Tensor | None, dtype: torch.dtype) -> dict[str, object]:
+def _coefficient(name: str, value: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
     """The arguments of `coefficient`, by name."""
     if value is None:
         return {name: None, f"{name}_at": 0, f"{name}_bits": 0}
@@ -198,11 +200,11 @@ def _coefficient(name: str, value: Tensor | None, dtype: torch.dtype) -> dict[st
     return {name: value, f"{name}_at": value.stride(0) if value.dim() else 0, f"{name}_bits": 0}
 
 
-def _coefficients(dtype: torch.dtype, **values: Tensor | None) -> dict[str, object]:
+def _coefficients(dtype: torch.dtype, **values: Tensor | None) -> dict[str, Any]:
     return {key: v for name, value in values.items() for key, v in _coefficient(name, value, dtype).items()}
 
 
-def _stream(seed: Tensor | None, step: Tensor | None, purpose: int, space: _launch.Space) -> dict[str, object]:
+def _stream(seed: Tensor | None, step: Any, purpose: int, space: _launch.Space) -> dict[str, Any]:
     """The arguments that say which noise; with injected noise, of no stream."""
     if seed is None:
         seed = step = torch.zeros((), dtype=torch.int64)
@@ -283,22 +285,23 @@ def sde_step_backward(
     noise_dtype: torch.dtype | None,
     f64: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lead = grad if grad is not None else grad_mean
+    lead: Any = grad if grad is not None else grad_mean
     dtype = torch.float64 if f64 else torch.float32
     dtypes = (x_dtype, score_dtype, noise_dtype)
-    grads = [_output(lead, d) for d in dtypes]
+    gx, gscore, gnoise = (_output(lead, d) for d in dtypes)
     if lead.numel() == 0:
-        return *grads, lead.new_zeros((3, _rows(lead)) if x is not None else 0, dtype=dtype)
+        return gx, gscore, gnoise, lead.new_zeros((3, _rows(lead)) if x is not None else 0, dtype=dtype)
     if x is None:
         score = noise = None
-    tensors = [grad, grad_mean, x, score, noise, *(g if d else None for g, d in zip(grads, dtypes, strict=True))]
+    outputs = (g if d else None for g, d in zip((gx, gscore, gnoise), dtypes, strict=True))
+    tensors = [grad, grad_mean, x, score, noise, *outputs]
     space = _space(tensors)
-    partial = None if x is None else _partial(space, 3, lead, dtype)
+    partial: Any = None if x is None else _partial(space, 3, lead, dtype)
     _launch.over_space(
         step_backward_kernel, space, lead.new_empty(0, dtype=dtype), *_launch.with_strides(tensors, space.at),
         partial, **_coefficients(dtype, a=a, b=b, c=c), **_stream(seed, step, purpose, space), F64=f64,
     )  # fmt: skip
-    return *grads, lead.new_empty(0, dtype=dtype) if x is None else _total(partial)
+    return gx, gscore, gnoise, lead.new_empty(0, dtype=dtype) if x is None else _total(partial)
 
 
 def _loss(
