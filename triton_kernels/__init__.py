@@ -1,1 +1,3 @@
-"""Triton kernels and their launchers, one module per op family, named and called like the operators' schemas."""
+"""Triton kernels and their launchers, one module per op family; launchers have the names and arguments of
+the operator schemas.
+"""
