@@ -1,3 +1,1 @@
-"""Triton kernels and their launchers, one module per op family; launchers have the names and arguments of
-the operator schemas.
-"""
+"""Triton kernels and their launchers, a module per op family; names and arguments match the operator schemas."""

@@ -147,7 +147,7 @@ def over_space(
     kernel: Any, space: Space, x: Tensor, *args: object, blocks: Blocks | None = None,
     num_warps: int | None = None, **constants: object,
 ) -> None:  # fmt: skip
-    """Launch a kernel whose signature ends with sizes, rows, cols, segments and block shapes; x sets device and warps."""
+    """Launch a kernel whose signature ends with sizes, rows, cols, segments and block shapes, on the device of x."""
     blocks = blocks or cut(space)
     # float64: twice the warps halve the elements per thread, to lower register pressure
     launch(

@@ -1,6 +1,4 @@
-"""Largest gaps of random points on a circle: one trial per lane, operation for operation as in
-csrc/ops/sector.h.
-"""
+"""Largest gaps of random points on a circle: one trial per lane, with the operations of csrc/ops/sector.h."""
 
 from __future__ import annotations
 
