@@ -1,4 +1,4 @@
-// SDE steps on an NVIDIA GPU: each thread handles four neighbours, so that one Philox block covers their noise.
+// SDE steps on an NVIDIA GPU: each thread handles four neighbours, whose noise takes one Philox block, or two.
 #include "../ops/sde.h"
 #include "random.h"
 
