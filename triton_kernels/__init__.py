@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, one module per op family, named and called like the operators' schemas."""
+"""Triton kernels and their launchers, a module per op family; names and arguments match the operator schemas."""

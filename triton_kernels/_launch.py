@@ -1,11 +1,11 @@
-"""What the launchers share on the host: one iteration space for all tensors, block shapes, the launch itself."""
+"""Host helpers of the launchers: one iteration space for all tensors, block shapes, the launch."""
 
 from __future__ import annotations
 
 import math
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -13,19 +13,19 @@ from torch import Tensor
 
 from . import _tiles
 
-TILE = 1024  # elements a program works on at a time
-SEGMENT = 4 * TILE  # of a row, at most, in one program
+TILE = 1024  # elements a program handles per loop iteration
+SEGMENT = 4 * TILE  # most columns of a row in one program
 
 
 class Space(NamedTuple):
-    """(rows) x (columns): the leading dims are the batch, the trailing ones the event."""
+    """Iteration space (rows) x (columns): leading dims are the batch, trailing dims the event."""
 
     rows: int
     cols: int
     vec: int
-    sizes: tuple[tuple[int, ...], tuple[int, ...]]  # without the leading ones, see _tiles
-    at: tuple[tuple[tuple[int, ...], ...] | None, ...]  # per tensor (row strides, column strides)
-    row_at: tuple[tuple[int, ...] | None, ...]  # per tensor that has row dims only, in elements
+    sizes: tuple[tuple[int, ...], tuple[int, ...]]  # without the leading dim, see _tiles
+    at: tuple[tuple[tuple[int, ...], ...] | None, ...]  # per tensor (row strides, column strides); None: absent
+    row_at: tuple[tuple[int, ...] | None, ...]  # row strides of tensors with row dims only, in elements
 
     @property
     def wide(self) -> bool:
@@ -34,16 +34,16 @@ class Space(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """How the space is cut; columns by the event's size alone, so that no sum depends on the batch."""
+    """How the space is split; columns by the event size alone, so that no sum depends on the batch."""
 
     rows: int
     cols: int
     segment: int
     segments: int
-    count: int
+    programs: int
 
     def by_rows(self, space: Space, block_rows: int) -> Blocks:
-        """One program per block of `block_rows` rows and per tile's width of columns."""
+        """One program per `block_rows` rows and one tile width of columns."""
         segments = -(-space.cols // self.cols)
         return Blocks(self.rows, self.cols, self.cols, segments, -(-space.rows // block_rows) * segments)
 
@@ -51,8 +51,11 @@ class Blocks(NamedTuple):
 def collapse(
     event_dims: int, tensors: Sequence[Tensor | None], row_tensors: Sequence[Tensor | None] = (), c_order: bool = False
 ) -> Space:
-    """Merge the dims that all tensors lay out alike; the first tensor's event order leads, or that of the dims."""
-    lead = tensors[0]
+    """Merge neighbouring dims that are contiguous with each other in every tensor.
+
+    Event dims are visited in the memory order of the first tensor, or in C order with `c_order`.
+    """
+    lead: Any = tensors[0]
     shape, split = lead.shape, lead.dim() - event_dims
     rows, cols = math.prod(shape[:split]), math.prod(shape[split:])
     present = [t for t in (*tensors, *row_tensors) if t is not None]
@@ -66,7 +69,7 @@ def collapse(
         )  # fmt: skip
 
     strides = [t.stride() + (0,) * (lead.dim() - t.dim()) for t in present]
-    # event dims in the memory order of the first tensor: a sum does not mind, a cache does
+    # event dims in the memory order of the first tensor, for cache locality
     event = sorted(range(split, lead.dim()), key=lambda d: 0 if c_order else -strides[0][d])
     row_sizes, row_strides = _merge(range(split), shape, strides, cols)
     col_sizes, col_strides = _merge(event, shape, strides, 1)
@@ -75,28 +78,29 @@ def collapse(
     vec = math.gcd(8, col_sizes[-1], *outer)
     if len(col_sizes) > 1:
         col_sizes[-1] //= vec
-    at = iter(
+    whole_at = iter(
         (tuple(s // vec for s in row_strides[k]), (*(s // vec for s in col_strides[k][:-1]), col_strides[k][-1]))
         for k in range(whole)
     )
     row_at = iter(tuple(row_strides[k]) for k in range(whole, len(present)))
     return Space(
         rows, cols, vec, (tuple(row_sizes[1:]), tuple(col_sizes[1:])),
-        tuple(next(at) if t is not None else None for t in tensors),
+        tuple(next(whole_at) if t is not None else None for t in tensors),
         tuple(next(row_at) if t is not None else None for t in row_tensors),
     )  # fmt: skip
 
 
 def any_event_dims(tensors: Sequence[Tensor | None]) -> int:
-    """Where nothing is summed: one flat row if memory allows, else all but the first dim."""
+    """Return event dims for ops without row sums: all if every tensor is contiguous, else all but the first."""
+    lead: Any = tensors[0]
     flat = all(t is None or t.is_contiguous() for t in tensors)
-    return tensors[0].dim() - (not flat)
+    return lead.dim() - (not flat)
 
 
 def _merge(
     dims: Sequence[int], shape: Sequence[int], strides: Sequence[Sequence[int]], unit: int
 ) -> tuple[list[int], list[list[int]]]:
-    """Sizes and per-tensor strides of the merged dims; at least one."""
+    """Return sizes and per-tensor strides of the merged dims, at least one dim."""
     sizes: list[int] = []
     merged: list[list[int]] = [[] for _ in strides]
     for d in dims:
@@ -117,7 +121,7 @@ def _merge(
 
 
 def cut(space: Space) -> Blocks:
-    """Block shapes for a space."""
+    """Return the block shapes for a space."""
     cols = TILE if space.cols > 2 * TILE else min(TILE // 2, power_of_two(space.cols))
     rows = TILE // cols
     segment = min(SEGMENT, cols * -(-space.cols // cols))
@@ -134,20 +138,20 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def bits(value: float, dtype: torch.dtype) -> int:
-    """A float as the integer with its bits: a float argument would be rounded to float32 on the way."""
+    """Return the bit pattern of a float as an integer: a float launch argument is rounded to float32."""
     form, integer = ("<d", "<q") if dtype == torch.float64 else ("<f", "<i")
     return struct.unpack(integer, struct.pack(form, value))[0]
 
 
 def over_space(
-    kernel: object, space: Space, x: Tensor, *args: object, blocks: Blocks | None = None,
+    kernel: Any, space: Space, x: Tensor, *args: object, blocks: Blocks | None = None,
     num_warps: int | None = None, **constants: object,
 ) -> None:  # fmt: skip
-    """Run a kernel whose signature ends with sizes, rows, cols, segments and the block shapes; x decides the rest."""
+    """Launch a kernel whose signature ends with sizes, rows, cols, segments and block shapes, on the device of x."""
     blocks = blocks or cut(space)
-    # float64: half the elements per thread, for the registers
+    # float64: twice the warps halve the elements per thread, to lower register pressure
     launch(
-        kernel, blocks.count, x.device, *args, num_warps=num_warps or (8 if x.dtype == torch.float64 else 4),
+        kernel, blocks.programs, x.device, *args, num_warps=num_warps or (8 if x.dtype == torch.float64 else 4),
         sizes=space.sizes, rows=space.rows, cols=space.cols // space.vec, segments=blocks.segments,
         INDEX=tl.int64 if space.wide else tl.int32, VEC=space.vec, BLOCK_R=blocks.rows, BLOCK_C=blocks.cols,
         SEGMENT=blocks.segment, **constants,
@@ -155,9 +159,9 @@ def over_space(
 
 
 def launch(
-    kernel: object, count: int, device: torch.device, *args: object, num_warps: int = 4, **constants: object
+    kernel: Any, count: int, device: torch.device, *args: object, num_warps: int = 4, **constants: object
 ) -> None:
-    """Run `count` programs on the tensors' device, with contraction off."""
+    """Launch `count` programs on the device, with fp fusion (contraction to fma) off."""
     options = {"num_warps": num_warps, "enable_fp_fusion": False, **constants}
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         kernel[(count,)](*args, **options)
@@ -167,12 +171,12 @@ def launch(
 
 
 def with_strides(tensors: Sequence[Tensor | None], at: Sequence[object]) -> list[object]:
-    """tensor, strides, tensor, strides, ... as the kernels take them."""
+    """Return [tensor, strides, tensor, strides, ...], the argument order of the kernels."""
     return [value for pair in zip(tensors, at, strict=False) for value in pair]
 
 
 def sum_segments(partial: Tensor, out: Tensor) -> None:
-    """(rows, segments) -> (rows,), in an order that depends on the number of segments alone."""
+    """Sum (rows, segments) to (rows,), in an order that depends on the number of segments alone."""
     rows, segments = partial.shape
     block = min(TILE, power_of_two(segments))
     launch(

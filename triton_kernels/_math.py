@@ -1,7 +1,7 @@
 """Device mathematics: csrc/math and the scale maps of csrc/ops, operation for operation.
 
-float32 functions give the bits of the C++ ones: the same polynomials in the same order, fma only where it is
-written (kernels are launched with fusion off), IEEE division. float64 ones are within a few ulp of libm.
+float32 functions return the same bits as the C++ ones: the same polynomials in the same order, fma only where
+written (kernels are launched with fusion off), IEEE division. float64 functions are within a few ulp of libm.
 Functions take tensors of the compute type, float32 or float64.
 """
 
@@ -19,7 +19,7 @@ SOFTPLUS = tl.constexpr(SCALE_MAPS.index("softplus"))
 TANH = tl.constexpr(SCALE_MAPS.index("tanh"))
 ATAN = tl.constexpr(SCALE_MAPS.index("atan"))
 SOFTSIGN = tl.constexpr(SCALE_MAPS.index("softsign"))
-# with eps > 0 two of the maps are other formulas, found once per call by `resolve`
+# with eps > 0 these two maps use another formula; `resolve` selects it once per call
 SIGMOID_EPS = tl.constexpr(len(SCALE_MAPS))
 SOFTPLUS_EPS = tl.constexpr(len(SCALE_MAPS) + 1)
 
@@ -30,14 +30,14 @@ LN2_LO = tl.constexpr(1.42860677e-6)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to nearest even
 ROUND_F64 = tl.constexpr(1.5 * 2.0**52)
 ROUND_BITS = tl.constexpr(0x4B400000)
-SMALLEST = tl.constexpr(2.0**-126)  # normal number; anything below would be a float64 literal
+SMALLEST = tl.constexpr(2.0**-126)  # smallest normal float32; a smaller literal would become float64
 BITS_OF_20 = tl.constexpr(0x41A00000)
 BITS_OF_104 = tl.constexpr(0x42D00000)
 SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 
 
 def resolve(scale_map: int, arg: float) -> int:
-    """The number of the formula, MAP in the kernels."""
+    """Return the index of the formula: MAP in the kernels."""
     if arg > 0 and scale_map == SIGMOID.value:
         return SIGMOID_EPS.value
     if arg > 0 and scale_map == SOFTPLUS.value:
@@ -57,7 +57,7 @@ def from_bits(i):
 
 @triton.jit
 def div(a, b):
-    """IEEE division (the plain operator is approximate in float32)."""
+    """IEEE division (`/` is approximate in float32)."""
     if a.dtype == tl.float64:
         return a / b
     else:
@@ -72,7 +72,7 @@ def constant(value: tl.constexpr, like):
 
 @triton.jit
 def neg(x):
-    """-x with the sign of a zero (the unary operator is 0 - x)."""
+    """-x, also for signed zeros (unary minus compiles to 0 - x)."""
     return x * -1.0
 
 
@@ -83,7 +83,7 @@ def copysign(x, s):
 
 @triton.jit
 def mul_add(a, b, c, FUSED: tl.constexpr):
-    """a * b + c with one rounding, or with two."""
+    """a * b + c, rounded once if FUSED, else twice."""
     if FUSED:
         return tl.fma(a, b, c)
     else:
@@ -131,10 +131,10 @@ def exp(x, FUSED: tl.constexpr = True):
 
 @triton.jit
 def exp_less(x, shift):
-    """e^x - shift of x <= 0, shift 0 or 1; see csrc/math/exp.h."""
+    """exp(x) - shift for x <= 0 and a shift of 0 or 1; see csrc/math/exp.h."""
     if x.dtype == tl.float64:
         y = tl.exp(x)
-        # expm1 from exp and log of the same rounded number (Kahan)
+        # Kahan's expm1: exp and log of the same rounded number
         less = tl.where(y == 1.0, x, (y - 1.0) * (x / tl.where(y == 1.0, 1.0, tl.log(y))))
         less = tl.where(y < 0.25, y - 1.0, less)
         return tl.where(shift != 0, less, y)
@@ -241,7 +241,7 @@ def tanh_unfused(x):
 
 @triton.jit
 def round_even(x):
-    """To the nearest integer, ties to even, of |x| < 2**22 (float64: 2**51)."""
+    """Nearest integer, ties to even, for |x| < 2**22 (float64: 2**51)."""
     if x.dtype == tl.float64:
         shift = constant(ROUND_F64, x)
     else:
@@ -251,7 +251,7 @@ def round_even(x):
 
 @triton.jit
 def floor(x):
-    """Of the same range, without a conversion, which flushes denormals and is slow."""
+    """Floor on the range of `round_even`; an integer conversion would be slow and flush denormals."""
     y = round_even(x)
     return tl.where(y > x, y - 1.0, y)
 
@@ -303,7 +303,7 @@ def atan_f64(a):
 
 @triton.jit
 def log_scale(s, arg, MAP: tl.constexpr):
-    """g(s); `arg` is the one constant of the map."""
+    """Log-scale g(s); `arg` is the constant of the map."""
     if MAP == EXP:
         return s
     elif MAP == SIGMOID:
@@ -328,7 +328,7 @@ def log_scale(s, arg, MAP: tl.constexpr):
 
 @triton.jit
 def log_scale_slope(s, arg, MAP: tl.constexpr):
-    """g(s) and dg/ds."""
+    """Log-scale g(s) and dg/ds."""
     if MAP == EXP:
         return s, tl.full(s.shape, 1.0, s.dtype)
     elif MAP == SIGMOID:

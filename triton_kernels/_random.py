@@ -1,6 +1,8 @@
-"""Noise on the device: csrc/math/philox.h and normal.h operation for operation, no fma anywhere."""
+"""Noise on the device: csrc/math/philox.h and normal.h operation for operation, without fma."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -34,7 +36,7 @@ def uniform(word):
 
 @triton.jit
 def log_plain(x):
-    """Of positive normal float32."""
+    """log(x) of positive normal float32, without fma."""
     i = bits(x) - SQRT_HALF_BITS
     k = (i >> 23).to(tl.float32)
     f = from_bits((i & 0x007FFFFF) + SQRT_HALF_BITS) - 1.0
@@ -52,7 +54,7 @@ def log_plain(x):
 
 @triton.jit
 def flip(x, sign):
-    """-x where the highest bit of sign (int32) is set."""
+    """-x where the top bit of `sign` (int32) is set."""
     return from_bits(bits(x) ^ sign)
 
 
@@ -85,13 +87,13 @@ def box_muller(even, odd):
 
 @triton.jit
 def halves(value):
-    """The two words of an int64."""
+    """(low, high) words of an int64."""
     return (value & 0xFFFFFFFF).to(tl.uint32), ((value >> 32) & 0xFFFFFFFF).to(tl.uint32)
 
 
 @triton.jit
 def key_of(seed, seed_at, seed_low, seed_high, r, inside):
-    """The key of rows r: from the tensor, or the number that came by value."""
+    """Philox key of rows r: loaded from `seed`, or the two words passed by value."""
     if seed is None:
         return seed_low.to(tl.uint32), seed_high.to(tl.uint32)
     else:
@@ -100,7 +102,7 @@ def key_of(seed, seed_at, seed_low, seed_high, r, inside):
 
 @triton.jit
 def words_at(k, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, inside):
-    """The words of the blocks that elements k (int64) are in."""
+    """Philox words of the blocks that contain elements k (int64)."""
     low, high = key_of(seed, seed_at, seed_low, seed_high, r, inside)
     if step is None:
         s0 = step_low.to(tl.uint32)
@@ -117,9 +119,9 @@ def draw(
     seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, c0, rows, cols,
     KIND: tl.constexpr, PER_ROW: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Noise for rows r (R, 1) and the BLOCK_C columns from c0 on, of rows of `cols` elements.
+    """Noise for rows r (R, 1) and columns c0 to c0 + BLOCK_C; a row has `cols` elements.
 
-    ALIGNED: every row's tile begins with a block, so that a block is drawn once for its four elements.
+    ALIGNED: in every row the tile starts at a Philox block, so that each block is drawn once for its four elements.
     """
     inside = r < rows
     if ALIGNED:
@@ -150,25 +152,26 @@ def draw(
 
 
 def _signed(word: int) -> int:
-    """A word as the int32 with its bits: a launch argument of one type whatever its value."""
+    """Reinterpret a 32-bit word as int32, so that the launch argument has the same type for every value."""
     return word - 2**32 if word >= 2**31 else word
 
 
 def by_value(tensor: Tensor) -> bool:
-    """Whether a scalar is in the host's hands: the caller gave a number."""
+    """Whether a scalar is passed by value: a 0-d CPU tensor, made from the caller's number."""
     return tensor.dim() == 0 and tensor.device.type == "cpu"
 
 
 def number(value: Tensor) -> tuple[Tensor | None, int, int]:
-    """(tensor or None, low word, high word) of a 0-d int64."""
+    """Return (tensor, 0, 0), or (None, low word, high word) of an int64 passed by value."""
     if not by_value(value):
         return value, 0, 0
-    whole = value.item() & (2**64 - 1)
+    signed: Any = value.item()
+    whole = signed & (2**64 - 1)
     return None, _signed(whole & 0xFFFFFFFF), _signed(whole >> 32)
 
 
-def stream(seed: Tensor, step: Tensor, purpose: int) -> dict[str, object]:
-    """The arguments of `draw` that say which stream, by name."""
+def stream(seed: Tensor, step: Tensor, purpose: int) -> dict[str, Any]:
+    """Return the keyword arguments that select the noise stream in a kernel."""
     of_seed, seed_low, seed_high = number(seed)
     of_step, step_low, step_high = number(step)
     return {
@@ -179,9 +182,9 @@ def stream(seed: Tensor, step: Tensor, purpose: int) -> dict[str, object]:
 
 
 def aligned(seed: Tensor, rows: int, cols: int, block_cols: int) -> bool:
-    """Whether every row of every tile begins with a block."""
+    """Whether every row of every tile starts at a Philox block."""
     return block_cols % 4 == 0 and (seed.dim() > 0 or rows == 1 or cols % 4 == 0)
 
 
-# arguments that change from call to call: no kernel is compiled for their values
+# arguments that change from call to call: kernels are not specialised on their values
 SCALARS = ["rows", "cols", "segments", "seed_at", "seed_low", "seed_high", "step_low", "step_high", "purpose"]

@@ -1,8 +1,8 @@
-"""What the kernels share on the device: strided tiles of rows x columns, and sums with fixed bits.
+"""Device functions of the kernels: strided tiles of rows x columns, and sums in a fixed order.
 
-A tensor comes with `at = (row strides, column strides)` over the merged dims of `_launch.collapse`. Row strides,
-outer column strides and the innermost column size are in units of VEC elements, so that the compiler sees that
-VEC neighbours lie together and are aligned. Leading sizes are never needed and never passed.
+Each tensor comes with `at = (row strides, column strides)` over the merged dims of `_launch.collapse`. Row strides,
+outer column strides and the innermost column size are in units of VEC elements, which tells the compiler that VEC
+neighbours are contiguous and aligned. Sizes of leading dims are not needed and not passed.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ MAX_LEVELS = tl.constexpr(10)  # log2 of the longest tile, _launch.TILE
 
 @triton.constexpr_function
 def static(value):
-    """A number or a tuple of them in a constexpr NamedTuple as a constexpr, which Triton 3.6 does not make it."""
+    """Make a field of a constexpr NamedTuple a constexpr; Triton 3.6 leaves it a plain value."""
     return value
 
 
 @triton.jit
 def place(segments, INDEX: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The program's rows (BLOCK_R,) and its segment of them."""
+    """The program's rows (BLOCK_R,) and the number of its segment."""
     program = tl.program_id(0)
     return (program // segments).to(INDEX) * BLOCK_R + tl.arange(0, BLOCK_R), (program % segments).to(INDEX)
 
 
 @triton.jit
 def width(cols, c, VEC: tl.constexpr):
-    """Elements of a row, in the type of c: cols alone may be an int32 where the product is none."""
+    """Elements of a row, in the type of c: `cols` may fit int32 where cols * VEC does not."""
     return tl.full([], VEC, c.dtype) * cols
 
 
@@ -69,7 +69,7 @@ def load(tensor, at, sizes, r, c, inside, VEC: tl.constexpr, dtype: tl.constexpr
 
 @triton.jit
 def store_as(pointer, value, mask):
-    """Cast to the pointer's element type, from float64 to a 16-bit one through float32 as C++ does."""
+    """Store as the pointer's element type; float64 is cast to 16 bits through float32, as in C++."""
     element: tl.constexpr = pointer.dtype.element_ty
     if value.dtype == tl.float64:
         if element != tl.float64:
@@ -84,7 +84,7 @@ def store(tensor, at, sizes, r, c, inside, VEC: tl.constexpr, value):
 
 @triton.jit
 def scalar(bits, dtype: tl.constexpr):
-    """A float that came as the integer with its bits (a launch argument would be rounded to float32)."""
+    """Float from its bit pattern (a float launch argument would be rounded to float32)."""
     if dtype == tl.float64:
         return bits.to(tl.int64).to(tl.float64, bitcast=True)
     else:
@@ -93,7 +93,7 @@ def scalar(bits, dtype: tl.constexpr):
 
 @triton.jit
 def fold(v):
-    """(R, C) -> (R,): the sum over columns by pairs of neighbours, whose bits depend on no layout or batch."""
+    """Sum (R, C) over columns to (R,) by pairs of neighbours: the bits depend on neither layout nor batch."""
     for _ in tl.static_range(MAX_LEVELS):
         if v.shape[1] > 1:
             v = tl.sum(tl.reshape(v, (v.shape[0], v.shape[1] // 2, 2)), axis=2)
@@ -102,7 +102,7 @@ def fold(v):
 
 @triton.jit
 def fold_rows(v):
-    """(R, C) -> (C,), likewise."""
+    """Sum (R, C) over rows to (C,) by pairs of neighbours."""
     for _ in tl.static_range(MAX_LEVELS):
         if v.shape[0] > 1:
             v = tl.sum(tl.reshape(v, (v.shape[0] // 2, 2, v.shape[1])), axis=1)
@@ -111,7 +111,7 @@ def fold_rows(v):
 
 @triton.jit
 def row_sums(partial, r, rows, segments, BLOCK_C: tl.constexpr):
-    """(rows, segments) -> (R,): those of rows r, int64."""
+    """Sum partial (rows, segments) over segments, for rows r (R,) int64."""
     acc = tl.zeros((r.shape[0], BLOCK_C), partial.dtype.element_ty)
     for first in range(0, segments, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
@@ -122,6 +122,6 @@ def row_sums(partial, r, rows, segments, BLOCK_C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "segments"])
 def sum_segments(partial, out, rows, segments, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(rows, segments) -> (rows,)."""
+    """Sum partial (rows, segments) to out (rows,)."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     tl.store(out + r, row_sums(partial, r, rows, segments, BLOCK_C), mask=r < rows)

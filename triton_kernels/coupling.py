@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ from ._tiles import fold, load, place, row_offset, scalar, store, width
 
 @triton.jit
 def couple(x, shift, e, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr):
-    """One element; e is e^g forward and e^-g inverse."""
+    """y of one element; e is exp(g) forward and exp(-g) inverse."""
     if INVERSE:
         return tl.fma(x, e, neg(shift)) if SHIFT_FIRST else (x - shift) * e
     else:
@@ -89,7 +91,7 @@ def backward_kernel(
         c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
         inside = (r < rows) & (c < width(cols, c, VEC))
         g, slope = log_scale_slope(load(scale, scale_at, sizes, r, c, inside, VEC, dtype), arg, MAP)
-        # without gy only g counts, whatever y has become
+        # without gy only gl contributes; x and shift are not read, so their NaN or inf reaches no gradient
         dy = tl.zeros((BLOCK_R, BLOCK_C), dtype)
         dx = dy
         moved = dy
@@ -183,7 +185,7 @@ def affine_coupling_backward(
 
 
 def affine_coupling_packed(
-    x: Tensor, params: Tensor, mask: Tensor | None, packing: int, dim: int, *options: object
+    x: Tensor, params: Tensor, mask: Tensor | None, packing: int, dim: int, *options: Any
 ) -> tuple[Tensor, Tensor]:
     return affine_coupling(x, *_unpack(params, packing, dim), mask, *options)
 
@@ -196,7 +198,7 @@ def affine_coupling_packed_backward(
     mask: Tensor | None,
     packing: int,
     dim: int,
-    *options: object,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     grad_params = torch.empty_like(params)
     grads = _unpack(grad_params, packing, dim)
@@ -218,7 +220,7 @@ def _backward(
     inverse: bool,
     event_dims: int,
 ) -> Tensor:
-    """Writes the parameters' gradients into `gshift` (may be absent) and `gscale`, returns that of x."""
+    """Write the gradients of shift and scale into `gshift` (may be None) and `gscale`; return the gradient of x."""
     gx = torch.empty_like(x)
     if x.numel() == 0:
         return gx
@@ -233,10 +235,11 @@ def _backward(
 
 
 def _unpack(params: Tensor, packing: int, dim: int) -> tuple[Tensor, Tensor]:
-    """The (shift, scale) views of packed parameters; `packing` indexes _schemas.PACKINGS."""
+    """Return the (shift, scale) views of packed parameters; `packing` indexes _schemas.PACKINGS."""
     half = params.shape[dim] // 2
     if packing == 2:
         where = (slice(None),) * dim
-        return params[(*where, slice(0, None, 2))], params[(*where, slice(1, None, 2))]
+        even, odd = (*where, slice(0, None, 2)), (*where, slice(1, None, 2))
+        return params[even], params[odd]
     first, second = params.narrow(dim, 0, half), params.narrow(dim, half, half)
     return (first, second) if packing == 0 else (second, first)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +24,7 @@ def transition_sum(
     rows, cols, dtype: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_R,) sums over a segment of rows r of the log-ratio's terms, see csrc/ops/energy.h."""
+    """Sum the log-ratio terms of rows r over one segment: (BLOCK_R,), see csrc/ops/energy.h."""
     if alpha is None:
         size = scalar(alpha_bits, dtype)
     else:
@@ -42,7 +44,7 @@ def transition_sum(
 
 @triton.jit
 def finite(x):
-    # NaN compares false, and the difference of an infinity with itself is NaN
+    # NaN compares false, and inf - inf is NaN
     return (x - x) == 0.0
 
 
@@ -68,7 +70,7 @@ def accept_kernel(
     F64: tl.constexpr, PER_ROW: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """A row of one segment is summed here and selected while it is in the cache; of others `total` has the sums."""
+    """Rows of one segment are summed here, so that the select finds them in the cache; `total` sums longer rows."""
     dtype: tl.constexpr = tl.float64 if F64 else tl.float32
     row, segment = place(segments, INDEX, BLOCK_R)
     r = row[:, None]
@@ -80,7 +82,7 @@ def accept_kernel(
         )  # fmt: skip
     else:
         ratio = tl.load(total + at, mask=row < rows, other=0.0)
-    # one element of the stream for each row, or the first of each row's own
+    # element `row` of the shared stream, or element 0 of the row's own stream
     k = at * 0 if PER_ROW else at
     w0, w1, w2, w3 = words_at(
         k, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, row, row < rows
@@ -98,7 +100,7 @@ def accept_kernel(
     for c0 in range(0, SEGMENT, BLOCK_C):
         c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
         inside = (r < rows) & (c < width(cols, c, VEC))
-        # only what is kept is read
+        # load only the state that is kept
         p = load(z, z_at, sizes, r, c, inside & ~takes, VEC, dtype)
         q = load(z_new, z_new_at, sizes, r, c, inside & takes, VEC, dtype)
         store(z_out, z_out_at, sizes, r, c, inside, VEC, tl.where(takes, q, p))
@@ -124,11 +126,11 @@ def squares_kernel(
     tl.store(partial + row.to(tl.int64) * segments + segment, fold(acc), mask=row < rows)
 
 
-def _rows(name: str, value: Tensor) -> dict[str, object]:
+def _rows(name: str, value: Tensor) -> dict[str, Any]:
     return {name: value, f"{name}_at": value.stride(0)}
 
 
-def _alpha(alpha: Tensor, dtype: torch.dtype) -> dict[str, object]:
+def _alpha(alpha: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     if _random.by_value(alpha):
         return {"alpha": None, "alpha_at": 0, "alpha_bits": _launch.bits(alpha.item(), dtype)}
     return {"alpha": alpha, "alpha_at": alpha.stride(0) if alpha.dim() else 0, "alpha_bits": 0}
@@ -154,7 +156,7 @@ def mala_accept(
     like = z.new_empty(0, dtype=dtype)
     tensors = [z, z_new, grad, grad_new, z_out, grad_out]
     if z.numel() == 0:
-        # samples without elements: the energies alone decide
+        # samples without elements: only the energies decide
         tensors = [t.new_zeros(t.shape[0], 1) for t in tensors]
     space = _launch.collapse(tensors[0].dim() - 1, tensors)
     arguments = _launch.with_strides(tensors, space.at)
@@ -168,7 +170,7 @@ def mala_accept(
     _launch.over_space(
         accept_kernel, space, like, *arguments, **_rows("u", u), **_rows("u_new", u_new), **_rows("u_out", u_out),
         accepted=accepted, total=total, **size, **_random.stream(seed, step, ACCEPT), F64=f64,
-        num_warps=8,  # six tensors: for the registers
+        num_warps=8,  # six tensors: lowers register pressure
     )  # fmt: skip
     return z_out, u_out, grad_out, accepted
 

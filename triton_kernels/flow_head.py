@@ -1,4 +1,4 @@
-"""The head of a flow: log-likelihood of the prior at z = h e^log_scale, forward and backward."""
+"""Flow head: log-density of the prior at z = h exp(log_scale), forward and backward."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOGISTIC = tl.constexpr(PRIORS.index("logistic"))
 
 @triton.jit
 def log_density(z, PRIOR: tl.constexpr):
-    """Without its constant."""
+    """Log-density of the prior without its constant."""
     if PRIOR == GAUSSIAN:
         return -0.5 * z * z
     else:
@@ -69,7 +69,7 @@ def backward_kernel(
     PRIOR: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows x BLOCK_C columns; partial (row blocks, columns) receives the addition to grad_log_scale."""
+    """One block of rows x BLOCK_C columns; its part of grad_log_scale goes to partial (row blocks, columns)."""
     dtype: tl.constexpr = tl.float64 if h.dtype.element_ty == tl.float64 else tl.float32
     program = tl.program_id(0)
     block = (program // segments).to(INDEX)
@@ -98,7 +98,7 @@ def backward_kernel(
 def sum_blocks(
     partial, out, out_at, sizes, blocks, cols, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """(blocks, columns) -> (columns,)."""
+    """Sum partial (blocks, columns) to out (columns,)."""
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = tl.zeros((BLOCK_R, BLOCK_C), partial.dtype.element_ty)
     for first in range(0, blocks, BLOCK_R):
@@ -152,5 +152,5 @@ def flow_log_prob_backward(grad: Tensor, h: Tensor, log_scale: Tensor | None, pr
 
 
 def _rows_of(log_scale: Tensor | None, h: Tensor) -> Tensor | None:
-    """The same values in every row of h, without a copy."""
+    """Expand log_scale to the shape of h, without a copy."""
     return None if log_scale is None else log_scale.expand(h.shape)

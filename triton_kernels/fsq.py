@@ -1,8 +1,8 @@
 """Finite scalar quantisation: codes and indices in one pass, backward, decode, and the residual stages.
 
-A program works on a tile of positions with all their channels, numbered so that neighbours in memory are
-neighbours in the tile: channels fastest where they lie side by side, else positions. Nothing is fused, so that
-codes and indices have the bits of the C++ kernels.
+A program handles a tile of positions with all their channels. Tile elements are numbered so that neighbours in memory
+are neighbours in the tile: channels run fastest where they are contiguous, else positions. There is no fma, so that
+codes and indices equal the C++ kernels bit for bit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,17 +29,17 @@ SYMMETRIC = tl.constexpr(FSQ_VARIANTS.index("symmetric"))
 HARD = tl.constexpr(FSQ_VARIANTS.index("hard"))
 SYMMETRIC_HARD = tl.constexpr(FSQ_VARIANTS.index("symmetric_hard"))
 
-MOST_CHANNELS = 64  # of one launch
-MANY_TILES = 4096  # from there on a program takes several, to find its constants once
+MOST_CHANNELS = 64  # per launch
+MANY_TILES = 4096  # from this count on, a program handles several tiles and computes its constants once
 
 
 class Divisors(NamedTuple):
     values: tuple[float, ...]
-    reciprocals: tuple[float, ...]  # where all are exact, else empty
+    reciprocals: tuple[float, ...]  # empty unless all are exact
 
 
 class Channels(NamedTuple):
-    """By channel; constants of the kernels, because a float argument may arrive as another float."""
+    """Per-channel constants, compiled into the kernels because a float launch argument may be rounded."""
 
     shift: tuple[float, ...]
     half: tuple[float, ...]
@@ -51,17 +51,17 @@ class Channels(NamedTuple):
 
 
 class Magic(NamedTuple):
-    """floor(n / divisor) = (2 n * factor >> bits of n) >> shift for all n without the topmost bit."""
+    """Division by multiplication: floor(n / divisor) = (2 n * factor >> bits of n) >> shift, top bit of n clear."""
 
     factor: tuple[int, ...]
     shift: tuple[int, ...]
 
 
 class Digits(NamedTuple):
-    """How digits make an index, and how it comes apart."""
+    """Constants that combine digits into an index and split an index into digits."""
 
     last: int  # the largest index
-    wide: bool  # needs 64 bits
+    wide: bool  # indices need 64 bits
     basis: tuple[int, ...]
     levels: tuple[int, ...]
     by_basis: Magic
@@ -74,11 +74,11 @@ class Tile(NamedTuple):
     elements: int  # power of two, at least positions * channels
     padded: tuple[int, int]  # the next powers of two of channels and positions
     inner: bool  # channels run fastest, else positions
-    dense: bool  # the tensors lie in memory in just that order, without gaps
-    runs: bool  # else: `vec` positions lie side by side
+    dense: bool  # all tensors are contiguous in that order
+    runs: bool  # positions run fastest, and `vec` of them are contiguous
     vec: int
-    steps: int  # tiles of a program
-    wide: bool  # an element's number needs 64 bits
+    steps: int  # tiles per program
+    wide: bool  # element numbers need 64 bits
 
 
 @triton.constexpr_function
@@ -88,7 +88,7 @@ def entry(table, k):
 
 @triton.jit
 def pick(values: tl.constexpr, c, dtype: tl.constexpr):
-    """values[c]; a scalar where all are equal."""
+    """values[c]; a scalar if all values are equal."""
     out = tl.full([], values[0], dtype)
     for k in tl.static_range(1, len(values)):
         if values[k] != values[k - 1]:
@@ -107,7 +107,7 @@ def divide(x, values: tl.constexpr, reciprocals: tl.constexpr, c):
 
 @triton.jit
 def clamp(x, low, high):
-    """NaN passes."""
+    """Clamp x to [low, high]; NaN stays NaN."""
     x = tl.where(x < low, low, x)
     return tl.where(x > high, high, x)
 
@@ -122,7 +122,7 @@ def squash(x, VARIANT: tl.constexpr):
 
 @triton.jit
 def digit_of(z, c, CHANNELS: tl.constexpr, VARIANT: tl.constexpr):
-    """0 to top, or NaN."""
+    """Digit of z: 0 to top, or NaN."""
     dtype: tl.constexpr = z.dtype
     top = pick(static(CHANNELS.top.values), c, dtype)
     if VARIANT == SIGMOID:
@@ -149,7 +149,7 @@ def code_of(digit, c, CHANNELS: tl.constexpr, VARIANT: tl.constexpr):
 
 @triton.jit
 def slope_of(z, c, CHANNELS: tl.constexpr, VARIANT: tl.constexpr):
-    """d code / dz before rounding."""
+    """Derivative of the code before rounding with respect to z."""
     shifted: tl.constexpr = VARIANT != SIGMOID and VARIANT != SYMMETRIC and VARIANT != SYMMETRIC_HARD
     if shifted:
         u = z + pick(static(CHANNELS.shift), c, z.dtype)
@@ -168,7 +168,7 @@ def slope_of(z, c, CHANNELS: tl.constexpr, VARIANT: tl.constexpr):
 
 @triton.jit
 def gradient(grad, slope, VARIANT: tl.constexpr):
-    """A clamped value passes no gradient, not even an infinite one."""
+    """grad * slope; 0 for a clamped value, even if grad is infinite."""
     if VARIANT == HARD or VARIANT == SYMMETRIC_HARD:
         return tl.where(slope == 0.0, 0.0, grad * slope)
     else:
@@ -213,7 +213,7 @@ def elements(tensor, at, sizes, i, first, TILE: tl.constexpr):
         vec: tl.constexpr = TILE.vec
         offset = row_offset(c, sizes[0], at[0]) * vec + col_offset(p, sizes[1], at[1], vec)
         if TILE.runs:
-            # the compiler does not see it through two remainders
+            # the compiler cannot derive this through two remainders
             offset = tl.max_contiguous(tl.multiple_of(offset, vec), vec)
         return tensor + offset
 
@@ -227,13 +227,13 @@ def number(digit, c, DIGITS: tl.constexpr, TILE: tl.constexpr):
     weight = tl.where(known, weight, -1)
     channels: tl.constexpr = TILE.padded[0]
     positions: tl.constexpr = TILE.padded[1]
-    if TILE.channels * TILE.positions == TILE.elements:
+    full: tl.constexpr = TILE.channels * TILE.positions == TILE.elements
+    axis: tl.constexpr = 1 if full and TILE.inner else 0
+    if full:
         if TILE.inner:
             parts = tl.reshape(weight, (positions, channels))
-            axis: tl.constexpr = 1
         else:
             parts = tl.reshape(weight, (channels, positions))
-            axis: tl.constexpr = 0
     else:
         k = tl.arange(0, channels * positions)
         channel = k // positions
@@ -244,7 +244,6 @@ def number(digit, c, DIGITS: tl.constexpr, TILE: tl.constexpr):
             i = channel * TILE.positions + position
         part = tl.gather(weight, tl.minimum(i, TILE.elements - 1), 0)
         parts = tl.reshape(tl.where(channel < TILE.channels, part, 0), (channels, positions))
-        axis: tl.constexpr = 0
     return tl.where(tl.min(parts, axis) < 0, -1, tl.sum(parts, axis))
 
 
@@ -328,7 +327,7 @@ def residual_kernel(
     x, x_at, out, out_at, indices, indices_at, active, sizes, cols,
     CHANNELS: tl.constexpr, SCALES: tl.constexpr, DIGITS: tl.constexpr, VARIANT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """`indices` is that of the first stage; those of a position lie side by side."""
+    """`indices` is the view of stage 0; the stages of a position are contiguous."""
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     i = tl.arange(0, TILE.elements)
     c = channel_of(i, TILE)
@@ -382,8 +381,9 @@ def fsq(z: Tensor, levels: Sequence[int], variant: int, return_indices: bool) ->
     codes = torch.empty_like(z)
     if return_indices:
         indices = z.new_empty(z.shape[1:], dtype=ref.index_dtype(levels))
-        views = (z, codes, indices.expand(z.shape))
-        _over(forward_kernel, levels, variant, views, DIGITS=_digits(tuple(levels)))
+        _over(
+            forward_kernel, levels, variant, (z, codes, indices.expand(z.shape)), DIGITS=_digits(tuple(levels))
+        )  # fmt: skip
         return codes, indices
     for part, views in _parts(levels, z, codes):
         _over(forward_kernel, part, variant, (*views, None), DIGITS=None)
@@ -431,7 +431,10 @@ def residual_fsq_backward(
 
 
 def _parts(levels: Sequence[int], *tensors: Tensor) -> Iterator[tuple[Sequence[int], tuple[Tensor, ...]]]:
-    """Without indices channels have nothing in common: equal ones are more positions, many come in groups."""
+    """Split a call without indices, where channels are independent.
+
+    Channels of equal levels become positions of a single channel; others come in groups of MOST_CHANNELS.
+    """
     if min(levels) == max(levels):
         yield levels[:1], tuple(t.unsqueeze(0) for t in tensors)
         return
@@ -441,7 +444,7 @@ def _parts(levels: Sequence[int], *tensors: Tensor) -> Iterator[tuple[Sequence[i
 
 
 def _over(
-    kernel: object,
+    kernel: Any,
     levels: Sequence[int],
     variant: int,
     views: Sequence[Tensor | None],
@@ -449,8 +452,8 @@ def _over(
     most_steps: int = 4,
     **constants: object,
 ) -> None:
-    """Run a kernel over views of one shape, (channels, positions...), the first of which decides the rest."""
-    lead = views[0]
+    """Launch a kernel over views of one shape, (channels, positions...); the first sets dtype and device."""
+    lead: Any = views[0]
     if lead.numel() == 0:
         return
     f64 = lead.dtype == torch.float64
@@ -460,7 +463,7 @@ def _over(
         [at for t, at in zip(views, space.at, strict=True) if t is not None and t.is_floating_point()],
         most_steps,
     )
-    # float64: half the elements per thread, for the registers
+    # float64: twice the warps halve the elements per thread, to lower register pressure
     _launch.launch(
         kernel, -(-space.cols // (tile.positions * tile.steps)), lead.device, *_launch.with_strides(views, space.at),
         *more, num_warps=8 if f64 else 4, sizes=space.sizes, cols=space.cols // tile.vec,
@@ -468,7 +471,7 @@ def _over(
     )  # fmt: skip
 
 
-def _tile(space: _launch.Space, at: Sequence[tuple], most_steps: int) -> Tile:
+def _tile(space: _launch.Space, at: Sequence[Any], most_steps: int) -> Tile:
     d, elements, vec = space.rows, _launch.TILE, space.vec
     positions = elements // d // 8 * 8
     (row_strides, col_strides) = at[0]

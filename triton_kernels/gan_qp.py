@@ -1,4 +1,4 @@
-"""The critic of a GAN-QP: sums of deviations over the samples, then a loss and a slope for each sample."""
+"""GAN-QP critic: sums of deviations of each sample, then its loss and gradient."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sums_kernel(
     DISTANCE: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """(rows, segments): sums of |real - fake|, or of its square."""
+    """Sums of |real - fake| or of its square: (rows, segments)."""
     dtype: tl.constexpr = out.dtype.element_ty
     row, segment = place(segments, INDEX, BLOCK_R)
     r = row[:, None]
@@ -52,7 +52,7 @@ def mean_distance(sums, r, rows, segments, count, DISTANCE: tl.constexpr, BLOCK_
 
 @triton.jit
 def quotient(delta, d, lam2, eps):
-    """(delta / (2 lam (d + eps)), whether that is 0 / 0 or so)."""
+    """delta / (2 lam (d + eps)), and whether the divisor is 0."""
     width = scalar(lam2, d.dtype) * (d + scalar(eps, d.dtype))
     return div(delta, width), width == 0.0
 
@@ -117,10 +117,10 @@ def gan_qp_loss(
     if rows == 0:
         return loss, d
     x, x_count = _sums(x_real, x_fake, distance, dtype)
-    z, z_count = (None, 1) if z_real is None else _sums(z_real, z_fake, distance, dtype)
+    z, z_count = (None, 1) if z_real is None or z_fake is None else _sums(z_real, z_fake, distance, dtype)
     segments = [1 if sums is None else sums.shape[1] for sums in (x, z)]
     blocks = [min(_launch.TILE, _launch.power_of_two(n)) for n in segments]
-    # a tile of the wider one
+    # rows per program: the wider of the two tiles has TILE elements
     block = _launch.TILE // max(blocks)
     _launch.launch(
         loss_kernel, -(-rows // block), x_real.device, t_real, t_real.stride(0), t_fake, t_fake.stride(0), x,
@@ -147,7 +147,7 @@ def gan_qp_loss_backward(
 
 
 def _sums(real: Tensor, fake: Tensor, distance: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """Sums of deviations (rows, segments), and the elements of a sample."""
+    """Return sums of deviations (rows, segments) and the number of elements of a sample."""
     space = _launch.collapse(real.dim() - 1, (real, fake))
     sums = real.new_empty((space.rows, _launch.cut(space).segments), dtype=dtype)
     _launch.over_space(

@@ -1,13 +1,14 @@
-"""Sums over Gram matrices whose tiles are made, used and dropped; permuted sums; centring.
+"""Sums over Gram matrices that are computed tile by tile and never stored; permuted sums; centring.
 
-A program owns a block of rows and meets every block of columns: without atomics that is what keeps a row's sum in one
-place, at the price of making each tile twice. There is no CUDA twin: the tiles are matrix products, which Triton
-schedules, and by hand they would be the same loops without it; a GPU without Triton runs the reference.
+A program owns a block of rows and loops over all blocks of columns. This keeps a row's sum in one program without
+atomics, but computes each tile twice. There is no CUDA C++ version, because the tiles are matrix products, which Triton
+schedules; a GPU without Triton runs the reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -27,7 +28,7 @@ DELTA = tl.constexpr(HSIC_KERNELS.index("delta"))
 PRECOMPUTED = tl.constexpr(HSIC_KERNELS.index("precomputed"))
 
 SQUARES_UP_TO = tl.constexpr(8)  # features: see csrc/ops/hsic.h
-# rows and columns of a tile, features multiplied at a time: with more the registers do not suffice (sm_80 to sm_100)
+# rows and columns of a tile, features per product; larger tiles run out of registers (sm_80 to sm_100)
 BLOCK, DEPTH, WARPS = 32, 16, 8
 
 
@@ -43,7 +44,7 @@ def power(x, DEGREE: tl.constexpr):
 def raw_tile(
     z, i, j, n, dim, KERNEL: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr
 ):
-    """What the kernel is a function of: dot products, squared or absolute differences summed, mismatches counted."""
+    """Argument of the kernel function: dot product, sum of squared or absolute differences, or number of mismatches."""
     dtype: tl.constexpr = z.dtype.element_ty
     rows, columns = z + i.to(tl.int64) * dim, z + j.to(tl.int64) * dim
     total = tl.zeros((i.shape[0], j.shape[0]), dtype)
@@ -73,7 +74,7 @@ def gram_tile(
     z, halves, shift, i, j, n, dim,
     KERNEL: tl.constexpr, DEGREE: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """The kernel less shift, and its derivative by a product or, of distances, the kernel itself."""
+    """K - shift and the slope: dK / d(dot product), or K itself for kernels of distances."""
     if KERNEL == PRECOMPUTED:
         inside = (i < n)[:, None] & (j < n)[None, :]
         value = tl.load(z + i.to(tl.int64)[:, None] * n + j[None, :], mask=inside, other=0.0)
@@ -97,7 +98,7 @@ def gram_tile(
             else:
                 both = tl.load(halves + i, mask=i < n, other=0.0)[:, None] + tl.load(halves + j, mask=j < n, other=0.0)
                 exponent = raw - both
-                # rounding may leave a distance below 0
+                # rounding may make a distance negative
                 exponent = tl.where(exponent > 0.0, 0.0, exponent)
             value = exp_less(exponent, shift)
             slope = value + shift
@@ -106,7 +107,7 @@ def gram_tile(
 
 @triton.jit
 def counted(i, j, n):
-    """What is summed: inside the matrix, off its diagonal."""
+    """Mask of the summed entries: inside the matrix, off the diagonal."""
     return (i < n)[:, None] & (j < n)[None, :] & (i[:, None] != j[None, :])
 
 
@@ -117,7 +118,10 @@ def sums_kernel(
     Y: tl.constexpr, Y_DEGREE: tl.constexpr, Y_SQUARES: tl.constexpr,
     SAME: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows of a pair, every `parts`th: their row sums where asked for, and cross (batch, blocks)."""
+    """One block of rows of a pair: its row sums if requested, and cross (batch, blocks).
+
+    A launch covers blocks part, part + parts, part + 2 parts, ...
+    """
     item = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     i = (block * parts + part) * BLOCK + tl.arange(0, BLOCK)
@@ -149,7 +153,7 @@ def sums_kernel(
 
 @triton.jit
 def weight_tile(inside, i, j, n, rows, factor, other, slope):
-    """dL/dK of an unordered pair of rows, times the derivative of the kernel; zero outside."""
+    """dL/dK of an unordered pair of rows times the slope of the kernel; zero outside."""
     w = other * (factor * 2.0)
     if rows is not None:
         at_i = tl.load(rows + i, mask=i < n, other=0.0)[:, None]
@@ -165,7 +169,7 @@ def backward_kernel(
     SAME: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """Of one pair, what x gets: a block of its rows by FEATURES of its features."""
+    """Gradient of x from one pair of variables: a block of rows x FEATURES features."""
     program = tl.program_id(0)
     item = (program // (blocks * chunks)).to(tl.int64)
     i = program // chunks % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -203,7 +207,7 @@ def backward_kernel(
             total += tl.sum(w[:, :, None] * zj[None, :, :], 1)
         weights += tl.sum(w, 1)
     if X == RBF:
-        # the weights times z_j - z_i
+        # sum over j of w_ij (z_j - z_i)
         total -= weights[:, None] * zi
     grad += item * n * x_dim
     if ADD:
@@ -217,7 +221,7 @@ def matrix_kernel(
     Y: tl.constexpr, Y_DEGREE: tl.constexpr, Y_SQUARES: tl.constexpr,
     ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Of one pair, what each entry of a precomputed matrix gets: a tile."""
+    """Gradient of a precomputed matrix from one pair of variables: one tile."""
     program = tl.program_id(0)
     item = (program // (blocks * blocks)).to(tl.int64)
     i = program // blocks % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -240,7 +244,7 @@ def matrix_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def permuted_kernel(x, y, permutations, out, n, BLOCK: tl.constexpr):
-    """One permutation."""
+    """Sum of x[i, j] y[p[i], p[j]] over i != j, for one permutation p."""
     row = tl.program_id(0).to(tl.int64)
     permutations += row * n
     total = tl.zeros((BLOCK,), tl.float64)
@@ -259,7 +263,7 @@ def permuted_kernel(x, y, permutations, out, n, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "blocks"])
 def center_sums_kernel(gram, at, row_sums, columns, n, blocks, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A block of rows: their sums, and what they add to the columns, (batch, blocks, n)."""
+    """One block of rows: its row sums, and its part of the column sums, (batch, blocks, n)."""
     item = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     i = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -281,7 +285,7 @@ def center_sums_kernel(gram, at, row_sums, columns, n, blocks, BLOCK_R: tl.const
 def center_kernel(
     gram, at, out, out_at, row_sums, column_sums, sums, n, blocks, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Subtract a block of rows' means, the columns' means less the mean of all."""
+    """Centre one block of rows: subtract row means and column means, add the mean of all entries."""
     item = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     own = tl.load(row_sums + item * n + i, mask=i < n, other=0.0) / n - tl.load(sums + item) / n / n
@@ -300,7 +304,7 @@ def center_kernel(
 
 
 class Gram:
-    """A variable as the kernels take it: rows centred and scaled, half their squares, the shift of its kernel."""
+    """Kernel inputs of one variable: centred and scaled rows, half their squared norms, the shift of K."""
 
     def __init__(self, z: Tensor, scale: Tensor, kernel: int, degree: int) -> None:
         name = HSIC_KERNELS[kernel]
@@ -310,14 +314,14 @@ class Gram:
             z = centred(z) * scale[:, None, None]
         self.z = z.contiguous()
         self.squares = name == "rbf" and self.dim <= SQUARES_UP_TO.value
-        # in float64, as their rounding stays with a row
+        # in float64: the rounding of a norm shifts every entry of its row alike
         self.halves = (self.z.double().square().sum(-1) / 2).to(z.dtype) if name == "rbf" else self.z
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, int]:
         return self.z, self.halves, self.shift, self.dim
 
-    def constants(self, name: str) -> dict[str, object]:
+    def constants(self, name: str) -> dict[str, Any]:
         return {name: self.kernel, f"{name}_DEGREE": self.degree, f"{name}_SQUARES": self.squares}
 
 
@@ -325,7 +329,7 @@ def grams_of(z: Sequence[Tensor], scale: Tensor, kernels: Sequence[int], degrees
     return [Gram(variable, scale[:, m], kernels[m], degrees[m]) for m, variable in enumerate(z)]
 
 
-def tile_of(allow_tf32: bool) -> dict[str, object]:
+def tile_of(allow_tf32: bool) -> dict[str, Any]:
     return {"PRECISION": "tf32" if allow_tf32 else "ieee", "DEPTH": DEPTH, "BLOCK": BLOCK, "num_warps": WARPS}
 
 
@@ -339,7 +343,7 @@ def hsic_sums(
     cross = scale.new_zeros((len(pairs) // 2, batch), dtype=torch.float64)
     shift = torch.stack([gram.shift for gram in grams], 1)
     blocks = len(range(part, -(-n // BLOCK), parts))
-    # a variable in no pair has row sums too
+    # a variable in no pair needs its row sums too
     asked = [*zip(pairs[::2], pairs[1::2], strict=True)] + [(m, m) for m in range(len(z)) if m not in pairs]
     left = set(range(len(z)))
     for p, (a, b) in enumerate(asked):
@@ -369,7 +373,7 @@ def hsic_sums_backward(
         grads.append(grad)
         if kernels[m] == DELTA.value or batch * n == 0:
             continue
-        # of a pair with itself twice; a variable in no pair has the gradient of its row sums
+        # a pair of a variable with itself appears twice; a variable in no pair has only the gradient of its row sums
         sides = [(pairs[k ^ 1], grad_cross[:, k // 2]) for k in range(len(pairs)) if pairs[k] == m]
         rows = grad_rows[:, m].contiguous()
         for index, (other, factor) in enumerate(sides or [(m, grad_rows.new_zeros(batch))]):
@@ -381,7 +385,7 @@ def hsic_sums_backward(
                     grad, n, blocks, ADD=index > 0, **y.constants("Y"), **tile,
                 )  # fmt: skip
                 continue
-            # sums over a third dim want small tiles
+            # 3-D sums need small tiles
             small = kernels[m] == LAPLACIAN.value or gram.z.dtype == torch.float64
             size = {**tile, "BLOCK": 16 if small else BLOCK}
             features = 16 if small else min(64, max(16, _launch.power_of_two(gram.dim)))
@@ -421,7 +425,7 @@ def center_into(gram: Tensor, out: Tensor) -> None:
     if flat is None and out.is_contiguous():
         flat = out.flatten(0, -3)
     if flat is None:
-        # leading dims that do not merge
+        # leading dims that cannot be merged
         for one, target in zip(gram, out, strict=True):
             center_into(one, target)
         return

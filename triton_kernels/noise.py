@@ -54,7 +54,7 @@ def noise(size: Sequence[int], seed: Tensor, step: Tensor, kind: int, purpose: i
     out = seed.new_empty(size, dtype=dtype)
     if out.numel() == 0:
         return out
-    # one stream is one row; where each sample has its own, the sample is the row
+    # one shared stream: a single row; one stream per sample: the sample is the row
     space = _launch.collapse(out.dim() - seed.dim(), (out,))
     blocks = _launch.cut(space)
     _launch.over_space(

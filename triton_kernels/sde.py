@@ -1,6 +1,8 @@
-"""Steps of SDEs with the noise drawn on the way, their gradients, the denoising loss and the norms of a corrector."""
+"""SDE steps with noise drawn in the kernel, their gradients, the denoising loss and the norms of a corrector."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +18,7 @@ SCALARS = [*_random.SCALARS, "a_at", "a_bits", "b_at", "b_bits", "c_at", "c_bits
 
 @triton.jit
 def coefficient(tensor, at, bits, r, inside, dtype: tl.constexpr):
-    """Of rows r: from the tensor, or the number that came by value."""
+    """Coefficient of rows r: loaded from the tensor, or passed by value as bits."""
     if tensor is None:
         return scalar(bits, dtype)
     else:
@@ -29,7 +31,7 @@ def noise_tile(
     inside, rows, cols, PER_ROW: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_C: tl.constexpr,
     dtype: tl.constexpr,
 ):  # fmt: skip
-    """z of a tile: given, or drawn."""
+    """Noise of a tile: loaded from `noise` if given, else drawn."""
     if noise is not None:
         return load(noise, noise_at, sizes, r, c, inside, VEC, dtype)
     else:
@@ -41,7 +43,7 @@ def noise_tile(
 
 @triton.jit
 def put(partial, which: tl.constexpr, rows, segments, row, segment, acc):
-    """A row's sum over its segment, to (which, rows, segments)."""
+    """Store each row's sum over its segment in partial (which, rows, segments)."""
     at = (row.to(tl.int64) + which * rows.to(tl.int64)) * segments + segment
     tl.store(partial + at, fold(acc), mask=row < rows)
 
@@ -72,7 +74,7 @@ def step_kernel(
         )  # fmt: skip
         if mean is not None:
             store(mean, mean_at, sizes, r, col, inside, VEC, m)
-        # -0 becomes +0: noise that is not added leaves the same bits whatever its sign
+        # + 0.0 turns -0 into +0, so that for c = 0 the sign of the noise does not change the bits
         store(y, y_at, sizes, r, col, inside, VEC, m + (of_z * z + 0.0))
 
 
@@ -133,7 +135,7 @@ def loss_kernel(
     SCORE: tl.constexpr, PER_ROW: tl.constexpr, ALIGNED: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """With gpred the backward: a is the gradient of the loss, and the sums are those of the gradient of std (c)."""
+    """Loss; with gpred its backward: a is the gradient of the loss, and the sums are the gradient of std (c)."""
     dtype: tl.constexpr = tl.float64 if pred.dtype.element_ty == tl.float64 else tl.float32
     row, segment = place(segments, INDEX, BLOCK_R)
     r = row[:, None]
@@ -189,8 +191,8 @@ def squares_kernel(
     put(partial, 1, rows, segments, row, segment, of_noise)
 
 
-def _coefficient(name: str, value: Tensor | None, dtype: torch.dtype) -> dict[str, object]:
-    """The arguments of `coefficient`, by name."""
+def _coefficient(name: str, value: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments of `coefficient` by name."""
     if value is None:
         return {name: None, f"{name}_at": 0, f"{name}_bits": 0}
     if _random.by_value(value):
@@ -198,12 +200,12 @@ def _coefficient(name: str, value: Tensor | None, dtype: torch.dtype) -> dict[st
     return {name: value, f"{name}_at": value.stride(0) if value.dim() else 0, f"{name}_bits": 0}
 
 
-def _coefficients(dtype: torch.dtype, **values: Tensor | None) -> dict[str, object]:
+def _coefficients(dtype: torch.dtype, **values: Tensor | None) -> dict[str, Any]:
     return {key: v for name, value in values.items() for key, v in _coefficient(name, value, dtype).items()}
 
 
-def _stream(seed: Tensor | None, step: Tensor | None, purpose: int, space: _launch.Space) -> dict[str, object]:
-    """The arguments that say which noise; with injected noise, of no stream."""
+def _stream(seed: Tensor | None, step: Any, purpose: int, space: _launch.Space) -> dict[str, Any]:
+    """Return the keyword arguments that select the noise; unused zeros if the noise is given (seed None)."""
     if seed is None:
         seed = step = torch.zeros((), dtype=torch.int64)
     aligned = _random.aligned(seed, space.rows, space.cols, _launch.cut(space).cols)
@@ -211,7 +213,7 @@ def _stream(seed: Tensor | None, step: Tensor | None, purpose: int, space: _laun
 
 
 def _space(tensors: list[Tensor | None]) -> _launch.Space:
-    """The sample is the row, and its elements come in C order, that of the noise."""
+    """Return a space whose rows are samples, with elements in C order, the order of the noise."""
     present = [t for t in tensors if t is not None]
     space = _launch.collapse(max(0, present[0].dim() - 1), present, c_order=True)
     at = iter(space.at)
@@ -223,7 +225,7 @@ def _partial(space: _launch.Space, count: int, like: Tensor, dtype: torch.dtype)
 
 
 def _total(partial: Tensor) -> Tensor:
-    """(count, rows, segments) -> (count, rows)."""
+    """Sum (count, rows, segments) to (count, rows)."""
     if partial.shape[2] == 1:
         return partial[:, :, 0]
     out = partial.new_empty(partial.shape[:2])
@@ -283,22 +285,23 @@ def sde_step_backward(
     noise_dtype: torch.dtype | None,
     f64: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lead = grad if grad is not None else grad_mean
+    lead: Any = grad if grad is not None else grad_mean
     dtype = torch.float64 if f64 else torch.float32
     dtypes = (x_dtype, score_dtype, noise_dtype)
-    grads = [_output(lead, d) for d in dtypes]
+    gx, gscore, gnoise = (_output(lead, d) for d in dtypes)
     if lead.numel() == 0:
-        return *grads, lead.new_zeros((3, _rows(lead)) if x is not None else 0, dtype=dtype)
+        return gx, gscore, gnoise, lead.new_zeros((3, _rows(lead)) if x is not None else 0, dtype=dtype)
     if x is None:
         score = noise = None
-    tensors = [grad, grad_mean, x, score, noise, *(g if d else None for g, d in zip(grads, dtypes, strict=True))]
+    outputs = (g if d else None for g, d in zip((gx, gscore, gnoise), dtypes, strict=True))
+    tensors = [grad, grad_mean, x, score, noise, *outputs]
     space = _space(tensors)
-    partial = None if x is None else _partial(space, 3, lead, dtype)
+    partial: Any = None if x is None else _partial(space, 3, lead, dtype)
     _launch.over_space(
         step_backward_kernel, space, lead.new_empty(0, dtype=dtype), *_launch.with_strides(tensors, space.at),
         partial, **_coefficients(dtype, a=a, b=b, c=c), **_stream(seed, step, purpose, space), F64=f64,
     )  # fmt: skip
-    return *grads, lead.new_empty(0, dtype=dtype) if x is None else _total(partial)
+    return gx, gscore, gnoise, lead.new_empty(0, dtype=dtype) if x is None else _total(partial)
 
 
 def _loss(

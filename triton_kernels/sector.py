@@ -1,4 +1,4 @@
-"""Largest gaps of random points on a circle: a trial per lane, the operations of csrc/ops/sector.h."""
+"""Largest gaps of random points on a circle: one trial per lane, with the operations of csrc/ops/sector.h."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 from . import _launch, _random
 from ._random import log_plain, words_at
 
-BLOCK = 256  # trials of a program at a time
-PROGRAMS = 4096  # at most; each then takes every so many blocks of trials
+BLOCK = 256  # trials of a program per round
+PROGRAMS = 4096  # at most; programs stride over the blocks of trials
 
 
 @triton.jit
 def positive_uniform(word):
-    """In (0, 1]."""
+    """Uniform in (0, 1] from a word."""
     return (word.to(tl.float32) + 1.0) * 2.3283064365386963e-10
 
 
 @triton.jit
 def fixed_log(u):
-    """-log in units of 2**-24."""
+    """-log(u) in units of 2**-24."""
     return (-log_plain(u) * 16777216.0).to(tl.int32)
 
 
 @triton.jit
 def used(word, at, points):
-    """A word that adds nothing and is no minimum in the place of those beyond the points."""
+    """The word, or 0xFFFFFFFF beyond the last point: adds 0 to the sum and is never the minimum."""
     return tl.where(at < points, word, tl.full([], 0xFFFFFFFF, tl.uint32))
 
 

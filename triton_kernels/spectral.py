@@ -1,8 +1,8 @@
-"""Spectral normalisation: a round of power iteration in one pass over W, the division by sigma, the gradient.
+"""Spectral normalisation: power iteration with one pass over W per round, division by sigma, gradient.
 
-A launch per pass and layer. A table of pointers would make it one launch per pass, but has to be copied from the
-host on every call, which a CUDA graph would replay with addresses that are gone; Triton knows neither alignment nor
-dtype of what it points to.
+Each layer takes one launch per pass. A table of pointers would allow one launch for all layers, but it must be copied
+from the host on every call, so a CUDA graph would replay stale addresses; and Triton knows neither alignment nor dtype
+behind such pointers.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from . import _launch
 from ._math import constant, div
 from ._tiles import fold, fold_rows, store_as
 
-ROWS = 16  # of W in a program
-COLS = 128  # of them at a time
-FLAT = 1024  # elements of a vector at a time
+ROWS = 16  # rows of W per program
+COLS = 128  # columns of W per loop iteration
+FLAT = 1024  # elements of a vector per loop iteration
 SMALLEST = tl.constexpr(FLOOR)
 
 
@@ -30,7 +30,7 @@ def vanishes(norm):
 
 @triton.jit
 def root(x):
-    """Correctly rounded."""
+    """Correctly rounded square root."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:
@@ -45,7 +45,7 @@ def total(v):
 
 @triton.jit
 def product_kernel(w, v, y, partial, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """y = W v of a block of rows, and its part of W' y: partial (row blocks, cols)."""
+    """y = W v for one block of rows, and the block's part of W' y: partial (row blocks, cols)."""
     dtype: tl.constexpr = tl.float64 if w.dtype.element_ty == tl.float64 else tl.float32
     block = tl.program_id(0).to(tl.int64)
     r = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -67,7 +67,7 @@ def product_kernel(w, v, y, partial, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C:
 
 @triton.jit
 def reduce_kernel(partial, z, blocks, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(row blocks, cols) -> (cols,)."""
+    """Sum partial (row blocks, cols) to z (cols,)."""
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = tl.zeros((BLOCK_R, BLOCK_C), partial.dtype.element_ty)
     for first in range(0, blocks, BLOCK_R):
@@ -82,7 +82,7 @@ def finish_kernel(
     y, z, u, v, u_out, v_out, sigma, rows, cols,
     VECTOR: tl.constexpr, ITERATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The norms of W v and W' u, new u and v (those given where a norm is next to 0), sigma."""
+    """Norms of W v and W' u, then new u and v (unchanged where a norm vanishes) and sigma."""
     dtype: tl.constexpr = sigma.dtype.element_ty
     acc = tl.zeros((BLOCK,), dtype)
     one = tl.sum(acc, axis=0) + 1.0
@@ -94,7 +94,7 @@ def finish_kernel(
                 part = tl.load(y + r, mask=r < rows, other=0.0).to(dtype)
                 acc = tl.fma(part, part, acc)
             left = root(total(acc))
-        # a norm next to 0 divides nothing
+        # do not divide by a vanishing norm
         by_left = tl.where(vanishes(left), one, left)
         acc = tl.zeros((BLOCK,), dtype)
         for c0 in range(0, cols, BLOCK):
@@ -135,7 +135,7 @@ def scale_kernel(w, out, sigma, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def dot_kernel(grad, w, partial, count, BLOCK: tl.constexpr):
-    """A block's part of sum(grad W)."""
+    """One block's part of sum(grad * W)."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dtype: tl.constexpr = partial.dtype.element_ty
     a = tl.load(grad + i, mask=i < count, other=0.0).to(dtype)
@@ -144,7 +144,7 @@ def dot_kernel(grad, w, partial, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def slope_kernel(partial, grad_sigma, sigma, slope, blocks, BLOCK: tl.constexpr):
-    """grad_sigma - sum(grad W) / sigma^2, 0 where sigma is its floor."""
+    """grad_sigma - sum(grad * W) / sigma^2; 0 where sigma is at its floor."""
     acc = tl.zeros((BLOCK,), slope.dtype.element_ty)
     for first in range(0, blocks, BLOCK):
         i = first + tl.arange(0, BLOCK)
@@ -158,7 +158,7 @@ def slope_kernel(partial, grad_sigma, sigma, slope, blocks, BLOCK: tl.constexpr)
 def gradient_kernel(
     grad, w, u, v, sigma, slope, out, count, cols, VECTOR: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """grad / sigma + slope u v'; of a vector u v' is W / sigma."""
+    """grad / sigma + slope u v'; for a vector, u v' is W / sigma."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     s = tl.load(sigma)
     inside = i < count
@@ -177,7 +177,7 @@ def spectral_normalize(weights: list[Tensor], u: list[Tensor], v: list[Tensor], 
 
 
 def _normalized(weight: Tensor, u: Tensor, v: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One layer: (weight, u, v, sigma)."""
+    """Return (weight, u, v, sigma) of one layer."""
     w, dtype, device = weight.contiguous(), _launch.compute_dtype(weight), weight.device
     vector = w.dim() == 1
     rows, cols = (1, w.numel()) if vector else (w.shape[0], w[0].numel())
@@ -192,7 +192,7 @@ def _normalized(weight: Tensor, u: Tensor, v: Tensor, n_iter: int) -> tuple[Tens
         blocks = -(-rows // ROWS)
         y, z = w.new_empty(rows, dtype=dtype), w.new_empty(cols, dtype=dtype)
         partial = w.new_empty((blocks, cols), dtype=dtype)
-        # between rounds u and v are not rounded
+        # between rounds u and v stay in the compute dtype
         left, right = u, v
         for i in range(max(n_iter, 1)):
             last = i + 1 >= n_iter
@@ -241,5 +241,5 @@ def _gradient(grad: Tensor, grad_sigma: Tensor, weight: Tensor, u: Tensor, v: Te
 
 
 def _as(like: Tensor, values: Tensor) -> Tensor:
-    """The values in the strides of empty_like(like)."""
+    """Return the values with the strides of empty_like(like)."""
     return values if like.is_contiguous() else torch.empty_like(like).copy_(values)

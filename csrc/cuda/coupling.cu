@@ -8,7 +8,7 @@ namespace {
 struct Args {
   Space space;
   Cut cut;
-  bool affine;  // has a scale and a logdet; else additive
+  bool affine;  // with scale and logdet; else additive
   bool inverse, shift_first;
   ScaleMap scale_map;
   double map_arg;
@@ -34,7 +34,7 @@ __device__ CouplingGrad<T> couple_backward_as(const Args& a, T gy, T gl, T x, T 
                        : couple_backward<false, false>(gy, gl, x, shift, e, slope);
 }
 
-// calls f with the map as a compile-time constant, on the side that f is for
+// calls f with the map as a compile-time constant; f is host or device code
 #pragma nv_exec_check_disable
 template <class F>
 __host__ __device__ void for_map(ScaleMap m, F f) {
@@ -54,7 +54,7 @@ __host__ __device__ void for_map(ScaleMap m, F f) {
   }
 }
 
-constexpr int kAnyMap = -1;  // found at run time, where speed matters less than the size of the binary
+constexpr int kAnyMap = -1;  // map selected at run time, for cases where binary size matters more than speed
 
 template <int M, class T>
 __device__ T log_scale_of(const Args& a, T s) {
@@ -78,7 +78,7 @@ __device__ LogScale<T> log_scale_slope_of(const Args& a, T s) {
   }
 }
 
-// calls f(spot, i) for the groups of N columns, the first at i, that a thread of this block works on
+// calls f(spot, i) for each group of N columns of this thread; i: index of the first among its kEach columns
 template <int N, class F>
 __device__ void for_each_group(const Args& a, F f) {
   const int64_t first = blockIdx.x % a.cut.segments * a.cut.segment;
@@ -136,7 +136,7 @@ template <int M, int N, class T>
 __global__ void __launch_bounds__(kThreads, 2) backward(const __grid_constant__ Args a) {
   for_each_group<N>(a, [&](const Spot& p, int) {
     const auto scale = load<N, T>(a.space, a.scale, p);
-    // without gy only g counts, whatever y has become: zeros stand for x and shift too
+    // without gy only gl contributes: x and shift are replaced by zeros, so that their NaN or inf reaches no gradient
     const bool reached = a.gy.data != nullptr;
     Group<T, N> x{}, shift{}, gy{}, gx, gshift, gscale;
     if (reached) {
@@ -184,7 +184,7 @@ void launch_backward(const Args& a, const Tensor& x) {
   for_map(a.scale_map, [&](auto map) { launch(backward<int(map.value), kEach, float>, a.cut.blocks, x, a); });
 }
 
-// `layout` holds every view but x, mask and y
+// expects x and the parameters in `layout`; adds y and mask
 Tensor run_forward(Args& a, Layout& layout, const Tensor& x, const std::optional<Tensor>& mask) {
   Tensor y = new_like(x);
   layout.add(a.y, y);
@@ -249,7 +249,7 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor shift, Tensor scale,
   return run_affine(a, layout, x, mask, event_dims);
 }
 
-// the shift and scale views of packed parameters; `packing` as in the operator schema
+// adds the shift and scale views of packed parameters; `packing` as in the operator schema
 void add_packed(Layout& layout, View& shift, View& scale, const Tensor& params, int64_t packing, int64_t dim) {
   const int64_t half = params.size(dim) / 2;
   const bool interleaved = packing == 2;
@@ -269,7 +269,7 @@ std::tuple<Tensor, Tensor> affine_coupling_packed(Tensor x, Tensor params, std::
   return run_affine(a, layout, x, mask, event_dims);
 }
 
-// `layout` holds the views of x, the parameters and their gradients
+// expects x, the parameters and their gradients in `layout`; adds the other views
 Tensor run_backward(Args& a, Layout& layout, const std::optional<Tensor>& gy, const std::optional<Tensor>& gl,
                     const Tensor& x, const std::optional<Tensor>& mask) {
   Tensor gx = new_like(x);

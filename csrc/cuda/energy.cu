@@ -5,26 +5,26 @@
 namespace pyflow::cuda {
 namespace {
 
-constexpr int64_t kAccept = 3;  // the purpose of the accept uniforms
+constexpr int64_t kAccept = 3;  // noise purpose of the accept uniforms
 
 struct Args {
   Space space;
   Cut cut;
-  Stream stream;  // of the accept uniforms, one for each row
+  Stream stream;  // one accept uniform per row
   View z, z_new, grad, grad_new;
-  View alpha, u, u_new, u_out;  // one value for each row, stride[0] apart; without data alpha is `size`
+  View alpha, u, u_new, u_out;  // one value per row, stride[0] apart; alpha without data: `size`
   double size;
   View z_out, grad_out;
   uint8_t* accepted;  // (rows)
-  void* partial;      // (rows, segments) of the compute type, written by the kernels that only sum
-  const void* total;  // (rows), null where a row is one segment and is summed by the block that selects
+  void* partial;      // (rows, segments) of the compute type, written by the summing kernels
+  const void* total;  // (rows); null: a row is one segment, and accept_kernel sums it
 };
 
 __device__ int64_t row_of(const Args& a) {
   return blockIdx.x / a.cut.segments * a.cut.rows + threadIdx.x / (int(a.cut.cols) / kEach);
 }
 
-// calls f(spot, index of its first column among the thread's four) for all columns of a thread, N at a time
+// calls f(spot, i) for each group of N columns of this thread; i: index of the first among its kEach columns
 template <int N, class F>
 __device__ void for_each_spot(const Args& a, F f) {
   const int64_t row_block = blockIdx.x / a.cut.segments, first = blockIdx.x % a.cut.segments * a.cut.segment;
@@ -34,7 +34,7 @@ __device__ void for_each_spot(const Args& a, F f) {
   }
 }
 
-// what lies outside adds nothing
+// columns outside the row add 0
 template <int N, class T>
 __device__ void add_terms(const Spot& p, int at, const Group<T, N>& terms, Group<T, kEach>& acc) {
 #pragma unroll
@@ -45,7 +45,7 @@ __device__ void add_terms(const Spot& p, int at, const Group<T, N>& terms, Group
   }
 }
 
-// of the block's segment, for every thread of the row
+// log-ratio terms summed over the block's segment; every thread of the row gets the sum
 template <int N, class T>
 __device__ T transition_sum(const Args& a) {
   const int64_t row = row_of(a);
@@ -65,7 +65,7 @@ __device__ T transition_sum(const Args& a) {
   return fold(acc, int(a.cut.cols));
 }
 
-// a row's sum over its segment
+// stores a row's sum over the block's segment
 template <class T>
 __device__ void put(const Args& a, T sum) {
   const int64_t row = row_of(a);
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 2) squares_kernel(const __grid_const
   put(a, fold(acc, int(a.cut.cols)));
 }
 
-// element k of a stream: the row, or the first of the row's own
+// element `row` of the shared stream, or element 0 of the row's own stream
 __device__ float uniform_of(const Stream& s, int64_t row) {
   const uint64_t k = s.per_row ? 0 : uint64_t(row);
   const Words w = words_of(s, row, k / 4);
@@ -133,7 +133,7 @@ void set_rows(View& view, const Tensor& t) {
   view.stride[0] = t.dim() > 0 ? t.stride(0) : 0;
 }
 
-// a number of the caller comes by value (a 0-d tensor on the CPU)
+// a caller's number arrives as a 0-d CPU tensor and is passed by value
 void set_alpha(Args& a, const Tensor& t) {
   if (t.dim() > 0 || t.device().type() != torch::headeronly::DeviceType::CPU) return set_rows(a.alpha, t);
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double, "pyflow: a number must come as float64");
@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mala_accept(Tensor z, Tensor z_new, T
   a.accepted = (uint8_t*)accepted.data_ptr();
   a.stream = stream_of(seed, step, kAccept);
   a.space = layout.merge();
-  // samples without elements: the energies alone decide, by blocks that find no column
+  // samples without elements: only the energies decide; one column makes the grid non-empty
   Space counted = a.space;
   counted.cols = std::max<int64_t>(counted.cols, 1);
   a.cut = cut(counted);

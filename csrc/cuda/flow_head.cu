@@ -1,4 +1,4 @@
-// The head of a flow on an NVIDIA GPU: grids over the scalar functions of ops/flow_head.h.
+// Flow head on an NVIDIA GPU: grids over the scalar functions of ops/flow_head.h.
 #include "../ops/flow_head.h"
 #include "tile.h"
 
@@ -14,8 +14,8 @@ struct Args {
   View grad, gh, glog_scale;  // backward; grad is read by row dims only
   void* out;                  // (rows, segments) of the compute type
   void* partial;              // (row blocks, cols), backward with a log_scale
-  int64_t block_rows;         // rows that a block of the backward takes
-  double offset;              // the prior's constant, once per row
+  int64_t block_rows;         // rows per block of the backward
+  double offset;              // the prior's constant, added once per row
 };
 
 template <Prior P, int N, class T>
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward(const __grid_constant__ A
   }
 }
 
-// a block of rows x one tile's width of columns (cut.segment == cut.cols here)
+// one block of rows x one tile width of columns; cut.segment == cut.cols here
 template <Prior P, int N, class T>
 __global__ void __launch_bounds__(kThreads, 2) backward(const __grid_constant__ Args a) {
   const int64_t block = blockIdx.x / a.cut.segments, first = blockIdx.x % a.cut.segments * a.cut.cols;
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward(const __grid_constant__ 
     }
   }
   if (!a.partial) return;
-  // the tile's rows by pairs of neighbours
+  // sum the tile's rows by pairs of neighbours
   const int width = int(a.cut.cols) / kEach, row = threadIdx.x / width;
   __shared__ Group<T, kEach> tile[kThreads];
   tile[threadIdx.x] = acc;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward(const __grid_constant__ 
   }
 }
 
-// (row blocks, cols) -> (cols,), a tile of kBlockTall x kBlockWide walks down
+// sums partial (row blocks, cols) to (cols,); a tile of kBlockTall x kBlockWide steps down the row blocks
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) sum_blocks(const __grid_constant__ Args a, int64_t blocks) {
   const int64_t col = int64_t(blockIdx.x) * kBlockWide + threadIdx.x % kBlockWide;

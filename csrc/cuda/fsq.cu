@@ -1,5 +1,5 @@
 // Finite scalar quantisation on an NVIDIA GPU: grids over the scalar functions of ops/fsq.h.
-// A block works on a tile of positions with all their channels, numbered as in triton_kernels/fsq.py.
+// A block handles a tile of positions with all their channels; elements are numbered as in triton_kernels/fsq.py.
 #include <initializer_list>
 
 #include "../torch/fsq.h"
@@ -8,20 +8,20 @@
 namespace pyflow::cuda {
 namespace {
 
-constexpr int kChannels = 64;  // of one launch
-constexpr int kFields = 6;     // of FsqChannel
-constexpr int kScales = 1056;  // all that differ, whatever the levels: see set_scales
-constexpr int kAny = -1;       // variant found at run time, where speed matters less than the size of the binary
+constexpr int kChannels = 64;  // most channels per launch
+constexpr int kFields = 6;     // constants in FsqChannel
+constexpr int kScales = 1056;  // most distinct scales for any levels, see set_scales
+constexpr int kAny = -1;       // variant selected at run time, for cases where binary size matters more than speed
 
 struct Args {
   Space space;        // (channels) x (positions)
-  int channels, per;  // positions of a tile
+  int channels, per;  // per: positions per tile
   int64_t positions;
   bool inner;  // channels run fastest, else positions
   bool wide;   // indices are int64
   bool f64;
   int variant;
-  View z, codes;       // backward: codes is the gradient of z
+  View z, codes;       // backward: codes holds gz
   View grad, indices;  // may be absent
   float constants[kFields][kChannels];
   int64_t basis[kChannels];
@@ -29,18 +29,18 @@ struct Args {
 
 struct DecodeArgs : Args {
   int64_t levels[kChannels];
-  uint64_t size;  // of the codebook
+  uint64_t size;  // codebook size
 };
 
 struct ResidualArgs : Args {
   int64_t stages;
   const int64_t* active;       // on the device; may be absent
-  int first_scale[kChannels];  // of a channel, the last of which is that of all later stages
+  int first_scale[kChannels];  // of a channel; later stages repeat its last scale
   int last_scale[kChannels];
   float scales[kScales];
 };
 
-// calls f with the variant as a compile-time constant, on the side that f is for
+// calls f with the variant as a compile-time constant; f is host or device code
 #pragma nv_exec_check_disable
 template <int V, class F>
 __host__ __device__ void for_variant(int variant, F f) {
@@ -78,14 +78,14 @@ __device__ void fetch(const Args& a, Constants<T>& constants) {
   __syncthreads();
 }
 
-// an element of the tile: its number there, its channel, and its position
+// one element of the tile: its number i in the tile, its channel and its position
 struct Place {
   int i, channel;
   int64_t position;
   bool inside;
 };
 
-// the k-th of a thread's kEach elements; neighbours if they move as one vector of N
+// the k-th of a thread's kEach elements; they are neighbours if N == kEach
 template <int N>
 __device__ Place place(const Args& a, int k) {
   const int i = N == kEach ? int(threadIdx.x) * kEach + k : int(threadIdx.x) + k * kThreads;
@@ -98,7 +98,7 @@ __device__ int64_t offset(const Args& a, const View& v, const Place& p) {
   return row_offset(a.space, v, p.channel) + col_offset(a.space, v, p.position);
 }
 
-// a thread's elements; vectors lie inside or outside as a whole
+// loads a thread's elements; a vector is inside or outside as a whole
 template <int N, class T>
 __device__ Group<T, kEach> load(const Args& a, const View& v) {
   Group<T, kEach> values{};
@@ -129,11 +129,11 @@ __device__ void store(const Args& a, const View& v, const Group<T, kEach>& value
   }
 }
 
-// Sums the digits of each position of the tile to its index, -1 for a NaN. All threads must call it.
+// Computes the index of each position of the tile, -1 if a digit is NaN. All threads must call it.
 template <int N, class I, class T>
 __device__ void number(const Args& a, const Group<T, kEach>& digits, int64_t* shared, int64_t at) {
   I* weights = (I*)shared;
-  __syncthreads();  // the weights of the stage before have been read
+  __syncthreads();  // wait for the previous stage to read its weights
 #pragma unroll
   for (int k = 0; k < kEach; ++k) {
     const Place p = place<N>(a, k);
@@ -285,8 +285,8 @@ void set_levels(Args& a, const Levels& levels, int64_t variant) {
   }
 }
 
-// Channels of one level share a list, which ends with the first 0. The most that a product of at most 2^63
-// allows are the levels 2 to 20, with 1049 scales.
+// Channels with equal levels share a list of scales, which ends with the first 0. The worst case for a product of at
+// most 2^63 is one channel of each level 2 to 20: 1049 scales.
 void set_scales(ResidualArgs& a, const Levels& levels, int64_t stages, const std::optional<Tensor>& active) {
   a.stages = stages;
   a.active = active ? (const int64_t*)active->data_ptr() : nullptr;
@@ -307,7 +307,7 @@ void set_scales(ResidualArgs& a, const Levels& levels, int64_t stages, const std
   }
 }
 
-// merges the layout and cuts the positions into tiles
+// merges the layout and splits the positions into tiles
 void plan(Args& a, Layout& layout) {
   a.space = layout.merge();
   a.channels = int(a.space.rows);
@@ -317,7 +317,7 @@ void plan(Args& a, Layout& layout) {
   a.inner = a.channels > 1 && lead.stride[0] < lead.stride[a.space.row_dims + a.space.col_dims - 1];
 }
 
-// kEach neighbours in the tile are 16 aligned bytes of float32 (an absent tensor fits)
+// whether kEach neighbours in the tile are always 16 aligned bytes of float32; absent tensors are ignored
 bool vectors(const Args& a, std::initializer_list<const View*> views) {
   for (const View* v : views) {
     if (!v->data) continue;
@@ -346,8 +346,8 @@ void launch_backward(const Args& a, const Tensor& on) {
   for_variant<kAny>(a.variant, [&](auto v) { launch(backward<int(v.value), kEach, float>, blocks_of(a), on, a); });
 }
 
-// Without indices channels have nothing in common: equal ones are more positions, many come in groups.
-// f(levels, dims of the positions, first channel, channels)
+// Splits a call without indices, where channels are independent: channels of equal levels become positions of a single
+// channel, others come in groups of kChannels. Calls f(levels, dims of the positions, first channel, channels).
 template <class F>
 void for_parts(const Levels& levels, int64_t dims, F f) {
   const int64_t d = int64_t(levels.size());

@@ -1,4 +1,4 @@
-// The critic of a GAN-QP on an NVIDIA GPU: sums of deviations over the samples, then a thread for each sample.
+// GAN-QP critic on an NVIDIA GPU: sums of deviations of each sample, then one thread per sample.
 #include "../ops/gan_qp.h"
 #include "tile.h"
 
@@ -15,18 +15,18 @@ struct SumArgs {
 };
 
 struct Sums {
-  const void* data;  // (rows,) of the compute type, null without latents
-  int64_t count;     // of what was summed for each
+  const void* data;  // (rows,) of the compute type; null: no latents
+  int64_t count;     // elements summed per row
 };
 
 struct Args {
   int64_t rows;
   Distance distance;
   Sums x, z;            // forward
-  View t_real, t_fake;  // a row after another stride[0] apart
-  double lam2, eps;     // 2 lam
-  void* loss;           // forward, like d
-  View grad, d;
+  View t_real, t_fake;  // one value per row, stride[0] apart
+  double lam2, eps;     // lam2: 2 lam
+  void* loss;           // forward
+  View grad, d;         // grad: backward; d: written forward, read backward
   View g_real, g_fake;  // backward
 };
 
@@ -99,7 +99,7 @@ void launch_sums(const SumArgs& a, const Tensor& on, bool f64) {
   launch(vectors ? sums<D, kEach, float> : sums<D, 1, float>, a.cut.blocks, on, a);
 }
 
-// (rows,): sums of deviations of every sample; the tensor is the memory of s
+// returns the sums of deviations of every sample, (rows,); the tensor owns s.data
 Tensor sum(Sums& s, const Tensor& real, const Tensor& fake, Distance distance, ScalarType dtype) {
   SumArgs a{};
   Layout layout(real, real.dim() - 1);

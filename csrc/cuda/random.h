@@ -1,4 +1,4 @@
-// Noise on a GPU: which stream a launch draws from, and the four neighbours of a thread.
+// Noise on a GPU: the stream of a launch, and draws of four neighbours per thread.
 #pragma once
 
 #include "../ops/noise.h"
@@ -6,9 +6,9 @@
 
 namespace pyflow::cuda {
 
-// a seed or step that the caller gave as a number comes by value (a 0-d tensor on the CPU)
+// a seed or step; a caller's number arrives as a 0-d CPU tensor and is passed by value
 struct Number {
-  const int64_t* data;  // on the device; null: `value`
+  const int64_t* data;  // on the device; null: use `value`
   int64_t value;
 };
 
@@ -18,7 +18,7 @@ inline Number number_of(const Tensor& t) {
   return {data, 0};
 }
 
-// the noise of a call: one stream over all elements in C order, or one for each row
+// noise stream of a call: one over all elements in C order, or one per row
 struct Stream {
   Number seed, step;
   int64_t seed_stride;
@@ -38,14 +38,14 @@ __device__ inline Words words_of(const Stream& s, int64_t row, uint64_t block) {
                      uint32_t(seed), uint32_t(seed >> 32));
 }
 
-// elements col to col + 3 of a row
+// noise of elements col to col + 3 of a row
 template <NoiseKind K>
 __device__ Four draw(const Stream& s, const Space& space, int64_t row, int64_t col) {
   const uint64_t k = s.per_row ? uint64_t(col) : uint64_t(row * space.cols + col);
   Four z = noise_of<K>(words_of(s, row, k / 4));
   const unsigned shift = unsigned(k % 4);
   if (shift == 0) return z;
-  // the row does not begin with a block
+  // the four elements span two Philox blocks
   const Four next = noise_of<K>(words_of(s, row, k / 4 + 1));
   if (shift == 1) return {{z.v[1], z.v[2], z.v[3], next.v[0]}};
   if (shift == 2) return {{z.v[2], z.v[3], next.v[0], next.v[1]}};

@@ -1,4 +1,4 @@
-// Steps of SDEs on an NVIDIA GPU: a thread works on four neighbours, whose noise is one block of words.
+// SDE steps on an NVIDIA GPU: each thread handles four neighbours, whose noise takes one Philox block, or two.
 #include "../ops/sde.h"
 #include "random.h"
 
@@ -7,9 +7,9 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-// a number of the caller comes by value (a 0-d tensor on the CPU)
+// a caller's number arrives as a 0-d CPU tensor and is passed by value
 struct Coefficient {
-  View view;  // one value for each row, stride[0] apart; without data: `value`
+  View view;  // one value per row, stride[0] apart; without data: `value`
   double value;
 };
 
@@ -17,12 +17,12 @@ struct Args {
   Space space;
   Cut cut;
   Stream stream;
-  View x, score, noise;     // of the loss, x is the prediction; absent noise is drawn from the stream
-  Coefficient a, b, c;      // of the loss, c is std and a the gradient
+  View x, score, noise;     // loss: x is the prediction; absent noise is drawn from the stream
+  Coefficient a, b, c;      // loss: c is std, and a is the gradient of the loss
   View y, mean;             // forward
   View gy, gmean;           // backward, either may be absent
-  View gx, gscore, gnoise;  // absent where not asked for
-  bool score_given;         // of the loss: pred is a score, std counts
+  View gx, gscore, gnoise;  // absent if not requested
+  bool score_given;         // loss: pred is a score, and std is used
   void* sums;               // (count, rows, segments) of the compute type, or null
 };
 
@@ -31,7 +31,7 @@ __device__ T value_of(const Coefficient& c, int64_t row) {
   return c.view.data ? read<T>(c.view, row * c.view.stride[0]) : T(c.value);
 }
 
-// four neighbours of a row, one by one or as vectors
+// loads four neighbours of a row, as one vector if N == kEach, else one by one
 template <int N, class T>
 __device__ Group<T, kEach> load_group(const Args& a, const View& v, const Spot& p) {
   Group<T, kEach> out{};
@@ -66,7 +66,7 @@ __device__ Group<T, kEach> noise_group(const Args& a, const Spot& p) {
   return {{T(z.v[0]), T(z.v[1]), T(z.v[2]), T(z.v[3])}};
 }
 
-// calls f(spot) for every four columns, the first at spot, that a thread of this block works on
+// calls f(spot) for each group of four columns of this thread; spot is the first
 template <class F>
 __device__ void for_each_four(const Args& a, F f) {
   const int64_t first = blockIdx.x % a.cut.segments * a.cut.segment;
@@ -75,7 +75,7 @@ __device__ void for_each_four(const Args& a, F f) {
   }
 }
 
-// what lies outside adds nothing
+// columns outside the row add 0
 template <class T>
 __device__ void add_products(const Args& a, const Spot& p, const Group<T, kEach>& u, const Group<T, kEach>& v,
                              Group<T, kEach>& acc) {
@@ -83,11 +83,11 @@ __device__ void add_products(const Args& a, const Spot& p, const Group<T, kEach>
   for (int i = 0; i < kEach; ++i) acc.v[i] += p.inside && p.col + i < a.space.cols ? u.v[i] * v.v[i] : T(0);
 }
 
-// a row's sum over its segment
+// stores a row's sum over the block's segment
 template <class T>
 __device__ void put(const Args& a, int which, const Group<T, kEach>& acc) {
   const T sum = fold(acc, int(a.cut.cols));
-  __syncthreads();  // fold's shared memory is used again
+  __syncthreads();  // the next fold reuses the shared memory
   const int width = int(a.cut.cols) / kEach;
   const int64_t row = blockIdx.x / a.cut.segments * a.cut.rows + threadIdx.x / width;
   if (threadIdx.x % width == 0 && row < a.space.rows) {
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, 2) step_backward_kernel(const __grid
   put(a, 2, of_c);
 }
 
-// with gx the backward, whose sums are those of the gradient of std
+// loss; with gx its backward, where the sums are the gradient of std
 template <int N, class T>
 __global__ void __launch_bounds__(kThreads, 2) loss_kernel(const __grid_constant__ Args a) {
   Group<T, kEach> acc{};
@@ -199,7 +199,7 @@ bool vectors(const Args& a) {
 void set_coefficient(Coefficient& c, const Optional& t) {
   if (!t) return;
   if (t->dim() == 0 && t->device().type() == torch::headeronly::DeviceType::CPU) {
-    // a number of the caller is float64; anything else 0-d on the CPU is not of a GPU's call
+    // a caller's number arrives as float64; no other 0-d CPU tensor reaches a GPU call
     STD_TORCH_CHECK(t->scalar_type() == ScalarType::Double, "pyflow: a number must come as float64");
     c.value = *(const double*)t->data_ptr();
     return;
@@ -209,7 +209,7 @@ void set_coefficient(Coefficient& c, const Optional& t) {
   c.view.stride[0] = t->dim() > 0 ? t->stride(0) : 0;
 }
 
-// the sample is the row: noise runs in C order within it, or through all of them
+// rows are samples, elements in C order: the order of the noise
 Layout layout_of(const Tensor& x) { return Layout(x, x.dim() > 0 ? x.dim() - 1 : 0, true); }
 
 void set_noise(Args& a, Layout& layout, const Optional& seed, const Optional& step, const Optional& noise,
@@ -222,7 +222,7 @@ void set_noise(Args& a, Layout& layout, const Optional& seed, const Optional& st
   }
 }
 
-// a result, or an empty tensor where none is asked for
+// a result, or an empty tensor if it is not requested (no dtype)
 Tensor add_output(View& view, Layout& layout, const Tensor& like, const std::optional<ScalarType>& dtype) {
   const int64_t none = 0;
   if (!dtype) return new_empty(like, &none, 1, like.scalar_type());
@@ -231,7 +231,7 @@ Tensor add_output(View& view, Layout& layout, const Tensor& like, const std::opt
   return out;
 }
 
-// after every view is in the layout; false where there is nothing to do
+// call after every view was added to the layout; false if there are no elements
 bool plan(Args& a, Layout& layout) {
   a.space = layout.merge();
   if (a.space.rows * a.space.cols == 0) return false;
@@ -239,7 +239,7 @@ bool plan(Args& a, Layout& layout) {
   return true;
 }
 
-// calls run, which launches a kernel that sums; (count, rows)
+// calls run, which launches a kernel that sums; returns (count, rows)
 template <class F>
 Tensor run_sums(Args& a, bool any, const Tensor& like, bool f64, int count, F run) {
   const ScalarType dtype = f64 ? ScalarType::Double : ScalarType::Float;
@@ -303,7 +303,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sde_step_backward(Optional gy, Option
   return {gx, gscore, gnoise, new_empty(lead, &none, 1, f64 ? ScalarType::Double : ScalarType::Float)};
 }
 
-// (1, rows)
+// returns (1, rows)
 Tensor run_loss(Args& a, Layout& layout, const Tensor& pred, const Optional& std, const Tensor& seed,
                 const Tensor& step) {
   const bool f64 = pred.scalar_type() == ScalarType::Double;

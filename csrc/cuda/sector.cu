@@ -1,12 +1,12 @@
-// Largest gaps of random points on a circle on an NVIDIA GPU: a trial per thread.
+// Largest gaps of random points on a circle on an NVIDIA GPU: one trial per thread.
 #include "../ops/sector.h"
 #include "random.h"
 
 namespace pyflow::cuda {
 namespace {
 
-constexpr int kThresholds = 256;       // of one launch, counted in shared memory
-constexpr int64_t kMostBlocks = 4096;  // each then takes every so many trials
+constexpr int kThresholds = 256;       // per launch, counted in shared memory
+constexpr int64_t kMostBlocks = 4096;  // at most; blocks stride over the trials
 
 struct Args {
   const double* thresholds;
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads, 2) counts_kernel(const __grid_consta
   for (int k = threadIdx.x; k < a.count; k += kThreads) counts[k] = 0;
   __syncthreads();
   const int64_t blocks = (a.points + 3) / 4, stride = int64_t(gridDim.x) * kThreads;
-  // all threads stay to the end: a warp counts together
+  // no early exit: __ballot_sync needs all threads of a warp
   for (int64_t first = int64_t(blockIdx.x) * kThreads; first < a.trials; first += stride) {
     const int64_t trial = first + threadIdx.x;
     uint32_t low = kNoWord;

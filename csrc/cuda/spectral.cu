@@ -1,4 +1,5 @@
-// Spectral normalisation on an NVIDIA GPU: the passes of triton_kernels/spectral.py, a launch per pass and layer.
+// Spectral normalisation on an NVIDIA GPU: the passes of triton_kernels/spectral.py, one launch per pass
+// and layer.
 #include <vector>
 
 #include "../ops/spectral.h"
@@ -9,7 +10,7 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-constexpr int64_t kRows = 16;  // of W in a block
+constexpr int64_t kRows = 16;  // rows of W per block
 
 View flat(const Tensor& t) {
   View v;
@@ -18,7 +19,7 @@ View flat(const Tensor& t) {
   return v;
 }
 
-// the sum over the block of every thread's value, for every thread
+// sum of all threads' values over the block; every thread gets it
 template <class T>
 __device__ T total(T own) {
   __syncthreads();
@@ -34,7 +35,7 @@ __device__ T root(T x) {
   }
 }
 
-// y = W v of a block of rows, and its part of W' y: partial (row blocks, cols)
+// y = W v for one block of rows, and the block's part of W' y: partial (row blocks, cols)
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) product(View w, View v, T* y, T* partial, int64_t rows, int64_t cols) {
   __shared__ T sums[kRows];
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2) product(View w, View v, T* y, T* 
   }
 }
 
-// (row blocks, cols) -> (cols,)
+// sums partial (row blocks, cols) to z (cols,)
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) reduce(const T* partial, T* z, int64_t blocks, int64_t cols) {
   const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -72,7 +73,7 @@ struct Finish {
   bool vector, iterates;
 };
 
-// the norms of W v and W' u, new u and v (those given where a norm is next to 0), sigma
+// norms of W v and W' u, then new u and v (unchanged where a norm vanishes) and sigma
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) finish(const __grid_constant__ Finish a) {
   T acc = T(0), sigma;
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 2) scale(View w, View out, View sigm
   if (i < count) write(out, i, read<T>(w, i) / read<T>(sigma, 0));
 }
 
-// a block's part of sum(grad W)
+// one block's part of sum(grad * W)
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) dot(View grad, View w, T* partial, int64_t count) {
   T acc = T(0);
@@ -140,7 +141,7 @@ struct Gradient {
   bool vector;
 };
 
-// grad / sigma + slope u v'; of a vector u v' is W / sigma
+// grad / sigma + slope u v'; for a vector, u v' is W / sigma
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) gradient(const __grid_constant__ Gradient a, const T* slope) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -158,7 +159,7 @@ Tensor dense(const Tensor& t) {
   return torch::stable::copy_(out, t);
 }
 
-// the values in the strides of empty_like(like)
+// the values with the strides of empty_like(like)
 Tensor as(const Tensor& like, const Tensor& values) {
   if (like.is_contiguous()) return values;
   Tensor out = new_like(like);
@@ -196,7 +197,7 @@ Layer normalized(const Tensor& weight, Tensor u, Tensor v, int64_t n_iter) {
     T* parts = (T*)partial.data_ptr();
     for (int64_t i = 0; i < (n_iter > 0 ? n_iter : 1); ++i) {
       const bool last = i + 1 >= n_iter;
-      // between rounds u and v are not rounded
+      // between rounds u and v stay in the compute dtype
       const Tensor to_u = last ? new_u : vector_like(w, rows, dtype), to_v = last ? new_v : vector_like(w, cols, dtype);
       launch(product<T>, blocks, w, flat(w), flat(v), (T*)y.data_ptr(), parts, rows, cols);
       if (n_iter > 0) launch(reduce<T>, ceil_div(cols, kThreads), w, (const T*)parts, (T*)z.data_ptr(), blocks, cols);

@@ -1,6 +1,6 @@
-// What the CUDA kernels share: how rows x columns are cut, reading and writing four neighbours of a
-// strided tensor of any dtype, and sums whose bits depend on the number of columns alone. The cut
-// and the order of every sum are those of triton_kernels/_launch.py and _tiles.py.
+// Shared by the CUDA kernels: how rows x columns are split into blocks, loads and stores of four neighbours of a
+// strided tensor of any dtype, and sums whose bits depend on the number of columns alone. The split and the order of
+// every sum match triton_kernels/_launch.py and _tiles.py.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,9 +16,9 @@
 namespace pyflow::cuda {
 
 constexpr int kThreads = 256;
-constexpr int kEach = 4;                 // neighbouring columns of one thread
-constexpr int kTile = kThreads * kEach;  // elements a block works on at a time
-constexpr int64_t kLongest = 4 * kTile;  // part of a row, at most, in one block
+constexpr int kEach = 4;                 // neighbouring columns per thread
+constexpr int kTile = kThreads * kEach;  // elements a block handles per loop iteration
+constexpr int64_t kLongest = 4 * kTile;  // most columns of a row in one block
 
 inline int64_t power_of_two(int64_t n) {
   int64_t p = 1;
@@ -29,8 +29,8 @@ inline int64_t power_of_two(int64_t n) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Cut {
-  int64_t cols, rows;         // of a tile; cols / kEach threads share a row
-  int64_t segment, segments;  // columns of a row that a block takes, and how many blocks that is
+  int64_t cols, rows;         // shape of a tile; cols / kEach threads share a row
+  int64_t segment, segments;  // columns of a row per block, and blocks per row
   int64_t blocks;
 };
 
@@ -44,7 +44,7 @@ inline Cut cut(const Space& s) {
   return c;
 }
 
-// kEach neighbours of this tensor are 16 aligned bytes of float32 (an absent tensor fits)
+// whether kEach neighbours are always 16 aligned bytes of float32; true for an absent tensor
 inline bool whole_vectors(const Space& s, const View& v) {
   if (!v.data) return true;
   bool fits = v.dtype == DType::f32 && s.col_dims == 1 && s.cols % kEach == 0 && v.stride[s.row_dims] == 1 &&
@@ -108,15 +108,14 @@ struct alignas(N == kEach ? 16 : sizeof(T)) Group {
   T v[N];
 };
 
-// Where a thread works: one row, and kEach columns from `col` on, all of them at once as vectors,
-// otherwise one by one.
+// Position of a thread's access: one row, and either kEach columns from `col` as one vector or the single column `col`.
 struct Spot {
   int64_t row, col;
   bool inside;
 };
 
 __device__ inline Spot spot(const Space& s, const Cut& c, int64_t row_block, int64_t first_col, int i) {
-  const int width = int(c.cols) / kEach;  // threads of a row
+  const int width = int(c.cols) / kEach;  // threads per row
   const int64_t row = row_block * c.rows + threadIdx.x / width;
   const int64_t col = first_col + int64_t(threadIdx.x % width) * kEach + i;
   return {row, col, row < s.rows && col < s.cols};
@@ -144,7 +143,7 @@ __device__ void store(const Space& s, const View& v, const Spot& p, const Group<
   }
 }
 
-// which of the group's columns pass through, as bits
+// bit i is set if the mask passes column i of the group through
 template <int N>
 __device__ unsigned load_mask(const Space& s, const View& v, const Spot& p) {
   unsigned passes = 0;
@@ -157,8 +156,8 @@ __device__ unsigned load_mask(const Space& s, const View& v, const Spot& p) {
   return passes;
 }
 
-// The sum over the columns of a tile by pairs of neighbours, for every thread of the row:
-// within the thread, between threads of a warp, between warps. All threads must call it.
+// Sum over the columns of a tile by pairs of neighbours: within the thread, between threads of a warp, between warps.
+// Every thread of the row gets the result. All threads of the block must call it.
 template <class T>
 __device__ T fold(const Group<T, kEach>& own, int cols) {
   const int width = cols / kEach;
@@ -181,7 +180,7 @@ __device__ T fold(const Group<T, kEach>& own, int cols) {
   return t[0];
 }
 
-// (rows, segments) -> (rows,): one tile walks along each row
+// sums partial (rows, segments) to out (rows,); one tile of columns steps along each row
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     sum_segments(const T* partial, T* out, int64_t rows, int64_t segments, int cols) {

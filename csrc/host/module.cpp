@@ -1,4 +1,4 @@
-// pyflow._host: what Python asks the native side without torch in between.
+// pyflow._host: native functions that Python calls without torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

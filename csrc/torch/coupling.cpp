@@ -6,12 +6,12 @@
 namespace pyflow {
 namespace {
 
-// where shift and scale lie inside the packed parameters
+// offsets and step of shift and scale inside the packed parameters
 struct Packing {
   int64_t shift_offset, scale_offset, step;
 };
 
-// the order is the `packing` integer of the operator schema
+// cases in the order of `packing` in the operator schema
 Packing packing_of(int64_t packing, int64_t half) {
   switch (packing) {
     case 0: return {0, half, 1};  // shift_scale
@@ -34,7 +34,7 @@ void set_map(CouplingArgs& a, const Map& m, const Tensor& x) {
   a.inverse = m.inverse;
 }
 
-// `a` holds every view but x, mask and y
+// expects x and the parameters in `layout`; adds y and mask
 std::tuple<Tensor, Tensor> run_forward(CouplingForward& a, Layout& layout, const Tensor& x,
                                        const std::optional<Tensor>& mask, int64_t event_dims) {
   const ScalarType sum_dtype = a.f64 ? ScalarType::Double : ScalarType::Float;
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor> affine_coupling_packed(Tensor x, Tensor params, std::
   return run_forward(a, layout, x, mask, event_dims);
 }
 
-// `a` holds the views of x, the parameters and their gradients
+// expects x, the parameters and their gradients in `layout`; adds the other views
 Tensor run_backward(CouplingBackward& a, Layout& layout, const std::optional<Tensor>& gy,
                     const std::optional<Tensor>& gl, const Tensor& x, const std::optional<Tensor>& mask) {
   Tensor gx = new_like(x);

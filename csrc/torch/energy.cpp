@@ -6,9 +6,9 @@
 namespace pyflow {
 namespace {
 
-constexpr int64_t kAccept = 3;  // the purpose of the accept uniforms
+constexpr int64_t kAccept = 3;  // noise purpose of the accept uniforms
 
-// 0-d, or one value for each row
+// 0-d, or one value per row
 void set_rows(View& view, const Tensor& t) {
   view.data = (char*)t.data_ptr();
   view.dtype = dtype_of(t);
@@ -82,7 +82,7 @@ Tensor grad_norm_penalty(Tensor grad) {
   for (int64_t r = 0; r < rows; ++r) {
     double total = a.sums[r * a.plan.segments];
     for (int64_t i = 1; i < a.plan.segments; ++i) total += a.sums[r * a.plan.segments + i];
-    // an empty sum is +0
+    // + 0.0 makes an empty sum +0
     a.f64 ? ((double*)out.data_ptr())[r] = total + 0.0 : ((float*)out.data_ptr())[r] = float(total + 0.0);
   }
   return out;

@@ -6,7 +6,7 @@
 namespace pyflow {
 namespace {
 
-// merges the layout, which holds every view of `a`, and cuts the work; returns the number of units
+// merges the layout, to which every view was added, and splits the work; returns the number of units
 int64_t cut(FlowHeadArgs& a, Layout& layout, const Tensor& h, int64_t prior) {
   a.f64 = h.scalar_type() == ScalarType::Double;
   a.prior = int(prior);

@@ -9,12 +9,12 @@
 namespace pyflow {
 namespace {
 
-// what the pointers of FsqArgs point to
+// owns the memory that the pointers of FsqArgs point to
 struct Table {
   std::vector<char> constants, basis, scales;
 };
 
-// value(run, channel) at the start of each run, then repeated
+// each run holds value(run, channel) for all channels, repeated up to the period
 template <class T, class F>
 const char* fill_runs(std::vector<char>& bytes, const FsqArgs& a, int64_t runs, F value) {
   const int64_t period = a.table.period, d = a.channels;
@@ -47,8 +47,8 @@ const char* fill_scales(const FsqArgs& a, Table& table, const Levels& levels, in
   return a.f64 ? fill_runs<double>(table.scales, a, stages, scale) : fill_runs<float>(table.scales, a, stages, scale);
 }
 
-// Merges the layout and cuts the positions into tiles. Where `views` have the channels of every position side by
-// side, and indices follow the positions by `index_step`, the space becomes one line.
+// Merges the layout. If all `views` are contiguous with channels innermost, and indices advance by `index_step` per
+// position, the space becomes a single flat row.
 void plan(FsqArgs& a, Layout& layout, std::initializer_list<View*> views, int64_t index_step) {
   a.space = layout.merge();
   a.channels = a.space.rows;
@@ -69,7 +69,7 @@ void plan(FsqArgs& a, Layout& layout, std::initializer_list<View*> views, int64_
 }
 
 void set_tile(FsqArgs& a, Table& table, const Levels& levels, bool side_by_side) {
-  // whole vectors of values, if the channels allow
+  // a multiple of 16 positions where the channels allow, so that vectors are full
   const int64_t together = kChunk / a.channels;
   a.tile = !side_by_side ? kChunk : together < 16 ? together : together / 16 * 16;
   a.table.period = side_by_side ? std::clamp<int64_t>(a.positions, 1, a.tile) * a.channels : a.channels;

@@ -1,4 +1,4 @@
-// What the levels say, for every device: constants rounded in one place, and how indices are numbered.
+// Constants and index numbering derived from the levels, rounded in one place for every device.
 #pragma once
 
 #include <cmath>
@@ -20,7 +20,7 @@ inline FsqChannel<float> channel_of(int64_t level, FsqVariant v) {
   return {float(shift), half, offset, float(level / 2), float(level - 1), 2.f / float(level - 1)};
 }
 
-// the size of a digit of a residual stage, L^-stage
+// scale of a residual stage, L^-stage
 inline float scale_of(int64_t level, int64_t stage) { return float(std::pow(double(level), -double(stage))); }
 
 inline uint64_t product(const Levels& levels, size_t count) {
@@ -29,7 +29,7 @@ inline uint64_t product(const Levels& levels, size_t count) {
   return size;
 }
 
-// whether the largest index is beyond int32
+// whether the largest index does not fit int32
 inline bool is_wide(const Levels& levels) { return product(levels, levels.size()) > uint64_t(1) << 31; }
 
 inline ScalarType index_dtype(bool wide) { return wide ? ScalarType::Long : ScalarType::Int; }

@@ -23,7 +23,7 @@ GanQpValues values_of(const Tensor& t_real, const Tensor& t_fake, double lam, do
   return {f64, rows_of(t_real), rows_of(t_fake), 2 * lam, eps};
 }
 
-// sums of deviations over every sample, or over the segments of a long one; the tensor is their memory
+// sums of deviations per sample, or per segment of a long one; the returned tensor owns a.sums
 Tensor sum(GanQpSums& a, const Tensor& real, const Tensor& fake, int64_t distance, bool f64) {
   Layout layout(real, real.dim() - 1);
   layout.add(a.real, real);

@@ -9,12 +9,12 @@
 namespace pyflow {
 namespace {
 
-// of the batch items that are worked on together: they stay in the caches from one round to the next
+// workspace of the batch items in one group, so that it stays in the caches from round to round
 constexpr int64_t kWorkspaceBytes = 4 << 20;
 
 Tensor buffer(const Tensor& like, int64_t count, ScalarType dtype) { return new_empty(like, &count, 1, dtype); }
 
-// as everybody's: at once where the caller is one of several threads
+// runs inline when already inside a parallel region
 template <class F>
 void in_parallel(int64_t units, int64_t grain, F f) {
   if (units > 0) torch::stable::parallel_for(0, units, grain, f);
@@ -26,8 +26,8 @@ int64_t this_thread() {
   return thread;
 }
 
-// A call's arguments and what it allocates. Of a large batch every thread takes items of its own, so that nobody waits
-// for anybody; else all threads share the tiles of a group of items. The order of an item's sums is the same.
+// Arguments and buffers of one call. In a large batch each thread processes whole items, without barriers between
+// rounds; else all threads share the tiles of a group of items. The order of an item's sums is the same in both.
 struct Grams {
   std::vector<Tensor> z;
   Tensor scale, shift, centres, workspace, halves, scratch;
@@ -80,12 +80,12 @@ struct Grams {
     a.parts = 1;
   }
 
-  // element-ops of a tile, over which threads are worth starting
+  // grain of a round, from the element operations of one tile
   int64_t grain(const GramArgs& a) const {
     return grain_of(a.tournament.block * a.tournament.block * (a.columns + 16));
   }
 
-  // work(args, team) for every group of items; the team's number is that of its buffers
+  // calls work(args, team) for every group of items; `team` selects the buffers
   template <class A, class F>
   void each_group(const A& args, F work) {
     const auto groups = [&](int64_t begin, int64_t end, int64_t team) {
@@ -112,7 +112,7 @@ struct Grams {
   int64_t strips(const GramArgs& a) const { return a.items * a.variables * (a.padded / kPad); }
   int64_t strip_grain(const GramArgs& a) const { return grain_of(kPad * a.columns / (a.variables + 1)); }
 
-  // every tile, round after round, each thread with its own scratch; a team of its own is one thread
+  // runs the kernel on every tile, round by round, with scratch per thread; with several teams a team is one thread
   template <class A>
   void rounds(A& a, int64_t team, void (*kernel)(const A&, int64_t, int64_t)) {
     for (a.round = 0; a.round < a.tournament.seats; ++a.round) {
@@ -220,7 +220,7 @@ void center_into(const Tensor& gram, Tensor& out) {
   a.columns = (double*)columns.data_ptr();
   a.means = (double*)means.data_ptr();
   const CpuTable& cpu = *cpu_table();
-  // a matrix that fits is read a second time from the caches
+  // a group of matrices fits the caches, so that the second pass reads from them
   const int64_t group = 1 + kWorkspaceBytes / (a.n * a.n * int64_t(gram.element_size()));
   for (int64_t first = 0; first < matrices; first += group) {
     const int64_t last = first + group < matrices ? first + group : matrices;

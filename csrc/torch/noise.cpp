@@ -19,7 +19,7 @@ Tensor noise(std::vector<int64_t> size, Tensor seed, Tensor step, int64_t kind, 
   Tensor out = new_empty(seed, size.data(), int64_t(size.size()), dtype);
   a.kind = NoiseKind(kind);
   a.stream = stream_of(seed, step, purpose);
-  // one stream is one row; where each sample has its own, the sample is the row
+  // one shared stream: a single row; one stream per sample: the sample is the row
   Layout layout(out, a.stream.per_row ? out.dim() - 1 : out.dim());
   layout.add(a.out, out);
   a.out.stream = streams(out);

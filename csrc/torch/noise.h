@@ -1,4 +1,4 @@
-// What the operators that draw noise share.
+// Shared by the operators that draw noise.
 #pragma once
 
 #include "../cpu/noise.h"

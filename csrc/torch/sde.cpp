@@ -9,7 +9,7 @@ namespace {
 using Optional = std::optional<Tensor>;
 using Kernel = void (*)(const SdeArgs&, int64_t, int64_t);
 
-// 0-d, or one value for each row
+// 0-d, or one value per row
 void set_coefficient(View& view, const Optional& t) {
   if (!t) return;
   view.data = (char*)t->data_ptr();
@@ -17,7 +17,7 @@ void set_coefficient(View& view, const Optional& t) {
   view.stride[0] = t->dim() > 0 ? t->stride(0) : 0;
 }
 
-// the sample is the row: noise runs in C order within it, or through all of them
+// rows are samples, elements in C order: the order of the noise
 Layout layout_of(const Tensor& x) { return Layout(x, x.dim() > 0 ? x.dim() - 1 : 0, true); }
 
 void set_noise(SdeArgs& a, Layout& layout, const Optional& seed, const Optional& step, const Optional& noise,
@@ -30,7 +30,7 @@ void set_noise(SdeArgs& a, Layout& layout, const Optional& seed, const Optional&
   }
 }
 
-// a result, or an empty tensor where none is asked for
+// a result, or an empty tensor if it is not requested (no dtype)
 Tensor add_output(View& view, Layout& layout, const Tensor& like, const std::optional<ScalarType>& dtype) {
   const int64_t none = 0;
   if (!dtype) return new_empty(like, &none, 1, like.scalar_type());
@@ -42,7 +42,7 @@ Tensor add_output(View& view, Layout& layout, const Tensor& like, const std::opt
 
 ScalarType sum_dtype(const SdeArgs& a) { return a.f64 ? ScalarType::Double : ScalarType::Float; }
 
-// after every view is in the layout
+// call after every view was added to the layout
 void plan(SdeArgs& a, Layout& layout) {
   a.space = layout.merge();
   a.plan = plan_of(a.space, layout.flat());
@@ -66,7 +66,7 @@ void add_segments(const SdeArgs& a, int count, T* out) {
   }
 }
 
-// runs a kernel that sums; (count, rows) of the compute type
+// runs a kernel that sums; returns (count, rows) of the compute type
 Tensor run_sums(SdeArgs& a, Kernel kernel, const Tensor& like, int count) {
   const int64_t partials = a.space.rows * a.plan.segments * kSums, sizes[] = {count, a.space.rows};
   Tensor partial = new_empty(like, &partials, 1, ScalarType::Double);
@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sde_step_backward(Optional gy, Option
   return {gx, gscore, gnoise, new_empty(lead, &none, 1, sum_dtype(args))};
 }
 
-// (1, rows)
+// returns (1, rows)
 Tensor run_loss(SdeArgs& a, Layout& layout, const Tensor& pred, const Optional& std, const Tensor& seed,
                 const Tensor& step) {
   a.f64 = pred.scalar_type() == ScalarType::Double;

@@ -22,7 +22,7 @@ Tensor sector_counts(Tensor thresholds, int64_t points, int64_t trials, Tensor s
     SectorTrials a = shared;
     a.counts = own.data();
     kernel(a, begin, end);
-    // integers: whoever comes first, the sum is the same
+    // integer sums: the order of the threads does not matter
     for (int64_t k = 0; k < count; ++k) __atomic_fetch_add(counts + k, own[k], __ATOMIC_RELAXED);
   });
   return out;

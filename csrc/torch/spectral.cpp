@@ -20,14 +20,14 @@ View along(const Tensor& t) {
   return v;
 }
 
-// what all layers share: the cut into units, and memory for what the kernels keep between passes
+// all layers of a call: their split into units, and the buffers that kernels keep between passes
 class Layers {
  public:
   explicit Layers(const Tensors& weights) : layers_(weights.size()) {}
 
   SpectralLayer& operator[](size_t i) { return layers_[i]; }
 
-  // `layout` holds every view of the weight's size; a vector is one row
+  // every view of the weight's size is in `layout`; a vector is one row
   void place(SpectralLayer& l, Layout& layout, const Tensor& w) {
     l.f64 = w.scalar_type() == ScalarType::Double;
     l.space = layout.merge();
@@ -38,7 +38,7 @@ class Layers {
     units_ += l.units;
   }
 
-  // one allocation for all layers
+  // one allocation for the buffers of all layers
   void reserve(const Tensor& like, bool backward) {
     int64_t bytes = 0;
     const auto take = [&](int64_t n) {
@@ -64,8 +64,9 @@ class Layers {
     }
   }
 
-  // pass(args, first unit, end unit) for layers whose weights stay in the cache between passes: where the layers can be
-  // shared out evenly every thread takes its own, one by one, and waits for nobody; else all take groups of neighbours
+  // Calls pass(args, first unit, end unit) for groups of layers whose weights stay in the cache between passes. If the
+  // layers split evenly, each thread takes its own share layer by layer, without barriers; else all threads work on one
+  // group of neighbouring layers after another.
   template <class Pass>
   void for_each_group(const Pass& pass) {
     const std::vector<std::vector<size_t>> shares = shared_out(torch::stable::get_num_threads());
@@ -84,7 +85,7 @@ class Layers {
     }
   }
 
-  // an output is written past the caches where all of them together do not fit
+  // use streaming stores if all outputs together do not fit the caches
   void stream(const Tensors& outputs) {
     int64_t bytes = 0;
     for (size_t i = 0; i < layers_.size(); ++i) bytes += outputs[i].numel() * int64_t(outputs[i].element_size());
@@ -101,8 +102,8 @@ class Layers {
          last.first_unit + last.units);
   }
 
-  // the layers of every thread, the largest first to whoever has least; none where somebody would have an eighth more
-  // than the others
+  // layers per thread: the largest first, each to the thread with the fewest bytes; empty if the largest share exceeds
+  // the mean by more than an eighth
   std::vector<std::vector<size_t>> shared_out(int64_t threads) const {
     std::vector<size_t> order(layers_.size());
     std::iota(order.begin(), order.end(), 0);

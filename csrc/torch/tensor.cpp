@@ -10,8 +10,8 @@ namespace {
 constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
 constexpr uintptr_t kHugeBytes = 2 * kHugePage;
 
-// A large result is mostly memory that the system maps and clears at first touch: asked for huge pages it takes one
-// fault per 2 MB instead of 512 (NumPy does the same for its arrays). Advice only, and no harm where it is not taken.
+// The system maps and clears a large result at first touch: with huge pages it takes one page fault per 2 MB instead of
+// 512 (NumPy does the same for its arrays). Only advice: the system may ignore it.
 void advise_huge_pages([[maybe_unused]] const Tensor& t) {
 #ifdef MADV_HUGEPAGE
   const size_t bytes = t.numel() * t.element_size();
@@ -80,7 +80,7 @@ void Layout::add_event(View& view, const Tensor& t) {
 }
 
 Space Layout::merge() {
-  // event dims in the memory order of the first tensor: a sum does not mind, a cache does
+  // event dims in the memory order of the first tensor, for cache locality
   int order[64];
   for (int d = 0; d < dims_; ++d) order[d] = d;
   const int64_t* lead = entries_[0].stride;
@@ -94,12 +94,12 @@ Space Layout::merge() {
 
   Space space;
   int merged = 0;
-  // one group of dims: drop size 1, join neighbours that every tensor lays out alike
+  // one group of dims: drop size 1, join neighbours that are contiguous with each other in every tensor
   const auto merge_group = [&](int begin, int end, int64_t unit_stride) {
     const int first = merged;
     int64_t count = 1;
     for (int i = begin; i < end; ++i) count *= size_[order[i]];
-    // a group without elements is one dim of size 0: nobody may divide by a size that is 0
+    // a group without elements becomes one dim of size 0, because offsets divide by the sizes of inner dims
     for (int i = begin; count > 0 && i < end; ++i) {
       const int d = order[i];
       if (size_[d] == 1) continue;
@@ -123,7 +123,7 @@ Space Layout::merge() {
     return count;
   };
 
-  // the event first would give the stride of a single row; sizes do that as well
+  // stride of a single row, computed from the sizes because the event is merged after the rows
   int64_t cols = 1;
   for (int d = row_dims_; d < dims_; ++d) cols *= size_[d];
   space.rows = merge_group(0, row_dims_, cols);
@@ -149,7 +149,7 @@ Tensor new_like(const Tensor& t) {
   return new_empty(t, sizes.data(), int64_t(sizes.size()), t.scalar_type());
 }
 
-// not torch::stable::empty: that finds its operator by name on every call, 1 us of the 7 of a small one
+// not torch::stable::empty, which looks up its operator by name on every call: 1 us of the 7 us of a small call
 Tensor new_empty(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType dtype) {
   int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle out = nullptr;

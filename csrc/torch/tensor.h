@@ -1,4 +1,4 @@
-// The bridge between stable-ABI tensors and the plain views the kernels take.
+// Conversion of stable-ABI tensors to the plain views that the kernels take.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -29,30 +29,30 @@ inline DType dtype_of(const Tensor& t) {
   STD_TORCH_CHECK(false, "pyflow: unsupported dtype");
 }
 
-// Collects the tensors of one call, then merges the dims that all of them lay out alike.
+// Collects the tensors of one call, then merges neighbouring dims that are contiguous with each other in all of them.
 class Layout {
  public:
-  // the last `col_dims` dims of `like` are the event, visited in C order or, for the cache, in that of memory
+  // the last `col_dims` dims of `like` are the event, visited in C order or, for cache locality, in memory order
   Layout(const Tensor& like, int64_t col_dims, bool c_order = false);
-  // an event of the sizes of `event`, one row dim in front
+  // one row dim of size `rows`, then the dims of `event`
   Layout(int64_t rows, const Tensor& event);
   // `t` has the sizes of `like`; `offset` and `step` pick a slice along `dim` without a copy
   void add(View& view, const Tensor& t);
   void add_slice(View& view, const Tensor& t, int64_t dim, int64_t offset, int64_t step);
-  // `t` has the row dim, the only one, at `dim`
+  // the single row dim of the space is dim `dim` of `t`
   void add_moved(View& view, const Tensor& t, int64_t dim);
   // `t` has the sizes of the row dims of `like`
   void add_rows(View& view, const Tensor& t);
   // `t` has the sizes of the event dims of `like`
   void add_event(View& view, const Tensor& t);
   Space merge();
-  // every view is one run of memory in the order of the iteration space
+  // whether every full-size view is contiguous in the order of the iteration space
   bool flat() const { return flat_; }
 
  private:
   struct Entry {
     View* view;
-    bool whole;  // has every dim of the space
+    bool whole;  // full size: has every dim of the space
     int64_t stride[64];
   };
   static constexpr int kMaxViews = 12;
@@ -64,12 +64,12 @@ class Layout {
   bool flat_ = true, c_order_ = false;
 };
 
-// uninitialised, with the strides torch.empty_like gives
+// uninitialised, with the strides of torch.empty_like
 Tensor new_like(const Tensor& t);
-// whether an output is too large for the caches
+// whether an output is too large for the caches and is written with streaming stores
 inline bool streams(const Tensor& t) { return t.numel() * int64_t(t.element_size()) >= kStreamBytes; }
 
-// contiguous
+// uninitialised, contiguous
 Tensor new_empty(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType dtype);
 
 }  // namespace pyflow
