@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import _checks as check
+from . import _progress
 from .ops.energy import EnergyFunction, energy_and_grad, mala_propose, mala_step, step_size
 from .ops.noise import STEPS, seed_tensor
 
@@ -81,8 +82,8 @@ def sample(
         seed = seed_tensor(op, None, None, z.device)
     z = z.detach()
     moved = torch.zeros(z.shape[0], device=z.device, dtype=torch.float32)
-    with torch.no_grad():
-        for done, bar in enumerate(_bar(steps, progress), 1):
+    with torch.no_grad(), _progress.bar(steps, "step", progress, desc="chains", mininterval=0.2) as bar:
+        for done in range(1, steps + 1):
             step = start + done - 1
             if metropolis:
                 z, u, grad, accepted = mala_step(z, u, grad, energy_fn, alpha, seed=seed, step=step)
@@ -95,24 +96,6 @@ def sample(
                 bar.set_postfix_str(f"{moved.mean().item() / done:.1%} accepted")
             if callback is not None:
                 callback(step, z.clone())
+            if bar is not None:
+                bar.update()
     return Chains(z, u, grad, moved / steps)
-
-
-def _bar(steps: int, progress: bool) -> Iterator[object]:
-    """Yields the bar, or None, once a step."""
-    tqdm = _tqdm() if progress else None
-    if tqdm is None:
-        yield from (None for _ in range(steps))
-        return
-    with tqdm(total=steps, desc="chains", unit="step", dynamic_ncols=True, mininterval=0.2) as bar:
-        for _ in range(steps):
-            yield bar
-            bar.update()
-
-
-def _tqdm() -> type | None:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm

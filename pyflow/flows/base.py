@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ class Flow(nn.Module):
         latent_shape: of one z.
         prior: of every element of z, "gaussian" or "logistic" (both with location 0 and scale 1).
     """
+
+    inverse: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     def __init__(self, latent_shape: tuple[int, ...], prior: str) -> None:
         super().__init__()
@@ -39,11 +42,9 @@ class Flow(nn.Module):
             raise ValueError(f"{name}: temperature must be {rule}, got {temperature}")
         generator = None if seed is None else torch.Generator("cpu").manual_seed(_seed(name, seed))
         # drawn on the CPU in double precision, where the logistic's inverse CDF meets neither 0 nor 1
-        options = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
-        if self.prior == "gaussian":
-            z = torch.randn(n, *self.latent_shape, **options)
-        else:
-            z = torch.rand(n, *self.latent_shape, **options)
+        draw = torch.randn if self.prior == "gaussian" else torch.rand
+        z = draw(n, *self.latent_shape, generator=generator, dtype=torch.float64, device="cpu")
+        if self.prior == "logistic":
             z = z.clamp_(min=2.0**-54).logit_()
         like = next(self.parameters())
         return z.mul_(temperature).to(like.dtype).to(like.device)
@@ -57,6 +58,6 @@ class Flow(nn.Module):
 def _seed(op: str, seed: object) -> int:
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise TypeError(f"{op}: seed must be an integer, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**64:
+    if not -(2**63) <= int(seed) < 2**64:
         raise ValueError(f"{op}: seed must fit 64 bits, got {seed}")
     return int(seed)

@@ -54,16 +54,16 @@ class Glow(MultiScale):
         reversible: bool = False,
     ) -> None:
         counts("Glow", steps=steps, levels=levels)
-        shape = check.event_shape("Glow", shape)
-        check_images("Glow", shape, 2**levels)
+        event = check.event_shape("Glow", shape)
+        check_images("Glow", event, 2**levels)
         stages, splits = [], []
         for level in range(levels):
-            channels = 4 * shape[0] * 2**level
+            channels = 4 * event[0] * 2**level
             layers = [layer for _ in range(steps) for layer in _step(channels, hidden)]
             stages.append(ReversibleSequential(Squeeze(), *layers, recompute=reversible))
             if level < levels - 1:
                 splits.append(AffineCoupling(zero_conv(channels // 2, channels), split="channel"))
-        super().__init__(shape, stages, splits, "gaussian")
+        super().__init__(event, stages, splits, "gaussian")
 
 
 def _step(channels: int, hidden: int) -> tuple[nn.Module, nn.Module, nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +42,18 @@ class MultiScale(Flow):
         check.float_tensor(name, "x", x)
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"{name}: x must have the shape {_batched(self.shape)}, got {tuple(x.shape)}")
-        total, parts = 0, []
+        stage: Any
+        split: Any
+        total: Any = 0
+        parts = []
         for level, stage in enumerate(self.stages):
             x, logdet = stage(x)
             total = logdet + total
             if level == len(self.stages) - 1:
                 break
             if self.splits:
-                x, logdet = self.splits[level].inverse(x)
+                split = self.splits[level]
+                x, logdet = split.inverse(x)
                 total = logdet + total
             x, done = x.chunk(2, 1)
             parts.append(done.flatten(1))
@@ -63,7 +68,8 @@ class MultiScale(Flow):
             part.unflatten(1, shape)
             for part, shape in zip(z.split([math.prod(s) for s in self._parts], 1), self._parts, strict=True)
         )
-        total = 0
+        stage: Any
+        total: Any = 0
         for level, stage in reversed(list(enumerate(self.stages))):
             if level < len(parts):
                 x = torch.cat((x, parts[level]), 1)

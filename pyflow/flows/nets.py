@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import math
 import numbers
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import nn
 
 from .. import _checks as check
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 def mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
@@ -30,10 +32,15 @@ def zero_conv(inputs: int, outputs: int) -> nn.Conv2d:
     return start_at_zero(nn.Conv2d(inputs, outputs, 3, padding=1))
 
 
-def counts(op: str, **values: object) -> None:
+def integer(op: str, name: str, value: object) -> int:
+    """Return an integer of 64 bits; the caller checks its range."""
+    return check.at_least(op, name, value, -(2**63))
+
+
+def counts(op: str, **values: int) -> None:
     """Of how many there are: integers of at least 1, or one clear sentence about all."""
     for name, value in values.items():
-        check.at_least(op, name, value, -math.inf)
+        integer(op, name, value)
     if min(values.values()) < 1:
         raise ValueError(
             f"{op}: {' and '.join(values)} must be at least 1, got {' and '.join(str(v) for v in values.values())}"
@@ -47,7 +54,8 @@ def widths(op: str, hidden: object) -> tuple[int, ...]:
     return tuple(check.at_least(op, "hidden", width, 1) for width in hidden)
 
 
-def start_at_zero(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+def start_at_zero(layer: Layer) -> Layer:
     nn.init.zeros_(layer.weight)
+    assert layer.bias is not None
     nn.init.zeros_(layer.bias)
     return layer

@@ -12,7 +12,7 @@ from ..nn import Scale
 from ..nn._split import divide, join
 from ..ops import additive_coupling, flow_log_prob
 from .base import Flow
-from .nets import mlp, widths
+from .nets import integer, mlp, widths
 
 _SPLITS = ("half", "interleave")
 # standard deviation of a prior of scale 1
@@ -64,8 +64,7 @@ class NICE(Flow):
         split: str = "interleave",
         data_init: bool = False,
     ) -> None:
-        dim = check.at_least("NICE", "dim", dim, -math.inf)
-        couplings = check.at_least("NICE", "couplings", couplings, -math.inf)
+        dim, couplings = integer("NICE", "dim", dim), integer("NICE", "couplings", couplings)
         super().__init__((dim,), prior)
         check.choice("NICE", "split", split, _SPLITS)
         if dim < 2 or couplings < 1:
@@ -85,7 +84,7 @@ class NICE(Flow):
         for i, net in reversed(list(enumerate(self.nets))):
             kept, changed = i % 2, 1 - i % 2
             halves[changed] = additive_coupling(halves[changed], net(halves[kept]), inverse=True)
-        return join(*halves, self.split, False), logdet
+        return join(halves[0], halves[1], self.split, False), logdet
 
     def log_prob(self, x: Tensor) -> Tensor:
         halves = self._couple(x)

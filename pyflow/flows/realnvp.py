@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
 
 from .. import _checks as check
@@ -60,20 +62,20 @@ class RealNVP(MultiScale):
         prior: str = "gaussian",
         reversible: bool = False,
     ) -> None:
-        shape = check.event_shape("RealNVP", shape)
+        event = check.event_shape("RealNVP", shape)
         counts("RealNVP", couplings=couplings, levels=levels)
         options = {"scale_map": scale_map, "clamp": clamp}
-        if len(shape) == 1:
-            if shape[0] < 2:
-                raise ValueError(f"RealNVP: a vector must have at least 2 elements, got {shape[0]}")
-            hidden = widths("RealNVP", (64, 64) if hidden is None else hidden)
-            stages = [_vector_stage(shape[0], couplings, hidden, options)]
+        if len(event) == 1:
+            if event[0] < 2:
+                raise ValueError(f"RealNVP: a vector must have at least 2 elements, got {event[0]}")
+            layer_widths = widths("RealNVP", (64, 64) if hidden is None else hidden)
+            stages = [_vector_stage(event[0], couplings, layer_widths, options)]
         else:
-            check_images("RealNVP", shape, 2 ** (levels - 1))
-            hidden = check.at_least("RealNVP", "hidden", 64 if hidden is None else hidden, 1)
-            stages = _image_stages(shape[0], levels, hidden, options)
-        stages = [ReversibleSequential(*layers, recompute=reversible) for layers in stages]
-        super().__init__(shape, stages, (), prior)
+            check_images("RealNVP", event, 2 ** (levels - 1))
+            width = check.at_least("RealNVP", "hidden", 64 if hidden is None else hidden, 1)
+            stages = _image_stages(event[0], levels, width, options)
+        reversible_stages = [ReversibleSequential(*layers, recompute=reversible) for layers in stages]
+        super().__init__(event, reversible_stages, (), prior)
 
 
 def _vector_stage(dim: int, couplings: int, hidden: tuple[int, ...], options: dict) -> list[nn.Module]:
@@ -81,7 +83,7 @@ def _vector_stage(dim: int, couplings: int, hidden: tuple[int, ...], options: di
     for i in range(couplings):
         sizes = dim - dim // 2, dim // 2
         net = mlp(sizes[i % 2], hidden, 2 * sizes[1 - i % 2])
-        start_at_zero(net[-1])
+        start_at_zero(cast("nn.Linear", net[-1]))
         layers += [ActNorm(dim), AffineCoupling(net, swap=i % 2 == 1, **options)]
     return layers
 

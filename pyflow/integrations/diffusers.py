@@ -8,11 +8,12 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
 
 import torch
-from diffusers import ScoreSdeVeScheduler as _Ve
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_sde_ve import ScoreSdeVeScheduler as _Ve
 from diffusers.schedulers.scheduling_sde_ve import SdeVeOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Generator, Tensor
@@ -26,12 +27,21 @@ from ..sde.equations import seeds_for
 Seeds = Generator | Sequence[Generator] | int | Tensor | None
 
 
+class _Stream(TypedDict, total=False):
+    """Keyword arguments of a step that name its noise."""
+
+    seed: int | Tensor | None
+    step: int | Tensor
+
+
 class _Noise:
     """Seeds for a scheduler's steps from whatever the caller calls a generator."""
 
     _predictions = _corrections = 0
+    # a tensor after set_timesteps, None before; diffusers does not annotate it
+    timesteps: Any
 
-    def _seeds(self, op: str, generator: Seeds, x: Tensor, step: int) -> dict[str, object]:
+    def _seeds(self, op: str, generator: Seeds, x: Tensor, step: int) -> _Stream:
         """`seed` and `step`: a generator moves on with every draw, seeds count the scheduler's steps."""
         if generator is None:
             return {"seed": None}
@@ -48,16 +58,6 @@ class _Noise:
             return {"seed": seeds_for(op, x.shape[0], generator, x.device), "step": step}
         raise TypeError(f"{op}: generator must be torch.Generators or seeds, got {type(generator).__name__}")
 
-    def _keep_positional(self, init: object) -> None:
-        """diffusers notes positional arguments as defaults, which `from_config` leaves out."""
-        parameters, config = inspect.signature(init).parameters, self.config
-        unset = [
-            name
-            for name in config.get("_use_default_values", ())
-            if name in parameters and config[name] == parameters[name].default
-        ]
-        self.register_to_config(_use_default_values=unset)
-
     def _check(self, op: str, x_name: str, x: Tensor, score_name: str, score: Tensor) -> None:
         """Before a seed is drawn: a call that is refused draws none."""
         if self.timesteps is None:
@@ -66,7 +66,7 @@ class _Noise:
         check.like(op, score_name, score, x_name, x.shape, x.device)
 
 
-class ScoreSdeVeScheduler(_Noise, _Ve):
+class ScoreSdeVeScheduler(_Noise, _Ve):  # type: ignore[misc]  # diffusers: config_name differs between its mixins
     """diffusers' variance-exploding scheduler with fused steps.
 
     step_pred: x' = x + (sigma_i**2 - sigma_{i-1}**2) score + sqrt(sigma_i**2 - sigma_{i-1}**2) z;
@@ -115,12 +115,12 @@ class ScoreSdeVeScheduler(_Noise, _Ve):
             num_train_timesteps=num_train_timesteps, snr=snr, sigma_min=sigma_min, sigma_max=sigma_max,
             sampling_eps=sampling_eps, correct_steps=correct_steps,
         )  # fmt: skip
-        self._keep_positional(ScoreSdeVeScheduler.__init__)
+        _keep_positional(self, ScoreSdeVeScheduler.__init__)
 
     def set_timesteps(
         self, num_inference_steps: int, sampling_eps: float | None = None, device: str | torch.device | None = None
     ) -> None:
-        eps = self.config.sampling_eps if sampling_eps is None else sampling_eps
+        eps = self.config["sampling_eps"] if sampling_eps is None else sampling_eps
         self.timesteps = _timesteps(num_inference_steps, eps, device)
         # the noise of given seeds begins anew
         self._predictions = self._corrections = 0
@@ -132,8 +132,8 @@ class ScoreSdeVeScheduler(_Noise, _Ve):
         sigma_max: float | None = None,
         sampling_eps: float | None = None,
     ) -> None:
-        low = self.config.sigma_min if sigma_min is None else sigma_min
-        high = self.config.sigma_max if sigma_max is None else sigma_max
+        low = self.config["sigma_min"] if sigma_min is None else sigma_min
+        high = self.config["sigma_max"] if sigma_max is None else sigma_max
         if self.timesteps is None:
             self.set_timesteps(num_inference_steps, sampling_eps)
         # float32 whatever the default dtype
@@ -160,7 +160,7 @@ class ScoreSdeVeScheduler(_Noise, _Ve):
         sigmas = self.discrete_sigmas.to(index.device)
         below = torch.where(index == 0, 0, sigmas[index - 1])
         gap = (sigmas[index] ** 2 - below**2).to(sample.device)
-        seeds = {} if noise is not None else self._seeds(op, generator, sample, self._predictions)
+        seeds: _Stream = {} if noise is not None else self._seeds(op, generator, sample, self._predictions)
         moved, mean = sde_step(sample, model_output, 1.0, gap, gap.sqrt(), noise=noise, return_mean=True, **seeds)
         # after it: a call that fails is none
         self._predictions += 1
@@ -177,8 +177,11 @@ class ScoreSdeVeScheduler(_Noise, _Ve):
     ) -> SchedulerOutput | tuple[Tensor]:
         op = "step_correct"
         self._check(op, "sample", sample, "model_output", model_output)
-        seeds = {} if noise is not None else self._seeds(op, generator, sample, self._corrections)
-        moved = langevin_step(sample, model_output, snr=self.config.snr, norm=self.config.norm, noise=noise, **seeds)
+        seeds: _Stream = {} if noise is not None else self._seeds(op, generator, sample, self._corrections)
+        moved = langevin_step(
+            sample, model_output, snr=self.config["snr"], norm=self.config["norm"], noise=noise, **seeds
+        )
+        assert isinstance(moved, Tensor)
         self._corrections += 1
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
@@ -188,7 +191,7 @@ class ScoreSdeVeScheduler(_Noise, _Ve):
         return _noised(original_samples, noise, torch.ones_like(sigma), sigma)
 
 
-class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):
+class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # likewise
     """diffusers' variance-preserving scheduler with fused steps.
 
     step_pred: score = -model output / std(t), then the Euler-Maruyama step of `pyflow.sde.VPSDE`.
@@ -226,14 +229,14 @@ class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):
         sampling_eps: float = 1e-3,
     ) -> None:
         self.sigmas = self.discrete_sigmas = self.timesteps = None
-        self._keep_positional(ScoreSdeVpScheduler.__init__)
+        _keep_positional(self, ScoreSdeVpScheduler.__init__)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        self.timesteps = _timesteps(num_inference_steps, self.config.sampling_eps, device)
+        self.timesteps = _timesteps(num_inference_steps, self.config["sampling_eps"], device)
         self._predictions = 0
 
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        return self.config["num_train_timesteps"]
 
     def step_pred(
         self, score: Tensor, x: Tensor, t: float | Tensor, generator: Seeds = None, *, noise: Tensor | None = None
@@ -243,12 +246,12 @@ class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):
         sde = self._sde()
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device)
         beta = sde.beta(t) / len(self.timesteps)
-        seeds = {} if noise is not None else self._seeds(op, generator, x, self._predictions)
+        seeds: _Stream = {} if noise is not None else self._seeds(op, generator, x, self._predictions)
         factor = -beta / sde.marginal(t)[1]
-        result = sde_step(x, score, 1 + beta / 2, factor, beta.sqrt(), noise=noise, return_mean=True, **seeds)
+        moved, mean = sde_step(x, score, 1 + beta / 2, factor, beta.sqrt(), noise=noise, return_mean=True, **seeds)
         # after it: a call that fails is none
         self._predictions += 1
-        return result
+        return moved, mean
 
     def add_noise(self, original_samples: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor:
         """alpha x + std z at each sample's time in [0, 1]; noise None draws z."""
@@ -256,7 +259,18 @@ class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):
         return _noised(original_samples, noise, alpha, std)
 
     def _sde(self) -> VPSDE:
-        return VPSDE(self.config.beta_min, self.config.beta_max)
+        return VPSDE(self.config["beta_min"], self.config["beta_max"])
+
+
+def _keep_positional(scheduler: ConfigMixin, init: Callable[..., None]) -> None:
+    """Undo that diffusers records positional arguments as defaults, which `from_config` leaves out."""
+    parameters, config = inspect.signature(init).parameters, scheduler.config
+    unset = [
+        name
+        for name in config.get("_use_default_values", ())
+        if name in parameters and config[name] == parameters[name].default
+    ]
+    scheduler.register_to_config(_use_default_values=unset)
 
 
 def _timesteps(steps: int, eps: float, device: str | torch.device | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +16,11 @@ Score = Callable[[Tensor, Tensor], Tensor]
 class Lent:
     """A function of x that is lent x: one that writes into it gets copies, one that does not gets x itself."""
 
-    def __init__(self, op: str, name: str, function: Callable[..., object]) -> None:
+    def __init__(self, op: str, name: str, function: Callable[..., Any]) -> None:
         # what it does is seen at the first call
         self.op, self.name, self.function, self.copies, self.is_new = op, name, function, True, True
 
-    def __call__(self, x: Tensor, *rest: object) -> object:
+    def __call__(self, x: Tensor, *rest: Any) -> Any:
         if torch.compiler.is_compiling():
             # costs nothing: the compiler drops a copy that nobody writes into
             return self.function(x.clone(), *rest)

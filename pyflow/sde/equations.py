@@ -75,10 +75,11 @@ class SDE:
     def drift(self, x: Tensor, t: float | Tensor) -> Tensor:
         """f(t) x, for t of a number or (B,)."""
         check.float_tensor("drift", "x", x)
-        f, _ = self.rates(time_tensor(t, x.device))
+        time = time_tensor(t, x.device)
+        f, _ = self.rates(time)
         f = f.to(x.device).reshape(f.shape + (1,) * (x.dim() - f.dim()))
         if f.dim() > x.dim() or any(m not in (1, n) for m, n in zip(f.shape, x.shape, strict=False)):
-            raise ValueError(f"drift: t must have the shape () or {tuple(x.shape[:1])}, got {tuple(t.shape)}")
+            raise ValueError(f"drift: t must have the shape () or {tuple(x.shape[:1])}, got {tuple(time.shape)}")
         return (f * x).to(x.dtype)
 
     def diffusion(self, t: float | Tensor) -> Tensor:

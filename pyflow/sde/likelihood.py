@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..ops import uniform
 from ..reference import compute_dtype
+from ._score import Score
 from .equations import SDE, seeds_for
 
 DIVERGENCES = ("hutchinson", "exact")
@@ -21,7 +22,7 @@ FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implic
 
 def log_likelihood(
     sde: SDE,
-    score_fn: Callable[[Tensor, Tensor], Tensor],
+    score_fn: Score,
     x: Tensor,
     *,
     divergence: str = "hutchinson",
@@ -102,7 +103,17 @@ def log_likelihood(
         return _solve(sde, score_fn, x, signs, eps, solver, rtol, atol, steps)
 
 
-def _solve(sde, score_fn, x, signs, eps, solver, rtol, atol, steps) -> Tensor:
+def _solve(
+    sde: SDE,
+    score_fn: Score,
+    x: Tensor,
+    signs: tuple[Tensor, ...],
+    eps: float,
+    solver: str,
+    rtol: float,
+    atol: float,
+    steps: int,
+) -> Tensor:
     odeint = _odeint()
     dtype, size = compute_dtype(x.dtype), x[0].numel()
     end = sde.last_time(eps)
@@ -133,7 +144,7 @@ def _solve(sde, score_fn, x, signs, eps, solver, rtol, atol, steps) -> Tensor:
 class _Divergence:
     """The score, and per sample the trace of its Jacobian: exact without signs, else averaged over them."""
 
-    def __init__(self, score_fn: Callable[[Tensor, Tensor], Tensor], signs: tuple[Tensor, ...]) -> None:
+    def __init__(self, score_fn: Score, signs: tuple[Tensor, ...]) -> None:
         self.score_fn, self.signs, self.is_constant = score_fn, signs, False
 
     def __call__(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +186,7 @@ class _Divergence:
             self.is_constant = True
 
 
-def _units(x: Tensor):
+def _units(x: Tensor) -> Iterator[Tensor]:
     """Each unit vector of a sample, for all samples at once."""
     for i in range(x[0].numel()):
         unit = torch.zeros_like(x, memory_format=torch.contiguous_format)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
+from .. import _progress
 from ..ops import langevin_step, sde_step
 from ._score import Lent, Score, checked, in_micro_batches
 from .equations import SDE, Grid, Row, seeds_for
@@ -133,7 +134,7 @@ def make_step(
     eps: float = 1e-3,
     denoise: bool = True,
     micro_batch: int | None = None,
-    **compile_options: object,
+    **compile_options: Any,
 ) -> Step:
     """The step of a sampler, score and update compiled together once for all times.
 
@@ -213,7 +214,7 @@ class Step:
             if self._plan.start != 1:
                 x *= self._plan.start
             steps = len(self.times)
-            for i, t in enumerate(_bar(self.times, progress)):
+            for i, t in enumerate(_progress.tracked(self.times, "step", progress, mininterval=0.2)):
                 x = self._take(x, i, seed)
                 if check_finite and not bool(x.isfinite().all()):
                     raise FloatingPointError(f"{op}: x is not finite after step {i} of {steps}, t = {t:.4g}")
@@ -342,12 +343,3 @@ def _row(sde: SDE, method: str, predictor: str, grid: Grid) -> Row:
 def _device_of(score_fn: Score) -> torch.device:
     parameter = next(score_fn.parameters(), None) if isinstance(score_fn, nn.Module) else None
     return torch.get_default_device() if parameter is None else parameter.device
-
-
-def _bar(times: tuple[float, ...], progress: bool) -> Iterable[float]:
-    if progress:
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
-
-            return tqdm(times, unit="step", dynamic_ncols=True, mininterval=0.2)
-    return times

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .. import _progress
 from ..ops._variables import comparable
 
 # a bar appears for what takes longer, in seconds
@@ -106,14 +107,7 @@ def same(a: object, b: object) -> bool:
 
 
 @contextlib.contextmanager
-def bar(total: int, unit: str, progress: bool) -> Iterator[Callable[[int], object]]:
-    """A function that is told how many more are done; it shows a bar where tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        progress = False
-    if not progress:
-        yield lambda done: None
-        return
-    with tqdm(total=total, unit=unit, dynamic_ncols=True, delay=PATIENCE) as shown:
-        yield shown.update
+def bar(total: int | None, unit: str, progress: bool) -> Iterator[Callable[[int], object]]:
+    """Yield a function that advances a bar by its argument; it does nothing without tqdm or `progress`."""
+    with _progress.bar(total, unit, progress, delay=PATIENCE) as shown:
+        yield (lambda done: None) if shown is None else shown.update

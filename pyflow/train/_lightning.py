@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import lightning
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ._collect import Collected, collect
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 
 class LossOnlyModule(lightning.LightningModule):
@@ -37,7 +41,7 @@ class LossOnlyModule(lightning.LightningModule):
         'Adam'
     """
 
-    def __init__(self, model: nn.Module, optimizer: Callable[[list[nn.Parameter]], object]) -> None:
+    def __init__(self, model: nn.Module, optimizer: Callable[[list[nn.Parameter]], OptimizerLRScheduler]) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"LossOnlyModule: model must be a module, got {type(model).__name__}")
@@ -53,7 +57,7 @@ class LossOnlyModule(lightning.LightningModule):
             return self.model(*batch)
         return self.model(**batch) if isinstance(batch, (dict, UserDict)) else self.model(batch)
 
-    def configure_optimizers(self) -> object:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         return self._optimizer_of([p for p in self.model.parameters() if p.requires_grad])
 
     def on_train_epoch_start(self) -> None:
