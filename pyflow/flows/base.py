@@ -1,4 +1,4 @@
-"""What every flow shares: a prior on z, log-likelihood and sampling."""
+"""Base class of the flows: prior on z, log-likelihood and sampling."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Flow(nn.Module):
     """An invertible map x <-> z with `forward(x) -> (z, logdet)` and `inverse(z) -> (x, logdet)`.
 
     Args:
-        latent_shape: of one z.
-        prior: of every element of z, "gaussian" or "logistic" (both with location 0 and scale 1).
+        latent_shape: shape of one z.
+        prior: distribution of every element of z, "gaussian" or "logistic", with location 0 and scale 1.
     """
 
     inverse: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -29,19 +29,19 @@ class Flow(nn.Module):
         self.latent_shape, self.prior = latent_shape, prior
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Nats of each x, (B,)."""
+        """Return the log-density of each x in nats, (B,)."""
         z, logdet = self(x)
         return flow_log_prob(z, prior=self.prior) + logdet
 
     def draw_latent(self, n: int, temperature: float = 1.0, seed: int | None = None) -> Tensor:
-        """n draws of z, scaled by `temperature`; the same for a seed on every device."""
+        """Return n draws of z, scaled by `temperature`; a seed gives the same draws on every device."""
         name = type(self).__name__
         n = check.at_least(name, "n", n, 0)
         if not 0 <= check.number(name, "temperature", temperature) < float("inf"):
             rule = "finite" if temperature > 0 else "at least 0"
             raise ValueError(f"{name}: temperature must be {rule}, got {temperature}")
         generator = None if seed is None else torch.Generator("cpu").manual_seed(_seed(name, seed))
-        # drawn on the CPU in double precision, where the logistic's inverse CDF meets neither 0 nor 1
+        # float64 on the CPU: together with the clamp below it keeps the logistic's inverse CDF finite
         draw = torch.randn if self.prior == "gaussian" else torch.rand
         z = draw(n, *self.latent_shape, generator=generator, dtype=torch.float64, device="cpu")
         if self.prior == "logistic":
@@ -51,7 +51,7 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, seed: int | None = None) -> Tensor:
-        """n samples: inverse(temperature * z) with z from the prior."""
+        """Return n samples, inverse(temperature * z) with z from the prior."""
         return self.inverse(self.draw_latent(n, temperature, seed))[0]
 
 

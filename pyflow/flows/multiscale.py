@@ -1,4 +1,4 @@
-"""Flows that set part of z aside between stages: the frame of RealNVP and Glow."""
+"""Multi-scale flow, the base class of RealNVP and Glow: part of z leaves the flow between stages."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .base import Flow
 
 
 class MultiScale(Flow):
-    """Stages of invertible layers; after each but the last, half of the channels is done.
+    """Stages of invertible layers; after each but the last, half of the channels goes to z unchanged.
 
     Args:
-        shape: of one x.
+        shape: shape of one x.
         stages: one invertible layer per scale.
-        splits: none, or one affine coupling per scale but the last. Run inverse, it standardises the half that is done
-            by a mean and scale read off the half that goes on, which makes that half's prior a learned one.
-        prior: of z.
+        splits: empty, or one affine coupling for each scale but the last. Its inverse standardises the half that leaves
+            by a mean and scale predicted from the half that goes on: a learned prior.
+        prior: prior of z.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class MultiScale(Flow):
         super().__init__((math.prod(shape),), prior)
         self.shape = shape
         self.stages, self.splits = nn.ModuleList(stages), nn.ModuleList(splits)
-        self._parts: list[tuple[int, ...]] = []  # shapes of what makes up z
+        self._parts: list[tuple[int, ...]] = []  # shapes of the parts of z
         for _ in stages[1:]:
             shape = (2 * shape[0], shape[1] // 2, shape[2] // 2)
             self._parts.append(shape)
@@ -85,7 +85,7 @@ class Squeeze(nn.Module):
     """(B, C, H, W) -> (B, 4 C, H / 2, W / 2): every 2x2 block of pixels becomes four channels."""
 
     def forward(self, x: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        # torch's own pixel_unshuffle is slower on a CPU, and leaves a batch without images as it is
+        # pixel_unshuffle is slower on a CPU, and does not change the shape of an empty batch
         b, c, h, w = x.shape
         blocks = x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4)
         return blocks.reshape(b, 4 * c, h // 2, w // 2), _zeros(x)
@@ -97,7 +97,7 @@ class Squeeze(nn.Module):
 
 
 def check_images(name: str, shape: tuple[int, ...], factor: int) -> None:
-    """`shape` is (C, H, W) with H and W divisible by `factor`."""
+    """Raise ValueError unless `shape` is (C, H, W) with H and W divisible by `factor`."""
     if len(shape) != 3 or min(shape) < 1 or shape[1] % factor or shape[2] % factor:
         raise ValueError(f"{name}: shape must be (C, H, W) with H and W divisible by {factor}, got {shape}")
 

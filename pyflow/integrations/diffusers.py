@@ -1,6 +1,6 @@
-"""Schedulers of diffusers whose steps are one fused pass: change the import, keep the pipeline.
+"""Replacements for schedulers of diffusers, with every step in one fused pass.
 
-Config, timesteps, sigmas, saving and loading are diffusers' own.
+Only the import changes: config, timesteps, sigmas, saving and loading are the same as in diffusers.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ Seeds = Generator | Sequence[Generator] | int | Tensor | None
 
 
 class _Stream(TypedDict, total=False):
-    """Keyword arguments of a step that name its noise."""
+    """Keyword arguments of a step that select its noise."""
 
     seed: int | Tensor | None
     step: int | Tensor
 
 
 class _Noise:
-    """Seeds for a scheduler's steps from whatever the caller calls a generator."""
+    """Derives the seeds of a scheduler's steps from its argument `generator`."""
 
     _predictions = _corrections = 0
     # a tensor after set_timesteps, None before; diffusers does not annotate it
     timesteps: Any
 
     def _seeds(self, op: str, generator: Seeds, x: Tensor, step: int) -> _Stream:
-        """`seed` and `step`: a generator moves on with every draw, seeds count the scheduler's steps."""
+        """Return `seed`, drawn from the generators, or the given seeds with `step`, the number of calls so far."""
         if generator is None:
             return {"seed": None}
         if isinstance(generator, Generator):
@@ -59,7 +59,7 @@ class _Noise:
         raise TypeError(f"{op}: generator must be torch.Generators or seeds, got {type(generator).__name__}")
 
     def _check(self, op: str, x_name: str, x: Tensor, score_name: str, score: Tensor) -> None:
-        """Before a seed is drawn: a call that is refused draws none."""
+        """Check the arguments; called before a seed is drawn, so that a refused call draws none."""
         if self.timesteps is None:
             raise ValueError(f"{op}: timesteps are not set, call set_timesteps first")
         check.float_tensor(op, x_name, x)
@@ -74,18 +74,19 @@ class ScoreSdeVeScheduler(_Noise, _Ve):  # type: ignore[misc]  # diffusers: conf
 
     Args:
         num_train_timesteps, snr, sigma_min, sigma_max, sampling_eps, correct_steps: as in diffusers.
-        norm: of the corrector, "batch" as published and in diffusers, or "sample", which makes every sample
-            independent of the others.
+        norm: norms in the corrector's step size: "batch", means over the batch as in the paper and in diffusers, or
+            "sample", one per sample, so that samples do not depend on each other.
 
     Raises:
-        ValueError: unknown norm; a step before `set_timesteps`; generators or seeds that are not one per sample.
-        TypeError: a generator of another kind.
+        ValueError: unknown norm; a step before `set_timesteps`; a number of generators or seeds other than one per
+            sample.
+        TypeError: generator is neither torch.Generators nor seeds.
 
     Notes:
-        Results keep the dtype of the sample. `generator` of the steps: a torch.Generator, one per sample, or seeds
-        (an integer, which `pyflow.ops.sample_seeds` spreads over the samples, or (B,) int64), whose noise is
-        numbered by the calls since `set_timesteps`. With one generator or seed per sample and norm="sample" a
-        sample's noise does not depend on its batch. `noise=` injects z instead.
+        Results have the dtype of the sample. `generator` is a torch.Generator, a list with one per sample, or seeds:
+        an integer, from which `pyflow.ops.sample_seeds` makes one seed per sample, or (B,) int64. With seeds, the
+        number of calls since `set_timesteps` selects the noise of a step. With one generator or seed per sample and
+        norm="sample", a sample's noise does not depend on its batch. `noise=` passes z instead.
 
     Source:
         diffusers 0.42, `ScoreSdeVeScheduler`; Song et al. 2021, arXiv:2011.13456, algorithm 2.
@@ -122,7 +123,7 @@ class ScoreSdeVeScheduler(_Noise, _Ve):  # type: ignore[misc]  # diffusers: conf
     ) -> None:
         eps = self.config["sampling_eps"] if sampling_eps is None else sampling_eps
         self.timesteps = _timesteps(num_inference_steps, eps, device)
-        # the noise of given seeds begins anew
+        # with given seeds the noise repeats from its first step
         self._predictions = self._corrections = 0
 
     def set_sigmas(
@@ -139,7 +140,7 @@ class ScoreSdeVeScheduler(_Noise, _Ve):  # type: ignore[misc]  # diffusers: conf
         # float32 whatever the default dtype
         between = torch.linspace(math.log(low), math.log(high), num_inference_steps, dtype=torch.float32, device="cpu")
         self.discrete_sigmas = between.exp()
-        # one by one, as diffusers: other loops have other bits
+        # one at a time, as in diffusers: a vectorised power has other bits
         self.sigmas = torch.stack([low * (high / low) ** t for t in self.timesteps.cpu()])
 
     def step_pred(
@@ -162,7 +163,7 @@ class ScoreSdeVeScheduler(_Noise, _Ve):  # type: ignore[misc]  # diffusers: conf
         gap = (sigmas[index] ** 2 - below**2).to(sample.device)
         seeds: _Stream = {} if noise is not None else self._seeds(op, generator, sample, self._predictions)
         moved, mean = sde_step(sample, model_output, 1.0, gap, gap.sqrt(), noise=noise, return_mean=True, **seeds)
-        # after it: a call that fails is none
+        # counted last, so that a failed call does not count
         self._predictions += 1
         return SdeVeOutput(prev_sample=moved, prev_sample_mean=mean) if return_dict else (moved, mean)
 
@@ -186,12 +187,12 @@ class ScoreSdeVeScheduler(_Noise, _Ve):  # type: ignore[misc]  # diffusers: conf
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor:
-        """x + sigma z with sigma of each sample's index into the discrete sigmas; noise None draws z."""
+        """Return x + sigma z; `timesteps` (B,) are indices into the discrete sigmas. With noise=None z is drawn."""
         sigma = self.discrete_sigmas.to(original_samples.device)[timesteps.to(original_samples.device)]
         return _noised(original_samples, noise, torch.ones_like(sigma), sigma)
 
 
-class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # likewise
+class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # config_name, as above
     """diffusers' variance-preserving scheduler with fused steps.
 
     step_pred: score = -model output / std(t), then the Euler-Maruyama step of `pyflow.sde.VPSDE`.
@@ -200,12 +201,12 @@ class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):  # type: ignore[
         num_train_timesteps, beta_min, beta_max, sampling_eps: as in diffusers.
 
     Raises:
-        ValueError: a step before `set_timesteps`; generators or seeds that are not one per sample.
-        TypeError: a generator of another kind.
+        ValueError: a step before `set_timesteps`; a number of generators or seeds other than one per sample.
+        TypeError: generator is neither torch.Generators nor seeds.
 
     Notes:
-        dtype, `generator` and `noise=` as in `ScoreSdeVeScheduler`. std comes from expm1, diffusers' from a
-        difference that loses digits near t = 0. `add_noise`, which diffusers lacks here, takes times in [0, 1].
+        dtype, `generator` and `noise=` as in `ScoreSdeVeScheduler`. std is computed by expm1; diffusers computes it by
+        a difference that loses digits near t = 0. diffusers' class has no `add_noise`; here it takes times in [0, 1].
 
     Source:
         diffusers 0.42, `ScoreSdeVpScheduler`; Song et al. 2021, arXiv:2011.13456, section 3.4.
@@ -249,12 +250,12 @@ class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):  # type: ignore[
         seeds: _Stream = {} if noise is not None else self._seeds(op, generator, x, self._predictions)
         factor = -beta / sde.marginal(t)[1]
         moved, mean = sde_step(x, score, 1 + beta / 2, factor, beta.sqrt(), noise=noise, return_mean=True, **seeds)
-        # after it: a call that fails is none
+        # counted last, so that a failed call does not count
         self._predictions += 1
         return moved, mean
 
     def add_noise(self, original_samples: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor:
-        """alpha x + std z at each sample's time in [0, 1]; noise None draws z."""
+        """Return alpha x + std z at `timesteps`, (B,) in [0, 1]. With noise=None z is drawn."""
         alpha, std = self._sde().marginal(timesteps.to(original_samples.device))
         return _noised(original_samples, noise, alpha, std)
 
@@ -263,7 +264,7 @@ class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):  # type: ignore[
 
 
 def _keep_positional(scheduler: ConfigMixin, init: Callable[..., None]) -> None:
-    """Undo that diffusers records positional arguments as defaults, which `from_config` leaves out."""
+    """Keep positional arguments in the config: diffusers records them as defaults, which `from_config` drops."""
     parameters, config = inspect.signature(init).parameters, scheduler.config
     unset = [
         name
