@@ -61,7 +61,7 @@ class _FromMarginals(SDE):
         start = int(kept.long().cumsum(0).eq(0).sum())
         if start == steps:
             raise ValueError(
-                f"from_marginals: steps must be so many that alpha is above 0 at one of their times, got {steps}"
+                f"from_marginals: steps must be large enough that alpha is above 0 at one of the times, got {steps}"
             )
         if not bool(kept[start:].all()):
             raise ValueError("from_marginals: alpha(t) must be positive for t below 1")
@@ -157,8 +157,8 @@ def from_marginals(alpha: Function, std: Function) -> SDE:
 
     Raises:
         TypeError: alpha or std is neither callable nor a number.
-        ValueError: a result does not have the shape of t; std / alpha falls; at the first use of derivatives, if autograd
-            does not give them because torch records no graph (a table, `no_grad`, NumPy, `detach`).
+        ValueError: a result does not have the shape of t; std / alpha falls; autograd does not give the
+            derivatives, since torch records no graph (a table, `no_grad`, NumPy, `detach`); found at their first use.
 
     Notes:
         `sample` calls the functions with float64 tensors on the CPU. If alpha reaches 0 (the cosine schedule, the

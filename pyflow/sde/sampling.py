@@ -85,14 +85,14 @@ def sample(
     Raises:
         TypeError: score_fn is not callable, wrong dtype, or a count is not an integer.
         ValueError: unknown method, predictor, corrector or norm; steps < 1; eps outside (0, T); a method that the SDE
-            does not define; a schedule with steps that are not finite; a score_fn or callback that writes into x but did
+            does not define; a schedule with steps that are not finite; a score_fn or callback that writes into x, but
             not in its first call.
         FloatingPointError: check_finite found NaN or an infinity; the text names the step.
 
     Notes:
         Noise and update have the same bits in any batch, on any number of ranks (each passes
-        `sample_seeds(seed, n, start=...)`) and on every backend. The bits of the score depend on the network: those of
-        GEMMs and convolutions change with the batch size. With `micro_batch` every call has the same shape, and sample k
+        `sample_seeds(seed, n, start=...)`) and on every backend. The bits of the score depend on the network: GEMMs and
+        convolutions change them with the batch size. With `micro_batch` every call has the same shape, and sample k
         is row k % micro_batch of its call. Samples are equal bit for bit with micro_batch=1, and between ranks that
         start at multiples of micro_batch. A sample in another row is equal only if the network's kernels compute all
         rows alike. A CPU activation does not if the number of elements of a micro-batch is no multiple of the vector
