@@ -1,4 +1,4 @@
-"""pyflow: fused kernels for generative modelling in PyTorch, each held to a plain-torch reference."""
+"""pyflow: fused kernels for generative modelling in PyTorch, each tested against a plain-torch reference."""
 
 import re as _re
 

@@ -1,24 +1,32 @@
-"""Chains that sample an energy: Langevin dynamics, Metropolis-adjusted or not, with a progress bar."""
+"""Langevin chains that sample the density e^-U of an energy U, with or without Metropolis adjustment."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import _checks as check
+from . import _progress
 from .ops.energy import EnergyFunction, energy_and_grad, mala_propose, mala_step, step_size
 from .ops.noise import STEPS, seed_tensor
 
 Callback = Callable[[int, Tensor], None]
 
 
-# tensors do not compare to one truth value: results are equal to themselves alone
+# eq=False: == of tensors gives a tensor, so results compare by identity
 @dataclass(frozen=True, eq=False)
 class Chains:
-    """Where chains ended: positions, energies and gradients there, and of each the share of proposals it accepted."""
+    """Last state of the chains.
+
+    Attributes:
+        z: (B, ...) positions.
+        u: (B,) energies at z.
+        grad: (B, ...) gradients of the energy at z.
+        acceptance: (B,) share of the proposals that each chain accepted.
+    """
 
     z: Tensor
     u: Tensor
@@ -38,28 +46,28 @@ def sample(
     progress: bool = True,
     callback: Callback | None = None,
 ) -> Chains:
-    """Run a chain of each sample for some steps of z' = z - alpha grad U + sqrt(2 alpha) n.
+    """Run one chain per sample for `steps` steps of z' = z - alpha grad U + sqrt(2 alpha) n.
 
     Args:
         energy_fn: z -> (B,) energies, or z -> (energies, gradients); called once a step.
-        z: (B, ...) where the chains start.
+        z: (B, ...) start of the chains.
         alpha: step size, positive; number, 0-d or (B,) tensor.
         steps: number of steps, at least 1.
-        metropolis: whether proposals are accepted or rejected, so that the chains have the density e^-U exactly; False
-            takes them all.
+        metropolis: accept or reject each proposal, so that the chains have the density e^-U exactly; False accepts
+            all proposals.
         seed: as for `pyflow.ops.mala_propose`; None draws one from torch's default generator.
-        start: number of the first step: a chain goes on where another ended with its z, seed and start + steps.
-        progress: whether to show a bar with the acceptance, where tqdm is installed.
-        callback: called as callback(step, z) after every step; z is a copy.
+        start: number of the first step; to continue a run, pass its last z, its seed and its start + steps.
+        progress: show a bar with the acceptance, if tqdm is installed.
+        callback: called as callback(step, z) after every step, with a copy of z.
 
     Returns:
         `Chains`.
 
     Raises:
-        TypeError, ValueError: as for `pyflow.ops.mala_step`; fewer than one step.
+        TypeError, ValueError: as for `pyflow.ops.mala_step`, and for steps < 1.
 
     Notes:
-        May be called in inference mode: the energy is differentiated all the same.
+        Works in inference mode too: the energy is differentiated with autograd enabled.
 
     Example:
         >>> energy = lambda z: z.square().sum(1) / 2
@@ -77,12 +85,12 @@ def sample(
     step_size(op, alpha, z)
     u, grad = energy_and_grad(energy_fn, z)
     if seed is None:
-        # drawn when nothing is refused any more
+        # drawn after all checks, so that a refused call leaves torch's generator unchanged
         seed = seed_tensor(op, None, None, z.device)
     z = z.detach()
     moved = torch.zeros(z.shape[0], device=z.device, dtype=torch.float32)
-    with torch.no_grad():
-        for done, bar in enumerate(_bar(steps, progress), 1):
+    with torch.no_grad(), _progress.bar(steps, "step", progress, desc="chains", mininterval=0.2) as bar:
+        for done in range(1, steps + 1):
             step = start + done - 1
             if metropolis:
                 z, u, grad, accepted = mala_step(z, u, grad, energy_fn, alpha, seed=seed, step=step)
@@ -95,24 +103,6 @@ def sample(
                 bar.set_postfix_str(f"{moved.mean().item() / done:.1%} accepted")
             if callback is not None:
                 callback(step, z.clone())
+            if bar is not None:
+                bar.update()
     return Chains(z, u, grad, moved / steps)
-
-
-def _bar(steps: int, progress: bool) -> Iterator[object]:
-    """Yields the bar, or None, once a step."""
-    tqdm = _tqdm() if progress else None
-    if tqdm is None:
-        yield from (None for _ in range(steps))
-        return
-    with tqdm(total=steps, desc="chains", unit="step", dynamic_ncols=True, mininterval=0.2) as bar:
-        for _ in range(steps):
-            yield bar
-            bar.update()
-
-
-def _tqdm() -> type | None:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm

@@ -1,4 +1,4 @@
-"""Chains on an energy: their density, how they go on, what they report."""
+"""Langevin chains: density, continuation, bar, callback and wrong arguments."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def start(chains=2000):
     return torch.randn(chains, 2, generator=torch.Generator().manual_seed(0))
 
 
-def test_adjusted_chains_have_the_density_and_unadjusted_ones_their_bias():
+def test_variance_of_adjusted_and_unadjusted_chains():
     adjusted = sample(energy, start(), 0.5, steps=30, seed=1, progress=False)
     plain = sample(energy, start(), 0.5, steps=30, seed=1, metropolis=False, progress=False)
-    # of 4,000 values: five standard errors of a variance
+    # five standard errors of the variance of 4,000 values
     error = 5 * (2 / 4000) ** 0.5
     assert abs(adjusted.z.var().item() - 1) < error and abs(plain.z.var().item() - 4 / 3) < 4 / 3 * error
     assert 0.5 < adjusted.acceptance.mean() < 1 and (plain.acceptance == 1).all()
     testing.assert_same_bits(adjusted.u, energy(adjusted.z))
 
 
-def test_a_chain_goes_on_where_it_ended_and_the_batch_does_not_matter():
+def test_chains_can_be_continued_and_do_not_depend_on_the_batch():
     seed, z = ops.sample_seeds(3, 2000), start()
     whole = sample(energy, z, 0.3, steps=10, seed=seed, progress=False)
     half = sample(energy, z, 0.3, steps=5, seed=seed, progress=False)
@@ -39,7 +39,7 @@ def test_a_chain_goes_on_where_it_ended_and_the_batch_does_not_matter():
     testing.assert_same_bits(alone.z, whole.z[7:8])
 
 
-def test_the_bar_and_the_callback(capsys):
+def test_bar_and_callback(capsys):
     pytest.importorskip("tqdm")
     seen = []
     sample(energy, start(8), 0.3, steps=3, seed=1, start=4, callback=lambda step, z: seen.append((step, z.shape)))
@@ -56,7 +56,7 @@ def test_runs_without_tqdm(monkeypatch, capsys):
     assert not capsys.readouterr().err
 
 
-def test_inference_mode_and_default_dtype_and_device_change_nothing():
+def test_inference_mode_default_dtype_and_device_change_nothing():
     wanted = sample(energy, start(8), 0.3, steps=300, seed=1, progress=False)
     with torch.inference_mode():
         inner = start(8)
@@ -76,7 +76,7 @@ def test_inference_mode_and_default_dtype_and_device_change_nothing():
             testing.assert_same_bits(getattr(chains, name), getattr(wanted, name))
 
 
-def test_a_callback_does_not_reach_the_chains_and_results_compare():
+def test_callback_writes_do_not_reach_the_chains_and_results_compare_by_identity():
     wanted = sample(energy, start(8), 0.3, steps=5, seed=1, progress=False)
     got = sample(energy, start(8), 0.3, steps=5, seed=1, progress=False, callback=lambda step, z: z.zero_())
     testing.assert_same_bits(got.z, wanted.z)

@@ -1,4 +1,4 @@
-"""Glow: normalise, mix channels, couple; over several scales."""
+"""Glow: multi-scale flow of ActNorm, 1x1 convolutions and affine couplings."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from .nets import conv_net, counts, zero_conv
 class Glow(MultiScale):
     """Multi-scale flow with invertible 1x1 convolutions.
 
-    Each level squeezes 2x2 pixels into channels, runs `steps` times (ActNorm, 1x1 convolution, affine coupling) and,
-    but for the last, hands half of the channels to a Gaussian whose mean and scale a convolution reads off the rest.
+    Each level squeezes 2x2 pixels into channels and runs `steps` times (ActNorm, 1x1 convolution, affine coupling).
+    Each level but the last then splits off half of the channels: they get a Gaussian prior, and a convolution of the
+    other half predicts its mean and scale.
 
     Args:
         shape: (C, H, W) of one image; H and W divisible by 2**levels.
         steps: steps per level.
         levels: number of scales.
         hidden: channels inside the coupling networks.
-        reversible: rebuild activations in backward (`pyflow.nn.ReversibleSequential`).
+        reversible: recompute activations in backward (`pyflow.nn.ReversibleSequential`).
 
     Returns:
-        `log_prob(x)` nats (B,); `forward(x) -> (z, logdet)` with z (B, C * H * W), standard normal under the model;
+        `log_prob(x)` in nats, (B,); `forward(x) -> (z, logdet)` with z (B, C * H * W), standard normal under the model;
         `inverse(z) -> (x, logdet)`; `sample(n, temperature=1.0, seed=None)`.
 
     Raises:
-        ValueError: shape is no image or not divisible, steps or levels < 1, or an x of another shape.
+        ValueError: shape is not that of an image or not divisible, steps or levels < 1, or x has another shape.
 
     Notes:
-        The first training batch starts the ActNorms. The split's prior is itself an affine coupling, run inverse,
-        so that z is standard normal at every scale. Every network's last convolution starts at 0.
+        The first training batch initialises the ActNorms. The prior of a split is the inverse of an affine coupling,
+        so that z is standard normal at every scale. Every network's last convolution is initialised to 0.
 
     Source:
         Kingma and Dhariwal 2018, Glow, arXiv:1807.03039, section 3.
@@ -54,16 +55,16 @@ class Glow(MultiScale):
         reversible: bool = False,
     ) -> None:
         counts("Glow", steps=steps, levels=levels)
-        shape = check.event_shape("Glow", shape)
-        check_images("Glow", shape, 2**levels)
+        event = check.event_shape("Glow", shape)
+        check_images("Glow", event, 2**levels)
         stages, splits = [], []
         for level in range(levels):
-            channels = 4 * shape[0] * 2**level
+            channels = 4 * event[0] * 2**level
             layers = [layer for _ in range(steps) for layer in _step(channels, hidden)]
             stages.append(ReversibleSequential(Squeeze(), *layers, recompute=reversible))
             if level < levels - 1:
                 splits.append(AffineCoupling(zero_conv(channels // 2, channels), split="channel"))
-        super().__init__(shape, stages, splits, "gaussian")
+        super().__init__(event, stages, splits, "gaussian")
 
 
 def _step(channels: int, hidden: int) -> tuple[nn.Module, nn.Module, nn.Module]:

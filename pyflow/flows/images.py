@@ -1,4 +1,4 @@
-"""Between integer pixels and densities."""
+"""Dequantisation of integer pixels, and bits per dimension."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from .. import _checks as check
 def dequantize(
     x: Tensor, levels: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Integer pixels with uniform noise, in [0, 1].
+    """Add uniform noise to integer pixels and scale them to [0, 1].
 
     (x + u) / levels with u ~ U[0, 1).
 
     Args:
-        x: any shape, integers 0 ... levels - 1 of any dtype.
+        x: any shape, integers 0 ... levels - 1 in any real dtype.
         levels: number of grey levels, 256 for bytes.
-        generator: of the noise, on x's device; default torch's own.
-        dtype: of the result.
+        generator: draws the noise, on x's device; default torch's default generator.
+        dtype: dtype of the result.
 
     Returns:
         x's shape, in `dtype`.
 
     Raises:
-        TypeError: x of complex numbers, a dtype that is not a float, levels that are not an integer.
-        ValueError: levels < 1, or more than `dtype` has room for beside 8 bits of noise; x that are not integers in
-            [0, levels) (of a tensor on a CPU, or with PYFLOW_CHECK=1).
+        TypeError: x is complex, `dtype` is not a float dtype, or levels is not an integer.
+        ValueError: levels < 1, or so many that `dtype` leaves fewer than 8 bits for the noise; values of x that are not
+            integers in [0, levels) (checked on a CPU, elsewhere with PYFLOW_CHECK=1).
 
     Source:
-        Theis et al. 2016, arXiv:1511.01844, section 3.1: the density of this bounds the discrete log-likelihood.
+        Theis et al. 2016, arXiv:1511.01844, section 3.1: the expected log-density of y bounds the discrete
+        log-likelihood from below.
 
     Example:
         >>> y = dequantize(torch.tensor([0, 255]), 256)
@@ -50,7 +51,7 @@ def dequantize(
     if levels > most:
         raise ValueError(f"{op}: levels must be at most {most} for {check.short(dtype)}, got {levels}")
     if x.numel() and check.values_are_checked(x):
-        # torch compares bytes with 256 modulo 256, and the wide unsigned ones not at all
+        # torch compares uint8 with 256 modulo 256, and does not compare uint16 and wider unsigned integers
         pixels = x if x.is_floating_point() else x.long()
         wrong = (pixels < 0) | (pixels >= levels)
         if pixels.is_floating_point():
@@ -62,20 +63,20 @@ def dequantize(
 
 
 def bits_per_dim(log_prob: Tensor, dim: int, levels: int = 1) -> Tensor:
-    """Log-likelihood of dequantised data as bits per dimension.
+    """Return the negative log-likelihood of dequantised data in bits per dimension.
 
     -log_prob / (dim * log 2) + log2(levels)
 
     Args:
         log_prob: nats of x in [0, 1]^dim, any shape.
-        dim: elements of one sample.
-        levels: of the integer data x was made from; 1 leaves out the term.
+        dim: number of elements of one sample.
+        levels: number of levels of the integer data that x was made from; 1 drops the term log2(levels).
 
     Returns:
         log_prob's shape; smaller is better.
 
     Raises:
-        TypeError, ValueError: dim or levels that are not integers or < 1.
+        TypeError, ValueError: dim or levels is not an integer, or < 1.
 
     Example:
         >>> bits_per_dim(torch.zeros(1), 784, 256)

@@ -1,9 +1,10 @@
-"""Flows that set part of z aside between stages: the frame of RealNVP and Glow."""
+"""Multi-scale flow, the base class of RealNVP and Glow: part of z leaves the flow between stages."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,14 @@ from .base import Flow
 
 
 class MultiScale(Flow):
-    """Stages of invertible layers; after each but the last, half of the channels is done.
+    """Stages of invertible layers; after each but the last, half of the channels goes to z unchanged.
 
     Args:
-        shape: of one x.
+        shape: shape of one x.
         stages: one invertible layer per scale.
-        splits: none, or one affine coupling per scale but the last. Run inverse, it standardises the half that is done
-            by a mean and scale read off the half that goes on, which makes that half's prior a learned one.
-        prior: of z.
+        splits: empty, or one affine coupling for each scale but the last. Its inverse standardises the half that leaves
+            by a mean and scale predicted from the half that goes on: a learned prior.
+        prior: prior of z.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class MultiScale(Flow):
         super().__init__((math.prod(shape),), prior)
         self.shape = shape
         self.stages, self.splits = nn.ModuleList(stages), nn.ModuleList(splits)
-        self._parts: list[tuple[int, ...]] = []  # shapes of what makes up z
+        self._parts: list[tuple[int, ...]] = []  # shapes of the parts of z
         for _ in stages[1:]:
             shape = (2 * shape[0], shape[1] // 2, shape[2] // 2)
             self._parts.append(shape)
@@ -41,14 +42,18 @@ class MultiScale(Flow):
         check.float_tensor(name, "x", x)
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"{name}: x must have the shape {_batched(self.shape)}, got {tuple(x.shape)}")
-        total, parts = 0, []
+        stage: Any
+        split: Any
+        total: Any = 0
+        parts = []
         for level, stage in enumerate(self.stages):
             x, logdet = stage(x)
             total = logdet + total
             if level == len(self.stages) - 1:
                 break
             if self.splits:
-                x, logdet = self.splits[level].inverse(x)
+                split = self.splits[level]
+                x, logdet = split.inverse(x)
                 total = logdet + total
             x, done = x.chunk(2, 1)
             parts.append(done.flatten(1))
@@ -63,7 +68,8 @@ class MultiScale(Flow):
             part.unflatten(1, shape)
             for part, shape in zip(z.split([math.prod(s) for s in self._parts], 1), self._parts, strict=True)
         )
-        total = 0
+        stage: Any
+        total: Any = 0
         for level, stage in reversed(list(enumerate(self.stages))):
             if level < len(parts):
                 x = torch.cat((x, parts[level]), 1)
@@ -79,7 +85,7 @@ class Squeeze(nn.Module):
     """(B, C, H, W) -> (B, 4 C, H / 2, W / 2): every 2x2 block of pixels becomes four channels."""
 
     def forward(self, x: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        # torch's own pixel_unshuffle is slower on a CPU, and leaves a batch without images as it is
+        # pixel_unshuffle is slower on a CPU, and does not change the shape of an empty batch
         b, c, h, w = x.shape
         blocks = x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4)
         return blocks.reshape(b, 4 * c, h // 2, w // 2), _zeros(x)
@@ -91,7 +97,7 @@ class Squeeze(nn.Module):
 
 
 def check_images(name: str, shape: tuple[int, ...], factor: int) -> None:
-    """`shape` is (C, H, W) with H and W divisible by `factor`."""
+    """Raise ValueError unless `shape` is (C, H, W) with H and W divisible by `factor`."""
     if len(shape) != 3 or min(shape) < 1 or shape[1] % factor or shape[2] % factor:
         raise ValueError(f"{name}: shape must be (C, H, W) with H and W divisible by {factor}, got {shape}")
 

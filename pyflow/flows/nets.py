@@ -1,39 +1,46 @@
-"""The small networks inside the flows."""
+"""Small networks for the couplings of the flows."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import numbers
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import nn
 
 from .. import _checks as check
 
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
 
 def mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
-    """Linear layers with ReLU between them and none after the last."""
+    """Return linear layers with ReLU between them and none after the last."""
     widths = (inputs, *hidden, outputs)
     layers = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
 def conv_net(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """3x3, 1x1, 3x3 convolutions with ReLU between them; the last starts at 0."""
+    """Return 3x3, 1x1, 3x3 convolutions with ReLU between them; the last is initialised to 0."""
     first, middle = nn.Conv2d(inputs, hidden, 3, padding=1), nn.Conv2d(hidden, hidden, 1)
     return nn.Sequential(first, nn.ReLU(), middle, nn.ReLU(), zero_conv(hidden, outputs))
 
 
 def zero_conv(inputs: int, outputs: int) -> nn.Conv2d:
-    """A 3x3 convolution that starts at 0."""
+    """Return a 3x3 convolution initialised to 0."""
     return start_at_zero(nn.Conv2d(inputs, outputs, 3, padding=1))
 
 
-def counts(op: str, **values: object) -> None:
-    """Of how many there are: integers of at least 1, or one clear sentence about all."""
+def integer(op: str, name: str, value: object) -> int:
+    """Return an integer of 64 bits; the caller checks its range."""
+    return check.at_least(op, name, value, -(2**63))
+
+
+def counts(op: str, **values: int) -> None:
+    """Check that all values are integers of at least 1; one error text names all of them."""
     for name, value in values.items():
-        check.at_least(op, name, value, -math.inf)
+        integer(op, name, value)
     if min(values.values()) < 1:
         raise ValueError(
             f"{op}: {' and '.join(values)} must be at least 1, got {' and '.join(str(v) for v in values.values())}"
@@ -41,13 +48,14 @@ def counts(op: str, **values: object) -> None:
 
 
 def widths(op: str, hidden: object) -> tuple[int, ...]:
-    """The widths of an `mlp`, or one clear sentence."""
+    """Return the hidden widths of an `mlp`, checked."""
     if isinstance(hidden, numbers.Number) or not isinstance(hidden, Sequence):
         raise TypeError(f"{op}: hidden must be a tuple of widths for vectors, got {type(hidden).__name__}")
     return tuple(check.at_least(op, "hidden", width, 1) for width in hidden)
 
 
-def start_at_zero(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+def start_at_zero(layer: Layer) -> Layer:
     nn.init.zeros_(layer.weight)
+    assert layer.bias is not None
     nn.init.zeros_(layer.bias)
     return layer

@@ -1,4 +1,4 @@
-"""NICE: additive couplings between two halves that never move."""
+"""NICE: additive couplings that update two fixed halves in turn."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..nn import Scale
 from ..nn._split import divide, join
 from ..ops import additive_coupling, flow_log_prob
 from .base import Flow
-from .nets import mlp, widths
+from .nets import integer, mlp, widths
 
 _SPLITS = ("half", "interleave")
-# standard deviation of a prior of scale 1
+# standard deviation of each prior at scale 1
 _SPREAD = {"gaussian": 1.0, "logistic": math.pi / math.sqrt(3)}
 
 
@@ -25,24 +25,26 @@ class NICE(Flow):
     b += m_1(a), a += m_2(b), b += m_3(a), ...; z = [a, b] * exp(log_scale); log p(x) = log prior(z) + sum log_scale.
 
     Args:
-        dim: elements of x, (B, dim), at least 2.
-        couplings: number of additive couplings; the halves take turns.
-        hidden: widths of each coupling's ReLU network; its last layer is linear.
+        dim: size of x, (B, dim), at least 2.
+        couplings: number of additive couplings; they update the two halves in turn.
+        hidden: hidden widths of each coupling's ReLU network; its last layer is linear.
         prior: "logistic" or "gaussian".
-        split: which elements are a: "interleave" the even ones, "half" the first ones; a is longer by one for odd dim.
-        data_init: start log_scale so that the first training batch has the prior's standard deviation; else at 0.
+        split: elements of x that form a, "interleave" (even positions) or "half" (the first half); for odd dim a has
+            one element more than b.
+        data_init: initialise log_scale so that z of the first training batch has the prior's standard deviation;
+            else log_scale starts at 0.
 
     Returns:
-        `log_prob(x)` nats (B,); `forward(x) -> (z, logdet)` with z = [a, b]; `inverse(z) -> (x, logdet)`;
+        `log_prob(x)` in nats, (B,); `forward(x) -> (z, logdet)` with z = [a, b]; `inverse(z) -> (x, logdet)`;
         `sample(n, temperature=1.0, seed=None)`.
 
     Raises:
-        ValueError: dim < 2, couplings < 1, an unknown prior or split, or an x of another shape.
+        ValueError: dim < 2, couplings < 1, an unknown prior or split, or x has another shape.
 
     Notes:
-        The usual description permutes x between couplings. Keeping two halves apart and updating them in turn is
-        the same family of functions: a permutation within a half is absorbed by the rows and columns of the
-        weights. Nothing is moved or re-joined, and log_prob never stores z.
+        The usual description permutes x between couplings. Updating two fixed halves in turn gives the same family of
+        functions: permuting the rows and columns of the weights has the effect of a permutation within a half. No
+        data is moved or concatenated, and log_prob never stores z.
 
     Source:
         Dinh et al. 2014, NICE, arXiv:1410.8516, sections 3 and 5.1.
@@ -64,8 +66,7 @@ class NICE(Flow):
         split: str = "interleave",
         data_init: bool = False,
     ) -> None:
-        dim = check.at_least("NICE", "dim", dim, -math.inf)
-        couplings = check.at_least("NICE", "couplings", couplings, -math.inf)
+        dim, couplings = integer("NICE", "dim", dim), integer("NICE", "couplings", couplings)
         super().__init__((dim,), prior)
         check.choice("NICE", "split", split, _SPLITS)
         if dim < 2 or couplings < 1:
@@ -85,7 +86,7 @@ class NICE(Flow):
         for i, net in reversed(list(enumerate(self.nets))):
             kept, changed = i % 2, 1 - i % 2
             halves[changed] = additive_coupling(halves[changed], net(halves[kept]), inverse=True)
-        return join(*halves, self.split, False), logdet
+        return join(halves[0], halves[1], self.split, False), logdet
 
     def log_prob(self, x: Tensor) -> Tensor:
         halves = self._couple(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
 
 from .. import _checks as check
@@ -13,30 +15,31 @@ from .nets import conv_net, counts, mlp, start_at_zero, widths
 class RealNVP(MultiScale):
     """Real-valued non-volume-preserving flow.
 
-    Affine couplings whose parts take turns, each after an ActNorm. Images: per level three couplings on a
-    checkerboard, 2x2 pixels squeezed into channels, three couplings on channels, half of the channels done;
-    four on a checkerboard at the last level.
+    Affine couplings, each after an ActNorm, that update the two parts of x in turn. For images every level has three
+    couplings on a checkerboard, squeezes 2x2 pixels into channels, has three couplings on channels and sends half of
+    the channels to z; the last level has four couplings on a checkerboard.
 
     Args:
-        shape: of one x: an int or (D,) for vectors, (C, H, W) for images, H and W divisible by 2**(levels - 1).
+        shape: shape of one x: an int or (D,) for vectors; (C, H, W) for images, H and W divisible by
+            2**(levels - 1).
         couplings: number of couplings (vectors only).
-        hidden: widths of the ReLU networks (vectors), or channels inside the convolutional ones (images); default
-            (64, 64), or 64.
+        hidden: hidden widths of the ReLU networks for vectors, default (64, 64); channels inside the convolutional
+            networks for images, default 64.
         levels: number of scales (images only).
-        scale_map, clamp: the log-scale, as in `pyflow.ops.affine_coupling`.
+        scale_map, clamp: map of the log-scale, as in `pyflow.ops.affine_coupling`.
         prior: "gaussian" or "logistic".
-        reversible: rebuild activations in backward (`pyflow.nn.ReversibleSequential`).
+        reversible: recompute activations in backward (`pyflow.nn.ReversibleSequential`).
 
     Returns:
-        `log_prob(x)` nats (B,); `forward(x) -> (z, logdet)`, z (B, elements of x); `inverse(z) -> (x, logdet)`;
+        `log_prob(x)` in nats, (B,); `forward(x) -> (z, logdet)` with z (B, elements of x); `inverse(z) -> (x, logdet)`;
         `sample(n, temperature=1.0, seed=None)`.
 
     Raises:
-        ValueError: a shape that is neither, couplings or levels < 1, or an x of another shape.
+        ValueError: shape is neither of the two, couplings or levels < 1, or x has another shape.
 
     Notes:
-        ActNorm, started by the first training batch, stands where the paper has batch normalisation: the density of
-        one sample then does not depend on the others. Every network's last layer starts at 0.
+        The paper uses batch normalisation. ActNorm, initialised by the first training batch, replaces it here, so
+        that the density of a sample does not depend on the rest of the batch. Every network's last layer starts at 0.
 
     Source:
         Dinh et al. 2016, RealNVP, arXiv:1605.08803, sections 3 and 4.1.
@@ -60,20 +63,20 @@ class RealNVP(MultiScale):
         prior: str = "gaussian",
         reversible: bool = False,
     ) -> None:
-        shape = check.event_shape("RealNVP", shape)
+        event = check.event_shape("RealNVP", shape)
         counts("RealNVP", couplings=couplings, levels=levels)
         options = {"scale_map": scale_map, "clamp": clamp}
-        if len(shape) == 1:
-            if shape[0] < 2:
-                raise ValueError(f"RealNVP: a vector must have at least 2 elements, got {shape[0]}")
-            hidden = widths("RealNVP", (64, 64) if hidden is None else hidden)
-            stages = [_vector_stage(shape[0], couplings, hidden, options)]
+        if len(event) == 1:
+            if event[0] < 2:
+                raise ValueError(f"RealNVP: a vector must have at least 2 elements, got {event[0]}")
+            layer_widths = widths("RealNVP", (64, 64) if hidden is None else hidden)
+            stages = [_vector_stage(event[0], couplings, layer_widths, options)]
         else:
-            check_images("RealNVP", shape, 2 ** (levels - 1))
-            hidden = check.at_least("RealNVP", "hidden", 64 if hidden is None else hidden, 1)
-            stages = _image_stages(shape[0], levels, hidden, options)
-        stages = [ReversibleSequential(*layers, recompute=reversible) for layers in stages]
-        super().__init__(shape, stages, (), prior)
+            check_images("RealNVP", event, 2 ** (levels - 1))
+            width = check.at_least("RealNVP", "hidden", 64 if hidden is None else hidden, 1)
+            stages = _image_stages(event[0], levels, width, options)
+        reversible_stages = [ReversibleSequential(*layers, recompute=reversible) for layers in stages]
+        super().__init__(event, reversible_stages, (), prior)
 
 
 def _vector_stage(dim: int, couplings: int, hidden: tuple[int, ...], options: dict) -> list[nn.Module]:
@@ -81,14 +84,14 @@ def _vector_stage(dim: int, couplings: int, hidden: tuple[int, ...], options: di
     for i in range(couplings):
         sizes = dim - dim // 2, dim // 2
         net = mlp(sizes[i % 2], hidden, 2 * sizes[1 - i % 2])
-        start_at_zero(net[-1])
+        start_at_zero(cast("nn.Linear", net[-1]))
         layers += [ActNorm(dim), AffineCoupling(net, swap=i % 2 == 1, **options)]
     return layers
 
 
 def _image_stages(channels: int, levels: int, hidden: int, options: dict) -> list[list[nn.Module]]:
     def couplings(n: int, split: str, seen: int) -> list[nn.Module]:
-        # on a checkerboard the net sees and returns whole images, on channels halves of them
+        # the net maps whole images for a checkerboard split, half of the channels for a channel split
         nets = [conv_net(seen, hidden, 2 * seen) for _ in range(n)]
         layers = [AffineCoupling(net, split=split, swap=i % 2 == 1, **options) for i, net in enumerate(nets)]
         return [part for layer in layers for part in (ActNorm(seen if split == "checkerboard" else 2 * seen), layer)]

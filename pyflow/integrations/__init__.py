@@ -1,1 +1,1 @@
-"""Other people's classes running on pyflow's ops; each module imports its own package, none is imported here."""
+"""Classes of other packages that run on pyflow's ops; import the module of the package you use."""

@@ -1,6 +1,6 @@
-"""Schedulers of diffusers whose steps are one fused pass: change the import, keep the pipeline.
+"""Replacements for schedulers of diffusers, with every step in one fused pass.
 
-Config, timesteps, sigmas, saving and loading are diffusers' own.
+Only the import changes: config, timesteps, sigmas, saving and loading are the same as in diffusers.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
 
 import torch
-from diffusers import ScoreSdeVeScheduler as _Ve
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_sde_ve import ScoreSdeVeScheduler as _Ve
 from diffusers.schedulers.scheduling_sde_ve import SdeVeOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Generator, Tensor
@@ -26,13 +27,22 @@ from ..sde.equations import seeds_for
 Seeds = Generator | Sequence[Generator] | int | Tensor | None
 
 
+class _Stream(TypedDict, total=False):
+    """Keyword arguments of a step that select its noise."""
+
+    seed: int | Tensor | None
+    step: int | Tensor
+
+
 class _Noise:
-    """Seeds for a scheduler's steps from whatever the caller calls a generator."""
+    """Derives the seeds of a scheduler's steps from its argument `generator`."""
 
     _predictions = _corrections = 0
+    # a tensor after set_timesteps, None before; diffusers does not annotate it
+    timesteps: Any
 
-    def _seeds(self, op: str, generator: Seeds, x: Tensor, step: int) -> dict[str, object]:
-        """`seed` and `step`: a generator moves on with every draw, seeds count the scheduler's steps."""
+    def _seeds(self, op: str, generator: Seeds, x: Tensor, step: int) -> _Stream:
+        """Return `seed`, drawn from the generators, or the given seeds with `step`, the number of calls so far."""
         if generator is None:
             return {"seed": None}
         if isinstance(generator, Generator):
@@ -48,25 +58,15 @@ class _Noise:
             return {"seed": seeds_for(op, x.shape[0], generator, x.device), "step": step}
         raise TypeError(f"{op}: generator must be torch.Generators or seeds, got {type(generator).__name__}")
 
-    def _keep_positional(self, init: object) -> None:
-        """diffusers notes positional arguments as defaults, which `from_config` leaves out."""
-        parameters, config = inspect.signature(init).parameters, self.config
-        unset = [
-            name
-            for name in config.get("_use_default_values", ())
-            if name in parameters and config[name] == parameters[name].default
-        ]
-        self.register_to_config(_use_default_values=unset)
-
     def _check(self, op: str, x_name: str, x: Tensor, score_name: str, score: Tensor) -> None:
-        """Before a seed is drawn: a call that is refused draws none."""
+        """Check the arguments; called before a seed is drawn, so that a refused call draws none."""
         if self.timesteps is None:
             raise ValueError(f"{op}: timesteps are not set, call set_timesteps first")
         check.float_tensor(op, x_name, x)
         check.like(op, score_name, score, x_name, x.shape, x.device)
 
 
-class ScoreSdeVeScheduler(_Noise, _Ve):
+class ScoreSdeVeScheduler(_Noise, _Ve):  # type: ignore[misc]  # diffusers: config_name differs between its mixins
     """diffusers' variance-exploding scheduler with fused steps.
 
     step_pred: x' = x + (sigma_i**2 - sigma_{i-1}**2) score + sqrt(sigma_i**2 - sigma_{i-1}**2) z;
@@ -74,18 +74,19 @@ class ScoreSdeVeScheduler(_Noise, _Ve):
 
     Args:
         num_train_timesteps, snr, sigma_min, sigma_max, sampling_eps, correct_steps: as in diffusers.
-        norm: of the corrector, "batch" as published and in diffusers, or "sample", which makes every sample
-            independent of the others.
+        norm: norms in the corrector's step size: "batch", means over the batch as in the paper and in diffusers, or
+            "sample", one per sample, so that samples do not depend on each other.
 
     Raises:
-        ValueError: unknown norm; a step before `set_timesteps`; generators or seeds that are not one per sample.
-        TypeError: a generator of another kind.
+        ValueError: unknown norm; a step before `set_timesteps`; a number of generators or seeds other than one per
+            sample.
+        TypeError: generator is neither torch.Generators nor seeds.
 
     Notes:
-        Results keep the dtype of the sample. `generator` of the steps: a torch.Generator, one per sample, or seeds
-        (an integer, which `pyflow.ops.sample_seeds` spreads over the samples, or (B,) int64), whose noise is
-        numbered by the calls since `set_timesteps`. With one generator or seed per sample and norm="sample" a
-        sample's noise does not depend on its batch. `noise=` injects z instead.
+        Results have the dtype of the sample. `generator` is a torch.Generator, a list with one per sample, or seeds:
+        an integer, from which `pyflow.ops.sample_seeds` makes one seed per sample, or (B,) int64. With seeds, the
+        number of calls since `set_timesteps` selects the noise of a step. With one generator or seed per sample and
+        norm="sample", a sample's noise does not depend on its batch. `noise=` passes z instead.
 
     Source:
         diffusers 0.42, `ScoreSdeVeScheduler`; Song et al. 2021, arXiv:2011.13456, algorithm 2.
@@ -115,14 +116,14 @@ class ScoreSdeVeScheduler(_Noise, _Ve):
             num_train_timesteps=num_train_timesteps, snr=snr, sigma_min=sigma_min, sigma_max=sigma_max,
             sampling_eps=sampling_eps, correct_steps=correct_steps,
         )  # fmt: skip
-        self._keep_positional(ScoreSdeVeScheduler.__init__)
+        _keep_positional(self, ScoreSdeVeScheduler.__init__)
 
     def set_timesteps(
         self, num_inference_steps: int, sampling_eps: float | None = None, device: str | torch.device | None = None
     ) -> None:
-        eps = self.config.sampling_eps if sampling_eps is None else sampling_eps
+        eps = self.config["sampling_eps"] if sampling_eps is None else sampling_eps
         self.timesteps = _timesteps(num_inference_steps, eps, device)
-        # the noise of given seeds begins anew
+        # with given seeds the noise repeats from its first step
         self._predictions = self._corrections = 0
 
     def set_sigmas(
@@ -132,14 +133,14 @@ class ScoreSdeVeScheduler(_Noise, _Ve):
         sigma_max: float | None = None,
         sampling_eps: float | None = None,
     ) -> None:
-        low = self.config.sigma_min if sigma_min is None else sigma_min
-        high = self.config.sigma_max if sigma_max is None else sigma_max
+        low = self.config["sigma_min"] if sigma_min is None else sigma_min
+        high = self.config["sigma_max"] if sigma_max is None else sigma_max
         if self.timesteps is None:
             self.set_timesteps(num_inference_steps, sampling_eps)
         # float32 whatever the default dtype
         between = torch.linspace(math.log(low), math.log(high), num_inference_steps, dtype=torch.float32, device="cpu")
         self.discrete_sigmas = between.exp()
-        # one by one, as diffusers: other loops have other bits
+        # one at a time, as in diffusers: a vectorised power has other bits
         self.sigmas = torch.stack([low * (high / low) ** t for t in self.timesteps.cpu()])
 
     def step_pred(
@@ -160,9 +161,9 @@ class ScoreSdeVeScheduler(_Noise, _Ve):
         sigmas = self.discrete_sigmas.to(index.device)
         below = torch.where(index == 0, 0, sigmas[index - 1])
         gap = (sigmas[index] ** 2 - below**2).to(sample.device)
-        seeds = {} if noise is not None else self._seeds(op, generator, sample, self._predictions)
+        seeds: _Stream = {} if noise is not None else self._seeds(op, generator, sample, self._predictions)
         moved, mean = sde_step(sample, model_output, 1.0, gap, gap.sqrt(), noise=noise, return_mean=True, **seeds)
-        # after it: a call that fails is none
+        # counted last, so that a failed call does not count
         self._predictions += 1
         return SdeVeOutput(prev_sample=moved, prev_sample_mean=mean) if return_dict else (moved, mean)
 
@@ -177,18 +178,21 @@ class ScoreSdeVeScheduler(_Noise, _Ve):
     ) -> SchedulerOutput | tuple[Tensor]:
         op = "step_correct"
         self._check(op, "sample", sample, "model_output", model_output)
-        seeds = {} if noise is not None else self._seeds(op, generator, sample, self._corrections)
-        moved = langevin_step(sample, model_output, snr=self.config.snr, norm=self.config.norm, noise=noise, **seeds)
+        seeds: _Stream = {} if noise is not None else self._seeds(op, generator, sample, self._corrections)
+        moved = langevin_step(
+            sample, model_output, snr=self.config["snr"], norm=self.config["norm"], noise=noise, **seeds
+        )
+        assert isinstance(moved, Tensor)
         self._corrections += 1
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor:
-        """x + sigma z with sigma of each sample's index into the discrete sigmas; noise None draws z."""
+        """Return x + sigma z; `timesteps` (B,) are indices into the discrete sigmas. With noise=None z is drawn."""
         sigma = self.discrete_sigmas.to(original_samples.device)[timesteps.to(original_samples.device)]
         return _noised(original_samples, noise, torch.ones_like(sigma), sigma)
 
 
-class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):
+class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # config_name, as above
     """diffusers' variance-preserving scheduler with fused steps.
 
     step_pred: score = -model output / std(t), then the Euler-Maruyama step of `pyflow.sde.VPSDE`.
@@ -197,12 +201,12 @@ class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):
         num_train_timesteps, beta_min, beta_max, sampling_eps: as in diffusers.
 
     Raises:
-        ValueError: a step before `set_timesteps`; generators or seeds that are not one per sample.
-        TypeError: a generator of another kind.
+        ValueError: a step before `set_timesteps`; a number of generators or seeds other than one per sample.
+        TypeError: generator is neither torch.Generators nor seeds.
 
     Notes:
-        dtype, `generator` and `noise=` as in `ScoreSdeVeScheduler`. std comes from expm1, diffusers' from a
-        difference that loses digits near t = 0. `add_noise`, which diffusers lacks here, takes times in [0, 1].
+        dtype, `generator` and `noise=` as in `ScoreSdeVeScheduler`. std is computed by expm1; diffusers computes it by
+        a difference that loses digits near t = 0. diffusers' class has no `add_noise`; here it takes times in [0, 1].
 
     Source:
         diffusers 0.42, `ScoreSdeVpScheduler`; Song et al. 2021, arXiv:2011.13456, section 3.4.
@@ -226,14 +230,14 @@ class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):
         sampling_eps: float = 1e-3,
     ) -> None:
         self.sigmas = self.discrete_sigmas = self.timesteps = None
-        self._keep_positional(ScoreSdeVpScheduler.__init__)
+        _keep_positional(self, ScoreSdeVpScheduler.__init__)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        self.timesteps = _timesteps(num_inference_steps, self.config.sampling_eps, device)
+        self.timesteps = _timesteps(num_inference_steps, self.config["sampling_eps"], device)
         self._predictions = 0
 
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        return self.config["num_train_timesteps"]
 
     def step_pred(
         self, score: Tensor, x: Tensor, t: float | Tensor, generator: Seeds = None, *, noise: Tensor | None = None
@@ -243,20 +247,31 @@ class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):
         sde = self._sde()
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device)
         beta = sde.beta(t) / len(self.timesteps)
-        seeds = {} if noise is not None else self._seeds(op, generator, x, self._predictions)
+        seeds: _Stream = {} if noise is not None else self._seeds(op, generator, x, self._predictions)
         factor = -beta / sde.marginal(t)[1]
-        result = sde_step(x, score, 1 + beta / 2, factor, beta.sqrt(), noise=noise, return_mean=True, **seeds)
-        # after it: a call that fails is none
+        moved, mean = sde_step(x, score, 1 + beta / 2, factor, beta.sqrt(), noise=noise, return_mean=True, **seeds)
+        # counted last, so that a failed call does not count
         self._predictions += 1
-        return result
+        return moved, mean
 
     def add_noise(self, original_samples: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor:
-        """alpha x + std z at each sample's time in [0, 1]; noise None draws z."""
+        """Return alpha x + std z at `timesteps`, (B,) in [0, 1]. With noise=None z is drawn."""
         alpha, std = self._sde().marginal(timesteps.to(original_samples.device))
         return _noised(original_samples, noise, alpha, std)
 
     def _sde(self) -> VPSDE:
-        return VPSDE(self.config.beta_min, self.config.beta_max)
+        return VPSDE(self.config["beta_min"], self.config["beta_max"])
+
+
+def _keep_positional(scheduler: ConfigMixin, init: Callable[..., None]) -> None:
+    """Keep positional arguments in the config: diffusers records them as defaults, which `from_config` drops."""
+    parameters, config = inspect.signature(init).parameters, scheduler.config
+    unset = [
+        name
+        for name in config.get("_use_default_values", ())
+        if name in parameters and config[name] == parameters[name].default
+    ]
+    scheduler.register_to_config(_use_default_values=unset)
 
 
 def _timesteps(steps: int, eps: float, device: str | torch.device | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Diffusions by reverse SDEs: schedules, samplers of one fused pass per step, log-likelihood."""
+"""Diffusion models as SDEs: schedules, reverse-time samplers with one fused pass per step, log-likelihood."""
 
 from ..flows.images import bits_per_dim
 from .equations import SDE, VESDE, VPSDE, SubVPSDE

@@ -1,8 +1,9 @@
-"""What a sampler puts around a score function: copies where it writes, checks of its results, micro-batches."""
+"""Wrappers of score functions: protection from writes in place, checks of the result, micro-batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +14,17 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 
 class Lent:
-    """A function of x that is lent x: one that writes into it gets copies, one that does not gets x itself."""
+    """Wrapper of a function of x that protects x: a function that writes into its argument gets copies of x.
 
-    def __init__(self, op: str, name: str, function: Callable[..., object]) -> None:
-        # what it does is seen at the first call
+    The first call decides: it gets a copy, whose version counter shows whether the function writes into it.
+    """
+
+    def __init__(self, op: str, name: str, function: Callable[..., Any]) -> None:
         self.op, self.name, self.function, self.copies, self.is_new = op, name, function, True, True
 
-    def __call__(self, x: Tensor, *rest: object) -> object:
+    def __call__(self, x: Tensor, *rest: Any) -> Any:
         if torch.compiler.is_compiling():
-            # costs nothing: the compiler drops a copy that nobody writes into
+            # no cost: the compiler removes a copy that is not written to
             return self.function(x.clone(), *rest)
         given = x.clone() if self.copies else x
         version = given._version
@@ -34,7 +37,7 @@ class Lent:
 
 
 def checked(op: str, score_fn: Score) -> Score:
-    """The score function, whose results must have x's shape and device."""
+    """Return the score function with a check that its results have x's shape and device."""
 
     def score(x: Tensor, t: Tensor) -> Tensor:
         value = score_fn(x, t)
@@ -45,7 +48,7 @@ def checked(op: str, score_fn: Score) -> Score:
 
 
 def in_micro_batches(score_fn: Score, size: int) -> Score:
-    """The score function, called with `size` samples at a time."""
+    """Return the score function, evaluated on `size` samples at a time."""
 
     def score(x: Tensor, t: Tensor) -> Tensor:
         n, scores = x.shape[0], None
@@ -53,13 +56,13 @@ def in_micro_batches(score_fn: Score, size: int) -> Score:
             part, times = x[start : start + size], t[start : start + size]
             missing = size - part.shape[0]
             if missing:
-                # copies of a sample, for which the network is sure to be defined
+                # padded with copies of the last sample, a valid input of the network
                 part = torch.cat((part, part[-1:].expand(missing, *part.shape[1:])))
                 times = torch.cat((times, times[-1:].expand(missing)))
             of_part = score_fn(part, times)[: size - missing]
             if scores is None:
                 scores = torch.empty_like(x, dtype=of_part.dtype)
-            # copied at once: a network may return the same memory every time
+            # copied before the next call, which may return the same memory
             scores[start : start + size] = of_part
         return torch.empty_like(x) if scores is None else scores
 

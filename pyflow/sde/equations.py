@@ -1,7 +1,7 @@
-"""Forward SDEs dx = f(t) x dt + g(t) dw for t in [0, T], with T = 1 here, and the numbers of their reverse steps.
+"""Forward SDEs dx = f(t) x dt + g(t) dw for t in [0, T], with T = 1 here, and the scalars of their reverse steps.
 
-x_t given x_0 is normal with mean alpha(t) x_0 and standard deviation std(t). Nothing here depends on x but `drift`
-and `prior_sample`; what is given in float64 is computed in float64.
+x_t given x_0 is normal with mean alpha(t) x_0 and standard deviation std(t). Only `drift` and `prior_sample` involve x.
+Float64 times give float64 results.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Row = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Times of the steps, from T down to eps, and their places in the discrete tables of as many entries."""
+    """Times of the steps, from T down to eps, and the index of each in a discrete table with one entry per step."""
 
     times: Tensor
     index: Tensor
@@ -41,48 +41,49 @@ class Grid:
         return len(self.times)
 
     def spread(self) -> Tensor:
-        """i / (N - 1) of every table entry; a table of one entry holds the upper end."""
+        """Return i / (N - 1) for every table entry i; 1 for a table with a single entry."""
         return torch.linspace(1, 0, self.steps, dtype=torch.float64, device="cpu").flip(0)
 
 
 class SDE:
-    """What every SDE offers; a subclass gives `marginal` and `rates`, and its discrete tables where it has any.
+    """Base class; a subclass defines `marginal` and `rates`, and overrides the step methods if it has discrete tables.
 
     Attributes:
-        T: the time at which x has the prior's distribution.
-        prior_std: its standard deviation there.
+        T: time at which x has the prior's distribution.
+        prior_std: standard deviation of the prior.
     """
 
     T = 1.0
     prior_std = 1.0
 
     def marginal(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha, std) of x_t given x_0, in the shape of t."""
+        """Return (alpha, std) of x_t given x_0, in the shape of t."""
         raise NotImplementedError
 
     def rates(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
-        """(f, g squared) with f the factor of x in the drift, in the shape of t."""
+        """Return (f, g squared), f being the factor of x in the drift, in the shape of t."""
         raise NotImplementedError
 
     def grid(self, steps: int, eps: float) -> Grid:
-        """The times that a sampler steps from."""
+        """Return the times at which a sampler's steps start."""
         return Grid.of(steps, eps, self.T)
 
     def last_time(self, eps: float) -> float:
-        """Where the ODE that carries data to the prior ends."""
+        """Return the time at which the ODE from data to prior ends."""
         return self.T
 
     def drift(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """f(t) x, for t of a number or (B,)."""
+        """Return f(t) x; t is a number or (B,)."""
         check.float_tensor("drift", "x", x)
-        f, _ = self.rates(time_tensor(t, x.device))
+        time = time_tensor(t, x.device)
+        f, _ = self.rates(time)
         f = f.to(x.device).reshape(f.shape + (1,) * (x.dim() - f.dim()))
         if f.dim() > x.dim() or any(m not in (1, n) for m, n in zip(f.shape, x.shape, strict=False)):
-            raise ValueError(f"drift: t must have the shape () or {tuple(x.shape[:1])}, got {tuple(t.shape)}")
+            raise ValueError(f"drift: t must have the shape () or {tuple(x.shape[:1])}, got {tuple(time.shape)}")
         return (f * x).to(x.dtype)
 
     def diffusion(self, t: float | Tensor) -> Tensor:
-        """g(t)."""
+        """Return g(t)."""
         return self.rates(t)[1].sqrt()
 
     def prior_sample(
@@ -93,9 +94,9 @@ class SDE:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """x at t = T: normal with mean 0 and standard deviation `prior_std`.
+        """Return x at t = T: normal with mean 0 and standard deviation `prior_std`.
 
-        An integer seed goes through `pyflow.ops.sample_seeds`; (B,) seeds are the samples' own.
+        `pyflow.ops.sample_seeds` makes one seed per sample from an integer; (B,) int64 gives the seeds directly.
         """
         op = "prior_sample"
         shape, dtype = check.batch_shape(op, shape), check.float_dtype(op, dtype)
@@ -114,12 +115,12 @@ class SDE:
         raise ValueError(f"{type(self).__name__}: ancestral sampling is defined for VPSDE and VESDE only")
 
     def probability_flow(self, grid: Grid, predictor: str = "euler_maruyama") -> Row:
-        """The rows of `predictor` without noise, which takes half of the score's term."""
+        """Return the scalars of `predictor` without noise, with half of its score term."""
         a, b, c = getattr(self, predictor)(grid)
         return a, b / 2, torch.zeros_like(c)
 
     def corrector_alpha(self, grid: Grid) -> Tensor:
-        """The square of what one step's drift multiplies x by."""
+        """Return the square of the factor by which the drift of one step multiplies x."""
         return torch.exp(2 * self.T * self.rates(grid.times)[0] / grid.steps)
 
 
@@ -167,8 +168,8 @@ class VPSDE(_LinearBeta):
         ValueError: beta_min not positive, or beta_max below it.
 
     Notes:
-        std comes from expm1: the plain difference is 1 % off at t = 1e-5 in float32. Discrete methods need more
-        than beta_max steps.
+        std is computed by expm1, since the difference 1 - alpha**2 is 1 % off at t = 1e-5 in float32. Discrete methods
+        need more than beta_max steps.
 
     Source:
         Song et al. 2021, arXiv:2011.13456, section 3.4 and appendices B and C.
@@ -198,7 +199,7 @@ class VPSDE(_LinearBeta):
 
 
 class SubVPSDE(_LinearBeta):
-    """Sub-variance-preserving SDE with linear beta: alpha as VPSDE, std its square.
+    """Sub-variance-preserving SDE with linear beta: alpha as in VPSDE, std the square of VPSDE's.
 
     dx = -beta x / 2 dt + g dw, g**2 = beta (1 - alpha**4), std = 1 - alpha**2.
 
@@ -234,7 +235,8 @@ class VESDE(SDE):
     dx = g dw, g = sigma sqrt(2 log(sigma_max / sigma_min)), std = sigma = sigma_min (sigma_max / sigma_min)**t.
 
     Args:
-        sigma_min, sigma_max: std at t = 0 and t = 1, the latter about the largest distance between two data.
+        sigma_min, sigma_max: std at t = 0 and t = 1; set sigma_max to about the largest distance between two data
+            points.
 
     Raises:
         ValueError: sigma_min not positive, or sigma_max not above it.
@@ -278,7 +280,7 @@ class VESDE(SDE):
         return torch.ones_like(grid.times)
 
     def _variances(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        """sigma_i squared and sigma_{i-1} squared, which is 0 at the end."""
+        """Return sigma_i squared and sigma_{i-1} squared, with 0 below the smallest sigma."""
         table = self.sigma(grid.spread()).square()
         below = torch.cat((table.new_zeros(1), table[:-1]))
         return table[grid.index], below[grid.index]
@@ -288,10 +290,10 @@ class VESDE(SDE):
 
 
 def seeds_for(op: str, n: int, seed: int | Tensor | None, device: torch.device | str | None) -> Tensor:
-    """One seed per sample: (n,) seeds as they are, anything else through `sample_seeds`."""
+    """Return one seed per sample: (n,) seeds unchanged, a single seed through `sample_seeds`."""
     device = None if device is None else check.device(op, device)
     if not isinstance(seed, Tensor):
-        # made where it is used, wherever torch's default device is
+        # created on the device where it is used, not on torch's default device
         seed = sample_seeds(seed_tensor(op, seed, None, device), n)
     elif seed.dim() == 0:
         seed = sample_seeds(seed, n)
@@ -304,7 +306,7 @@ def seeds_for(op: str, n: int, seed: int | Tensor | None, device: torch.device |
 
 def time_tensor(t: float | Tensor, device: torch.device | None = None) -> Tensor:
     if isinstance(t, (numbers.Real, list, tuple)):
-        # float32 whatever the default dtype
+        # float32 for every default dtype
         return torch.tensor(t, dtype=torch.float32, device=device)
     if not isinstance(t, Tensor):
         if isinstance(t, str) or not hasattr(t, "__array__"):

@@ -1,9 +1,9 @@
-"""Log-likelihood of a score model through its probability-flow ODE."""
+"""Log-likelihood of a score model by its probability-flow ODE."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,17 +11,18 @@ from torch import Tensor
 from .. import _checks as check
 from ..ops import uniform
 from ..reference import compute_dtype
+from ._score import Score
 from .equations import SDE, seeds_for
 
 DIVERGENCES = ("hutchinson", "exact")
-# of torchdiffeq: those that choose their steps, and those that are told them
+# solvers of torchdiffeq with adaptive and with fixed steps
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
 
 
 def log_likelihood(
     sde: SDE,
-    score_fn: Callable[[Tensor, Tensor], Tensor],
+    score_fn: Score,
     x: Tensor,
     *,
     divergence: str = "hutchinson",
@@ -33,37 +34,39 @@ def log_likelihood(
     steps: int = 1000,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """Log-density of x under the probability-flow ODE of a score.
+    """Return the log-density of x under the probability-flow ODE of a score.
 
     dx/dt = f x - g**2 score / 2 carries x at t = eps to the prior at t = 1, and
     log p(x) = log prior(x(1)) + integral of the divergence of dx/dt.
 
     Args:
-        sde, score_fn: as for `pyflow.sde.sample`; score_fn must be differentiable in x. Both are asked for times in
-            [eps, 1] only.
-        x: (B, ...) float.
-        divergence: "hutchinson", an unbiased estimate by random signs, one gradient per probe, or "exact", one
-            gradient per element of a sample.
-        probes: sign vectors per sample, the same at all times.
-        eps: time that x is taken to be at, in (0, 1).
-        rtol, atol: of the solvers that choose their steps: "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun".
-        solver: of `torchdiffeq.odeint`: one of these, or with fixed steps "euler", "midpoint", "heun2", "heun3", "rk4",
-            "explicit_adams", "implicit_adams".
-        steps: number of steps of the latter, of equal length.
-        seed: of the signs, an integer or (B,) int64, as for `sample`.
+        sde, score_fn: as for `pyflow.sde.sample`; score_fn must be differentiable in x. Both are evaluated
+            at times in [eps, 1] only.
+        x: (B, ...), any float dtype.
+        divergence: "hutchinson", an unbiased estimate from random signs that costs one gradient per probe, or "exact",
+            which costs one gradient per element of a sample.
+        probes: number of sign vectors per sample; all times share them.
+        eps: time at which the ODE starts from x, in (0, 1).
+        rtol, atol: tolerances of the solvers with adaptive steps.
+        solver: method of `torchdiffeq.odeint`; with adaptive steps "dopri5", "dopri8", "bosh3", "fehlberg2" or
+            "adaptive_heun", with fixed steps "euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams" or
+            "implicit_adams".
+        steps: number of steps of the solvers with fixed steps, all of the same length.
+        seed: seed of the signs, an integer or (B,) int64, as for `sample`.
 
     Returns:
-        (B,) nats, float32 (float64 for float64 x), without a graph. `bits_per_dim` turns them into bits.
+        (B,) nats, float32 (float64 for float64 x), without a graph. `bits_per_dim` converts them to bits.
 
     Raises:
         ImportError: torchdiffeq is not installed.
-        TypeError, ValueError: x is no float tensor with a batch dim, an unknown divergence, eps outside (0, 1), ...; a
-            score that depends on x but keeps no graph to it, as under `no_grad`: its divergence cannot be had.
-        FloatingPointError: the solver found no step, as where the score is not finite.
+        TypeError, ValueError: x is not a float tensor with a batch dim, unknown divergence, eps outside (0, 1), ...; a
+            score that depends on x but has no graph to it, for example under `no_grad`: it has no divergence.
+        FloatingPointError: the solver finds no step, for example because the score is not finite.
 
     Notes:
-        The solver picks its steps for the batch as a whole, so a value depends on the batch within the tolerance. It
-        may be called in inference mode. Of a schedule whose alpha(1) is 0, the prior is that of t = 1 - eps.
+        An adaptive solver chooses its steps for the whole batch, so a value depends on the batch, within the tolerance.
+        Works in inference mode too. For a schedule with alpha(1) = 0 the ODE ends at t = 1 - eps, with N(0, std**2) of
+        that time as the prior.
 
     Source:
         Song et al. 2021, arXiv:2011.13456, section 4.3 and appendix D.2; Skilling 1989 and Hutchinson 1990.
@@ -95,14 +98,24 @@ def log_likelihood(
         return x.new_zeros(x.shape[0], dtype=compute_dtype(x.dtype))
     if check.values_are_checked(x) and not bool(x.isfinite().all()):
         raise ValueError(f"{op}: x must be finite, got other values")
-    # out of inference mode, where no graph is recorded, and without a graph but that of the divergence
+    # inference mode records no graph, and the divergence needs one; nothing else does
     with torch.inference_mode(False), torch.no_grad():
         x = x.clone() if x.is_inference() else x.detach()
         signs = () if exact else _signs(x, probes, seeds_for(op, x.shape[0], seed, x.device))
         return _solve(sde, score_fn, x, signs, eps, solver, rtol, atol, steps)
 
 
-def _solve(sde, score_fn, x, signs, eps, solver, rtol, atol, steps) -> Tensor:
+def _solve(
+    sde: SDE,
+    score_fn: Score,
+    x: Tensor,
+    signs: tuple[Tensor, ...],
+    eps: float,
+    solver: str,
+    rtol: float,
+    atol: float,
+    steps: int,
+) -> Tensor:
     odeint = _odeint()
     dtype, size = compute_dtype(x.dtype), x[0].numel()
     end = sde.last_time(eps)
@@ -116,7 +129,7 @@ def _solve(sde, score_fn, x, signs, eps, solver, rtol, atol, steps) -> Tensor:
 
     start = x.to(dtype), x.new_zeros(x.shape[0], dtype=dtype)
     times = torch.tensor([eps, end], dtype=torch.float64, device=x.device)
-    # an adaptive solver would step beyond the end and interpolate, one of fixed steps take a single one
+    # without these options an adaptive solver steps beyond the end and interpolates, and a fixed one takes one step
     options = {"step_t": times[1:]} if solver in ADAPTIVE else {"step_size": (end - eps) / steps}
     try:
         final, change = odeint(slope, start, times, rtol=rtol, atol=atol, method=solver, options=options)
@@ -131,15 +144,15 @@ def _solve(sde, score_fn, x, signs, eps, solver, rtol, atol, steps) -> Tensor:
 
 
 class _Divergence:
-    """The score, and per sample the trace of its Jacobian: exact without signs, else averaged over them."""
+    """The score and, per sample, the trace of its Jacobian: exact without signs, else the mean over the signs."""
 
-    def __init__(self, score_fn: Callable[[Tensor, Tensor], Tensor], signs: tuple[Tensor, ...]) -> None:
+    def __init__(self, score_fn: Score, signs: tuple[Tensor, ...]) -> None:
         self.score_fn, self.signs, self.is_constant = score_fn, signs, False
 
     def __call__(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            # not the leaf itself, which must not be changed in place
+            # a clone, because score_fn may write in place and a leaf must not be changed
             score = self.score_fn(leaf.clone(), t.clone())
         check.float_tensor("log_likelihood", "the score", score)
         if score.shape != x.shape:
@@ -154,7 +167,7 @@ class _Divergence:
         return score, trace
 
     def _trace(self, score: Tensor, leaf: Tensor) -> Tensor | None:
-        """None where no graph leads to the leaf."""
+        """Return the trace, or None if the score has no graph to the leaf."""
         trace = leaf.new_zeros(leaf.shape[0], dtype=compute_dtype(leaf.dtype))
         for probe in self.signs or _units(leaf):
             grad = torch.autograd.grad(score, leaf, probe.to(score.dtype), retain_graph=True, allow_unused=True)[0]
@@ -164,7 +177,7 @@ class _Divergence:
         return trace / max(len(self.signs), 1)
 
     def _check_constant(self, x: Tensor, t: Tensor, score: Tensor) -> None:
-        """A score without a graph to x has divergence 0 only if it is the same elsewhere."""
+        """Raise ValueError if a score without a graph to x still depends on x; otherwise its divergence is 0."""
         if not self.is_constant:
             elsewhere = self.score_fn(1.37 * x + 0.71, t.clone())
             if not torch.equal(elsewhere, score):
@@ -175,8 +188,8 @@ class _Divergence:
             self.is_constant = True
 
 
-def _units(x: Tensor):
-    """Each unit vector of a sample, for all samples at once."""
+def _units(x: Tensor) -> Iterator[Tensor]:
+    """Yield each unit vector of a sample, repeated over the batch."""
     for i in range(x[0].numel()):
         unit = torch.zeros_like(x, memory_format=torch.contiguous_format)
         unit.view(len(x), -1)[:, i] = 1

@@ -1,4 +1,4 @@
-"""SDEs by their marginals alone: rates by autograd, and exact transitions where alpha reaches 0."""
+"""SDEs defined by their marginals: rates by autograd, and exact transitions if alpha reaches 0."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks as check
 from .equations import SDE, Grid, Row, time_tensor
 
-# an alpha of this part of the largest is 0: rounding leaves cos(pi / 2) at 6e-17, in float32 at -4e-8
+# alpha below this fraction of its maximum counts as 0: cos(pi / 2) rounds to 6e-17, in float32 to -4e-8
 NOTHING = 1e-6
 FALLS = "from_marginals: std / alpha must not fall as t grows"
 
@@ -38,7 +38,7 @@ class _FromMarginals(SDE):
     def rates(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         self._check_slopes()
         t = time_tensor(t)
-        # to t, or to parameters of a schedule; never to the t that slopes are taken at
+        # gradients may flow to the caller's t or to parameters of the schedule, not to the copy of t in _slopes
         keeps_graph = torch.is_grad_enabled() and (t.requires_grad or any(v.requires_grad for v in self._values(t)))
         with torch.inference_mode(False), torch.enable_grad():
             alpha, std, alpha_slope, std_slope = self._slopes(t)
@@ -57,18 +57,18 @@ class _FromMarginals(SDE):
         if not bool(alpha.isfinite().all()):
             raise ValueError("from_marginals: alpha(t) must be finite")
         kept = alpha > NOTHING * alpha.abs().max()
-        # times before the first one that is kept
+        # index of the first time that is kept
         start = int(kept.long().cumsum(0).eq(0).sum())
         if start == steps:
             raise ValueError(
-                f"from_marginals: steps must be so many that alpha is above 0 at one of their times, got {steps}"
+                f"from_marginals: steps must be large enough that alpha is above 0 at one of the times, got {steps}"
             )
         if not bool(kept[start:].all()):
             raise ValueError("from_marginals: alpha(t) must be positive for t below 1")
         return Grid(grid.times[start:], grid.index[start:])
 
     def last_time(self, eps: float) -> float:
-        # rates have no bound where alpha reaches 0
+        # the rates are unbounded where alpha reaches 0
         alpha, _ = self.marginal(torch.tensor([self.T, eps], dtype=torch.float64, device="cpu"))
         return self.T if bool(alpha[0] > NOTHING * alpha[1].abs()) else self.T - eps
 
@@ -88,11 +88,11 @@ class _FromMarginals(SDE):
         return self._transitions(grid)[0] ** -2 if self._begins_late(grid) else super().corrector_alpha(grid)
 
     def _begins_late(self, grid: Grid) -> bool:
-        """Whether alpha reaches 0: its rate has no bound there, and steps take exact transitions instead."""
+        """Whether alpha reaches 0, where its rate is unbounded: the steps then are exact transitions."""
         return bool(grid.times[0] < self.T)
 
     def _transitions(self, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """alpha'/alpha, the variance that x gains on the way up, std and std'; a prime is the time below, 0 at last."""
+        """Return alpha'/alpha, the variance added from t' to t, std and std'; t' is the next time, 0 after the last."""
         alpha, std = self.marginal(torch.cat((grid.times, grid.times.new_zeros(1))))
         alpha, lower, std, below = alpha[:-1], alpha[1:], std[:-1], std[1:]
         variance = std.square() - (alpha / lower * below).square()
@@ -101,14 +101,17 @@ class _FromMarginals(SDE):
         return lower / alpha, variance.clamp_min(0), std, below
 
     def _slopes(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """alpha, std and their derivatives at t."""
+        """Return alpha, std and their derivatives at t."""
         if not t.requires_grad:
             t = t.clone().requires_grad_()
         alpha, std = self._values(t)
         return alpha, std, _slope(alpha, t), _slope(std, t)
 
     def _check_slopes(self) -> None:
-        """Their integrals are what the functions grow by; a table or a function without a graph has slopes of 0."""
+        """Raise ValueError unless the derivatives integrate to the change of alpha and std.
+
+        They do not for a table or for a function without a graph, which has derivatives of 0.
+        """
         if self._slopes_are_checked:
             return
         with torch.inference_mode(False), torch.enable_grad():
@@ -126,7 +129,7 @@ class _FromMarginals(SDE):
     def _values(self, t: Tensor) -> tuple[Tensor, Tensor]:
         values = []
         for name, function in (("alpha", self._alpha), ("std", self._std)):
-            # a tensor of its own: a function may change it in place
+            # a copy, since the function may change it in place
             value = function(t.clone()) if callable(function) else function
             if not isinstance(value, Tensor):
                 value = torch.full_like(t, check.number("from_marginals", f"{name}(t)", value))
@@ -140,29 +143,29 @@ class _FromMarginals(SDE):
 
 
 def from_marginals(alpha: Function, std: Function) -> SDE:
-    """The SDE whose x_t given x_0 is normal with mean alpha(t) x_0 and standard deviation std(t).
+    """Return the SDE in which x_t given x_0 is normal with mean alpha(t) x_0 and standard deviation std(t).
 
     f = d log(alpha)/dt, g**2 = alpha**2 d(std**2 / alpha**2)/dt, both by autograd.
 
     Args:
-        alpha, std: functions of a tensor t in [0, 1], elementwise and differentiable by torch; alpha > 0 but at t = 1,
-            where it may be 0, and std / alpha grows with t. A constant may be a number, here or as their result.
+        alpha, std: elementwise functions of a tensor t in [0, 1] that torch can differentiate, or numbers if constant;
+            a function may also return a number. alpha > 0, except that alpha(1) may be 0, and std / alpha grows with t.
 
     Returns:
-        An `SDE` with `marginal`, `rates`, `drift`, `diffusion`, `prior_sample` and every method of `sample` but
-        ancestral; its prior is N(0, std(1)**2).
+        An `SDE` with `marginal`, `rates`, `drift`, `diffusion` and `prior_sample`, for every method of `sample` except
+        "ancestral"; its prior is N(0, std(1)**2).
 
     Raises:
         TypeError: alpha or std is neither callable nor a number.
-        ValueError: a result of another shape than t; std / alpha falls; at the first use of derivatives: they are not
-            those of the functions, as where torch records no graph (a table, `no_grad`, NumPy, `detach`).
+        ValueError: a result does not have the shape of t; std / alpha falls; autograd does not give the
+            derivatives, since torch records no graph (a table, `no_grad`, NumPy, `detach`); found at their first use.
 
     Notes:
-        The functions are given float64 tensors on the CPU when `sample` makes its tables. Where alpha reaches 0 (the
-        cosine schedule, the straight line), `sample` leaves out the times of alpha 0 and begins at the first one after
-        them, with N(0, std**2), and its steps are exact transitions from t to the time t' below, without derivatives:
-        with v = std**2 - (alpha std' / alpha')**2, a = alpha'/alpha, b = a v, c = std'/std sqrt(v); for the
-        probability flow b = a std**2 - std std', c = 0.
+        `sample` calls the functions with float64 tensors on the CPU. If alpha reaches 0 (the cosine schedule, the
+        straight line), `sample` skips the times with alpha 0 and starts at the next one with N(0, std**2). Its steps
+        then are exact transitions from t to the next time t' < t, which need no derivatives: a = alpha'/alpha, b = a v,
+        c = std'/std sqrt(v), with v = std**2 - (alpha std' / alpha')**2; for the probability flow
+        b = a std**2 - std std' and c = 0.
 
     Source:
         Song et al. 2021, arXiv:2011.13456, appendix B, read backwards; Kingma et al. 2021, arXiv:2107.00630, eq. 2.
@@ -176,7 +179,7 @@ def from_marginals(alpha: Function, std: Function) -> SDE:
 
 
 def _slope(value: Tensor, t: Tensor) -> Tensor:
-    """0 where the value does not depend on t."""
+    """Return the derivative of value in t, 0 if value does not depend on t."""
     if not value.requires_grad:
         return torch.zeros_like(t)
     slope = torch.autograd.grad(value.sum(), t, create_graph=True, allow_unused=True)[0]

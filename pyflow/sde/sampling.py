@@ -1,15 +1,16 @@
-"""Reverse-time samplers: every method is one fused step with its own three scalars."""
+"""Reverse-time samplers: every method is a table of scalars a, b, c for one fused step."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
+from .. import _progress
 from ..ops import langevin_step, sde_step
 from ._score import Lent, Score, checked, in_micro_batches
 from .equations import SDE, Grid, Row, seeds_for
@@ -43,67 +44,68 @@ def sample(
     callback: Callable[[int, float, Tensor], object] | None = None,
     check_finite: bool = False,
 ) -> Tensor:
-    """Samples of the model whose score is given, by solving the SDE backwards from its prior.
+    """Draw samples from a score model by solving the SDE backwards from its prior.
 
-    x' = a x + b score + c z per step, at times linspace(T, eps, steps), T being 1 for all but a subclass of yours.
+    Every step is x' = a x + b score + c z. The times are linspace(T, eps, steps), with T = 1 for every SDE of pyflow.
 
     Args:
         sde: `VPSDE`, `SubVPSDE`, `VESDE`, `from_marginals(...)` or a subclass of `SDE`.
         score_fn: called as score_fn(x, t) with x (B, ...) in `dtype` and t (B,) float32; returns the score in x's
-            shape, in any float dtype. A function or a module. It may change x and t in place, x from the first
-            call on.
-        shape: (B, ...) of the result.
+            shape, in any float dtype. A function or a module. It may write into t, and into x if it does so
+            from the first call on.
+        shape: shape of the result, (B, ...).
         steps: number of steps. The discrete methods of VPSDE, and "pc" for VPSDE and SubVPSDE, need more than
             beta_max.
         method: "euler_maruyama", "reverse_diffusion", "ancestral" (VPSDE and VESDE), "pc" (a Langevin corrector
-            before every predictor step) or "probability_flow" (no noise but the prior's).
-        predictor: of "pc" any other method, default "reverse_diffusion"; of "probability_flow" the SDE step whose
+            before every predictor step) or "probability_flow" (no noise after the prior).
+        predictor: for "pc" any other method, default "reverse_diffusion"; for "probability_flow" the SDE step whose
             score term is halved, "euler_maruyama" (default) or "reverse_diffusion".
-        corrector: of "pc", "langevin" or "none".
+        corrector: for "pc", "langevin" or "none".
         corrector_steps: Langevin steps per predictor step.
-        snr: signal-to-noise ratio of the corrector, eps_i = 2 alpha (snr std(t))**2.
-        step_size: a fixed eps_i instead.
-        norm: "marginal" is that rule; the others take |z| / |score| in the place of std: "sample" the norms of each
-            sample, for many dimensions only, since a score near 0 makes a huge step; "batch" their means over the
-            batch, as published, which makes samples depend on each other.
+        snr: signal-to-noise ratio r in the corrector's step size 2 alpha (r std(t))**2.
+        step_size: fixed step size of the corrector, in place of the rule with snr.
+        norm: "marginal" uses std(t) in that rule; the others use |z| / |score| in place of std(t). "sample" takes the
+            norms of each sample; use it in many dimensions only, since a score near 0 makes a huge step. "batch" takes
+            their means over the batch, as in the paper, which makes samples depend on each other.
         eps: time of the last step, in (0, T).
-        denoise: the last step adds no noise, it ends on the mean.
-        micro_batch: evaluate the score for this many samples at a time, the last ones padded.
-        seed: an integer, which `pyflow.ops.sample_seeds` spreads over the samples, or (B,) int64, a stream each;
-            None draws one from torch's default generator.
-        device: default that of seed, or of score_fn's parameters.
-        dtype: of x; a, b, c and t are float32 whatever it is.
-        progress: show a bar, where tqdm is installed.
-        callback: called as callback(i, t, x) after step i, which was taken at time t; x is the new state, or a copy
-            where x is changed in place, which does not reach the sampler.
-        check_finite: stop when x is not finite. This reads the device after every step.
+        denoise: add no noise in the last step, so that it returns the mean.
+        micro_batch: evaluate the score on this many samples at a time; the last micro-batch is padded.
+        seed: an integer, from which `pyflow.ops.sample_seeds` makes one seed per sample, or (B,) int64, one seed per
+            sample; None draws an integer from torch's default generator.
+        device: default the device of seed, or of score_fn's parameters.
+        dtype: dtype of x; a, b, c and t are always float32.
+        progress: show a bar, if tqdm is installed.
+        callback: called as callback(i, t, x) after step i, which starts at time t; x is the new state, or a copy if the
+            callback writes into x. Writes do not change the result.
+        check_finite: stop when x is not finite. This synchronises with the device after every step.
 
     Returns:
-        x of the given shape and dtype, without a graph.
+        Samples in the given shape and dtype, without a graph.
 
     Raises:
-        TypeError: score_fn is not callable, a wrong dtype, a count that is no integer.
-        ValueError: an unknown word, steps < 1, eps outside (0, T), a method that is not defined for the SDE, a schedule
-            whose steps are not finite, a score_fn or callback that begins to change x in place after it had not.
-        FloatingPointError: check_finite found NaN or an infinity; the text has the step.
+        TypeError: score_fn is not callable, wrong dtype, or a count is not an integer.
+        ValueError: unknown method, predictor, corrector or norm; steps < 1; eps outside (0, T); a method that the SDE
+            does not define; a schedule with steps that are not finite; a score_fn or callback that writes into x, but
+            not in its first call.
+        FloatingPointError: check_finite found NaN or an infinity; the text names the step.
 
     Notes:
         Noise and update have the same bits in any batch, on any number of ranks (each passes
-        `sample_seeds(seed, n, start=...)`) and on every backend. The score is a matter of the network: GEMM and
-        convolution bits depend on the batch they run in. In micro-batches every call has one shape, and sample k of
-        the batch stands at place k % micro_batch: with micro_batch=1, and between ranks that start at multiples of
-        it, samples are equal bit for bit. At another place they are so where the network's kernels treat all places
-        alike; on a CPU an activation does not if the elements of a micro-batch are no multiple of the vector width,
-        because its last ones go through a scalar loop.
+        `sample_seeds(seed, n, start=...)`) and on every backend. The bits of the score depend on the network: GEMMs and
+        convolutions change them with the batch size. With `micro_batch` every call has the same shape, and sample k
+        is row k % micro_batch of its call. Samples are equal bit for bit with micro_batch=1, and between ranks that
+        start at multiples of micro_batch. A sample in another row is equal only if the network's kernels compute all
+        rows alike. A CPU activation does not if the number of elements of a micro-batch is no multiple of the vector
+        width, because a scalar loop computes the last ones.
 
     Source:
-        Song et al. 2021, arXiv:2011.13456, appendices D, E, F and G; the rule "marginal" is the step of annealed
-        Langevin dynamics, Song and Ermon 2019, arXiv:1907.05600.
+        Song et al. 2021, arXiv:2011.13456, appendices D, E, F and G; norm="marginal" is the step size of
+        annealed Langevin dynamics, Song and Ermon 2019, arXiv:1907.05600.
 
     Example:
         >>> import pyflow
         >>> sde = pyflow.sde.VPSDE()
-        >>> def score(x, t):  # of data that is standard normal
+        >>> def score(x, t):  # score of standard normal data
         ...     return -x
         >>> x = sample(sde, score, (2, 3), steps=50, seed=0, progress=False)
         >>> bool((x[1] == sample(sde, score, (4, 3), steps=50, seed=0, progress=False)[1]).all())
@@ -133,23 +135,23 @@ def make_step(
     eps: float = 1e-3,
     denoise: bool = True,
     micro_batch: int | None = None,
-    **compile_options: object,
+    **compile_options: Any,
 ) -> Step:
-    """The step of a sampler, score and update compiled together once for all times.
+    """Return one step of a sampler, with score and update compiled into one graph for all times.
 
     Args:
         sde, score_fn, method, steps, predictor, ..., micro_batch: as for `sample`.
-        compile_options: for `torch.compile`, as mode="reduce-overhead"; fullgraph is always on.
+        compile_options: options of `torch.compile`, for example mode="reduce-overhead"; fullgraph is always on.
 
     Returns:
-        `Step`: `step(x, i, seed) -> x'` for i = 0 ... steps - 1, and `step.sample(shape, seed=..., ...)`, the loop.
+        `Step`: `step(x, i, seed) -> x'` for i = 0 ... steps - 1, and `step.sample(shape, seed=..., ...)` for all steps.
 
     Raises:
         TypeError, ValueError: as for `sample`.
 
     Notes:
-        Time, scalars and step number enter as 0-d tensors on x's device: one graph serves all of them, and the host
-        reads nothing. Another shape of x compiles anew.
+        Time, scalars and step number are 0-d tensors on x's device, so one graph serves all steps and the host reads
+        nothing. Another shape of x recompiles.
 
     Example:
         >>> import pyflow
@@ -166,7 +168,7 @@ def make_step(
 
 
 class Step:
-    """One step of a sampler for every time, and the loop over it; made by `make_step`."""
+    """One step of a sampler at any of its times, and the loop over all steps; made by `make_step`."""
 
     def __init__(self, plan: _Plan, score_fn: Score, advance: Callable[..., Tensor]) -> None:
         self._plan, self._score_fn, self._advance = plan, score_fn, advance
@@ -174,13 +176,13 @@ class Step:
         self._rows: dict[torch.device, list[tuple]] = {}
 
     def __call__(self, x: Tensor, i: int, seed: Tensor) -> Tensor:
-        """x after step i from x before it; seed: (B,) int64, or 0-d for one stream over the batch."""
+        """Return x after step i, given x before it; seed: (B,) int64, or 0-d for one noise stream over the batch."""
         check.float_tensor("step", "x", x)
         if x.dim() == 0:
             raise ValueError("step: x must have at least one dim, the batch, got a scalar")
         if not 0 <= check.at_least("step", "i", i, 0) < len(self.times):
             raise ValueError(f"step: i must be below the number of steps, {len(self.times)}, got {i}")
-        # out of inference mode, so that a score function may use autograd and writes into x are seen
+        # outside inference mode a score function can use autograd, and tensors count writes in place
         with torch.inference_mode(False), torch.no_grad():
             return self._take(x.clone() if x.is_inference() else x, i, seed)
 
@@ -199,7 +201,7 @@ class Step:
         callback: Callable[[int, float, Tensor], object] | None = None,
         check_finite: bool = False,
     ) -> Tensor:
-        """Every step from the prior down; the arguments are those of `pyflow.sde.sample`."""
+        """Draw samples by taking all steps from the prior; takes the same arguments as `pyflow.sde.sample`."""
         op = "sample"
         shape, dtype = check.batch_shape(op, shape), check.float_dtype(op, dtype)
         if callback is not None and not callable(callback):
@@ -213,7 +215,7 @@ class Step:
             if self._plan.start != 1:
                 x *= self._plan.start
             steps = len(self.times)
-            for i, t in enumerate(_bar(self.times, progress)):
+            for i, t in enumerate(_progress.tracked(self.times, "step", progress, mininterval=0.2)):
                 x = self._take(x, i, seed)
                 if check_finite and not bool(x.isfinite().all()):
                     raise FloatingPointError(f"{op}: x is not finite after step {i} of {steps}, t = {t:.4g}")
@@ -228,13 +230,13 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """A sampler's arguments, checked, with a, b, c of every step and what its corrector takes."""
+    """Checked arguments of a sampler, with a, b, c and the corrector's step size of every step."""
 
     op: str
     sde: SDE
     times: tuple[float, ...]
-    start: float  # what the prior is scaled by
-    table: Tensor  # (5, steps): t, a, b, c and the corrector's step size or, where its rule takes norms, alpha
+    start: float  # factor of the prior
+    table: Tensor  # (5, steps): t, a, b, c and the corrector's step size, or its alpha if norms is set
     noisy: bool
     corrector_steps: int
     norms: dict[str, object] | None
@@ -266,7 +268,7 @@ class _Plan:
         a, b, c = _row(sde, method, predictor, grid)
         if denoise:
             c = torch.cat((c[:-1], c.new_zeros(1)))
-        # what the corrector's step is scaled by
+        # alpha of the corrector's rule
         size = sde.corrector_alpha(grid) if corrected else torch.ones_like(a)
         norms = {"snr": snr, "norm": norm} if step_size is None and norm != "marginal" else None
         if step_size is not None:
@@ -278,7 +280,7 @@ class _Plan:
         if not bool(finite.all()):
             t, *row = table[:, ~finite][:, 0].tolist()
             raise ValueError(f"{op}: the steps of sde must be finite, got a, b, c, size = {row} at t = {t:.4g}")
-        # its first time may lie below 1
+        # the first time is below T if the schedule skips times with alpha 0
         start = sde.marginal(grid.times[0])[1].item() / sde.prior_std if grid.times[0] < sde.T else 1.0
         noisy = "probability_flow" not in (method, predictor)
         return cls(
@@ -286,8 +288,8 @@ class _Plan:
         )
 
     def rows(self, device: torch.device) -> list[tuple]:
-        """(t, a, b, c, size, step, (corrector's steps)) of every step as 0-d tensors on the device."""
-        # sixteen bytes apart: compiled code copies an input that is not aligned
+        """Return (t, a, b, c, size, step, (numbers of the corrector's steps)) of every step, as 0-d tensors."""
+        # 16 bytes apart, because compiled code copies inputs that are not aligned
         scalars = self.table.new_zeros(*self.table.shape, 4)
         scalars[..., 0] = self.table
         steps = len(self.times)
@@ -311,7 +313,7 @@ class _Plan:
                 rule = {"step_size": size} if norms is None else {"alpha": size, **norms}
                 x = langevin_step(x, score_fn(x, t.expand(n).clone()), seed=seed, step=number, **rule)
             score = score_fn(x, t.expand(n).clone())
-            # c is 0 on a probability flow: any noise will do, so none is drawn
+            # c is 0 for a probability flow, so the score stands in for the noise and none is drawn
             return sde_step(x, score, a, b, c, seed=seed, step=step, noise=None if noisy else score)
 
         return advance
@@ -342,12 +344,3 @@ def _row(sde: SDE, method: str, predictor: str, grid: Grid) -> Row:
 def _device_of(score_fn: Score) -> torch.device:
     parameter = next(score_fn.parameters(), None) if isinstance(score_fn, nn.Module) else None
     return torch.get_default_device() if parameter is None else parameter.device
-
-
-def _bar(times: tuple[float, ...], progress: bool) -> Iterable[float]:
-    if progress:
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
-
-            return tqdm(times, unit="step", dynamic_ncols=True, mininterval=0.2)
-    return times

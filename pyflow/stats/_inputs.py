@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .. import _progress
 from ..ops._variables import comparable
 
 # seconds before a bar appears
@@ -107,13 +108,6 @@ def same(a: object, b: object) -> bool:
 
 @contextlib.contextmanager
 def bar(total: int | None, unit: str, progress: bool) -> Iterator[Callable[[int], object]]:
-    """Yield a function that advances a progress bar by a count; without tqdm it does nothing."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        progress = False
-    if not progress:
-        yield lambda done: None
-        return
-    with tqdm(total=total, unit=unit, dynamic_ncols=True, delay=PATIENCE) as shown:
-        yield shown.update
+    """Yield a function that advances a bar by its argument; it does nothing without tqdm or `progress`."""
+    with _progress.bar(total, unit, progress, delay=PATIENCE) as shown:
+        yield (lambda done: None) if shown is None else shown.update

@@ -1,4 +1,4 @@
-"""Loss-only training: losses and metrics are added inside a model, and training is whatever collects them."""
+"""Loss-only training: a model adds losses and metrics in its forward, and the training loop collects them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses and metrics, added anywhere inside a model, gathered around its call."""
+"""Losses and metrics that are added anywhere inside a model and collected around its call."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from ..reference import compute_dtype
 
 
 class Collected:
-    """What was added while a `collect()` block was the innermost one.
+    """Losses and metrics added while a `collect()` block was the innermost one.
 
     Attributes:
-        losses: name -> sum of the losses of that name, in the order of their first appearance.
-        metrics: name -> mean of the metrics of that name, without gradient.
+        losses: name -> sum of the losses with that name, in the order in which names were first added.
+        metrics: name -> mean of the metrics with that name, without gradient.
 
     Notes:
-        Both are float32 (float64 where a value is), whatever the dtype of the values, and copies of them.
+        Both are copies in float32, or in float64 if a value is float64.
     """
 
     def __init__(self) -> None:
         self.losses: dict[str, Tensor] = {}
         self._metrics: dict[str, tuple[Tensor, int]] = {}
-        self._unrecorded: set[str] = set()  # names of losses that were added while no graph was recorded
-        self._backward = torch._C._current_graph_task_id()  # the one that the block was opened in, or -1
+        self._unrecorded: set[str] = set()  # names of losses added while no graph was recorded
+        self._backward = torch._C._current_graph_task_id()  # id of the backward that opened the block, or -1
 
     @property
     def metrics(self) -> dict[str, Tensor]:
         return {name: total / count for name, (total, count) in self._metrics.items()}
 
     def total(self) -> Tensor:
-        """The sum of all losses.
+        """Return the sum of all losses.
 
         Raises:
-            RuntimeError: nothing was added.
+            RuntimeError: no loss was added.
 
         Notes:
-            Warns of losses that were added where no graph is recorded, when others can train.
+            Warns of losses added where no graph is recorded, if another loss has a graph.
         """
         if not self.losses:
             raise RuntimeError("collect: the model added no loss; call pyflow.train.add_loss inside its forward")
@@ -68,7 +68,7 @@ _blocks = _Blocks()
 
 
 def innermost() -> Collected | None:
-    """The block of this thread that receives."""
+    """Return the innermost open block of this thread."""
     return _blocks.open[-1] if _blocks.open else None
 
 
@@ -77,10 +77,10 @@ _outside_the_graph = torch.compiler.disable(reason="the list behind collect() li
 
 @contextlib.contextmanager
 def collect() -> Iterator[Collected]:
-    """Gather what `add_loss` and `add_metric` are given inside the block, in this thread.
+    """Collect the values given to `add_loss` and `add_metric` inside the block, in this thread.
 
     Notes:
-        Blocks nest; the innermost one receives. Tensors on accelerators are not read, nothing waits.
+        Blocks nest; the innermost one collects. Tensors on accelerators are not read, so nothing synchronises.
 
     Example:
         >>> with collect() as c:
@@ -100,21 +100,21 @@ def collect() -> Iterator[Collected]:
 
 @_outside_the_graph
 def add_loss(value: Tensor | float, name: str) -> None:
-    """Add a scalar to the losses of this name; outside a `collect()` block nothing happens.
+    """Add a scalar to the losses called `name`; does nothing outside a `collect()` block.
 
     Args:
-        value: a tensor of one element, in the graph that it will be minimised through, or a number.
-        name: what it is called in bars and logs.
+        value: a number, or a tensor of one element with the graph to differentiate through.
+        name: name in progress bars and logs.
 
     Raises:
         TypeError: value is neither a real tensor nor a number; name is not a string.
         ValueError: value has more than one element; name is empty.
 
     Notes:
-        A block that activation checkpointing recomputes during the backward does not add again. Use it with
-        use_reentrant=False: the reentrant one runs the block without a graph, so a loss inside cannot train, and
+        A loss is not added a second time when activation checkpointing recomputes its forward. Use checkpointing with
+        use_reentrant=False: the reentrant version runs the forward without a graph, so a loss inside cannot train, and
         `total` warns of it. A `ReversibleSequential` that recomputes refuses losses of its layers.
-        Under torch.compile the surrounding graph breaks here, because the block lives outside the graph.
+        Under torch.compile the graph breaks here, because the block lives outside the graph.
     """
     scalar = _scalar("add_loss", value, name)
     if scalar is not None:
@@ -126,7 +126,7 @@ def add_loss(value: Tensor | float, name: str) -> None:
 
 @_outside_the_graph
 def add_metric(value: Tensor | float, name: str) -> None:
-    """Add a scalar to the metrics of this name, which are averaged; as `add_loss`, but without gradient."""
+    """Add a scalar to the metrics called `name`, which are averaged; like `add_loss`, but without gradient."""
     scalar = _scalar("add_metric", value, name)
     if scalar is not None:
         metrics = _blocks.open[-1]._metrics
@@ -135,20 +135,20 @@ def add_metric(value: Tensor | float, name: str) -> None:
 
 
 def _scalar(op: str, value: object, name: object) -> Tensor | None:
-    """The value as a 0-d tensor in the dtype of sums; None where it is not collected."""
+    """Return the value as a 0-d tensor in the dtype of sums, or None if it is not collected."""
     if not isinstance(name, str):
         raise TypeError(f"{op}: name must be a string, got {type(name).__name__}")
     if not name:
         raise ValueError(f"{op}: name must not be empty")
     if not isinstance(value, Tensor):
-        # joins tensors of any device
+        # a 0-d CPU tensor combines with tensors of any device
         value = torch.tensor(check.number(op, "value", value), dtype=torch.float32, device="cpu")
     if value.is_complex():
         raise TypeError(f"{op}: value must be real, got {check.short(value.dtype)}")
     if value.numel() != 1:
         raise ValueError(f"{op}: value must be a scalar, got shape {tuple(value.shape)}")
-    # in a backward that began inside the block: a part that is recomputed
+    # inside a backward that began after the block was opened, this forward is a recomputation
     if not _blocks.open or torch._C._current_graph_task_id() != _blocks.open[-1]._backward:
         return None
-    # a copy: what was added may be changed in place later
+    # a copy, since the caller may change the value in place
     return value.reshape(()).to(compute_dtype(value.dtype), copy=True)

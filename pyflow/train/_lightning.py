@@ -1,10 +1,11 @@
-"""A Lightning module that trains whatever adds losses."""
+"""Lightning module for models that add their own losses."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import lightning
 from torch import Tensor, nn
@@ -12,23 +13,28 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._collect import Collected, collect
 
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
+
 
 class LossOnlyModule(lightning.LightningModule):
-    """Train a model by the losses it adds inside itself; its output is not looked at.
+    """Train a model on the losses that it adds in its forward; its output is ignored.
 
     The bar shows every named loss and metric as its running mean over the epoch, and `loss`, the sum of the losses.
-    Loggers receive the epoch's means as train/NAME, val/NAME and test/NAME. Means are over samples: a batch counts as
-    many as the first tensor with a dim has rows, wherever in the batch it is.
+    Loggers receive the means of the epoch as train/NAME, val/NAME and test/NAME. Means are over samples: the size of a
+    batch is the number of rows of the first tensor in it, at any depth, that has at least one dim.
 
     Args:
-        model: calls `pyflow.train.add_loss` in its forward. A tuple or list as a batch is passed as positional
-            arguments, a dict or UserDict (the batches of Hugging Face) as keywords, anything else as the only argument.
-        optimizer: list of parameters -> optimizer, or whatever else Lightning's configure_optimizers may return.
+        model: calls `pyflow.train.add_loss` in its forward. It gets a tuple or list as positional arguments, a dict or
+            UserDict (as from Hugging Face) as keywords, and any other batch as its only argument.
+        optimizer: function of a list of parameters that returns an optimizer, or any other value that Lightning's
+            configure_optimizers may return.
 
     Raises:
         TypeError: model is not a module, or optimizer is not callable.
-        RuntimeError: at the first training step, if the model adds no loss; in validation it need not.
-        ValueError: at a step, if a loss and a metric share a name, or what is not the only loss is called "loss".
+        RuntimeError: at the first training step, if the model adds no loss. Validation and test need no loss.
+        ValueError: at a step, if a loss and a metric share a name, or if a metric, or one of several losses, is called
+            "loss".
 
     Example:
         >>> from functools import partial
@@ -37,7 +43,7 @@ class LossOnlyModule(lightning.LightningModule):
         'Adam'
     """
 
-    def __init__(self, model: nn.Module, optimizer: Callable[[list[nn.Parameter]], object]) -> None:
+    def __init__(self, model: nn.Module, optimizer: Callable[[list[nn.Parameter]], OptimizerLRScheduler]) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"LossOnlyModule: model must be a module, got {type(model).__name__}")
@@ -53,7 +59,7 @@ class LossOnlyModule(lightning.LightningModule):
             return self.model(*batch)
         return self.model(**batch) if isinstance(batch, (dict, UserDict)) else self.model(batch)
 
-    def configure_optimizers(self) -> object:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         return self._optimizer_of([p for p in self.model.parameters() if p.requires_grad])
 
     def on_train_epoch_start(self) -> None:
@@ -71,7 +77,7 @@ class LossOnlyModule(lightning.LightningModule):
             self.log(f"train/{name}", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
         return loss
 
-    # loggers tell several loaders apart by Lightning's own suffix
+    # with several loaders Lightning appends /dataloader_idx_N to the names
     def validation_step(self, batch: object, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate("val", batch)
 
@@ -99,13 +105,13 @@ def _named(collected: Collected, total: Tensor | None) -> dict[str, Tensor]:
 
 
 def _batch_size(batch: object) -> int:
-    """Rows of the first tensor with a dim; 1 where there is none."""
+    """Return the number of rows of the first tensor with a dim, or 1 if there is none."""
     return next(_sizes(batch), 1)
 
 
 def _sizes(batch: object) -> Iterator[int]:
     if isinstance(batch, PackedSequence):
-        # its data has a row for every element of every sequence
+        # data has one row per element of every sequence; the first batch size is the number of sequences
         yield int(batch.batch_sizes[0]) if len(batch.batch_sizes) else 0
     elif isinstance(batch, Tensor):
         if batch.dim():

@@ -32,7 +32,7 @@ COMPILABLE = [name for name in MODELS if "reversible" not in name]
 
 @pytest.fixture(params=MODELS)
 def model(request):
-    """(a started flow in float64, away from where networks are 0, and data)."""
+    """(initialised flow in float64 with perturbed parameters, so that no network is 0; data)."""
     torch.manual_seed(0)
     return started(request.param)
 
@@ -56,7 +56,7 @@ def test_inverse(model):
     assert z.shape == (4, x[0].numel()) and logdet.shape == (4,)
 
 
-def test_logdet_is_that_of_the_jacobian(model):
+def test_logdet_matches_the_jacobian(model):
     flow, x = model
     for row in x[:2]:
         jacobian = torch.autograd.functional.jacobian(lambda v: flow(v[None])[0].flatten(), row)
@@ -82,7 +82,7 @@ def test_every_parameter_gets_a_gradient(model):
     assert not [name for name in silent if not name.endswith(("upper", "lower"))], silent
 
 
-def test_gradients_of_the_input(model):
+def test_gradcheck_of_log_prob_in_the_input(model):
     flow, x = model
     assert torch.autograd.gradcheck(flow.log_prob, (x[:2].requires_grad_(),))
 
@@ -109,7 +109,7 @@ def test_sampling(model):
     assert flow.sample(0).shape == (0, *x.shape[1:])
 
 
-def test_a_seed_draws_the_same_after_a_change_of_dtype(model):
+def test_a_seed_draws_the_same_latents_in_every_dtype(model):
     flow, _ = model
     double = flow.draw_latent(4, seed=0)
     torch.testing.assert_close(flow.float().draw_latent(4, seed=0), double.float())
@@ -137,7 +137,7 @@ def test_density_integrates_to_one(make):
 
 
 class PermutingNICE(nn.Module):
-    """NICE as usually told: one coupling rule, the whole vector permuted between couplings."""
+    """NICE as in the paper: the same coupling every time, with the whole vector permuted between couplings."""
 
     def __init__(self, nets, permute):
         super().__init__()
@@ -153,7 +153,7 @@ class PermutingNICE(nn.Module):
 
 
 def flip_weights(net, inputs, outputs):
-    """The net with its input's and output's elements in reverse order, where asked."""
+    """Return a copy of the net with the elements of its input, its output or both in reverse order."""
     net = copy.deepcopy(net)
     with torch.no_grad():
         if inputs:
@@ -166,16 +166,16 @@ def flip_weights(net, inputs, outputs):
 
 @pytest.mark.parametrize("couplings", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_permutation_is_needed(couplings, dtype):
+def test_fixed_halves_equal_permuted_coordinates(couplings, dtype):
     torch.manual_seed(0)
     flow = NICE(8, couplings=couplings, hidden=(32, 32), split="half").to(dtype)
     x = torch.randn(16, 8, dtype=dtype)
     h, _ = flow(x)  # the scale starts at 0
-    # exchanging the halves changes no arithmetic at all
+    # exchanging the halves changes no arithmetic, so the bits are equal
     exchanged = PermutingNICE(flow.nets, lambda v: v.roll(4, 1))(x)
     assert h.equal(exchanged if couplings % 2 else exchanged.roll(4, 1))
-    # reversing exchanges the halves and reverses each; every second net then sees and returns reversed halves,
-    # and a GEMM sums its rows in another order
+    # reversing the vector exchanges and reverses the halves: every second net sees and returns reversed halves, so
+    # its GEMMs sum in another order
     nets = nn.ModuleList(flip_weights(net, i % 2 == 1, i % 2 == 1) for i, net in enumerate(flow.nets))
     reversed_ = PermutingNICE(nets, lambda v: v.flip(1))(x)
     torch.testing.assert_close(h, reversed_ if couplings % 2 else reversed_.flip(1))
@@ -202,7 +202,7 @@ def test_data_initialised_scale_matches_the_prior():
     assert not NICE(6, hidden=(8,)).scale.log_scale.any()
 
 
-def test_glow_starts_as_whitening():
+def test_initialised_glow_whitens_the_data():
     torch.manual_seed(0)
     flow, x = Glow((1, 8, 8), steps=3, levels=2, hidden=8), 5 + 3 * torch.randn(64, 1, 8, 8)
     flow.log_prob(x)
@@ -211,7 +211,7 @@ def test_glow_starts_as_whitening():
     assert 0.5 < z.std() < 1.1
 
 
-def test_reversible_changes_no_gradient():
+def test_reversible_gives_the_same_gradients():
     torch.manual_seed(0)
     for make in (
         lambda r: Glow((1, 4, 4), steps=2, levels=2, hidden=6, reversible=r),
@@ -239,7 +239,7 @@ def test_compiles_without_graph_breaks(name):
     torch.testing.assert_close(torch.compile(flow.inverse, fullgraph=True, backend="aot_eager")(flow(x)[0])[0], x)
 
 
-def test_inductor():
+def test_inductor_gives_the_same_log_prob():
     torch.manual_seed(0)
     flow, x = NICE(8, hidden=(16,)), torch.randn(4, 8)
     torch.testing.assert_close(torch.compile(flow.log_prob, fullgraph=True)(x), flow.log_prob(x))
@@ -254,7 +254,7 @@ def test_backends_agree():
         torch.testing.assert_close(flow.log_prob(x), expected)
 
 
-def test_training_step_lowers_the_loss():
+def test_training_lowers_the_loss():
     torch.manual_seed(0)
     x = torch.randn(256, 2, dtype=torch.float64)
     x[:, 1] += x[:, 0] ** 2
@@ -304,7 +304,7 @@ def test_empty_batches(name):
     log_prob.sum().backward()
     assert log_prob.shape == (0,) and x.grad.shape == x.shape
     assert flow.inverse(flow(x)[0])[0].shape == x.shape
-    # no data has started anything
+    # the empty batch has initialised nothing: the next batch does
     flow.log_prob(torch.randn(8, *shape))
     fresh = make()
     fresh.load_state_dict(flow.state_dict())
@@ -325,7 +325,7 @@ def test_squeeze_is_pixel_unshuffle():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_default_device_is_that_of_new_modules_only(name):
+def test_default_device_does_not_affect_existing_modules(name):
     flow, x = started(name)
     expected = flow.log_prob(x), flow.sample(2, seed=0)
     torch.set_default_device("meta")
@@ -352,7 +352,7 @@ def test_new_modules_have_the_default_dtype(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_exported_in_eval(name):
+def test_export_and_vmap_in_eval_mode(name):
     flow, x = started(name)
     flow.eval()
     program = torch.export.export(flow, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", max=64)}}).module()
@@ -363,7 +363,7 @@ def test_exported_in_eval(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_an_average_made_before_the_first_batch(name):
+def test_averaged_model_created_before_data_initialisation(name):
     make, shape = MODELS[name]
     torch.manual_seed(0)
     flow = make()
@@ -450,7 +450,7 @@ def test_wrong_arguments(make, text):
         make()
 
 
-def test_bytes_are_pixels_of_256_levels():
+def test_dequantize_of_uint8_with_256_levels():
     x = torch.tensor([0, 184, 255], dtype=torch.uint8)
     assert (dequantize(x, 256) * 256).floor().tolist() == [0, 184, 255]
     with pytest.raises(ValueError, match=r"^dequantize: x must be integers in \[0, 17\), got 184$"):

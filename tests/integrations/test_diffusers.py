@@ -1,4 +1,4 @@
-"""Schedulers beside diffusers' own: the same numbers for the same noise, in its pipeline, saved and loaded."""
+"""Schedulers against those of diffusers: same results for the same noise, in its pipelines, saved and loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def prepared(scheduler, steps=20):
 
 
 def injected(monkeypatch, noise, *modules):
-    """diffusers draws this noise."""
+    """Make diffusers draw this noise."""
     for module in modules:
         monkeypatch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *_, **__: noise)
 
@@ -62,7 +62,7 @@ def test_vp_step_reproduces_diffusers_on_its_noise(monkeypatch):
         for time in (t, t.expand(3)):
             moved = ours.step_pred(score, x, time, noise=noise)
             for a, b in zip(moved, published.step_pred(score, x, time), strict=True):
-                # their std loses four digits at the last times in float32
+                # diffusers' std loses four digits at the last times in float32
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
             for a, b in zip(moved, published.step_pred(score.double(), x.double(), time.double()), strict=True):
                 torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
@@ -73,7 +73,7 @@ def test_vp_step_reproduces_diffusers_on_its_noise(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_the_dtype_is_kept(dtype):
+def test_results_have_the_dtype_of_the_sample(dtype):
     ve, vp = prepared(ScoreSdeVeScheduler(sigma_max=50.0)), prepared(ScoreSdeVpScheduler())
     x, score, noise = (part.to(dtype) for part in draws(0))
     t = ve.timesteps[5]
@@ -92,7 +92,7 @@ def generators(*seeds):
 @pytest.mark.parametrize(
     "pick", [lambda rows: generators(*(rows + 40).tolist()), lambda rows: sample_seeds(9, 3)[rows]]
 )
-def test_a_sample_follows_its_own_generator_or_seed(pick):
+def test_noise_of_a_sample_depends_only_on_its_generator_or_seed(pick):
     rows = torch.arange(3)
     x, score, _ = draws(1)
     runs = []
@@ -107,7 +107,7 @@ def test_a_sample_follows_its_own_generator_or_seed(pick):
         assert_same_bits(together[1:2], alone)
 
 
-def test_seeds_begin_anew_with_the_timesteps():
+def test_set_timesteps_restarts_the_noise_of_a_seed():
     x, score, _ = draws(1)
     scheduler = prepared(ScoreSdeVeScheduler())
     first = scheduler.step_pred(score, scheduler.timesteps[0], x, generator=3).prev_sample
@@ -130,7 +130,7 @@ def small_unet():
 
 
 @pytest.mark.parametrize("kind", [ScoreSdeVeScheduler, ScoreSdeVpScheduler])
-def test_a_refused_step_counts_for_nothing(kind):
+def test_a_refused_step_draws_no_seed_and_is_not_counted(kind):
     x, wrong = torch.ones(2, 3), torch.ones(1, 3)
 
     def steps(refused, pick):
@@ -175,7 +175,7 @@ def test_a_pipeline_saves_and_loads_with_its_scheduler(tmp_path):
     for each in (pipeline, again):
         each.set_progress_bar_config(disable=True)
         images.append(each(num_inference_steps=3, generator=generators(1)[0], output_type="np").images)
-    # a network's own bits depend on where its weights lie
+    # the bits of a network depend on the memory alignment of its weights
     np.testing.assert_allclose(images[0], images[1], rtol=0, atol=1e-5)
 
 
@@ -190,7 +190,7 @@ def test_config_saves_loads_and_passes_to_diffusers(tmp_path):
     assert ScoreSdeVpScheduler.from_pretrained(tmp_path / "vp").config.beta_max == 10
 
 
-def test_a_config_keeps_every_argument_however_it_was_given(tmp_path):
+def test_config_keeps_positional_and_keyword_arguments(tmp_path):
     for given in (ScoreSdeVeScheduler(100, 0.2, 0.02, 50.0, correct_steps=2), ScoreSdeVpScheduler(100, 0.2, 10)):
         names = [name for name in given.config if not name.startswith("_")]
         wanted = [given.config[name] for name in names]

@@ -1,4 +1,4 @@
-"""Run by test_sharding: samples of one seed from 1, 2 and 4 gloo processes, saved by the first of each.
+"""Run by test_sharding: samples of one seed from 1, 2 and 4 gloo processes, saved by rank 0.
 
 python sharded.py FOLDER
 """

@@ -1,4 +1,4 @@
-"""Wrong arguments of the samplers and of the likelihood: one clear sentence each."""
+"""Error texts for wrong arguments of the samplers and of the likelihood."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_wrong_arguments(call, error, text):
     assert str(caught.value) == text
 
 
-def test_the_discrete_tables_bind_only_the_methods_that_use_them():
+def test_beta_max_limits_only_methods_with_discrete_tables():
     for method in ("euler_maruyama", "probability_flow"):
         assert draw(method=method, steps=5).isfinite().all()
     assert draw(VESDE(), method="ancestral", steps=2).isfinite().all()
@@ -198,7 +198,7 @@ def test_check_finite_stops_at_the_step():
     with pytest.raises(FloatingPointError) as caught:
         draw(VESDE(), breaks, steps=11, eps=1e-3, check_finite=True)
     assert str(caught.value) == "sample: x is not finite after step 6 of 11, t = 0.4006"
-    # without the option NaN travels
+    # without the option NaN propagates
     assert draw(VESDE(), breaks, steps=11).isnan().all()
     assert draw(check_finite=True).isfinite().all()
 

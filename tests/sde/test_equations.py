@@ -1,4 +1,4 @@
-"""Schedules against their formulas in exact arithmetic, and the tables of each method."""
+"""Schedules against their formulas in float64, and the scalars of each method."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_marginals_are_the_published_formulas():
 
 
 @pytest.mark.parametrize("sde", SDES, ids=named)
-def test_rates_are_those_of_the_marginals(sde):
+def test_rates_match_the_derivatives_of_the_marginals(sde):
     twin = from_marginals(lambda t: sde.marginal(t)[0], lambda t: sde.marginal(t)[1])
     t = TIMES.double()
     for ours, derived in zip(sde.rates(t), twin.rates(t), strict=True):
@@ -59,7 +59,7 @@ def test_drift_takes_one_time_per_sample(sde):
     assert sde.marginal(torch.tensor(0.5, dtype=torch.bfloat16))[1].dtype == torch.float32
 
 
-def test_a_constant_alpha_is_no_drift():
+def test_a_constant_alpha_has_no_drift():
     f, g2 = from_marginals(lambda t: 1.0, lambda t: 2 * t).rates(torch.tensor([0.25, 0.5]))
     assert f.tolist() == [0, 0]
     torch.testing.assert_close(g2, torch.tensor([2.0, 4.0]))
@@ -92,7 +92,7 @@ TABLE = torch.linspace(0, 1, 1001)
     ],
     ids=["table", "learned table", "no_grad", "inference mode", "numpy", "detach", "floor", "half detached"],
 )
-def test_derivatives_that_cannot_be_had_are_an_error(std):
+def test_missing_derivatives_are_an_error(std):
     sde = from_marginals(lambda t: 1.0, std)
     assert sde.marginal(0.5)[1].item() == pytest.approx(0.5, abs=0.26)
     text = r"^from_marginals: std\(t\) must be differentiable in t by torch, got a derivative whose integral is "
@@ -103,7 +103,7 @@ def test_derivatives_that_cannot_be_had_are_an_error(std):
 
 def test_a_table_that_reaches_alpha_0_needs_no_derivatives():
     sde, smooth = from_marginals(Table(1 - TABLE), Table(TABLE)), from_marginals(lambda t: 1 - t, lambda t: t)
-    # the grid's times are those of the table
+    # the times of the grid are entries of the table
     rows = [each.reverse_diffusion(each.grid(1000, 1e-3)) for each in (sde, smooth)]
     for ours, wanted in zip(*rows, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
@@ -135,7 +135,7 @@ def test_a_schedule_may_change_its_argument_in_place():
 
 @pytest.mark.parametrize("sde", SDES, ids=named)
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
-def test_numbers_are_float32_times_whatever_the_default_dtype(sde, default):
+def test_python_times_are_float32_for_every_default_dtype(sde, default):
     functions = (lambda: sde.marginal(0.301)[1], lambda: sde.diffusion(0.301), lambda: sde.drift(torch.ones(2), 0.301))
     wanted = [function() for function in functions]
     before = torch.get_default_dtype()
@@ -148,7 +148,7 @@ def test_numbers_are_float32_times_whatever_the_default_dtype(sde, default):
         assert ours.dtype == torch.float32 and torch.equal(ours, want)
     torch.set_default_device("meta")
     try:
-        # drift follows x
+        # drift is on x's device
         x = torch.ones(2, device="cpu")
         assert torch.equal(sde.drift(x, 0.301), wanted[2])
         grid = Grid.of(20, 1e-3)
@@ -161,7 +161,7 @@ def test_numbers_are_float32_times_whatever_the_default_dtype(sde, default):
     ("shape", "error", "got"),
     [(5, TypeError, "int"), ((), ValueError, "()"), ((2.0,), ValueError, "(2.0,)"), ((-1, 2), ValueError, "(-1, 2)")],
 )
-def test_a_wrong_shape_of_the_prior(shape, error, got):
+def test_prior_sample_refuses_wrong_shapes_and_dtypes(shape, error, got):
     with pytest.raises(error) as caught:
         VPSDE().prior_sample(shape, 0)
     assert str(caught.value) == f"prior_sample: shape must be (B, ...) of integers that are not negative, got {got}"
@@ -187,16 +187,16 @@ def test_prior_sample_is_a_function_of_each_samples_seed():
         assert torch.equal(sde.prior_sample((6, 5000), 3, dtype=torch.bfloat16), x.bfloat16())
 
 
-def test_grid_places_every_time_in_its_table():
+def test_grid_index_matches_its_times():
     for steps, eps in ((1, 0.5), (2, 1e-3), (1000, 1e-3), (1000, 1e-5), (1001, 1e-3), (2000, 1e-3), (37, 0.3)):
         grid = Grid.of(steps, eps)
         assert grid.times[0] == 1 and (steps == 1 or grid.times[-1] == pytest.approx(eps))
-        # a hair above, for the times where t (N - 1) is whole and rounding may fall below it
+        # 1e-9 guards times at which t (N - 1) is an integer and rounds down
         wanted = (grid.times * (steps - 1) + 1e-9).floor().long()
         assert torch.equal(grid.index, wanted)
 
 
-def test_rows_are_those_of_the_table():
+def test_step_scalars_match_the_published_formulas():
     n = 100
     grid = Grid.of(n, 1e-3)
     t, i = grid.times, grid.index.double()
@@ -266,7 +266,7 @@ def test_a_constant_marginal_may_be_a_number():
     assert from_marginals(0.5, 2.0).prior_std == 2
 
 
-def test_rates_have_a_graph_to_what_is_trained_alone():
+def test_rates_have_a_graph_only_to_tensors_that_require_grad():
     speed = torch.tensor(1.5)
     sde = from_marginals(lambda t: torch.cos(speed * t), lambda t: torch.sin(speed * t))
     for value in (*sde.rates(0.5), sde.diffusion(0.5), sde.drift(torch.ones(1, 2), 0.5)):
@@ -304,7 +304,7 @@ class Fast(SDE):
 
 
 @pytest.mark.parametrize("method", ["euler_maruyama", "pc", "probability_flow"])
-def test_a_subclass_has_its_own_last_time(method):
+def test_a_subclass_may_end_at_another_time(method):
     times = []
 
     def score(x, t):

@@ -1,4 +1,4 @@
-"""The probability-flow ODE on a Gaussian, whose density is known in closed form."""
+"""Likelihood by the probability-flow ODE of a Gaussian, for which the density has a closed form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyflow.sde import VESDE, VPSDE, SubVPSDE, bits_per_dim, from_marginals, log
 
 pytest.importorskip("torchdiffeq")
 
-# the prior leaves out alpha(1) times the mean, hence a small one
+# small, because the prior neglects alpha(1) times the mean
 MEAN = torch.tensor([0.05, -0.1, 0.02], dtype=torch.float64)
 COVARIANCE = torch.tensor([[1.0, 0.6, 0.0], [0.6, 0.8, -0.3], [0.0, -0.3, 0.5]], dtype=torch.float64)
 SDES = {"vp": VPSDE(), "sub_vp": SubVPSDE(), "ve": VESDE()}
@@ -40,7 +40,7 @@ def data(sde, n=16, dtype=torch.float32):
 
 
 def model_log_prob(sde, x):
-    """The density the ODE gives from this prior: every covariance has the data's eigenvectors, so the map is linear."""
+    """Return the log-density under the ODE: all covariances share the data's eigenvectors, so its map is linear."""
     times = torch.tensor([1e-5, 1.0], dtype=torch.float64)
     values, vectors = torch.linalg.eigh(COVARIANCE)
     alpha, std = (part[:, None] for part in sde.marginal(times))
@@ -58,7 +58,7 @@ def test_exact_divergence_gives_the_closed_form(name):
     assert nats.dtype == torch.float32 and not nats.requires_grad
     bits = bits_per_dim(nats.double(), 3)
     assert (bits - bits_per_dim(model_log_prob(sde, x.double()), 3)).abs().max().item() <= 1e-4
-    # the prior is not quite the data at t = 1: single densities are off by more than their mean
+    # the prior differs slightly from the data at t = 1: single densities are off by more than their mean
     assert (bits - bits_per_dim(density, 3)).mean().abs().item() <= 1e-3
 
 
@@ -81,7 +81,7 @@ def test_hutchinson_is_unbiased_and_exact_for_independent_elements():
     assert averaged.std() < 0.7 * estimates.std()
 
 
-def test_seeds_belong_to_the_samples():
+def test_a_sample_keeps_its_seed_in_any_batch():
     sde = VPSDE()
     x, _ = data(sde, 6)
     whole = log_likelihood(sde, gaussian_score(sde), x, seed=3)
@@ -103,14 +103,14 @@ def test_dtypes_shapes_and_modules():
     assert log_likelihood(sde, score, x[:0]).shape == (0,)
     flat, column = (log_likelihood(sde, lambda x, t: -x, v, seed=0) for v in (x.flatten(), x.reshape(-1, 1)))
     assert torch.equal(flat, column)
-    # a score that does not depend on x has no divergence
+    # a score that does not depend on x has divergence 0
     assert log_likelihood(sde, lambda x, t: torch.zeros_like(x), x).isfinite().all()
     assert net.weight.grad is None
 
 
 @pytest.mark.parametrize("solver", ["dopri5", "dopri8", "bosh3", "adaptive_heun", "rk4", "heun3"])
 @pytest.mark.parametrize("name", SDES)
-def test_every_solver_stays_between_the_ends_and_gives_the_same(name, solver):
+def test_every_solver_stays_in_the_time_range_and_agrees(name, solver):
     sde, seen = SDES[name], []
     exact = gaussian_score(sde)
     rates = sde.rates
@@ -130,9 +130,9 @@ def test_every_solver_stays_between_the_ends_and_gives_the_same(name, solver):
         nats = log_likelihood(sde, score, x, divergence="exact", solver=solver, rtol=1e-4, atol=1e-4)
     finally:
         del sde.rates
-    # float32 holds no time nearer to 1e-5
+    # 1e-5 rounded to float32
     assert min(seen) >= 1e-5 * (1 - 1e-6) and max(seen) <= 1
-    # a single step of rk4 is off by 1 to 3
+    # one step of rk4 over the whole range would be off by 1 to 3
     torch.testing.assert_close(nats, wanted, rtol=0, atol=1e-2)
 
 
@@ -146,7 +146,7 @@ def test_every_solver_stays_between_the_ends_and_gives_the_same(name, solver):
     ids=["cosine that ends early", "cosine", "line"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_schedules_from_marginals_that_reach_alpha_0_too(alpha, std, dtype):
+def test_schedules_from_marginals_including_alpha_0(alpha, std, dtype):
     sde, spread = from_marginals(alpha, std), 0.5
 
     def score(x, t):
@@ -154,7 +154,7 @@ def test_schedules_from_marginals_that_reach_alpha_0_too(alpha, std, dtype):
         return -x / (spread**2 * a**2 + s**2)
 
     x = torch.tensor([[0.3, -0.2], [1.0, 0.1]], dtype=dtype)
-    # the prior has the std of the noise alone, the data are still in x at the early end
+    # the prior has the std of the noise alone, but x still contains data if the ODE ends early
     a, s = (v.item() for v in sde.marginal(torch.tensor(min(sde.last_time(1e-5), 1.0), dtype=torch.float64)))
     ratio = math.sqrt(spread**2 * a**2 + s**2) / spread
     wanted = torch.distributions.Normal(0.0, s).log_prob(x.double() * ratio).sum(1) + 2 * math.log(ratio)
@@ -175,7 +175,7 @@ def test_inference_mode_and_inference_tensors():
 
 @pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
 @pytest.mark.parametrize("name", ["no_grad", "inference mode", "detach", "detached network"])
-def test_a_score_without_its_graph_is_an_error(name, divergence):
+def test_a_score_without_a_graph_is_an_error(name, divergence):
     net = torch.nn.Linear(3, 3)
     score = {
         "no_grad": torch.no_grad()(lambda x, t: -x),
@@ -205,7 +205,7 @@ def test_a_score_may_change_and_keep_its_arguments():
     assert all(torch.equal(t, then) for t, then in kept)
 
 
-def test_a_score_that_is_not_finite_ends_with_a_sentence():
+def test_a_score_that_is_not_finite_raises():
     with pytest.raises(FloatingPointError, match=r"^log_likelihood: dopri5 found no step; the score must be finite"):
         log_likelihood(VPSDE(), lambda x, t: x / 0, torch.ones(2, 3), seed=0)
 

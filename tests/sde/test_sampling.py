@@ -1,4 +1,4 @@
-"""Samplers on a Gaussian, where the discretised chain is linear in x and its moments are known exactly."""
+"""Samplers on a Gaussian, for which the discretised chain is linear in x and its moments are known exactly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def linear_score(sde, t):
 def gaussian_score(sde):
     def score(x, t):
         matrix, mean = linear_score(sde, t[0].double())
-        # written out: a GEMM's bits depend on the batch
+        # not a GEMM, whose bits depend on the batch size
         residual = x - mean.to(x)
         return sum(residual[:, j : j + 1] * matrix[:, j].to(x) for j in range(3))
 
@@ -57,7 +57,7 @@ def scalars(sde, method, steps, eps=1e-3):
 
 
 def chain_moments(sde, method, steps):
-    """Mean and covariance after every step of the chain, in float64."""
+    """Return mean and covariance after the last step of the chain, in float64."""
     one = torch.eye(3, dtype=torch.float64)
     mean, covariance = torch.zeros(3, dtype=torch.float64), sde.prior_std**2 * one
 
@@ -74,7 +74,7 @@ def chain_moments(sde, method, steps):
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
-def test_moments_are_those_of_the_discretised_chain(name, method):
+def test_moments_match_the_discretised_chain(name, method):
     sde, n = SDES[name], 20_000
     x = sample(
         sde, gaussian_score(sde), (n, 3), steps=STEPS, method=method, step_size=LANGEVIN, seed=1, progress=False
@@ -89,7 +89,7 @@ def test_moments_are_those_of_the_discretised_chain(name, method):
 
 @pytest.mark.parametrize("norm", ["marginal", "sample", "batch"])
 @pytest.mark.parametrize("name", SDES)
-def test_snr_rule_is_the_eager_loop_on_the_same_noise(name, norm):
+def test_snr_rule_matches_an_eager_loop_on_the_same_noise(name, norm):
     sde, shape, steps, snr = SDES[name], (7, 3), 30, 0.05
     score, seeds = gaussian_score(sde), sample_seeds(5, 7)
     alphas = sde.corrector_alpha(Grid.of(steps, 1e-3))
@@ -159,9 +159,9 @@ def test_a_network_in_micro_batches_gives_the_same_sample_in_any_batch(micro_bat
     torch.testing.assert_close(together, plain, rtol=1e-3, atol=1e-3)
 
 
-def test_places_that_kernels_treat_differently_are_kept_apart():
+def test_samples_are_equal_at_the_same_row_of_a_micro_batch():
     torch.manual_seed(0)
-    # widths whose activations end in a scalar loop: rows of one micro-batch get other bits
+    # with these widths a scalar loop computes the last activations, so rows of one micro-batch differ in bits
     net = torch.nn.Sequential(torch.nn.Linear(5, 13), torch.nn.Softplus(), torch.nn.Linear(13, 5))
     arguments = {"score_fn": lambda x, t: net(x) - x, "steps": 50, "progress": False}
     for micro_batch, starts in ((1, range(10)), (4, (0, 4, 8))):
@@ -173,7 +173,7 @@ def test_places_that_kernels_treat_differently_are_kept_apart():
             assert_same_bits(together[start : start + n], part)
 
 
-def test_an_empty_batch_is_an_empty_sample():
+def test_an_empty_batch_gives_an_empty_result():
     x = sample(VPSDE(), Net(), (0, 1, 8, 8), steps=3, micro_batch=4, progress=False)
     assert x.shape == (0, 1, 8, 8)
 
@@ -189,7 +189,7 @@ def test_times_and_scalars_stay_float32(dtype):
     x = sample(VPSDE(), score, (4, 2), steps=40, method="ancestral", dtype=dtype, seed=0, progress=False)
     assert x.dtype == dtype and set(seen) == {(dtype, torch.float32, (4,))}
     wide = sample(VPSDE(), lambda x, t: -x, (4, 2), steps=40, method="ancestral", seed=0, progress=False)
-    # forty roundings of the state
+    # the state is rounded forty times
     limit = 40 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     torch.testing.assert_close(x.float(), wide, rtol=limit, atol=limit)
 
@@ -231,7 +231,7 @@ def test_callback_and_progress(monkeypatch):
 
 @pytest.mark.parametrize("micro_batch", [None, 2])
 @pytest.mark.parametrize("method", ["euler_maruyama", "pc"])
-def test_what_a_score_does_to_its_arguments_does_no_harm(method, micro_batch):
+def test_writes_of_a_score_into_its_arguments_do_not_change_samples(method, micro_batch):
     kept, buffer = [], torch.empty(2, 3)
 
     def pure(x, t):
@@ -244,7 +244,7 @@ def test_what_a_score_does_to_its_arguments_does_no_harm(method, micro_batch):
         kept[-1][1].zero_()
         t.mul_(1000)
         kept[-1][3].mul_(1000)
-        # the same memory every time
+        # returns the same memory in every call
         return buffer[: len(x)].copy_(score) if micro_batch else score
 
     arguments = {"shape": (5, 3), "steps": 30, "method": method, "seed": 3, "progress": False}
@@ -269,7 +269,7 @@ def test_a_score_that_keeps_its_arguments_sees_no_change():
         assert_same_bits(t, t_then)
 
 
-def test_a_callback_does_not_reach_the_state_and_writing_begins_with_the_first_call():
+def test_callback_writes_do_not_reach_the_state_and_late_writes_raise():
     arguments = {"shape": (2, 3), "steps": 10, "seed": 3, "progress": False}
     wanted = sample(VPSDE(), lambda x, t: -x, **arguments)
     assert_same_bits(sample(VPSDE(), lambda x, t: -x, callback=lambda i, t, x: x.zero_(), **arguments), wanted)
@@ -329,7 +329,7 @@ def test_the_default_dtype_and_device_change_nothing(default, method):
 
 @pytest.mark.parametrize("name", [name for name in SDES if name != "marginals"])
 @pytest.mark.parametrize("dims", [1, 2, 8])
-def test_the_default_corrector_gives_the_right_law_in_few_dimensions(name, dims):
+def test_the_default_corrector_gives_the_right_moments_in_few_dimensions(name, dims):
     sde, n = SDES[name], 4000
 
     def score(x, t):
@@ -337,7 +337,7 @@ def test_the_default_corrector_gives_the_right_law_in_few_dimensions(name, dims)
         return -(x - 1.5 * alpha) / (0.09 * alpha**2 + std**2)
 
     x = sample(sde, score, (n, dims), steps=300, method="pc", seed=0, progress=False).double()
-    # three standard errors beside the step's own bias
+    # three standard errors, plus the bias of the discretisation
     assert abs(x.std().item() / 0.3 - 1) < 0.03 + 3 / math.sqrt(2 * n * dims)
     assert abs(x.mean().item() - 1.5) < 0.03 * 0.3 + 3 * 0.3 / math.sqrt(n * dims)
     assert (x - 1.5).abs().max().item() < 6 * 0.3
@@ -352,7 +352,7 @@ REACHING_ZERO = {
 
 @pytest.mark.parametrize("method", ["euler_maruyama", "reverse_diffusion", "pc", "probability_flow"])
 @pytest.mark.parametrize("name", REACHING_ZERO)
-def test_schedules_that_reach_alpha_0_give_the_right_law(name, method):
+def test_schedules_that_reach_alpha_0_give_the_right_moments(name, method):
     sde, n, seen = REACHING_ZERO[name], 20_000, []
 
     def score(x, t):
@@ -366,8 +366,8 @@ def test_schedules_that_reach_alpha_0_give_the_right_law(name, method):
 
 
 @pytest.mark.parametrize("name", REACHING_ZERO)
-def test_exact_steps_are_those_of_normals(name):
-    """Of a single datum m the score is -(x - alpha m) / std^2: each step keeps mean and std of x_t exactly."""
+def test_exact_steps_keep_the_moments_of_a_single_datum(name):
+    """With one datum m the score is -(x - alpha m) / std^2, and each step keeps mean and std of x_t exactly."""
     sde, m = REACHING_ZERO[name], 0.7
     grid = sde.grid(50, 1e-3)
     alpha, std = sde.marginal(torch.cat((grid.times, grid.times.new_zeros(1))))
@@ -382,9 +382,11 @@ def test_exact_steps_are_those_of_normals(name):
     assert bool((sde.probability_flow(grid)[2] == 0).all())
 
 
-def test_schedules_without_steps_are_refused():
+def test_schedules_without_valid_steps_are_refused():
     late = from_marginals(lambda t: 1 - t, lambda t: t)
-    with pytest.raises(ValueError, match=r"^from_marginals: steps must be so many that alpha is above 0 .*, got 1$"):
+    with pytest.raises(
+        ValueError, match=r"^from_marginals: steps must be large enough that alpha is above 0 .*, got 1$"
+    ):
         sample(late, lambda x, t: -x, (2, 3), steps=1, progress=False)
     wave = from_marginals(lambda t: torch.cos(5 * t), lambda t: t)
     with pytest.raises(ValueError, match=r"^from_marginals: alpha\(t\) must be positive for t below 1$"):

@@ -1,4 +1,4 @@
-"""The compiled step: one graph for all times, the bits of the eager one with an analytic score."""
+"""The compiled step: one graph for all times, and with an analytic score the bits of the eager step."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_inductor_compiles_once():
     torch.testing.assert_close(x, eager, rtol=1e-3, atol=1e-3)
 
 
-def test_steps_one_by_one_are_the_loop():
+def test_single_steps_match_the_loop():
     sde = VESDE()
     step = make_step(sde, score, "reverse_diffusion", steps=6, backend="eager")
     seeds = sample_seeds(3, 2)
@@ -71,7 +71,7 @@ def test_steps_one_by_one_are_the_loop():
 
 
 class Made(TorchDispatchMode):
-    """Keeps what the operators returned in memory of its own."""
+    """Records the tensors that operators return in newly allocated memory."""
 
     def __init__(self):
         super().__init__()
@@ -90,7 +90,7 @@ class Made(TorchDispatchMode):
     ("method", "norm", "calls", "rest"),
     [("euler_maruyama", "marginal", 1, 4), ("pc", "marginal", 2, 4), ("pc", "sample", 2, 2 * 4)],
 )
-def test_a_step_makes_no_tensor_but_the_score_and_the_new_state(method, norm, calls, rest):
+def test_a_step_allocates_only_the_score_and_the_new_state(method, norm, calls, rest):
     made, after = Made(), []
 
     def keep(i, t, x):
@@ -100,7 +100,7 @@ def test_a_step_makes_no_tensor_but_the_score_and_the_new_state(method, norm, ca
     with made:
         sample(VPSDE(), lambda x, t: x.neg(), (4, 32), callback=keep, **arguments)
     assert len({b - a for a, b in itertools.pairwise(after)}) == 1
-    # beyond those two only times and what the corrector's norms need, per sample
+    # the other tensors are small: times, and per-sample values of the corrector's norms
     sizes = [math.prod(shape) for _, shape in made.tensors[after[0] : after[1]]]
     assert sorted(sizes)[-2 * calls :] == [4 * 32] * 2 * calls
     assert max(sorted(sizes)[: -2 * calls], default=0) <= rest, made.tensors[after[0] : after[1]]

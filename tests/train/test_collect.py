@@ -41,7 +41,7 @@ class Stack(nn.Module):
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 
-def test_same_names_sum_and_average():
+def test_losses_of_one_name_are_summed_and_metrics_averaged():
     with collect() as c:
         add_loss(torch.tensor(1.0), "a")
         add_loss(torch.tensor([[2.0]]), "a")
@@ -84,7 +84,7 @@ def test_numbers_do_not_follow_the_default_dtype_or_device():
     assert c.total().item() == pytest.approx(600.6) and c.metrics["level"].item() == pytest.approx(1.001)
 
 
-def test_outside_nothing_happens_and_blocks_nest():
+def test_add_loss_outside_a_block_does_nothing_and_blocks_nest():
     add_loss(torch.tensor(1.0), "a")
     with collect() as outer:
         add_loss(1.0, "a")
@@ -113,7 +113,7 @@ def test_a_recomputed_block_does_not_add_twice():
         torch.testing.assert_close(a, b)
 
 
-def test_a_loss_without_a_graph_beside_others_is_told():
+def test_a_loss_without_a_graph_beside_others_warns():
     weight = torch.ones(2, requires_grad=True)
 
     def part(x):
@@ -124,7 +124,7 @@ def test_a_loss_without_a_graph_beside_others_is_told():
         add_loss(checkpoint(part, weight, use_reentrant=True).sum(), "outside")
     with pytest.warns(UserWarning, match="^collect: 'inside' cannot train, being added where no graph is recorded"):
         c.total()
-    # where nothing trains there is nothing to tell
+    # no warning if no loss has a graph
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with collect() as c, torch.no_grad():
@@ -132,7 +132,7 @@ def test_a_loss_without_a_graph_beside_others_is_told():
         assert c.total().item() == 2
 
 
-def test_what_was_added_stays_as_it_was():
+def test_added_values_are_copies():
     running = torch.full((), 5.0)
     loss = torch.full((), 2.0, requires_grad=True) * 1
     with collect() as c:
@@ -145,7 +145,7 @@ def test_what_was_added_stays_as_it_was():
     assert c.metrics["level"].item() == 5
 
 
-def test_bytes_do_not_wrap():
+def test_uint8_values_do_not_overflow():
     with collect() as c:
         for _ in range(2):
             add_metric(torch.tensor(200, dtype=torch.uint8), "pixels")
@@ -169,7 +169,7 @@ def test_a_block_inside_a_backward_collects():
                 with torch.enable_grad():
                     y = checkpoint(lambda x: (add_loss(x.sum(), "inner"), x.exp())[1], X.clone().requires_grad_(),
                                    use_reentrant=False)  # fmt: skip
-                    # recomputed in a backward of the backward: not a second time
+                    # recomputed in a nested backward: not added again
                     y.sum().backward()
             inner.append(c.total().item())
             return grad
@@ -179,7 +179,7 @@ def test_a_block_inside_a_backward_collects():
     assert inner == pytest.approx([1 + X.sum().item()]) and not outer.losses
 
 
-def test_threads_do_not_mix():
+def test_blocks_are_per_thread():
     with collect() as c:
         thread = threading.Thread(target=lambda: add_loss(1.0, "other"))
         thread.start()
@@ -223,7 +223,7 @@ def test_without_lightning_only_the_module_is_missing(monkeypatch):
         ((1.0, ""), ValueError, "name must not be empty"),
     ],
 )
-def test_bad_input_gets_one_sentence(op, inside, args, error, text):
+def test_wrong_arguments(op, inside, args, error, text):
     with pytest.raises(error, match=f"^{op.__name__}: {text}$"):
         if inside:
             with collect():
@@ -231,7 +231,7 @@ def test_bad_input_gets_one_sentence(op, inside, args, error, text):
         op(*args)
 
 
-def test_a_model_without_losses():
+def test_total_without_losses_raises():
     with pytest.raises(RuntimeError, match=r"^collect: the model added no loss; call pyflow.train.add_loss"):
         with collect() as c:
             pass

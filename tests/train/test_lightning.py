@@ -1,4 +1,4 @@
-"""Lightning trains a model by the losses inside it."""
+"""LossOnlyModule: training on the losses that a model adds in its forward."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def fit(tmp_path, epochs, **options):
 def test_trains_shows_logs_and_resumes(tmp_path):
     module, trainer = fit(tmp_path / "a", 4)
     assert set(trainer.progress_bar_metrics) >= {"square", "decay", "distance", "loss", "val/square", "val/loss"}
-    # the bar's value is the mean over the epoch so far
+    # the bar shows the mean over the epoch so far
     mean = module._sums["square"] / module._counts["square"]
     assert module._counts["square"] == 48 and trainer.progress_bar_metrics["square"] == pytest.approx(mean.item())
     with open(trainer.logger.log_dir + "/metrics.csv") as file:
@@ -89,7 +89,7 @@ def test_an_optimizer_may_go_through_the_parameters_twice():
 
 
 class InTraining(nn.Module):
-    """Adds a metric always, a loss in training alone."""
+    """Always adds a metric, and a loss only in training."""
 
     def __init__(self):
         super().__init__()
@@ -103,7 +103,7 @@ class InTraining(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_validation_on_two_loaders_of_a_model_that_has_its_loss_in_training_alone_and_a_test():
+def test_validation_and_test_need_no_loss_and_loaders_are_told_apart():
     data = torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=4)
     trainer = lightning.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -117,7 +117,7 @@ def test_validation_on_two_loaders_of_a_model_that_has_its_loss_in_training_alon
     assert trainer.test(module, data, verbose=False) == [{"test/error": pytest.approx(float(shown["train/error"]))}]
 
 
-def test_bad_input_gets_one_sentence():
+def test_wrong_arguments():
     with pytest.raises(TypeError, match=r"^LossOnlyModule: model must be a module, got int$"):
         LossOnlyModule(1, torch.optim.SGD)
     with pytest.raises(TypeError, match=r"^LossOnlyModule: optimizer must be callable, got str$"):
@@ -127,7 +127,7 @@ def test_bad_input_gets_one_sentence():
 
 
 class Mean(nn.Module):
-    """Adds what it is given as its loss."""
+    """Adds the mean of its input as the loss."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
@@ -179,11 +179,11 @@ Named = collections.namedtuple("Named", "name x")
     ],
     ids=["tensor", "string first", "nested", "dataclass", "named tuple", "mapping", "empty first", "packed"],
 )
-def test_a_batch_is_as_large_as_its_first_tensor_with_a_dim(batch):
+def test_batch_size_is_that_of_the_first_tensor_with_a_dim(batch):
     assert _batch_size(batch) == 5
 
 
-def test_a_batch_without_such_a_tensor_counts_once():
+def test_batch_size_is_1_without_such_a_tensor():
     assert [_batch_size(batch) for batch in (3, "text", torch.tensor(2.0), [], {"a": [1, 2]}, None)] == [1] * 6
 
 

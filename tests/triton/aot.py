@@ -1,7 +1,7 @@
-"""Ahead-of-time compilation of the very launches the launchers make, on a machine without a GPU.
+"""Ahead-of-time compilation, without a GPU, of the launches that the launchers make.
 
-A launcher is called with CPU tensors while the launch itself is replaced by a recorder; each recorded launch is
-then specialised and compiled by Triton's own machinery for a target. Not usable under TRITON_INTERPRET.
+A launcher is called with CPU tensors while a recorder replaces the launch. Triton then specialises and compiles each
+recorded launch for a target. Does not work under TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """The launches made inside, none of which runs."""
+    """Record the launches made inside the block instead of running them."""
     launches: list[Launch] = []
 
     def record(kernel, count, device, *args, **constants):
@@ -60,7 +60,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def specialised(launch: Launch, target: str) -> tuple[ASTSource, BaseBackend, object]:
-    """The launch's own specialisation for a target, and how it is to be compiled."""
+    """Return the specialised source of the launch, the backend of the target and the compile options."""
     backend = make_backend(TARGETS[target])
     kernel, constants = launch.kernel, {"num_warps": 4, "enable_fp_fusion": False, **launch.constants}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -75,7 +75,7 @@ def compiled(launch: Launch, target: str) -> CompiledKernel:
 
 
 def ttir(launch: Launch, target: str) -> str:
-    """Triton's own form of the launch, with everything inlined: what `compiled` starts with, in a tenth of the time."""
+    """Return the launch as TTIR with all calls inlined: the first stage of `compiled`, in a tenth of its time."""
     source, backend, options = specialised(launch, target)
     context, stages = ir.context(), {}
     ir.load_dialects(context)
@@ -87,7 +87,7 @@ def ttir(launch: Launch, target: str) -> str:
 
 
 def launched_kernels() -> set[str]:
-    """Every @triton.jit function that no other one calls, so that a launcher must: "module.name"."""
+    """Return "module.name" of every @triton.jit function that only launchers call, not other kernels."""
     defined, called = set(), set()
     for path in Path(pyflow.triton_kernels.__path__[0]).glob("*.py"):
         for node in ast.parse(path.read_text()).body:
@@ -104,7 +104,7 @@ class Resources(NamedTuple):
 
 
 def resources(kernel: CompiledKernel) -> Resources:
-    """What ptxas gave the machine code."""
+    """Return the registers and memory that ptxas assigned."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

@@ -1,7 +1,7 @@
-"""Triton's interpreter, made to round as a GPU does.
+"""Makes Triton's interpreter round as a GPU does.
 
-Its fma rounds twice and its bfloat16 truncates. Here both are replaced by exact ones, so that every elementwise result
-can be held to the bits of the C++ kernels, which are those of the same kernel on a GPU.
+The interpreter's fma rounds twice and its cast to bfloat16 truncates. Both are replaced by correctly rounded ones, so
+that elementwise results can be compared bit for bit with the C++ kernels, as on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 
 
 def exact_fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """float32 fma: the product is exact in float64, and rounding that sum to odd keeps the second rounding right."""
+    """float32 fma: the product is exact in float64; rounding the sum to odd makes the second rounding correct."""
     if a.dtype != np.float32:
         return a * b + c
     with np.errstate(all="ignore"):
@@ -29,12 +29,12 @@ def exact_fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """float32 to the bits of the nearest bfloat16, ties to even."""
+    """Return the bits of the nearest bfloat16, ties to even."""
     return torch.from_numpy(np.ascontiguousarray(x)).to(torch.bfloat16).view(torch.uint16).numpy()
 
 
 def round_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exact fma and bfloat16 until the test ends."""
+    """Use the exact fma and bfloat16 cast until the test ends."""
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 
     def fma(self, x, y, z):

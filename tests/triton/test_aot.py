@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled ahead of time, and what came out: instructions, vector width, memory."""
+"""Compiles every Triton kernel ahead of time and checks instructions, vector width, registers and stack."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TANH = (SCALE_MAPS.index("tanh"), 2.0)
 
 
 def affine(x, shift, scale, mask=None, scale_map=TANH, first=False, inverse=False, event_dims=None):
-    """Launches of a forward and a backward that asks for every gradient."""
+    """Launches of forward and backward, with all gradients."""
     event_dims = x.dim() - 1 if event_dims is None else event_dims
     options = (mask, *scale_map, first, inverse, event_dims)
     grad_logdet = torch.empty(x.shape[: x.dim() - event_dims], dtype=F64 if x.dtype == F64 else F32)
@@ -54,7 +54,7 @@ def head(h, log_scale, prior):
 
 
 def critic(x, z, t, distance=0):
-    """Launches of a loss with latents or without, and of its backward; x and z stand for real and fake."""
+    """Launches of the loss and its backward; x and z serve as real and fake samples and latents, z may be None."""
     d = torch.empty(t.shape, dtype=F64 if F64 in {v.dtype for v in (x, t)} else F32)
     with aot.recorded() as launches:
         gan_qp.gan_qp_loss(t, t, x, x, z, z, 10.0, 0.0, distance)
@@ -75,7 +75,7 @@ def normalised(dtype):
 
 @contextlib.contextmanager
 def scalars_on_the_device():
-    """0-d CPU tensors stand for those of a GPU, not for numbers."""
+    """Treat 0-d CPU tensors as tensors in GPU memory, not as numbers."""
     real, _random.by_value = _random.by_value, lambda tensor: False
     try:
         yield
@@ -112,7 +112,7 @@ def stepped(x, score, seed, values, injected=None):
 
 
 def chained(shape, dtype, seed, alpha, energies=F32):
-    """Launches of an accept step, and of the penalty."""
+    """Launches of the accept step and of the gradient penalty."""
     z, z_new, grad, grad_new = dense(dtype, 4, shape)
     u, u_new = dense(energies, 2, shape[:1])
     with aot.recorded() as launches:
@@ -137,7 +137,7 @@ def sector_counts():
 
 
 def quantizer(z, levels, variant, stages=2):
-    """Launches of every operator of the family; z has its channels in front."""
+    """Launches of every FSQ operator; the channels of z are its first dim."""
     levels, active = list(levels), torch.empty((), dtype=torch.int64)
     variant, grad = FSQ_VARIANTS.index(variant), torch.empty_like(z)
     with aot.recorded() as launches:
@@ -155,7 +155,7 @@ def quantizer(z, levels, variant, stages=2):
 
 
 def grams(dtype, kernels, dims, degree=1, n=200):
-    """Launches of the sums over two variables' matrices and over one's own, forward and backward."""
+    """Launches of the sums over two Gram matrices and over one with itself, forward and backward."""
     numbers = [HSIC_KERNELS.index(kernel) for kernel in kernels]
     dims = [n if kernel == "precomputed" else dim for kernel, dim in zip(kernels, dims, strict=True)]
     z, scale = [torch.zeros(2, n, dim, dtype=dtype) for dim in dims], torch.ones(2, len(dims), dtype=dtype)
@@ -177,7 +177,7 @@ def matrices(dtype, shape=(2, 200, 200)):
 
 
 def positions(dtype, *shape, dim=-1):
-    """A tensor of this shape, its channels brought to the front."""
+    """A tensor of this shape with the channels moved to the first dim."""
     return torch.empty(shape, dtype=dtype).movedim(dim, 0)
 
 
@@ -186,7 +186,7 @@ def dense(dtype, count, shape=SHAPE):
 
 
 def cases():
-    """name -> launches, each name holding the target it is for and the dtype that computes."""
+    """name -> launches; the name starts with the target."""
     table = {}
     for number, (scale_map, arg) in enumerate(MAPS):
         inverse, first = bool(number % 2), bool(number // 2 % 2)
@@ -294,7 +294,7 @@ def cases():
 CASES = cases()
 GRAM_KERNELS = ("sums_kernel", "backward_kernel", "matrix_kernel", "permuted_kernel")
 PRODUCTS = ("hsic.sums_kernel", "hsic.backward_kernel")
-# bytes of stack: the assembler of Triton 3.6 puts one constant of 39 float64 channels there
+# bytes of stack: with Triton 3.6 ptxas puts a constant of the 39 float64 channels on the stack
 STACK = {("sm_80-fsq-wide-float64", "fsq.residual_kernel"): 8} if triton.__version__.startswith("3.6.") else {}
 
 
@@ -307,9 +307,9 @@ def test_every_kernel_has_a_case():
     assert {launch.name for launch in launches} == aot.launched_kernels()
     for name in aot.launched_kernels():
         compiled = set().union(*(dtypes(launch) for launch in launches if launch.name == name))
-        # the sums over partial results read float32 or float64, whatever the input
+        # sums over partial results read float32 or float64 for every input dtype
         due = {"_tiles.sum_segments": {F32, F64}, "noise.philox_kernel": {torch.int64}}
-        # matrices are of the compute type
+        # matrices have the compute dtype
         due |= {f"hsic.{kernel}": {F32, F64} for kernel in GRAM_KERNELS}
         due["sector.counts_kernel"] = {F64, torch.int64}
         due |= {"spectral.reduce_kernel": {F32, F64}, "spectral.slope_kernel": {F32, F64}}
@@ -317,19 +317,19 @@ def test_every_kernel_has_a_case():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_compiles_to_what_it_should(case):
+def test_compiles_to_the_expected_instructions_and_resources(case):
     target = case.partition("-")[0]
     for launch in CASES[case]:
         kernel = aot.compiled(launch, target)
         where = f"{case}: {launch.name}"
-        # neither reassociated nor contracted: a * b + c is fused where the source says so
+        # neither reassociated nor contracted: only an explicit fma fuses a * b + c
         relaxed = re.search(r"= f(mul|add|sub|div) (fast|reassoc|contract|arcp|afn|nnan|ninf|nsz)", kernel.asm["llir"])
         assert not relaxed, f"{where}: {relaxed[0]}"
         if target.startswith("sm_"):
             check_ptx(kernel.asm["ptx"], launch, where)
             used = aot.resources(kernel)
             if launch.name in PRODUCTS:
-                # two tiles of products fill the registers; a few constants of the loop may lie on the stack
+                # two tiles of products fill the registers; a few loop constants may be on the stack
                 assert used.stack <= 64 and used.local == 0, f"{where}: {used}"
                 continue
             assert used.stack <= STACK.get((case, launch.name), 0) and used.local == 0, f"{where}: {used}"
@@ -338,7 +338,7 @@ def test_compiles_to_what_it_should(case):
 
 def check_ptx(ptx, launch, where):
     if F64 in dtypes(launch):
-        return  # exp and log are the vendor's, which have their own ways
+        return  # exp and log are libdevice's and use instructions excluded below
     assert ".f64" not in ptx, where
     assert not (launch.name.startswith("fsq.") and re.search(r"\bfma\.", ptx)), where
     loose = re.findall(r"\b(?:mul|add|sub|fma|div)\.f32\b|\S*\.(?:ftz|approx|full)\b\S*", ptx)
@@ -359,9 +359,9 @@ def test_unit_stride_data_moves_in_128_bit_vectors(dtype, target):
         loads = sum(n for (op, width), n in widths.items() if op == "ld.global" and width in full)
         stores = sum(n for (op, width), n in widths.items() if op == "st.global" and width in full)
         size = 16 // torch.empty((), dtype=dtype).element_size()
-        # the indices that are decoded: a position's is read by each of its channels
+        # decode loads an index once per channel, not in vectors
         assert loads or launch.name == "fsq.decode_kernel", f"{launch.name}: {widths}"
-        # a row's own values (log-determinants and their gradients, sums, indices) are all that moves alone
+        # narrow accesses are allowed only for one value per row: logdet, its gradient, sums, indices
         narrow = {k: n for k, n in widths.items() if k[1] not in full}
         assert sum(narrow.values()) <= 8, f"{launch.name}, {size} a vector: {narrow}"
         sums = ("flow_head.forward_kernel", "flow_head.sum_blocks", "gan_qp.sums_kernel")

@@ -1,4 +1,4 @@
-"""Runs the files of interpreted/ in processes with TRITON_INTERPRET=1, which excludes compilation."""
+"""Runs the files of interpreted/ in processes with TRITON_INTERPRET=1, under which nothing can be compiled."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Tensors of more than 2**31 elements: no index or bound of a kernel is a product of int32 that can overflow.
+"""Tensors of more than 2**31 elements: no kernel computes an index or a bound by an int32 product that can overflow.
 
-The launches of such tensors are recorded with meta tensors, which need no memory, and read as Triton's own form.
+Launches are recorded with meta tensors, which need no memory, and their TTIR is searched for such products.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from . import test_aot as cases
 
 F32, BF16 = torch.float32, torch.bfloat16
 LARGE = 2**31 + 4096
-# (launches of one row, of a few rows, of as many rows)
+# one long row, a few long rows, many short rows
 SHAPES = [(1, LARGE), (3, LARGE), (LARGE, 3)]
 
-# what no tensor that fits memory makes large
+# kernels whose int32 products stay small for every tensor that fits memory, with the reason
 BOUNDED = {
     "hsic.sums_kernel": "n: its n x n pairs take years", "hsic.backward_kernel": "n: likewise",
     "hsic.matrix_kernel": "n: an n x n matrix is among the inputs", "hsic.permuted_kernel": "n: likewise",
@@ -33,7 +33,7 @@ BOUNDED = {
 
 
 def launches_of(shape):
-    """Of every kernel that walks along rows and columns, over tensors of this shape."""
+    """Launches of every kernel that loops over rows and columns, for tensors of this shape."""
     rows, dense = shape[0], cases.dense
     found = []
     with torch.device("meta"):
@@ -63,7 +63,7 @@ def launches_of(shape):
 
 
 def overflows(text):
-    """Lines of TTIR that multiply int32 values which an argument or the program's number can make large."""
+    """Return the lines of TTIR that multiply int32 values derived from an argument or a program id."""
     large, found = set(), []
     for line in text.splitlines():
         line = line.partition(" loc(")[0] if "tt.func" not in line else line
@@ -75,7 +75,7 @@ def overflows(text):
             continue
         result, operands = names[0].partition(":")[0], names[1:]
         if "scf.for" in line:
-            # the counter, and what is carried from round to round
+            # the loop counter and the loop-carried values
             bounds = line[line.index("=", line.index("scf.for")) :].partition("iter_args")[0]
             if large & set(re.findall(r"%\w+", bounds)):
                 large.add(re.search(r"scf\.for (%\w+)", line)[1])
@@ -99,7 +99,7 @@ def large_launches():
     return [launch for shape in SHAPES for launch in launches_of(shape)]
 
 
-def test_every_kernel_is_large_somewhere_or_bounded(large_launches):
+def test_every_kernel_has_a_large_launch_or_a_bound(large_launches):
     assert {launch.name for launch in large_launches} | BOUNDED.keys() == aot.launched_kernels()
 
 
@@ -115,7 +115,7 @@ def test_no_int32_product_overflows(large_launches):
     assert len(seen) > 20
 
 
-def test_products_are_found():
+def test_overflowing_products_are_found():
     text = """tt.func public @kernel(%out: !tt.ptr<f32>, %cols: i32, %n: i64) {
     %c4_i32 = arith.constant 4 : i32
     %0 = tt.get_program_id x : i32

@@ -1,4 +1,4 @@
-"""The device, inputs on it, and how results are held to those of the CPU."""
+"""The device, inputs on it, and comparisons with results on the CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# elements that the interpreter takes about a second for
+# number of elements that take the interpreter about a second
 MOST_INTERPRETED = 16_000
 GIB = 2**30
 
@@ -28,23 +28,23 @@ needs_cuda = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no CUDA
 
 
 def sized(shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The shapes; of the interpreter the small ones."""
+    """Return the shapes, under the interpreter only the small ones."""
     return [shape for shape in shapes if not INTERPRETED or math.prod(shape) <= MOST_INTERPRETED]
 
 
 def few(values: Sequence, step: int = 3) -> Sequence:
-    """The values; of the interpreter every third."""
+    """Return the values, under the interpreter only every `step`-th."""
     return values[::step] if INTERPRETED else values
 
 
 def draw(shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0, spread: float = 1.0) -> Tensor:
-    """Normal values, the same on every machine, on the CPU."""
+    """Return normal values on the CPU, the same on every machine."""
     generator = torch.Generator().manual_seed(seed)
     return (spread * torch.randn(tuple(shape), generator=generator, dtype=torch.float64)).to(dtype)
 
 
 def every_magnitude(dtype: torch.dtype = torch.float32) -> Tensor:
-    """Numbers of every exponent and both signs, zeros, infinities and NaN: all there are of 16 bits."""
+    """Return numbers of every exponent and both signs, zeros, infinities and NaN; all values of a 16-bit dtype."""
     if dtype.itemsize == 2:
         bits = torch.arange(-(2**15), 2**15, 16 if INTERPRETED else 1)
         return bits.to(torch.int16).view(dtype)
@@ -55,14 +55,14 @@ def every_magnitude(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def moved(value: object, device: str = DEVICE) -> object:
-    """Tensors on the device, in lists and tuples too; the rest as it is."""
+    """Move tensors to the device, also inside lists and tuples; return other values unchanged."""
     if isinstance(value, (list, tuple)):
         return type(value)(moved(v, device) for v in value)
     return value.to(device) if isinstance(value, Tensor) else value
 
 
 def run(backend: str, device: str, function: Callable, leaves: Sequence, *given: object) -> list[Tensor]:
-    """Outputs, then gradients of the leaves that are tensors, on the CPU with the strides they had."""
+    """Return the outputs, then the gradients of all leaves that are tensors, on the CPU with their strides kept."""
     leaves = [v.detach().requires_grad_() if isinstance(v, Tensor) else v for v in moved(list(leaves), device)]
     with pyflow.backend(backend):
         outputs = function(*leaves, *moved(given, device))
@@ -78,10 +78,10 @@ def compare(
     gpu: str, function: Callable, leaves: Sequence, *given: object,
     sums: Sequence[int] = (), error: float = 2e-5, libm: bool = True,
 ) -> list[Tensor]:  # fmt: skip
-    """The bits of the C++ kernels; results at `sums` within `error`, with `libm` all of float64 within rounding."""
+    """Compare with the bits of the C++ kernels; results at `sums` within `error`, with `libm` float64 within rounding."""
     got, want = run(gpu, DEVICE, function, leaves, *given), run("auto", "cpu", function, leaves, *given)
     wide = leaves[0].dtype == torch.float64
-    # the interpreter's fma of float64 rounds twice
+    # the interpreter's float64 fma rounds twice
     rounded = (wide and (libm or INTERPRETED)) or _backend.cpu_missing is not None
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert a.dtype == b.dtype and a.stride() == b.stride(), f"output {i}"
@@ -94,13 +94,13 @@ def compare(
 
 
 def assert_near(got: Tensor, want: Tensor, error: float, name: str = "") -> None:
-    """Within `error` of the largest value: what went through layers whose sums the devices order differently."""
+    """Check a difference of at most `error` times the largest value; devices order sums inside layers differently."""
     want = want.detach().cpu().double()
     testing.assert_within(got.cpu(), want, error * (want.abs().max() if want.numel() else 0.0), name)
 
 
 def trained(backend: str, device: str, module: nn.Module, inputs: Sequence[Tensor], method: str) -> list[Tensor]:
-    """Outputs of a copy of the module, gradients of what requires them of inputs and parameters, on the CPU."""
+    """Return outputs of a copy of the module, then gradients of inputs and parameters, on the CPU."""
     module = copy.deepcopy(module).to(device)
     inputs = [v.detach().requires_grad_(v.is_floating_point()) for v in moved(list(inputs), device)]
     with pyflow.backend(backend):
@@ -116,10 +116,10 @@ def trained(backend: str, device: str, module: nn.Module, inputs: Sequence[Tenso
 def compare_module(
     module: nn.Module, inputs: Sequence[Tensor], error: float = 1e-4, method: str = "forward"
 ) -> list[Tensor]:
-    """Outputs and gradients on the device are those of the same weights on the CPU; integers are equal."""
+    """Compare outputs and gradients with those of the same weights on the CPU; integers must be equal."""
     got = trained(_backend.current(), DEVICE, module, inputs, method)
     want = trained("auto", "cpu", module, inputs, method)
-    # a gradient that cancels is a difference of larger ones
+    # a small gradient can be the difference of larger ones, so the bound has a least scale
     least = 1e-3 * max(b.abs().max() for b in want if b.is_floating_point())
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert a.dtype == b.dtype, f"output {i}"
@@ -131,7 +131,7 @@ def compare_module(
 
 
 def check_graph(step: Callable[[], tuple[Tensor, ...]], *changes: Callable[[], object]) -> None:
-    """The step never waits for the device, and a graph of it has its bits, also after each of the changes."""
+    """Check that the step never synchronises and that its CUDA graph has the same bits, also after each change."""
     wanted = step()
     if INTERPRETED:
         for change in changes:
@@ -158,7 +158,7 @@ def check_graph(step: Callable[[], tuple[Tensor, ...]], *changes: Callable[[], o
 
 
 def check_compiled(function: Callable, leaves: Sequence[Tensor], error: float = 0.0) -> None:
-    """One graph whose outputs and gradients have the bits of eager, or are within `error` of the largest."""
+    """Check that the function compiles to one graph with the bits of eager, or within `error` of the largest value."""
     results = []
     for f in (function, torch.compile(function, fullgraph=True)):
         inputs = [v.detach().requires_grad_() for v in moved(list(leaves))]
@@ -175,7 +175,7 @@ def check_compiled(function: Callable, leaves: Sequence[Tensor], error: float = 
 
 
 def needs_memory(gib: float) -> None:
-    """Skip where less than this is free."""
+    """Skip the test if less GPU memory is free."""
     free = torch.cuda.mem_get_info()[0] / GIB
     if free < gib:
         pytest.skip(f"needs {gib} GiB of free GPU memory, {free:.0f} are")

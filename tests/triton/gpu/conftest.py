@@ -1,4 +1,4 @@
-"""Kernels on a GPU, a file per family of ops, and what is built on them; skipped without a GPU.
+"""Kernels on a GPU, one file per family of ops, and the modules built on them; skipped without a GPU.
 
 PYFLOW_TEST_GPU=interpreter pytest -n 1 tests/triton/gpu runs them on a CPU: small sizes, Triton's interpreter.
 """
@@ -15,18 +15,18 @@ import torch
 import pyflow
 from pyflow import _backend
 
-# no tests, and its import skips those who need a GPU
+# has no tests, and importing it without a GPU skips the importing module
 collect_ignore = ["common.py"]
-# without it cuBLAS refuses to run where algorithms have to be deterministic
+# cuBLAS needs it to run with deterministic algorithms
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# `make gpu` ends the tests by SIGINT, for their summary; a shell has what it puts in the background ignore that
+# `make gpu` stops the tests by SIGINT to get their summary, but background jobs of a shell ignore SIGINT
 if "PYTEST_XDIST_WORKER" not in os.environ:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 INTERPRETED = os.environ.get("PYFLOW_TEST_GPU") == "interpreter"
 if INTERPRETED and not _backend.interpreting():
-    # Triton reads it as it is imported, which pyflow has done in this process: for the workers
+    # Triton reads it on import, and pyflow has imported Triton in this process: set it for the workers
     os.environ["TRITON_INTERPRET"] = "1"
     if "PYTEST_XDIST_WORKER" in os.environ or not any(word.startswith(("-n", "--numprocesses")) for word in sys.argv):
         raise pytest.UsageError("PYFLOW_TEST_GPU=interpreter needs a worker (-n 1), or TRITON_INTERPRET=1 as well")
@@ -34,7 +34,7 @@ if INTERPRETED and not _backend.interpreting():
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_machine():
-    """Workers share the cores: one thread each, no processes that compile."""
+    """Give each worker one thread and no compile processes, since workers share the cores."""
     torch._inductor.config.compile_threads = 1
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
@@ -42,7 +42,7 @@ def shared_machine():
 
 @pytest.fixture(autouse=True)
 def exact_arithmetic(monkeypatch):
-    """No TF32 and deterministic convolutions on a GPU; fma of one rounding in the interpreter."""
+    """No TF32 and deterministic convolutions on a GPU; exact fma and bfloat16 in the interpreter."""
     if INTERPRETED:
         from ..interpreter import round_as_a_gpu
 
@@ -54,7 +54,7 @@ def exact_arithmetic(monkeypatch):
 
 @pytest.fixture(params=["triton"] if INTERPRETED else ["triton", "cuda"])
 def gpu(request):
-    """Either backend of a GPU, chosen by name."""
+    """Each GPU backend in turn, selected by name."""
     why = _backend.status()[request.param]
     if why:
         pytest.skip(f"{request.param}: {why}")
@@ -71,6 +71,6 @@ def both_backends():
 
 @pytest.fixture
 def kernels():
-    """What runs where no backend is chosen; on CPU tensors the interpreter has to be."""
+    """The default backend; under the interpreter Triton must be selected, because tensors are on the CPU."""
     with pyflow.backend("triton" if INTERPRETED else "auto"):
         yield

@@ -1,4 +1,4 @@
-"""What holds across families: both backends agree, and the device is that of the tensors."""
+"""Checks across families: both backends agree, and kernels run on the device of the tensors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ FUNCTIONS = {
 }
 
 
-def test_kernels_run_where_no_backend_is_chosen(kernels):
+def test_auto_backend_runs_the_kernels(kernels):
     x = torch.zeros(2, device=DEVICE)
     for op, family in _backend._families.items():
-        # of hsic there is no CUDA twin
+        # hsic has no CUDA kernels
         if family != "hsic" or not _backend.status()["triton"]:
             assert not _backend.runs_reference(op, x, cuda=family != "hsic"), op
 
@@ -52,14 +52,14 @@ def test_runs_on_the_tensors_device(gpu):
 
 
 @needs_cuda
-def test_another_stream(gpu):
+def test_kernels_run_on_the_current_stream(gpu):
     x, shift, scale = moved([draw((300, 392), seed=i) for i in range(3)])
     want = ops.affine_coupling(x, shift, scale)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         y = torch.zeros_like(x)
-        # long enough that a kernel on the wrong stream would read what is not there yet
+        # long enough for a kernel on the wrong stream to read the values before they are written
         torch.cuda._sleep(10**8)
         y.copy_(x)
         got = ops.affine_coupling(y, shift, scale)

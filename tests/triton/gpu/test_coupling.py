@@ -1,4 +1,4 @@
-"""Couplings on a GPU: the bits of the C++ kernels, of every backend, of every run, batch and graph replay."""
+"""Couplings on a GPU: the bits of the C++ kernels on every backend, in every run, batch and graph replay."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ F32, F64, BF16, F16 = DTYPES
 FORMS = list(itertools.product((False, True), repeat=2))  # (inverse, shift_first)
 MAPS = [(name, {}) for name in SCALE_MAPS] + [("sigmoid", {"eps": 1e-3}), ("softplus", {"eps": 1e-2})]
 SHAPES = sized([(3, 1), (65, 3), (33, 37), (16, 392), (7, 1000), (5, 2049), (3, 9001), (2, 50001)])
-# of x and of the parameters
+# (dtype of x, dtype of the parameters)
 PAIRS = [(d, d) for d in DTYPES[1:]] + [(F32, BF16), (BF16, F32), (F32, F16), (F16, F64), (F64, F32)]
 
 
@@ -42,7 +42,7 @@ def leaves_of(shape, dtype=F32, param_dtype=None):
 
 @pytest.mark.parametrize("number", range(len(MAPS)), ids=lambda i: f"{MAPS[i][0]}{i}")
 def test_maps_at_every_magnitude(gpu, number):
-    # a map is a kernel to compile for each form: two of the four here, all of them over the maps
+    # each map and form compiles a kernel: two of the four forms per map, all four over the maps
     forms = FORMS if gpu == "cuda" else (FORMS[number % 4], FORMS[3 - number % 4])
     (scale_map, options), scale = MAPS[number], every_magnitude()
     leaves = [draw(scale.shape), draw(scale.shape, seed=1), scale]
@@ -68,13 +68,13 @@ def test_dtypes_and_sizes(gpu, shape, dtype, param_dtype):
     compare(gpu, affine(scale_map="tanh"), leaves, sums=(1,))
     masked = lambda x, t, s, mask: ops.affine_coupling(x, t, s, inverse=True, mask=mask)
     compare(gpu, masked, leaves, mask, sums=(1,))
-    # the public function leaves the plain case to torch
+    # the public function computes the plain case in torch
     compare(gpu, lambda x, t: torch.ops.pyflow.additive_coupling(x, t, None, True), leaves[:2])
     compare(gpu, lambda x, t, mask: ops.additive_coupling(x, t, mask=mask), leaves[:2], mask)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0)])
-def test_nothing(gpu, shape):
+def test_empty_tensors(gpu, shape):
     compare(gpu, affine(), leaves_of(shape), sums=(1,))
     compare(gpu, lambda x, t: torch.ops.pyflow.additive_coupling(x, t, None, True), leaves_of(shape)[:2])
 
@@ -163,7 +163,7 @@ def test_backward_works_in_a_cuda_graph(gpu):
     check_graph(step, change)
 
 
-def test_compiles_without_a_break(kernels):
+def test_compiles_without_graph_breaks(kernels):
     check_compiled(affine(scale_map="tanh"), leaves_of((32, 100)))
 
 

@@ -1,4 +1,4 @@
-"""Accept steps and gradient penalties on a GPU: the decisions of the CPU, in graphs and without waiting."""
+"""Accept steps and gradient penalties on a GPU: decisions as on the CPU, in CUDA graphs, without synchronising."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEP = 2**35 + 1
 
 
 def chain(shape, dtype=torch.float32):
-    """Arguments of mala_accept that accept about half of the rows; two have an energy that is none."""
+    """Arguments for which mala_accept accepts about half of the rows; two energies are NaN or infinite."""
     z, grad = draw(shape, dtype), draw(shape, dtype, 1)
     u = draw(shape[:1], seed=4)
     u_new = u + draw(shape[:1], seed=5) + 0.5
@@ -85,7 +85,7 @@ def test_works_in_a_cuda_graph_and_never_waits(gpu):
     check_graph(advance, lambda: step.add_(1))
 
 
-def test_compiles_without_a_break(kernels):
+def test_compiles_without_graph_breaks(kernels):
     check_compiled(ops.grad_norm_penalty, [draw((32, 100))])
     args = moved(chain((12, 40)))
     function = lambda *v: ops.mala_accept(*v, 0.01, seed=3)

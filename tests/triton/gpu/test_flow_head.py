@@ -1,4 +1,4 @@
-"""The head of a flow on a GPU: within rounding of the C++ kernels, the same bits in every run and batch."""
+"""flow_log_prob on a GPU: within rounding of the C++ kernels, the same bits in every run and batch."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_works_in_a_cuda_graph_and_never_waits(gpu):
     check_graph(step, lambda: h.data.mul_(0.5))
 
 
-def test_compiles_without_a_break(kernels):
+def test_compiles_without_graph_breaks(kernels):
     check_compiled(head("gaussian"), leaves_of((32, 100)))
 
 

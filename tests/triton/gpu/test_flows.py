@@ -1,4 +1,4 @@
-"""NICE, RealNVP and Glow on a GPU: what the same weights give on the CPU."""
+"""NICE, RealNVP and Glow on a GPU: same results as the same weights on the CPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODELS = {
     "glow": (lambda: Glow((1, 8, 8), steps=2, levels=2, hidden=6), (1, 8, 8)),
     "glow_reversible": (lambda: Glow((2, 4, 4), steps=2, levels=1, hidden=6, reversible=True), (2, 4, 4)),
 }
-# gradients through exponentials of sums that two devices order differently
+# gradients go through exp of sums that CPU and GPU order differently
 ERROR = 2e-4
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 @pytest.fixture(params=MODELS)
 def model(request):
-    """(a started flow, away from where networks are 0, and data), on the CPU."""
+    """(initialised flow with perturbed parameters, so that no network is 0; data), on the CPU."""
     return started(request.param)
 
 
@@ -46,7 +46,7 @@ def started(name, batch=8):
 
 
 @pytest.mark.parametrize("method", ["log_prob", "forward"])
-def test_is_that_of_the_cpu(model, method):
+def test_matches_the_cpu(model, method):
     flow, x = model
     compare_module(flow, [x], ERROR, method)
 
@@ -61,7 +61,7 @@ def test_inverse(model):
     assert_near(minus, -logdet, 1e-4)
 
 
-def test_samples_are_those_of_the_cpu(model):
+def test_samples_match_the_cpu(model):
     flow, _ = model
     with pyflow.backend("auto"):
         want = flow.sample(3, seed=5)
@@ -74,7 +74,7 @@ def test_samples_are_those_of_the_cpu(model):
 
 
 @pytest.mark.parametrize("name", ["nice_odd", "realnvp_vector", "glow"])
-def test_the_first_batch_starts_it_as_on_the_cpu(name):
+def test_data_initialisation_matches_the_cpu(name):
     make, shape = MODELS[name]
     torch.manual_seed(0)
     flow, x = make(), 3 * draw((32, *shape)) + 1
@@ -87,7 +87,7 @@ def test_the_first_batch_starts_it_as_on_the_cpu(name):
 
 
 @pytest.mark.parametrize("name", ["nice", "realnvp_images", "glow_reversible"])
-def test_training_goes_as_on_the_cpu(name):
+def test_training_matches_the_cpu(name):
     flow, x = started(name)
     losses = []
     for backend, device in ((pyflow._backend.current(), DEVICE), ("auto", "cpu")):
@@ -131,12 +131,12 @@ def test_state_moves_between_devices(model):
     assert_near(there.log_prob(x.to(DEVICE)), want, 1e-4)
 
 
-def test_compiles_without_a_break():
+def test_compiles_without_graph_breaks():
     flow, x = started("realnvp_vector")
     check_compiled(flow.to(DEVICE).log_prob, [x], 1e-4)
 
 
-def test_pixels():
+def test_dequantize_and_bits_per_dim():
     x = torch.randint(256, (4, 1, 4, 4), dtype=torch.uint8).to(DEVICE)
     y = dequantize(x, 256, torch.Generator(DEVICE).manual_seed(0))
     assert y.device.type == DEVICE and torch.equal((y * 256).floor(), x.float())

@@ -1,4 +1,4 @@
-"""FSQ on a GPU: the indices, codes and gradients of the C++ kernels, bit for bit."""
+"""FSQ on a GPU: indices, codes and gradients equal those of the C++ kernels bit for bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .common import (
 )  # fmt: skip
 
 F32, F64, BF16, F16 = DTYPES
-# (levels, shape, dim of the channels)
+# (levels, shape, channel dim)
 QUANTIZERS = [
     ((8, 5, 5, 5), (3001, 4), -1), ((7, 5, 5, 5, 5), (2, 1063, 5), 2), ((8, 8, 8, 5, 5, 5), (3, 6, 37, 41), 1),
     ((5,) * 8, (2, 8, 1024), 1), ((3,), (1, 9007), 0), ((12, 1001), (2, 6000), 0), ((4, 6, 9), (3,), 0),
@@ -34,7 +34,7 @@ RESIDUAL = ("symmetric", "symmetric_hard")
 
 
 def compare(gpu, function, z, *given):
-    """Outputs and the gradient of the first, bit for bit those of the C++ kernels (float64: within rounding)."""
+    """Compare outputs and the gradient through the first one with the C++ kernels bit for bit (float64: rounding)."""
     results = []
     for backend, device in ((gpu, DEVICE), ("auto", "cpu")):
         leaf = z.detach().to(device).requires_grad_()
@@ -48,7 +48,7 @@ def compare(gpu, function, z, *given):
         if z.dtype == F64 and last:
             testing.assert_within(a, b, 1e-12 * (1 + b.abs()), name)
         elif z.dtype == F64 or _backend.cpu_missing is not None:
-            # tanh of float64 is the vendor's: a value at a boundary may fall to the other side
+            # float64 tanh is the vendor's: a value near a boundary may round to the other level
             same = (a == b) | (a.isnan() & b.isnan())
             assert a.numel() == 0 or same.double().mean() > 0.999, name
         else:
@@ -71,7 +71,7 @@ def residual(levels, dim, variant, stages=3):
 
 
 def check_consistent(codes, indices, alone, decoded, dim):
-    """The codes without indices, and those of the indices where no channel is NaN."""
+    """Check that codes are the same without indices, and that indices decode to the codes where no channel is NaN."""
     testing.assert_same_bits(alone, codes)
     known = (indices >= 0).unsqueeze(dim)
     testing.assert_same_bits(decoded, torch.where(known, codes, math.nan))
@@ -79,7 +79,7 @@ def check_consistent(codes, indices, alone, decoded, dim):
 
 @pytest.mark.parametrize("number", range(len(QUANTIZERS)))
 def test_quantizers(gpu, number):
-    # every pair of levels and variant is a kernel to compile: the variants go round, all of them come below
+    # each pair of levels and variant compiles a kernel: one variant per case here, all of them in the tests below
     levels, shape, dim = QUANTIZERS[number]
     variants = FSQ_VARIANTS if gpu == "cuda" else (FSQ_VARIANTS[number % len(FSQ_VARIANTS)],)
     for variant in variants:
@@ -140,10 +140,10 @@ def test_many_channels(gpu):
     compare(gpu, quantize((3,) * 39, -1, "symmetric"), draw((20, 39), F64))
 
 
-def test_what_is_no_index_decodes_to_nan(gpu):
+def test_invalid_indices_decode_to_nan(gpu):
     wild = torch.tensor([-(2**63), -2, -1, 420, 2**31 + 5, 2**63 - 1], device=DEVICE)
     if not INTERPRETED:
-        # on a CPU it is an error
+        # on a CPU invalid indices are an error
         assert ops.fsq_decode(wild, (3, 4, 5, 7)).isnan().all()
     codes = torch.ops.pyflow.fsq_decode(wild, [3, 4, 5, 7], 0, 1, F32)
     assert codes.isnan().all()
@@ -152,7 +152,7 @@ def test_what_is_no_index_decodes_to_nan(gpu):
     assert codes.isnan().all() and indices.eq(-1).all()
 
 
-def test_usage_counts_what_the_cpu_counts(gpu):
+def test_codebook_usage_matches_the_cpu(gpu):
     _, indices = ops.fsq(draw((1000, 3)).to(DEVICE), (5, 4, 3))
     got, want = (ops.codebook_usage(i, 60) for i in (indices, indices.cpu()))
     for a, b in zip(got, want, strict=True):
@@ -178,7 +178,7 @@ def test_works_in_a_cuda_graph_that_follows_active(gpu):
     check_graph(step, *(lambda count=count: change(count) for count in (1, 3, 0)))
 
 
-def test_compiles_without_a_break(kernels):
+def test_compiles_without_graph_breaks(kernels):
     def function(z):
         codes, indices = ops.fsq(z, (7, 5, 5, 5, 5))
         out, stages = ops.residual_fsq(z, (7, 5, 5, 5, 5), 2)

@@ -26,7 +26,7 @@ SHAPES = [(3, 1), (65, 3), (33, 37), (5, 2049), (3, 9001), (2, 50001), (5, 3, 8,
 
 
 def inputs(shape, dtype=torch.float32, latents=True):
-    """Critic's values, of which the second is float32, samples and latents."""
+    """Critic's values, the second in float32, then samples and latents."""
     values = [draw(shape[:1], t, seed) for seed, t in enumerate((dtype, torch.float32))]
     samples = [draw(shape, dtype, seed) for seed in (2, 3)]
     return values + samples + [draw((shape[0], 130), dtype, seed) for seed in (4, 5) if latents]
@@ -101,7 +101,7 @@ def test_works_in_a_cuda_graph_and_never_waits(gpu):
     check_graph(step, lambda: [t.data.mul_(0.5) for t in tensors])
 
 
-def test_compiles_without_a_break(kernels):
+def test_compiles_without_graph_breaks(kernels):
     tensors = inputs((32, 100))
     given = moved(tensors[2:])
     check_compiled(lambda *t: loss_of("l1")(*t, *given), tensors[:2])

@@ -1,6 +1,6 @@
 """HSIC and centred Gram matrices on a GPU, against the reference in float64.
 
-There is no CUDA twin: where that backend is chosen the reference runs, on the GPU.
+hsic has no CUDA kernels: with that backend the reference runs on the GPU.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ SIZES = [(4, 1), (33, 3), (40, 20)] + [(63, 40), (129, 64), (300, 8), (513, 20)]
 
 @pytest.fixture
 def tiles(gpu):
-    """Where the kernels run."""
+    """The backend, skipping CUDA, which has no HSIC kernels."""
     if gpu == "cuda":
         pytest.skip("hsic has no CUDA kernels")
     return gpu
 
 
 def dependent(n, d=3, dtype=F32, batch=(), seed=0):
-    """y is half a function of x, half noise."""
+    """Return x and y, y being |x| plus noise."""
     x = draw((*batch, n, d), F64, seed)
     return x.to(dtype), (x.abs() + 0.5 * draw((*batch, n, d), F64, seed + 1)).to(dtype)
 
@@ -58,7 +58,7 @@ def data(kernel, n, d, dtype=F32, batch=()):
 
 
 def hsic(kernel, **options):
-    """HSIC as a function of x and y, with labels or symmetric matrices made of them."""
+    """Return HSIC as a function of x and y, from which labels or symmetric matrices are made."""
     options = {"bandwidth": 1.5, **options}
 
     def function(x, y, *bandwidth):
@@ -73,12 +73,12 @@ def hsic(kernel, **options):
 
 
 def exact(function, leaves):
-    """Outputs and gradients of the reference in float64."""
+    """Return outputs and gradients of the float64 reference."""
     return run("reference", "cpu", function, [v.double() for v in leaves])
 
 
 def check_value(kernel, x, y, error=None, **options):
-    """Relative to the value, or to a hundredth of its largest where it is small: the unbiased one crosses zero."""
+    """Compare relative to the value, at least to 1 % of its upper bound: the unbiased estimate crosses zero."""
     got, function = hsic(kernel, **options)(*moved((x, y))), hsic(kernel, **options)
     assert got.dtype == (F64 if x.dtype == F64 else F32)
     x, y = x.double(), y.double()
@@ -90,7 +90,7 @@ def check_value(kernel, x, y, error=None, **options):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("n, d", SIZES)
-def test_is_the_reference(gpu, kernel, n, d):
+def test_matches_the_reference(gpu, kernel, n, d):
     x, y = data(kernel, n, d, batch=(2,))
     for estimator in ESTIMATORS:
         check_value(kernel, x, y, estimator=estimator, bandwidth=1.2 * d**0.5)
@@ -116,13 +116,13 @@ def check_gradients(gpu, kernel, n, d, dtype, errors, **options):
     leaves = [*data(kernel, n, d, dtype), torch.tensor(1.2 * d**0.5, dtype=dtype)]
     got, want = run(gpu, DEVICE, hsic(kernel, **options), leaves), exact(hsic(kernel, **options), leaves)
     for name, a, b, error in zip(("x", "y", "bandwidth"), got[1:], want[1:], errors, strict=True):
-        # of the bandwidth: a sum that cancels
+        # the gradient of the bandwidth is a sum that cancels
         testing.assert_within(a, b, error * b.abs().max() + 1e-14, f"{name}: n = {n}, d = {d}, {options}")
 
 
 @pytest.mark.parametrize("degree", [1, 2])
 def test_degrees(gpu, degree):
-    # of degree 1 it goes through the tiles where linear kernels may take covariances
+    # with degree 1 the tiles run, although a linear kernel could use covariances
     x, y = dependent(40, 20)
     options = dict(degree=degree, coef0=0.5, gamma=0.2)
     check_value("polynomial", x, y, **options)
@@ -134,7 +134,7 @@ def test_degrees(gpu, degree):
 @pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
 @pytest.mark.parametrize("d", [3, 20])
 def test_is_accurate_at_every_bandwidth(gpu, kernel, d):
-    # far from the origin, from a matrix that is almost the identity to one that is almost constant
+    # data far from the origin; Gram matrices from almost the identity to almost constant
     x, y = dependent(70 if INTERPRETED else 512, d)
     x, y = x + 1e3, y - 1e3
     p = 2.0 if kernel == "rbf" else 1.0
@@ -174,7 +174,7 @@ def test_matrix_of_all_pairs_and_cka(gpu):
 
 
 @pytest.mark.parametrize("n", [2, 51] + [1100] * (not INTERPRETED))
-def test_median_is_that_of_the_cpu(gpu, n):
+def test_median_matches_the_cpu(gpu, n):
     x = dependent(n, 3)[0]
     for p in (1.0, 2.0):
         torch.testing.assert_close(median_distance(x.to(DEVICE), p).cpu(), median_distance(x, p), rtol=1e-6, atol=0)
@@ -188,8 +188,8 @@ def test_median_of_a_bandwidth_keeps_the_value(gpu):
 
 
 @needs_cuda
-@pytest.mark.xfail(raises=RuntimeError, reason="torch's kthvalue refuses to run on a GPU there")
-def test_median_where_algorithms_have_to_be_deterministic(gpu):
+@pytest.mark.xfail(raises=RuntimeError, reason="torch's kthvalue refuses to run on a GPU with deterministic algorithms")
+def test_median_with_deterministic_algorithms(gpu):
     x, y = moved(dependent(60, 5))
     want = ops.hsic(x, y)
     with testing.poisoned():
@@ -209,7 +209,7 @@ def test_permuted_sums(gpu, dtype, error):
     testing.assert_same_bits(got, permuted(*moved((k, m, permutations))))
 
 
-def test_parts_of_the_tiles_add_up(tiles):
+def test_partial_tile_ranges_add_up(tiles):
     n = 130 if INTERPRETED else 300
     z = moved([draw((2, n, 3)), draw((2, n, 2), seed=1)])
     arguments = (z, torch.ones(2, 2, device=DEVICE), [0, 1], [1, 1], [0, 1, 0, 0], False)
@@ -221,7 +221,7 @@ def test_parts_of_the_tiles_add_up(tiles):
 
 @pytest.mark.parametrize("kernel", ["rbf", "laplacian", "polynomial", "precomputed"])
 def test_same_bits_in_every_run_and_batch(tiles, kernel):
-    # few items of many tiles, many of few
+    # few items with many tiles, and many items with few tiles
     for n, d, batch in [(40, 12, 3)] + [(40, 3, 9), (700, 6, 3), (200, 40, 17)] * (not INTERPRETED):
         x, y = moved(data(kernel, n, d, batch=(batch,)))
 
@@ -266,7 +266,7 @@ def test_median_in_a_cuda_graph(tiles):
 @pytest.mark.parametrize(
     "options", [{"bandwidth": 2.0}, {"normalize": True, "estimator": "unbiased"}, {"kernel": "laplacian"}], ids=str
 )
-def test_compiles_without_a_break(kernels, options):
+def test_compiles_without_graph_breaks(kernels, options):
     check_compiled(lambda x, y: ops.hsic(x, y, **options), dependent(30, 3), 1e-5)
 
 
@@ -307,7 +307,7 @@ def test_unwritten_memory_is_never_read(gpu):
 
 
 def test_nan_is_nan(gpu):
-    # values are not read on a GPU; on a CPU it is an error
+    # on a GPU values are not checked; on a CPU NaN is an error
     if INTERPRETED:
         pytest.skip("the interpreter's tensors are on a CPU")
     x, y = moved(dependent(40, 3))

@@ -1,4 +1,4 @@
-"""Layers on a GPU: outputs and gradients are those of the same weights on the CPU."""
+"""Layers on a GPU: outputs and gradients match those of the same weights on the CPU."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_quantizers(name):
     module = module.to(DEVICE)
     out, indices = module(1.5 * x.to(DEVICE))
     if getattr(module, "is_channel_first", False):
-        # stages and channels last, which is what decoding takes and gives
+        # decoding takes and returns stages and channels in the last dim
         out, indices = out.movedim(1, -1), indices.movedim(1, -1)
     if name.startswith("fsq"):
         assert_near(module.indices_to_codes(indices), out, 1e-6)
@@ -133,7 +133,7 @@ def test_quantizers_with_projections(kind):
     with pyflow.backend("auto"):
         want = module(x)
     got = copy.deepcopy(module).to(DEVICE)(x.to(DEVICE))
-    # a value at a boundary may fall to the other side after a product of matrices
+    # after a matrix product a value near a boundary may round to the other level
     assert (got[1].cpu() == want[1]).double().mean() > 0.98
     assert ((got[0].cpu() - want[0]).abs() < 1e-4).double().mean() > 0.98
 
@@ -167,7 +167,7 @@ def test_dropout_of_stages_never_waits():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_reversible_gradients_are_those_of_the_plain_stack():
+def test_reversible_gradients_match_the_plain_stack():
     module, x = made(INVERTIBLE, "reversible")
     plain = ReversibleSequential(*module.layers, recompute=False)
     results = []
@@ -255,7 +255,7 @@ def test_hsic_loss_with_a_learned_bandwidth():
     compare_module(loss, [draw((40, 3)), draw((40, 5), seed=1)], 1e-3)
 
 
-def test_hsic_bottleneck_trains_as_on_the_cpu():
+def test_hsic_bottleneck_training_matches_the_cpu():
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(4, 8), nn.Tanh()), nn.Sequential(nn.Linear(8, 8), nn.Tanh())]
     state, head = copy.deepcopy(nn.ModuleList(layers)).state_dict(), nn.Linear(8, 3)
@@ -314,7 +314,7 @@ def test_state_moves_between_devices(name):
     assert all(p.device.type == "cpu" for p in fresh.parameters())
 
 
-def test_actnorm_never_waits_after_its_start():
+def test_actnorm_never_waits_after_initialisation():
     layer, x = ActNorm(4).to(DEVICE), draw(IMAGES).to(DEVICE)
     layer(x)
     if INTERPRETED:
@@ -327,6 +327,6 @@ def test_actnorm_never_waits_after_its_start():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_layers_compile_without_a_break():
+def test_layers_compile_without_graph_breaks():
     module, x = made(INVERTIBLE, "affine half")
     check_compiled(module.to(DEVICE), [x], 1e-4)

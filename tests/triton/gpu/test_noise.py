@@ -1,4 +1,4 @@
-"""Noise on a GPU: the bits of the reference, which are those of C++, in graphs and without waiting."""
+"""Noise on a GPU: the bits of the reference and of C++, in CUDA graphs, without synchronising."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEP = 2**40 + 3
 
 
 def streams(shape):
-    """Seeds and steps: numbers, tensors on the device, and a seed for each sample with either."""
+    """(seed, step) pairs: both numbers, both tensors, and one seed per sample with either kind of step."""
     pairs = [(2**64 - 5, STEP), (torch.tensor(7), torch.tensor(5))]
     own = [torch.arange(n) * 2**33 - 2 for n in shape[:1]]
     return pairs + list(itertools.product(own, (STEP, torch.tensor(5))))
@@ -90,7 +90,7 @@ def test_works_in_a_cuda_graph_and_never_waits(gpu):
     check_graph(draws, lambda: step.add_(1), lambda: seed.add_(1000))
 
 
-def test_compiles_without_a_break(kernels):
+def test_compiles_without_graph_breaks(kernels):
     check_compiled(lambda x: x * ops.normal((32, 100), seed=11, step=4, device=DEVICE), [torch.ones(32, 100)])
 
 
@@ -121,6 +121,6 @@ def test_more_elements_than_an_int32_counts(gpu, kind):
     words = torch.stack(torch.broadcast_tensors(*ref.philox(counter, (torch.tensor(7), torch.tensor(0)))), -1)
     testing.assert_same_bits(z[-tail:].cpu(), getattr(ref, kind)(words.flatten()).bfloat16())
     testing.assert_same_bits(z[:tail], getattr(ops, kind)((tail,), seed=7, step=STEP, device="cuda").bfloat16())
-    # a sample per row, and rows longer than 2**31
+    # one sample per row, with rows longer than 2**31
     own = getattr(ops, kind)((1, count), seed=torch.tensor([7], device="cuda"), step=STEP, dtype=torch.bfloat16)
     assert torch.equal(own[0], z)

@@ -1,4 +1,4 @@
-"""Samplers on a GPU: the noise of the CPU, so with the same score its samples, in any batch."""
+"""Samplers on a GPU: the noise equals the CPU's, so the same score gives the same samples, in any batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def gaussian(sde):
-    """The score of data with independent columns."""
+    """Return the score of normal data with independent columns."""
 
     def score(x, t):
         assert t.device == x.device and t.dtype == torch.float32
@@ -36,7 +36,7 @@ def gaussian(sde):
 
 
 def on_both(sde, score, shape, **options):
-    """Samples on the device and on the CPU."""
+    """Return samples drawn on the device and on the CPU."""
     got = sample(sde, score, shape, device=DEVICE, progress=False, **options)
     assert got.device.type == DEVICE and not got.requires_grad
     with pyflow.backend("auto"):
@@ -44,7 +44,7 @@ def on_both(sde, score, shape, **options):
 
 
 @pytest.mark.parametrize("name, method", CASES)
-def test_samples_are_those_of_the_cpu(name, method):
+def test_samples_match_the_cpu(name, method):
     sde = SDES[name]
     got, want = on_both(sde, gaussian(sde), (50, 3), steps=40, method=method, snr=0.05, seed=3)
     assert_near(got, want, 1e-3)
@@ -96,7 +96,7 @@ def test_a_network(micro_batch):
     net = Net()
     with pyflow.backend("auto"):
         want = sample(VPSDE(), net, (10, 1, 8, 8), **options)
-    # the device is that of the parameters
+    # the default device is that of the parameters
     net = net.to(DEVICE)
     got = sample(VPSDE(), net, (10, 1, 8, 8), **options)
     assert got.device.type == DEVICE
@@ -122,7 +122,7 @@ def test_one_compiled_step_for_all_times(method):
     got = step.sample((6, 5), seed=3, device=DEVICE, progress=False)
     want = sample(sde, lambda x, t: -x, (6, 5), method=method, seed=3, device=DEVICE, progress=False, **options)
     if method == "pc":
-        # the root of the step size is Inductor's
+        # Inductor computes the square root of the step size
         assert_near(got, want, 1e-5)
     else:
         testing.assert_same_bits(got, want)
@@ -174,7 +174,7 @@ def test_likelihood(divergence):
 
 
 def analytic(z):
-    """Energies and gradients of a normal density; of one column they are rounded alike on every device."""
+    """Return energies and gradients of a normal density; with one column every device rounds alike."""
     return z.square().sum(1) / 2, z
 
 
@@ -188,7 +188,7 @@ def fields(chain):
 
 
 @pytest.mark.parametrize("metropolis, columns", [(True, 1), (False, 1), (False, 6)])
-def test_chains_are_those_of_the_cpu(metropolis, columns):
+def test_chains_match_the_cpu(metropolis, columns):
     got = chains(DEVICE, columns, metropolis=metropolis)
     with pyflow.backend("auto"):
         want = chains("cpu", columns, metropolis=metropolis)
@@ -202,7 +202,7 @@ def test_chains_of_many_columns_and_their_batch():
     got, again = chains(DEVICE, 6), chains(DEVICE, 6)
     with pyflow.backend("auto"):
         want = chains("cpu", 6)
-    # a proposal at the edge may be decided otherwise where sums are rounded otherwise
+    # sums rounded differently may change the decision on a borderline proposal
     assert ((got.z.cpu() - want.z).abs() < 1e-5).double().mean() > 0.9
     for a, b in zip(fields(got), fields(again), strict=True):
         testing.assert_same_bits(a, b)

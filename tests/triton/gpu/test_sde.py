@@ -1,4 +1,4 @@
-"""SDE steps on a GPU: the bits of the C++ kernels, sums within rounding, in graphs and without waiting."""
+"""SDE steps on a GPU: the bits of the C++ kernels, sums within rounding, in CUDA graphs, without synchronising."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .common import (
 
 SHAPES = [(), (0,), (7,), (65, 3), (33, 37), (16, 392), (5, 3, 7, 4), (3, 9001), (2, 50001), (3000, 2)]
 COEFFICIENTS = ("numbers", "0-d", "per sample")
-# sums of a row's products; elementwise results have the bits of the CPU in float64 too
+# bound for row sums of products; elementwise results have the bits of the CPU in float64 too
 WITHIN = dict(error=2e-4, libm=False)
 
 
@@ -44,8 +44,8 @@ def step(*values):
 
 
 def check(gpu, shape, dtype, turn):
-    """A step, its seed and coefficients taking turns, and one with noise that is given."""
-    # every kind of seed and of coefficient is a kernel to compile for each shape and dtype
+    """Compare a step with one choice of seed and coefficients, rotated by `turn`, and a step with given noise."""
+    # each kind of seed and of coefficients compiles a kernel per shape and dtype, so the kinds rotate
     x, score = draw(shape, dtype), draw(shape, seed=1)
     every = seeds(shape)
     for k in {turn % len(every), (turn + 2) % len(every)} if dtype != torch.float32 else {turn % len(every)}:
@@ -132,7 +132,7 @@ def test_works_in_a_cuda_graph_and_never_waits(gpu):
     check_graph(advance, lambda: number.add_(1), lambda: seed.add_(1000))
 
 
-def test_compiles_without_a_break(kernels):
+def test_compiles_without_graph_breaks(kernels):
     function = lambda x, s: ops.sde_step(x, s, 1.01, 0.05, 0.3, seed=11, step=4)
     check_compiled(function, [draw((32, 100)), draw((32, 100), seed=1)])
     loss = lambda p, c: ops.denoising_loss(p, c, seed=11, step=4)

@@ -1,4 +1,4 @@
-"""Trials of the sector probability on a GPU: the counts of the CPU, in graphs and without waiting."""
+"""Trials of the sector probability on a GPU: counts as on the CPU, in CUDA graphs, without synchronising."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def counts(x, points, trials, **options):
 
 
 @pytest.mark.parametrize("points", [1, 2, 4, 7, 33] + [1000] * (not INTERPRETED))
-def test_counts_of_the_cpu(gpu, points):
+def test_counts_match_the_cpu(gpu, points):
     for trials in (1, 255, 257, max(1, MOST // points))[:: 3 if INTERPRETED else 1]:
         for x in VIEWS[1:4] if INTERPRETED else VIEWS:
             want = counts(x, points, trials, seed=2**64 - 5, step=2**40 + 3)
@@ -48,7 +48,7 @@ def test_works_in_a_cuda_graph_and_never_waits(gpu):
     )
 
 
-def test_compiles_without_a_break(kernels):
+def test_compiles_without_graph_breaks(kernels):
     x, seed = moved([X, torch.tensor(3)])
     function = lambda x, seed: ops.sector_counts(x, 9, 1_000, seed=seed)
     assert torch.equal(torch.compile(function, fullgraph=True)(x, seed), function(x, seed))

@@ -1,4 +1,4 @@
-"""Spectral normalisation on a GPU: the reference within rounding, every run alike, graph replay."""
+"""Spectral normalisation on a GPU: the reference within rounding, the same bits in every run and graph replay."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def results(device, weights, u, v, n_iter):
 
 @pytest.mark.parametrize("n_iter", [0, 1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_is_the_reference_and_alike_in_every_run(gpu, dtype, n_iter):
+def test_matches_the_reference_and_is_the_same_in_every_run(gpu, dtype, n_iter):
     got, again = (results(DEVICE, *inputs(dtype), n_iter) for _ in range(2))
     wide = [[None if x is None else x.double() for x in values] for values in inputs(dtype)]
     with pyflow.backend("reference"):
@@ -77,7 +77,7 @@ def test_works_in_a_cuda_graph_and_never_waits(gpu):
     check_graph(step, lambda: [w.data.mul_(0.5).add_(0.1) for w in weights])
 
 
-def test_compiles_without_a_break(kernels):
+def test_compiles_without_graph_breaks(kernels):
     weights, u, v = inputs(shapes=[(33, 70), (17,)])
     u, v = moved(u), moved(v)
     check_compiled(lambda *w: tuple(ops.spectral_normalize(list(w), u, v)[0]), weights)

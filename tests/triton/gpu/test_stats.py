@@ -1,4 +1,4 @@
-"""Statistics of tensors on a GPU: those of the CPU."""
+"""Statistics of tensors on a GPU match those on the CPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dependent(n=60, d=3):
 
 
 def on_both(function, *tensors, **options):
-    """What a function says of tensors on the device and on the CPU."""
+    """Return the results of a function for the tensors on the device and on the CPU."""
     got = function(*(t.to(DEVICE) for t in tensors), **options)
     with pyflow.backend("auto"):
         return got, function(*tensors, **options)

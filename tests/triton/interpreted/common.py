@@ -1,4 +1,4 @@
-"""How a family's results are compared: with the C++ kernels, bit for bit, and with the reference."""
+"""Comparisons of Triton's results with the C++ kernels, bit for bit, and with the reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def draw(shape, dtype=torch.float32, seed=0, spread=1.0):
 
 
 def run(backend, function, leaves, weights=None):
-    """Outputs, then gradients for `weights`, through the public function."""
+    """Return the outputs of a public function, then the gradients of the leaves for the output gradients `weights`."""
     leaves = [v.detach().requires_grad_() for v in leaves]
     with pyflow.backend(backend):
         outputs = function(*leaves)
@@ -29,7 +29,7 @@ def run(backend, function, leaves, weights=None):
 
 
 def compare(function, leaves, *, sums=(), error=2e-5):
-    """Bits of the C++ kernels (those at `sums` within rounding), and the reference in float64."""
+    """Compare with the bits of the C++ kernels (results at `sums` within rounding) and with the float64 reference."""
     got = run("triton", function, leaves)
     dtype = testing.compute_dtype(leaves[0].dtype)
     exact = run("reference", function, [v.double() for v in leaves],
@@ -50,7 +50,7 @@ def compare(function, leaves, *, sums=(), error=2e-5):
 
 
 def equal(got, want, name):
-    """Bits and strides; gradients of float64, of which libm has the exponential, within rounding."""
+    """Check equal bits and strides; float64 gradients within rounding, because their exp is libm's."""
     assert got.dtype == want.dtype and (got.stride() == want.stride() or got.numel() == 0), name
     if not got.is_floating_point():
         assert torch.equal(got, want), name
@@ -61,7 +61,7 @@ def equal(got, want, name):
 
 
 def both_backends(function, z):
-    """The outputs, and the gradient of the first, on Triton; they are those of C++."""
+    """Return Triton's outputs and the gradient through the first one, after a comparison with C++."""
     if _backend.cpu_missing is not None:
         pytest.skip(_backend.cpu_missing)
     results = []
@@ -77,7 +77,7 @@ def both_backends(function, z):
 
 
 def same_on_every_backend(function):
-    """Bits of the reference, which are those of C++."""
+    """Check that the result has the same bits on the reference and on C++."""
     got = function()
     for backend in ("reference",) + ("cpu",) * (_backend.cpu_missing is None):
         with pyflow.backend(backend):

@@ -1,4 +1,4 @@
-"""Triton's interpreter on CPU tensors, in a process of its own (test_interpreter.py): a file per family."""
+"""Triton's interpreter on CPU tensors, one file per family; test_interpreter.py runs each in its own process."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def triton_backend(monkeypatch):
 
 @pytest.fixture(params=["numbers", "on the device"])
 def scalars(request, monkeypatch):
-    """0-d tensors on the CPU are the caller's numbers; on a GPU they lie in its memory."""
+    """Pass 0-d tensors by value, as for CPU tensors, or by pointer, as for GPU tensors."""
     if request.param == "on the device":
         monkeypatch.setattr(_random, "by_value", lambda tensor: False)

@@ -22,7 +22,7 @@ MIXED = [
 
 
 def additive(x, shift, mask=None, inverse=False):
-    """The operator; the public function leaves the plain case to torch."""
+    """Call the operator: the public function computes the case without a mask in torch."""
     return torch.ops.pyflow.additive_coupling(x, shift, mask, inverse)
 
 
@@ -48,7 +48,7 @@ def test_extreme_values(scale_map, options):
         got = run("triton", function, (x, shift, scale))
         if _backend.cpu_missing is None:
             for a, b in zip(got, run("cpu", function, (x, shift, scale)), strict=True):
-                testing.assert_same_bits(a + 0, b + 0)  # the sign of a log-determinant's zero is free
+                testing.assert_same_bits(a + 0, b + 0)  # a zero logdet may have either sign
 
 
 @pytest.mark.parametrize("x_dtype, dtype", [(d, d) for d in DTYPES] + MIXED)
@@ -89,7 +89,7 @@ def test_layouts(layout, shape, event_dims):
     plain = run("triton", function, (x, shift, scale))
     viewed = compare(function, [testing.laid_out(x, layout), shift, testing.laid_out(scale, layout)], sums=(1,))
     for a, b in zip(plain, viewed, strict=True):
-        # event dims are summed in memory order, anything else is the same to the bit
+        # event dims are summed in memory order; everything else has the same bits
         if layout in ("transposed", "channels_last") and a.dim() != len(shape):
             torch.testing.assert_close(a, b)
         else:
@@ -119,7 +119,7 @@ def test_sizes(shape):
     compare(lambda x, t: additive(x, t), leaves[:2])
 
 
-def test_gradients_that_are_absent_or_expanded():
+def test_missing_and_expanded_gradients():
     leaves = [draw((3, 10), seed=i).requires_grad_() for i in range(3)]
     for pick in (lambda y, g: y.sum(), lambda y, g: g.sum(), lambda y, g: y.t()[::2].sum() + g[0]):
         results = []

@@ -1,4 +1,4 @@
-"""The energy kernels under the interpreter: selections bit for bit, sums within rounding."""
+"""Energy kernels under the interpreter: accepted states bit for bit, sums within rounding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .common import DTYPES, compare, draw
 
 
 def chain(shape, dtype):
-    """Arguments of mala_accept that accept about half the rows, some with an energy or a gradient that is none."""
+    """Arguments for which mala_accept accepts about half the rows; some energies and a gradient are NaN or infinite."""
     z, step, grad, moved = (draw(shape, dtype, i, spread) for i, spread in enumerate((1.0, 0.1, 1.0, 0.05)))
     u = draw(shape[:1], torch.float32, 4)
     u_new = u + draw(shape[:1], torch.float32, 5) + 0.5

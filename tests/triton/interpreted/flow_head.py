@@ -1,4 +1,4 @@
-"""The head of a flow under the interpreter."""
+"""flow_log_prob under the interpreter."""
 
 from __future__ import annotations
 

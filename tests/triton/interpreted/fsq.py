@@ -22,7 +22,7 @@ QUANTIZERS = [
 
 
 def with_nan(z):
-    """NaN and infinities strewn in."""
+    """z with some elements set to NaN or infinity."""
     z = z.clone(memory_format=torch.contiguous_format)
     for i, value in enumerate((math.nan, math.inf, -math.inf, -0.0)):
         z.view(-1)[i * 5 :: 31] = value
@@ -70,7 +70,7 @@ def test_fsq_extreme_values(variant):
     both_backends(quantize((8, 6, 5, 1000), 0, variant), bits.view(torch.float32)[: bits.numel() // 4 * 4].view(4, -1))
 
 
-def test_fsq_numbers_beyond_int32():
+def test_fsq_indices_beyond_int32():
     for levels in [(2**22, 2**22, 2**19), (8,) * 21, (5, 1000, 1000, 999, 1001, 17), (4, 2**20, 3, 7), (2,) * 31]:
         z = draw((70, len(levels)), spread=4)
         got = both_backends(quantize(levels, -1, "symmetric"), z)
@@ -87,14 +87,14 @@ def test_fsq_many_channels_and_many_tiles(monkeypatch):
     monkeypatch.setattr(fsq, "MANY_TILES", 3)
     tile = fsq._tile
     for wide in (False, True):
-        # 64-bit numbers, as from 2**31 elements on
+        # 64-bit indices, as for 2**31 or more elements
         monkeypatch.setattr(fsq, "_tile", lambda *args: tile(*args)._replace(wide=wide))
         for shape, dim in (((1701, 5), -1), ((3, 5, 1000), 1)):
             both_backends(quantize((7, 5, 5, 5, 5), dim, "vqp"), draw(shape))
             both_backends(lambda z: ops.residual_fsq(z, (7, 5, 5, 5, 5), 2, dim=dim), draw(shape))
 
 
-def test_fsq_gradients_that_are_expanded():
+def test_fsq_expanded_gradients():
     z = draw((3, 10, 4)).requires_grad_()
     for pick in (lambda c: c.sum(), lambda c: c.transpose(0, 1)[::2].sum(), lambda c: (c * c[:1].detach()).sum()):
         results = []
@@ -116,7 +116,7 @@ def test_fsq_decode(variant):
                     with pyflow.backend("reference"):
                         want = call()
                     equal(call(), want.contiguous(), f"{dtype} {kind} {dim}")
-    # a GPU does not look at the indices: what is no index is NaN
+    # on a GPU the values are not checked: an invalid index decodes to NaN
     number = FSQ_VARIANTS.index(variant)
     for wild in (torch.tensor([-(2**63), -2, 420, 2**31 + 5, 2**63 - 1]), torch.tensor([420, -7]).int()):
         assert fsq.fsq_decode(wild, levels, number, 1, torch.float32).isnan().all()

@@ -16,7 +16,7 @@ DISTANCES = ("rbf", "laplacian")
 
 
 def variables(kernels, n, dims, dtype, seed=0):
-    """The operator's arguments: labels are few, matrices symmetric."""
+    """Arguments of the operator: labels with two values, symmetric matrices."""
     parts = []
     for index, (kernel, dim) in enumerate(zip(kernels, dims, strict=True)):
         part = draw((2, n, n if kernel == "precomputed" else dim), dtype, seed + index)
@@ -33,7 +33,7 @@ def sums(z, scale, numbers, degrees, pairs, part=0, parts=1):
 
 
 def exact(z, scale, numbers, degrees, pairs):
-    """Row sums, sums of products and the gradients of z, of the reference in float64."""
+    """Return row sums, sums of products and gradients of z from the float64 reference."""
     z = [part.detach().double().requires_grad_() for part in z]
     outputs = reference.hsic_sums(z, scale.double(), numbers, degrees, pairs)[:2]
     return *outputs, *torch.autograd.grad(outputs, z, cotangents(*outputs), materialize_grads=True)
@@ -66,13 +66,13 @@ def test_hsic_sums(kernel, n, dim, dtype):
         torch.testing.assert_close(parts[0][i] + parts[1][i], whole[i], rtol=1e-12, atol=1e-12)
 
 
-def test_hsic_variables_without_a_pair():
+def test_hsic_of_a_variable_in_no_pair():
     z, scale, numbers = variables(DISTANCES, 40, (3, 4), F32)
     arguments = (scale, numbers, [1, 1], [0, 0])
     close(made(z, *arguments), exact(z, *arguments), F32)
 
 
-def test_hsic_is_that_of_cpp():
+def test_hsic_matches_the_cpp_kernels():
     function = lambda x, y: ops.hsic(x, y, bandwidth=1.5, estimator="unbiased")
     compare(function, [draw((2, 50, 3)), draw((2, 50, 12), seed=1)], sums=(0, 1, 2))
 

@@ -31,7 +31,7 @@ def test_spectral_normalize(dtype, n_iter):
     v = [None if w.dim() == 1 else draw((w[0].numel(),), dtype, seed=4) / 4 for w in weights]
     wide = [[None if x is None else x.double() for x in values] for values in (weights, u, v)]
     got, want = run("triton", weights, u, v, n_iter), run("reference", *wide, n_iter)
-    # a returned u or v is rounded, and the gradient is made of it
+    # returned u and v are rounded, and the gradient is computed from them
     u_of = max(testing.UNIT[dtype], testing.UNIT[testing.compute_dtype(dtype)])
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         size = 1 + b.abs().max()
