@@ -107,6 +107,13 @@ def status() -> dict[str, str | None]:
     return {"cpu": cpu_missing, "triton": _triton_missing(), "cuda": _cuda_missing(), "reference": None}
 
 
+class BackendUnavailable(RuntimeError):
+    """The chosen backend cannot run here; the text says why."""
+
+    # a traceback shows the public name
+    __module__ = "pyflow"
+
+
 class backend:
     """Choose the implementation: for the process by a call, for a thread by a `with` block.
 
@@ -116,7 +123,7 @@ class backend:
 
     Raises:
         ValueError: unknown name.
-        RuntimeError: the backend cannot run here; the text says why.
+        BackendUnavailable: the backend cannot run here; the text says why.
 
     Notes:
         A block holds in its own thread until it ends, before the process's choice; a call inside a block holds until
@@ -137,7 +144,7 @@ class backend:
             raise ValueError(f"backend: name must be one of {', '.join(NAMES)}, got {name!r}")
         missing = status().get(name)
         if missing:
-            raise RuntimeError(f"backend: {name} cannot run here: {missing}")
+            raise BackendUnavailable(f"backend: {name} cannot run here: {missing}")
         if name == "triton" and interpreting():
             _offer_interpreter()
         self.name = name
@@ -258,7 +265,8 @@ def runs_reference(op: str, x: Tensor, cuda: bool = True) -> bool:
     if kind in _devices.get(choice, ()):
         return kind == "cuda" and not cuda and (choice == "cuda" or not _triton_runs)
     if choice != "auto":
-        raise RuntimeError(f"{op}: {unusable.get(choice) or f'backend {choice} cannot run on a tensor on {x.device}'}")
+        why = unusable.get(choice) or f"backend {choice} cannot run on a tensor on {x.device}"
+        raise BackendUnavailable(f"{op}: {why}")
     return True
 
 

@@ -14,7 +14,7 @@ for package in ("matplotlib", "PIL", "skimage", "sklearn", "tqdm"):
 import numpy as np
 from PIL import Image
 
-from pyflow.recipes import _data, bigan_qp, nice
+from pyflow.recipes import _data, _demo, bigan_qp
 
 SETTINGS = bigan_qp.Settings(width=16, latent=4, steps=30, batch=16, looks=2)
 
@@ -28,7 +28,7 @@ def run(*argv):
 @pytest.fixture(autouse=True)
 def one_thread():
     """Two that wait for each other on a busy machine take six times as long."""
-    with nice.threads(1):
+    with _demo.threads(1):
         yield
 
 

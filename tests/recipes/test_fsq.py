@@ -70,7 +70,7 @@ def test_short_run_and_the_same_seed_repeats_it(folder, small, tmp_path, capsys)
         assert 0 < s["held_out_usage"] <= s["usage"] <= 1 <= s["held_out_perplexity"]
         assert s["perplexity"] <= s["usage"] * s["codes"] * (1 + 1e-5) and s["step_seconds"] > 0
         assert f"{s['psnr']:.2f} dB" in printed.out and f"{s['usage']:.1%}" in printed.out
-    assert "no pixel in two, from 2 photographs" in printed.out and str(out) in printed.out
+    assert "without overlap, from 2 photographs" in printed.out and str(out) in printed.out
     assert "VQ revived: VectorQuantize(4, codes, kmeans_init=True, threshold_ema_dead_code=2)" in printed.out
     assert all(sentence in printed.out for sentence in metrics[1]["verdict"]) and "duplicates" not in printed.err
     assert "loss" in printed.err and "dB" in printed.err

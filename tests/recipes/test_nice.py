@@ -65,8 +65,8 @@ def test_the_split_is_fixed_and_disjoint(tmp_path):
 
 def test_gaussian_baseline_equals_torchs(tmp_path):
     images = _data.load("digits", tmp_path)
-    validation = nice.noisy(images.validation, 17, torch.device("cpu"), 1)
-    gaussian = nice.Gaussian.fit(images.train, validation, 17)
+    validation = _data.noisy(images.validation, 17, torch.device("cpu"), 1)
+    gaussian = _data.Gaussian.fit(images.train, validation, 17)
     other = torch.distributions.MultivariateNormal(gaussian.mean, scale_tril=gaussian.factor)
     torch.testing.assert_close(gaussian.log_prob(validation), other.log_prob(validation.double()))
     # shrinking helps: the training covariance itself is not the best one on the validation images
@@ -79,7 +79,7 @@ def test_gaussian_baseline_equals_torchs(tmp_path):
 def test_average_follows_and_the_best_weights_are_kept(tmp_path):
     torch.manual_seed(0)
     images = _data.load("digits", tmp_path)
-    validation = nice.noisy(images.validation[:50], 17, torch.device("cpu"), 1)
+    validation = _data.noisy(images.validation[:50], 17, torch.device("cpu"), 1)
     flow = NICE(64, hidden=(8,), data_init=True)
     flow.log_prob(validation)
     before = nice.mean_log_prob(flow, validation)
@@ -106,9 +106,9 @@ def test_images_of_other_kinds(tmp_path, monkeypatch):
         pixels = torch.randint(0, 256, (5020, *shape), dtype=torch.uint8)
         monkeypatch.setattr(_data, "_torchvision", lambda *_, pixels=pixels: (pixels, pixels[:40]))
         monkeypatch.setitem(nice.SETTINGS, name, nice.Settings(hidden=(4,), epochs=1, batch=10))
-        monkeypatch.setattr(nice, "DRAWS", 1)
-        unit = nice.Gaussian(torch.zeros(math.prod(shape)).double(), torch.eye(math.prod(shape)).double())
-        monkeypatch.setattr(nice.Gaussian, "fit", lambda *_, unit=unit: unit)
+        monkeypatch.setattr(_data, "DRAWS", 1)
+        unit = _data.Gaussian(torch.zeros(math.prod(shape)).double(), torch.eye(math.prod(shape)).double())
+        monkeypatch.setattr(_data.Gaussian, "fit", lambda *_, unit=unit: unit)
         images = _data.load(name, tmp_path)
         assert images.shape == shape and len(images.train) == 20 and images.levels == 256
         assert run("--data", name, "--quick", "--epochs", 1, "--out", tmp_path / f"{name}.png", "--device", "cpu") == 0

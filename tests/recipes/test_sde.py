@@ -13,7 +13,7 @@ for package in ("matplotlib", "sklearn", "torchdiffeq", "tqdm"):
     pytest.importorskip(package)
 
 from pyflow.flows import bits_per_dim
-from pyflow.recipes import _data, _loops, nice, sde
+from pyflow.recipes import _data, _demo, _loops, sde
 from pyflow.sde import VPSDE, make_step
 
 SETTINGS = sde.Settings(
@@ -31,7 +31,7 @@ def run(*argv):
 @pytest.fixture(autouse=True)
 def one_thread():
     """Two that wait for each other on a busy machine take six times as long."""
-    with nice.threads(1):
+    with _demo.threads(1):
         yield
 
 
@@ -113,7 +113,7 @@ def test_the_score_before_training_is_that_of_a_normal(images):
 def test_likelihood_of_that_normal_in_the_units_of_demo_nice(images):
     """log_prob's scaling to [-1, 1] is in the density: the closed form is of digits in [0, 1]."""
     net = sde.ScoreNet(VPSDE(), images, SETTINGS).eval()
-    x = nice.noisy(images.test, 17, CPU, seed=2)[:6]
+    x = _data.noisy(images.test, 17, CPU, seed=2)[:6]
     nats = sde.log_prob(VPSDE(), net, x, seed=0)
     alpha, std = VPSDE().marginal(torch.tensor(sde.EPS))
     scale = (alpha**2 * net.variance + std**2).sqrt()
@@ -131,7 +131,7 @@ def test_training_lowers_the_loss_and_keeps_the_average(images, capsys):
     assert not average.training and loss < 5
     pairs = [*zip(net.parameters(), average.parameters(), strict=True)]
     assert any(not a.equal(b) for a, b in pairs) and all(b.isfinite().all() for _, b in pairs)
-    x = nice.noisy(images.test, 17, CPU, seed=2)[:360]
+    x = _data.noisy(images.test, 17, CPU, seed=2)[:360]
     before = sde.ScoreNet(VPSDE(), images, SETTINGS).eval()
     assert sde.log_prob(VPSDE(), average, x, 0).mean() > sde.log_prob(VPSDE(), before, x, 0).mean() + 1
 
