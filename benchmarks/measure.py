@@ -1,8 +1,9 @@
 """Check the result of each contender of a case, then time the contenders in turn.
 
 A round times every contender once, in a new random order: changes in the machine's speed and in the state of the
-allocator affect all contenders alike, so ratios hold even when absolute times vary. A time includes freeing the result.
-Python's garbage collector is off during the rounds. `gpu` describes times on a GPU, `memory` the pages of large results.
+allocator affect all contenders alike, so ratios hold even when absolute times vary. A time includes freeing the
+result. Python's garbage collector is off during the rounds. `gpu` describes times on a GPU, `memory` the pages of large
+results.
 """
 
 from __future__ import annotations
@@ -345,7 +346,9 @@ class Bench:
     def measure(self, case: Case) -> Measured:
         """Measure all contenders of a case in turn."""
         names = self.contenders(case)
-        places: dict[str, Runner | Worker] = {name: self.workers.get(name.partition(" ")[2], self.local) for name in names}
+        places: dict[str, Runner | Worker] = {
+            name: self.workers.get(name.partition(" ")[2], self.local) for name in names
+        }
         for worker in self.workers.values():
             worker.begin(case, [name for name in names if places[name] is worker])
         result = self.local.prepare(case, [name for name in names if places[name] is self.local])

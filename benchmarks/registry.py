@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,19 +53,6 @@ class Problem:
     tolerance: float | None = None
 
 
-class Options(TypedDict, total=False):
-    """Keyword arguments of `Case` that have defaults."""
-
-    contenders: tuple[str, ...]
-    peer: str | None
-    compare: tuple[tuple[str, str], ...]
-    pages: str
-    quick: bool
-    sweep: int | None
-    memory: bool
-    gpu: tuple[int, ...] | None
-
-
 @dataclass(frozen=True)
 class Case:
     """One group of rows of the report.
@@ -104,7 +91,7 @@ class Case:
 
 
 def all_cases(pages: str | None = None) -> dict[str, Case]:
-    """Return all cases by name; `pages` applies to all of them, and duplicates that differ only in pages are dropped."""
+    """Return all cases by name; `pages` sets the pages of all, and cases that differ only in them become one."""
     cases = [case for family in FAMILIES for case in importlib.import_module(f".{family}", __package__).CASES]
     if pages:
         cases = [case for case in cases if not case.name.endswith(FRESH)]

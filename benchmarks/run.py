@@ -1,6 +1,7 @@
 """`pyflow bench`: measure, print the table, write the JSON and the plots.
 
-The JSON has pytest-benchmark's format with additions under extra_info and "pyflow"; `pytest-benchmark compare` reads it.
+The JSON has pytest-benchmark's format, with additions under extra_info and "pyflow"; `pytest-benchmark compare` can
+read it.
 """
 
 from __future__ import annotations
@@ -42,10 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's number)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--pages", choices=("fresh", "reused"), help="whether results get fresh or reused memory pages (default: as each case says)"
+        "--pages",
+        choices=("fresh", "reused"),
+        help="whether results get fresh or reused memory pages (default: as each case says)",
     )
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
-    parser.add_argument("--budget", type=float, help="seconds of measurement per case (default 4, --quick 0.8, --gpu 1)")
+    parser.add_argument(
+        "--budget", type=float, help="seconds of measurement per case (default 4, --quick 0.8, --gpu 1)"
+    )
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="start no case after this time")
     parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results in a checkout)")
 

@@ -338,7 +338,7 @@ def picture(
     for axis, x, title in ((axes[0, 1], before, "generator"), (axes[0, 2], after, "after MALA")):
         axis.plot(*x.cpu().numpy().T, ".", markersize=1.5, color="0.2")
         axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-    for axis, (name, x) in zip(axes[1], drawn.items(), strict=True):
+    for axis, (name, x) in zip(axes[1], drawn.items(), strict=False):
         tiles = x.reshape(8, 8, 8, 8).permute(0, 2, 1, 3).reshape(64, 64).cpu().numpy()
         axis.imshow(tiles, cmap="gray", vmin=-1, vmax=1)
         axis.set_title(f"digits, {name}")
