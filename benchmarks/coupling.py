@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,12 @@ MAIN = (16384, 392)
 LARGE = (65536, 1024)
 PACKINGS = ("shift_scale", "scale_shift", "interleaved")
 QUICK_SWEEP = (10, 14, 18, 22)
-# what the scale maps measured here are called in normflows; its "sigmoid" divides
+# normflows' names of the measured scale maps; its "sigmoid" divides by the scale
 NORMFLOWS_MAPS = {"exp": "exp", "sigmoid": "sigmoid_inv"}
 
 
 def _reference(scale_map: str = "tanh", inverse: bool = False, packing: str | None = None) -> Callable[..., Outputs]:
-    options = {
+    options: dict[str, Any] = {
         "scale_map": scale_map, "map_arg": 2.0 if scale_map == "tanh" else 0.0, "shift_first": False,
         "inverse": inverse, "mask": None,
     }  # fmt: skip
@@ -33,6 +34,7 @@ def _reference(scale_map: str = "tanh", inverse: bool = False, packing: str | No
         return ref.affine_coupling(x, shift, scale, event_dims=x.dim() - 1, **options)
 
     def packed(x: Tensor, params: Tensor) -> Outputs:
+        assert packing is not None
         return ref.affine_coupling_packed(x, params, packing=packing, dim=1, event_dims=x.dim() - 1, **options)
 
     return packed if packing else separate
@@ -44,7 +46,7 @@ def _op(scale_map: str = "tanh", inverse: bool = False, packing: str | None = No
     return partial(pyflow.ops.affine_coupling, scale_map=scale_map, inverse=inverse)
 
 
-def _contenders(**options: object) -> dict[str, Callable[..., Outputs]]:
+def _contenders(**options: Any) -> dict[str, Callable[..., Outputs]]:
     function = _reference(**options)
     return {"eager": function, "compile": compiled(function), "pyflow": _op(**options)}
 
@@ -55,9 +57,9 @@ def _problem(
     passes: int,
     backward: bool = False,
     own_inputs: dict[str, Outputs] | None = None,
-    **more: object,
+    **more: Any,
 ) -> Problem:
-    """Contenders as functions of the inputs; `passes` counts how many tensors of x's size are read or written."""
+    """Bind contenders to their inputs; `passes` is the number of tensors of x's size that are read or written."""
     x, rows = inputs[0], inputs[0].shape[0]
     cotangents = (*normals(x.shape, x.device, 1, x.dtype), *normals((rows,), x.device, 1)) if backward else None
 
@@ -67,15 +69,15 @@ def _problem(
     return Problem(
         {name: call_of(name) for name in functions},
         lambda: bind(functions["eager"], wide(inputs), cotangents and wide(cotangents))(),
-        # logdet is written, and its gradient read
+        # forward writes logdet, backward reads its gradient
         passes * x.nbytes + 4 * rows * (2 if backward else 1),
         **more,
     )
 
 
 def _passes(backward: bool, inverse: bool = False, packed: bool = False) -> int:
-    # x, shift, scale -> y, then grad_y, x, scale -> grad_x, grad_scale. a forward's grad_shift is grad_y itself, which
-    # packed gradients hold a copy of; an inverse reads shift again and has a grad_shift of its own
+    # forward: x, shift, scale -> y; backward: grad_y, x, scale -> grad_x, grad_scale. grad_shift of a forward is grad_y
+    # itself, copied if gradients are packed; the backward of an inverse also reads shift and writes grad_shift
     return 4 + backward * (7 if inverse else 6 if packed else 5)
 
 
@@ -92,7 +94,7 @@ def _plain(
 
 
 def _strided(shape: tuple[int, ...], device: torch.device, *, backward: bool = False) -> Problem:
-    """x is half of a tensor twice as wide, shift and scale are the halves of a network's output."""
+    """x is half of a wider tensor; shift and scale are halves of a network's output."""
     both, params = normals((shape[0], 2 * shape[1], *shape[2:]), device, 2)
     inputs = (both.chunk(2, 1)[0], *params.chunk(2, 1))
     own = {"pyflow contiguous": tuple(t.contiguous() for t in inputs)}
@@ -104,7 +106,7 @@ def _packed(shape: tuple[int, ...], device: torch.device, *, packing: str, backw
     x, shift, scale = normals(shape, device, 3)
 
     def pack(result: Outputs) -> Outputs:
-        return (*result[:3], ref.pack(*result[3:], packing, 1)) if backward else result
+        return (*result[:3], ref.pack(result[3], result[4], packing, 1)) if backward else result
 
     return _problem(
         {**_contenders(packing=packing), "pyflow contiguous": _op()},
@@ -117,7 +119,7 @@ def _packed(shape: tuple[int, ...], device: torch.device, *, packing: str, backw
 
 
 class Fixed(nn.Module):
-    """A network whose output is given, so that the coupling is measured and not the network."""
+    """A network with a given output, so that only the coupling is measured."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,8 +129,8 @@ class Fixed(nn.Module):
         return self.params[0]
 
 
-def _layer(make: Callable[[nn.Module], nn.Module]) -> Callable[[Tensor, Tensor], Outputs]:
-    """A coupling layer as a function of its input and its network's output."""
+def _layer(make: Callable[[nn.Module], nn.Module]) -> Callable[[Any, Tensor], Outputs]:
+    """Return a coupling layer as a function of its input and its network's output."""
     net = Fixed()
     layer = make(net)
 
@@ -141,7 +143,10 @@ def _layer(make: Callable[[nn.Module], nn.Module]) -> Callable[[Tensor, Tensor],
 
 def _normflows_step(scale_map: str) -> Callable[..., Outputs]:
     flows = peer("normflows", "normflows.flows")
-    step = _layer(lambda net: flows.AffineCoupling(net, scale_map=NORMFLOWS_MAPS[scale_map]))
+    # its layer maps a pair of tensors
+    step: Callable[[list[Tensor], Tensor], Any] = _layer(
+        lambda net: flows.AffineCoupling(net, scale_map=NORMFLOWS_MAPS[scale_map])
+    )
 
     def function(x: Tensor, params: Tensor) -> Outputs:
         (_, y), logdet = step([x, x], params)
@@ -151,7 +156,7 @@ def _normflows_step(scale_map: str) -> Callable[..., Outputs]:
 
 
 def _beside_peer(shape: tuple[int, ...], device: torch.device, *, scale_map: str, backward: bool = False) -> Problem:
-    """normflows' own maps and packing: it has no tanh map."""
+    """Compare with normflows in its maps and packing: it has no tanh map."""
     x, shift, scale = normals(shape, device, 3)
     theirs, missing = available({"normflows": partial(_normflows_step, scale_map)})
     functions = _contenders(scale_map=scale_map, packing="interleaved") | theirs
@@ -160,7 +165,7 @@ def _beside_peer(shape: tuple[int, ...], device: torch.device, *, scale_map: str
 
 
 def _module(shape: tuple[int, ...], device: torch.device) -> Problem:
-    """A whole layer around a given network output; "pyflow op" is the op alone, without joining the halves."""
+    """A whole layer with a given network output; "pyflow op" is the op alone, without concatenating the halves."""
     rows, half = shape
     (x,), (params,) = normals((rows, 2 * half), device, 1), normals((rows, 2 * half), device, 1)
     op = _op("exp", packing="interleaved")
@@ -177,27 +182,30 @@ def _module(shape: tuple[int, ...], device: torch.device) -> Problem:
     def theirs() -> Callable[..., Outputs]:
         return _layer(partial(peer("normflows", "normflows.flows").AffineCouplingBlock, scale_map="exp"))
 
-    functions = {"eager": eager, "compile": compiled(eager), "pyflow op": op_alone}
+    functions: dict[str, Callable[..., Outputs]] = {
+        "eager": eager, "compile": compiled(eager), "pyflow op": op_alone,
+    }  # fmt: skip
     functions["pyflow"] = _layer(partial(layers.AffineCoupling, packing="interleaved", scale_map="exp"))
     peers, missing = available({"normflows": theirs})
     forms = {"pyflow op": lambda result: (torch.cat((x[:, :half], result[0]), 1), *result[1:])}
     problem = _problem(functions | peers, (x, params), 0, forms=forms, missing=missing)
     # both halves are read and written
-    problem.bytes += 2 * x.nbytes + params.nbytes
+    problem.bytes = (problem.bytes or 0) + 2 * x.nbytes + params.nbytes
     return problem
 
 
 def _deep(shape: tuple[int, ...], device: torch.device) -> Problem:
-    """Forward and backward of a stack of couplings that share one net: its gradients do not grow with the depth."""
+    """Forward and backward of a stack of couplings that share one network, whose gradients do not grow with depth."""
     rows, dim, hidden, *depths = shape
     (x,) = normals((rows, dim), device, 1)
     cotangents = (*normals((rows, dim), device, 1), *normals((rows,), device, 1))
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(dim // 2, hidden), nn.ReLU(), nn.Linear(hidden, dim)).to(device)
+    first, last = nn.Linear(dim // 2, hidden), nn.Linear(hidden, dim)
+    net = nn.Sequential(first, nn.ReLU(), last).to(device)
     with torch.no_grad():
-        # gentle steps, so that 64 of them do not overflow
-        net[-1].weight.mul_(0.01)
-        net[-1].bias.zero_()
+        # small steps, so that 64 of them do not overflow
+        last.weight.mul_(0.01)
+        last.bias.zero_()
 
     def step(depth: int, recompute: bool, dtype: torch.dtype = torch.float32) -> Call:
         own_net = copy.deepcopy(net).to(dtype)
@@ -235,9 +243,14 @@ def _additive(shape: tuple[int, ...], device: torch.device) -> Problem:
     return Problem(calls, bind(eager, wide(inputs)), 3 * inputs[0].nbytes)
 
 
-def _case(name: str, build: Callable[..., Problem], shape: tuple[int, ...] = MAIN, **more: object) -> Case:
-    tiny = (3, 6, 4, 4) if len(shape) == 4 else (5, 14)
-    return Case(f"coupling/{name}", build, shape, more.pop("tiny", tiny), **more)
+def _case(
+    name: str,
+    build: Callable[..., Problem],
+    shape: tuple[int, ...] = MAIN,
+    tiny: tuple[int, ...] | None = None,
+    **more: Any,
+) -> Case:
+    return Case(f"coupling/{name}", build, shape, tiny or ((3, 6, 4, 4) if len(shape) == 4 else (5, 14)), **more)
 
 
 _beside_contiguous = partial(
@@ -246,7 +259,7 @@ _beside_contiguous = partial(
     compare=(("pyflow", "pyflow contiguous"),),
 )
 _with_peer = partial(_case, contenders=("eager", "compile", "normflows", "pyflow"), peer="normflows")
-_main = {
+_main: dict[str, Callable[..., Problem]] = {
     "forward": _plain,
     "inverse": partial(_plain, inverse=True),
     "forward+backward": partial(_plain, backward=True),

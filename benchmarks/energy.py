@@ -1,15 +1,17 @@
-"""Cases of energies: Metropolis-adjusted Langevin steps on (4096, 128) chains, and the gradient penalty.
+"""Cases of energies: Metropolis-adjusted Langevin (MALA) steps on (4096, 128) chains, and the gradient penalty.
 
-The chain's case gives energy and gradient of the proposal, so that the operations themselves are measured; another has
-a quadratic energy, and all of a step. Everybody draws the noise they would draw. A contender of torch's is held to how
-many chains it moves, pyflow to its reference value by value; with one noise given to all, every value is compared.
+"mala step" gets the energy and gradient of the proposal as inputs, so only pyflow's operations are measured; another
+case evaluates a quadratic energy. Each contender draws its own noise: eager torch is checked by the mean squares of its
+results, pyflow value by value.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch import Tensor
 import pyflow
 from pyflow.reference import energy as ref
 
-from .registry import Case, Outputs, Problem, bind, compiled, normals, wide
+from .registry import Call, Case, Outputs, Problem, bind, compiled, normals, wide
 
 SEED, STEP, ALPHA = 5, 7, 0.01
 
@@ -26,8 +28,10 @@ def _propose(z: Tensor, grad: Tensor) -> Tensor:
     return z - ALPHA * grad + math.sqrt(2 * ALPHA) * torch.randn_like(z)
 
 
-def _accept(z, new, u, u_new, grad, grad_new, log_uniforms: Tensor) -> Outputs:
-    """As it is written: two norms, and a choice of three."""
+def _accept(
+    z: Tensor, new: Tensor, u: Tensor, u_new: Tensor, grad: Tensor, grad_new: Tensor, log_uniforms: Tensor
+) -> Outputs:
+    """Accept or reject proposals in plain torch: two norms and three selections."""
     there = (new - z + ALPHA * grad).square().sum(1)
     back = (z - new + ALPHA * grad_new).square().sum(1)
     accepted = log_uniforms < u - u_new + (there - back) / (4 * ALPHA)
@@ -40,7 +44,7 @@ def _log_uniforms(like: Tensor) -> Tensor:
 
 
 def _chain(shape: tuple[int, ...], device: torch.device) -> Outputs:
-    """z, z', u, u', grad, grad': half of the chains accept whatever they draw, the other half reject."""
+    """Return z, z', u, u', grad, grad' where half of the chains always accept and the other half always reject."""
     z, noise, grad = normals(shape, device, 3)
     new = z - ALPHA * grad + math.sqrt(2 * ALPHA) * noise
     (u,) = normals(shape[:1], device, 1)
@@ -51,24 +55,24 @@ def _chain(shape: tuple[int, ...], device: torch.device) -> Outputs:
 def _accept_problem(shape: tuple[int, ...], device: torch.device) -> Problem:
     args = _chain(shape, device)
 
-    def eager(*args: Tensor) -> Outputs:
-        return _accept(*args, _log_uniforms(args[0]))
+    def eager(z: Tensor, new: Tensor, u: Tensor, u_new: Tensor, grad: Tensor, grad_new: Tensor) -> Outputs:
+        return _accept(z, new, u, u_new, grad, grad_new, _log_uniforms(z))
 
-    def op(*args: Tensor) -> Outputs:
-        return pyflow.ops.mala_accept(*args, ALPHA, seed=SEED, step=STEP)[:3]
+    def op(z: Tensor, new: Tensor, u: Tensor, u_new: Tensor, grad: Tensor, grad_new: Tensor) -> Outputs:
+        return pyflow.ops.mala_accept(z, new, u, u_new, grad, grad_new, ALPHA, seed=SEED, step=STEP)[:3]
 
     calls = {n: bind(f, args) for n, f in (("eager", eager), ("compile", compiled(eager)), ("pyflow", op))}
-    # four tensors for the decision, two written
+    # reads z, z', grad, grad' and writes two tensors
     return Problem(calls, bind(eager, wide(args)), 6 * args[0].nbytes)
 
 
 def _size(result: Outputs) -> Outputs:
-    """The mean squares of a result: what other noise leaves alike."""
+    """Return the mean squares of a result, which hardly depend on the noise."""
     return tuple(v.double().square().mean()[None] for v in result)
 
 
 def _step_problem(shape: tuple[int, ...], device: torch.device, *, quadratic: bool) -> Problem:
-    """Propose and accept; of a quadratic energy, U = |z|^2 / 2, with its evaluation between them."""
+    """Propose and accept; with `quadratic` the energy U = |z|^2 / 2 is evaluated in between."""
     args = _chain(shape, device)
     z, _, u, u_new, grad, grad_new = args
     if quadratic:
@@ -96,10 +100,10 @@ def _step_problem(shape: tuple[int, ...], device: torch.device, *, quadratic: bo
         return _accept(z.double(), new, u.double(), u_new, grad.double(), grad_new, log_uniforms)
 
     calls = {n: bind(f, (z, u, grad)) for n, f in (("eager", eager), ("compile", compiled(eager)), ("pyflow", op))}
-    truths = defaultdict(lambda: exact)
+    truths: dict[str, Call] = defaultdict(lambda: exact)
     for name in ("eager", "compile"):
         truths[name] = lambda: _size(exact())
-    # z and grad -> z'; then the four of them and two written
+    # propose: z, grad -> z'; accept: reads z, z', grad, grad', writes two tensors
     forms = dict.fromkeys(("eager", "compile"), _size)
     return Problem(calls, truths, (3 + 6) * z.nbytes, forms=forms, tolerance=0.05)
 
@@ -120,7 +124,7 @@ def _penalty_problem(shape: tuple[int, ...], device: torch.device, *, backward: 
     return Problem(calls, truth, (1 + 2 * backward) * grad.nbytes)
 
 
-def _case(name: str, build: object, shape: tuple[int, ...] = (4096, 128), **more: object) -> Case:
+def _case(name: str, build: Callable[..., Problem], shape: tuple[int, ...] = (4096, 128), **more: Any) -> Case:
     return Case(f"energy/{name}", build, shape, (64, 10), **more)
 
 

@@ -1,4 +1,4 @@
-"""Cases of the flow head: log-likelihoods of (16384, 784) values with a learnt scale."""
+"""Cases of the flow head: log-likelihoods of (16384, 784) latents with a learnt scale."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .registry import Call, Case, Outputs, Problem, available, bind, compiled, n
 
 def _normflows(h: Tensor, log_scale: Tensor, cotangents: Outputs | None) -> Call:
     base = peer("normflows", "normflows.distributions").DiagGaussian(h.shape[1]).to(h.device)
-    # its scale divides
+    # normflows divides by its scale
     base.log_scale.data.copy_(-log_scale)
     base.loc.requires_grad_(False)
     base.log_scale.requires_grad_(cotangents is not None)
@@ -47,7 +47,7 @@ def _problem(shape: tuple[int, ...], device: torch.device, *, prior: str, backwa
     makers = {"normflows": partial(_normflows, h, log_scale, cotangents)} if prior == "gaussian" else {}
     theirs, missing = available(makers)
     forms = {"normflows": lambda result: (*result[:2], -result[2].flatten())} if theirs and backward else {}
-    # h once, then h again and its gradient
+    # forward reads h; backward reads h and writes its gradient
     moved = (3 if backward else 1) * h.nbytes + (2 if backward else 1) * (4 * shape[0] + log_scale.nbytes)
     truth = bind(eager, wide(inputs), cotangents and wide(cotangents))
     return Problem(calls | theirs, truth, moved, missing=missing, forms=forms)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ PEER_COMPILED = f"{PEER} compiled"
 
 
 def _decided(shape: tuple[int, ...], levels: tuple[int, ...], device: torch.device, dim: int) -> Tensor:
-    """Normal values whose bound stays away from where rounding turns, so that every contender must agree."""
+    """Return normal values whose bounded values are not close to a rounding boundary, so that all contenders agree."""
     z = normals(shape, device, 1)[0].movedim(dim, 0)
     b = ref.bound(z.double(), levels, "vqp")
     near = ((b - b.floor()) - 0.5).abs() < 1e-4
@@ -33,7 +34,8 @@ def _problem(
     z = _decided(shape, levels, device, dim)
     cotangents = normals(shape, device, 1) if backward else None
 
-    def results(codes: Tensor, indices: Tensor) -> Outputs:
+    def results(codes: Tensor, indices: Tensor | None) -> Outputs:
+        assert indices is not None
         return (codes,) if backward else (codes, indices)
 
     def eager(z: Tensor) -> Outputs:
@@ -45,7 +47,7 @@ def _problem(
 
     def theirs() -> Callable[[Tensor], Outputs]:
         module = peer(PEER, "vector_quantize_pytorch").FSQ(list(levels)).to(device)
-        # it takes (batch, tokens, channels) or images
+        # its input is (batch, tokens, channels) or images
         return lambda z: results(*module(z)) if z.dim() > 2 else results(*(t[0] for t in module(z[None])))
 
     peers, missing = available({PEER: theirs, PEER_COMPILED: lambda: compiled(theirs())})
@@ -56,7 +58,7 @@ def _problem(
         last = tuple(t.movedim(1, -1).contiguous() for t in (z, *(cotangents or ())))
         calls["pyflow channel last"] = bind(partial(op, dim=-1), last[:1], last[1:] or None)
         forms["pyflow channel last"] = lambda out: tuple(t.movedim(-1, 1) if t.dim() == 4 else t for t in out)
-    # in and out, the indices; with backward again in, and both gradients
+    # forward: z, codes, indices; backward also reads z and the gradient of codes and writes the gradient of z
     moved = 5 * z.nbytes if backward else 2 * z.nbytes + 4 * z.numel() // len(levels)
     truth = bind(eager, wide((z,)), cotangents and wide(cotangents))
     return Problem(calls, truth, moved, missing=missing, forms=forms)
@@ -91,9 +93,9 @@ CASES = [
 
 
 def _modules(shape: tuple[int, ...], device: torch.device, *, stages: int, backward: bool) -> Problem:
-    """Residual stages, with all the modules do around them."""
+    """Residual stages as whole modules."""
     x = normals(shape, device, 1)[0]
-    options = {"levels": list(LEVELS[0]), "num_quantizers": stages}
+    options: dict[str, Any] = {"levels": list(LEVELS[0]), "num_quantizers": stages}
     ours = pyflow.nn.ResidualFSQ(**options).to(device)
     cotangents = normals(shape, device, 1) if backward else None
 
@@ -112,7 +114,7 @@ def _modules(shape: tuple[int, ...], device: torch.device, *, stages: int, backw
     functions = {"eager": eager, "pyflow": of(ours)} | peers
     calls = {name: bind(function, (x,), cotangents) for name, function in functions.items()}
     moved = 5 * x.nbytes if backward else 2 * x.nbytes + 4 * stages * shape[0]
-    # the last stages are finer than float32 resolves x: in float64 their tokens would be others
+    # compared with eager in float32: the last stages are finer than float32, so float64 gives other tokens
     return Problem(calls, calls["eager"], moved, missing=missing)
 
 

@@ -1,4 +1,4 @@
-"""Cases of GAN-QP: the critic's loss of 64 pairs of 128 x 128 colour images, and its gradients."""
+"""Cases of GAN-QP: the critic's loss on 64 pairs of 128 x 128 colour images, and its gradients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _problem(
     values = normals(shape[:1], device, 2)
     cotangents = (torch.ones((), device=device),) if backward else None
 
-    # as one writes it: the reference besides asks which samples have no distance
+    # the usual code; the reference also handles samples at distance 0
     def eager(samples: Outputs, t_real: Tensor, t_fake: Tensor) -> Outputs:
         d = sum(_distance(real, fake, distance) for real, fake in zip(samples[::2], samples[1::2], strict=True))
         delta = t_real - t_fake
@@ -41,7 +41,7 @@ def _problem(
     functions = {"eager": eager, "compile": compiled(eager), "pyflow": op}
     calls = {name: bind(partial(function, samples), values, cotangents) for name, function in functions.items()}
     truth = bind(partial(eager, wide(samples)), wide(values), cotangents and wide(cotangents))
-    # every sample once, the backward none; a distance per sample, and the critic's values with their gradients
+    # forward reads the samples, backward does not; plus distances, the critic's values and their gradients
     moved = sum(t.nbytes for t in samples) + (6 if backward else 3) * values[0].nbytes
     return Problem(calls, truth, moved)
 

@@ -1,7 +1,7 @@
-"""Times on a GPU: a CUDA graph's replay with a cold L2 cache, and what a launched call takes by the wall clock.
+"""Times on a GPU: the replay of a CUDA graph with a cold L2 cache, and the wall time of a launched call.
 
-A replay is what the GPU needs, without Python, the dispatcher and the launches. No replay is faster than that of a
-graph with one small kernel: the copies' rows of a small case show that floor.
+A replay excludes Python, the dispatcher and kernel launches. Its lower limit is a graph with one small kernel: the rows
+of the copies show it in small cases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from .registry import Call
 
-# replays in a round, each timed singly: the cache is flushed between them
+# replays per round, each timed separately: the cache is flushed between them
 REPLAYS = 10
 WARM_UP = 3
 # five times the L2 cache of an H100
@@ -25,7 +25,7 @@ FLUSH_BYTES = 1 << 28
 
 
 class Sample(NamedTuple):
-    """One round of a contender, per call: seconds, page faults, and on a GPU wall seconds when launched."""
+    """One round of a contender, per call: seconds, page faults, and on a GPU wall seconds of a launched call."""
 
     seconds: float
     faults: float = 0.0
@@ -39,10 +39,10 @@ class Gpu:
         self.flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
     def capture(self, call: Call) -> Callable[[], None]:
-        """What replays the call's kernels; raises where they cannot be captured."""
+        """Return a function that replays the call's kernels; raises if they cannot be captured."""
         stream, graph, pool = torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream())
-        # restores the stream, which a failed capture does not
+        # this context restores the stream after a failed capture
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 call()
@@ -51,7 +51,7 @@ class Gpu:
                 with torch.cuda.graph(graph, pool=pool, stream=stream):
                     call()
             except Exception:
-                # some versions of torch leave the allocator capturing, and empty_cache() then raises
+                # some versions of torch leave the allocator in capture mode, in which empty_cache() raises
                 with contextlib.suppress(AttributeError, RuntimeError):
                     torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
                 raise
@@ -59,7 +59,7 @@ class Gpu:
         return graph.replay
 
     def _refuse_synchronising(self, call: Call) -> None:
-        """Raises in a call that waits for the GPU: here, since a failed capture is hard to recover from."""
+        """Raise if the call synchronises with the GPU, before the capture: a failed capture is hard to recover from."""
         torch.cuda.set_sync_debug_mode("error")
         try:
             call()
@@ -67,7 +67,7 @@ class Gpu:
             torch.cuda.set_sync_debug_mode("default")
 
     def seconds(self, run: Callable[[], object], count: int) -> list[float]:
-        """GPU seconds of each of `count` runs."""
+        """Return the GPU seconds of each of `count` runs."""
         pairs = []
         for _ in range(count):
             self.flushed.zero_()
@@ -83,7 +83,7 @@ class Gpu:
         torch.cuda.synchronize()
 
     def free(self) -> None:
-        """Give back what the contenders of a case and their graphs held."""
+        """Free the memory of a case's contenders and their graphs."""
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -92,7 +92,7 @@ class Clock:
     """Times one contender.
 
     Attributes:
-        note: why its time is that of launches, where no graph could be captured.
+        note: why launches are timed instead of a graph, or None.
     """
 
     def __init__(self, call: Call, gpu: Gpu) -> None:
@@ -102,17 +102,17 @@ class Clock:
         try:
             self.run = gpu.capture(call)
         except Exception as why:
-            # the end of a capture complains that the capture failed, its context says what failed
+            # the exception says that the capture failed, its context says why
             cause = why.__context__ or why
             self.note = f"launches timed, no graph: {cause}".splitlines()[0]
 
     def sample(self, calls: int) -> Sample:
-        """One round: the median of the replays, and of as many launches as `calls` says their mean."""
+        """Time one round: the median over the replays, and the mean over `calls` launches."""
         return Sample(statistics.median(self.gpu.seconds(self.run, REPLAYS)), launch=self.launch(calls))
 
     def launch(self, calls: int) -> float:
-        """Wall seconds of a call among calls launched back to back: the larger of launching and running it."""
-        self.call()  # allocates what the others find in torch's cache
+        """Return the wall seconds per call of calls launched back to back: the larger of launch and run time."""
+        self.call()  # fills torch's memory cache
         self.gpu.synchronize()
         start = time.perf_counter()
         for _ in range(calls):

@@ -1,14 +1,14 @@
 """Cases of HSIC with rbf kernels, and of centring Gram matrices.
 
-Eager code is what people write: two n x n matrices in float32, multiplied and summed. "floor" is the least that any
-way of making one triangle of both matrices costs here: half of torch's own matrix products and exponentials of that
-shape, in this very run.
+Eager code is the usual one: two n x n matrices in float32, multiplied and summed. "floor" is a lower bound for methods
+that compute one triangle of both matrices: half of torch's matrix products and exponentials of that shape.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ FLOOR = "floor"
 
 
 def plain(x: Tensor, y: Tensor, sigma: float) -> Outputs:
-    """The biased estimate from both matrices; the means of x and y must be near 0."""
+    """Return the biased estimate from both matrices; the means of x and y must be near 0."""
     n = x.shape[-2]
 
     def gram(z: Tensor) -> Tensor:
@@ -36,11 +36,11 @@ def plain(x: Tensor, y: Tensor, sigma: float) -> Outputs:
     return (total / (n - 1) ** 2,)
 
 
-def keops(lazy: type, x: Tensor, y: Tensor, sigma: float) -> Outputs:
-    """The same sums by lazy tensors, which make no matrix either."""
+def keops(lazy: Any, x: Tensor, y: Tensor, sigma: float) -> Outputs:
+    """Return the same estimate by KeOps' lazy tensors, which store no n x n matrix."""
     n, one = x.shape[-2], torch.ones_like(x[..., :1])
 
-    def gram(z: Tensor) -> object:
+    def gram(z: Tensor) -> Any:
         return (-((lazy(z[:, :, None]) - lazy(z[:, None])) ** 2).sum(-1) / (2 * sigma**2)).exp()
 
     k, m = gram(x), gram(y)
@@ -51,9 +51,9 @@ def keops(lazy: type, x: Tensor, y: Tensor, sigma: float) -> Outputs:
 
 
 def least(shape: tuple[int, ...], device: torch.device) -> Callable[[], Outputs]:
-    """Half the products and exponentials of both matrices, results dropped."""
+    """Return a function that computes half the products and exponentials of both matrices."""
     batch, n, _ = shape
-    # small, so that exponentials are ordinary
+    # scaled so that no exponential overflows
     x, y = (z / shape[-1] ** 0.5 for z in normals(shape, device, 2))
     halves = torch.empty((batch, n // 2, n), device=device)
 
@@ -72,14 +72,14 @@ def _problem(shape: tuple[int, ...], device: torch.device, *, backward: bool, be
     sigma = shape[-1] ** 0.5
     cotangents = (torch.ones(shape[:1], device=device),) if backward else None
     eager = partial(plain, sigma=sigma)
-    functions = {
+    functions: dict[str, Callable[..., Outputs]] = {
         "eager": eager,
         "compile": compiled(eager),
         "pyflow": lambda x, y: (pyflow.ops.hsic(x, y, bandwidth=sigma),),
     }
     calls = {name: bind(function, (x, y), cotangents) for name, function in functions.items()}
     truth = bind(eager, wide((x, y)), cotangents and wide(cotangents))
-    forms = {}
+    forms: dict[str, Callable[[Outputs], Outputs]] = {}
     if FLOOR in beside:
         calls[FLOOR] = least(shape, device)
         forms[FLOOR] = lambda out: tuple(t.float() for t in truth())
@@ -90,9 +90,9 @@ def _problem(shape: tuple[int, ...], device: torch.device, *, backward: bool, be
     peers, missing = available({"KeOps": theirs} if "KeOps" in beside else {})
     moved = (4 if backward else 2) * x.nbytes
     pairs = shape[0] * shape[1] * (shape[1] - 1) // 2
-    # a triangle of each matrix; backward makes it again and multiplies its weights with the rows on both sides
+    # one triangle of each matrix; backward recomputes it and multiplies its weights with the rows on both sides
     flops = 2 * 2 * pairs * shape[2] * (4 if backward else 1)
-    # what float32 makes of the plain form
+    # the tolerance allows for the float32 errors of the eager form
     return Problem(calls | peers, truth, moved, flops, missing, forms, tolerance=1e-3 if backward else 1e-4)
 
 
@@ -102,7 +102,7 @@ def _case(
     backward: bool = False,
     more: tuple[str, ...] = (),
     pages: str = "reused",
-    **options: object,
+    **options: Any,
 ) -> Case:
     beside = () if backward else (FLOOR, *more)
     return Case(
@@ -130,7 +130,7 @@ def _center(shape: tuple[int, ...], device: torch.device) -> Problem:
 
 
 CASES = [
-    # a process starts with fresh memory: those come first
+    # fresh pages come first: see `memory.set_pages`
     _case("4096", (1, 4096, 64), pages="fresh"),
     _case("4096", (1, 4096, 64), backward=True, pages="fresh"),
     _case("4096", (1, 4096, 64), quick=True, more=("KeOps",), gpu=(1, 4096, 64)),

@@ -1,7 +1,7 @@
-"""How far HSIC in float32 is from float64, from narrow bandwidths to wide ones, on data far from zero.
+"""Errors of HSIC in float32 against float64, from narrow to wide bandwidths, on data far from zero.
 
 python -m pyflow.benchmarks.hsic_accuracy prints the table. Errors are relative to the larger of |HSIC| and a hundredth
-of sqrt(HSIC(x, x) HSIC(y, y)), since the unbiased value crosses zero; pyflow promises 1e-5.
+of sqrt(HSIC(x, x) HSIC(y, y)), because the unbiased value can be zero; pyflow's bound is 1e-5.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Row(NamedTuple):
     """One way to compute HSIC.
 
     Attributes:
-        contender, estimator: its names in the table.
-        call: (x, y, sigma) -> HSIC, x and y float32.
-        truth: "biased", "unbiased" or "correlation", what the result is compared with.
+        contender, estimator: names in the table.
+        call: (x, y, sigma) -> HSIC for float32 x and y.
+        truth: the value that the result is compared with: "biased", "unbiased" or "correlation".
     """
 
     contender: str
@@ -42,55 +42,55 @@ class Row(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """A value in float64, and what an error of it is relative to."""
+    """A value in float64, and the scale of its errors."""
 
     value: float
     scale: float
 
     def error(self, got: float) -> float:
-        """Of a result; what is not finite is infinitely wrong."""
+        """Return the relative error of a result; infinite if it is not finite."""
         error = abs(got - self.value) / self.scale
         return error if math.isfinite(error) else math.inf
 
 
 def data(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(n, DIM) float32 x and y, half a function of x and half noise, of the same median distance, both at OFFSET."""
+    """Return float32 x and y, (n, DIM), with equal median distances and shifted by OFFSET; y depends on x."""
     generator = torch.Generator().manual_seed(seed)
     x, noise = torch.randn((2, n, DIM), generator=generator, dtype=torch.float64)
     y = x.abs() + 0.5 * noise
-    # hyppo has one bandwidth for both
+    # equal median distances, because hyppo has one bandwidth for both
     y = y * (median_distance(x) / median_distance(y))
     return (x + OFFSET).float(), (y + OFFSET).float()
 
 
 def median_distance(z: Tensor) -> float:
-    """The lower of two medians where there are two: any scale near it serves here."""
+    """Return the median distance, for an even count the lower of the two middle ones."""
     return torch.pdist(z).median().item()
 
 
 def bandwidth(x: Tensor, factor: float) -> float:
-    """factor times the median distance, a number of float32."""
+    """Return factor times the median distance, rounded to float32."""
     return torch.tensor(factor * median_distance(x.double())).float().item()
 
 
-# the truth
-
-
 def squared_distances(z: Tensor) -> Tensor:
-    """(n, n) float64 from the differences of every column of centred data."""
+    """Return squared distances, (n, n) float64, from column-wise differences of centred data."""
     z = z.double()
     z = z - z.mean(0)
-    return sum((column[:, None] - column).square_() for column in z.T)
+    distances = z.new_zeros((len(z), len(z)))
+    for column in z.T:
+        distances += (column[:, None] - column).square_()
+    return distances
 
 
 def gram(z: Tensor, sigma: float) -> Tensor:
-    """(n, n) float64 rbf matrix, less 1 at wide bandwidths: HSIC is the same, and K there hardly differs from 1."""
+    """Return the rbf matrix K, (n, n) float64; at wide bandwidths K - 1, which has the same HSIC and more precision."""
     exponent = squared_distances(z).div_(-2 * sigma**2)
     return exponent.expm1_() if exponent.mean() > -1 else exponent.exp_()
 
 
 def definition(k: Tensor, m: Tensor, estimator: str) -> float:
-    """HSIC of two kernel matrices, less any constant each."""
+    """Return HSIC of two kernel matrices; a constant added to either does not change it."""
     n = len(k)
     if estimator == "unbiased":
         a, b = k.diagonal(), m.diagonal()
@@ -104,7 +104,7 @@ def definition(k: Tensor, m: Tensor, estimator: str) -> float:
 
 
 def truths(x: Tensor, y: Tensor, sigma: float) -> dict[str, Truth]:
-    """Both estimates, and the unbiased one over its own for x and y, from the float32 data widened."""
+    """Return both estimates and the unbiased normalised one, in float64 from the float32 data."""
     k, m = gram(x, sigma), gram(y, sigma)
     known = {}
     for estimator in ("biased", "unbiased"):
@@ -115,25 +115,22 @@ def truths(x: Tensor, y: Tensor, sigma: float) -> dict[str, Truth]:
     return known
 
 
-# the contenders
-
-
 def naive_gram(z: Tensor, sigma: float) -> Tensor:
-    """The rbf matrix as it is usually written, nothing centred."""
+    """Return the rbf matrix by the usual code, without centring the data."""
     squares = z.square().sum(1)
     distances = squares[:, None] + squares - 2 * (z @ z.T)
     return torch.exp(-distances.clamp(min=0) / (2 * sigma**2))
 
 
 def naive_biased(x: Tensor, y: Tensor, sigma: float) -> float:
-    """tr(K H L H) / (n - 1)^2."""
+    """Return tr(K H L H) / (n - 1)^2."""
     n = len(x)
     h = torch.eye(n) - 1 / n
     return (torch.trace(naive_gram(x, sigma) @ h @ naive_gram(y, sigma) @ h) / (n - 1) ** 2).item()
 
 
 def naive_unbiased(x: Tensor, y: Tensor, sigma: float) -> float:
-    """The formula of Song et al. 2012."""
+    """Return the unbiased estimate by the formula of Song et al. 2012."""
     n = len(x)
     k, m = (naive_gram(z, sigma).fill_diagonal_(0) for z in (x, y))
     product = k.sum() * m.sum() / ((n - 1) * (n - 2))
@@ -141,21 +138,21 @@ def naive_unbiased(x: Tensor, y: Tensor, sigma: float) -> float:
 
 
 def torch_cka(x: Tensor, y: Tensor, sigma: float) -> float:
-    """Its formula on matrices that are right to the last bit of float32: it has no rbf kernel of its own."""
+    """Return torch-cka's HSIC of correctly rounded float32 matrices: it has no rbf kernel."""
     formula = peer("torch-cka", "torch_cka").CKA._HSIC
     k, m = (squared_distances(z).div_(-2 * sigma**2).exp_().float().fill_diagonal_(0) for z in (x, y))
     return formula(SimpleNamespace(device="cpu"), k, m)
 
 
 def hyppo(x: Tensor, y: Tensor, sigma: float) -> float:
-    """The statistic of its test, which casts its input to float64."""
+    """Return the statistic of hyppo's test, which casts its input to float64."""
     test = peer("hyppo", "hyppo.independence").Hsic(compute_kernel="rbf", gamma=1 / (2 * sigma**2)).test
-    # above 20 rows this draws no permutations
+    # with more than 20 rows this draws no permutations
     return float(test(x.numpy(), y.numpy(), auto=True).stat)
 
 
 def ours(estimator: str) -> Callable[[Tensor, Tensor, float], float]:
-    """pyflow.ops.hsic with this estimator."""
+    """Return pyflow.ops.hsic with this estimator."""
     return lambda x, y, sigma: pyflow.ops.hsic(x, y, bandwidth=sigma, estimator=estimator).item()
 
 
@@ -169,20 +166,19 @@ ROWS = (
 )
 
 NOTES = """\
-naive float32: squared distances |a|^2 + |b|^2 - 2 a.b of the data where they are, both n x n matrices, tr(KHLH) and
+naive float32: squared distances |a|^2 + |b|^2 - 2 a.b of the data without centring, both n x n matrices, tr(KHLH) and
 the unbiased formula of Song et al. 2012.
 
-torch-cka: its own `CKA._HSIC` in float32. It has linear kernels only, so it is given rbf matrices made in float64 and
-rounded to float32 once: the error is that of its formula and of this rounding, none of it that of distances.
+torch-cka: `CKA._HSIC` in float32. It supports linear kernels only, so it gets rbf matrices computed in float64 and
+rounded to float32: its error comes from its formula and this rounding, not from the distances.
 
-hyppo: `Hsic(compute_kernel="rbf", gamma=1 / (2 sigma^2)).test(x, y)` gives unbiased HSIC(x, y) / sqrt(HSIC(x, x)
-HSIC(y, y)) and is compared with that, |error| / max(|value|, 1e-2). It is given the float32 data and casts them to
-float64: this row is float64 computation. `statistic()` of hyppo 0.5.2, which does not cast, raises numba's TypingError
-on float32."""
+hyppo: `Hsic(compute_kernel="rbf", gamma=1 / (2 sigma^2)).test(x, y)` returns unbiased HSIC(x, y) / sqrt(HSIC(x, x)
+HSIC(y, y)) and is compared with that value, |error| / max(|value|, 1e-2). It casts the float32 data to float64, so this
+row is computed in float64. `statistic()` of hyppo 0.5.2 does not cast and raises numba's TypingError on float32."""
 
 
 def worst_errors(sizes: Sequence[int], seed: int = 0, rows: Sequence[Row] = ROWS) -> dict[Row, list[float] | None]:
-    """The largest error over the sizes at every factor; None where the package is missing."""
+    """Return the largest error over the sizes for every factor; None if the package is missing."""
     errors: dict[Row, list[float] | None] = {row: [0.0] * len(FACTORS) for row in rows}
     for n in sizes:
         x, y = data(n, seed)
@@ -195,12 +191,14 @@ def worst_errors(sizes: Sequence[int], seed: int = 0, rows: Sequence[Row] = ROWS
                 except Missing:
                     errors[row] = None
                 else:
-                    errors[row][i] = max(errors[row][i], error)
+                    worst = errors[row]
+                    assert worst is not None
+                    worst[i] = max(worst[i], error)
     return errors
 
 
 def table(errors: Mapping[Row, Sequence[float] | None]) -> str:
-    """Errors in markdown, a row for each contender and estimator."""
+    """Return a markdown table of errors with a row for each contender and estimator."""
     head = ["contender", "estimator", *(f"{factor:g}x" for factor in FACTORS)]
     lines = ["| " + " | ".join(head) + " |", "|---|---" + "|---:" * len(FACTORS) + "|"]
     for row, of in errors.items():
@@ -211,13 +209,13 @@ def table(errors: Mapping[Row, Sequence[float] | None]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pyflow.benchmarks.hsic_accuracy", description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="samples of a data set")
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="numbers of samples")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     sizes = ", ".join(map(str, args.sizes))
     print(
-        f"largest error of HSIC in float32 over n = {sizes}, by sigma over the median distance; "
-        f"rbf, {DIM} columns at {OFFSET:g}, seed {args.seed}, torch {torch.__version__}\n"
+        f"largest error of HSIC in float32 over n = {sizes}, by sigma / median distance; "
+        f"rbf, {DIM} columns shifted by {OFFSET:g}, seed {args.seed}, torch {torch.__version__}\n"
     )
     print(table(worst_errors(args.sizes, args.seed)))
     print(f"\n{NOTES}")

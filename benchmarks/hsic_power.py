@@ -1,13 +1,14 @@
-"""How often HSIC tests find a dependence: the simulations of hyppo's power studies.
+"""Power of the HSIC tests: the fraction of data sets in which they find a dependence.
 
-python -m pyflow.benchmarks.hsic_power prints the table. One-dimensional x and y with noise, as in Panda et al. 2019,
-hyppo: A Multivariate Hypothesis Testing Python Package.
+python -m pyflow.benchmarks.hsic_power prints the table. The simulations, one-dimensional x and y with noise, are from
+Panda et al. 2019, hyppo: A Multivariate Hypothesis Testing Python Package.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,8 @@ def sine(n: int, rng: np.random.Generator) -> Data:
 
 
 def independent_clouds(n: int, rng: np.random.Generator) -> Data:
-    return tuple(rng.normal(size=n) / 3 + 2 * rng.integers(0, 2, n) - 1 for _ in range(2))
+    x, y = (rng.normal(size=n) / 3 + 2 * rng.integers(0, 2, n) - 1 for _ in range(2))
+    return x, y
 
 
 SIMULATIONS: dict[str, Callable[[int, np.random.Generator], Data]] = {
@@ -52,9 +54,9 @@ def rejections(
     *,
     level: float = 0.05,
     seed: int = 0,
-    **options: object,
+    **options: Any,
 ) -> float:
-    """The fraction of data sets whose p-value is at most `level`: power, or the error rate of independent data."""
+    """Return the fraction of data sets with a p-value of at most `level`: power, or size for independent data."""
     rng = np.random.default_rng(seed)
     found = sum(
         hsic_test(*simulation(n, rng), seed=seed + i, progress=False, **options).pvalue <= level
@@ -64,9 +66,9 @@ def rejections(
 
 
 def power(
-    sizes: Sequence[int], datasets: int, tests: Mapping[str, Mapping[str, object]], seed: int = 0
+    sizes: Sequence[int], datasets: int, tests: Mapping[str, Mapping[str, Any]], seed: int = 0
 ) -> dict[str, dict[str, list[float]]]:
-    """Test -> simulation -> the rate at every size."""
+    """Return test -> simulation -> rates for all sizes."""
     return {
         test: {
             name: [rejections(simulation, n, datasets, seed=seed, **options) for n in sizes]
@@ -77,7 +79,7 @@ def power(
 
 
 def table(sizes: Sequence[int], rates: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Rates in markdown, a row for each test and simulation."""
+    """Return a markdown table of rates with a row for each test and simulation."""
     lines = ["| test | data | " + " | ".join(f"n = {n}" for n in sizes) + " |", "|---" * (2 + len(sizes)) + "|"]
     for test, of in rates.items():
         lines += [f"| {test} | {name} | " + " | ".join(f"{r:.1%}" for r in row) + " |" for name, row in of.items()]
@@ -86,8 +88,8 @@ def table(sizes: Sequence[int], rates: Mapping[str, Mapping[str, Sequence[float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pyflow.benchmarks.hsic_power", description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[20, 50, 100, 200], help="samples of a data set")
-    parser.add_argument("--datasets", type=int, default=500, help="of every size and kind")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[20, 50, 100, 200], help="numbers of samples")
+    parser.add_argument("--datasets", type=int, default=500, help="data sets per size and simulation")
     parser.add_argument("--permutations", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

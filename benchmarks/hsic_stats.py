@@ -1,6 +1,6 @@
-"""Cases of the statistics of HSIC: the permutation test beside hyppo's, and random features beside the usual torch.
+"""Cases of HSIC statistics: the permutation test against hyppo's, and random features against plain torch.
 
-hyppo draws other permutations, so only its statistic is held to ours: unbiased and normalised, one bandwidth for both.
+hyppo draws other permutations, so only its statistic is compared: unbiased and normalised, with one bandwidth for both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FEATURES = 512
 
 
 def _centred(x: Tensor) -> Tensor:
-    """The U-centred Gram matrix at bandwidth 1, over its norm."""
+    """Return the U-centred Gram matrix at bandwidth 1, divided by its norm."""
     n = len(x)
     gram = (-torch.cdist(x, x).square() / 2).exp()
     gram.fill_diagonal_(0)
@@ -59,9 +59,9 @@ def permutation_test(shape: tuple[int, ...], device: torch.device) -> Problem:
 
     theirs, missing = available({"hyppo": hyppo})
     calls = {"eager": eager, "pyflow": ours} | theirs
-    # the harness' own contenders (other instruction sets) compute what pyflow does
+    # contenders that the harness adds (other instruction sets) compute the same as pyflow
     truth = defaultdict(lambda: lambda: eager(x.double(), y.double()), {"hyppo": statistic})
-    # both matrices once for every permutation
+    # each permutation reads both matrices once
     return Problem(calls, truth, 8 * n * n * count, missing=missing, tolerance=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""The header of a report: on what, and with what, it was measured."""
+"""The header of a report: hardware, software and load of the machine."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ HERE = Path(__file__).resolve().parent
 
 
 def checkout() -> Path | None:
-    """The repository this file lies in, or None for an installed package."""
+    """Return the repository that contains this file, or None for an installed package."""
     root = HERE.parent
     return root if (root / "pyflow" / "__init__.py").exists() else None
 
 
 def facts(device: str, threads: int, others: float | None) -> dict[str, str]:
-    """What a reader needs to judge the numbers, in the order they are printed.
+    """Return the facts of the header in the order in which they are printed.
 
-    `others` is the share of the CPU that other processes took meanwhile.
+    `others` is the share of the CPU that other processes took during the measurement.
     """
     facts = {
         "CPU": _cpu_name(),
@@ -107,7 +107,7 @@ def _commit() -> str:
 
 
 def cpu_seconds() -> tuple[float, float] | None:
-    """CPU seconds all processes have used, and those there were; None where the system does not say."""
+    """Return (CPU seconds used by all processes, CPU seconds available) since boot, or None if unknown."""
     try:
         fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
     except OSError:

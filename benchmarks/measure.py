@@ -1,9 +1,9 @@
-"""Time the contenders of a case in turn, after each has shown that its result is right.
+"""Check the result of each contender of a case, then time the contenders in turn.
 
-A round times every contender once, in a new order each time: the machine's moods and the memory somebody else
-just freed then meet all of them alike, and the ratios hold where absolute times do not. A time is that of a call
-and of freeing its result. Python's garbage collector is off meanwhile. `gpu` says what a time on a
-GPU is, `memory` where the pages of a large result come from.
+A round times every contender once, in a new random order: changes in the machine's speed and in the state of the
+allocator affect all contenders alike, so ratios hold even when absolute times vary. A time includes freeing the
+result. Python's garbage collector is off during the rounds. `gpu` describes times on a GPU, `memory` the pages of large
+results.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,32 +34,32 @@ from .registry import Call, Case, Missing, Outputs, Problem, all_cases
 
 COPIES = ("copy", "warm copy")
 MIN_ROUNDS, MAX_ROUNDS = 10, 50
-# long against the clock and the round's own cost
+# long compared with the clock's resolution and the overhead of a round
 ROUND_SECONDS = 2e-3
 SETTLE_SECONDS = 8e-3
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-TOLERANCE |= {torch.int32: 1e-10, torch.int64: 1e-10}  # indices are exact
+TOLERANCE |= {torch.int32: 1e-10, torch.int64: 1e-10}  # indices must be equal
 
 
 @dataclass(frozen=True)
 class Settings:
     device: str = "cpu"
     threads: int = 1
-    # seconds of rounds per case, beyond the ten there always are
+    # seconds of rounds per case; at least MIN_ROUNDS rounds are run
     budget: float = 4.0
     compile: bool = True
-    # see `memory.set_pages`; None: as each case says
+    # argument of `memory.set_pages`; None: as each case says
     pages: str | None = None
 
 
 @dataclass
 class Ready:
-    """A contender that has passed.
+    """A contender whose result is right.
 
     Attributes:
-        calls: calls per round; seconds: of a round.
-        memory: peak extra bytes; error: the largest, of 1 allowed.
-        note: what a reader must know of how it is timed.
+        calls: calls per round; seconds: duration of a round.
+        memory: peak extra bytes; error: largest error as a fraction of the allowed error.
+        note: remark on how it is timed.
     """
 
     calls: int
@@ -70,9 +71,18 @@ class Ready:
 
 @dataclass
 class Measured:
-    """Seconds per call and page faults per call, one of each per round; on a GPU wall seconds when launched, too.
+    """Measurements of a case by contender.
 
-    Or why there are none: `missing` cannot run here, `failed` gave a wrong result or none.
+    Attributes:
+        times: seconds per call in each round.
+        faults: page faults per call in each round.
+        launches: on a GPU, wall seconds per launched call in each round.
+        ready: contenders whose result is right.
+        missing: why a contender cannot run here.
+        failed: why a contender has a wrong result or none.
+        bytes: memory traffic, see `Problem`.
+        flops: floating-point operations, see `Problem`.
+        others: share of the machine's CPU time that other processes took during the rounds.
     """
 
     times: dict[str, list[float]] = field(default_factory=dict)
@@ -83,7 +93,6 @@ class Measured:
     failed: dict[str, str] = field(default_factory=dict)
     bytes: int | None = None
     flops: int | None = None
-    # share of the machine's CPU time that other processes took during the rounds
     others: float | None = None
 
 
@@ -98,10 +107,10 @@ class Runner:
         torch.set_num_threads(settings.threads)
 
     def prepare(self, case: Case, names: list[str]) -> Measured:
-        """Build the case, and let each contender show its result."""
+        """Build the case and check each contender's result."""
         set_pages(case.pages)
         if any(map(compiles, names)):
-            # functions of many cases share their code, and dynamo gives up after a few versions of one
+            # functions of many cases share code objects, and dynamo stops compiling after a few versions of one
             torch._dynamo.reset()
         try:
             problem = case.build(case.shape_on(self.device), self.device)
@@ -120,7 +129,7 @@ class Runner:
                     result.ready[name] = self._ready(name, call, error)
             except Missing as why:
                 result.missing[name] = str(why)
-            except Exception as why:  # whatever goes wrong in a contender is that contender's row
+            except Exception as why:  # report any failure in the contender's row
                 result.failed[name] = reason(why)
         return result
 
@@ -142,10 +151,10 @@ class Runner:
             return self.clocks[name].sample(calls) if self.gpu else self._time(self.calls[name], calls)
 
     def _time(self, call: Call, calls: int) -> Sample:
-        """Seconds and page faults of one call on a CPU."""
-        # worker threads of the contender before (or of another process) spin for a moment, then sleep
+        """Return seconds and page faults per call on a CPU."""
+        # worker threads of the previous contender spin for a moment before they sleep
         time.sleep(SETTLE_SECONDS)
-        call()  # wakes this contender's threads and warms its code, as in a loop of them
+        call()  # wakes this contender's threads and warms the caches
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         start = time.perf_counter()
         for _ in range(calls):
@@ -163,7 +172,7 @@ class Runner:
 
 
 def compiles(name: str) -> bool:
-    """Whether a contender is torch.compile's: of the reference or of a peer."""
+    """Return whether a contender runs under torch.compile."""
     return name.endswith(("compile", "compiled"))
 
 
@@ -172,35 +181,38 @@ def _calls_per_round(seconds: float) -> int:
 
 
 def reason(why: Exception) -> str:
-    """An exception in one line."""
+    """Return an exception as one line."""
     return f"{type(why).__name__}: {why}".splitlines()[0]
 
 
 def _call_of(name: str, problem: Problem, device: torch.device) -> Call | None:
-    """What the contender's name stands for, the harness' own included."""
+    """Return the call of a contender, including those that the harness adds."""
     if name in COPIES:
         if not problem.bytes:
             return None
-        # half is read, half is written: as many bytes as the case moves
+        # float32: bytes / 8 elements are read and as many written
         source = torch.ones(max(1, problem.bytes // 8), device=device)
         target = torch.empty_like(source)
-        return source.clone if name == "copy" else lambda: target.copy_(source)
+        # one tensor, not a tuple: a copy's result is not checked
+        copy: Any = source.clone if name == "copy" else lambda: target.copy_(source)
+        return copy
     # another instruction set (this process is then its worker) or backend
     return problem.calls.get(name) or (problem.calls["pyflow"] if name.startswith("pyflow ") else None)
 
 
 class Judge:
-    """Compares results with the float64 reference; eager, which comes first, says which dtypes are due."""
+    """Compares results with the float64 reference; eager comes first, and its dtypes set the tolerances."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.shared = None if isinstance(problem.truth, dict) else _with_sizes(problem.truth())
+        self.shared = None if isinstance(problem.truth, Mapping) else _with_sizes(problem.truth())
         self.dtypes: list[torch.dtype] | None = None
 
     def error(self, name: str, outputs: Outputs) -> float:
-        """Largest error relative to the allowed one; ArithmeticError where that is above 1."""
+        """Return the largest error as a fraction of the allowed error; raises ArithmeticError if it is above 1."""
         outputs = self.problem.forms.get(name, tuple)(outputs)
-        truths = self.shared or _with_sizes(self.problem.truth[name]())
+        truth_of = self.problem.truth
+        truths = _with_sizes(truth_of[name]()) if isinstance(truth_of, Mapping) else self.shared or []
         self.dtypes = self.dtypes or [output.dtype for output in outputs]
         if len(outputs) != len(truths):
             raise ArithmeticError(f"{len(outputs)} results for {len(truths)}")
@@ -218,13 +230,13 @@ class Judge:
 
 
 def _with_sizes(truths: Outputs) -> list[tuple[Tensor, Tensor]]:
-    """Each truth and what its error is relative to."""
+    """Return (truth, scale of its errors) for each truth."""
     truths = tuple(t.detach().double() for t in truths)
     return [(t, t.abs().add_(t.square().mean().sqrt()).clamp_min_(1e-30)) for t in truths]
 
 
 def _isas() -> list[str]:
-    """Compiled instruction sets other than the one in use."""
+    """Return the compiled instruction sets other than the one in use."""
     try:
         from pyflow import _host
     except ImportError:
@@ -233,7 +245,7 @@ def _isas() -> list[str]:
 
 
 def _gpu_backends(device: torch.device) -> list[str]:
-    """Backends other than the one "auto" picks."""
+    """Return the GPU backends other than the one that "auto" picks."""
     if device.type != "cuda":
         return []
     return ["triton"] if _backend.status()["triton"] else ["cuda"]
@@ -241,7 +253,7 @@ def _gpu_backends(device: torch.device) -> list[str]:
 
 @contextmanager
 def backend_of(name: str) -> Iterator[None]:
-    """The backend that "pyflow <backend>" means; any other name changes nothing."""
+    """Choose the backend of the contender "pyflow <backend>"; other names change nothing."""
     chosen = name.partition(" ")[2]
     if chosen not in ("triton", "cuda"):
         yield
@@ -253,7 +265,7 @@ def backend_of(name: str) -> Iterator[None]:
 
 
 class Worker:
-    """A process whose pyflow runs another instruction set: that is chosen once per process."""
+    """A process that runs another instruction set, which can be chosen only once per process."""
 
     def __init__(self, isa: str, settings: Settings) -> None:
         context = multiprocessing.get_context("spawn")
@@ -269,7 +281,7 @@ class Worker:
                 os.environ["PYFLOW_CPU_ISA"] = previous
 
     def begin(self, case: Case, names: list[str]) -> None:
-        """Start preparing; `prepared` waits for it."""
+        """Start preparing a case; `prepared` waits for the result."""
         self.pipe.send(("prepare", case.name, names))
 
     def prepared(self) -> Measured:
@@ -282,11 +294,11 @@ class Worker:
         return self._ask("cpu_seconds")
 
     def close(self) -> None:
-        # a signal for all processes of the group may have ended it
+        # a signal to the process group may have ended the worker
         with suppress(OSError, EOFError):
             self._ask("close")
 
-    def _ask(self, *message: object) -> object:
+    def _ask(self, *message: object) -> Any:
         self.pipe.send(message)
         return self.pipe.recv()
 
@@ -299,7 +311,7 @@ class Worker:
 def _serve(pipe: Connection, isa: str, settings: Settings) -> None:
     from pyflow import _host
 
-    # Ctrl-C reaches every process of the terminal: the harness says when to stop
+    # Ctrl-C reaches all processes of the terminal; only the harness handles it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     runner, cases = Runner(settings), all_cases(settings.pages)
     gc.disable()
@@ -316,7 +328,7 @@ def _serve(pipe: Connection, isa: str, settings: Settings) -> None:
 
 
 class Bench:
-    """Measures cases; keeps the workers between them."""
+    """Measures cases; keeps its workers between cases."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -324,7 +336,7 @@ class Bench:
         self.workers = {isa: Worker(isa, settings) for isa in _isas()} if settings.device == "cpu" else {}
 
     def contenders(self, case: Case) -> list[str]:
-        """The case's own contenders and the harness', in the order of the report."""
+        """Return the contenders of the case and of the harness, in the order of the report."""
         names = [name for name in case.contenders if self.settings.compile or not compiles(name)]
         if "pyflow" in names:
             at = names.index("pyflow") + 1
@@ -332,9 +344,11 @@ class Bench:
         return [*names, *COPIES]
 
     def measure(self, case: Case) -> Measured:
-        """All contenders of a case, in turn."""
+        """Measure all contenders of a case in turn."""
         names = self.contenders(case)
-        places = {name: self.workers.get(name.partition(" ")[2], self.local) for name in names}
+        places: dict[str, Runner | Worker] = {
+            name: self.workers.get(name.partition(" ")[2], self.local) for name in names
+        }
         for worker in self.workers.values():
             worker.begin(case, [name for name in names if places[name] is worker])
         result = self.local.prepare(case, [name for name in names if places[name] is self.local])
@@ -348,8 +362,8 @@ class Bench:
         result.faults = {name: [] for name in runs}
         one_round = sum(ready.seconds for ready in result.ready.values())
         rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(self.settings.budget / max(one_round, 1e-3))))
-        everybody = (self.local, *self.workers.values())
-        before, ours = cpu_seconds(), sum(place.cpu_seconds() for place in everybody)
+        processes: tuple[Runner | Worker, ...] = (self.local, *self.workers.values())
+        before, ours = cpu_seconds(), sum(place.cpu_seconds() for place in processes)
         gc.collect()
         gc.disable()
         try:
@@ -360,12 +374,12 @@ class Bench:
                     result.faults[name].append(sample.faults)
                     if sample.launch is not None:
                         result.launches.setdefault(name, []).append(sample.launch)
-            after, ours = cpu_seconds(), sum(place.cpu_seconds() for place in everybody) - ours
+            after, ours = cpu_seconds(), sum(place.cpu_seconds() for place in processes) - ours
             if before and after and after[1] > before[1]:
                 result.others = max(0.0, (after[0] - before[0] - ours) / (after[1] - before[1]))
         finally:
             gc.enable()
-            for place in everybody:
+            for place in processes:
                 place.close()
         return result
 

@@ -1,20 +1,20 @@
-"""Where the pages of a large result come from, and how much memory a call takes.
+"""Fresh or reused memory pages for large results, and the peak memory of a call.
 
-A large result is new memory, and what that costs is the allocator's business: glibc maps anything above
-its threshold anew at every call, and the kernel then clears each page at first touch; below it, memory that was
-freed is used again. The threshold moves by itself (128 KB to 32 MB), so a process' history would decide. On a
-2-core Zen 4 with 4 KB pages the forward case at (16384, 392) took torch.compile of the reference 8.6 ms with reused
-and 25 ms with fresh pages. So each case says which it means and `set_pages` holds the allocator to it. Huge pages stay
-as the system and each contender have them: glibc and torch ask for none by default, pyflow's operators do for
-results of 4 MB and more (16 ms of that case with fresh pages without, 7 ms with them).
+Above a threshold glibc maps new memory for every allocation, and the kernel clears each page at first touch; below it,
+freed memory is reused. glibc adapts the threshold (128 KB to 32 MB), so times would depend on the history of the
+process: on a 2-core Zen 4 with 4 KB pages, torch.compile of the reference took 8.6 ms with reused and 25 ms with fresh
+pages for the forward case at (16384, 392). Each case therefore names its kind of pages, and `set_pages` sets the
+allocator to it. Huge pages are left to the system and the contender: glibc and torch do not ask for them by default,
+pyflow's operators do for results of 4 MB and more (that case with fresh pages: 16 ms without, 7 ms with huge pages).
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+from typing import Any
 
-# the profiler that counts memory logs every start and stop
+# silence the profiler, which logs every start and stop
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")
 
 import torch
@@ -23,10 +23,9 @@ from .registry import Call
 
 
 def set_pages(kind: str) -> None:
-    """ "fresh": each result over 128 KB is mapped anew; "reused": freed memory is never given back.
+    """Set the allocator: "fresh" maps new pages for results over 128 KB, "reused" never returns freed memory.
 
-    Without glibc nothing happens. Only a process that has not yet been told "reused" can be told "fresh": its heap
-    would serve large results too.
+    Does nothing without glibc. "fresh" has no effect after "reused", whose heap keeps serving large results.
     """
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -41,7 +40,7 @@ def set_pages(kind: str) -> None:
 
 
 def peak_memory(call: Call, device: torch.device) -> int:
-    """Most bytes alive at once during a call beyond those before it, by torch's allocator's own account."""
+    """Return the peak of bytes that torch's allocator holds during a call, beyond those held before it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -53,7 +52,8 @@ def peak_memory(call: Call, device: torch.device) -> int:
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profile:
         call()
     live = peak = 0
-    for event in profile.profiler.kineto_results.events():
+    profiler: Any = profile.profiler
+    for event in profiler.kineto_results.events():
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)

@@ -1,9 +1,10 @@
-"""Pictures of a run: speed-ups per case, cost as size grows, memory."""
+"""Plots of a run: speed-up of each case, cost over size, peak memory."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -18,7 +19,7 @@ NAMES = {"eager": "eager", "compile": "torch.compile", "copy": "copying as many 
 
 
 def write(groups: list[Group], header: dict[str, str], out: Path) -> None:
-    """The plots for which there are data."""
+    """Write the plots for which the run has data."""
     note = f"{header['CPU']}, {header['instruction set']}, threads {header['threads']}, torch {header['torch']}"
     if "GPU" in header:
         note = f"{header['GPU']}, torch {header['torch']}"
@@ -30,7 +31,7 @@ def write(groups: list[Group], header: dict[str, str], out: Path) -> None:
 
 
 def speedup(groups: list[Group]) -> Figure | None:
-    """Bars: how many times faster pyflow is, per case."""
+    """Draw bars of pyflow's speed-up in each case."""
     groups = [group for group in groups if not group.sweep and not math.isnan(group.ours().median)]
     bars = [(group, _ratios(group)) for group in groups]
     bars = [(group, ratios) for group, ratios in bars if ratios]
@@ -81,23 +82,28 @@ def _plain_ticks(axes: Axes, ratios: list[float]) -> None:
 
 
 def scaling(groups: list[Group]) -> Figure | None:
-    """Lines: time over the number of elements, both axes logarithmic."""
-    points = [group for group in groups if group.sweep and not math.isnan(group.ours().median)]
-    points.sort(key=lambda group: group.sweep)
+    """Draw time over the number of elements, with logarithmic axes."""
+    points = [(group.sweep, group) for group in groups if group.sweep and not math.isnan(group.ours().median)]
+    points.sort(key=lambda point: point[0])
     if len(points) < 2:
         return None
     figure = Figure(figsize=(8, 4), layout="constrained")
     times, rates = figure.subplots(1, 2)
     for contender in ("eager", "compile", "pyflow", "copy"):
-        known = [group for group in points if not math.isnan(group.median(contender))]
+        known = [point for point in points if not math.isnan(point[1].median(contender))]
         if not known:
             continue
-        style = {"color": COLOURS[contender], "label": NAMES.get(contender, contender), "marker": "o", "markersize": 3}
+        style: dict[str, Any] = {
+            "color": COLOURS[contender],
+            "label": NAMES.get(contender, contender),
+            "marker": "o",
+            "markersize": 3,
+        }
         if contender == "copy":
             style.update(linestyle="--", marker="", linewidth=1)
-        sizes = [group.sweep for group in known]
-        times.plot(sizes, [1e6 * group.median(contender) for group in known], **style)
-        rates.plot(sizes, [1e9 * group.median(contender) / group.sweep for group in known], **style)
+        sizes = [elements for elements, _ in known]
+        times.plot(sizes, [1e6 * group.median(contender) for _, group in known], **style)
+        rates.plot(sizes, [1e9 * group.median(contender) / elements for elements, group in known], **style)
     for axes, title in ((times, "time of a call, µs"), (rates, "time per element, ns")):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -111,20 +117,18 @@ def scaling(groups: list[Group]) -> Figure | None:
 
 
 def memory(groups: list[Group]) -> Figure | None:
-    """Bars: peak memory in the cases that are about it."""
+    """Draw bars of peak memory in the cases that compare memory."""
     groups = [group for group in groups if group.memory]
-    rows = [(group, row) for group in groups for row in group.rows.values() if row.memory]
+    rows = [(group, row, row.memory) for group in groups for row in group.rows.values() if row.memory]
     if not rows:
         return None
     figure = Figure(figsize=(8, 1.0 + 0.35 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    for at, (_, row) in enumerate(rows):
+    for at, (_, row, peak) in enumerate(rows):
         colour = COLOURS["pyflow"] if row.contender.startswith("reversible") else COLOURS["eager"]
-        axes.barh(at, row.memory / 1e6, height=0.7, color=colour)
-        axes.annotate(
-            size(row.memory), (row.memory / 1e6, at), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
-        )
-    axes.set_yticks(range(len(rows)), [f"{group.name}: {row.contender}" for group, row in rows], fontsize=8)
+        axes.barh(at, peak / 1e6, height=0.7, color=colour)
+        axes.annotate(size(peak), (peak / 1e6, at), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [f"{group.name}: {row.contender}" for group, row, _ in rows], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_title("peak memory of forward and backward, MB", fontsize=10, loc="left")

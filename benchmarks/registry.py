@@ -1,4 +1,4 @@
-"""What is measured: a case is one computation at one shape, with everybody who can do it."""
+"""Cases of the benchmark: one computation at one shape, with all contenders that implement it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,60 +16,60 @@ Outputs = tuple[Tensor, ...]
 Call = Callable[[], Outputs]
 Contender = TypeVar("Contender")
 
-# a family is the file of that name
+# the cases of a family are in the file of that name
 FAMILIES = (
     "coupling", "energy", "flow_head", "fsq", "gan_qp", "hsic", "hsic_stats", "noise", "sde", "sector", "spectral",
 )  # fmt: skip
 
-# how the name of a case with fresh pages ends
+# suffix of the names of cases with fresh pages
 FRESH = ", fresh pages"
 
 
 class Missing(Exception):
-    """Why a case or a contender cannot run here."""
+    """A case or a contender cannot run here; the text says why."""
 
 
 @dataclass
 class Problem:
-    """A case built on a device; all contenders work on the same tensors.
+    """A case built on a device; all contenders get the same tensors.
 
     Attributes:
         calls: contender -> the call that is timed.
-        truth: the same result from the reference in float64; by contender where they compute different things.
-        bytes: each input read once and each output written once, where that is the limit; a backward reads again
-            what it needs.
-        flops: floating-point operations, where counting them says something.
-        missing: contender -> why it is not among the calls.
-        forms: contender -> how to bring its result into the form of the truth.
+        truth: the reference's result in float64; a dict by contender if they compute different things.
+        bytes: memory traffic if each input is read once and each output written once (a backward reads its inputs
+            again); None if the case is not limited by memory bandwidth.
+        flops: floating-point operations, for cases limited by arithmetic.
+        missing: contender -> why it is not in `calls`.
+        forms: contender -> function that converts its result to the form of the truth.
         tolerance: allowed error relative to |truth| + its root mean square; None: by the dtype of eager's result.
     """
 
     calls: dict[str, Call]
-    truth: Call | dict[str, Call]
+    truth: Call | Mapping[str, Call]
     bytes: int | None = None
     flops: int | None = None
     missing: dict[str, str] = field(default_factory=dict)
-    forms: dict[str, Callable[[Outputs], Outputs]] = field(default_factory=dict)
+    forms: Mapping[str, Callable[[Outputs], Outputs]] = field(default_factory=dict)
     tolerance: float | None = None
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row group of the report.
+    """One group of rows of the report.
 
     Attributes:
         name: "family/what".
         build: (shape, device) -> Problem.
-        shape: what is measured; tiny: what the tests build.
-        gpu: what is measured on a GPU instead; a case that has it is part of --gpu.
-        contenders: in the order of the report; "eager", "compile" and "pyflow" mean the same everywhere. The
+        shape: the measured shape; tiny: the shape for tests.
+        gpu: the shape measured on a GPU; only cases with it are part of --gpu.
+        contenders: in the order of the report; "eager", "compile" and "pyflow" mean the same in all cases. The
             harness adds the other instruction sets and backends of "pyflow", and the copies.
-        peer: the contender that is another package doing the same.
-        compare: pairs of contenders whose ratio the case is about.
+        peer: the contender that is another package.
+        compare: pairs of contenders whose ratio is reported.
         pages: "reused" or "fresh", see `memory.set_pages`.
         quick: part of --quick.
-        sweep: number of elements, for a point of the cost-over-size plot.
-        memory: whether the case is about memory and not about time.
+        sweep: number of elements, for a point in the plot of cost over size.
+        memory: whether the case compares memory instead of time.
     """
 
     name: str
@@ -86,12 +86,12 @@ class Case:
     gpu: tuple[int, ...] | None = None
 
     def shape_on(self, device: torch.device) -> tuple[int, ...]:
-        """What is measured on this device."""
+        """Return the measured shape on this device."""
         return self.gpu if self.gpu and device.type == "cuda" else self.shape
 
 
 def all_cases(pages: str | None = None) -> dict[str, Case]:
-    """Every case of every family, by name; with `pages` all have these, and a case that exists with both is one."""
+    """Return all cases by name; `pages` sets the pages of all, and cases that differ only in them become one."""
     cases = [case for family in FAMILIES for case in importlib.import_module(f".{family}", __package__).CASES]
     if pages:
         cases = [case for case in cases if not case.name.endswith(FRESH)]
@@ -104,9 +104,9 @@ def all_cases(pages: str | None = None) -> dict[str, Case]:
 
 
 def select(pattern: str | None = None, quick: bool = False, pages: str | None = None, gpu: bool = False) -> list[Case]:
-    """Cases whose name contains the pattern (with * and ? as in file names); a pattern also finds the slow ones.
+    """Return the cases whose name contains the pattern (with * and ?), or without one all cases or the quick ones.
 
-    With `gpu` only those that have a shape for a GPU.
+    With `gpu` only cases that have a shape for a GPU.
     """
     cases = [case for case in all_cases(pages).values() if case.gpu or not gpu]
     if pattern:
@@ -115,23 +115,23 @@ def select(pattern: str | None = None, quick: bool = False, pages: str | None = 
 
 
 def normals(shape: tuple[int, ...], device: torch.device, count: int, dtype: torch.dtype = torch.float32) -> Outputs:
-    """The same normal tensors in every process on a device of this kind."""
+    """Return `count` normal tensors, the same in every process on this kind of device."""
     source = generator(device)
     return tuple(torch.randn(shape, generator=source, device=device).to(dtype) for _ in range(count))
 
 
 def generator(device: torch.device) -> torch.Generator:
-    """Where `normals` come from: drawn on the device, since 64 M of them take half a second on a CPU."""
+    """Return the generator of `normals`, on the device: drawing 64 M values takes half a second on a CPU."""
     return torch.Generator(device).manual_seed(0)
 
 
-def compiled(function: Callable) -> Callable:
-    """torch.compile as generous to it as it gets: one graph, this very shape."""
+def compiled(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    """Compile with torch.compile's most favourable options: one graph, static shapes."""
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def bind(function: Callable[..., Outputs], inputs: Outputs, cotangents: Outputs | None = None) -> Call:
-    """The function on these inputs as one call; with cotangents forward, and then backward to every input."""
+    """Bind a function to its inputs; with cotangents the call runs forward, then backward to every input."""
     leaves = tuple(t.detach().requires_grad_(cotangents is not None) for t in inputs)
 
     def forward() -> Outputs:
@@ -144,19 +144,20 @@ def bind(function: Callable[..., Outputs], inputs: Outputs, cotangents: Outputs 
     return forward if cotangents is None else forward_backward
 
 
-def peer(package: str, module: str) -> object:
-    """The other package's module, or Missing."""
+def peer(package: str, module: str) -> Any:
+    """Import another package's module; raises Missing if that fails."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise Missing(f"the package {package} is not installed") from error
-    except Exception as error:  # some look for a compiler when they are imported
+    except Exception as error:  # for example, no compiler found at import
         raise Missing(f"the package {package} does not import: {error}") from error
 
 
 def available(makers: Mapping[str, Callable[[], Contender]]) -> tuple[dict[str, Contender], dict[str, str]]:
-    """The contenders that can be made here, and why the others are missing."""
-    made, missing = {}, {}
+    """Return (the contenders that can be made here, name -> why each of the others is missing)."""
+    made: dict[str, Contender] = {}
+    missing: dict[str, str] = {}
     for name, make in makers.items():
         try:
             made[name] = make()

@@ -1,4 +1,4 @@
-"""A run as JSON, and from that a table in the terminal, a table for a page, and plots."""
+"""Reports of a run: JSON, and from it a table in the terminal, a table in markdown, and plots."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 COLUMNS = ("time", "IQR", "vs eager", "vs compile", "vs peer", "of copy", "of warm copy", "GFLOP/s", "memory")
-# on a GPU beside them: the time is then that of a graph's replay, and this the wall time of a launched call
+# additional column on a GPU: wall time of a launched call, while "time" is the replay of a graph
 LAUNCH = "launch"
-# share of the CPU taken by others from which on a remark is made
+# share of CPU time taken by other processes above which the report warns
 BUSY = 0.1
 
 
 @dataclass
 class Row:
-    """One contender of a case, or why it has no numbers."""
+    """One contender of a case; `reason` says why it has no numbers."""
 
     contender: str
     median: float = math.nan
     iqr: float = math.nan
     memory: int | None = None
     reason: str | None = None
-    # on a GPU: seconds by the wall clock when launched, and what is different about the time
+    # on a GPU: wall seconds of a launched call, and a remark on how the time was measured
     launch: float = math.nan
     note: str | None = None
 
 
 @dataclass
 class Group:
-    """One case and its rows, in the order of the report."""
+    """One case and its rows in the order of the report."""
 
     name: str
     pages: str
@@ -53,15 +54,15 @@ class Group:
         return row.median if row else math.nan
 
     def speedup(self, row: Row, over: str | None) -> float:
-        """How many times faster the row is than another contender; NaN where one has no time."""
+        """Return how many times faster the row is than another contender; NaN if one has no time."""
         return self.median(over) / row.median
 
     def ours(self) -> Row:
         return self.rows.get("pyflow", Row("pyflow"))
 
 
-def groups_of(results: dict) -> list[Group]:
-    """The cases of a result file, in the order they were declared."""
+def groups_of(results: dict[str, Any]) -> list[Group]:
+    """Return the cases of a result file in the order of their declaration."""
     rows: dict[str, dict[str, Row]] = {}
     for entry in results["benchmarks"]:
         extra, stats = entry["extra_info"], entry["stats"]
@@ -108,7 +109,7 @@ def _percent(ratio: float) -> str:
 
 
 def cells(group: Group, row: Row) -> list[str]:
-    """The columns of one row."""
+    """Return the columns of one row as text."""
     return [
         duration(row.median),
         duration(row.iqr),
@@ -127,25 +128,25 @@ def _line(group: Group, row: Row) -> list[str]:
 
 
 def comparisons(group: Group) -> Iterator[str]:
-    """What the case is about, in words."""
+    """Yield a sentence for each pair of contenders that the case compares."""
     for one, other in group.compare:
         first, second = group.rows.get(one), group.rows.get(other)
         if not first or not second or first.reason or second.reason:
             continue
         text = f"{one} takes {first.median / second.median:.2f}x the time of {other}"
-        if group.memory and second.memory:
+        if group.memory and first.memory is not None and second.memory:
             text += f" and {first.memory / second.memory:.2f}x its memory"
         yield text
 
 
 def used_columns(groups: list[Group]) -> list[int]:
-    """Columns that say something anywhere."""
+    """Return the indices of the columns that are not empty."""
     table = [_line(group, row) for group in groups for row in group.rows.values() if not row.reason]
     return [i for i in range(len(COLUMNS) + 1) if any(line[i] != "–" for line in table)]
 
 
-def print_table(results: dict) -> None:
-    """Every contender of every case; with rich where that is installed."""
+def print_table(results: dict[str, Any]) -> None:
+    """Print all contenders of all cases, with rich if it is installed."""
     header = "\n".join(f"{name}: {fact}" for name, fact in results["pyflow"]["header"].items())
     groups = groups_of(results)
     keep = used_columns(groups)
@@ -169,7 +170,7 @@ def print_table(results: dict) -> None:
                 style = "green" if row.contender == "pyflow" else None
                 table.add_row(f"  {row.contender}", *(columns[i] for i in keep), style=style)
     print(header)
-    # a table cut to the width of a pipe is no use
+    # in a pipe rich assumes 80 columns, which cuts the table
     console = Console()
     Console(width=None if console.is_terminal else 160).print(table)
     print(*_remarks(groups), sep="\n")
@@ -197,17 +198,27 @@ def _remarks(groups: list[Group]) -> Iterator[str]:
         else:
             yield from (f"{group.name}: no number for {name}: {why}" for name, why in reasons.items())
         yield from (f"{group.name}: {row.contender}: {row.note}" for row in group.rows.values() if row.note)
-    busy = [group.others for group in groups if (group.others or 0) > BUSY]
+    busy = [group.others for group in groups if group.others is not None and group.others > BUSY]
     if busy:
         yield (
             f"other processes took up to {max(busy):.0%} of the CPU, more than {BUSY:.0%} in {len(busy)} of "
-            f"{len(groups)} cases: these numbers are not to be trusted"
+            f"{len(groups)} cases: do not trust these numbers"
         )
 
 
-def markdown(results: dict) -> str:
-    """One line per case, for a page."""
-    head = ("case", "eager", "torch.compile", "peer", "pyflow", "vs eager", "vs compile", "vs peer", "of copy")
+def markdown(results: dict[str, Any]) -> str:
+    """Return a markdown table with one line per case."""
+    head: tuple[str, ...] = (
+        "case",
+        "eager",
+        "torch.compile",
+        "peer",
+        "pyflow",
+        "vs eager",
+        "vs compile",
+        "vs peer",
+        "of copy",
+    )
     head += ("memory, eager", "memory, pyflow")
     groups = groups_of(results)
     launched = any(not math.isnan(row.launch) for group in groups for row in group.rows.values())
@@ -230,16 +241,16 @@ def markdown(results: dict) -> str:
     return "\n".join(lines)
 
 
-def save(results: dict, out: Path) -> None:
-    """Write bench.json and bench.md, each at once: a run that is killed meanwhile leaves those before."""
+def save(results: dict[str, Any], out: Path) -> None:
+    """Write bench.json and bench.md atomically: a run that is killed leaves the previous files."""
     for name, text in (("bench.json", json.dumps(results, indent=1)), ("bench.md", markdown(results))):
         part = out / f"{name}.part"
         part.write_text(text)
         part.replace(out / name)
 
 
-def write(results: dict, out: Path) -> None:
-    """Print the table, write bench.md and the plots beside bench.json."""
+def write(results: dict[str, Any], out: Path) -> None:
+    """Print the table; write bench.md and the plots beside bench.json."""
     print_table(results)
     (out / "bench.md").write_text(markdown(results))
     try:

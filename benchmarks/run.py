@@ -1,7 +1,7 @@
 """`pyflow bench`: measure, print the table, write the JSON and the plots.
 
-The JSON is pytest-benchmark's, with what that does not know under extra_info and "pyflow"; `pytest-benchmark compare`
-reads it.
+The JSON has pytest-benchmark's format, with additions under extra_info and "pyflow"; `pytest-benchmark compare` can
+read it.
 """
 
 from __future__ import annotations
@@ -16,39 +16,47 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyflow.recipes import _demo
+from pyflow.cli import Refused, check_writable
 
 from . import machine, registry, report
 
+if TYPE_CHECKING:
+    from .measure import Measured, Settings
+
 HERE = Path(__file__).resolve().parent
-# --quick starts no case after this, so that it ends within two minutes on a slow or busy machine too
+# seconds after which --quick starts no case, so that it ends within two minutes on a slow machine
 QUICK_SECONDS = 85
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `pyflow bench`."""
-    parser.add_argument("--quick", action="store_true", help="the main cases, within two minutes")
+    """Add the options of `pyflow bench`."""
+    parser.add_argument("--quick", action="store_true", help="only the main cases, within two minutes")
     parser.add_argument(
-        "--gpu", action="store_true", help="the cases for a GPU, with large tensors; implies --device cuda"
+        "--gpu", action="store_true", help="only the cases for a GPU, with large tensors; implies --device cuda"
     )
     parser.add_argument("--case", metavar="PATTERN", help="only cases whose name contains this (* and ? work)")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
-    parser.add_argument("--threads", type=int, default=None, help="default: as many as torch uses")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's number)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--pages", choices=("fresh", "reused"), help="memory of results, for every case (default: as each case says)"
+        "--pages",
+        choices=("fresh", "reused"),
+        help="whether results get fresh or reused memory pages (default: as each case says)",
     )
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
-    parser.add_argument("--budget", type=float, help="seconds of rounds per case (default 4, --quick 0.8, --gpu 1)")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="start no case after so many seconds")
+    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
+    parser.add_argument(
+        "--budget", type=float, help="seconds of measurement per case (default 4, --quick 0.8, --gpu 1)"
+    )
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="start no case after this time")
     parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results in a checkout)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what the options ask for; 0, or 1 where pyflow gave a wrong result or something broke."""
+    """Measure the chosen cases; returns 0, 1 if pyflow's result was wrong or it failed, 2 for wrong options."""
     if args.gpu:
         args.device = "cuda"
     cases = registry.select(args.case, args.quick, args.pages, args.gpu)
@@ -69,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
     return measure(cases, settings, seconds, args.out)
 
 
-def measure(cases: list[registry.Case], settings: object, seconds: float, out: Path) -> int:
-    """Measure the cases, starting none after so many seconds; the files are written anew after every case."""
+def measure(cases: list[registry.Case], settings: Settings, seconds: float, out: Path) -> int:
+    """Measure the cases, starting none after `seconds`; the files are rewritten after every case."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.json").unlink(missing_ok=True)
     session = Session(cases, settings, seconds)
@@ -92,7 +100,7 @@ def measure(cases: list[registry.Case], settings: object, seconds: float, out: P
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does."""
+    """Handle SIGTERM like Ctrl-C."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -105,7 +113,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _problem(args: argparse.Namespace, cases: list[registry.Case]) -> str | None:
-    """Why this cannot be run, in one sentence."""
+    """Return why the options cannot be run, in one sentence, or None."""
     if not cases:
         return f"no case matches {args.case!r}; --list shows them all"
     if args.threads is not None and args.threads < 1:
@@ -122,24 +130,24 @@ def _problem(args: argparse.Namespace, cases: list[registry.Case]) -> str | None
         return "the package pytest-benchmark is not installed: pip install 'pyflow-kernels[bench]'"
     names = ("bench.json", "bench.md", "speedup.png", "scaling.png", "memory.png")
     try:
-        _demo.check_writable("a folder", args.out, [args.out], [args.out / name for name in names])
-    except _demo.Refused as error:
+        check_writable("a folder", args.out, [args.out], [args.out / name for name in names])
+    except Refused as error:
         return str(error)
     return None
 
 
 class Session:
-    """One run: its cases, what was measured of them so far, and the JSON that says so."""
+    """One run: its cases, their measurements so far, and the results as JSON."""
 
-    def __init__(self, cases: list[registry.Case], settings: object, seconds: float) -> None:
+    def __init__(self, cases: list[registry.Case], settings: Settings, seconds: float) -> None:
         from .measure import Bench
 
-        # a heap that was told to keep its pages cannot be told to give them up
+        # fresh first: an allocator set to keep its pages cannot be set back
         self.cases = sorted(cases, key=lambda case: case.pages != "fresh")
         self.settings = settings
         self.end = time.perf_counter() + seconds
         self.bench = Bench(settings)
-        self.measured: dict[str, object] = {}
+        self.measured: dict[str, Measured] = {}
         self.entries: list[dict[str, object]] = []
         self.broken: list[str] = []
 
@@ -151,7 +159,7 @@ class Session:
         wrong = {name: why for name, why in measured.failed.items() if name.startswith("pyflow")}
         self.broken += [f"{case.name}: {name}: {why}" for name, why in wrong.items()]
 
-    def _measure(self, case: registry.Case) -> object:
+    def _measure(self, case: registry.Case) -> Measured:
         from .measure import Measured, reason
 
         contenders = self.bench.contenders(case)
@@ -159,10 +167,10 @@ class Session:
             return Measured(missing=dict.fromkeys(contenders, "no time left"))
         try:
             return self.bench.measure(case)
-        except Exception as why:  # whatever breaks is this case's, and the others are still measured
+        except Exception as why:  # a case that fails must not end the run
             return Measured(failed=dict.fromkeys(contenders, reason(why)))
 
-    def _say(self, case: registry.Case, measured: object, seconds: float) -> None:
+    def _say(self, case: registry.Case, measured: Measured, seconds: float) -> None:
         medians = {name: statistics.median(times) for name, times in measured.times.items()}
         parts = [f"{name} {report.duration(medians[name])}" for name in case.contenders if name in medians]
         reasons = {**measured.missing, **measured.failed}
@@ -170,8 +178,8 @@ class Session:
         text = ", ".join(parts)
         print(f"[{len(self.measured)}/{len(self.cases)}] {case.name}: {text} ({seconds:.0f} s)", flush=True)
 
-    def results(self) -> dict[str, object]:
-        """What the files say."""
+    def results(self) -> dict[str, Any]:
+        """Return the content of bench.json."""
         from pytest_benchmark import __version__
         from pytest_benchmark.utils import get_commit_info
 
@@ -222,7 +230,7 @@ class Session:
 
 
 def stats(times: list[float], calls: int) -> dict[str, object]:
-    """pytest-benchmark's statistics of a contender's rounds."""
+    """Return pytest-benchmark's statistics of a contender's rounds."""
     from pytest_benchmark.stats import Stats
 
     found = Stats()

@@ -1,8 +1,8 @@
 """Cases of SDE steps: x' = a x + b score + c z on (16, 3, 256, 256) images, float32 unless the name says otherwise.
 
-Everybody draws the noise they would draw: torch its own, pyflow its. Where results can be compared value by value
-they are: the cases with "given noise" hold every contender to one z; in the others a contender of torch's is held to
-the moments of (x' - mean) / c, as in `noise`, and pyflow to its reference.
+Each contender draws its own noise. In the cases with "given noise" all get the same z and are compared value by value.
+In the others torch's contenders are checked by the moments of (x' - mean) / c, as in `noise`, and pyflow against its
+reference.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from .registry import FRESH, Call, Case, Outputs, Problem, available, bind, comp
 SMALL = (4, 3, 32, 32)
 SCALARS = (1.01, 0.05, 0.3)
 SEED, STEP = 5, 7
+# without return_mean they return one tensor, which their types do not say
+sde_step: Callable[..., Any] = pyflow.ops.sde_step
+langevin_step: Callable[..., Any] = pyflow.ops.langevin_step
 
 
 def _columns(values: Outputs, x: Tensor) -> Outputs:
@@ -30,13 +34,13 @@ def _columns(values: Outputs, x: Tensor) -> Outputs:
 
 
 def _own(shape: tuple[int, ...], device: torch.device) -> Outputs:
-    """Coefficients of each sample."""
+    """Return coefficients a, b, c that differ between samples."""
     spread = torch.linspace(0.9, 1.1, shape[0], device=device)
     return tuple(v * spread for v in SCALARS)
 
 
 def _diffusers() -> tuple[Callable[[Tensor, Tensor], Tensor], tuple[float, float, float]]:
-    """step_pred of the VE scheduler, and its coefficients: the step is x + g**2 score + g z with the g of a time."""
+    """Return the VE scheduler's step_pred, x + g**2 score + g z, at one time, and its coefficients (1, g**2, g)."""
     scheduler = peer("diffusers", "diffusers").ScoreSdeVeScheduler()
     scheduler.set_timesteps(10)
     scheduler.set_sigmas(10)
@@ -47,8 +51,8 @@ def _diffusers() -> tuple[Callable[[Tensor, Tensor], Tensor], tuple[float, float
     return lambda x, score: scheduler.step_pred(score, time, x).prev_sample, (1.0, gain**2, gain)
 
 
-def _standardised(x: Tensor, score: Tensor, a: object, b: object, c: object) -> Callable[[Outputs], Outputs]:
-    """What a contender added, as standard normal values if it is right, to its moments."""
+def _standardised(x: Tensor, score: Tensor, a: Any, b: Any, c: Any) -> Callable[[Outputs], Outputs]:
+    """Return a function that computes the moments of the noise in a result, which must be standard normal."""
     mean = a * x.double() + b * score.double()
     return lambda result: deviations((result[0].double() - mean) / c, "normal")
 
@@ -59,7 +63,7 @@ def _problem(
 ) -> Problem:  # fmt: skip
     x, score = normals(shape, device, 2, dtype)
     theirs, missing = available({"diffusers": _diffusers} if with_peer else {})
-    values = _own(shape, device) if own else SCALARS
+    values: Any = _own(shape, device) if own else SCALARS
     if theirs:
         step, values = theirs["diffusers"]
     a, b, c = _columns(values, x) if own else values
@@ -68,8 +72,8 @@ def _problem(
     def eager(x: Tensor, score: Tensor) -> Outputs:
         return ((a * x + b * score + c * torch.randn_like(x)).to(x.dtype),)
 
-    def op(x: Tensor, score: Tensor, scalars: tuple = values, seed: object = seed) -> Outputs:
-        return (pyflow.ops.sde_step(x, score, *scalars, seed=seed, step=STEP),)
+    def op(x: Tensor, score: Tensor, scalars: Any = values, seed: Any = seed) -> Outputs:
+        return (sde_step(x, score, *scalars, seed=seed, step=STEP),)
 
     functions = {"eager": eager, "compile": compiled(eager), "pyflow": op}
     if theirs:
@@ -78,10 +82,10 @@ def _problem(
         functions["pyflow scalars"] = partial(op, scalars=SCALARS, seed=SEED)
     calls = {name: bind(function, (x, score)) for name, function in functions.items()}
 
-    def truth(scalars: tuple, seed: object) -> Call:
-        as_tensors = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in scalars]
+    def truth(scalars: Any, seed: Any) -> Call:
+        a, b, c = (torch.as_tensor(v, dtype=torch.float64, device=device) for v in scalars)
         z = pyflow.ops.normal(shape, seed=seed, step=STEP, dtype=torch.float64, device=device)
-        return lambda: (ref.sde_step(*wide((x, score)), *as_tensors, z)[0],)
+        return lambda: (ref.sde_step(x.double(), score.double(), a, b, c, z)[0],)
 
     truths = defaultdict(lambda: truth(values, seed), {"pyflow scalars": truth(SCALARS, SEED)})
     others = ("eager", "compile", "diffusers")
@@ -93,7 +97,7 @@ def _problem(
 
 
 def _given(shape: tuple[int, ...], device: torch.device, *, backward: bool = False) -> Problem:
-    """Everybody with the same z, value by value; backward to x, score and the coefficients of each sample."""
+    """All contenders get the same z; backward to x, score and the coefficients of each sample."""
     x, score, z = normals(shape, device, 3)
     inputs = (x, score, *_own(shape, device))
     cotangents = normals(shape, device, 1) if backward else None
@@ -103,17 +107,17 @@ def _given(shape: tuple[int, ...], device: torch.device, *, backward: bool = Fal
         return (a * x + b * score + c * noise,)
 
     def op(x: Tensor, score: Tensor, *scalars: Tensor) -> Outputs:
-        return (pyflow.ops.sde_step(x, score, *scalars, noise=z),)
+        return (sde_step(x, score, *scalars, noise=z),)
 
     functions = {"eager": eager, "compile": compiled(eager), "pyflow": op}
     calls = {name: bind(function, inputs, cotangents) for name, function in functions.items()}
     truth = bind(partial(eager, noise=z.double()), wide(inputs), cotangents and wide(cotangents))
-    # x, score, z -> y; then those and the gradient again -> two gradients
+    # forward: x, score, z -> y; backward reads them and the gradient of y and writes two gradients
     return Problem(calls, truth, (4 + 6 * backward) * x.nbytes)
 
 
 def _loss(shape: tuple[int, ...], device: torch.device, *, backward: bool) -> Problem:
-    """perturb's z again; eager has kept it, which it must have stored."""
+    """The loss regenerates the z of perturb; eager reads a stored z."""
     (pred,) = normals(shape, device, 1)
     std = torch.linspace(0.1, 1.0, shape[0], device=device)
     z = pyflow.ops.normal(shape, seed=SEED, step=STEP, device=device)
@@ -140,18 +144,18 @@ def _langevin(shape: tuple[int, ...], device: torch.device) -> Problem:
         return _corrected(x, score, torch.randn_like(x), snr)
 
     def op(x: Tensor, score: Tensor) -> Outputs:
-        return (pyflow.ops.langevin_step(x, score, snr=snr, norm="sample", seed=SEED, step=STEP),)
+        return (langevin_step(x, score, snr=snr, norm="sample", seed=SEED, step=STEP),)
 
     def exact() -> Outputs:
         z = pyflow.ops.normal(shape, seed=SEED, step=STEP, purpose="corrector", device=device)
-        return _corrected(*wide((x, score, z)), snr)
+        return _corrected(x.double(), score.double(), z.double(), snr)
 
-    # with other noise only the size of the result is the same
+    # the noise differs, so only the norms are compared
     def size_of(result: Outputs) -> Outputs:
         return (result[0].double().flatten(1).norm(dim=1),)
 
     calls = {n: bind(f, (x, score)) for n, f in (("eager", eager), ("compile", compiled(eager)), ("pyflow", op))}
-    truths = defaultdict(lambda: exact)
+    truths: dict[str, Call] = defaultdict(lambda: exact)
     for name in ("eager", "compile"):
         truths[name] = lambda: size_of(exact())
     return Problem(calls, truths, 4 * x.nbytes, forms=dict.fromkeys(("eager", "compile"), size_of), tolerance=0.05)
@@ -163,7 +167,7 @@ def _corrected(x: Tensor, score: Tensor, z: Tensor, snr: float) -> Outputs:
     return (x + size * score + (2 * size).sqrt() * z,)
 
 
-def _case(name: str, build: Callable[..., Problem], shape: tuple[int, ...] = IMAGES, **more: object) -> Case:
+def _case(name: str, build: Callable[..., Problem], shape: tuple[int, ...] = IMAGES, **more: Any) -> Case:
     return Case(f"sde/{name}", build, shape, (4, 3, 64, 64), **more)
 
 

@@ -1,7 +1,7 @@
-"""Cases of the sector probability: trials beside the usual formulation (draw, sort, take gaps), and the formula.
+"""Cases of the sector probability: trials against the usual code (draw, sort, take gaps), and the formula.
 
-The usual formulation draws other numbers: its share is held to the probability within eight standard errors. pyflow's
-counts are held to its reference's.
+The usual code draws other numbers: its estimate must be within eight standard errors of the probability. pyflow's
+counts must equal its reference's.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from collections import defaultdict
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import pyflow
 from pyflow.reference import sector as ref
 from pyflow.stats import sector_probability, sector_probability_mc
 
-from .registry import Case, Outputs, Problem
+from .registry import Call, Case, Outputs, Problem
 
 TOLERANCE = 1e-6
 SEED = 0
 
 
 def _middle(n: int) -> float:
-    """An angle at which about half of the trials succeed."""
+    """Return an angle at which about half of the trials succeed."""
     low, high = 0.0, 2 * math.pi
     for _ in range(60):
         angle = (low + high) / 2
@@ -49,16 +50,18 @@ def trials(shape: tuple[int, ...], device: torch.device) -> Problem:
         return (torch.tensor(int((largest >= limit).sum()), device=device),)
 
     def ours() -> Outputs:
-        return (sector_probability_mc(n, theta, count, SEED).count,)
+        hits = sector_probability_mc(n, theta, count, SEED).count
+        assert isinstance(hits, Tensor)
+        return (hits,)
 
     def deviation(result: Outputs) -> Outputs:
-        p = sector_probability(n, theta.item())
+        p = float(sector_probability(n, theta.item()))
         error = 8 * math.sqrt(p * (1 - p) / count)
         return (1 + TOLERANCE * (result[0].double() / count - p) / error,)
 
     with pyflow.backend("reference"):
         counted = ours()[0].double()
-    truths = defaultdict(lambda: lambda: (counted,))
+    truths: dict[str, Call] = defaultdict(lambda: lambda: (counted,))
     for name in ("eager", "numpy"):
         truths[name] = lambda: (torch.ones((), dtype=torch.float64, device=device),)
     calls = {"eager": eager, "numpy": numpy, "pyflow": ours}
@@ -72,16 +75,21 @@ def memory(shape: tuple[int, ...], device: torch.device) -> Problem:
 
 
 def formula(shape: tuple[int, ...], device: torch.device) -> Problem:
-    """Angles from where all gaps are small, through the middle, to where the sum has one term."""
+    """Angles from those where all gaps are small to those where the sum has one term."""
     angles, n = shape
     theta = torch.from_numpy(2 * math.pi * (1 - np.linspace(1.5, 2.5 * math.log(n), angles) / n))
     values = [ref.sector_probability(n, t, complement=True) for t in theta.tolist()]
 
+    def op() -> Outputs:
+        p = sector_probability(n, theta, complement=True)
+        assert isinstance(p, Tensor)
+        return (p,)
+
     def eager() -> Outputs:
         with pyflow.backend("reference"):
-            return (sector_probability(n, theta, complement=True),)
+            return op()
 
-    calls = {"eager": eager, "pyflow": lambda: (sector_probability(n, theta, complement=True),)}
+    calls = {"eager": eager, "pyflow": op}
     truth = torch.tensor(values, dtype=torch.float64)
     return Problem(calls, lambda: (truth,), 16 * angles)
 

@@ -1,8 +1,9 @@
-"""Cases of spectral normalisation: the layers of ResNets in one call, against torch's layer by layer."""
+"""Cases of spectral normalisation: all layers of a ResNet-50 in one call, against torch's layer by layer."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,12 @@ from pyflow.reference import spectral as ref
 from .registry import Call, Case, Outputs, Problem, bind, compiled
 
 SLOW = "compiling 54 layers takes minutes, as much as all other cases for a GPU"
-# (out, in, k) of convolutions in a bottleneck of this width: 1x1 down, 3x3, 1x1 up
+# (inner width, number of blocks); a block has convolutions 1x1 down, 3x3, 1x1 up
 STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))
 
 
 def resnet50(width: float) -> list[tuple[int, ...]]:
-    """Shapes of ResNet-50's 53 convolutions and its classifier, channels times `width`."""
+    """Return the shapes of ResNet-50's 53 convolutions and its classifier, with channels scaled by `width`."""
     channels = lambda n: max(1, int(n * width))
     shapes: list[tuple[int, ...]] = [(channels(64), 3, 7, 7)]
     before = channels(64)
@@ -40,10 +41,10 @@ class Layer(nn.Module):
 
 
 def _torchs(weights: Outputs, u: Outputs, v: Outputs, cotangents: Outputs | None) -> Call:
-    """Every access of a weight is one round and one division; u and v start anew, as in the other contenders."""
-    layers = [parametrizations.spectral_norm(Layer(w)) for w in weights]
+    """Each access of a weight runs one power iteration and one division; u and v are reset, as in other contenders."""
+    layers: list[Any] = [parametrizations.spectral_norm(Layer(w)) for w in weights]
     norms = [layer.parametrizations.weight[0] for layer in layers]
-    leaves = [layer.parametrizations.weight.original for layer in layers]
+    leaves: list[Tensor] = [layer.parametrizations.weight.original for layer in layers]
 
     def forward() -> Outputs:
         for norm, a, b in zip(norms, u, v, strict=True):
@@ -65,13 +66,14 @@ def _problem(shape: tuple[int, ...], device: torch.device, *, backward: bool) ->
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=generator).to(device)
 
-    # the width in hundredths
+    # shape[0] is the width in percent
     shapes = resnet50(shape[0] / 100)
     weights = tuple(normal(*size) for size in shapes)
     u = tuple(nn.functional.normalize(normal(w.shape[0]), dim=0) for w in weights)
     v = tuple(nn.functional.normalize(normal(w[0].numel()), dim=0) for w in weights)
-    # near the singular vectors, where training is
-    _, u, v, _ = ref.spectral_normalize(weights, u, v, n_iter=15)
+    # near the singular vectors, as during training
+    _, us, vs, _ = ref.spectral_normalize(weights, u, v, n_iter=15)
+    u, v = tuple(us), tuple(vs)
     cotangents = tuple(normal(*size) for size in shapes) if backward else None
 
     def eager(*weights: Tensor) -> Outputs:
@@ -92,7 +94,7 @@ def _problem(shape: tuple[int, ...], device: torch.device, *, backward: bool) ->
     size = sum(w.nbytes for w in weights)
     wide = tuple(w.double() for w in weights)
     truth = bind(exact, wide, cotangents and tuple(c.double() for c in cotangents))
-    # W once and the result; backward reads the gradient and W, and writes
+    # forward reads W and writes the result; backward reads the gradient and W and writes a gradient
     return Problem(calls, truth, (5 if backward else 2) * size, missing=missing, tolerance=1e-4)
 
 

@@ -15,6 +15,7 @@ from . import ops as ops
 from . import sde as sde
 from . import stats as stats
 from . import train as train
+from ._backend import BackendUnavailable as BackendUnavailable
 from ._backend import backend as backend
 from ._version import __version__ as __version__
 from ._warmup import warmup as warmup

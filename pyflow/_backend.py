@@ -110,6 +110,13 @@ def status() -> dict[str, str | None]:
     return {"cpu": cpu_missing, "triton": _triton_missing(), "cuda": _cuda_missing(), "reference": None}
 
 
+class BackendUnavailable(RuntimeError):
+    """The chosen backend cannot run here; the text says why."""
+
+    # a traceback shows the public name
+    __module__ = "pyflow"
+
+
 class backend:
     """Choose the backend: a call chooses for the process, a `with` block for its thread.
 
@@ -119,7 +126,7 @@ class backend:
 
     Raises:
         ValueError: unknown name.
-        RuntimeError: the backend cannot run here; the text says why.
+        BackendUnavailable: the backend cannot run here; the text says why.
 
     Notes:
         A block overrides the process's choice in its own thread until it ends; a call inside a block holds until that
@@ -140,7 +147,7 @@ class backend:
             raise ValueError(f"backend: name must be one of {', '.join(NAMES)}, got {name!r}")
         missing = status().get(name)
         if missing:
-            raise RuntimeError(f"backend: {name} cannot run here: {missing}")
+            raise BackendUnavailable(f"backend: {name} cannot run here: {missing}")
         if name == "triton" and interpreting():
             _offer_interpreter()
         self.name = name
@@ -262,7 +269,8 @@ def runs_reference(op: str, x: Tensor, cuda: bool = True) -> bool:
     if kind in _devices.get(choice, ()):
         return kind == "cuda" and not cuda and (choice == "cuda" or not _triton_runs)
     if choice != "auto":
-        raise RuntimeError(f"{op}: {unusable.get(choice) or f'backend {choice} cannot run on a tensor on {x.device}'}")
+        why = unusable.get(choice) or f"backend {choice} cannot run on a tensor on {x.device}"
+        raise BackendUnavailable(f"{op}: {why}")
     return True
 
 

@@ -1,47 +1,55 @@
 """The command `pyflow`: info, demo, bench.
 
-A demo is a module of pyflow.recipes with `add_arguments(parser)` and `run(args) -> int`, --quick and --out FILE among
-its arguments; its name is shown with hyphens and understood with underscores too. `demo all` is pyflow.recipes._all.
-pyflow.benchmarks.run has the same two functions. Each is imported only when it is asked for.
+A demo is a module of pyflow.recipes with `add_arguments(parser)`, which adds at least --quick and --out FILE, and
+`run(args) -> int`. Demo names are printed with hyphens and also accepted with underscores. `demo all` is
+pyflow.recipes._all. pyflow.benchmarks.run has the same two functions. A module is imported only when its command runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import os
 import pkgutil
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ._version import __version__
 
 
+class Refused(RuntimeError):
+    """The command cannot run with these arguments on this machine; the text says why in one sentence."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command and return its exit status."""
     try:
         try:
             return _run(argv)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # the reader has left, as head does: nobody is told, not even by the flush at exit
+        # the reader closed the pipe, as head does: drop the rest, including the flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # what a shell shows of a program that SIGPIPE ended
+        return 141  # the exit status that shells report after SIGPIPE
 
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="pyflow", description="Fused kernels for generative modelling in PyTorch.")
     parser.add_argument("--version", action="version", version=f"pyflow {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    commands.add_parser("info", help="versions, CPU, backends and why some are off: what a bug report needs")
-    demo = commands.add_parser("demo", help="train a model on real data and show what it learnt", add_help=False)
+    commands.add_parser(
+        "info", help="print versions, CPU and backends, with reasons for those that are off; paste it into bug reports"
+    )
+    demo = commands.add_parser("demo", help="train a model on real data and draw the results", add_help=False)
     names = [*demos(), "all"]
     demo.add_argument("name", nargs="?", type=shown, choices=names, metavar="name", help=", ".join(names))
-    commands.add_parser("bench", help="measure the operations beside torch.compile and other packages", add_help=False)
+    commands.add_parser("bench", help="time the operations against torch.compile and other packages", add_help=False)
     args, rest = parser.parse_known_args(argv)
     if args.command == "info":
         if rest:
@@ -62,17 +70,18 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def demos() -> list[str]:
-    """Names of the demos, without importing them."""
+    """Return the names of the demos without importing them."""
     found = pkgutil.iter_modules([str(Path(__file__).parent / "recipes")])
     return sorted(shown(module.name) for module in found if not module.name.startswith("_"))
 
 
 def shown(name: str) -> str:
-    """A demo's module as it is called on the command line."""
+    """Return a demo's name on the command line, given its module's name."""
     return name.replace("_", "-")
 
 
 def delegate(module: str, prog: str, extra: str, argv: Sequence[str]) -> int:
+    """Import a module and run its command; `extra` is the pip extra that installs what the module imports."""
     try:
         command = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -91,7 +100,7 @@ def delegate(module: str, prog: str, extra: str, argv: Sequence[str]) -> int:
 
 
 def facts() -> Iterator[tuple[str, object]]:
-    """What a bug report needs, line by line."""
+    """Yield (name, value) lines for a bug report."""
     import torch
 
     from . import _backend
@@ -125,6 +134,7 @@ def facts() -> Iterator[tuple[str, object]]:
 
 
 def installed_version(package: str) -> str:
+    """Return the version of a package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -132,10 +142,48 @@ def installed_version(package: str) -> str:
 
 
 def cpu_model() -> str:
-    """The processor's name: Linux has it in /proc/cpuinfo, except on Arm."""
+    """Return the processor's name, from /proc/cpuinfo where it is given (not on Arm)."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def check_writable(what: str, out: Path, folders: Iterable[Path], files: Iterable[Path]) -> None:
+    """Raise Refused unless all folders and files can be written; creates the folders but no file.
+
+    Args:
+        what: "a file" or "a folder", for the error text about --out.
+        out: value of --out.
+        folders: folders that will be written to.
+        files: files that will be written.
+    """
+    for check, paths in ((_check_folder, folders), (_check_file, files)):
+        for path in paths:
+            try:
+                check(path)
+            except (OSError, ValueError) as error:
+                why = getattr(error, "strerror", None) or error
+                where = "" if path == out else f"{str(path)!r}: "
+                raise Refused(f"--out must be {what} that can be written, got {str(out)!r}: {where}{why}") from error
+
+
+def _check_folder(path: Path) -> None:
+    # if a file has this name, the next line raises "not a directory"
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(parents=True, exist_ok=True)
+    # write for real: root ignores permission bits, and a read-only mount does not show in them
+    tempfile.TemporaryFile(dir=path).close()
+
+
+def _check_file(path: Path) -> None:
+    # a symlink may point to a file that does not exist yet
+    path = Path(os.path.realpath(path))
+    try:
+        path.open("xb").close()
+    except FileExistsError:
+        path.open("r+b").close()
+    else:
+        path.unlink()

@@ -1,4 +1,4 @@
-"""Fixtures every room uses."""
+"""Fixtures for all test folders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ print(_host.isa(), module.digest())
 
 @pytest.fixture
 def every_instruction_set(request):
-    """The results of this file's `digest()`, one process per compiled instruction set that this CPU runs."""
+    """Results of the test file's `digest()` for every compiled instruction set that this CPU supports."""
     if _backend.cpu_missing:
         pytest.skip(f"no compiled kernels: {_backend.cpu_missing}")
     from pyflow import _host

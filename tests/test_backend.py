@@ -160,7 +160,7 @@ def test_unknown_name():
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_an_unavailable_backend_says_why(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match=f"^backend: {name} cannot run here: "):
+    with pytest.raises(pyflow.BackendUnavailable, match=f"^backend: {name} cannot run here: "):
         pyflow.backend(name)
     assert _backend.current() == "auto"
 
@@ -184,7 +184,8 @@ def test_an_unavailable_pyflow_backend_fails_the_first_operation(name, why, monk
         "pyflow.ops.affine_coupling(x, x, x)\n"
     )
     done = run(code, PYFLOW_BACKEND=name)
-    assert done.stderr.splitlines()[-1].startswith(f"RuntimeError: affine_coupling: PYFLOW_BACKEND={name}: {why}")
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith(f"pyflow.BackendUnavailable: affine_coupling: PYFLOW_BACKEND={name}: {why}")
 
 
 @needs_kernels
@@ -213,5 +214,6 @@ def test_triton_without_the_interpreter_refuses_cpu_tensors(monkeypatch):
     monkeypatch.setattr(_backend, "_process", "triton")
     monkeypatch.setattr(_backend, "_devices", _backend._find_devices())
     x = torch.zeros(2, 3)
-    with pytest.raises(RuntimeError, match=r"^affine_coupling: backend triton cannot run on a tensor on cpu$"):
+    text = r"^affine_coupling: backend triton cannot run on a tensor on cpu$"
+    with pytest.raises(pyflow.BackendUnavailable, match=text):
         pyflow.ops.affine_coupling(x, x, x)

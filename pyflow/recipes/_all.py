@@ -1,7 +1,7 @@
-"""Run every demo, one after another, and collect what they draw and print on one page.
+"""Run every demo, one after another, and collect their pictures and printed text on one page.
 
-Each runs in a process of its own. The page holds its pictures itself and fetches nothing, so it can be opened from
-disk or sent to somebody.
+Each demo runs in its own process. The page embeds its pictures and loads nothing, so it can be opened from disk or
+sent as one file.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import IO, TextIO
 
-from ..cli import cpu_model, demos, installed_version
-from . import _demo
+from ..cli import Refused, check_writable, cpu_model, demos, installed_version
 
 SHARED = ("seed", "device", "backend")
 PICTURES = (".png", ".jpg", ".svg")
@@ -46,7 +45,7 @@ a { color: #0a58a5; text-decoration: none; }
 
 @dataclass(frozen=True)
 class Result:
-    """One demo: what it printed, the end of what it said on the side, its pictures."""
+    """Result of one demo: stdout (`printed`), the last lines of stderr (`said`) and the pictures."""
 
     name: str
     command: str
@@ -62,17 +61,17 @@ class Result:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="every demo small, all of them within five minutes")
+    parser.add_argument("--quick", action="store_true", help="short runs of all demos, five minutes in total")
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/demos"), metavar="DIR",
-        help="folder of the page, index.html, and of a folder for each demo; default outputs/demos",
+        help="folder for index.html and one folder per demo (default outputs/demos)",
     )  # fmt: skip
     for name in SHARED:
-        parser.add_argument(f"--{name}", help="given to every demo")
+        parser.add_argument(f"--{name}", help="passed to every demo")
 
 
 def run(args: argparse.Namespace) -> int:
-    """All demos; 0, or 1 if one of them failed."""
+    """Run all demos; returns the exit status: 0, or 1 if a demo failed."""
     shared = ["--quick"] * args.quick
     for name in SHARED:
         if getattr(args, name) is not None:
@@ -80,15 +79,15 @@ def run(args: argparse.Namespace) -> int:
     page, results = args.out / "index.html", []
     folders = {name: args.out / name for name in demos()}
     try:
-        _demo.check_writable("a folder", args.out, [args.out, *folders.values()], [page])
-    except _demo.Refused as error:
+        check_writable("a folder", args.out, [args.out, *folders.values()], [page])
+    except Refused as error:
         print(f"demo all: {error}", file=sys.stderr)
         return 1
     for name, folder in folders.items():
         print(f"\n== {name} ==", flush=True)
         out = str(folder / f"{name.replace('-', '_')}.png")
         results.append(play(name, [*command(name), *shared, "--out", out], folder))
-        # after each, so that one which is interrupted leaves the others
+        # written after each demo: an interrupted run keeps the results so far
         page.write_text(document(results, args.quick), encoding="utf-8")
     print(f"\n{summary(results)}\n\nwrote {page}")
     return max((result.status != 0 for result in results), default=0)
@@ -99,10 +98,11 @@ def command(name: str) -> list[str]:
 
 
 def play(name: str, argv: Sequence[str], folder: Path) -> Result:
-    """One demo in its own process; it prints as if it ran alone."""
+    """Run one demo in its own process and pass its output through."""
     began, clock = time.time(), time.perf_counter()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None and process.stderr is not None
         texts = bytearray(), bytearray()
         pipes = ((process.stdout, sys.stdout, texts[0]), (process.stderr, sys.stderr, texts[1]))
         readers = [threading.Thread(target=pass_on, args=each) for each in pipes]
@@ -111,7 +111,7 @@ def play(name: str, argv: Sequence[str], folder: Path) -> Result:
         for reader in readers:
             reader.join()
     seconds = time.perf_counter() - clock
-    # a clock of the file system may be coarser than ours
+    # one second of slack: file times can be coarser than time.time()
     pictures = [p for p in folder.rglob("*") if p.suffix in PICTURES and p.stat().st_mtime >= began - 1]
     printed, said = (text.decode("utf-8", "replace") for text in texts)
     last = [line.rpartition("\r")[2] for line in said.rstrip().split("\n")[-12:]]
@@ -119,8 +119,8 @@ def play(name: str, argv: Sequence[str], folder: Path) -> Result:
     return Result(name, shown, process.returncode, seconds, printed, "\n".join(last), tuple(sorted(pictures)))
 
 
-def pass_on(pipe: BinaryIO, to: TextIO, kept: bytearray) -> None:
-    """Copy as it comes: progress bars have no ends of lines."""
+def pass_on(pipe: IO[bytes], to: TextIO, kept: bytearray) -> None:
+    """Copy a pipe in chunks, not by lines: progress bars write no newlines."""
     while chunk := os.read(pipe.fileno(), 65536):
         kept += chunk
         to.write(chunk.decode("utf-8", "replace"))
@@ -134,9 +134,9 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def document(results: Sequence[Result], quick: bool) -> str:
-    """The page."""
+    """Return the page as HTML."""
     versions = ", ".join(f"{name} {installed_version(name)}" for name in ("pyflow-kernels", "torch", "numpy"))
-    size = "quick runs, which show that everything works and not how well" if quick else "full runs"
+    size = "quick runs: they check that everything works; the results are not representative" if quick else "full runs"
     rows = "".join(
         f'<tr><td><a href="#{r.name}">{r.name}</a></td><td class="seconds">{r.seconds:.1f} s</td>'
         f"<td{'' if r.status == 0 else ' class=failed'}>{r.verdict}</td></tr>"

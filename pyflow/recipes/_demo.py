@@ -1,4 +1,4 @@
-"""What every demo does around its own work: outputs are checked first, metrics written last, refusals are one line."""
+"""What all demos share: arguments, output checked before the work, errors in one line, metrics as JSON."""
 
 from __future__ import annotations
 
@@ -8,76 +8,117 @@ import io
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 import pyflow
 
+from ..cli import Refused as Refused
+from ..cli import check_writable
 
-class Refused(RuntimeError):
-    """What cannot be done here; the text says why in one sentence."""
+
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    out: str,
+    seed: str,
+    beside: str = "metrics",
+    quick: str = "a short run, to check that everything works",
+    device: str | None = None,
+) -> None:
+    """Add the arguments that every demo has: --seed, --out, --device, --backend and --quick.
+
+    Args:
+        out: default path of the picture.
+        seed: what the seed determines.
+        beside: what is written next to the picture.
+        quick: help text of --quick.
+        device: default device; None: cuda if available, else cpu.
+    """
+    parser.add_argument("--seed", type=seed_number, default=0, help=f"seed of {seed} (default 0)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(out), metavar="FILE",
+        help=f"picture to write (default {out}); {beside} are written beside it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", type=device_name, default=device, help=f"default {device or 'cuda if available, else cpu'}"
+    )
+    parser.add_argument("--backend", default="auto", help="auto (default), cpu, triton, cuda or reference")
+    parser.add_argument("--quick", action="store_true", help=quick)
 
 
 def positive(text: str) -> int:
-    """An argument that counts something."""
+    """Parse an argument that is an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
 
 
-def seed(text: str) -> int:
-    """An argument that every generator takes, scikit-learn's too."""
+def seed_number(text: str) -> int:
+    """Parse a seed: the range that torch, NumPy and scikit-learn all accept."""
     value = int(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"must be in [0, 2**32), got {value}")
     return value
 
 
-def device(text: str) -> str:
-    """An argument that is a device of this machine."""
+def device_name(text: str) -> str:
+    """Parse a device on which this machine can allocate a tensor."""
     try:
         torch.empty(1, device=text)
-    # what torch raises differs with what it was built for
+    # the exception depends on how torch was built
     except (RuntimeError, AssertionError) as error:
         why = str(error).partition("\n")[0]
         raise argparse.ArgumentTypeError(f"must be a device that is here, got {text!r}: {why}") from error
     return text
 
 
-def run(name: str, args: argparse.Namespace, work: Callable[[], dict[str, object]], folders: Iterable[str] = ()) -> int:
-    """The demo; 0, or 1 after one sentence about what is missing.
+def chosen_device(args: argparse.Namespace) -> torch.device:
+    """Return the device of --device, or the default: cuda if available, else cpu."""
+    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    `work` draws args.out and returns the metrics, which go beside it. `folders` are endings of further folders
-    written there: "_log" is a_log beside a.png.
+
+def run(name: str, args: argparse.Namespace, work: Callable[[], dict[str, object]], folders: Iterable[str] = ()) -> int:
+    """Run a demo; returns the exit status: 0, or 1 after printing in one sentence what is missing.
+
+    Args:
+        name: name of the demo.
+        args: parsed arguments; args.out is replaced by the checked path.
+        work: draws the picture args.out and returns the metrics, which are written beside it.
+        folders: suffixes of further folders that `work` writes: "_log" stands for a_log beside a.png.
     """
     try:
-        with pyflow.backend(args.backend):
+        with _chosen_backend(args.backend):
             args.out = picture(args.out, folders)
-            figures = work()
-    except (RuntimeError, ValueError) as error:
-        if not isinstance(error, Refused) and not str(error).startswith("backend:"):
-            raise
+            results = work()
+    except (Refused, pyflow.BackendUnavailable) as error:
         print(f"demo {name}: {error}", file=sys.stderr)
         return 1
     metrics = args.out.with_suffix(".json")
-    metrics.write_text(json.dumps(figures, indent=2) + "\n")
+    metrics.write_text(json.dumps(results, indent=2) + "\n")
     print(f"\nwrote {args.out} and {metrics.name}")
     return 0
 
 
+def _chosen_backend(name: str) -> pyflow.backend:
+    try:
+        return pyflow.backend(name)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
 def picture(out: Path, folders: Iterable[str] = ()) -> Path:
-    """The picture's path, a .png where it has no suffix; raises Refused unless it can be drawn and written."""
+    """Return the picture's path, with .png if it has no suffix; raises Refused if it cannot be drawn or written."""
     if os.path.isdir(out):
         raise Refused(f"--out must be a file, got the folder {str(out)!r}")
-    # where matplotlib sees a suffix; without one it would write a .png under another name than ours
+    # split as matplotlib does, which adds .png itself where it sees no suffix
     suffix = os.path.splitext(out)[1]
     if not suffix:
         out, suffix = out.with_name(f"{out.name}.png"), ".png"
-    # "a." ends in a format without a name, which matplotlib would take for its default
+    # "a." has an empty format name, for which matplotlib would use its default
     check_format(out, suffix[1:] or suffix)
     beside = [out.with_name(out.stem + ending) for ending in folders]
     check_writable("a file", out, [out.parent, *beside], [out, out.with_suffix(".json")])
@@ -85,12 +126,12 @@ def picture(out: Path, folders: Iterable[str] = ()) -> Path:
 
 
 def check_format(out: Path, name: str) -> None:
-    """Raises Refused unless matplotlib draws this format here."""
+    """Raise Refused unless matplotlib can write this format on this machine."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1, 1))
     figure.text(0, 0, "a")
-    # drawn once, since some formats it lists need more: .pgf LaTeX, .webp a Pillow built with it
+    # a listed format can still fail: .pgf needs LaTeX, .webp a Pillow built with it
     try:
         figure.savefig(io.BytesIO(), format=name)
     except Exception as error:
@@ -98,32 +139,18 @@ def check_format(out: Path, name: str) -> None:
         raise Refused(f"--out must be a picture that matplotlib can draw, got {str(out)!r}: {why}") from error
 
 
-def check_writable(what: str, out: Path, folders: Iterable[Path], files: Iterable[Path]) -> None:
-    """Raises Refused unless the folders can be made and all can be written; makes the folders and no file."""
-    for check, paths in ((_check_folder, folders), (_check_file, files)):
-        for path in paths:
-            try:
-                check(path)
-            except (OSError, ValueError) as error:
-                why = getattr(error, "strerror", None) or error
-                where = "" if path == out else f"{str(path)!r}: "
-                raise Refused(f"--out must be {what} that can be written, got {str(out)!r}: {where}{why}") from error
-
-
-def _check_folder(path: Path) -> None:
-    # where a file is in the way, the next line says "not a directory"
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(parents=True, exist_ok=True)
-    # permission bits say little: root ignores them, a read-only mount ignores root
-    tempfile.TemporaryFile(dir=path).close()
-
-
-def _check_file(path: Path) -> None:
-    # a link may point to a file that is yet to be written
-    path = Path(os.path.realpath(path))
+@contextlib.contextmanager
+def threads(n: int | None) -> Iterator[None]:
+    """Set torch's number of CPU threads for a block; None leaves it unchanged."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
     try:
-        path.open("xb").close()
-    except FileExistsError:
-        path.open("r+b").close()
-    else:
-        path.unlink()
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock read afterwards includes its work."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)

@@ -1,7 +1,8 @@
-"""One Euler-Maruyama loop written four ways, timed: what a user writes in torch, pyflow's, and both compiled."""
+"""Parts of training loops, and one Euler-Maruyama loop timed four ways: eager torch, pyflow, and each compiled."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import time
@@ -9,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyflow.ops import normal, sample_seeds
 from pyflow.sde import VPSDE, make_step, sample
 
-from .nice import synchronize
+from ._demo import synchronize
 
 Score = Callable[[Tensor, Tensor], Tensor]
 
@@ -23,7 +24,7 @@ LOOPS = ("eager torch", "torch.compile", "pyflow", "pyflow, compiled")
 
 @dataclass(frozen=True)
 class Case:
-    """What the loops are timed on."""
+    """Input on which the loops are timed."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,8 +39,21 @@ CASES = (
 )
 
 
+@torch.no_grad()
+def follow(average: nn.Module, model: nn.Module, weight: float) -> None:
+    """Move the parameters of the average towards the model's by the fraction `weight`."""
+    for a, p in zip(average.parameters(), model.parameters(), strict=True):
+        a.lerp_(p, weight)
+
+
+def cosine_rate(step: int, peak: float, warmup: int, steps: int) -> float:
+    """Return the learning rate of a step: linear warm-up, times a half cosine that ends at 0."""
+    start = min(1.0, (step + 1) / warmup)
+    return peak * start * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
 def plain_rows(sde: VPSDE, steps: int, eps: float, device: torch.device) -> list[tuple[Tensor, ...]]:
-    """(t, a, b, c) of every step as 0-d tensors, for which torch.compile compiles once."""
+    """Return (t, a, b, c) of every step as 0-d tensors, so that torch.compile compiles only once."""
     t = torch.linspace(1, eps, steps, dtype=torch.float64)
     beta = sde.beta(t) / steps
     # the last step adds no noise
@@ -67,24 +81,25 @@ def plain_loop(step: Callable[..., Tensor], x: Tensor, rows: Sequence[tuple[Tens
 def pace(
     sde: VPSDE, net: Score, case: Case, *, eps: float, rounds: int, compiled: bool, device: torch.device
 ) -> dict[str, float]:
-    """Steps per second of every loop, the prior's draw included: medians of rounds in turn."""
+    """Return steps per second of every loop, drawing the prior included: medians over rounds that run all loops."""
     zero = torch.zeros(case.shape, device=device)
     score = net if case.network else lambda x, t: zero
     rows = plain_rows(sde, case.steps, eps, device)
-    options = {"seed": 0, "device": device, "progress": False}
 
     def in_torch(step: Callable[..., Tensor]) -> Callable[[], Tensor]:
         return lambda: plain_loop(step, torch.randn(case.shape, device=device), rows)
 
     loops = {
         "eager torch": in_torch(plain_step(score)),
-        "pyflow": lambda: sample(sde, score, case.shape, steps=case.steps, eps=eps, **options),
+        "pyflow": lambda: sample(
+            sde, score, case.shape, steps=case.steps, eps=eps, seed=0, device=device, progress=False
+        ),
     }
     if compiled:
         step = make_step(sde, score, steps=case.steps, eps=eps)
         loops["torch.compile"] = in_torch(torch.compile(plain_step(score), fullgraph=True))
-        loops["pyflow, compiled"] = lambda: step.sample(case.shape, **options)
-    seconds = {name: [] for name in LOOPS if name in loops and works(name, loops[name])}
+        loops["pyflow, compiled"] = lambda: step.sample(case.shape, seed=0, device=device, progress=False)
+    seconds: dict[str, list[float]] = {name: [] for name in LOOPS if name in loops and works(name, loops[name])}
     for _ in range(rounds):
         for name, taken in seconds.items():
             synchronize(device)
@@ -96,7 +111,7 @@ def pace(
 
 
 def works(name: str, loop: Callable[[], Tensor]) -> bool:
-    """Run a loop once; one that is compiled may lack a compiler."""
+    """Run a loop once; returns False for a compiled loop that fails, as it does without a compiler."""
     try:
         loop()
     except RuntimeError as error:
@@ -108,7 +123,7 @@ def works(name: str, loop: Callable[[], Tensor]) -> bool:
 
 
 def difference(sde: VPSDE, score: Score, shape: tuple[int, ...], steps: int, eps: float, device: torch.device) -> float:
-    """The largest, between the samples of `sample` and of the loop in eager torch given the same noise."""
+    """Return the largest difference between samples of `sample` and of the eager loop given the same noise."""
     seeds = sample_seeds(0, shape[0]).to(device)
     numbers = iter(range(steps))
     step = plain_step(score, lambda x: normal(x.shape, seed=seeds, step=next(numbers)))
@@ -118,7 +133,7 @@ def difference(sde: VPSDE, score: Score, shape: tuple[int, ...], steps: int, eps
 
 
 def table(paces: Mapping[str, Mapping[str, float]]) -> str:
-    """Steps per second and how many times those of eager torch."""
+    """Return a table of steps per second and speed-ups over eager torch."""
     lines = [f"{'steps/s, Euler-Maruyama':<28}" + "".join(f"{name:>22}" for name in LOOPS)]
     for name, speeds in paces.items():
         cells = (

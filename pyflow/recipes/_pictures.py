@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Panel:
-    """Rows of images, (rows, columns, H, W) or (..., 3), values in [0, 1], under a title and beside labels."""
+    """Titled grid of images, (rows, columns, H, W) or (rows, columns, H, W, 3) in [0, 1], with a label for each row."""
 
     title: str
     labels: Sequence[str]
@@ -26,14 +26,14 @@ class Panel:
 
 
 def code_map(indices: Tensor, size: int) -> Tensor:
-    """Indices below `size`, any shape, as colours (..., 3), each code in one of its own, the same every time."""
+    """Map indices below `size`, of any shape, to colours (..., 3): one distinct, fixed colour per index."""
     hue, value = torch.rand(2, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     channels = (hue[:, None] + torch.tensor([0, 1 / 3, 2 / 3])).mul(2 * torch.pi).cos().mul(0.5).add(0.5)
     return (channels * (0.35 + 0.65 * value[:, None]))[indices.cpu().long()].float()
 
 
 def draw(path: Path, title: str, subtitle: str, panels: Sequence[Panel], cell: float = 0.62) -> None:
-    """Write the panels below each other, an image `cell` inches wide."""
+    """Write the panels, one below the other; each image is `cell` inches wide."""
     columns = max(panel.images.shape[1] for panel in panels)
     rows = sum(panel.images.shape[0] for panel in panels)
     head, top, left = 0.55, 0.75, 1.3  # inches

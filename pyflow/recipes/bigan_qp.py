@@ -1,4 +1,4 @@
-"""Train a BiGAN-QP on real images: generator, encoder and a critic that no constraint and no penalty holds."""
+"""Train a BiGAN-QP on real images: generator, encoder and critic, without Lipschitz constraint or gradient penalty."""
 
 from __future__ import annotations
 
@@ -18,33 +18,35 @@ import pyflow
 from pyflow.ops import gan_qp_generator_loss, gan_qp_loss
 
 from . import _data, _demo, _pictures
-from .nice import follow, synchronize, threads
+from ._demo import synchronize, threads
+from ._loops import follow
 
+# images in a row of the picture
 COLUMNS = 10
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The three networks and their training."""
+    """Networks and training."""
 
     width: int = 256
     latent: int = 16
     steps: int = 4000
-    # of a training image to the critic, at most, where nobody gives the steps: the samples of the 80 faces get sharper
-    # until then, though the reconstruction error is least after a third of it
+    # without --steps, training stops when the critic has seen each image this often: samples of the 80 faces get
+    # sharper until then, although the reconstruction error is lowest after a third of it
     showings: int = 1500
     batch: int = 64
     rate: float = 5e-4
-    # of the critic, for one of generator and encoder
+    # steps of the critic per step of generator and encoder
     critic_steps: int = 2
     lam: float = 10.0
-    # weights of the errors of z and of x
+    # weights of the reconstruction errors of z and of x
     betas: tuple[float, float] = (2.0, 3.0)
-    # of the running averages of generator and encoder that are kept
+    # decay of the running average of the weights, which is kept
     average: float = 0.998
-    # how often the reconstruction error is taken
+    # number of times that the reconstruction error is measured
     looks: int = 8
-    # of the CPU; on layers this small two wait for each other
+    # CPU threads: layers this small gain nothing from two
     threads: int | None = 1
 
 
@@ -54,24 +56,19 @@ QUICK = Settings(width=64, steps=150, looks=3)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", default="digits", metavar="DATA",
-        help=f"{', '.join(_data.NAMES)}, faces (of scikit-image) or a folder of images; default digits",
+        help=f"{', '.join(_data.NAMES)}, faces (from scikit-image) or a folder of images (default digits)",
     )  # fmt: skip
     parser.add_argument(
-        "--steps", type=_demo.positive, help=f"of generator and encoder, default at most {Settings.steps}"
-    )
-    parser.add_argument("--latent", type=_demo.positive, help=f"numbers in a latent, default {Settings.latent}")
-    parser.add_argument("--seed", type=_demo.seed, default=0, help="of weights, batches and latents")
-    parser.add_argument(
-        "--out", type=Path, default=Path("outputs/bigan_qp.png"), help="the picture; metrics go beside it"
-    )
-    parser.add_argument("--device", type=_demo.device, help="default cuda where there is one, else cpu")
-    parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+        "--steps", type=_demo.positive,
+        help=f"training steps of generator and encoder (default {Settings.steps}, fewer for small data sets)",
+    )  # fmt: skip
+    parser.add_argument("--latent", type=_demo.positive, help=f"dimensions of the latent (default {Settings.latent})")
+    _demo.add_arguments(parser, out="outputs/bigan_qp.png", seed="weights, batches and latents")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The demo; 0, or 1 after one sentence about what is missing."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Run the demo; returns the exit status."""
+    device = _demo.chosen_device(args)
     settings = QUICK if args.quick else Settings()
     given = {name: getattr(args, name) for name in ("steps", "latent") if getattr(args, name)}
     settings = replace(settings, **given)
@@ -84,27 +81,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 def demo(images: _data.Images, settings: Settings, args: argparse.Namespace, device: torch.device) -> dict[str, object]:
-    """Train, score, draw; returns the metrics."""
+    """Train, measure, draw; returns the metrics."""
     began = time.perf_counter()
     torch.manual_seed(args.seed)
     if not args.steps:
-        shown = settings.critic_steps * settings.batch
-        settings = replace(settings, steps=max(1, min(settings.steps, settings.showings * len(images.train) // shown)))
+        per_step = settings.critic_steps * settings.batch
+        most = settings.showings * len(images.train) // per_step
+        settings = replace(settings, steps=max(1, min(settings.steps, most)))
     train, test = (scaled(part, images.levels).to(device) for part in (images.train, images.test))
     model = BiGan(images.dim, settings).to(device)
     print(
-        f"BiGAN-QP on {args.data}: {len(train):,} images to train on, {len(test):,} held out, {images.dim:,} values "
-        f"each; latents of {settings.latent}\n{model.critic_facts(settings)}"
+        f"BiGAN-QP on {args.data}: {len(train):,} training images, {len(test):,} held out, {images.dim:,} values each; "
+        f"latents of {settings.latent} dimensions\n{model.critic_facts(settings)}"
     )
     average, errors = fit(model, train, test, settings)
     fitted = time.perf_counter() - began
     mean, linear = baselines(train, test, settings.latent)
-    linearly = f"the best {settings.latent} linear components: {linear:.4f}"
-    print(f"\n{verdict(errors)}\n(the mean image: {mean:.4f}; {linearly})")
+    print(
+        f"\n{verdict(errors)}\n(for comparison, the mean image: {mean:.4f}; the first {settings.latent} principal "
+        f"components: {linear:.4f})"
+    )
     samples = average.samples(max(2 * COLUMNS, min(len(test), 256)), args.seed)
     near = {name: nearest(part, train)[0].mean().item() for name, part in (("samples", samples), ("held out", test))}
     print(
-        f"distance to the nearest training image, root mean square: samples {near['samples']:.3f}, held-out images "
+        f"root mean square distance to the nearest training image: samples {near['samples']:.3f}, held-out images "
         f"{near['held out']:.3f}"
     )
     first, last = errors[0]["held_out"], errors[-1]["held_out"]
@@ -118,7 +118,7 @@ def demo(images: _data.Images, settings: Settings, args: argparse.Namespace, dev
 
 
 def layers(*sizes: int) -> nn.Sequential:
-    """Linear layers with a leaky ReLU between them."""
+    """Return linear layers with a leaky ReLU after each but the last."""
     parts: list[nn.Module] = []
     for size, following in itertools.pairwise(sizes):
         parts += [nn.Linear(size, following), nn.LeakyReLU(0.2)]
@@ -126,7 +126,7 @@ def layers(*sizes: int) -> nn.Sequential:
 
 
 class BiGan(nn.Module):
-    """G(z) in [-1, 1], E(x), and the critic T(x, z)."""
+    """Generator G(z) with values in [-1, 1], encoder E(x) and critic T(x, z)."""
 
     def __init__(self, dim: int, settings: Settings) -> None:
         super().__init__()
@@ -141,8 +141,8 @@ class BiGan(nn.Module):
     def critic_facts(self, settings: Settings) -> str:
         kinds = sorted({type(module).__name__ for module in self.critic})
         return (
-            f"critic: {' and '.join(kinds)} layers, {settings.critic_steps} steps for one of generator and encoder; no "
-            f"Lipschitz constraint and no gradient penalty is used: what bounds it is D^2 / (2 {settings.lam:g} d)"
+            f"critic: {' and '.join(kinds)} layers, {settings.critic_steps} steps per step of generator and encoder; "
+            f"no Lipschitz constraint and no gradient penalty is used: the term D^2 / (2 {settings.lam:g} d) bounds it"
         )
 
     @torch.no_grad()
@@ -162,14 +162,14 @@ def critic_loss(model: BiGan, x: Tensor, z: Tensor, lam: float) -> Tensor:
 
 
 def generator_loss(model: BiGan, x: Tensor, z: Tensor, betas: tuple[float, float]) -> Tensor:
-    """What generator and encoder minimise: neither is taught by the reconstruction that is the other's."""
+    """Return the loss of generator and encoder; each reconstruction term has a gradient to only one of them."""
     x_fake, z_real = model.generator(z), model.encoder(x)
     x_rec, z_rec = model.generator(z_real.detach()), model.encoder(x_fake.detach())
     return gan_qp_generator_loss(model.values(x, z_real), model.values(x_fake, z), x, x_rec, z, z_rec, betas)
 
 
 def fit(model: BiGan, train: Tensor, test: Tensor, settings: Settings) -> tuple[BiGan, list[dict[str, float]]]:
-    """(the model with the averaged weights, its reconstruction errors on the way)."""
+    """Return (the model with the averaged weights, its reconstruction errors during training)."""
     device = train.device
     average = copy.deepcopy(model).eval().requires_grad_(False)
     parts = (model.critic.parameters(), [*model.generator.parameters(), *model.encoder.parameters()])
@@ -213,22 +213,22 @@ def fit(model: BiGan, train: Tensor, test: Tensor, settings: Settings) -> tuple[
 
 
 def look(model: BiGan, train: Tensor, test: Tensor, step: int) -> dict[str, float]:
-    """Mean squared errors of the reconstructions, of pixels in [0, 1]."""
+    """Return the mean squared reconstruction errors of pixels in [0, 1]."""
     parts = {"training": train[: len(test)], "held_out": test}
     return {"step": step} | {name: F.mse_loss(model.reconstruct(x), x).item() / 4 for name, x in parts.items()}
 
 
 def verdict(errors: list[dict[str, float]]) -> str:
-    """The errors as a table, and whether they fell."""
+    """Return a table of the errors and a sentence on whether they fell."""
     first, last = errors[0]["held_out"], errors[-1]["held_out"]
     lines = [f"{'step':>8}{'reconstruction error, held out':>34}{'training images':>20}"]
     lines += [f"{e['step']:>8,}{e['held_out']:>34.4f}{e['training']:>20.4f}" for e in errors]
-    fell = f"fell to {last / first:.1%} of what it was" if last < first else "did not fall"
+    fell = f"fell to {last / first:.1%} of its initial value" if last < first else "did not fall"
     return "\n".join([*lines, f"the reconstruction error of held-out images {fell}"])
 
 
 def baselines(train: Tensor, test: Tensor, components: int) -> tuple[float, float]:
-    """Errors of the mean training image, and of so many principal components, in the units of `look`."""
+    """Return the errors of the mean training image and of principal components, in the units of `look`."""
     mean = train.mean(0)
     directions = torch.linalg.svd(train - mean, full_matrices=False).Vh[:components]
     centred = test - mean
@@ -237,20 +237,20 @@ def baselines(train: Tensor, test: Tensor, components: int) -> tuple[float, floa
 
 
 def nearest(x: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
-    """Root mean square distance of each x to the nearest training image, pixels in [0, 1], and which that is."""
+    """Return each x's root mean square distance to the nearest training image, pixels in [0, 1], and its index."""
     distance, which = torch.cdist(x, train).min(1)
     return distance / (2 * x.shape[1] ** 0.5), which
 
 
 def scaled(pixels: Tensor, levels: int) -> Tensor:
-    """Integers to [-1, 1]."""
+    """Scale integer pixels to [-1, 1]."""
     return pixels.float() * (2 / (levels - 1)) - 1
 
 
 def picture(
     model: BiGan, train: Tensor, test: Tensor, samples: Tensor, images: _data.Images, subtitle: str, out: Path
 ) -> None:
-    """Samples, reconstructions, ways between latents, and the samples' nearest neighbours."""
+    """Draw samples, reconstructions, interpolations in latent space, and nearest neighbours of the samples."""
     across = min(len(test), COLUMNS // 2)
     shown = test[: min(3, len(test) // across) * across]
     pairs = torch.stack((shown, model.reconstruct(shown)), 1).unflatten(0, (-1, across)).flatten(1, 2)
@@ -268,12 +268,14 @@ def picture(
         [
             panel("Samples G(z)", ["samples"] + [""] * (len(grid) - 1), grid),
             panel(
-                "Held-out images, left the original, right its reconstruction G(E(x))",
+                "Held-out images (left) and their reconstructions G(E(x)) (right)",
                 ["pairs"] + [""] * (len(pairs) - 1), pairs,
             ),
-            panel("From the latent of one held-out image to another's", ["ways"] + [""] * (len(ways) - 1), ways),
             panel(
-                "Samples, and below each its nearest training image", ["sample", "nearest"],
+                "Interpolations between the latents of two held-out images", ["z → z′"] + [""] * (len(ways) - 1), ways
+            ),
+            panel(
+                "Samples and the nearest training images", ["sample", "nearest"],
                 torch.stack((grid[0], train[nearest(grid[0], train)[1]])),
             ),
         ],

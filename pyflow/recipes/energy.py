@@ -1,4 +1,4 @@
-"""Maximum-entropy generators: an energy and its sampler on a grid of Gaussians and on digits, with anomaly scores."""
+"""Train an energy and its sampler (a maximum-entropy generator) on a grid of Gaussians and on digits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from typing import Any, cast
 
 import matplotlib
 import torch
@@ -23,44 +23,45 @@ from pyflow.ops import energy_loss, grad_norm_penalty
 from pyflow.ops.energy import EnergyFunction, energy_and_grad
 
 from . import _demo
-from .nice import threads
+from ._demo import threads
 
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
-# of the grid: places of its modes on each axis, and their standard deviation
+# the grid: coordinates of its modes on each axis, and their standard deviation
 PLACES, SPREAD = (-4.0, -2.0, 0.0, 2.0, 4.0), 0.1
+# largest pixel value
 DIGITS_LEVELS = 16
-# anomalies, by default
+# default of --held-out
 HELD_OUT = (1, 4, 5, 7, 9)
-# what chains aim for when they choose their step size
+# acceptance rate for which chains choose their step size
 ACCEPTANCE = 0.75
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Training of the models of one data set, and the chains that follow."""
+    """Training on one data set, and the chains that are run afterwards."""
 
     steps: int
     latent: int
-    # standard deviation of the noise on data and samples, at first and at last: modes come apart one scale at a time
+    # first and last standard deviation of the noise on data and samples: annealing separates modes from coarse to fine
     noise: tuple[float, float]
-    # of E |grad U|^2, in squares of the noise: it adds about 4 penalty noise^2 to the variance of a mode
+    # weight of E |grad U|^2, times noise^2: it adds about 4 penalty noise^2 to the variance of a mode
     penalty: float
-    # scale of the frequencies that the networks see of x and z; None: x and z themselves
+    # scale of the random Fourier features of x and z that the networks get as input; None: x and z themselves
     of_x: float | None = None
     of_z: float | None = None
-    # updates of the energy to one of the generator
+    # updates of the energy per update of the generator
     critic: int = 1
     rate: float = 1e-3
-    # of the generator, which has the longest way to go
+    # learning rate of the generator
     generator_rate: float = 2e-3
     batch: int = 256
     width: int = 128
-    # of E U^2: the level of an energy is free, and its slope away from data too
+    # weight of E U^2: the loss fixes neither the offset of U nor its slope far from the data
     level: float = 1e-2
-    # of the running mean of the weights that samples and scores come from
+    # decay of the running average of the weights, from which samples and scores are computed
     average: float = 0.998
     samples: int = 2000
     chain_steps: int = 200
@@ -68,27 +69,24 @@ class Settings:
 
 GRID = Settings(steps=2500, latent=2, noise=(1.0, 0.1), penalty=0.3, of_x=1.0, of_z=2.0)
 DIGITS = Settings(steps=800, latent=16, noise=(0.5, 0.1), penalty=0.1, critic=2, generator_rate=4e-3, level=1e-3)
-# on layers this small two threads wait for each other
+# CPU threads: layers this small gain nothing from two
 THREADS = 1
-QUICK = {"steps": 200, "average": 0.98, "samples": 500, "chain_steps": 40}
+QUICK: dict[str, Any] = {"steps": 200, "average": 0.98, "samples": 500, "chain_steps": 40}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--steps", type=_demo.positive, help=f"of the generators, default {GRID.steps} and {DIGITS.steps}"
-    )
-    parser.add_argument("--chain-steps", type=_demo.positive, help=f"of the chains, default {GRID.chain_steps}")
-    parser.add_argument(
-        "--held-out", type=_held_out, help="digits that are the anomaly in turn: a list as 1,5 or all; "
-        f"default {','.join(map(str, HELD_OUT))}, and {HELD_OUT[0]} if quick"
+        "--steps", type=_demo.positive,
+        help=f"training steps of each generator (default {GRID.steps} on the grid, {DIGITS.steps} on digits)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=_demo.seed, default=0, help="of weights, batches and chains")
     parser.add_argument(
-        "--out", type=Path, default=Path("outputs/energy.png"), help="the picture; metrics go beside it"
+        "--chain-steps", type=_demo.positive, help=f"MALA steps of each chain (default {GRID.chain_steps})"
     )
-    parser.add_argument("--device", type=_demo.device, help="default cuda where there is one, else cpu")
-    parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument(
+        "--held-out", type=_held_out, help="digits that serve as the anomaly, one model each: a list such as 1,5 or "
+        f"all (default {','.join(map(str, HELD_OUT))}; {HELD_OUT[0]} with --quick)"
+    )  # fmt: skip
+    _demo.add_arguments(parser, out="outputs/energy.png", seed="weights, batches and chains")
 
 
 def _held_out(text: str) -> tuple[int, ...]:
@@ -99,9 +97,9 @@ def _held_out(text: str) -> tuple[int, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The demo; 0, or 1 after one sentence about what is missing."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    changes = dict(QUICK) if args.quick else {}
+    """Run the demo; returns the exit status."""
+    device = _demo.chosen_device(args)
+    changes: dict[str, Any] = dict(QUICK) if args.quick else {}
     changes |= {name: getattr(args, name) for name in ("steps", "chain_steps") if getattr(args, name)}
     held_out = args.held_out or (HELD_OUT[:1] if args.quick else HELD_OUT)
 
@@ -115,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
 def demo(
     of_grid: Settings, of_digits: Settings, held_out: tuple[int, ...], args: argparse.Namespace, device: torch.device
 ) -> dict[str, object]:
-    """Train on both, run the chains, count, score, draw; returns the metrics."""
+    """Train on both data sets, run chains, count modes, score anomalies, draw; returns the metrics."""
     began = time.perf_counter()
     torch.manual_seed(args.seed)
     centres = torch.cartesian_prod(*(torch.tensor(PLACES),) * 2).to(device)
@@ -126,16 +124,16 @@ def demo(
 
     grid = fit(MEG(2, of_grid).to(device), draw, of_grid, "25 Gaussians")
     before = grid.draw(of_grid.samples)
-    # in the plane itself: the energy is all there is
+    # chains in data space; on digits they run in latent space
     chains = run_chains(grid.energy_of, before, of_grid.chain_steps, args.seed)
     on_grid = {
         name: modes(x, centres) for name, x in (("data", draw(of_grid.samples)), ("generator", before),
                                                ("after MALA", chains.z))
     }  # fmt: skip
-    print(f"\n{'25 Gaussians':<16}{'modes':>7}{'near one':>10}")
+    print(f"\n{'25 Gaussians':<16}{'modes':>7}{'near a mode':>13}")
     for name, (found, near) in on_grid.items():
-        print(f"{name:<16}{found:>7}{near:>10.1%}")
-    print(f"{chains.acceptance.mean().item():.1%} of the proposals accepted\n")
+        print(f"{name:<16}{found:>7}{near:>13.1%}")
+    print(f"MALA accepted {chains.acceptance.mean().item():.1%} of the proposals\n")
 
     models, rows, scores = [], [], []
     for digit in held_out:
@@ -153,8 +151,8 @@ def demo(
         scores.append((u, anomalous))
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     print(f"\n{'AUPRC, held out':<16}" + "".join(f"{name:>12}" for name in mean))
-    for digit, row in (*zip(held_out, rows, strict=True), ("mean", mean)):
-        print(f"{digit!s:<16}" + "".join(f"{value:>12.3f}" for value in row.values()))
+    for label, row in (*zip(held_out, rows, strict=True), ("mean", mean)):
+        print(f"{label!s:<16}" + "".join(f"{value:>12.3f}" for value in row.values()))
 
     model, train = models[0]
     z = torch.randn(64, of_digits.latent, device=device)
@@ -162,8 +160,11 @@ def demo(
     with torch.no_grad():
         drawn = {"generator": model.generator(z), "after MALA": model.generator(latent.z)}
         energies = {name: model.energy_of(x).mean().item() for name, x in {**drawn, "data": train}.items()}
-    print(f"\nmean energy without {held_out[0]}: " + ", ".join(f"{name} {u:.2f}" for name, u in energies.items()))
-    print(f"{latent.acceptance.mean().item():.1%} of the proposals accepted")
+    print(
+        f"\nmean energy, model trained without {held_out[0]}: "
+        + ", ".join(f"{name} {u:.2f}" for name, u in energies.items())
+    )
+    print(f"MALA accepted {latent.acceptance.mean().item():.1%} of the proposals")
     picture(grid, before, chains.z, drawn, *scores[0], held_out[0], rows[0]["energy"], args)
     return {
         "seed": args.seed, "device": str(device), "backend": args.backend,
@@ -177,7 +178,9 @@ def demo(
 
 
 class Waves(nn.Module):
-    """Sines and cosines of random directions of x: a net of them has sharp valleys that one of x has not."""
+    """Random Fourier features of x: with them a network can learn sharper minima than with x itself."""
+
+    frequencies: Tensor
 
     def __init__(self, inputs: int, width: int, scale: float) -> None:
         super().__init__()
@@ -195,7 +198,7 @@ def mlp(inputs: int, outputs: int, width: int, waves: float | None) -> nn.Sequen
 
 
 class MEG(nn.Module):
-    """An energy of x, a generator of x from z, and what tells pairs (x, z) from strangers: I(x, z) is read off it."""
+    """Energy U(x), generator of x from z, and a classifier of pairs (x, z) that estimates their mutual information."""
 
     def __init__(self, dim: int, settings: Settings, bounded: bool = False) -> None:
         super().__init__()
@@ -211,7 +214,7 @@ class MEG(nn.Module):
         return self.energy(x)[:, 0]
 
     def latent_energy(self, z: Tensor) -> Tensor:
-        """That of a latent whose prior is a standard normal."""
+        """Return U(G(z)) + |z|^2 / 2, the energy of a latent with a standard normal prior."""
         return self.energy_of(self.generator(z)) + z.square().sum(1) / 2
 
     def prior(self, count: int) -> Tensor:
@@ -230,24 +233,25 @@ class MEG(nn.Module):
         return energy_loss(u, of_fake) + penalty * grad_norm_penalty(slope).mean() + level * squares
 
     def pairing_step(self, x: Tensor, z: Tensor) -> Tensor:
-        """Cross entropy of pairs against strangers: its logit comes to log p(x, z) / p(x) p(z)."""
-        paired, strangers = (self.pairing(torch.cat((x, other), 1)) for other in (z, z.roll(1, 0)))
-        return F.softplus(-paired).mean() + F.softplus(strangers).mean()
+        """Return the cross entropy of matching against shuffled pairs; the optimal logit is log p(x, z) / p(x) p(z)."""
+        paired, shuffled = (self.pairing(torch.cat((x, other), 1)) for other in (z, z.roll(1, 0)))
+        return F.softplus(-paired).mean() + F.softplus(shuffled).mean()
 
     def generator_step(self, x: Tensor, z: Tensor) -> Tensor:
-        """E U(x) - I(x, z), the mean logit of pairs: the slope of their cross entropy fades where pairs are certain."""
+        """Return E U(x) - I(x, z) with the mean logit as I(x, z)."""
+        # not the cross entropy: its gradient vanishes for pairs that are classified with certainty
         return self.energy_of(x).mean() - self.pairing(torch.cat((x, z), 1)).mean()
 
 
 def fit(model: MEG, draw: Callable[[int], Tensor], settings: Settings, name: str) -> MEG:
-    """Train the three nets; returns the running mean of them."""
+    """Train the three networks; returns the running average of them."""
     parts = (model.energy, model.generator, model.pairing)
     rates = (settings.rate, settings.generator_rate, settings.rate)
     optimizers = [
         torch.optim.Adam(part.parameters(), rate, betas=(0.5, 0.9), fused=True)
         for part, rate in zip(parts, rates, strict=True)
     ]
-    # full rates for a half, then a line down to 0
+    # constant rate for the first half, then linear to 0
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 * (1 - step / settings.steps)))
         for optimizer in optimizers
@@ -257,7 +261,7 @@ def fit(model: MEG, draw: Callable[[int], Tensor], settings: Settings, name: str
     first, last = settings.noise
     with tqdm(total=settings.steps, desc=name, unit="step", dynamic_ncols=True, mininterval=0.2) as bar:
         for step in range(settings.steps):
-            # the noise is at its last level for the last third
+            # the noise reaches its last level after two thirds of the steps
             level = first * (last / first) ** min(1, 1.5 * step / settings.steps)
             for _ in range(settings.critic):
                 real, fake = (noisy(x, level) for x in (draw(settings.batch), model.draw(settings.batch)))
@@ -274,7 +278,7 @@ def fit(model: MEG, draw: Callable[[int], Tensor], settings: Settings, name: str
             bar.update()
             if step % 50 == 49 or step + 1 == settings.steps:
                 bar.set_postfix_str(f"energy {loss.item():.3f}, generator {information.item():.3f}")
-    return average.module
+    return cast(MEG, average.module)
 
 
 def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -288,7 +292,7 @@ def noisy(x: Tensor, level: float) -> Tensor:
 
 
 def run_chains(energy_fn: EnergyFunction, z: Tensor, steps: int, seed: int) -> Chains:
-    """Chains of a step size that short ones before have chosen by their acceptance."""
+    """Run MALA chains with a step size that short chains have tuned to the acceptance rate ACCEPTANCE."""
     alpha, tried, rounds, short = 1e-2, z, 40, 5
     for done in range(rounds):
         chains = sample(energy_fn, tried, alpha, steps=short, seed=seed, start=short * done, progress=False)
@@ -298,7 +302,10 @@ def run_chains(energy_fn: EnergyFunction, z: Tensor, steps: int, seed: int) -> C
 
 
 def modes(x: Tensor, centres: Tensor) -> tuple[int, float]:
-    """Modes with a fifth of their share of the samples within four standard deviations, and the share near any."""
+    """Return the number of modes found and the fraction of samples within four standard deviations of a mode.
+
+    A mode is found if at least a fifth of its expected number of samples is near it.
+    """
     distance, nearest = torch.cdist(x, centres).min(1)
     near = distance < 4 * SPREAD
     counts = torch.bincount(nearest[near], minlength=len(centres))
@@ -306,7 +313,7 @@ def modes(x: Tensor, centres: Tensor) -> tuple[int, float]:
 
 
 def digits(held_out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Training digits without one class; held-out digits of all classes, and which of them are of that class."""
+    """Return (training digits without one class, test digits of all classes, mask of that class in the test set)."""
     data = load_digits()
     pixels, labels = torch.from_numpy(data.images).flatten(1), torch.from_numpy(data.target)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
@@ -327,7 +334,7 @@ def picture(
         landscape = grid.energy_of(torch.cartesian_prod(line, line)).reshape(200, 200).T.cpu().numpy()
     extent = (-limit, limit, -limit, limit)
     axes[0, 0].imshow(landscape, origin="lower", extent=extent, cmap="viridis")
-    axes[0, 0].set_title("energy: low where data are")
+    axes[0, 0].set_title("energy: low near the data")
     for axis, x, title in ((axes[0, 1], before, "generator"), (axes[0, 2], after, "after MALA")):
         axis.plot(*x.cpu().numpy().T, ".", markersize=1.5, color="0.2")
         axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
@@ -338,7 +345,7 @@ def picture(
         axis.axis("off")
     for mask, label in ((~anomalous, "other digits"), (anomalous, f"digit {digit}, held out")):
         axes[1, 2].hist(scores[mask].cpu().numpy(), bins=30, density=True, alpha=0.6, label=label)
-    axes[1, 2].set_title(f"energy of held-out digits, AUPRC {auprc:.3f}")
+    axes[1, 2].set_title(f"energy of test digits, AUPRC {auprc:.3f}")
     axes[1, 2].legend()
     figure.suptitle(f"Maximum-entropy generators, seed {args.seed}")
     figure.tight_layout()

@@ -1,4 +1,4 @@
-"""Train an autoencoder on photographs with FSQ and with VQ, below and above 1,000 codes, and compare them."""
+"""Train an autoencoder on photographs with FSQ and with VQ at two codebook sizes, and compare them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +20,26 @@ from pyflow.nn import FSQ
 from pyflow.ops import codebook_usage
 
 from . import _data, _demo, _pictures
-from .nice import synchronize, threads
+from ._demo import synchronize, threads
+from ._loops import cosine_rate
 
-# the paper's level sets for 2**8 and 2**12 codes; a VQ codebook gets as many codes as the FSQ one beside it
+# the paper's levels for 2**8 and 2**12 codes; VQ gets as many codes as the FSQ it is compared with
 LEVELS = ((8, 6, 5), (7, 5, 5, 5, 5))
 CROSSOVER = 1000
-# what its README recommends against unused codes
+# the options that vector-quantize-pytorch's README recommends against unused codes
 REVIVED = {"kmeans_init": True, "threshold_ema_dead_code": 2}
 VQS = {"plain": ("VQ",), "revived": ("VQ revived",), "both": ("VQ", "VQ revived")}
-# usage from here on counts as "near 100 %", a smaller difference in PSNR as none
-NEAR, EQUAL = 0.95, 0.1
+# usage from which the verdict says "nearly every code"
+NEAR = 0.95
+# difference in PSNR, in dB, up to which two models count as equal
+EQUAL = 0.1
+# one token per DOWN x DOWN pixels
 DOWN = 4
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The autoencoder and its training, the same for every quantiser."""
+    """Autoencoder and training, the same for all quantisers."""
 
     width: int = 64
     latent: int = 16
@@ -44,13 +49,13 @@ class Settings:
     crop: int = 32
     rate: float = 5e-3
     warmup: int = 50
-    # of the CPU; on layers this small two wait for each other, and one gives the same numbers on every machine
+    # CPU threads: layers this small gain nothing from two, and one gives the same numbers on every machine
     threads: int | None = 1
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one trained autoencoder does; usage over the tokens of all tiles, and of the held-out ones alone."""
+    """Scores of one trained autoencoder; usage and perplexity over all tiles, and over the held-out tiles."""
 
     quantizer: str
     codes: int
@@ -65,23 +70,23 @@ class Score:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="of images; default those in scikit-image, scikit-learn"
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of images (default: photographs that come with scikit-image, scikit-learn)",
     )
-    parser.add_argument("--steps", type=_demo.positive, help=f"of each training, default {Settings.steps}")
+    parser.add_argument("--steps", type=_demo.positive, help=f"training steps of each model (default {Settings.steps})")
     parser.add_argument(
         "--vq", choices=VQS, default="both",
-        help="vector-quantize-pytorch as it is, or with k-means and dead codes replaced; default both",
+        help="plain: VQ with its default options; revived: with k-means initialisation and replacement of dead codes; "
+        "both (default)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=_demo.seed, default=0, help="of weights, batches and VQ's own draws")
-    parser.add_argument("--out", type=Path, default=Path("outputs/fsq.png"), help="the picture; metrics go beside it")
-    parser.add_argument("--device", type=_demo.device, help="default cuda where there is one, else cpu")
-    parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    _demo.add_arguments(parser, out="outputs/fsq.png", seed="weights, batches and VQ's random choices")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The demo; 0, or 1 after one sentence about what is missing."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Run the demo; returns the exit status."""
+    device = _demo.chosen_device(args)
     settings = Settings(steps=20, warmup=5) if args.quick else Settings()
     if args.steps:
         settings = replace(settings, steps=args.steps)
@@ -96,18 +101,18 @@ def run(args: argparse.Namespace) -> int:
 def demo(
     photographs: _data.Photographs, settings: Settings, args: argparse.Namespace, device: torch.device
 ) -> dict[str, object]:
-    """Train with every quantiser at every size, score, draw; returns the metrics."""
+    """Train with every quantiser at every codebook size, score, draw; returns the metrics."""
     began = time.perf_counter()
     train, test = photographs.train, photographs.test
     tokens = (len(train) + len(test)) * (_data.TILE // DOWN) ** 2
     print(
-        f"{len(train):,} tiles of {_data.TILE} x {_data.TILE} pixels to train on, {len(test):,} held out, no pixel in "
-        f"two, from {len(photographs.names)} photographs: {shortened(photographs.names)}\n"
-        f"the same initial weights and batches, {settings.steps:,} steps each; one token per {DOWN} x {DOWN} pixels"
+        f"{len(train):,} training tiles of {_data.TILE} x {_data.TILE} pixels and {len(test):,} held-out tiles, "
+        f"without overlap, from {len(photographs.names)} photographs: {shortened(photographs.names)}\n"
+        f"all models: same initial weights and batches, {settings.steps:,} steps; one token per {DOWN} x {DOWN} pixels"
     )
     for name in VQS[args.vq]:
         options = [f"{key}={value}" for key, value in REVIVED.items() if name == "VQ revived"]
-        print(f"{name}: VectorQuantize({', '.join([str(settings.latent), 'codes', *options])}), all else as it comes")
+        print(f"{name}: VectorQuantize({', '.join([str(settings.latent), 'codes', *options])}), defaults otherwise")
     models, scores = [], []
     for levels in LEVELS:
         for name in ("FSQ", *VQS[args.vq]):
@@ -115,10 +120,16 @@ def demo(
             seconds = fit(model, train, settings, args.seed, f"{name} {math.prod(levels):,}")
             models.append(model)
             scores.append(score(model, photographs, name, math.prod(levels), seconds))
-    print(f"\n{table(scores)}\nusage and perplexity: of the {tokens:,} tokens of all tiles; the rest held out alone\n")
+    print(
+        f"\n{table(scores)}\nusage and perplexity over the {tokens:,} tokens of all tiles, then over held-out tiles; "
+        "MSE and PSNR over held-out tiles\n"
+    )
     sentences = verdict(scores)
     print("\n".join(sentences))
-    print(f"The paper measured ImageNet; these are {settings.steps:,} steps on {len(photographs.names)} photographs.")
+    print(
+        f"The paper's results are on ImageNet; these models had {settings.steps:,} steps on {len(photographs.names)} "
+        "photographs."
+    )
     picture(models, scores, test, f"{settings.steps:,} steps each, seed {args.seed}", args.out)
     return {
         "data": str(args.data or "scikit-image, scikit-learn"), "photographs": photographs.names, "seed": args.seed,
@@ -139,7 +150,9 @@ class Residual(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder, quantiser, decoder; a token for DOWN x DOWN pixels."""
+    """Encoder, quantiser and decoder with one token per DOWN x DOWN pixels."""
+
+    quantizer: nn.Module
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -154,13 +167,13 @@ class Autoencoder(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | int]:
-        """x (B, 3, H, W) in [-1, 1] -> (its reconstruction, tokens (B, H / DOWN, W / DOWN), the quantiser's loss)."""
+        """Map x (B, 3, H, W) in [-1, 1] to (reconstruction, tokens (B, H / DOWN, W / DOWN), the quantiser's loss)."""
         z, indices, *losses = self.quantizer(self.encoder(x))
         return self.decoder(z), indices, sum(losses)
 
 
 def build(name: str, levels: Sequence[int], settings: Settings, seed: int) -> Autoencoder:
-    """The autoencoder with one of the quantisers; encoder and decoder start the same whatever the quantiser."""
+    """Return an autoencoder; the initial encoder and decoder do not depend on the quantiser."""
     torch.manual_seed(seed)
     model = Autoencoder(settings)
     if name == "FSQ":
@@ -172,7 +185,7 @@ def build(name: str, levels: Sequence[int], settings: Settings, seed: int) -> Au
 
 
 def fit(model: Autoencoder, tiles: Tensor, settings: Settings, seed: int, name: str) -> float:
-    """Train on random crops; returns the seconds per step."""
+    """Train on random crops; returns seconds per step."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model.quantizer, VectorQuantize):
@@ -183,7 +196,7 @@ def fit(model: Autoencoder, tiles: Tensor, settings: Settings, seed: int, name: 
     with tqdm(total=settings.steps, desc=f"{name:<16}", unit="step", dynamic_ncols=True, mininterval=0.2) as bar:
         for step in range(settings.steps):
             for group in optimizer.param_groups:
-                group["lr"] = rate(step, settings)
+                group["lr"] = cosine_rate(step, settings.rate, settings.warmup, settings.steps)
             x = scaled(crops(tiles, settings.batch, settings.crop, generator).to(device))
             reconstruction, _, penalty = model(x)
             error = F.mse_loss(reconstruction, x)
@@ -201,43 +214,38 @@ def fit(model: Autoencoder, tiles: Tensor, settings: Settings, seed: int, name: 
 
 @torch.no_grad()
 def start_codebook(model: Autoencoder, tiles: Tensor, settings: Settings, device: torch.device) -> None:
-    """Let k-means, if it is on, see two tokens for a code: the first batch has fewer than codes."""
-    if not model.quantizer._codebook.initted:
-        n = -(-2 * model.quantizer.codebook_size * DOWN**2 // settings.crop**2)
+    """Run the k-means initialisation, if it is on, with two tokens per code: one batch has fewer tokens than codes."""
+    quantizer: Any = model.quantizer
+    if not quantizer._codebook.initted:
+        n = -(-2 * quantizer.codebook_size * DOWN**2 // settings.crop**2)
         x = crops(tiles, n, settings.crop, torch.Generator().manual_seed(0))
-        model.quantizer(model.encoder(scaled(x.to(device))))
-
-
-def rate(step: int, settings: Settings) -> float:
-    """A short linear start, then half a cosine down to 0."""
-    start = min(1.0, (step + 1) / settings.warmup)
-    return settings.rate * start * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+        quantizer(model.encoder(scaled(x.to(device))))
 
 
 def crops(tiles: Tensor, n: int, size: int, generator: torch.Generator) -> Tensor:
-    """n random crops (n, 3, size, size) of the tiles."""
+    """Return n random crops of the tiles, (n, 3, size, size)."""
     which = torch.randint(len(tiles), (n,), generator=generator).tolist()
     corners = torch.randint(_data.TILE - size + 1, (n, 2), generator=generator).tolist()
     return torch.stack([tiles[i, :, y : y + size, x : x + size] for i, (y, x) in zip(which, corners, strict=True)])
 
 
 def scaled(pixels: Tensor) -> Tensor:
-    """uint8 to [-1, 1]."""
+    """Scale uint8 pixels to [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
 
 def decibels(mse: float) -> float:
-    """Peak signal-to-noise ratio of a mean squared error of pixels in [0, 1]."""
+    """Return the PSNR in dB of a mean squared error of pixels in [0, 1]."""
     return -10 * math.log10(mse)
 
 
 @torch.no_grad()
 def reconstruct(model: Autoencoder, tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """(pixels in [0, 1] like tiles, tokens), both on the CPU."""
+    """Return (reconstructions in [0, 1] of the tiles' shape, tokens), both on the CPU."""
     device = next(model.parameters()).device
     model.eval()
     pixels, tokens = [], []
-    # VQ holds a distance for every token and code
+    # small parts: VQ stores a distance for every pair of token and code
     for part in tiles.split(3):
         reconstruction, indices, _ = model(scaled(part.to(device)))
         pixels.append((reconstruction.clamp(-1, 1) / 2 + 0.5).cpu())
@@ -268,7 +276,7 @@ def table(scores: Sequence[Score]) -> str:
 
 
 def verdict(scores: Sequence[Score]) -> list[str]:
-    """Whether what the paper reports holds in these numbers."""
+    """Return sentences that say whether the paper's findings hold in these scores."""
     fsq = [s for s in scores if s.quantizer == "FSQ"]
     near = [s.usage >= NEAR for s in fsq]
     used = " and ".join(f"{s.usage:.1%} of {s.codes:,} codes" for s in fsq)
@@ -287,13 +295,13 @@ def partly(fsq: Sequence[Score]) -> str:
 
 
 def crossover(fsq: Sequence[Score], vq: Sequence[Score]) -> str:
-    """One sentence on who reconstructs better below and above CROSSOVER codes."""
+    """Return one sentence on which quantiser reconstructs better below and above CROSSOVER codes."""
     gains = [theirs.psnr - ours.psnr for ours, theirs in zip(fsq, vq, strict=True)]
-    said = [f"at {s.codes:,} codes {winner(gain, vq[0].quantizer)}" for s, gain in zip(fsq, gains, strict=True)]
+    found = [f"at {s.codes:,} codes {winner(gain, vq[0].quantizer)}" for s, gain in zip(fsq, gains, strict=True)]
     holds = all(gain > EQUAL if s.codes < CROSSOVER else gain < -EQUAL for s, gain in zip(fsq, gains, strict=True))
     more = [f"{s[0].quantizer} {s[-1].psnr - s[0].psnr:+.2f} dB" for s in (fsq, vq)]
     return (
-        f"Paper: VQ reconstructs better below about {CROSSOVER:,} codes, FSQ above. Here, {' and '.join(said)}: "
+        f"Paper: VQ reconstructs better below about {CROSSOVER:,} codes, FSQ above. Here, {' and '.join(found)}: "
         f"this {'holds' if holds else 'does not hold'}; the larger codebook brings {' and '.join(more)}, "
         f"and {vq[0].quantizer} uses {vq[-1].usage:.1%} of it."
     )
@@ -306,7 +314,8 @@ def winner(gain: float, name: str) -> str:
 
 
 def picture(models: Sequence[Autoencoder], scores: Sequence[Score], test: Tensor, subtitle: str, out: Path) -> None:
-    """Draw held-out tiles, their reconstructions at both sizes and their tokens."""
+    """Draw held-out tiles, their reconstructions and their tokens, at both codebook sizes."""
+    # ten tiles from the half with more contrast
     rich = test.float().std((1, 2, 3)).argsort(descending=True)[: max(1, len(test) // 2)].sort().values
     tiles = test[rich[:: -(-len(rich) // 10)]]
     drawn = [reconstruct(model, tiles) for model in models]
@@ -321,9 +330,10 @@ def picture(models: Sequence[Autoencoder], scores: Sequence[Score], test: Tensor
     panels = [_pictures.Panel("Held-out photographs", ["original"], tiles.movedim(1, -1)[None] / 255)]
     sizes = list(dict.fromkeys(s.codes for s in scores))
     panels += [rows("reconstruction", codes, reconstructions) for codes in sizes]
-    panels += [rows("code map, a colour for each code", codes, maps) for codes in sizes]
+    panels += [rows("code map, one colour per code", codes, maps) for codes in sizes]
     _pictures.draw(out, "FSQ and VQ on photographs", subtitle, panels, cell=0.9)
 
 
 def shortened(names: Sequence[str], most: int = 8) -> str:
+    """Join the first `most` names."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -1,4 +1,4 @@
-"""Test which features matter, train digits layer by layer without backpropagation, and compare the layers learnt."""
+"""Test features for dependence, train a classifier by the HSIC bottleneck, and compare its layers by CKA."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ from pyflow.nn import HSICBottleneck
 from pyflow.stats import HSICTest, RepresentationComparison, compare_representations, hsic_test
 
 from . import _demo
-from .nice import synchronize, threads
+from ._demo import synchronize, threads
 
+# level of the tests
 LEVEL = 0.05
 NETWORKS = ("HSIC bottleneck", "backpropagation", "head on untrained layers")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the tests and of the two networks, which differ in nothing but the training."""
+    """The tests and the networks, which differ only in their training."""
 
     permutations: int = 2000
     width: int = 128
@@ -44,13 +45,13 @@ class Settings:
     rate: float = 1e-3
     beta: float = 100.0
     sigma: float = 5.0
-    # of the CPU: layers and minibatches are small
+    # CPU threads: layers and minibatches are small
     threads: int | None = 1
 
 
 @dataclass(frozen=True)
 class Feature:
-    """One feature's test: normalised HSIC with the target, and that of 19 of 20 permutations lies below `usual`."""
+    """Test of one feature: normalised HSIC with the target; `usual` is the 95 % quantile over permutations."""
 
     name: str
     hsic: float
@@ -60,7 +61,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Relevance:
-    """The features of one data set, the strongest first, and p-values of the same features shuffled."""
+    """The features of one data set by decreasing HSIC, and the p-values of their shuffled copies."""
 
     features: list[Feature]
     shuffled: list[float]
@@ -77,18 +78,20 @@ class Digits:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=_demo.positive, help=f"of each training, default {Settings.epochs}")
-    parser.add_argument("--permutations", type=_demo.positive, help=f"of each test, default {Settings.permutations}")
-    parser.add_argument("--seed", type=_demo.seed, default=0, help="of permutations, weights and batches")
-    parser.add_argument("--out", type=Path, default=Path("outputs/hsic.png"), help="the picture; metrics go beside it")
-    parser.add_argument("--device", type=_demo.device, help="default cuda where there is one, else cpu")
-    parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
-    parser.add_argument("--quick", action="store_true", help="fewer permutations and epochs")
+    parser.add_argument(
+        "--epochs", type=_demo.positive, help=f"training epochs of each network (default {Settings.epochs})"
+    )
+    parser.add_argument(
+        "--permutations", type=_demo.positive, help=f"permutations of each test (default {Settings.permutations})"
+    )
+    _demo.add_arguments(
+        parser, out="outputs/hsic.png", seed="permutations, weights and batches", quick="fewer permutations and epochs"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """The demo; 0, or 1 after one sentence about what is missing."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Run the demo; returns the exit status."""
+    device = _demo.chosen_device(args)
     settings = Settings(permutations=200, epochs=6) if args.quick else Settings()
     given = {name: getattr(args, name) for name in ("epochs", "permutations") if getattr(args, name)}
     settings = replace(settings, **given)
@@ -107,10 +110,10 @@ def demo(settings: Settings, args: argparse.Namespace, device: torch.device) -> 
     names = {"s1": "s1 cholesterol", "s2": "s2 LDL", "s3": "s3 HDL", "s4": "s4 chol./HDL", "s5": "s5 triglycerides",
              "s6": "s6 glucose"}  # fmt: skip
     tests = {
-        f"wine: {len(wine.data)} wines, target one of 3 cultivars": relevance(
+        f"wine: {len(wine.data)} wines, the target is one of 3 cultivars": relevance(
             wine.data, wine.target, wine.feature_names, "delta", settings, args.seed, device
         ),
-        f"diabetes: {len(diabetes.data)} patients, target the disease a year later": relevance(
+        f"diabetes: {len(diabetes.data)} patients, the target is disease progression after a year": relevance(
             diabetes.data, diabetes.target, [names.get(name, name) for name in diabetes.feature_names], "rbf", settings,
             args.seed, device,
         ),
@@ -120,22 +123,26 @@ def demo(settings: Settings, args: argparse.Namespace, device: torch.device) -> 
 
     digits = load(device)
     print(
-        f"\ndigits: {len(digits.x):,} to train on, {len(digits.test_x)} held out; "
-        f"{settings.depth} layers of {settings.width}, {settings.epochs} epochs"
+        f"\ndigits: {len(digits.x):,} for training, {len(digits.test_x)} held out; "
+        f"{settings.depth} layers of width {settings.width}, {settings.epochs} epochs"
     )
-    models, curves, seconds = {}, {}, {}
+    models: dict[str, HSICBottleneck] = {}
+    curves: dict[str, list[float]] = {}
+    seconds: dict[str, float] = {}
     for name in NETWORKS:
         models[name] = build(settings, args.seed).to(device)
         curves[name], seconds[name] = train(models[name], name, digits, settings, args.seed)
     print(f"\n{'held-out accuracy':<28}{'':>8}{'s/epoch':>10}")
     for name, curve in curves.items():
         print(f"{name:<28}{curve[-1]:>8.1%}{seconds[name]:>10.3f}")
-    print("no gradient passes between the layers of the first and the last network; a linear head reads the last layer")
+    print(
+        "only backpropagation passes gradients between layers; in all three a linear head is trained on the last layer"
+    )
 
     comparison = compare(models["HSIC bottleneck"], models["backpropagation"], digits.test_x)
     alike = comparison.cka.diagonal().tolist()
-    said = ", ".join(f"{name} {value:.2f}" for name, value in zip(comparison.layers1, alike, strict=True))
-    print(f"\nCKA of the layers of both, held out: {said}")
+    pairs = ", ".join(f"{name} {value:.2f}" for name, value in zip(comparison.layers1, alike, strict=True))
+    print(f"\nCKA between the same layers of HSIC bottleneck and backpropagation, held-out digits: {pairs}")
     picture(tests, curves, comparison, settings, args.out)
     return {
         "seed": args.seed, "device": str(device), "backend": args.backend, "settings": asdict(settings),
@@ -149,7 +156,7 @@ def relevance(
     x: np.ndarray, y: np.ndarray, names: Sequence[str], kernel_y: str, settings: Settings, seed: int,
     device: torch.device,
 ) -> Relevance:  # fmt: skip
-    """Every feature's test against the target, and that of its shuffled copy, which cannot depend on it."""
+    """Test every feature against the target, and a shuffled copy of it, which is independent of the target."""
     target = torch.from_numpy(y).to(device)
     rng = np.random.default_rng(seed)
 
@@ -177,13 +184,14 @@ def feature_table(tested: Relevance) -> str:
         for f in tested.features
     ]
     found = sum(p <= LEVEL for p in tested.shuffled)
-    said = f"p <= {LEVEL} for {found} of {len(tested.shuffled)}, by chance {LEVEL:.0%}"
-    lines.append(f"the same features shuffled: {said}")
+    lines.append(
+        f"the same features shuffled: p <= {LEVEL} for {found} of {len(tested.shuffled)} ({LEVEL:.0%} expected)"
+    )
     return "\n".join(lines)
 
 
 def load(device: torch.device) -> Digits:
-    """The same split every time."""
+    """Load the digits with a fixed split."""
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     test, rest = order.split([360, len(order) - 360])
@@ -193,7 +201,7 @@ def load(device: torch.device) -> Digits:
 
 
 def build(settings: Settings, seed: int) -> HSICBottleneck:
-    """The network, with the same first weights whatever its training."""
+    """Return the network; its initial weights depend only on the seed."""
     torch.manual_seed(seed)
     widths = [64, *[settings.width] * settings.depth]
     layers = [nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()) for a, b in itertools.pairwise(widths)]
@@ -204,9 +212,10 @@ def build(settings: Settings, seed: int) -> HSICBottleneck:
 
 
 def stepper(model: HSICBottleneck, name: str, settings: Settings) -> Callable[[Tensor, Tensor], Tensor]:
-    """One step of the training of this name; it returns the loss of the head."""
+    """Return a function (x, y) -> loss of the head that takes one step of the named training."""
     if name == "HSIC bottleneck":
         return lambda x, y: model.update(x, y)[-1]
+    assert model.head is not None
     trained = model if name == "backpropagation" else model.head
     optimizer = torch.optim.Adam(trained.parameters(), lr=settings.rate)
 
@@ -221,7 +230,7 @@ def stepper(model: HSICBottleneck, name: str, settings: Settings) -> Callable[[T
 
 
 def train(model: HSICBottleneck, name: str, digits: Digits, settings: Settings, seed: int) -> tuple[list[float], float]:
-    """(held-out accuracy after every epoch, seconds per epoch)."""
+    """Return (held-out accuracy after every epoch, seconds per epoch)."""
     step = stepper(model, name, settings)
     generator = torch.Generator().manual_seed(seed)
     curve, seconds, steps = [], 0.0, len(digits.x) // settings.batch
@@ -280,11 +289,11 @@ def picture(
         axes[1, 0].plot(range(1, len(curve) + 1), curve, label=f"{name}: {curve[-1]:.1%}")
     axes[1, 0].set_xlabel("epoch")
     axes[1, 0].set_ylabel("held-out accuracy")
-    axes[1, 0].set_title(f"digits, {settings.depth} layers of {settings.width}", fontsize=10)
+    axes[1, 0].set_title(f"digits, {settings.depth} layers of width {settings.width}", fontsize=10)
     axes[1, 0].grid(alpha=0.3)
     axes[1, 0].legend(loc="lower right", frameon=False)
     comparison.heatmap(axes[1, 1], names=("HSIC bottleneck", "backpropagation"))
-    axes[1, 1].set_title("which layers represent the same (linear CKA, held out)", fontsize=10)
+    axes[1, 1].set_title("similarity of the layers (linear CKA, held out)", fontsize=10)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""Train a VAE by the losses it adds inside: no output, no loss outside, every layer of singular value 1."""
+"""Train a VAE that returns nothing by the losses it adds in its forward, with spectral norm 1 in every layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import time
 import warnings
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -22,14 +22,14 @@ from pyflow.nn import apply_spectral_norm
 from pyflow.train import LossOnlyModule, add_loss, add_metric, collect
 
 from . import _data, _demo, _pictures
-from .nice import threads
+from ._demo import threads
 
-# ending of the folder of Lightning's log, beside the picture
+# suffix of the folder for Lightning's log, beside the picture
 LOG = "_log"
 
 
 class VAE(nn.Module):
-    """Digits as 64 probabilities; its forward adds the two terms of the bound and returns nothing."""
+    """VAE with Bernoulli pixels; its forward adds the two terms of the bound as losses and returns None."""
 
     def __init__(self, dim: int, hidden: int, latent: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class VAE(nn.Module):
         self.moments = nn.Linear(hidden, 2 * latent)
         self.outward, self.outer_norm = nn.Linear(latent, hidden), nn.LayerNorm(hidden)
         self.pixels = nn.Linear(hidden, dim)
-        # normalised layers cannot stretch: three numbers that are no layer's do, of what comes in and goes out
+        # layers of spectral norm 1 cannot increase the scale: three learnt factors do
         self.stretch = nn.Parameter(torch.full((3,), 3.0))
 
     def forward(self, x: Tensor) -> None:
@@ -50,7 +50,7 @@ class VAE(nn.Module):
         add_loss(divergence.sum() / len(x), "divergence")
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        # the gain's norm is 1, so a unit of the hidden layer is 1 / sqrt(width) of a usual one
+        # the normalised LayerNorm gain has norm 1, so undo its factor 1 / sqrt(width)
         hidden = F.silu(self.stretch[0] * self.inner_norm(self.inward(x)) * self.inward.out_features**0.5)
         add_metric(hidden.norm(dim=1).mean(), "row_norm")
         mean, log_std = (self.stretch[1] * self.moments(hidden)).chunk(2, 1)
@@ -62,22 +62,19 @@ class VAE(nn.Module):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=_demo.positive, default=60)
-    parser.add_argument("--hidden", type=_demo.positive, default=256, help="width of both hidden layers")
-    parser.add_argument("--latent", type=_demo.positive, default=8, help="dims of z")
-    parser.add_argument("--seed", type=_demo.seed, default=0, help="of weights, batches and samples")
-    parser.add_argument("--out", type=Path, default=Path("outputs/loss_only_digits.png"), help="the picture; "
-                        "metrics and the log go beside it")  # fmt: skip
-    parser.add_argument("--device", type=_demo.device, help="default cuda where there is one, else cpu")
-    parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
-    parser.add_argument("--quick", action="store_true", help="a few epochs, to see that it runs")
+    parser.add_argument("--epochs", type=_demo.positive, default=60, help="training epochs (default 60)")
+    parser.add_argument("--hidden", type=_demo.positive, default=256, help="width of both hidden layers (default 256)")
+    parser.add_argument("--latent", type=_demo.positive, default=8, help="dimensions of z (default 8)")
+    _demo.add_arguments(
+        parser, out="outputs/loss_only_digits.png", seed="weights, batches and samples", beside="metrics and the log"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """The demo; 0, or 1 after one sentence about what is missing."""
+    """Run the demo; returns the exit status."""
     if args.quick:
         args.epochs = min(args.epochs, 3)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _demo.chosen_device(args)
 
     def work() -> dict[str, object]:
         with threads(1 if device.type == "cpu" else None):
@@ -94,18 +91,22 @@ def demo(images: _data.Images, args: argparse.Namespace, device: torch.device) -
     apply_spectral_norm(model)
     scale = images.levels - 1
     train, test = (TensorDataset(part.float() / scale) for part in (images.train, images.test))
-    print(f"A VAE without output and without outer loss, on {len(train):,} digits; {len(test)} held out")
+    print(
+        f"a VAE that returns nothing and is trained by the losses added in its forward; {len(train):,} training digits "
+        f"and {len(test)} held-out digits"
+    )
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     module = LossOnlyModule(model, partial(torch.optim.Adam, lr=2e-3))
+    logger = CSVLogger(args.out.parent, name=args.out.stem + LOG)
     began = time.perf_counter()
-    # whatever Lightning advises, a demo of seconds needs no workers
+    # silence Lightning's advice on data loader workers: this takes seconds
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = lightning.Trainer(
             max_epochs=args.epochs, accelerator="gpu" if device.type == "cuda" else device.type, devices=1,
-            logger=CSVLogger(args.out.parent, name=args.out.stem + LOG), callbacks=[TQDMProgressBar(leave=False)],
+            logger=logger, callbacks=[TQDMProgressBar(leave=False)],
             enable_checkpointing=False, enable_model_summary=False, log_every_n_steps=1,
         )  # fmt: skip
         trainer.fit(module, DataLoader(train, 64, shuffle=True), DataLoader(test, 360))
@@ -113,7 +114,7 @@ def demo(images: _data.Images, args: argparse.Namespace, device: torch.device) -
 
     model.to(device).eval()
     after, raw = singular_values(model), singular_values(model, raw=True)
-    print(f"\n{'largest singular value':<24}{'at the start':>14}{'trained, raw':>14}{'trained, used':>15}")
+    print(f"\n{'largest singular value':<24}{'initial':>14}{'trained, raw':>14}{'normalised':>15}")
     for name in before:
         print(f"{name:<24}{before[name]:>14.4f}{raw[name]:>14.4f}{after[name]:>15.6f}")
     x = test.tensors[0].to(device)
@@ -125,15 +126,16 @@ def demo(images: _data.Images, args: argparse.Namespace, device: torch.device) -
     picture(model, x, images, args, collected.total().item())
     return {
         "epochs": args.epochs, "seed": args.seed, "device": str(device), "backend": args.backend, "held_out": held_out,
-        "before": before, "raw": raw, "after": after, "log": trainer.logger.log_dir, "training_seconds": seconds,
+        "before": before, "raw": raw, "after": after, "log": logger.log_dir, "training_seconds": seconds,
     }  # fmt: skip
 
 
 def singular_values(model: nn.Module, raw: bool = False) -> dict[str, float]:
-    """The largest one of every layer's weight, as the layer uses it or before its normalisation."""
+    """Return the largest singular value of each layer's weight, as used, or before normalisation with `raw`."""
     values = {}
-    for name, layer in model.named_children():
-        of_layer = layer.parametrizations.weight.original if raw else layer.weight
+    for name, child in model.named_children():
+        layer: Any = child
+        of_layer: Tensor = layer.parametrizations.weight.original if raw else layer.weight
         matrix = of_layer.detach().double()
         values[name] = torch.linalg.svdvals(matrix[None] if matrix.dim() == 1 else matrix.flatten(1))[0].item()
     return values
@@ -141,19 +143,19 @@ def singular_values(model: nn.Module, raw: bool = False) -> dict[str, float]:
 
 @torch.no_grad()
 def picture(model: VAE, x: Tensor, images: _data.Images, args: argparse.Namespace, bound: float) -> None:
-    """Held-out digits, their reconstructions, samples."""
+    """Draw held-out digits, their reconstructions, and samples."""
     across = 12
     generator = torch.Generator().manual_seed(args.seed)
     z = torch.randn(4, across, model.latent, generator=generator).to(x.device)
-    # outside the forward every use of a weight would normalise it again
+    # compute each normalised weight once
     with parametrize.cached():
         back = model.decode(model.encode(x[:across])[0]).sigmoid()
         samples = model.decode(z).sigmoid()
     shape = images.shape
     _pictures.draw(
         args.out,
-        "A model without output, trained by the losses inside it",
-        f"VAE on digits, every layer of singular value 1; held-out bound {bound:.2f} nats, seed {args.seed}",
+        "A model that returns nothing, trained by the losses added in its forward",
+        f"VAE on digits, spectral norm 1 in every layer; held-out bound {bound:.2f} nats, seed {args.seed}",
         [
             _pictures.Panel("Held-out digits and their reconstructions", ["x", "x → z → x"],
                             torch.stack((x[:across], back)).unflatten(-1, shape)),

@@ -1,9 +1,8 @@
-"""Train NICE on real images, score it beside two baselines, and draw what it learnt."""
+"""Train NICE on real images, compare its likelihood with a Gaussian's, and draw samples and reconstructions."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import math
 import statistics
@@ -20,26 +19,27 @@ import pyflow
 from pyflow.flows import NICE, bits_per_dim, dequantize
 
 from . import _data, _demo, _pictures
+from ._data import Gaussian, noisy
+from ._demo import synchronize, threads
+from ._loops import follow
 
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
-# draws of the dequantisation noise per held-out image
-DRAWS = 10
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; the defaults are for digits."""
+    """Network and training; the defaults are for digits."""
 
     hidden: tuple[int, ...] = (256,) * 3
     epochs: int = 250
     patience: int = 50
     batch: int = 128
     rate: float = 1e-3
-    # AdamW's decay of the weight matrices, times the rate per step: 1,257 images overfit without it
+    # AdamW's weight decay of the matrices: 1,257 images overfit without it
     decay: float = 2.0
-    # of the running average of the weights that is scored and kept
+    # decay of the running average of the weights, which is scored and kept
     average: float = 0.99
-    # of the CPU; two threads gain nothing on layers this small, and wait for each other on a busy machine
+    # CPU threads: two gain nothing on layers this small and wait for each other on a busy machine
     threads: int | None = 1
 
 
@@ -51,20 +51,20 @@ SETTINGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", choices=_data.NAMES, default="digits", help="default digits, which need no download")
-    parser.add_argument("--prior", choices=("logistic", "gaussian"), default="logistic", help="density of z")
-    parser.add_argument("--epochs", type=_demo.positive, help="at most this many; training stops early")
-    parser.add_argument("--seed", type=_demo.seed, default=0, help="of weights, batches, noise and samples")
-    parser.add_argument("--out", type=Path, help="the picture, default outputs/nice_DATA.png; metrics go beside it")
-    parser.add_argument("--device", type=_demo.device, help="default cuda where there is one, else cpu")
-    parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
-    parser.add_argument("--quick", action="store_true", help="a few epochs, to see that it runs")
+    parser.add_argument("--data", choices=_data.NAMES, default="digits", help="default digits, which needs no download")
+    parser.add_argument(
+        "--prior", choices=("logistic", "gaussian"), default="logistic", help="density of z (default logistic)"
+    )
+    parser.add_argument("--epochs", type=_demo.positive, help="largest number of epochs; training may stop earlier")
+    _demo.add_arguments(parser, out="outputs/nice_DATA.png", seed="weights, batches, noise and samples")
+    # DATA is known when the arguments are parsed
+    parser.set_defaults(out=None)
 
 
 def run(args: argparse.Namespace) -> int:
-    """The demo; 0, or 1 after one sentence about what is missing."""
+    """Run the demo; returns the exit status."""
     args.out = args.out or Path("outputs") / f"nice_{args.data}.png"
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _demo.chosen_device(args)
     settings = SETTINGS[args.data]
     if args.quick:
         settings = replace(settings, epochs=5)
@@ -81,13 +81,13 @@ def run(args: argparse.Namespace) -> int:
 def demo(
     images: _data.Images, settings: Settings, args: argparse.Namespace, device: torch.device, out: Path
 ) -> dict[str, object]:
-    """Train, score, draw; returns the metrics."""
+    """Train, compare likelihoods, draw; returns the metrics."""
     began = time.perf_counter()
     torch.manual_seed(args.seed)
     train = images.train.to(device)
     print(
-        f"NICE on {args.data}: {len(train):,} images to train on, {len(images.validation):,} to stop by, "
-        f"{len(images.test):,} held out; {images.dim} pixels of {images.levels} levels"
+        f"NICE on {args.data}: {len(train):,} training images, {len(images.validation):,} for early stopping, "
+        f"{len(images.test):,} held out; {images.dim} pixels with {images.levels} levels each"
     )
     flow = NICE(images.dim, hidden=settings.hidden, prior=args.prior, data_init=True).to(device)
     flow.log_prob(dequantize(train[:2048], images.levels))
@@ -100,18 +100,22 @@ def demo(
     with pyflow.backend("reference"):
         reference = mean_log_prob(flow, test)
     gaussian = Gaussian.fit(images.train, validation, images.levels).log_prob(test).mean().item()
-    table = {"NICE": nats, "NICE, reference ops": reference, "Gaussian, full covariance": gaussian}
+    scores = {"NICE": nats, "NICE, reference ops": reference, "Gaussian, full covariance": gaussian}
     print(f"\n{'held out':<28}{'nats':>10}{'bits/dim':>10}")
-    for name, value in table.items():
+    for name, value in scores.items():
         print(f"{name:<28}{value:>10.2f}{bits_per_dim(torch.tensor(value), images.dim, images.levels):>10.3f}")
-    print(f"the same weights through pyflow and through the reference differ by {abs(nats - reference):.1e} nats")
+    print(f"pyflow's operations and the reference differ by {abs(nats - reference):.1e} nats on the same weights")
 
     ours, theirs = epoch_seconds(flow, train, images.levels, settings, rounds=1 if args.quick else 11)
-    said = ": a NICE epoch is nearly all GEMM, which both share" if 0.8 < theirs / ours < 1.25 else ""
-    print(f"time per epoch: {ours:.3f} s, reference {theirs:.3f} s, ratio {theirs / ours:.2f}{said}")
+    why = (
+        ": nearly all of a NICE epoch is matrix products, which are the same in both"
+        if 0.8 < theirs / ours < 1.25
+        else ""
+    )
+    print(f"time per epoch: {ours:.3f} s, reference {theirs:.3f} s, ratio {theirs / ours:.2f}{why}")
 
     error = picture(flow, images, device, args, nats, gaussian, out)
-    print(f"reconstruction x -> z -> x: largest error {error:.1e}")
+    print(f"reconstruction x -> z -> x of held-out images: largest error {error:.1e}")
     return {
         "data": args.data, "prior": args.prior, "seed": args.seed, "device": str(device), "backend": args.backend,
         "epochs": epochs, "settings": asdict(settings), "nats": nats,
@@ -123,29 +127,20 @@ def demo(
     }  # fmt: skip
 
 
-@contextlib.contextmanager
-def threads(n: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def fit(flow: NICE, train: Tensor, validation: Tensor, levels: int, settings: Settings) -> tuple[NICE, int]:
-    """(the averaged weights that score best on the validation images, epochs run)."""
+    """Return (the flow with the averaged weights that score best on the validation images, epochs run)."""
     step = stepper(flow, settings)
-    average, best, best_nats, best_epoch = copy.deepcopy(flow), None, -math.inf, 0
+    average, best_nats, best_epoch = copy.deepcopy(flow), -math.inf, 0
+    best: dict[str, Tensor] | None = None
     steps = len(train) // settings.batch
-    taken, loss = 0, None
+    taken, loss = 0, train.new_zeros((), dtype=torch.float32)
     with tqdm(total=settings.epochs * steps, unit="step", dynamic_ncols=True, mininterval=0.2) as bar:
         for epoch in range(1, settings.epochs + 1):
             for x in batches(train, levels, settings.batch):
                 taken += 1
-                # half a cosine down to 0
+                # half a cosine that ends at 0
                 new = step(x, settings.rate * 0.5 * (1 + math.cos(math.pi * taken / (settings.epochs * steps))))
-                loss = new if loss is None else loss.lerp(new, 0.05)
+                loss = new if taken == 1 else loss.lerp(new, 0.05)
                 follow(average, flow, max(1 - settings.average, 9 / (10 + taken)))
                 bar.update()
             nats = mean_log_prob(average, validation)
@@ -157,12 +152,13 @@ def fit(flow: NICE, train: Tensor, validation: Tensor, levels: int, settings: Se
             bar.set_postfix_str(f"{running}, validation {nats:.2f}, best {best_nats:.2f}")
             if epoch - best_epoch >= settings.patience:
                 break
+    assert best is not None, "the validation likelihood was never finite"
     average.load_state_dict(best)
     return average, epoch
 
 
 def stepper(flow: NICE, settings: Settings) -> Callable[[Tensor, float], Tensor]:
-    """A function that takes one optimiser step on a batch at a rate and returns the loss."""
+    """Return a function (batch, learning rate) -> loss that takes one optimiser step."""
     matrices = [p for p in flow.parameters() if p.dim() == 2]
     vectors = [p for p in flow.parameters() if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": settings.decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -174,7 +170,7 @@ def stepper(flow: NICE, settings: Settings) -> Callable[[Tensor, float], Tensor]
         loss = -flow.log_prob(x).mean()
         optimizer.zero_grad()
         loss.backward()
-        # the first steps from a data-initialised scale are steep
+        # the first gradients after data-dependent initialisation are large
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 50.0)
         optimizer.step()
         return loss.detach()
@@ -182,24 +178,11 @@ def stepper(flow: NICE, settings: Settings) -> Callable[[Tensor, float], Tensor]
     return step
 
 
-@torch.no_grad()
-def follow(average: NICE, flow: NICE, weight: float) -> None:
-    """Move the average's parameters a part of the way to the flow's."""
-    for a, p in zip(average.parameters(), flow.parameters(), strict=True):
-        a.lerp_(p, weight)
-
-
 def batches(images: Tensor, levels: int, size: int) -> Iterator[Tensor]:
-    """Whole batches in random order, each with fresh noise."""
+    """Yield full batches in random order with fresh dequantisation noise."""
     order = torch.randperm(len(images), device=images.device)
     for rows in order[: len(order) // size * size].split(size):
         yield dequantize(images[rows], levels)
-
-
-def noisy(images: Tensor, levels: int, device: torch.device, seed: int) -> Tensor:
-    """DRAWS dequantisations of every image, the same in every run."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.cat([dequantize(images, levels, generator) for _ in range(DRAWS)]).to(device)
 
 
 @torch.no_grad()
@@ -207,46 +190,18 @@ def mean_log_prob(flow: NICE, x: Tensor) -> float:
     return torch.cat([flow.log_prob(part) for part in x.split(4096)]).double().mean().item()
 
 
-@dataclass(frozen=True)
-class Gaussian:
-    """Full-covariance Gaussian of the dequantised training images, shrunk as the validation images like it best."""
-
-    mean: Tensor
-    factor: Tensor
-
-    @classmethod
-    def fit(cls, train: Tensor, validation: Tensor, levels: int) -> Gaussian:
-        x = train.double() / levels
-        # the noise's own mean and variance, exactly
-        mean, covariance = x.mean(0) + 0.5 / levels, torch.cov(x.mT)
-        covariance.diagonal().add_(1 / (12 * levels**2))
-        diagonal = covariance.diagonal()
-        targets = (torch.diag(diagonal), torch.eye(len(diagonal), dtype=torch.float64) * diagonal.mean())
-        candidates = [
-            cls(mean, torch.linalg.cholesky((1 - a) * covariance + a * target))
-            for target in targets
-            for a in (1e-4, 1e-3, 3e-3, 0.01, 0.02, 0.05, 0.1, 0.2)
-        ]
-        return max(candidates, key=lambda candidate: candidate.log_prob(validation).mean().item())
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        z = torch.linalg.solve_triangular(self.factor, (x.double().cpu() - self.mean).mT, upper=False)
-        volume = self.factor.diagonal().log().sum() + 0.5 * len(self.mean) * math.log(2 * math.pi)
-        return -0.5 * z.square().sum(0) - volume
-
-
 def epoch_seconds(flow: NICE, train: Tensor, levels: int, settings: Settings, rounds: int) -> tuple[float, float]:
-    """Median seconds of one training epoch through the chosen backend and through the reference, in turn."""
+    """Return the median seconds of a training epoch on the chosen backend and on the reference, timed in turn."""
     step = stepper(copy.deepcopy(flow), settings)
-    some = train[: 20 * settings.batch]
+    subset = train[: 20 * settings.batch]
 
     def once() -> float:
         synchronize(train.device)
         began = time.perf_counter()
-        for x in batches(some, levels, settings.batch):
+        for x in batches(subset, levels, settings.batch):
             step(x, 0.0)
         synchronize(train.device)
-        return (time.perf_counter() - began) * (len(train) // settings.batch) / (len(some) // settings.batch)
+        return (time.perf_counter() - began) * (len(train) // settings.batch) / (len(subset) // settings.batch)
 
     once()
     ours, theirs = [], []
@@ -255,11 +210,6 @@ def epoch_seconds(flow: NICE, train: Tensor, levels: int, settings: Settings, ro
         with pyflow.backend("reference"):
             theirs.append(once())
     return statistics.median(ours), statistics.median(theirs)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
 
 
 @torch.no_grad()
@@ -292,13 +242,13 @@ def picture(
         f"held out: {nats:.1f} nats ({bits_per_dim(torch.tensor(nats), images.dim, images.levels):.2f} bits/dim), "
         f"full-covariance Gaussian {gaussian:.1f}; {args.prior} prior, seed {args.seed}",
         [
-            panel("Samples: the same z at four temperatures", [f"T = {t:g}" for t in TEMPERATURES], samples),
+            panel("Samples from the same noise at four temperatures", [f"T = {t:g}" for t in TEMPERATURES], samples),
             panel(
-                f"Reconstruction of held-out images, largest error {error:.0e}",
+                f"Held-out images and their reconstructions, largest error {error:.0e}",
                 ["x", "x → z → x"],
                 torch.stack((x[:across], back[:across])),
             ),
-            panel("Straight lines in z between two held-out images", ["z → z′"] * len(ends), between),
+            panel("Linear interpolation in z between two held-out images", ["z → z′"] * len(ends), between),
         ],
     )
     return error

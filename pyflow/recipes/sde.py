@@ -1,4 +1,4 @@
-"""Train a score network on real digits, sample it by every method of its SDE, score it and draw it."""
+"""Train a score network on real digits, compute its likelihood, and sample it by every method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torchdiffeq  # noqa: F401 (of the likelihood: asked for before the training, not after)
+import torchdiffeq  # noqa: F401 (the likelihood needs it: fail before the training, not after)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -21,19 +21,22 @@ from pyflow.flows import bits_per_dim, dequantize
 from pyflow.ops import denoising_loss, perturb, sample_seeds, uniform
 from pyflow.sde import VPSDE, log_likelihood, sample
 
+from ..cli import Refused
 from . import _data, _demo, _loops, _pictures
-from .nice import Gaussian, follow, noisy, synchronize, threads
+from ._data import Gaussian, noisy
+from ._demo import synchronize, threads
+from ._loops import cosine_rate, follow
 
 METHODS = ("euler_maruyama", "reverse_diffusion", "ancestral", "pc", "probability_flow")
-# last time of the samplers, first one of training and likelihood: std is 0.01 there, the dequantisation's width 0.12
+# smallest time of samplers, training and likelihood: std is 0.01 there, against 0.12 between two pixel levels
 EPS = 1e-3
-# sample WHICH of BATCH is drawn alone too
+# sample WHICH of a batch of BATCH is also drawn alone
 BATCH, WHICH, MICRO_BATCH = 64, 3, 8
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The network, its training and the samplers."""
+    """Network, training and samplers."""
 
     width: int = 256
     blocks: int = 3
@@ -43,15 +46,15 @@ class Settings:
     rate: float = 2e-3
     warmup: int = 200
     decay: float = 0.01
-    # of the running average of the weights that is kept
+    # decay of the running average of the weights, which is kept
     average: float = 0.999
     sampling_steps: int = 500
     samples: int = 256
-    # held-out digits whose likelihood is computed
+    # number of held-out digits whose likelihood is computed
     scored: int = 360
     rounds: int = 7
     compile: bool = True
-    # of the CPU; on layers this small two wait for each other
+    # CPU threads: layers this small gain nothing from two
     threads: int | None = 1
 
 
@@ -59,22 +62,23 @@ QUICK = Settings(steps=60, warmup=10, sampling_steps=50, samples=64, scored=40, 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=_demo.positive, help=f"of training, default {Settings.steps}")
+    parser.add_argument("--steps", type=_demo.positive, help=f"training steps (default {Settings.steps})")
     parser.add_argument(
         "--sampling-steps",
         type=_demo.positive,
-        help=f"of every sampler, more than 20, default {Settings.sampling_steps}",
+        help=f"steps of every sampler, more than 20 (default {Settings.sampling_steps})",
     )
-    parser.add_argument("--seed", type=_demo.seed, default=0, help="of weights, batches, noise and samples")
-    parser.add_argument("--out", type=Path, default=Path("outputs/sde.png"), help="the picture; metrics go beside it")
-    parser.add_argument("--device", type=_demo.device, help="default cuda where there is one, else cpu")
-    parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
-    parser.add_argument("--quick", action="store_true", help="a few steps and no torch.compile, to see that it runs")
+    _demo.add_arguments(
+        parser,
+        out="outputs/sde.png",
+        seed="weights, batches, noise and samples",
+        quick="a short run without torch.compile, to check that everything works",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """The demo; 0, or 1 after one sentence about what is missing."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Run the demo; returns the exit status."""
+    device = _demo.chosen_device(args)
     settings = QUICK if args.quick else Settings()
     for name in ("steps", "sampling_steps"):
         if getattr(args, name):
@@ -82,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
     def work() -> dict[str, object]:
         if settings.sampling_steps <= VPSDE().beta_max:
-            raise _demo.Refused(f"--sampling-steps must be more than 20, got {settings.sampling_steps}")
+            raise Refused(f"--sampling-steps must be more than 20, got {settings.sampling_steps}")
         with threads(settings.threads):
             return demo(_data.load("digits", args.out.parent / "data"), settings, args, device)
 
@@ -90,13 +94,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def demo(images: _data.Images, settings: Settings, args: argparse.Namespace, device: torch.device) -> dict[str, object]:
-    """Train, score, sample, time, compare, draw; returns the metrics."""
+    """Train, compute likelihoods, sample, time, compare, draw; returns the metrics."""
     began = time.perf_counter()
     torch.manual_seed(args.seed)
     sde = VPSDE()
     print(
-        f"score network for {sde} on digits: {len(images.train):,} images to train on, {len(images.test):,} held out; "
-        f"{images.dim} pixels of {images.levels} levels"
+        f"score network for {sde} on digits: {len(images.train):,} training images, {len(images.test):,} held out; "
+        f"{images.dim} pixels with {images.levels} levels each"
     )
     net = ScoreNet(sde, images, settings).to(device)
     net, loss = fit(net, sde, images, settings, args.seed)
@@ -105,18 +109,23 @@ def demo(images: _data.Images, settings: Settings, args: argparse.Namespace, dev
     likelihoods = score(sde, net, images, settings.scored, args.seed)
     drawn = [draw(sde, net, method, settings, args.seed) for method in METHODS]
     distances, among_digits = compare(drawn, images, settings.samples)
-    how = {"eps": EPS, "rounds": settings.rounds, "compiled": settings.compile, "device": device}
-    paces = {case.name: _loops.pace(sde, net, case, **how) for case in _loops.CASES}
+    paces = {
+        case.name: _loops.pace(
+            sde, net, case, eps=EPS, rounds=settings.rounds, compiled=settings.compile, device=device
+        )
+        for case in _loops.CASES
+    }
     error = _loops.difference(sde, net, (BATCH, images.dim), settings.sampling_steps, EPS, device)
     with_network, without = (paces[case.name]["pyflow"] for case in _loops.CASES[:2])
     print(f"\n{_loops.table(paces)}")
     print(
-        f"x: times eager torch. Whole loops, prior included, on {torch.get_num_threads()} thread(s) of the CPU; the "
-        f"network, which all share, is {1 - with_network / without:.0%}\nof pyflow's step on 64 digits. Given the same "
-        f"noise, samples of eager torch and of pyflow {f'differ by {error:.1e}' if error else 'are equal bit for bit'}"
+        f"x: speed-up over eager torch. Whole loops, drawing the prior included, {torch.get_num_threads()} CPU "
+        f"thread(s); the network, the same in\nall loops, takes {1 - with_network / without:.0%} of pyflow's step on "
+        "64 digits. Given the same noise, samples of eager torch and of pyflow\n"
+        f"{f'differ by {error:.1e}' if error else 'are equal bit for bit'}"
     )
     found = pairs(sde, net, settings, args.seed)
-    print(f"\nsample {WHICH} of a batch of {BATCH} and sample {WHICH} drawn alone with its seed, ancestral:")
+    print(f"\nsample {WHICH} of a batch of {BATCH}, and the same sample drawn alone with its seed (method ancestral):")
     for pair in found:
         print(f"  {pair.how + ':':<46}{pair.said}")
     ours, theirs = (f"{row['bits_per_dim']:.2f}" for row in likelihoods)
@@ -139,7 +148,11 @@ def demo(images: _data.Images, settings: Settings, args: argparse.Namespace, dev
 
 
 class ScoreNet(nn.Module):
-    """Score of x_t, flat: that of a normal with the pixels' own means and variances, plus what a network adds."""
+    """Score of x_t (flattened): the score of a normal with the pixels' means and variances, plus a network."""
+
+    mean: Tensor
+    variance: Tensor
+    frequencies: Tensor
 
     def __init__(self, sde: VPSDE, images: _data.Images, settings: Settings) -> None:
         super().__init__()
@@ -147,18 +160,19 @@ class ScoreNet(nn.Module):
         x = 2 * images.train.float().add(0.5).div(images.levels) - 1
         self.sde = sde
         self.register_buffer("mean", x.mean(0))
-        # with the variance of the dequantisation
+        # plus the variance of the dequantisation noise
         self.register_buffer("variance", x.var(0) + 1 / (3 * images.levels**2))
         self.register_buffer("frequencies", torch.linspace(0, 10, 32))
         self.time = nn.Sequential(nn.Linear(64, 64), nn.SiLU())
         self.first = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(Block(width, settings.dropout) for _ in range(settings.blocks))
-        self.last = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, dim))
-        nn.init.zeros_(self.last[-1].weight)
-        nn.init.zeros_(self.last[-1].bias)
+        last = nn.Linear(width, dim)
+        self.last = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x (B, dim) in about [-1, 1], t (B,) -> score (B, dim)."""
+        """Return the score (B, dim) of x (B, dim), about in [-1, 1], at times t (B,)."""
         alpha, std = (v[:, None] for v in self.sde.marginal(t))
         total = alpha.square() * self.variance + std.square()
         centred = x - alpha * self.mean
@@ -167,7 +181,7 @@ class ScoreNet(nn.Module):
         h = self.first(centred * total.rsqrt())
         for block in self.blocks:
             h = block(h, time)
-        # the network's output has unit size at every t
+        # scaled so that the network's target has unit variance at every t
         return -centred / total - alpha / std * (self.variance / total).sqrt() * self.last(h)
 
 
@@ -185,7 +199,7 @@ class Block(nn.Module):
 
 
 def fit(net: ScoreNet, sde: VPSDE, images: _data.Images, settings: Settings, seed: int) -> tuple[ScoreNet, float]:
-    """(the network with the averaged weights, running loss at the end)."""
+    """Return (the network with the averaged weights, the running loss at the end)."""
     device = net.mean.device
     train = images.train.to(device)
     average = copy.deepcopy(net).eval().requires_grad_(False)
@@ -193,16 +207,16 @@ def fit(net: ScoreNet, sde: VPSDE, images: _data.Images, settings: Settings, see
         net.parameters(), betas=(0.9, 0.99), weight_decay=settings.decay, fused=device.type in ("cpu", "cuda")
     )
     places = torch.arange(settings.batch, device=device) / settings.batch
-    running = None
+    running = torch.zeros((), device=device)
     with tqdm(total=settings.steps, desc="training", unit="step", dynamic_ncols=True, mininterval=0.2) as bar:
         for step in range(settings.steps):
             for group in optimizer.param_groups:
-                group["lr"] = rate(step, settings)
+                group["lr"] = cosine_rate(step, settings.rate, settings.warmup, settings.steps)
             x = 2 * dequantize(train[torch.randint(len(train), (settings.batch,), device=device)], images.levels) - 1
-            # evenly over (EPS, 1), moved by one draw
+            # evenly spaced over (EPS, 1), shifted by one random number per step
             t = EPS + (1 - EPS) * ((uniform((1,), seed=seed, step=step, purpose="data", device=device) + places) % 1)
             alpha, std = sde.marginal(t)
-            # the loss draws again the noise that perturb added
+            # the loss regenerates the noise that perturb added
             score = net(perturb(x, alpha, std, seed=seed, step=step), t)
             loss = denoising_loss(score, std, seed=seed, step=step).mean()
             optimizer.zero_grad()
@@ -211,7 +225,7 @@ def fit(net: ScoreNet, sde: VPSDE, images: _data.Images, settings: Settings, see
             optimizer.step()
             follow(average, net, max(1 - settings.average, 9 / (10 + step)))
             loss = loss.detach()
-            running = loss if running is None else running.lerp(loss, 0.02)
+            running = loss if step == 0 else running.lerp(loss, 0.02)
             bar.update()
             if step % 50 == 49 or step + 1 == settings.steps:
                 share = 2 * running.item() / images.dim
@@ -219,14 +233,8 @@ def fit(net: ScoreNet, sde: VPSDE, images: _data.Images, settings: Settings, see
     return average, running.item()
 
 
-def rate(step: int, settings: Settings) -> float:
-    """A short linear start, then half a cosine down to 0."""
-    start = min(1.0, (step + 1) / settings.warmup)
-    return settings.rate * start * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-
-
 def score(sde: VPSDE, net: ScoreNet, images: _data.Images, count: int, seed: int) -> list[dict[str, str | int | float]]:
-    """Likelihood of the network and of a Gaussian, on the same held-out digits with the same noise."""
+    """Return the likelihoods of the network and of a Gaussian on the same dequantised held-out digits."""
     x = noisy(images.test, images.levels, net.mean.device, seed=2)[: min(count, len(images.test))]
     validation = noisy(images.validation, images.levels, net.mean.device, seed=1)
     gaussian = Gaussian.fit(images.train, validation, images.levels)
@@ -234,16 +242,16 @@ def score(sde: VPSDE, net: ScoreNet, images: _data.Images, count: int, seed: int
     rows = [likelihood(model, values, images) for model, values in nats.items()]
     print(f"\n{'held out':<28}{'nats':>10}{'bits/dim':>10}{'± bits':>8}")
     for row in rows:
-        print("{model:<28}{nats:>10.2f}{bits_per_dim:>10.3f}{standard_error:>8.3f}".format(**row))
+        print("{model:<28}{nats:>10.2f}{bits_per_dim:>10.3f}{standard_error:>8.3f}".format_map(row))
     print(
-        f"of {len(x)} held-out digits, dequantised (x + u) / {images.levels} as in `pyflow demo nice`, with its first "
-        f"draw of u: comparable;\nby the probability-flow ODE to t = {EPS:g}, one probe of the divergence a digit"
+        f"{len(x)} held-out digits, dequantised as (x + u) / {images.levels} with the first u of `pyflow demo nice`, "
+        f"so the numbers compare;\nprobability-flow ODE to t = {EPS:g}, divergence estimated with one probe per digit"
     )
     return rows
 
 
 def likelihood(model: str, nats: Tensor, images: _data.Images) -> dict[str, str | int | float]:
-    """Means over the digits; the standard error is that of the bits."""
+    """Return means over the digits and the standard error of the bits per dimension."""
     bits = bits_per_dim(nats.double(), images.dim, images.levels)
     return {
         "model": model, "digits": len(nats), "nats": nats.double().mean().item(),
@@ -252,14 +260,14 @@ def likelihood(model: str, nats: Tensor, images: _data.Images) -> dict[str, str 
 
 
 def log_prob(sde: VPSDE, net: ScoreNet, x: Tensor, seed: int) -> Tensor:
-    """Nats of x (N, dim) in [0, 1]; the network sees 2 x - 1."""
+    """Return log-likelihoods in nats of x (N, dim) in [0, 1]; the network's input is 2 x - 1."""
     parts = (log_likelihood(sde, net, 2 * part - 1, eps=EPS, seed=seed) for part in x.split(512))
     return torch.cat([*parts]) + x.shape[1] * math.log(2)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A method's samples (N, dim) in about [0, 1], the first of them after some of the steps, and what they cost."""
+    """Samples of one method, (N, dim) about in [0, 1]; `states` is the first sample at `times`; and the cost."""
 
     method: str
     samples: Tensor
@@ -270,7 +278,9 @@ class Drawn:
 
 
 def draw(sde: VPSDE, net: ScoreNet, method: str, settings: Settings, seed: int, columns: int = 10) -> Drawn:
-    n, calls, times, states = settings.sampling_steps, 0, [], []
+    n, calls = settings.sampling_steps, 0
+    times: list[float] = []
+    states: list[Tensor] = []
     kept = {round(i * (n - 1) / (columns - 1)) for i in range(columns)}
 
     def counted(x: Tensor, t: Tensor) -> Tensor:
@@ -300,7 +310,7 @@ def unscaled(x: Tensor) -> Tensor:
 
 
 def compare(drawn: Sequence[Drawn], images: _data.Images, size: int) -> tuple[list[float], list[float]]:
-    """Energy distances to the held-out digits: of every method's samples, of as many training digits at a time."""
+    """Return energy distances to the held-out digits: of each method's samples, and of equally large training sets."""
     test = noisy(images.test, images.levels, torch.device("cpu"), seed=2)[: len(images.test)]
     digits = dequantize(images.train, images.levels, torch.Generator().manual_seed(3))
     among = [energy_distance(part, test) for part in digits.split(size)[: max(1, len(digits) // size)]]
@@ -309,21 +319,21 @@ def compare(drawn: Sequence[Drawn], images: _data.Images, size: int) -> tuple[li
     for d, distance in zip(drawn, distances, strict=True):
         print(f"{d.method:<20}{d.scores_per_step:>13}{d.steps_per_second:>10,.0f}{distance:>18.4f}")
     print(
-        f"{size} samples at a time; the distance is to the {len(test)} held-out digits, {min(among):.4f} to "
-        f"{max(among):.4f} for {len(among)} sets of {size} training digits"
+        f"energy distance of {size} samples to the {len(test)} held-out digits; for {len(among)} sets of {size} "
+        f"training digits it is {min(among):.4f} to {max(among):.4f}"
     )
     return distances, among
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
-    """2 E|x - y| - E|x - x'| - E|y - y'|, unbiased: 0 on average for samples of one distribution."""
+    """Return the unbiased estimate of 2 E|x - y| - E|x - x'| - E|y - y'|; its mean is 0 for equal distributions."""
     x, y = x.double(), y.double()
     return 2 * torch.cdist(x, y).mean().item() - sum(torch.pdist(part).mean().item() for part in (x, y))
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Sample WHICH of a batch of BATCH, the same sample drawn alone, and how."""
+    """Sample WHICH of a batch of BATCH, the same sample drawn alone, and the way in which both were drawn."""
 
     how: str
     of_batch: Tensor
@@ -340,7 +350,7 @@ class Pair:
 
 
 def pairs(sde: VPSDE, net: ScoreNet, settings: Settings, seed: int) -> list[Pair]:
-    """Without micro-batches, with them, and with them but the lone sample through the reference."""
+    """Draw the pairs without micro-batches, with them, and with the lone sample on the reference backend."""
     many, lone = (sample_seeds(seed, n, start).to(net.mean.device) for n, start in ((BATCH, 0), (1, WHICH)))
 
     def drawn(seeds: Tensor, micro_batch: int | None = None) -> Tensor:
@@ -351,7 +361,7 @@ def pairs(sde: VPSDE, net: ScoreNet, settings: Settings, seed: int) -> list[Pair
         return unscaled(x[WHICH if len(seeds) > 1 else 0])
 
     found = [Pair("the batch at once", drawn(many), drawn(lone))]
-    # one at a time is sure to do; in a larger micro-batch it is for the GEMM to treat all rows alike
+    # one sample at a time is always equal; in larger micro-batches that depends on the GEMM treating all rows alike
     for size in (MICRO_BATCH, 1):
         found.append(Pair(f"micro_batch={size}", drawn(many, size), drawn(lone, size)))
         if torch.equal(found[-1].of_batch, found[-1].alone):
@@ -364,7 +374,7 @@ def pairs(sde: VPSDE, net: ScoreNet, settings: Settings, seed: int) -> list[Pair
 def picture(
     drawn: Sequence[Drawn], found: Sequence[Pair], images: _data.Images, subtitle: str, out: Path, finals: int = 6
 ) -> None:
-    """Rows of methods: a sample on its way, then the end of others; the batch's sample beside the lone one."""
+    """Draw for each method one sample over time and final samples, and the batch's sample beside the lone one."""
     gap = torch.ones(1, images.dim)
     rows = torch.stack([torch.cat((d.states, gap, d.samples[1 : finals + 1])) for d in drawn])
     real = images.test[: rows.shape[1]].float().add(0.5).div(images.levels)[None]
@@ -379,12 +389,12 @@ def picture(
         out, "Reverse SDEs on digits: one network, every method", subtitle,
         [
             panel(
-                f"One sample at t = {times}; then {finals} other samples at the end",
+                f"One sample at t = {times}; then {finals} other final samples",
                 [d.method.replace("_", "\n") for d in drawn], rows,
             ),
             panel("Held-out digits", ["real"], real),
             panel(
-                f"Sample {WHICH} of a batch of {BATCH}, and drawn alone: {said}",
+                f"Sample {WHICH} of a batch of {BATCH}, and the same sample drawn alone: {said}",
                 [p.how.replace(" at", "\nat").replace("=", "\n= ") for p in found[:-1]], lone,
             ),
         ],

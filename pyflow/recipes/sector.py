@@ -1,4 +1,4 @@
-"""How likely are n ducks of a round pond inside one sector? The exact curve, trials beside it, and four ducks."""
+"""Compute the probability that n ducks on a round pond share a sector: the exact curve, checked by random trials."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -26,16 +25,16 @@ from matplotlib.patches import Circle, Wedge
 
 TAU = 2 * math.pi
 POINTS = (2, 3, 4, 8, 16, 64, 256)
-# of a curve's Monte-Carlo points
+# angles per curve at which trials are run
 PLACES = 16
 DUCKS, HALF = 4, math.pi
-# that the two formulations of the trials are timed on
+# points of the trials that are timed
 TIMED = 32
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Of one n: trials at some angles beside the probability there."""
+    """Exact probability and estimate from trials at some angles, for one n."""
 
     n: int
     theta: list[float]
@@ -45,31 +44,28 @@ class Curve:
 
     @property
     def deviations(self) -> np.ndarray:
-        """In standard errors."""
+        """Estimate minus probability, in standard errors."""
         return (np.array(self.estimate) - self.probability) / self.standard_error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--points", type=_demo.positive, nargs="+", default=POINTS, metavar="N", help="a curve for each n"
-    )
-    parser.add_argument("--trials", type=_demo.positive, help="of each curve, default 4,000,000")
-    parser.add_argument("--seed", type=_demo.seed, default=0, help="of the trials")
-    parser.add_argument("--out", type=Path, default=Path("outputs/sector.png"), help="picture; figures go beside it")
-    parser.add_argument("--device", type=_demo.device, default="cpu", help="where the trials run, default cpu")
-    parser.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference")
-    parser.add_argument("--quick", action="store_true", help="fewer trials, to see that it runs")
+        "--points", type=_demo.positive, nargs="+", default=POINTS, metavar="N",
+        help=f"numbers of points, one curve each (default {' '.join(map(str, POINTS))})",
+    )  # fmt: skip
+    parser.add_argument("--trials", type=_demo.positive, help="trials per curve (default 4,000,000)")
+    _demo.add_arguments(parser, out="outputs/sector.png", seed="the trials", quick="fewer trials", device="cpu")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The demo; 0, or 1 after one sentence about what is missing."""
+    """Run the demo; returns the exit status."""
     trials = args.trials or (100_000 if args.quick else 4_000_000)
     return _demo.run("sector", args, lambda: demo(args, trials))
 
 
 def demo(args: argparse.Namespace, trials: int) -> dict[str, object]:
-    """Count, compare, time, draw; returns the figures."""
-    print(f"{trials:,} trials for each n; every point of a curve shares them\n")
+    """Run trials, compare, time, draw; returns the metrics."""
+    print(f"{trials:,} trials for each n, the same ones at every angle of a curve\n")
     bar = tqdm(args.points, unit="curve", dynamic_ncols=True)
     curves = []
     for n in bar:
@@ -79,17 +75,18 @@ def demo(args: argparse.Namespace, trials: int) -> dict[str, object]:
     deviations = np.concatenate([c.deviations for c in curves])
     worst, within = np.abs(deviations).max(), (np.abs(deviations) <= 1).mean()
     print(
-        f"\nof {len(deviations)} points {within:.0%} lie within one standard error (68 % expected), worst {worst:.1f}"
+        f"\nof {len(deviations)} points {within:.0%} lie within one standard error of the formula (68 % expected), the "
+        f"largest deviation is {worst:.1f}"
     )
     exact, ducks = sector_probability(DUCKS, HALF), sector_probability_mc(DUCKS, HALF, trials, args.seed, step=1)
     print(
-        f"four ducks, half a pond: 1/2 (formula {exact:.15f}, "
+        f"probability of four ducks, half a pond: 1/2 (formula {exact:.15f}, "
         f"trials {ducks.probability:.5f} ± {ducks.standard_error:.5f})"
     )
     log = sector_probability(10_000, HALF, log=True) / math.log(10)
-    print(f"ten thousand ducks, half a pond: 10^{log:.1f}")
+    print(f"probability of ten thousand ducks, half a pond: 10^{log:.1f}")
     ours, numpys = paces(min(trials, 200_000), args.seed, rounds=3 if args.quick else 11)
-    print(f"a trial of {TIMED} points: {ours * 1e9:.1f} ns, in NumPy (draw, sort, gaps) {numpys * 1e9:.1f} ns, "
+    print(f"time per trial of {TIMED} points: {ours * 1e9:.1f} ns, in NumPy (draw, sort, gaps) {numpys * 1e9:.1f} ns, "
           f"{numpys / ours:.1f} x")  # fmt: skip
     picture(curves, trials, args)
     return {
@@ -104,11 +101,11 @@ def curve(n: int, trials: int, seed: int, device: str) -> Curve:
     theta = angles(n, np.linspace(0.02, 0.98, PLACES)) if n > 1 else np.linspace(0.5, 6, PLACES)
     estimate = sector_probability_mc(n, theta, trials, seed, device=device)
     columns = theta, sector_probability(n, theta), estimate.probability, estimate.standard_error
-    return Curve(n, *(column.tolist() for column in columns))
+    return Curve(n, *(np.asarray(column).tolist() for column in columns))
 
 
 def angles(n: int, probability: np.ndarray) -> np.ndarray:
-    """Where the curve of n points passes each probability, by bisection."""
+    """Return the angles at which the curve of n points reaches each probability, by bisection."""
     low, high = np.zeros_like(probability), np.full_like(probability, TAU)
     for _ in range(50):
         middle = (low + high) / 2
@@ -118,7 +115,7 @@ def angles(n: int, probability: np.ndarray) -> np.ndarray:
 
 
 def table(curves: Sequence[Curve]) -> str:
-    """The middle of each curve."""
+    """Return a table with the middle angle of each curve."""
     lines = [f"{'points':>7}{'theta':>9}{'probability':>13}{'trials':>10}{'± one s.e.':>12}{'deviation':>11}"]
     for c in curves:
         i = len(c.theta) // 2
@@ -130,7 +127,7 @@ def table(curves: Sequence[Curve]) -> str:
 
 
 def paces(trials: int, seed: int, rounds: int) -> tuple[float, float]:
-    """Seconds per trial of TIMED points, ours and NumPy's: the shortest of several rounds in turn."""
+    """Return seconds per trial of TIMED points in pyflow and in NumPy, the shortest of several rounds."""
     theta, generator = 5.5, np.random.default_rng(seed)
 
     def numpys() -> int:
@@ -139,7 +136,7 @@ def paces(trials: int, seed: int, rounds: int) -> tuple[float, float]:
         return int((gaps.max(axis=1) >= TAU - theta).sum())
 
     def ours() -> int:
-        return sector_probability_mc(TIMED, theta, trials, seed).count
+        return int(sector_probability_mc(TIMED, theta, trials, seed).count)
 
     best = []
     for function in (ours, numpys):
@@ -154,13 +151,13 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def plain_sum(n: int, theta: float) -> float:
-    """Stevens' sum as it stands, in float64."""
+    """Return Stevens' alternating sum in plain float64."""
     x = 1 - theta / TAU
     return sum((-1.0) ** (k - 1) * math.comb(n, k) * (1 - k * x) ** (n - 1) for k in range(1, n + 1) if k * x < 1)
 
 
 def picture(curves: Sequence[Curve], trials: int, args: argparse.Namespace) -> None:
-    """The curves with their trials, the deviations, four ducks, and what the plain sum loses."""
+    """Draw the curves with their trials, the deviations, four ducks, and the error of the plain sum."""
     figure, ((pond, main), (lost, beside)) = plt.subplots(
         2, 2, figsize=(12, 8.4), width_ratios=(1, 1.7), height_ratios=(1.45, 1), layout="constrained"
     )
@@ -188,14 +185,14 @@ def picture(curves: Sequence[Curve], trials: int, args: argparse.Namespace) -> N
 
 
 def draw_pond(axes: Axes, seed: int) -> None:
-    """The first ducks of the seed that share a half of the pond, and that half."""
+    """Draw the seed's first four ducks that share half of the pond, and that half."""
     for step in range(1000):
         turn, radius = uniform((2, DUCKS), seed=seed, step=step).double().numpy()
         at = np.sort(turn)
         gaps = np.append(np.diff(at), 1 + at[0] - at[-1])
         if gaps.max() >= 0.5:
             break
-    # the sector begins behind the largest gap
+    # the sector begins at the end of the largest gap, less 4 degrees
     begin = 360 * at[(gaps.argmax() + 1) % DUCKS] - 4
     axes.add_patch(Circle((0, 0), 1, color="#cfe4f2"))
     axes.add_patch(Wedge((0, 0), 1, begin, begin + math.degrees(HALF), color="#8cbfdd"))
@@ -206,12 +203,12 @@ def draw_pond(axes: Axes, seed: int) -> None:
 
 
 def draw_losses(axes: Axes) -> None:
-    """Relative error of 1 - P from the sum as it stands, where all gaps are small."""
+    """Draw the relative error of 1 - P computed by the plain sum, at angles where 1 - P is small."""
     share = np.linspace(1.2, 8, 200)
     sizes = (32, 64, 128, 256)
     for n, color in zip(sizes, plt.get_cmap("viridis")(np.linspace(0, 0.9, len(sizes))), strict=True):
         theta = TAU * (1 - share / n)
-        exact = sector_probability(n, theta, complement=True)
+        exact = np.asarray(sector_probability(n, theta, complement=True))
         error = [abs((1 - plain_sum(n, t)) / e - 1) for t, e in zip(theta.tolist(), exact, strict=True)]
         axes.semilogy(share, np.clip(error, 1e-17, 1e3), color=color, lw=1, label=f"n = {n}")
     axes.axhline(1e-12, color="crimson", lw=0.8, ls="--", label="pyflow's bound")

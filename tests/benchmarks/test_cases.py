@@ -1,4 +1,4 @@
-"""Every case of the benchmark registry can be built, and everybody in it computes the same."""
+"""Every case of the registry can be built, and its contenders agree; wrong results are reported."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,7 @@ from pyflow.benchmarks.machine import cpu_seconds
 from pyflow.benchmarks.measure import Judge, Runner, Settings, peak_memory
 
 CASES = registry.all_cases()
-# the points of the sweep differ in size alone
+# the points of the sweep differ only in size
 DISTINCT = [name for name, case in CASES.items() if not case.sweep] + ["coupling/sweep 2^10"]
 
 
@@ -20,13 +20,13 @@ def test_every_family_has_a_file_and_cases():
         assert any(name.startswith(f"{family}/") for name in CASES), family
 
 
-def test_quick_is_a_selection():
+def test_quick_selects_some_cases():
     quick = registry.select(quick=True)
     assert 0 < len(quick) < len(CASES)
     assert len({case.sweep for case in quick if case.sweep}) >= 4
 
 
-def test_pattern():
+def test_patterns_select_cases_by_name():
     assert [case.name for case in registry.select("coupling/small forward")] == [
         "coupling/small forward", "coupling/small forward+backward",
     ]  # fmt: skip
@@ -34,7 +34,7 @@ def test_pattern():
     assert {case.name for case in registry.select("bf16*back")} == {"coupling/bf16 forward+backward"}
 
 
-def test_pages_for_every_case():
+def test_pages_apply_to_every_case():
     names = [name.removesuffix(registry.FRESH) for name in CASES]
     for pages in ("fresh", "reused"):
         cases = registry.select(pages=pages)
@@ -53,12 +53,12 @@ def test_contenders_agree_on_a_tiny_input(name):
     assert problem.bytes is None if case.memory else problem.bytes > 0
     judge = Judge(problem)
     for contender in case.contenders:
-        # torch.compile of every case takes minutes; one is compiled in test_run
+        # compiling every case takes minutes; test_run compiles one
         if contender in problem.calls and contender != "compile":
             assert judge.error(contender, problem.calls[contender]()) <= 1
 
 
-def test_bytes_of_the_forward_case():
+def test_the_forward_case_counts_its_bytes():
     case = CASES["coupling/forward"]
     rows, dim = 8, 10
     assert case.build((rows, dim), torch.device("cpu")).bytes == 4 * (4 * rows * dim + rows)
@@ -79,7 +79,7 @@ def test_wrong_results_are_refused():
             judge.error("other", outputs)
 
 
-def test_a_wrong_contender_gets_a_reason_and_no_number():
+def test_a_wrong_contender_has_a_reason_and_no_number():
     def build(shape, device):
         calls = {"eager": lambda: (torch.zeros(3),), "pyflow": lambda: (torch.ones(3),), "broken": lambda: 1 / 0}
         truth = (torch.zeros(3, dtype=torch.float64),)
@@ -93,7 +93,7 @@ def test_a_wrong_contender_gets_a_reason_and_no_number():
     assert measured.missing == {"other": "not here"}
 
 
-def test_a_case_that_cannot_be_built_is_a_row_too():
+def test_a_case_that_cannot_be_built_reports_why():
     def missing(shape, device):
         raise registry.Missing("the package x is not installed")
 
@@ -102,11 +102,11 @@ def test_a_case_that_cannot_be_built_is_a_row_too():
 
 
 def _prepare(case, names):
-    # "default" leaves this process' allocator alone
+    # any other value of `pages` leaves the allocator unchanged
     return Runner(Settings(threads=torch.get_num_threads())).prepare(dataclasses.replace(case, pages="default"), names)
 
 
-def test_peak_memory_counts_what_is_alive_at_once():
+def test_peak_memory_counts_live_tensors():
     x = torch.zeros(1000)
 
     def call():
@@ -123,12 +123,12 @@ def test_workers_find_a_case_by_its_name():
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux")
-def test_cpu_seconds():
-    busy, there = cpu_seconds()
-    assert 0 < busy < there
+def test_used_cpu_seconds_are_below_the_available_ones():
+    used, available = cpu_seconds()
+    assert 0 < used < available
 
 
-def test_facts_name_what_a_reader_needs():
+def test_the_header_has_the_facts_of_the_machine():
     names = ["CPU", "instruction set", "threads", "torch", "triton", "compiler", "commit", "date"]
     facts = machine.facts("cpu", 2, 0.25)
     assert set(names) <= set(facts)

@@ -1,4 +1,4 @@
-"""The cases for a GPU, and timing on it, by a stand-in for CUDA."""
+"""The cases for a GPU, and timing on a GPU with a stand-in for CUDA."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ CASES = {case.name: case for case in registry.select(gpu=True)}
 LAUNCHED = "launches timed, no graph: "
 
 
-def test_selection():
+def test_gpu_selects_cases_with_a_gpu_shape():
     families = {name.partition("/")[0] for name in CASES}
-    # those of hsic_stats wait for the host, and sector's is one number
+    # hsic_stats synchronises with the host, sector returns one number
     assert families == set(registry.FAMILIES) - {"hsic_stats", "sector"}
     assert 12 <= len(CASES) <= 18
     assert CASES["coupling/small forward"].gpu == (64, 32)
@@ -28,8 +28,8 @@ def test_selection():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_case_builds(name, monkeypatch):
-    """At its tiny shape; and at the GPU's with tensors that have no memory, where one on the CPU is refused."""
+def test_gpu_cases_build(name, monkeypatch):
+    """At its tiny shape, and at its GPU shape on the meta device, which rejects CPU tensors."""
     case = CASES[name]
     assert len(case.gpu) == len(case.shape)
     tiny = case.build(case.tiny, torch.device("cpu"))
@@ -42,7 +42,7 @@ def test_case_builds(name, monkeypatch):
         assert {result.device for result in call()} == {meta}
 
 
-def test_shape_on_a_gpu():
+def test_the_gpu_shape_is_used_on_a_gpu():
     case = registry.Case("coupling/x", None, (3,), (1,), gpu=(5,))
     assert case.shape_on(torch.device("cpu")) == (3,)
     assert case.shape_on(torch.device("cuda")) == (5,)
@@ -50,7 +50,7 @@ def test_shape_on_a_gpu():
 
 
 class FakeGpu:
-    """Every replay takes 1 ms, everything else 2 ms; calls that refuse cannot be captured."""
+    """A replay takes 1 ms, a launch 2 ms; calls with the attribute `refuses` cannot be captured."""
 
     def __init__(self):
         self.freed = 0
@@ -73,17 +73,17 @@ class FakeGpu:
         self.freed += 1
 
 
-def test_clock_replays_a_graph():
+def test_the_clock_replays_a_graph():
     counted = []
     clock = gpu.Clock(lambda: counted.append(1), FakeGpu())
     sample = clock.sample(5)
     assert (clock.note, sample.seconds, sample.faults) == (None, 1e-3, 0)
     assert 0 < sample.launch < 1
-    # one call warms, replays are not calls
+    # five launches after one warm-up call; replays are not calls
     assert len(counted) == 6
 
 
-def test_clock_without_a_graph_times_launches_and_says_why():
+def test_without_a_graph_the_clock_times_launches_and_says_why():
     def call():
         pass
 
@@ -95,7 +95,7 @@ def test_clock_without_a_graph_times_launches_and_says_why():
 
 @pytest.fixture
 def session(monkeypatch, tmp_path):
-    """A function: cases, seconds -> a run of them on the stand-in, in this process alone."""
+    """Return a function (cases, seconds) that runs cases on the stand-in, without worker processes."""
     monkeypatch.setattr(measure, "_isas", lambda: [])
     monkeypatch.setattr(measure, "MIN_ROUNDS", 3)
 
@@ -118,7 +118,7 @@ def _case(name="coupling/x", **more):
         calls = {"eager": eager, "pyflow": lambda: (torch.ones(shape),)}
         return registry.Problem(calls, lambda: (torch.ones(shape).double(),), 8, **more)
 
-    # "default" leaves this process' allocator alone
+    # any other value of `pages` leaves the allocator unchanged
     return registry.Case(name, build, (3,), (3,), pages="default")
 
 
@@ -148,7 +148,7 @@ def test_no_launch_column_without_launches():
     assert len(report.COLUMNS) in report.used_columns([group])
 
 
-def test_memory_is_given_back_after_every_case(monkeypatch):
+def test_memory_is_freed_after_every_case(monkeypatch):
     monkeypatch.setattr(measure, "_isas", lambda: [])
     bench = measure.Bench(measure.Settings(threads=torch.get_num_threads(), budget=0.0, compile=False))
     bench.local.gpu = FakeGpu()
@@ -159,7 +159,7 @@ def test_memory_is_given_back_after_every_case(monkeypatch):
 
 
 class FakeCuda:
-    """What `gpu.Gpu` uses of torch.cuda, writing down what was done."""
+    """The part of torch.cuda that `gpu.Gpu` uses; records the calls."""
 
     def __init__(self, fails=""):
         self.done, self.mode, self.fails = [], "default", fails
@@ -198,12 +198,12 @@ class FakeCuda:
         ("capture", [*["call"] * 4, "capture", "call", "pool ended", "left the stream"]),
     ],
 )
-def test_capture(fails, done, monkeypatch):
+def test_capture_cleans_up_after_failures(fails, done, monkeypatch):
     cuda = FakeCuda(fails)
 
     def end(device, pool):
         cuda.done.append("pool ended")
-        # newer torch has done it already
+        # newer torch has ended the pool already
         raise RuntimeError("not recording")
 
     fake = SimpleNamespace(cuda=cuda, _C=SimpleNamespace(_cuda_endAllocateToPool=end))

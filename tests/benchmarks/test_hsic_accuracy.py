@@ -1,4 +1,4 @@
-"""The table of HSIC's errors: its truth, its judgement, and rows of packages that are there or not."""
+"""The table of HSIC errors: its float64 truth, its error measure, and rows of missing packages."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def peer_row(name):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_pyflow_keeps_its_promise_where_plain_float32_does_not(seed):
+def test_pyflow_keeps_its_bound_where_plain_float32_does_not(seed):
     errors = accuracy.worst_errors(TINY, seed, [*OURS, *NAIVE.values()])
     for row in OURS:
         assert max(errors[row]) <= 1e-5, row.estimator
     wide = [i for i, factor in enumerate(accuracy.FACTORS) if factor >= 3]
-    # measured on a Zen 4: 8e-3 and more at every one, 26 and more at the worst
+    # measured on a Zen 4: at least 8e-3 at each of them, at least 26 at the worst
     assert min(errors[NAIVE["biased"]][i] for i in wide) > 1e-4
     assert max(errors[NAIVE["unbiased"]][i] for i in wide) > 1e-1
 
 
 @pytest.mark.parametrize("estimator", ["biased", "unbiased"])
-def test_truth_is_the_reference_in_float64(estimator):
+def test_the_truth_matches_the_reference_in_float64(estimator):
     x, y = accuracy.data(64)
     sigma = accuracy.bandwidth(x, 1.0)
     with pyflow.backend("reference"):
@@ -53,18 +53,18 @@ def test_truth_is_the_reference_in_float64(estimator):
 
 
 @pytest.mark.parametrize("factor", accuracy.FACTORS)
-def test_truth_does_not_depend_on_the_shift_that_a_bandwidth_gets(factor):
+def test_the_truth_does_not_depend_on_subtracting_1_from_the_kernel(factor):
     x, y = accuracy.data(64)
     sigma = accuracy.bandwidth(x, factor)
     k, m = (accuracy.gram(z, sigma) for z in (x, y))
     assert bool(k.diagonal().eq(0).all()) == (factor >= 1)
     truths = accuracy.truths(x, y, sigma)
     for estimator in ("biased", "unbiased"):
-        # adding 1 rounds what is small at wide bandwidths
+        # adding 1 rounds the small values at wide bandwidths
         assert truths[estimator].error(accuracy.definition(k + 1, m, estimator)) <= 1e-9 * max(1, factor**2)
 
 
-def test_both_variables_have_one_bandwidth():
+def test_both_variables_have_the_same_median_distance():
     x, y = accuracy.data(64)
     assert x.dtype == y.dtype == torch.float32
     assert abs(x.mean() - accuracy.OFFSET) < 1 and abs(y.mean() - accuracy.OFFSET) < 5
@@ -78,7 +78,7 @@ def test_errors_of_a_value_near_zero():
     assert truth.error(math.nan) == truth.error(-math.inf) == math.inf
 
 
-def test_missing_packages_have_rows_that_say_so(no_peers, capsys):
+def test_rows_of_missing_packages_say_so(no_peers, capsys):
     accuracy.main(["--sizes", "64"])
     printed = capsys.readouterr().out
     assert printed.startswith("largest error of HSIC in float32 over n = 64,")
@@ -102,7 +102,7 @@ def test_torch_cka_is_given_matrices_with_zero_diagonals(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "torch_cka", SimpleNamespace(CKA=SimpleNamespace(_HSIC=formula)))
     (errors,) = accuracy.worst_errors(TINY, rows=[peer_row("torch-cka")]).values()
-    # what rounding the matrices alone costs
+    # the error of rounding the matrices
     assert max(errors[:4]) <= 1e-5
 
 

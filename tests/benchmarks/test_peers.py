@@ -1,4 +1,4 @@
-"""Without the packages pyflow is compared with only their columns are empty."""
+"""A missing peer package leaves only its own columns empty."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from pyflow.benchmarks import registry
 
 CASES = registry.all_cases()
-# the points of the sweep differ in size alone
+# the points of the sweep differ only in size
 DISTINCT = [name for name, case in CASES.items() if not case.sweep]
 # contender -> the packages it needs
 PEERS = {
@@ -32,7 +32,7 @@ def no_peers(monkeypatch):
 
 
 @pytest.mark.parametrize("name", DISTINCT)
-def test_a_missing_package_is_only_its_own_contenders(name, no_peers):
+def test_a_missing_package_removes_only_its_own_contenders(name, no_peers):
     case = CASES[name]
     problem = case.build(case.tiny, torch.device("cpu"))
     assert set(problem.missing) == set(PEERS) & set(case.contenders)
@@ -42,11 +42,11 @@ def test_a_missing_package_is_only_its_own_contenders(name, no_peers):
     assert set(problem.forms) <= set(problem.calls)
 
 
-def test_every_peer_is_looked_for():
+def test_every_peer_is_a_contender_of_some_case():
     assert {name for case in CASES.values() for name in case.contenders} >= set(PEERS)
 
 
-def test_a_package_that_breaks_when_imported(monkeypatch, tmp_path):
+def test_a_package_that_fails_to_import_is_missing(monkeypatch, tmp_path):
     (tmp_path / "needs_a_compiler.py").write_text("raise RuntimeError('no nvcc')")
     monkeypatch.syspath_prepend(tmp_path)
     made, missing = registry.available({"one": lambda: 1, "other": lambda: registry.peer("x", "needs_a_compiler")})
@@ -54,7 +54,7 @@ def test_a_package_that_breaks_when_imported(monkeypatch, tmp_path):
     assert missing == {"other": "the package x does not import: no nvcc"}
 
 
-def test_only_a_missing_package_is_excused():
+def test_other_errors_are_raised():
     with pytest.raises(ZeroDivisionError):
         registry.available({"one": lambda: 1 / 0})
 
@@ -62,7 +62,7 @@ def test_only_a_missing_package_is_excused():
 BARE = """
 import pathlib, sys
 
-# what a machine with torch has, pip's own packages aside
+# the packages of a machine with torch
 HAS = {"torch", "torchgen", "functorch", "triton", "numpy", "pyflow"}
 HAS |= {"filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "sympy", "typing_extensions", "setuptools"}
 HAS |= {"pytest_benchmark", "pytest", "pluggy", "iniconfig", "packaging", "cpuinfo", "pygments"}

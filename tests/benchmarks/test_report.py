@@ -1,4 +1,4 @@
-"""Table, page and plots from a made-up run."""
+"""Table, markdown and plots of synthetic results."""
 
 import importlib.util
 import json
@@ -41,7 +41,7 @@ def results():
     return json.loads(json.dumps({"benchmarks": benchmarks, "pyflow": ours}))
 
 
-def test_ratios(results):
+def test_the_columns_of_a_row(results):
     group = report.groups_of(results)[0]
     row = dict(zip(report.COLUMNS, report.cells(group, group.ours()), strict=True))
     assert row == {
@@ -58,13 +58,13 @@ def test_a_contender_without_numbers_keeps_its_reason(results):
     assert "no number for pyflow other: this CPU does not run it" in report.markdown(results)
 
 
-def test_memory_and_flops(results):
+def test_memory_comparisons_and_flops(results):
     deep, gemm = (next(g for g in report.groups_of(results) if g.name == name) for name in ("op/deep", "op/gemm"))
     assert list(report.comparisons(deep)) == ["a takes 2.00x the time of b and 1.50x its memory"]
     assert report.cells(gemm, gemm.ours())[report.COLUMNS.index("GFLOP/s")] == "2.00"
 
 
-def test_a_busy_machine_is_mentioned(results):
+def test_a_busy_machine_is_reported(results):
     assert "other processes took up to 50% of the CPU, more than 10% in 1 of 5 cases" in report.markdown(results)
 
 
@@ -91,7 +91,7 @@ def test_everything_is_written(results, rich, tmp_path, capsys, monkeypatch):
         assert {p.name for p in tmp_path.glob("*.png")} == {"speedup.png", "scaling.png", "memory.png"}
 
 
-def test_no_pyflow_no_plot(results, tmp_path):
+def test_without_results_there_are_no_plots(results, tmp_path):
     pytest.importorskip("matplotlib")
     from pyflow.benchmarks import plots
 

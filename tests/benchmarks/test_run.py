@@ -1,4 +1,4 @@
-"""The command from options to files, on the smallest case."""
+"""`pyflow bench` from options to files, on the smallest case."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ def test_small_case_from_end_to_end(tmp_path):
     assert "node" not in results["machine_info"]
     assert results["pyflow"]["header"]["threads"].startswith("1 of")
     for case in results["pyflow"]["cases"]:
-        # every contender either has its ten rounds or says why not
+        # every contender has at least ten rounds or a reason
         entries = [entry for entry in results["benchmarks"] if entry["group"] == case["name"]]
         rounds = {entry["extra_info"]["contender"]: entry["stats"]["rounds"] for entry in entries}
         assert set(rounds) | set(case["missing"]) == set(case["contenders"])
@@ -31,7 +31,7 @@ def test_small_case_from_end_to_end(tmp_path):
         assert min(rounds.values()) >= 10
 
 
-def test_list():
+def test_list_prints_the_names_of_the_cases():
     done = bench("--list", "--quick")
     assert done.returncode == 0
     assert "coupling/forward+backward" in done.stdout.splitlines()
@@ -46,6 +46,6 @@ def test_list():
         (["--timeout", "-3"], "bench: --timeout must be positive and finite, got -3.0\n"),
     ],
 )
-def test_bad_options(options, text):
+def test_wrong_options_give_one_sentence(options, text):
     done = bench(*options)
     assert (done.returncode, done.stderr) == (2, text)

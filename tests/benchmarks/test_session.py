@@ -1,4 +1,4 @@
-"""A run that ends early, by time, signal or error, leaves the files of what was measured."""
+"""A run that ends early, by timeout, signal or error, keeps the results so far."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pyflow.benchmarks import measure, registry, run
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
-    """A function: cases, seconds -> status of a run of them in this process alone."""
+    """Return a function (cases, seconds) that runs cases without worker processes and returns the status."""
     monkeypatch.setattr(measure, "_isas", lambda: [])
     monkeypatch.setattr(measure, "MIN_ROUNDS", 2)
     settings = measure.Settings(threads=torch.get_num_threads(), budget=0.0, compile=False)
@@ -32,7 +32,7 @@ def _case(name, before=lambda: None):
         calls = dict.fromkeys(("eager", "pyflow"), lambda: (torch.ones(shape),))
         return registry.Problem(calls, lambda: (torch.ones(shape).double(),), 8)
 
-    # "default" leaves this process' allocator alone
+    # any other value of `pages` leaves the allocator unchanged
     return registry.Case(f"coupling/{name}", build, (3,), (3,), pages="default")
 
 
@@ -52,15 +52,15 @@ def test_files_are_written_after_every_case(bench, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals(number, bench, tmp_path, capsys):
+def test_signals_end_the_run_and_keep_the_results(number, bench, tmp_path, capsys):
     before = signal.getsignal(signal.SIGTERM)
-    # a shell starts what it puts in the background with SIGINT ignored
+    # a shell starts background jobs with SIGINT ignored
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         bench([_case("first"), _case("second", lambda: os.kill(os.getpid(), number)), _case("third")])
     signal.signal(signal.SIGINT, interrupt)
     assert _names(tmp_path) == ["coupling/first"]
-    # the table of what there is
+    # the table of the results so far
     assert "vs eager" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -73,7 +73,7 @@ def test_no_case_is_started_after_the_timeout(bench, tmp_path, capsys):
     assert _names(tmp_path) == ["coupling/first"]
 
 
-def test_what_breaks_is_its_case_alone(bench, tmp_path, capsys, monkeypatch):
+def test_a_failing_case_does_not_end_the_run(bench, tmp_path, capsys, monkeypatch):
     real = measure.Bench.measure
 
     def breaks(self, case):

@@ -15,7 +15,7 @@ PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", ""
 
 
 def run(*command, **options):
-    """Run a command, show what it printed if it fails, return its output."""
+    """Run a command and return the finished process; a failure shows its output."""
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
     assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done
@@ -28,7 +28,7 @@ def need(*tools):
 
 
 def build(folder, target, *options):
-    """Build a target of the project in a folder, once for all processes that test; returns what the build printed."""
+    """Build a CMake target in a folder, once for all test processes; returns the build's output."""
     need("cmake", "ninja", "c++")
     log, tool = folder / "build.log", {"env": {**os.environ, "PATH": PATH}}
     with FileLock(f"{folder}.lock"):
@@ -39,13 +39,13 @@ def build(folder, target, *options):
 
 
 def shared(tmp_path_factory, name):
-    """A folder that all processes of this run share."""
+    """Return a folder shared by all processes of this test run."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
 
 
 def build_kernels(folder, *options):
-    """Build the torch-free program kernel_bits; returns its path, the objects and the compiler's output per object."""
+    """Build the torch-free program kernel_bits; returns its path, its objects and the compiler's output for each."""
     log = build(folder, "kernel_bits", *options)
     parts = re.split(r"\[\d+/\d+\] Building CXX object \S*?/kernels_(\w+)\.dir/csrc/cpu/(\w+)\.cpp\.o\n", log)
     reports = {(isa, name): text for isa, name, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True)}
@@ -55,7 +55,7 @@ def build_kernels(folder, *options):
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
-    """The kernels as this machine's compiler makes them, with the vectoriser's report."""
+    """The kernels built by this machine's compiler, with the vectoriser's report."""
     need("c++", "nm", "objdump")
     flags = "-fopt-info-vec-optimized-missed" if "Free Software" in run("c++", "--version").stdout else ""
     return build_kernels(shared(tmp_path_factory, "kernels"), f"-DCMAKE_CXX_FLAGS={flags}")
@@ -63,7 +63,7 @@ def kernels(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory):
-    """A copy of the sources with nothing built in it."""
+    """A copy of the sources without build outputs."""
     copy = tmp_path_factory.mktemp("tree") / "pyflow"
     leave = shutil.ignore_patterns(".*", "build", "dist", "results", "*.so", "*.egg-info", "__pycache__", "outputs")
     shutil.copytree(ROOT, copy, symlinks=True, ignore=leave)
@@ -81,7 +81,7 @@ def sdist(tree, tmp_path_factory):
 
 
 def build_wheel(source, folder, **environment):
-    """Build a wheel as pip does; returns its path and the build's output."""
+    """Build a wheel with pip; returns its path and the build's output."""
     command = [
         sys.executable,
         "-m",
@@ -101,11 +101,11 @@ def build_wheel(source, folder, **environment):
 
 
 def install(wheel, folder):
-    """A virtual environment with the wheel in it and the packages of the running one in sight."""
+    """Return the python of a new virtual environment with the wheel and the current environment's packages."""
     run(sys.executable, "-m", "venv", "--without-pip", folder)
     python = folder / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--no-cache-dir", wheel)
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
-    # of a .pth file's folders no .pth is read: an editable pyflow stays out of sight
+    # .pth files inside these folders are not read, so an editable pyflow is not found
     (site / "borrowed.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")) + "\n")
     return python

@@ -1,4 +1,4 @@
-"""The library of CUDA operators as users build it, for the supported GPUs: it links, no spills, no stack."""
+"""The CUDA library built for all supported GPUs links, and its kernels use no stack and spill no registers."""
 
 import re
 import shutil
@@ -16,7 +16,7 @@ TARGETS = {"80", "90", "100"}
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """_CUDA.so, and what the assembler said of each source."""
+    """_CUDA.so and the assembler's output for each source."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
     folder, site = shared(tmp_path_factory, "cuda"), Path(torch.__file__).parent
@@ -43,7 +43,7 @@ def test_compiles_without_spills(library, source):
     assert max(registers) <= 128, registers  # two blocks of 256 threads per multiprocessor
 
 
-def test_every_symbol_of_ours_is_in_the_library(library):
+def test_no_pyflow_symbol_is_undefined(library):
     need("nm")
     undefined = run("nm", "-DC", "--undefined-only", library.path).stdout
     assert "aoti_torch_get_current_cuda_stream" in undefined

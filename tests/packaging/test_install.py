@@ -1,4 +1,4 @@
-"""sdist and wheel, with the native modules and without."""
+"""sdist and wheel, with and without native modules."""
 
 import ast
 import os
@@ -28,7 +28,7 @@ assert (y == 2).all() and (logdet == 0).all()
 """
 
 
-def test_sdist_holds_what_a_build_needs(sdist):
+def test_the_sdist_has_all_files_of_a_build(sdist):
     for path in (
         "CMakeLists.txt", "LICENSE", "setup.py", "pyproject.toml", "CHANGELOG.md", "Makefile", "csrc/cpu/dispatch.cpp",
         "csrc/cpu/tile.h", "csrc/torch/coupling.cpp", "csrc/host/module.cpp", "csrc/math/exp.h", "csrc/ops/coupling.h",
@@ -40,7 +40,7 @@ def test_sdist_holds_what_a_build_needs(sdist):
 
 
 def test_every_package_is_in_the_sdist(sdist):
-    # a folder without __init__.py would be left out without a word
+    # setuptools silently skips a folder without __init__.py
     modules = [
         p.relative_to(ROOT) for top in ("pyflow", "triton_kernels", "benchmarks") for p in (ROOT / top).rglob("*.py")
     ]
@@ -83,7 +83,7 @@ def test_without_a_compiler_the_wheel_is_pure(tree, tmp_path):
 
 
 def refused(tree, **environment):
-    """What setup.py says instead of building, in one sentence."""
+    """Return the one-sentence error of setup.py."""
     environment = {**os.environ, "PYFLOW_NATIVE": "1", **environment}
     done = subprocess.run(
         [sys.executable, "setup.py", "--version"], cwd=tree, env=environment, capture_output=True, text=True
@@ -102,7 +102,7 @@ def script(path, *lines):
 
 @pytest.fixture
 def fake_torch(tmp_path):
-    """A torch of any version, of nothing else: (version, CUDA version) -> PYTHONPATH."""
+    """Return a function (version, CUDA version) -> PYTHONPATH with a torch that has nothing but its versions."""
 
     def make(version, cuda="None"):
         site = tmp_path / "site"
@@ -150,7 +150,7 @@ def test_nvcc_of_another_cuda_is_one_sentence(tree, tmp_path, fake_torch):
     assert refused(tree, PYFLOW_CUDA="1", **environment) == (
         f"pyflow: the native modules cannot be built: PYFLOW_CUDA=1, but {said}"
     )
-    # nobody asked for CUDA: the rest is built
+    # without PYFLOW_CUDA=1 the rest is built
     done = run(sys.executable, "setup.py", "--version", cwd=tree, env={**os.environ, **environment, "PYFLOW_CUDA": ""})
     assert f"pyflow: the CUDA operators are left out, Triton's are not: {said}" in done.stderr
 
@@ -199,7 +199,7 @@ def test_without_its_binaries_pyflow_imports_warns_once_and_works(tmp_path):
 
 
 def test_nothing_imports_the_top_level_folders():
-    # a second copy of the modules, and Triton's own package of that name in the shade
+    # such an import makes a second copy of the modules and shadows Triton's package triton_kernels
     for path in (
         p for top in ("pyflow", "triton_kernels", "benchmarks", "tests", "tools") for p in (ROOT / top).rglob("*.py")
     ):

@@ -1,4 +1,4 @@
-"""What the compiler made of csrc/cpu: which symbols, which instructions, the same bits for every CPU."""
+"""The compiled code of csrc/cpu: its symbols, its instructions, and equal bits on all instruction sets."""
 
 import os
 import re
@@ -8,7 +8,7 @@ import pytest
 
 from .conftest import ROOT, build_kernels, need, run
 
-# libc and libm, and nothing that is C++
+# libc only; libm is listed below
 ALLOWED_IMPORTS = {"_GLOBAL_OFFSET_TABLE_", "memcpy", "memset", "memmove", "__stack_chk_fail"}
 LIBM = {"exp", "expm1", "log", "log1p", "tanh", "atan", "sin", "cos", "sincos", "sqrt", "fma", "fmaf", "rint", "pow"}
 WIDTH = {"v3": 32, "v4": 64}
@@ -21,7 +21,7 @@ def symbols(path):
 
 
 def test_objects_share_nothing_between_instruction_sets(kernels):
-    # the linker keeps one of several weak symbols: an AVX-512 one would crash an older CPU
+    # the linker keeps one copy of a weak symbol: an AVX-512 copy would crash older CPUs
     for (isa, name), path in kernels.objects.items():
         for kind, symbol in symbols(path):
             where = f"{isa}/{name}: {kind} {symbol}"
@@ -43,13 +43,13 @@ def test_instructions_stay_within_their_set(kernels):
     for (isa, name), path in kernels.objects.items():
         wide = re.search(r"%zmm|%k[1-7]|%[xy]mm(1[6-9]|2\d|3[01])", instructions(path))
         assert isa == "v4" or wide is None, f"{isa}/{name}: {wide[0]}"
-    # what decides which set to use runs on any x86-64
+    # the code that chooses the instruction set must run on any x86-64 CPU
     dispatch = instructions(kernels.folder / "CMakeFiles/kernel_bits.dir/csrc/cpu/dispatch.cpp.o")
     assert not re.search(r"\sv[a-z0-9]+\s+.*%[xyz]mm", dispatch)
 
 
 def simd_loops(name):
-    """(first, last) line of every loop that starts with `#pragma omp simd`."""
+    """Return the (first, last) lines of all loops marked `#pragma omp simd`."""
     lines = (ROOT / f"csrc/cpu/{name}.cpp").read_text().splitlines()
     spans = []
     for start, line in enumerate(lines, 1):
@@ -76,7 +76,7 @@ def test_every_simd_loop_is_vectorised(kernels):
                 continue
             if found[2] == f"optimized: loop vectorized using {WIDTH.get(isa, 16)} byte vectors":
                 full.add(loop)
-            # float64 may call libm, which the vectoriser leaves alone
+            # float64 loops may call libm, which is not vectorised
             reason = " ".join(messages[index : index + 3])
             if "couldn't vectorize loop" in message and "double" not in reason:
                 pytest.fail(f"{isa}: {reason}")

@@ -1,4 +1,4 @@
-"""`pyflow demo all` on two tiny demos: processes of their own, a summary, one page that needs nothing else."""
+"""`pyflow demo all` on two tiny demos: separate processes, a summary, one self-contained page."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(*argv):
     return _all.run(parser.parse_args([*map(str, argv)]))
 
 
-def test_two_demos(two_demos, tmp_path, capsys):
+def test_the_page_shows_both_demos_and_the_failure(two_demos, tmp_path, capsys):
     stale = tmp_path / "good-one" / "old.png"
     stale.parent.mkdir()
     stale.write_bytes(b"an earlier run's")
@@ -88,14 +88,14 @@ def test_two_demos(two_demos, tmp_path, capsys):
     assert f"<code>pyflow demo good-one {where}</code>" in text
 
 
-def test_all_is_well(two_demos, tmp_path):
+def test_the_exit_status_is_0_if_all_demos_succeed(two_demos, tmp_path):
     two_demos.pop("bad")
     assert run("--out", tmp_path / "deep" / "folder") == 0
     text = (tmp_path / "deep" / "folder" / "index.html").read_text()
     assert "full runs" in text and "failed" not in text.partition("</style>")[2]
 
 
-def test_each_is_written_as_it_ends(two_demos, tmp_path, monkeypatch):
+def test_the_page_is_written_after_each_demo(two_demos, tmp_path, monkeypatch):
     play = _all.play
 
     def interrupted(name, *args):
@@ -109,5 +109,5 @@ def test_each_is_written_as_it_ends(two_demos, tmp_path, monkeypatch):
     assert "falling" in (tmp_path / "index.html").read_text()
 
 
-def test_the_command_is_pyflow_itself():
+def test_demos_are_run_by_the_pyflow_command():
     assert _all.command("nice") == [sys.executable, "-m", "pyflow", "demo", "nice"]

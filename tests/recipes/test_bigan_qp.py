@@ -1,4 +1,4 @@
-"""The BiGAN-QP demo, run short: it trains, measures, draws and reports; each loss teaches whom it should."""
+"""Short runs of the BiGAN-QP demo, and which networks each loss has gradients for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ for package in ("matplotlib", "PIL", "skimage", "sklearn", "tqdm"):
 import numpy as np
 from PIL import Image
 
-from pyflow.recipes import _data, bigan_qp, nice
+from pyflow.recipes import _data, _demo, bigan_qp
 
 SETTINGS = bigan_qp.Settings(width=16, latent=4, steps=30, batch=16, looks=2)
 
@@ -27,8 +27,8 @@ def run(*argv):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Two that wait for each other on a busy machine take six times as long."""
-    with nice.threads(1):
+    """One thread: two that wait for each other on a busy machine take six times as long."""
+    with _demo.threads(1):
         yield
 
 
@@ -39,7 +39,7 @@ def small(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twelve pictures, grey in a red frame that the middle square leaves out, and one that is no picture."""
+    """Twelve pictures with a grey central square and red sides, and a text file."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(12):
@@ -51,7 +51,7 @@ def folder(tmp_path):
     return folder
 
 
-def test_short_run_and_the_same_seed_repeats_it(small, tmp_path, capsys):
+def test_a_seed_repeats_the_run(small, tmp_path, capsys):
     metrics = []
     for name in ("a.png", "b.png"):
         out = tmp_path / "pictures" / name
@@ -76,7 +76,7 @@ def test_short_run_and_the_same_seed_repeats_it(small, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("data, shape", [("faces", (25, 25)), ("folder", (32, 32, 3))])
-def test_other_data(data, shape, folder, small, tmp_path):
+def test_faces_and_folders_can_be_trained_on(data, shape, folder, small, tmp_path):
     data = folder if data == "folder" else data
     out = tmp_path / "x.png"
     assert run("--quick", "--data", data, "--steps", 3, "--latent", 5, "--out", out) == 0
@@ -85,7 +85,7 @@ def test_other_data(data, shape, folder, small, tmp_path):
     assert _data.gallery(str(data), tmp_path).shape == shape
 
 
-def test_a_small_set_gets_fewer_steps_unless_they_are_given(small, monkeypatch, tmp_path):
+def test_small_data_sets_get_fewer_default_steps(small, monkeypatch, tmp_path):
     monkeypatch.setattr(bigan_qp, "QUICK", bigan_qp.replace(SETTINGS, showings=2))
     out = tmp_path / "x.png"
     for given, steps in (((), 2 * 80 // (2 * 16)), (("--steps", 7), 7)):
@@ -94,29 +94,29 @@ def test_a_small_set_gets_fewer_steps_unless_they_are_given(small, monkeypatch, 
         assert metrics["settings"]["steps"] == metrics["errors"][-1]["step"] == steps
 
 
-def test_faces_and_folders_are_split_without_loss(folder, tmp_path):
+def test_every_face_and_file_is_in_one_split(folder, tmp_path):
     faces = _data.gallery("faces", tmp_path)
     assert (len(faces.train), len(faces.validation), len(faces.test)) == (80, 0, 20) and faces.levels == 256
     assert faces.train.dtype == torch.uint8 and faces.train.float().std() > 30
     assert len(torch.cat((faces.train, faces.test)).unique(dim=0)) == 100
     images = _data.gallery(str(folder), tmp_path)
     values = torch.cat((images.train, images.test))
-    # the frame is cut off
+    # the red sides are cut off
     assert (values == values[:, :1]).all() and values[:, 0].sort().values.tolist() == list(range(0, 240, 20))
     again = _data.gallery(str(folder), tmp_path)
     assert torch.equal(images.train, again.train) and torch.equal(images.test, again.test)
 
 
-def test_each_loss_teaches_whom_it_should():
+def test_each_loss_trains_its_own_networks():
     torch.manual_seed(0)
     model = bigan_qp.BiGan(6, SETTINGS)
     x, z = torch.rand(16, 6) * 2 - 1, torch.randn(16, 4)
     networks = {name: list(getattr(model, name).parameters()) for name in ("generator", "encoder", "critic")}
-    taught = lambda: {n for n, ps in networks.items() if any(p.grad is not None for p in ps)}
+    trained = lambda: {n for n, ps in networks.items() if any(p.grad is not None for p in ps)}
     bigan_qp.critic_loss(model, x, z, 10.0).backward()
-    assert taught() == {"critic"}
+    assert trained() == {"critic"}
     model.zero_grad()
-    # the critic's own part taken away, generator and encoder learn from one reconstruction each
+    # with a critic of zeros only the reconstruction terms have gradients
     for parameter in model.critic.parameters():
         torch.nn.init.zeros_(parameter)
     bigan_qp.generator_loss(model, x, z, (1.0, 0.0)).backward()
@@ -137,7 +137,7 @@ def test_baselines_and_neighbours():
     assert which.tolist() == [7, 3] and distance.tolist() == pytest.approx([0, 5e-4], abs=1e-4)
 
 
-def test_wrong_arguments_are_one_sentence(tmp_path, folder, capsys, monkeypatch):
+def test_wrong_arguments_give_one_sentence(tmp_path, folder, capsys, monkeypatch):
     out = tmp_path / "x.png"
     assert run("--data", tmp_path / "nowhere", "--out", out) == 1
     assert capsys.readouterr().err == f"demo bigan-qp: --data {tmp_path / 'nowhere'} is not a folder\n"

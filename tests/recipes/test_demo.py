@@ -1,8 +1,9 @@
-"""What arguments may be, --out above all: the rest is refused in one line, before anything is loaded or trained."""
+"""Wrong arguments, above all --out, are refused in one line before anything is loaded or trained."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+import pyflow
 from pyflow import cli
 from pyflow.recipes import _all, _data, _demo
 
@@ -31,14 +33,14 @@ WRONG = {
     "metrics": "Is a directory",
     "/proc/nonexistent/a.png": "No such file or directory",
     "a" * 256 + ".png": "File name too long",
-    # short enough, but not for its .json
+    # the name of its .json is too long
     "a" * 251 + ".png": "File name too long",
     "a\0b.png": "null",
 }
 
 
 def unreachable(*given: object, **named: object) -> None:
-    pytest.fail("reached in spite of --out")
+    pytest.fail("reached despite a wrong --out")
 
 
 @pytest.fixture(params=cli.demos())
@@ -48,7 +50,7 @@ def name(request):
 
 @pytest.fixture
 def recipe(name, monkeypatch) -> ModuleType:
-    """A demo's module, which fails the test when it loads data or trains."""
+    """A demo's module; loading data or training fails the test."""
     try:
         module = importlib.import_module(f"pyflow.recipes.{name.replace('-', '_')}")
     except ModuleNotFoundError as error:
@@ -72,7 +74,7 @@ def files(folder: Path) -> dict[Path, int]:
 
 
 @pytest.mark.parametrize("out", WRONG, ids=[out[:24].replace("\0", "NUL") for out in WRONG])
-def test_what_cannot_be_written_is_refused(recipe, name, out, folder, capsys):
+def test_an_out_that_cannot_be_written_is_refused(recipe, name, out, folder, capsys):
     before = files(folder)
     assert cli.main(["demo", name, "--quick", "--out", str(folder / out)]) == 1
     printed = capsys.readouterr()
@@ -89,14 +91,14 @@ def test_what_cannot_be_written_is_refused(recipe, name, out, folder, capsys):
         ("--seed", str(2**64), f"must be in [0, 2**32), got {2**64}\n"),
     ],
 )
-def test_numbers_and_devices_that_cannot_be_are_refused(recipe, name, option, value, why, capsys):
+def test_seeds_and_devices_out_of_range_are_refused(recipe, name, option, value, why, capsys):
     with pytest.raises(SystemExit):
         cli.main(["demo", name, option, value])
     assert f"pyflow demo {name}: error: argument {option}: {why}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("given", "written"), [("a", "a.png"), ("new/v1.5.SVG", "new/v1.5.SVG"), (".a", ".a.png")])
-def test_the_name_that_is_drawn_is_the_name_that_is_said(recipe, name, given, written, tmp_path, capsys, monkeypatch):
+def test_the_printed_path_is_the_written_file(recipe, name, given, written, tmp_path, capsys, monkeypatch):
     def demo(*given: object) -> dict[str, object]:
         (args,) = (each for each in given if isinstance(each, argparse.Namespace))
         args.out.write_text("drawn")
@@ -122,8 +124,8 @@ def test_the_log_of_loss_only_is_checked(folder, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["nice", "bigan-qp"])
-def test_data_that_cannot_be_kept_are_refused(name, folder, capsys, monkeypatch):
-    """torchvision makes the folder for its downloads."""
+def test_downloads_that_cannot_be_stored_are_refused(name, folder, capsys, monkeypatch):
+    """torchvision creates the folder for its downloads."""
     monkeypatch.setattr(f"pyflow.recipes.{name.replace('-', '_')}.demo", unreachable)
     mnist = SimpleNamespace(MNIST=lambda root, **_: os.makedirs(f"{root}/MNIST"), CIFAR10=None)
     monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(datasets=mnist))
@@ -133,7 +135,7 @@ def test_data_that_cannot_be_kept_are_refused(name, folder, capsys, monkeypatch)
     assert error.startswith(f"demo {name}: --data mnist could not be loaded or downloaded") and error.count("\n") == 1
 
 
-def test_what_was_written_before_stays_until_the_end(tmp_path):
+def test_checking_the_path_keeps_existing_files(tmp_path):
     for name in ("a.png", "a.json"):
         (tmp_path / name).write_text("an earlier run's")
     (tmp_path / "link.png").symlink_to(tmp_path / "elsewhere.png")
@@ -143,21 +145,21 @@ def test_what_was_written_before_stays_until_the_end(tmp_path):
     assert files(tmp_path) == before
 
 
-def test_a_file_that_is_read_only_is_refused(tmp_path):
+def test_a_read_only_file_is_refused(tmp_path):
     (tmp_path / "a.json").touch(0o444)
     if os.access(tmp_path / "a.json", os.W_OK):
-        pytest.skip("root writes it")
+        pytest.skip("root may write read-only files")
     with pytest.raises(_demo.Refused, match=r"--out must be a file .*a\.json': Permission denied"):
         _demo.picture(tmp_path / "a.png")
 
 
-def test_a_format_whose_program_is_missing_is_refused(tmp_path, monkeypatch):
+def test_a_format_that_needs_a_missing_program_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(_demo.Refused, match=r"--out must be a picture that matplotlib can draw, .*'xelatex' not found"):
         _demo.picture(tmp_path / "a.pgf")
 
 
-def test_all_is_refused_before_the_first_demo(folder, capsys, monkeypatch):
+def test_demo_all_checks_out_before_the_first_demo(folder, capsys, monkeypatch):
     monkeypatch.setattr(_all, "play", unreachable)
     for page, inside in (("a", "index.html"), ("b", "nice")):
         (folder / page / inside).mkdir(parents=True)
@@ -176,7 +178,7 @@ def test_all_is_refused_before_the_first_demo(folder, capsys, monkeypatch):
     assert files(folder) == before
 
 
-def test_bench_is_refused_before_it_measures(folder, capsys, monkeypatch):
+def test_bench_checks_out_before_it_measures(folder, capsys, monkeypatch):
     pytest.importorskip("pytest_benchmark")
     from pyflow.benchmarks import run
 
@@ -191,3 +193,32 @@ def test_bench_is_refused_before_it_measures(folder, capsys, monkeypatch):
         error = capsys.readouterr().err
         assert error.startswith("bench: --out must be a folder that can be written, got ")
         assert error.endswith(f"{why}\n") and error.count("\n") == 1
+
+
+def test_errors_are_told_apart_by_class(tmp_path, capsys):
+    args = argparse.Namespace(backend="reference", out=tmp_path / "a.png")
+
+    def fails(error):
+        def work():
+            raise error
+
+        return _demo.run("x", args, work)
+
+    for error in (_demo.Refused("no data"), pyflow.BackendUnavailable("fsq: backend cuda cannot run here")):
+        assert fails(error) == 1
+        assert capsys.readouterr().err == f"demo x: {error}\n"
+    with pytest.raises(RuntimeError, match="backend: a bug"):
+        fails(RuntimeError("backend: a bug"))
+
+
+def test_no_demo_imports_another():
+    names = {name.replace("-", "_") for name in cli.demos()}
+    for name in names:
+        source = (Path(_demo.__file__).parent / f"{name}.py").read_text()
+        imported = {
+            word
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.ImportFrom) and node.level == 1
+            for word in (node.module, *(alias.name for alias in node.names))
+        }
+        assert not imported & names, name

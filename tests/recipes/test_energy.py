@@ -1,4 +1,4 @@
-"""The energy demo, run short, and what it counts."""
+"""Short runs of the energy demo, and its parts: chains, counted modes, data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(*argv):
     return energy.run(parser.parse_args([*map(str, argv)]))
 
 
-def test_short_run_and_the_same_seed_repeats_it(monkeypatch, tmp_path, capsys):
+def test_a_seed_repeats_the_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(energy, "QUICK", SHORT)
     metrics = []
     for name in ("a.png", "b.png"):
@@ -47,7 +47,7 @@ def test_short_run_and_the_same_seed_repeats_it(monkeypatch, tmp_path, capsys):
     assert metrics[0] == metrics[1]
 
 
-def test_an_unknown_backend_is_one_sentence(tmp_path, capsys):
+def test_an_unknown_backend_gives_one_sentence(tmp_path, capsys):
     assert run("--backend", "none", "--out", tmp_path / "a.png") == 1
     assert capsys.readouterr().err.startswith("demo energy: backend: name must be one of")
 
@@ -60,7 +60,7 @@ def test_held_out_is_a_list_or_all(capsys):
         assert f"must be digits as 1,5 or all, got {text!r}" in capsys.readouterr().err
 
 
-def test_training_reaches_a_single_gaussian():
+def test_training_fits_a_single_gaussian():
     torch.manual_seed(0)
     settings = replace(energy.GRID, steps=300, width=32, noise=(1.0, 0.5), of_x=None, of_z=None, average=0.98)
     trained = energy.fit(energy.MEG(2, settings), lambda count: 2 + torch.randn(count, 2), settings, "one")
@@ -69,7 +69,7 @@ def test_training_reaches_a_single_gaussian():
     assert trained.energy_of(torch.full((1, 2), 2.0)) < trained.energy_of(torch.full((1, 2), 5.0))
 
 
-def test_chains_choose_their_step_size():
+def test_chains_tune_their_step_size_to_the_acceptance_rate():
     chains = energy.run_chains(lambda z: z.square().sum(1) / 2, torch.zeros(500, 2), 50, 0)
     assert abs(chains.acceptance.mean() - energy.ACCEPTANCE) < 0.1 and abs(chains.z.var() - 1) < 0.2
 

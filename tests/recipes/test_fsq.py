@@ -1,4 +1,4 @@
-"""The FSQ demo, run short: it trains, scores, compares, draws and reports."""
+"""Short runs of the FSQ demo, its scores and its verdicts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(*argv):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two pictures of which every pixel is unlike every other, one of them twice, and a file of another kind."""
+    """Two pictures without equal pixels, a copy of one of them, and a text file."""
     folder = tmp_path / "photographs"
     folder.mkdir()
     for number, (height, width) in enumerate(((200, 270), (130, 256))):
@@ -49,7 +49,7 @@ def small(monkeypatch):
     fsq.Settings.steps = 4
 
 
-def test_short_run_and_the_same_seed_repeats_it(folder, small, tmp_path, capsys):
+def test_a_seed_repeats_the_run(folder, small, tmp_path, capsys):
     metrics = []
     for name in ("a.png", "b.png"):
         out = tmp_path / "pictures" / name
@@ -70,7 +70,7 @@ def test_short_run_and_the_same_seed_repeats_it(folder, small, tmp_path, capsys)
         assert 0 < s["held_out_usage"] <= s["usage"] <= 1 <= s["held_out_perplexity"]
         assert s["perplexity"] <= s["usage"] * s["codes"] * (1 + 1e-5) and s["step_seconds"] > 0
         assert f"{s['psnr']:.2f} dB" in printed.out and f"{s['usage']:.1%}" in printed.out
-    assert "no pixel in two, from 2 photographs" in printed.out and str(out) in printed.out
+    assert "without overlap, from 2 photographs" in printed.out and str(out) in printed.out
     assert "VQ revived: VectorQuantize(4, codes, kmeans_init=True, threshold_ema_dead_code=2)" in printed.out
     assert all(sentence in printed.out for sentence in metrics[1]["verdict"]) and "duplicates" not in printed.err
     assert "loss" in printed.err and "dB" in printed.err
@@ -79,7 +79,7 @@ def test_short_run_and_the_same_seed_repeats_it(folder, small, tmp_path, capsys)
     assert scores == metrics[1]["scores"]
 
 
-def test_a_score_is_that_of_the_tokens_and_pixels(folder):
+def test_scores_match_the_tokens_and_pixels(folder):
     photographs = _data.photographs(folder)
     for name in ("FSQ", "VQ"):
         model = fsq.build(name, (5, 4), SETTINGS, seed=0)
@@ -99,7 +99,7 @@ def test_a_score_is_that_of_the_tokens_and_pixels(folder):
         assert got.held_out_usage == pytest.approx(len(tokens[1].unique()) / 20)
 
 
-def test_encoder_and_decoder_start_the_same_and_k_means_sees_enough(folder):
+def test_initial_weights_are_shared_and_k_means_gets_enough_tokens(folder):
     models = [fsq.build(name, (5, 4), SETTINGS, seed=7) for name in ("FSQ", "VQ", "VQ revived")]
     for model in models[1:]:
         for part in ("encoder", "decoder"):
@@ -113,11 +113,11 @@ def test_encoder_and_decoder_start_the_same_and_k_means_sees_enough(folder):
     assert revived.codebook.equal(before)
 
 
-def test_the_split_is_fixed_and_no_pixel_is_on_both_sides(folder):
+def test_the_split_is_fixed_and_disjoint(folder):
     photographs, again = _data.photographs(folder), _data.photographs(folder)
     assert photographs.names == ("0.png", "1.png")
     assert photographs.train.equal(again.train) and photographs.test.equal(again.test)
-    # 3 x 4 tiles and 2 x 4; the copy of the first picture adds none
+    # 3 x 4 and 2 x 4 tiles; the copy of the first picture adds none
     assert len(photographs.test) == 4 and len(photographs.train) == 16
     numbers = torch.cat((photographs.train, photographs.test)).long()
     numbers = numbers[:, 0] + 256 * numbers[:, 1] + 65536 * numbers[:, 2]
@@ -134,7 +134,7 @@ def test_crops_lie_within_their_tiles():
     assert any(whole[0].equal(tile) for tile in tiles)
 
 
-def test_the_photographs_of_the_packages():
+def test_the_default_photographs():
     photographs = _data.photographs()
     assert len(photographs.names) == 7 and len(photographs.train) > 300 and len(photographs.test) > 75
     assert photographs.train.dtype == torch.uint8 and photographs.train.shape[1:] == (3, 64, 64)
@@ -160,7 +160,7 @@ def made_up(quantizer, codes, psnr, usage):
         ((25.0, 27.0), (24.95, 26.0), "the two are equal within 0.1 dB (VQ -0.05 dB) and at 4,375 codes FSQ is better"),
     ],
 )
-def test_the_verdict_on_the_crossover_follows_the_numbers(ours, theirs, said):
+def test_the_crossover_verdict_follows_the_scores(ours, theirs, said):
     scores = [
         made_up(name, codes, psnr, 0.97)
         for name, both in (("FSQ", ours), ("VQ", theirs))
@@ -179,19 +179,19 @@ def test_the_verdict_on_the_crossover_follows_the_numbers(ours, theirs, said):
         ((0.5, 0.4), "this does not hold."),
     ],
 )
-def test_the_verdict_on_usage_follows_the_numbers(usages, said):
+def test_the_usage_verdict_follows_the_scores(usages, said):
     scores = [made_up("FSQ", codes, 25.0, usage) for codes, usage in zip((240, 4375), usages, strict=True)]
     assert fsq.verdict(scores) == [s for s in fsq.verdict(scores) if s.endswith(said)] and len(fsq.verdict(scores)) == 1
 
 
-def test_code_maps_give_each_code_a_colour():
+def test_code_maps_give_each_code_its_own_colour():
     colours = _pictures.code_map(torch.arange(4375).reshape(25, 175), 4375)
     assert colours.shape == (25, 175, 3) and colours.min() >= 0 and colours.max() <= 1
     assert len(colours.flatten(0, 1).unique(dim=0)) == 4375
     assert _pictures.code_map(torch.tensor([7, 7]), 4375).equal(colours[0, 7].expand(2, 3))
 
 
-def test_bad_folders_and_backends_are_one_sentence(tmp_path, capsys):
+def test_bad_folders_and_backends_give_one_sentence(tmp_path, capsys):
     def error(*argv):
         assert run(*argv, "--out", tmp_path / "x.png") == 1
         printed = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The HSIC demo, run short: it tests features, trains without backpropagation, compares, draws and reports."""
+"""Short runs of the HSIC demo: tests of features, training without backpropagation, CKA of the layers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_quick_run(tmp_path, capsys):
     picture = imread(out)
     assert picture.shape[0] > 800 and picture.shape[1] > 800 and picture.std() > 0.1
     metrics = json.loads(out.with_suffix(".json").read_text())
-    # wine: every measured feature differs between the cultivars, shuffled ones do not
+    # all features of wine depend on the cultivar; shuffled features do not
     wine, diabetes = metrics["tests"]["wine"], metrics["tests"]["diabetes"]
     shuffled = [p for tested in (wine, diabetes) for p in tested["shuffled"]]
     assert len(shuffled) == 23 and sum(p <= 0.05 for p in shuffled) <= 5
@@ -64,7 +64,7 @@ def test_a_seed_repeats_the_training():
     assert (len(digits.x), len(digits.test_x)) == (1437, 360) and digits.x.max() == 1
 
 
-def test_networks_start_equal_and_train_what_they_should():
+def test_networks_start_equal_and_train_the_right_parameters():
     digits = hsic.load(torch.device("cpu"))
     settings = hsic.Settings(epochs=1, width=16, depth=2)
     before = hsic.build(settings, 0).state_dict()
@@ -76,7 +76,7 @@ def test_networks_start_equal_and_train_what_they_should():
         assert moved == (heads if name == "head on untrained layers" else {key for key, _ in model.named_parameters()})
 
 
-def test_backends_are_one_sentence(tmp_path, capsys):
+def test_wrong_arguments_give_one_sentence(tmp_path, capsys):
     assert run("--backend", "vulkan", "--out", tmp_path / "x.png") == 1
     assert "demo hsic: backend: name must be one of" in capsys.readouterr().err
     with pytest.raises(SystemExit):

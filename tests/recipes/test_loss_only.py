@@ -1,4 +1,4 @@
-"""The loss-only demo, run short: it trains, compares singular values, draws and reports."""
+"""A short run of the loss-only demo and its singular values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_short_run(tmp_path, capsys):
     layers = {"inward", "inner_norm", "moments", "outward", "outer_norm", "pixels"}
     assert layers == set(metrics["before"]) == set(metrics["after"]) == set(metrics["raw"])
     assert all(abs(value - 1) < 0.05 for value in metrics["after"].values())
-    # a gain of ones
+    # the initial gain is ones
     assert metrics["before"]["inner_norm"] == pytest.approx(32**0.5)
     assert metrics["held_out"]["reconstruction"] < 45 and metrics["held_out"]["row_norm"] > 0
     assert out.exists() and "train/row_norm" in (Path(metrics["log"]) / "metrics.csv").read_text()
@@ -36,7 +36,7 @@ def test_short_run(tmp_path, capsys):
     assert "largest singular value" in printed.out and "row_norm" in printed.out + printed.err
 
 
-def test_wrong_arguments_are_one_sentence(tmp_path, capsys):
+def test_wrong_arguments_give_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("--epochs", 0, "--out", tmp_path / "x.png")
     assert "argument --epochs: must be at least 1, got 0" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The NICE demo, run short: it trains, scores, draws and reports."""
+"""Short runs of the NICE demo, its baseline and its training loop."""
 
 from __future__ import annotations
 
@@ -63,34 +63,34 @@ def test_the_split_is_fixed_and_disjoint(tmp_path):
     assert images.train.max() == 16
 
 
-def test_gaussian_baseline_equals_torchs(tmp_path):
+def test_the_gaussian_baseline_matches_torch(tmp_path):
     images = _data.load("digits", tmp_path)
-    validation = nice.noisy(images.validation, 17, torch.device("cpu"), 1)
-    gaussian = nice.Gaussian.fit(images.train, validation, 17)
+    validation = _data.noisy(images.validation, 17, torch.device("cpu"), 1)
+    gaussian = _data.Gaussian.fit(images.train, validation, 17)
     other = torch.distributions.MultivariateNormal(gaussian.mean, scale_tril=gaussian.factor)
     torch.testing.assert_close(gaussian.log_prob(validation), other.log_prob(validation.double()))
-    # shrinking helps: the training covariance itself is not the best one on the validation images
+    # shrinkage helps: the plain training covariance scores no better on the validation images
     x = images.train.double() / 17
     covariance = torch.cov(x.mT) + torch.eye(64, dtype=torch.float64) / (12 * 17**2)
     plain = torch.distributions.MultivariateNormal(gaussian.mean, covariance)
     assert gaussian.log_prob(validation).mean() >= plain.log_prob(validation.double()).mean()
 
 
-def test_average_follows_and_the_best_weights_are_kept(tmp_path):
+def test_training_stops_early_and_keeps_the_best_weights(tmp_path):
     torch.manual_seed(0)
     images = _data.load("digits", tmp_path)
-    validation = nice.noisy(images.validation[:50], 17, torch.device("cpu"), 1)
+    validation = _data.noisy(images.validation[:50], 17, torch.device("cpu"), 1)
     flow = NICE(64, hidden=(8,), data_init=True)
     flow.log_prob(validation)
     before = nice.mean_log_prob(flow, validation)
-    # far too fast a rate after the start: the best weights are early ones, and training stops
+    # with such a large learning rate the best weights are early ones
     settings = nice.Settings(hidden=(8,), epochs=40, patience=2, rate=0.5, average=0.5)
     best, epochs = nice.fit(flow, images.train, validation, 17, settings)
     assert epochs < 40
     assert nice.mean_log_prob(best, validation) >= min(before, nice.mean_log_prob(flow, validation))
 
 
-def test_missing_data_and_backends_are_one_sentence(tmp_path, capsys, monkeypatch):
+def test_missing_data_and_backends_give_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     assert run("--data", "mnist", "--out", tmp_path / "x.png") == 1
     error = capsys.readouterr().err
@@ -100,15 +100,15 @@ def test_missing_data_and_backends_are_one_sentence(tmp_path, capsys, monkeypatc
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_images_of_other_kinds(tmp_path, monkeypatch):
-    """MNIST's and CIFAR's shapes through the loader and the picture, on made-up pixels."""
+def test_mnist_and_cifar10_shapes(tmp_path, monkeypatch):
+    """Random pixels of these shapes pass through the loader and the picture."""
     for name, shape in (("mnist", (28, 28)), ("cifar10", (32, 32, 3))):
         pixels = torch.randint(0, 256, (5020, *shape), dtype=torch.uint8)
         monkeypatch.setattr(_data, "_torchvision", lambda *_, pixels=pixels: (pixels, pixels[:40]))
         monkeypatch.setitem(nice.SETTINGS, name, nice.Settings(hidden=(4,), epochs=1, batch=10))
-        monkeypatch.setattr(nice, "DRAWS", 1)
-        unit = nice.Gaussian(torch.zeros(math.prod(shape)).double(), torch.eye(math.prod(shape)).double())
-        monkeypatch.setattr(nice.Gaussian, "fit", lambda *_, unit=unit: unit)
+        monkeypatch.setattr(_data, "DRAWS", 1)
+        unit = _data.Gaussian(torch.zeros(math.prod(shape)).double(), torch.eye(math.prod(shape)).double())
+        monkeypatch.setattr(_data.Gaussian, "fit", lambda *_, unit=unit: unit)
         images = _data.load(name, tmp_path)
         assert images.shape == shape and len(images.train) == 20 and images.levels == 256
         assert run("--data", name, "--quick", "--epochs", 1, "--out", tmp_path / f"{name}.png", "--device", "cpu") == 0

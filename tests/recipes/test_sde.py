@@ -1,4 +1,4 @@
-"""The SDE demo, run short: it trains, scores, samples by every method, times, compares, draws and reports."""
+"""Short runs of the SDE demo, its likelihoods, timed loops and samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ for package in ("matplotlib", "sklearn", "torchdiffeq", "tqdm"):
     pytest.importorskip(package)
 
 from pyflow.flows import bits_per_dim
-from pyflow.recipes import _data, _loops, nice, sde
+from pyflow.recipes import _data, _demo, _loops, sde
 from pyflow.sde import VPSDE, make_step
 
 SETTINGS = sde.Settings(
@@ -30,8 +30,8 @@ def run(*argv):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Two that wait for each other on a busy machine take six times as long."""
-    with nice.threads(1):
+    """One thread: two that wait for each other on a busy machine take six times as long."""
+    with _demo.threads(1):
         yield
 
 
@@ -56,7 +56,7 @@ def small(monkeypatch):
     monkeypatch.setattr(_loops, "CASES", cases)
 
 
-def test_short_run_and_the_same_seed_repeats_it(small, tmp_path, capsys):
+def test_a_seed_repeats_the_run(small, tmp_path, capsys):
     threads, metrics = torch.get_num_threads(), []
     for name in ("a.png", "b.png"):
         out = tmp_path / "pictures" / name
@@ -97,12 +97,12 @@ def test_short_run_and_the_same_seed_repeats_it(small, tmp_path, capsys):
     assert metrics[0] == metrics[1]
 
 
-def test_the_score_before_training_is_that_of_a_normal(images):
+def test_the_initial_score_is_the_score_of_a_normal(images):
     net = sde.ScoreNet(VPSDE(), images, SETTINGS).eval()
     x = torch.randn(5, 64, dtype=torch.float64, requires_grad=True)
     t = torch.tensor([1e-3, 0.1, 0.4, 0.7, 1.0], dtype=torch.float64)
     alpha, std = (v[:, None] for v in VPSDE().marginal(t))
-    # of the digits dequantised and scaled to [-1, 1]
+    # mean and variance of the dequantised digits, scaled to [-1, 1]
     pixels = 2 * (images.train.double() + 0.5) / 17 - 1
     scale = (alpha**2 * (pixels.var(0) + (2 / 17) ** 2 / 12) + std**2).sqrt()
     log_prob = torch.distributions.Normal(alpha * pixels.mean(0), scale).log_prob(x).sum()
@@ -110,37 +110,37 @@ def test_the_score_before_training_is_that_of_a_normal(images):
     torch.testing.assert_close(net(x.detach().float(), t.float()).double(), score, rtol=2e-4, atol=2e-3)
 
 
-def test_likelihood_of_that_normal_in_the_units_of_demo_nice(images):
-    """log_prob's scaling to [-1, 1] is in the density: the closed form is of digits in [0, 1]."""
+def test_the_likelihood_of_that_normal_has_the_units_of_demo_nice(images):
+    """log_prob accounts for the scaling to [-1, 1]: the closed form is for digits in [0, 1]."""
     net = sde.ScoreNet(VPSDE(), images, SETTINGS).eval()
-    x = nice.noisy(images.test, 17, CPU, seed=2)[:6]
+    x = _data.noisy(images.test, 17, CPU, seed=2)[:6]
     nats = sde.log_prob(VPSDE(), net, x, seed=0)
     alpha, std = VPSDE().marginal(torch.tensor(sde.EPS))
     scale = (alpha**2 * net.variance + std**2).sqrt()
     expected = torch.distributions.Normal((alpha * net.mean + 1) / 2, scale / 2).log_prob(x).sum(1)
-    # the digits' mean at t = 1, 0.007 of it, is not in the prior
+    # the prior has mean 0, but 0.007 of the digits' mean is left at t = 1
     torch.testing.assert_close(nats, expected, rtol=0, atol=0.1)
     row = sde.likelihood("normal", nats, images)
     assert row["bits_per_dim"] == pytest.approx(bits_per_dim(nats.mean(), 64, 17).item(), abs=1e-5)
 
 
-def test_training_lowers_the_loss_and_keeps_the_average(images, capsys):
+def test_training_raises_the_likelihood_of_the_averaged_weights(images, capsys):
     torch.manual_seed(0)
     net = sde.ScoreNet(VPSDE(), images, SETTINGS)
     average, loss = sde.fit(net, VPSDE(), images, sde.replace(SETTINGS, steps=150), seed=1)
     assert not average.training and loss < 5
     pairs = [*zip(net.parameters(), average.parameters(), strict=True)]
     assert any(not a.equal(b) for a, b in pairs) and all(b.isfinite().all() for _, b in pairs)
-    x = nice.noisy(images.test, 17, CPU, seed=2)[:360]
+    x = _data.noisy(images.test, 17, CPU, seed=2)[:360]
     before = sde.ScoreNet(VPSDE(), images, SETTINGS).eval()
     assert sde.log_prob(VPSDE(), average, x, 0).mean() > sde.log_prob(VPSDE(), before, x, 0).mean() + 1
 
 
-def test_the_loop_in_torch_is_the_sampler(net):
+def test_the_eager_loop_matches_the_sampler(net):
     assert _loops.difference(VPSDE(), net, (6, 64), 40, 1e-3, CPU) < 1e-5
 
 
-def test_loops_compiled_and_a_missing_compiler(net, monkeypatch, capsys):
+def test_compiled_loops_and_a_missing_compiler(net, monkeypatch, capsys):
     case = _loops.Case("a", (4, 64), True, 3)
     compile, asked = torch.compile, []
 
@@ -167,25 +167,25 @@ def test_loops_compiled_and_a_missing_compiler(net, monkeypatch, capsys):
     assert "not timed" in _loops.table({"a": paces}) and "1.00 x" in _loops.table({"a": paces})
 
 
-def test_a_sample_alone_equals_it_in_the_batch(net, monkeypatch):
+def test_a_sample_drawn_alone_equals_the_one_in_the_batch(net, monkeypatch):
     found = sde.pairs(VPSDE(), net, SETTINGS, 5)
     assert found[0].how == "the batch at once" and found[-1].how.endswith("backend reference")
     for pair in found[-2:]:
         assert pair.of_batch.equal(pair.alone) and pair.said == "equal bit for bit"
     assert found[0].difference < 1e-4
-    # one by one it holds whatever the GEMM does
+    # with micro_batch=1 equality does not depend on the GEMM
     monkeypatch.setattr(sde, "MICRO_BATCH", 1)
     found = sde.pairs(VPSDE(), net, SETTINGS, 5)
     assert len(found) == 3 and found[1].of_batch.equal(found[1].alone) and found[1].how == "micro_batch=1"
     assert found[1].of_batch.isfinite().all()
 
 
-def test_pairs_say_by_how_much_they_differ():
+def test_pairs_report_their_largest_difference():
     pair = sde.Pair("x", torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5]))
     assert pair.difference == 0.5 and pair.said == "largest difference 5.0e-01"
 
 
-def test_trajectories_end_on_the_sample(net):
+def test_trajectories_end_at_the_sample(net):
     drawn = sde.draw(VPSDE(), net, "ancestral", SETTINGS, 0, columns=5)
     assert drawn.times[0] == 1 and drawn.times[-1] == pytest.approx(sde.EPS) and len(drawn.times) == 5
     assert drawn.states.shape == (5, 64) and drawn.states[-1].equal(drawn.samples[0])
@@ -203,7 +203,7 @@ def test_energy_distance():
     assert sde.energy_distance(one, one + 1) == pytest.approx(-1)
 
 
-def test_wrong_arguments_and_backends_are_one_sentence(tmp_path, capsys):
+def test_wrong_arguments_and_backends_give_one_sentence(tmp_path, capsys):
     assert run("--sampling-steps", 20, "--out", tmp_path / "x.png") == 1
     assert capsys.readouterr().err == "demo sde: --sampling-steps must be more than 20, got 20\n"
     assert run("--backend", "vulkan", "--out", tmp_path / "x.png") == 1

@@ -1,4 +1,4 @@
-"""The sector demo, run short: curves, trials, four ducks."""
+"""Short runs of the sector demo, and its numerical parts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(*argv):
     return sector.run(parser.parse_args([*map(str, argv)]))
 
 
-def test_short_run_and_the_same_seed_repeats_it(tmp_path, capsys):
+def test_a_seed_repeats_the_run(tmp_path, capsys):
     figures = []
     for name in ("a.png", "b.png"):
         out = tmp_path / "pictures" / name
@@ -46,18 +46,18 @@ def test_short_run_and_the_same_seed_repeats_it(tmp_path, capsys):
     assert figures[0] == figures[1]
 
 
-def test_angles_are_where_the_curve_passes():
+def test_angles_invert_the_probability():
     p = np.linspace(0.01, 0.99, 9)
     for n in (2, 5, 300):
         np.testing.assert_allclose(sector_probability(n, sector.angles(n, p)), p, rtol=1e-9)
 
 
-def test_the_plain_sum():
+def test_the_plain_sum_matches_the_formula_for_few_points():
     for n, theta in ((1, 1.0), (4, math.pi), (6, 5.0)):
         assert sector.plain_sum(n, theta) == pytest.approx(sector_probability(n, theta), rel=1e-12)
 
 
-def test_a_missing_backend_is_one_sentence(tmp_path, capsys):
+def test_wrong_arguments_give_one_sentence(tmp_path, capsys):
     assert run("--backend", "vulkan", "--out", tmp_path / "x.png") == 1
     assert capsys.readouterr().err.startswith("demo sector: backend: name must be one of")
     with pytest.raises(SystemExit):
