@@ -15,7 +15,7 @@ from ..reference import compute_dtype
 from ..reference import energy as ref
 from ..reference import sde as sde_ref
 from ._transforms import one_by_one
-from .sde import advance, coefficient, stream_of
+from .sde import Scalar, Stream, advance, coefficient, stream_of
 
 KINDS = ("linear", "hinge", "ebgan")
 
@@ -182,7 +182,7 @@ def mala_propose(
     return _propose(z, grad, alpha, stream_of(op, seed, step, z))
 
 
-def _propose(z: Tensor, grad: Tensor, alpha: Tensor, stream: tuple[Tensor | None, ...]) -> Tensor:
+def _propose(z: Tensor, grad: Tensor, alpha: Tensor, stream: Stream) -> Tensor:
     # in float64, because the float32 roots of two backends may differ by an ulp
     size, one = alpha.double(), torch.full((), 1.0, dtype=torch.float64, device="cpu")
     return advance(z, grad, one, -size, (2 * size).sqrt(), stream, "noise")[0]
@@ -333,7 +333,7 @@ def _check_rows(op: str, name: str, value: Any, other_name: str, other: Tensor) 
         raise ValueError(f"{op}: {name} must be on the device of {other_name}, {other.device}, got {value.device}")
 
 
-def step_size(op: str, alpha: object, z: Tensor) -> Tensor:
+def step_size(op: str, alpha: Scalar, z: Tensor) -> Tensor:
     """Return alpha as a 0-d or (B,) coefficient; check its values if they may be read."""
     result = coefficient(op, "alpha", alpha, z)
     if check.values_are_checked(result) and result.numel():

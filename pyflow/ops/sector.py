@@ -56,7 +56,9 @@ def sector_counts(
     return counts_for(op, thresholds, points, trials, seed, step)
 
 
-def counts_for(op: str, thresholds: Tensor, points: int, trials: int, seed: object, step: object) -> Tensor:
+def counts_for(
+    op: str, thresholds: Tensor, points: int, trials: int, seed: int | Tensor | None, step: int | Tensor
+) -> Tensor:
     """Return the counts for the public function `op`, which has checked all arguments except seed and step."""
     thresholds = thresholds.detach()
     # the seed is checked last, so that a call that raises does not draw one

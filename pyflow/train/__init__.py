@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ._collect import Collected, add_loss, add_metric, collect
+
+if TYPE_CHECKING:
+    # at run time it is imported on first use, because lightning is optional
+    from ._lightning import LossOnlyModule
 
 __all__ = ["Collected", "LossOnlyModule", "add_loss", "add_metric", "collect"]
 
