@@ -44,16 +44,14 @@ bench: $(BUILT)
 	$(BIN)/python -m pyflow bench $(ARGS)
 
 # the C++ and CUDA files; their style is in .clang-format
-CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 lint: $(READY)
 	@for tool in ruff clang-format mypy; do test -x $(BIN)/$$tool || { echo "pyflow: $$tool is not in .venv:" \
 	  'get it with .venv/bin/python -m pip install -r requirements.txt' >&2; exit 1; }; done
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	@echo $(BIN)/clang-format --dry-run -Werror csrc tests
-	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
-	$(BIN)/mypy
+	@# all four run, so that one failure does not hide the others
+	@failed=0; for check in 'ruff check' 'ruff format --check' 'clang-format --dry-run -Werror $(CXX_FILES)' mypy; do \
+	  echo "$$check" | cut -c -60; $(BIN)/$$check || failed=1; done; exit $$failed
 
 format: $(READY)
 	$(BIN)/ruff check --fix-only
@@ -85,7 +83,7 @@ $(BUILT): $(READY) pyproject.toml setup.py CMakeLists.txt $(shell find csrc -typ
 	@echo building the native modules
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-index -e .
 	@# without a compiler everything runs on plain torch, and the next make tries again
-	@PYFLOW_NATIVE=1 $(BIN)/python -W ignore setup.py --quiet --version >/dev/null && touch $@ || echo 'pyflow: going on with plain torch' >&2
+	@PYFLOW_NATIVE=1 $(BIN)/python -W ignore setup.py --quiet --version >/dev/null && touch $@ && echo 'built; what runs here: $(BIN)/pyflow info' || echo 'pyflow: going on with plain torch' >&2
 
 # In stages, for machines with a GPU for a short time: each stage has a time limit and writes its file to OUT/CARD before
 # the next one starts. Eight minutes at most, nothing downloaded.

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.jit._trace import is_tracing
 
 from ._schemas import SCHEMAS, define, library
 
@@ -285,7 +284,8 @@ def call(name: str, *args: Any) -> Any:
         return op(*args)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         # torch.jit.trace can save operators but not Python autograd functions
-        return op(*args) if is_tracing() else _functions[name].apply(*args)
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # missing in torch.jit.__all__
+        return op(*args) if tracing else _functions[name].apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 

@@ -58,11 +58,19 @@ def float_dtype(op: str, dtype: object) -> torch.dtype:
 
 def device(op: str, value: Any) -> torch.device:
     try:
-        return torch.device(value)
+        result = torch.device(value)
     # torch raises ValueError for an integer beyond 64 bits
     except (RuntimeError, TypeError, ValueError):
         error = ValueError if isinstance(value, str) else TypeError
         raise error(f"{op}: device must be a torch.device or its name, got {shown(value)}") from None
+    if result.type == "cuda" and not _may_be_fake() and (result.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"{op}: device must be available here, got {result}")
+    return result
+
+
+def _may_be_fake() -> bool:
+    """Whether tensors may be created on devices that this machine lacks: while traced, or under a dispatch mode."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def values_are_checked(tensor: Tensor) -> bool:

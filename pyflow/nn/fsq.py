@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import _checks as check
 from ..ops import fsq, fsq_decode
 from ..ops.fsq import CodebookUsage, checked_levels, signed
-from ..reference import compute_dtype
+from ..reference import compute_dtype, matmul
 from ..reference import fsq as ref
 from ._tokens import Constant, CountsUsage, valid_positions
 
@@ -321,8 +321,7 @@ class FSQ(CountsUsage):
 
 
 def _rotate(z: Tensor, matrix: Tensor) -> Tensor:
-    with check.uncast(z):
-        return z @ matrix.to(z.dtype)
+    return matmul(z, matrix.to(z.dtype))
 
 
 def _share(name: str, value: float) -> float:

@@ -20,6 +20,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     available = kind != "meta" if traced else torch.amp.is_autocast_available(kind)
     if not available or not torch.is_autocast_enabled(kind):
         return a @ b
+    if b.dim() == 1:
+        return matmul(a, b.unsqueeze(-1)).squeeze(-1)
     # dynamo does not trace autograd functions with a jvp; it traces the backward under this block too
     if traced:
         with torch.autocast(kind, enabled=False):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import compute_dtype
+from . import compute_dtype, matmul
 
 # lower limit of norms and sigmas; torch's spectral_norm uses the same one for norms
 FLOOR = 1e-12
@@ -29,10 +29,10 @@ def norm(x: Tensor) -> Tensor:
 def iterate(matrix: Tensor, u: Tensor, v: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
     """Run rounds of u = Wv / |Wv|, v = W'u / |W'u|; if a norm is at most FLOOR, u and v do not change."""
     for _ in range(n_iter):
-        y = matrix @ v
+        y = matmul(matrix, v)
         size_y = norm(y)
         new_u = y / torch.where(size_y <= FLOOR, 1, size_y)
-        z = matrix.mT @ new_u
+        z = matmul(matrix.mT, new_u)
         size_z = norm(z)
         new_v = z / torch.where(size_z <= FLOOR, 1, size_z)
         stalled = (size_y <= FLOOR) | (size_z <= FLOOR)
@@ -57,7 +57,7 @@ def spectral_normalize(
             else:
                 with torch.no_grad():
                     new_left, new_right = iterate(matrix.detach(), left.to(dtype), right.to(dtype), n_iter)
-            sigma = floored(torch.dot(new_left, matrix @ new_right))
+            sigma = floored(torch.dot(new_left, matmul(matrix, new_right)))
         normalized = (weight.to(dtype) / sigma).to(weight.dtype)
         for values, value in zip(
             out, (normalized, new_left.to(left.dtype), new_right.to(right.dtype), sigma), strict=True
