@@ -29,7 +29,7 @@ class Glow(MultiScale):
         `inverse(z) -> (x, logdet)`; `sample(n, temperature=1.0, seed=None)`.
 
     Raises:
-        ValueError: shape is not that of an image or not divisible, steps or levels < 1, or x has another shape.
+        ValueError: shape is not (C, H, W) or not divisible, steps or levels < 1, or x has another shape.
 
     Notes:
         The first training batch initialises the ActNorms. The prior of a split is the inverse of an affine coupling,

@@ -137,7 +137,7 @@ class ScoreSdeVeScheduler(_Noise, _Ve):  # type: ignore[misc]  # diffusers: conf
         high = self.config["sigma_max"] if sigma_max is None else sigma_max
         if self.timesteps is None:
             self.set_timesteps(num_inference_steps, sampling_eps)
-        # float32 whatever the default dtype
+        # float32 for every default dtype
         between = torch.linspace(math.log(low), math.log(high), num_inference_steps, dtype=torch.float32, device="cpu")
         self.discrete_sigmas = between.exp()
         # one at a time, as in diffusers: a vectorised power has other bits

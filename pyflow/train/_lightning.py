@@ -38,6 +38,7 @@ class LossOnlyModule(lightning.LightningModule):
 
     Example:
         >>> from functools import partial
+        >>> import torch
         >>> module = LossOnlyModule(nn.Linear(2, 1), partial(torch.optim.Adam, lr=1e-3))
         >>> type(module.configure_optimizers()).__name__
         'Adam'
