@@ -335,3 +335,19 @@ def test_wrong_inputs():
         Invertible1x1Conv(2.0)
     with pytest.raises(ValueError, match="Scale: std must be positive and finite, got 0"):
         Scale(3, std=0)
+
+
+def test_backward_under_autocast_is_not_cast():
+    torch.manual_seed(0)
+    layer, x = Invertible1x1Conv(8), torch.randn(4, 8, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+
+    def run():
+        y, logdet = layer(x)
+        return torch.autograd.grad(y.cos().sum() + logdet.sum(), leaves)
+
+    want = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

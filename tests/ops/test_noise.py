@@ -338,6 +338,7 @@ BAD = [
     (lambda f: f((2, -1), seed=1), ValueError, r"shape must not be negative, got \(2, -1\)"),
     (lambda f: f((2,), seed=1, device="disc"), ValueError, "device must be a torch.device or its name, got 'disc'"),
     (lambda f: f((2,), seed=1, device=1.5), TypeError, "device must be a torch.device or its name, got 1.5"),
+    (lambda f: f((2,), seed=1, device="cuda:77"), ValueError, "device must be available here, got cuda:77"),
     (lambda f: f(5, seed=1), TypeError, "shape must be a sequence of integers, got int"),
     (lambda f: f("12", seed=1), TypeError, "shape must be a sequence of integers, got str"),
     (lambda f: f((2.0,), seed=1), TypeError, r"shape must hold integers, got \(2.0,\)"),

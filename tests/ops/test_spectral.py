@@ -225,12 +225,23 @@ def test_function_transforms_agree_with_the_reference():
             torch.testing.assert_close(got, transform(), msg=name)
 
 
-def test_autocast_changes_nothing():
-    args = inputs([(9, 20), (7,)])
-    with torch.autocast("cpu", torch.bfloat16):
-        got = flat(ops.spectral_normalize(*args))
-    for a, b in zip(got, flat(ops.spectral_normalize(*args)), strict=True):
-        testing.assert_same_bits(a, b)
+@pytest.mark.parametrize("through_iteration", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_autocast_changes_nothing(backend, through_iteration):
+    weights, u, v = inputs([(9, 20), (7,)])
+    leaves = [w.requires_grad_() for w in weights]
+
+    def run():
+        out = flat(ops.spectral_normalize(leaves, u, v, n_iter=2, through_iteration=through_iteration))
+        kept = [o for o in out if o.requires_grad]
+        return [*out, *torch.autograd.grad(kept, leaves, [torch.ones_like(o) for o in kept])]
+
+    with pyflow.backend(backend):
+        want = run()
+        with torch.autocast("cpu", torch.bfloat16):
+            got = run()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_reference_backward_is_the_derivative():
