@@ -257,11 +257,11 @@ def _root(x: Tensor) -> Tensor:
 
 
 def _snr_rule(squares: Tensor, snr: Tensor, alpha: Tensor, over_batch: bool) -> Tensor:
-    of_score, of_noise = _root(squares).unbind(0)
+    score_norm, noise_norm = _root(squares).unbind(0)
     if over_batch:
-        of_score, of_noise = of_score.mean(), of_noise.mean()
-    still = of_score == 0
-    return torch.where(still, 0, 2 * alpha * (snr * of_noise / torch.where(still, 1, of_score)) ** 2)
+        score_norm, noise_norm = score_norm.mean(), noise_norm.mean()
+    still = score_norm == 0
+    return torch.where(still, 0, 2 * alpha * (snr * noise_norm / torch.where(still, 1, score_norm)) ** 2)
 
 
 def coefficient(op: str, name: str, value: Scalar, x: Tensor) -> Tensor:
@@ -401,12 +401,12 @@ def _formula(purpose, f64):
 def _backward_reference(grad, grad_mean, *rest):
     *tensors, purpose, x_dtype, score_dtype, noise_dtype, f64 = rest
     lead = grad if grad is not None else grad_mean
-    of_x, of_score, of_noise, sums = _formula(purpose, f64)(grad, grad_mean, *tensors)
+    grad_x, grad_score, grad_noise, sums = _formula(purpose, f64)(grad, grad_mean, *tensors)
     outputs = [
         _like(lead, dtype) if dtype is None else _copy_like(lead, value, dtype)
-        for dtype, value in zip((x_dtype, score_dtype, noise_dtype), (of_x, of_score, of_noise), strict=True)
+        for dtype, value in zip((x_dtype, score_dtype, noise_dtype), (grad_x, grad_score, grad_noise), strict=True)
     ]
-    return *outputs, lead.new_empty(0, dtype=of_x.dtype) if sums is None else sums.contiguous()
+    return *outputs, lead.new_empty(0, dtype=grad_x.dtype) if sums is None else sums.contiguous()
 
 
 def _backward_fake(grad, grad_mean, x, *rest):
@@ -456,8 +456,8 @@ def _loss_setup(ctx, inputs, output):
 
 def _loss_backward(ctx, grad):
     _, std, _, _ = ctx.saved_tensors
-    of_pred, of_std = call("denoising_loss_backward", grad, *ctx.saved_tensors)
-    return of_pred, _of_coefficient(of_std, std) if ctx.needs_input_grad[1] else None, None, None
+    grad_pred, grad_std = call("denoising_loss_backward", grad, *ctx.saved_tensors)
+    return grad_pred, _of_coefficient(grad_std, std) if ctx.needs_input_grad[1] else None, None, None
 
 
 def _loss_vmap(info, in_dims, *tensors):
@@ -467,8 +467,8 @@ def _loss_vmap(info, in_dims, *tensors):
 
 def _loss_backward_reference(grad, pred, std, seed, step):
     z = ref.noise_like(pred, seed, step, None, "noise")
-    of_pred, of_std = ref.denoising_loss_backward(grad, pred, std, z)
-    return _copy_like(pred, of_pred), of_std.contiguous()
+    grad_pred, grad_std = ref.denoising_loss_backward(grad, pred, std, z)
+    return _copy_like(pred, grad_pred), grad_std.contiguous()
 
 
 def _loss_backward_backward(ctx, *grads):
