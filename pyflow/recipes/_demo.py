@@ -8,15 +8,19 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from tqdm import tqdm
 
 import pyflow
 
 from ..cli import Refused as Refused
 from ..cli import check_writable
+
+T = TypeVar("T")
 
 
 def add_arguments(
@@ -74,6 +78,16 @@ def device_name(text: str) -> str:
         why = str(error).partition("\n")[0]
         raise argparse.ArgumentTypeError(f"must be a device that is here, got {text!r}: {why}") from error
     return text
+
+
+def bar(steps: int, name: str) -> tqdm:
+    """Return a progress bar of `steps` steps, to be used in a `with` block."""
+    return tqdm(total=steps, desc=f"{name:<16}", unit="step", dynamic_ncols=True, mininterval=0.2)
+
+
+def tracked(values: Sequence[T], name: str, unit: str) -> tqdm[T]:
+    """Return the values with a progress bar that advances by one per value."""
+    return tqdm(values, desc=name or None, unit=unit, dynamic_ncols=True)
 
 
 def chosen_device(args: argparse.Namespace) -> torch.device:

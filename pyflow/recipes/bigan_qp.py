@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import pyflow
 from pyflow.ops import gan_qp_generator_loss, gan_qp_loss
@@ -190,7 +189,7 @@ def fit(model: BiGan, train: Tensor, test: Tensor, settings: Settings) -> tuple[
 
     looks = {round(i * settings.steps / settings.looks) for i in range(1, settings.looks + 1)}
     errors = [look(average, train, test, 0)]
-    with tqdm(total=settings.steps, desc="training", unit="step", dynamic_ncols=True, mininterval=0.2) as bar:
+    with _demo.bar(settings.steps, "training") as bar:
         for taken in range(1, settings.steps + 1):
             for _ in range(settings.critic_steps):
                 of_critic = step(critic, critic_loss(model, *batch(), settings.lam))

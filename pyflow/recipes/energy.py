@@ -16,7 +16,6 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from pyflow.energy import Chains, sample
 from pyflow.ops import energy_loss, grad_norm_penalty
@@ -259,7 +258,7 @@ def fit(model: MEG, draw: Callable[[int], Tensor], settings: Settings, name: str
     of_energy, of_generator, of_pairing = optimizers
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
     first, last = settings.noise
-    with tqdm(total=settings.steps, desc=name, unit="step", dynamic_ncols=True, mininterval=0.2) as bar:
+    with _demo.bar(settings.steps, name) as bar:
         for step in range(settings.steps):
             # the noise reaches its last level after two thirds of the steps
             level = first * (last / first) ** min(1, 1.5 * step / settings.steps)

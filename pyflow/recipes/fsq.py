@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from vector_quantize_pytorch import VectorQuantize
 
 from pyflow.nn import FSQ
@@ -193,7 +192,7 @@ def fit(model: Autoencoder, tiles: Tensor, settings: Settings, seed: int, name: 
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
     model.train()
     running, began = None, time.perf_counter()
-    with tqdm(total=settings.steps, desc=f"{name:<16}", unit="step", dynamic_ncols=True, mininterval=0.2) as bar:
+    with _demo.bar(settings.steps, name) as bar:
         for step in range(settings.steps):
             for group in optimizer.param_groups:
                 group["lr"] = cosine_rate(step, settings.rate, settings.warmup, settings.steps)

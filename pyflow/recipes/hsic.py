@@ -20,7 +20,6 @@ import itertools
 from matplotlib import pyplot as plt
 from sklearn.datasets import load_diabetes, load_digits, load_wine
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pyflow.nn import HSICBottleneck
 from pyflow.stats import HSICTest, RepresentationComparison, compare_representations, hsic_test
@@ -167,7 +166,7 @@ def relevance(
         )  # fmt: skip
 
     features, shuffled = [], []
-    for number, name in enumerate(tqdm(names, desc="testing", unit="feature", dynamic_ncols=True)):
+    for number, name in enumerate(_demo.tracked(names, "testing", "feature")):
         column = x[:, number]
         result = test(column, seed)
         usual = float(np.quantile(result.null, 1 - LEVEL))
@@ -234,7 +233,7 @@ def train(model: HSICBottleneck, name: str, digits: Digits, settings: Settings, 
     step = stepper(model, name, settings)
     generator = torch.Generator().manual_seed(seed)
     curve, seconds, steps = [], 0.0, len(digits.x) // settings.batch
-    with tqdm(total=settings.epochs * steps, desc=f"{name:<24}", unit="step", dynamic_ncols=True) as bar:
+    with _demo.bar(settings.epochs * steps, name) as bar:
         for _ in range(settings.epochs):
             began = time.perf_counter()
             model.train()

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import pyflow
 from pyflow.flows import NICE, bits_per_dim, dequantize
@@ -134,7 +133,7 @@ def fit(flow: NICE, train: Tensor, validation: Tensor, levels: int, settings: Se
     best: dict[str, Tensor] | None = None
     steps = len(train) // settings.batch
     taken, loss = 0, train.new_zeros((), dtype=torch.float32)
-    with tqdm(total=settings.epochs * steps, unit="step", dynamic_ncols=True, mininterval=0.2) as bar:
+    with _demo.bar(settings.epochs * steps, "training") as bar:
         for epoch in range(1, settings.epochs + 1):
             for x in batches(train, levels, settings.batch):
                 taken += 1

@@ -14,7 +14,6 @@ import torch
 import torchdiffeq  # noqa: F401 (the likelihood needs it: fail before the training, not after)
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import pyflow
 from pyflow.flows import bits_per_dim, dequantize
@@ -208,7 +207,7 @@ def fit(net: ScoreNet, sde: VPSDE, images: _data.Images, settings: Settings, see
     )
     places = torch.arange(settings.batch, device=device) / settings.batch
     running = torch.zeros((), device=device)
-    with tqdm(total=settings.steps, desc="training", unit="step", dynamic_ncols=True, mininterval=0.2) as bar:
+    with _demo.bar(settings.steps, "training") as bar:
         for step in range(settings.steps):
             for group in optimizer.param_groups:
                 group["lr"] = cosine_rate(step, settings.rate, settings.warmup, settings.steps)
@@ -295,7 +294,7 @@ def draw(sde: VPSDE, net: ScoreNet, method: str, settings: Settings, seed: int, 
             states.append(x[0].clone())
 
     began = time.perf_counter()
-    with tqdm(total=n, desc=f"{method:<16}", unit="step", dynamic_ncols=True, mininterval=0.2) as bar:
+    with _demo.bar(n, method) as bar:
         x = sample(
             sde, counted, (settings.samples, len(net.mean)), steps=n, method=method, eps=EPS, seed=seed,
             device=net.mean.device, progress=False, callback=keep,

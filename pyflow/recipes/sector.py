@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 
 import matplotlib
 import numpy as np
-from tqdm import tqdm
 
 from pyflow.ops import uniform
 from pyflow.stats import sector_probability, sector_probability_mc
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 def demo(args: argparse.Namespace, trials: int) -> dict[str, object]:
     """Run trials, compare, time, draw; returns the metrics."""
     print(f"{trials:,} trials for each n, the same ones at every angle of a curve\n")
-    bar = tqdm(args.points, unit="curve", dynamic_ncols=True)
+    bar = _demo.tracked(args.points, "", "curve")
     curves = []
     for n in bar:
         bar.set_description(f"n = {n}")
