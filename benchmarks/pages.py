@@ -1,14 +1,17 @@
 """Write the tables of docs/performance.md and its picture from the result files: python -m pyflow.benchmarks.pages
 
-Every .md file of benchmarks/results that `pyflow bench` wrote is one run on one machine. A table has one family, its
-rows come from every machine, newest run first.
+Every .md file of benchmarks/results that `pyflow bench` wrote, with a line `# Two cores of a MACHINE` in front, is one run
+on one machine. A table has one family, its rows come from every machine, newest run first. Raw results (.json) are
+reduced to what benchmarks/report.py reads.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -140,7 +143,22 @@ def picture(found: list[Entry], out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
+def compact(results: dict[str, Any]) -> str:
+    """A raw result file, one entry per line, without the times of single rounds."""
+    lines = []
+    for entry in results["benchmarks"]:
+        stats = {key: entry["stats"][key] for key in ("median", "iqr", "min", "rounds")}
+        lines.append("  " + json.dumps({"extra_info": entry["extra_info"], "stats": stats}))
+    head = "".join(f' "{key}": {json.dumps(results[key])},\n' for key in ("datetime", "pyflow"))
+    return "{\n" + head + ' "benchmarks": [\n' + ",\n".join(lines) + "\n ]\n}\n"
+
+
 def main() -> int:
+    for path in RESULTS.glob("*.json"):
+        results = json.loads(path.read_text())
+        # the demos write their figures beside these files
+        if "benchmarks" in results:
+            path.write_text(compact(results))
     found = entries(RESULTS)
     PAGE.write_text(page(PAGE.read_text(), found))
     picture(found, PICTURE)
