@@ -1,6 +1,6 @@
 """Write the tables of docs/performance.md and its picture from the result files: python -m pyflow.benchmarks.pages
 
-Every .md file of benchmarks/results that `pyflow bench` wrote, with a line `# Two cores of a MACHINE` in front, is one run
+Every .md file of benchmarks/results that `pyflow bench` wrote, headed `# Two cores of a MACHINE`, is one run
 on one machine. A table has one family, its rows come from every machine, newest run first. Raw results (.json) are
 reduced to what benchmarks/report.py reads.
 """
