@@ -24,9 +24,6 @@ from .registry import FRESH, Call, Case, Outputs, Problem, available, bind, comp
 SMALL = (4, 3, 32, 32)
 SCALARS = (1.01, 0.05, 0.3)
 SEED, STEP = 5, 7
-# without return_mean they return one tensor, which their types do not say
-sde_step: Callable[..., Any] = pyflow.ops.sde_step
-langevin_step: Callable[..., Any] = pyflow.ops.langevin_step
 
 
 def _columns(values: Outputs, x: Tensor) -> Outputs:
@@ -73,7 +70,7 @@ def _problem(
         return ((a * x + b * score + c * torch.randn_like(x)).to(x.dtype),)
 
     def op(x: Tensor, score: Tensor, scalars: Any = values, seed: Any = seed) -> Outputs:
-        return (sde_step(x, score, *scalars, seed=seed, step=STEP),)
+        return (pyflow.ops.sde_step(x, score, *scalars, seed=seed, step=STEP),)
 
     functions = {"eager": eager, "compile": compiled(eager), "pyflow": op}
     if theirs:
@@ -107,7 +104,7 @@ def _given(shape: tuple[int, ...], device: torch.device, *, backward: bool = Fal
         return (a * x + b * score + c * noise,)
 
     def op(x: Tensor, score: Tensor, *scalars: Tensor) -> Outputs:
-        return (sde_step(x, score, *scalars, noise=z),)
+        return (pyflow.ops.sde_step(x, score, *scalars, noise=z),)
 
     functions = {"eager": eager, "compile": compiled(eager), "pyflow": op}
     calls = {name: bind(function, inputs, cotangents) for name, function in functions.items()}
@@ -144,7 +141,7 @@ def _langevin(shape: tuple[int, ...], device: torch.device) -> Problem:
         return _corrected(x, score, torch.randn_like(x), snr)
 
     def op(x: Tensor, score: Tensor) -> Outputs:
-        return (langevin_step(x, score, snr=snr, norm="sample", seed=SEED, step=STEP),)
+        return (pyflow.ops.langevin_step(x, score, snr=snr, norm="sample", seed=SEED, step=STEP),)
 
     def exact() -> Outputs:
         z = pyflow.ops.normal(shape, seed=SEED, step=STEP, purpose="corrector", device=device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ RESIDUAL_VARIANTS = ("symmetric", "symmetric_hard")
 MOST_LEVELS = 2**22  # float32 represents every level up to here
 
 
+@overload
+def fsq(
+    z: Tensor, levels: Sequence[int], *, variant: str = ..., dim: int = ..., return_indices: Literal[True] = ...
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def fsq(
+    z: Tensor, levels: Sequence[int], *, variant: str = ..., dim: int = ..., return_indices: bool
+) -> tuple[Tensor, Tensor | None]: ...
 def fsq(
     z: Tensor, levels: Sequence[int], *, variant: str = "vqp", dim: int = -1, return_indices: bool = True
 ) -> tuple[Tensor, Tensor | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +25,32 @@ Scalar = float | Tensor
 Stream = tuple[Tensor | None, Tensor | None, Tensor | None]  # seed, step, noise
 
 
+@overload
+def sde_step(
+    x: Tensor,
+    score: Tensor,
+    a: Scalar,
+    b: Scalar,
+    c: Scalar,
+    *,
+    seed: int | Tensor | None = ...,
+    step: int | Tensor = ...,
+    noise: Tensor | None = ...,
+    return_mean: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def sde_step(
+    x: Tensor,
+    score: Tensor,
+    a: Scalar,
+    b: Scalar,
+    c: Scalar,
+    *,
+    seed: int | Tensor | None = ...,
+    step: int | Tensor = ...,
+    noise: Tensor | None = ...,
+    return_mean: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def sde_step(
     x: Tensor,
     score: Tensor,
@@ -166,6 +193,36 @@ def denoising_loss(
     return loss if weight is None else loss * weight.to(loss.dtype)
 
 
+@overload
+def langevin_step(
+    x: Tensor,
+    score: Tensor,
+    *,
+    step_size: Scalar | None = ...,
+    snr: Scalar | None = ...,
+    alpha: Scalar = ...,
+    std: Scalar | None = ...,
+    norm: str = ...,
+    seed: int | Tensor | None = ...,
+    step: int | Tensor = ...,
+    noise: Tensor | None = ...,
+    return_mean: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def langevin_step(
+    x: Tensor,
+    score: Tensor,
+    *,
+    step_size: Scalar | None = ...,
+    snr: Scalar | None = ...,
+    alpha: Scalar = ...,
+    std: Scalar | None = ...,
+    norm: str = ...,
+    seed: int | Tensor | None = ...,
+    step: int | Tensor = ...,
+    noise: Tensor | None = ...,
+    return_mean: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def langevin_step(
     x: Tensor,
     score: Tensor,
