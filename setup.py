@@ -1,10 +1,10 @@
-"""Builds the native modules where torch and a C++ compiler are in sight; elsewhere pyflow is pure Python.
+"""Builds the native modules if torch and a C++ compiler are found; elsewhere pyflow is pure Python.
 
 PYFLOW_NATIVE=1 makes a missing part an error, 0 leaves the native modules out.
 PYFLOW_CUDA=1 builds the CUDA operators too, 0 leaves them out; by default they are built where nvcc is
 found and of the CUDA version torch was built for. CUDAARCHS names the architectures (90;100, native).
 PYFLOW_BUILD is release, debug (no optimisation), asan or ubsan (gcc's sanitizers; asan's must be loaded before Python).
-Whatever prevents a native build ends in one sentence that says what to do.
+A native build that fails ends in one sentence that says what to do.
 
 `python setup.py native` builds the modules in place without setuptools' commands, so an old setuptools will do.
 """

@@ -69,7 +69,7 @@ from __future__ import annotations
 
 import torch
 
-SCALE_MAPS = ("exp", "sigmoid", "sigmoid_inv", "softplus", "tanh", "atan", "softsign")
+SCALE_MAPS = ("exp", "sigmoid", "sigmoid_inv", "softplus", "tanh", "atan", "softsign", "softplus_clamp")
 PACKINGS = ("shift_scale", "scale_shift", "interleaved")
 PRIORS = ("gaussian", "logistic")
 NOISES = ("uniform", "normal")

@@ -19,11 +19,14 @@ SOFTPLUS = tl.constexpr(SCALE_MAPS.index("softplus"))
 TANH = tl.constexpr(SCALE_MAPS.index("tanh"))
 ATAN = tl.constexpr(SCALE_MAPS.index("atan"))
 SOFTSIGN = tl.constexpr(SCALE_MAPS.index("softsign"))
+SOFTPLUS_CLAMP = tl.constexpr(SCALE_MAPS.index("softplus_clamp"))
 # with eps > 0 these two maps use another formula; `resolve` selects it once per call
 SIGMOID_EPS = tl.constexpr(len(SCALE_MAPS))
 SOFTPLUS_EPS = tl.constexpr(len(SCALE_MAPS) + 1)
 
 ATAN_GAIN = tl.constexpr(0.636)
+CLAMP_EPS = tl.constexpr(1e-3)
+CLAMP_MAX = tl.constexpr(3.0)
 LOG2E = tl.constexpr(1.44269504)
 LN2_HI = tl.constexpr(0.693145752)
 LN2_LO = tl.constexpr(1.42860677e-6)
@@ -321,6 +324,9 @@ def log_scale(s, arg, MAP: tl.constexpr):
         return arg * tanh(s * div(constant(1.0, s), arg))
     elif MAP == ATAN:
         return arg * constant(ATAN_GAIN, s) * atan(s)
+    elif MAP == SOFTPLUS_CLAMP:
+        p = softplus(s) + constant(CLAMP_EPS, s)
+        return log(tl.where(p > CLAMP_MAX, CLAMP_MAX, p))
     else:
         tl.static_assert(MAP == SOFTSIGN)
         return div(s, 1.0 + tl.abs(s) * div(constant(1.0, s), arg))
@@ -353,6 +359,9 @@ def log_scale_slope(s, arg, MAP: tl.constexpr):
     elif MAP == ATAN:
         gain = arg * constant(ATAN_GAIN, s)
         return gain * atan(s), div(gain, 1.0 + s * s)
+    elif MAP == SOFTPLUS_CLAMP:
+        p = softplus(s) + constant(CLAMP_EPS, s)
+        return log_scale(s, arg, MAP), tl.where(p > CLAMP_MAX, 0.0, div(sigmoid(s), p))
     else:
         tl.static_assert(MAP == SOFTSIGN)
         d = 1.0 + tl.abs(s) * div(constant(1.0, s), arg)

@@ -44,6 +44,7 @@ void map_chunk(const Chunk<T>& c, const CouplingArgs& a) {
     case ScaleMap::tanh: return map_chunk<Slope, ScaleMap::tanh>(c, arg);
     case ScaleMap::atan: return map_chunk<Slope, ScaleMap::atan>(c, arg);
     case ScaleMap::softsign: return map_chunk<Slope, ScaleMap::softsign>(c, arg);
+    case ScaleMap::softplus_clamp: return map_chunk<Slope, ScaleMap::softplus_clamp>(c, arg);
     case ScaleMap::sigmoid_eps: return map_chunk<Slope, ScaleMap::sigmoid_eps>(c, arg);
     case ScaleMap::softplus_eps: return map_chunk<Slope, ScaleMap::softplus_eps>(c, arg);
   }

@@ -48,6 +48,7 @@ __host__ __device__ void for_map(ScaleMap m, F f) {
     PYFLOW_CASE(tanh)
     PYFLOW_CASE(atan)
     PYFLOW_CASE(softsign)
+    PYFLOW_CASE(softplus_clamp)
     PYFLOW_CASE(sigmoid_eps)
     PYFLOW_CASE(softplus_eps)
 #undef PYFLOW_CASE

@@ -12,7 +12,18 @@ namespace pyflow {
 
 // the order is the `scale_map` integer of the operator schema; `resolve` turns sigmoid and softplus with eps > 0 into
 // their own formulas, once per call
-enum class ScaleMap : int { exp, sigmoid, sigmoid_inv, softplus, tanh, atan, softsign, sigmoid_eps, softplus_eps };
+enum class ScaleMap : int {
+  exp,
+  sigmoid,
+  sigmoid_inv,
+  softplus,
+  tanh,
+  atan,
+  softsign,
+  softplus_clamp,
+  sigmoid_eps,
+  softplus_eps
+};
 
 PYFLOW_FN ScaleMap resolve(int64_t scale_map, double arg) {
   const ScaleMap m = ScaleMap(scale_map);
@@ -28,6 +39,8 @@ struct LogScale {
 };
 
 constexpr double kAtanGain = 0.636;  // FrEIA's constant, close to 2/pi
+// nflows' constants of softplus_clamp
+constexpr double kClampEps = 1e-3, kClampMax = 3.0;
 
 // `arg` is the one constant a map uses: clamp (tanh, atan), eps (sigmoid, softplus), c (softsign)
 template <ScaleMap M, class T>
@@ -49,6 +62,9 @@ PYFLOW_FN T log_scale(T s, T arg) {
     return arg * tanh_(s * (T(1) / arg));
   } else if constexpr (M == ScaleMap::atan) {
     return arg * T(kAtanGain) * atan_(s);
+  } else if constexpr (M == ScaleMap::softplus_clamp) {
+    const T p = softplus(s) + T(kClampEps);
+    return log_(p > T(kClampMax) ? T(kClampMax) : p);
   } else {
     return s / (T(1) + abs_(s) * (T(1) / arg));
   }
@@ -79,6 +95,10 @@ PYFLOW_FN LogScale<T> log_scale_slope(T s, T arg) {
     return {arg * t, fma_(-t, t, T(1))};
   } else if constexpr (M == ScaleMap::atan) {
     return {arg * T(kAtanGain) * atan_(s), arg * T(kAtanGain) / (T(1) + s * s)};
+  } else if constexpr (M == ScaleMap::softplus_clamp) {
+    const T p = softplus(s) + T(kClampEps);
+    const T slope = sigmoid(s) / p;
+    return {log_scale<M>(s, arg), p > T(kClampMax) ? T(0) : slope};
   } else {
     const T d = T(1) + abs_(s) * (T(1) / arg);
     return {s / d, T(1) / (d * d)};

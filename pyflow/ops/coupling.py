@@ -82,7 +82,8 @@ def affine_coupling(
         shift, scale: the network's outputs for that half; x's shape, any of these dtypes and strides.
         scale_map: the log-scale g(s): "exp" s; "sigmoid" log(sigmoid(s + 2) + eps); "sigmoid_inv" softplus(-(s + 2));
             "softplus" log(softplus(s) + eps); "tanh" clamp * tanh(s / clamp); "atan" clamp * 0.636 * atan(s);
-            "softsign" s / (1 + |s| / c) with c = -log(slope).
+            "softsign" s / (1 + |s| / c) with c = -log(slope); "softplus_clamp" log(min(softplus(s) + 1e-3, 3)), the
+            general scale of nflows, with gradient 0 above.
         clamp: > 0, bound of "tanh" and "atan".
         eps: >= 0, for "sigmoid" and "softplus".
         slope: in (0, 1), for "softsign".

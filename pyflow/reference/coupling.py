@@ -35,6 +35,8 @@ def log_scale(s: Tensor, scale_map: str, arg: float) -> Tensor:
         return arg * 0.636 * torch.atan(s)
     if scale_map == "softsign":
         return s / (1 + s.abs() / arg)
+    if scale_map == "softplus_clamp":
+        return torch.log((softplus(s) + 1e-3).clamp(max=3))
     raise ValueError(f"unknown scale map {scale_map!r}")
 
 
@@ -59,6 +61,9 @@ def log_scale_slope(s: Tensor, scale_map: str, arg: float) -> Tensor:
         return arg * 0.636 / (1 + s * s)
     if scale_map == "softsign":
         return 1 / (1 + s.abs() / arg) ** 2
+    if scale_map == "softplus_clamp":
+        p = softplus(s) + 1e-3
+        return torch.where(p > 3, 0, torch.sigmoid(s) / p)
     raise ValueError(f"unknown scale map {scale_map!r}")
 
 

@@ -148,6 +148,7 @@ def test_float64_is_accurate():
     expected = {
         "exp": s, "sigmoid": -softplus(-(s + 2)), "sigmoid_inv": softplus(-(s + 2)), "tanh": 2 * torch.tanh(s / 2),
         "atan": 2 * 0.636 * torch.atan(s), "softsign": s / (1 + s.abs() / -math.log(1e-3)),
+        "softplus_clamp": torch.log(torch.clamp(softplus(s) + 1e-3, max=3)),
         "softplus": torch.where(s < -15, s - 0.5 * torch.exp(s), torch.log(softplus(s))),
     }  # fmt: skip
     for scale_map, g in expected.items():
