@@ -62,7 +62,7 @@ def hsic(kernel, **options):
     options = {"bandwidth": 1.5, **options}
 
     def function(x, y, *bandwidth):
-        given = {**options, **dict(zip(("bandwidth",), bandwidth, strict=True))}
+        given = {**options, **dict(zip(("bandwidth",), bandwidth, strict=False))}
         if kernel == "delta":
             return ops.hsic(x, (y.detach() > 0.25).long(), kernel="rbf", kernel_y="delta", **given)
         if kernel == "precomputed":
