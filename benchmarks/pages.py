@@ -13,25 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .registry import FRESH
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 PICTURE = ROOT / "docs" / "speedup.png"
 COLUMNS = ("eager", "torch.compile", "peer", "pyflow", "vs eager", "vs compile", "vs peer", "of copy")
 HEAD = "| case | machine | " + " | ".join(COLUMNS) + " |\n|---|---|" + "---:|" * len(COLUMNS)
-FAMILIES = {
-    "coupling": "coupling",
-    "flow_head": "flow_head",
-    "fsq": "fsq",
-    "hsic": "hsic",
-    "hsic_stats": "hsic",
-    "noise": "noise",
-    "sde": "sde",
-    "gan_qp": "gan_qp",
-    "energy": "energy",
-    "spectral": "spectral",
-    "sector": "sector",
-}
+# cases of hsic_stats stand in the table of hsic
+MERGED = {"hsic_stats": "hsic"}
 # what the picture shows of the newest run that has it: case -> label
 HEADLINES = {
     "coupling/forward": "affine coupling, (16384, 392)",
@@ -86,11 +77,11 @@ def table(family: str, found: list[Entry]) -> str:
     rows: dict[str, list[str]] = {}
     for entry in found:
         name, _, case = entry.case.partition("/")
-        if FAMILIES.get(name) != family:
+        if MERGED.get(name, name) != family:
             continue
-        case, fresh = case.removesuffix(", fresh pages"), case.endswith(", fresh pages")
+        case, fresh = case.removesuffix(FRESH), case.endswith(FRESH)
         cells = [entry.cells.get(column, "–") for column in COLUMNS]
-        machine = f"{entry.machine}, fresh pages" if fresh else entry.machine
+        machine = entry.machine + FRESH if fresh else entry.machine
         rows.setdefault(case, []).append(f"| {case} | {machine} | {' | '.join(cells)} |")
     return "\n".join([HEAD, *(row for case in rows.values() for row in case)])
 
@@ -108,10 +99,12 @@ def picture(found: list[Entry], out: Path) -> None:
     """Bars: how many times faster pyflow is in the headline cases."""
     from matplotlib.figure import Figure
 
+    from .plots import COLOURS
+
     kinds = {
-        "vs eager": ("#8d99ae", "eager"),
-        "vs compile": ("#3a6ea5", "torch.compile"),
-        "vs peer": ("#e09f3e", "peer"),
+        "vs eager": (COLOURS["eager"], "eager"),
+        "vs compile": (COLOURS["compile"], "torch.compile"),
+        "vs peer": (COLOURS["peer"], "peer"),
     }
     shown = [next((e for e in found if e.case == case), None) for case in HEADLINES]
     bars = [(label, e) for label, e in zip(HEADLINES.values(), shown, strict=True) if e]

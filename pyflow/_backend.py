@@ -50,9 +50,7 @@ def _load_cpu() -> str | None:
     """Load the C++ kernels; return None, or the reason why they do not load."""
     here = Path(__file__).parent
     if not (here / "_C.so").exists():
-        return (
-            "this installation has no compiled kernels (built without a C++ compiler, or or where torch was not found)"
-        )
+        return "this installation has no compiled kernels (built without a C++ compiler, or torch was not found)"
     try:
         host = importlib.import_module("pyflow._host")
     except ImportError as error:
