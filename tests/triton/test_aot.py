@@ -352,6 +352,7 @@ def test_unit_stride_data_moves_in_128_bit_vectors(dtype, target):
     launches += critic(torch.empty(64, 3, 32, 32, dtype=dtype), None, torch.empty(64, dtype=dtype))[:1]
     launches += quantizer(positions(dtype, 1000, 5), (7, 5, 5, 5, 5), "symmetric")
     launches += quantizer(positions(dtype, 4, 5, 1000, dim=1), (7, 5, 5, 5, 5), "symmetric")
+    launches += packed(*dense(dtype, 1), torch.empty(64, 784, dtype=dtype), 2, 1) if dtype != F64 else []
     for launch in launches:
         ptx = aot.compiled(launch, target).asm["ptx"]
         widths = Counter(re.findall(r"\b((?:ld|st)\.global)\S*?((?:\.v\d)?\.b\d+)", ptx))
