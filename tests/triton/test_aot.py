@@ -311,6 +311,8 @@ def test_every_kernel_has_a_case():
         due = {"_tiles.sum_segments": {F32, F64}, "noise.philox_kernel": {torch.int64}}
         # matrices have the compute dtype
         due |= {f"hsic.{kernel}": {F32, F64} for kernel in GRAM_KERNELS}
+        due["center.means_kernel"] = {F64}
+        due["center.means_kernel"] = {F64}
         due["sector.counts_kernel"] = {F64, torch.int64}
         due |= {"spectral.reduce_kernel": {F32, F64}, "spectral.slope_kernel": {F32, F64}}
         assert compiled >= due.get(name, {F32, F64, BF16, F16}), name
