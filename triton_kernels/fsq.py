@@ -21,7 +21,7 @@ from torch import Tensor
 from .._schemas import FSQ_VARIANTS
 from ..reference import fsq as ref
 from . import _launch
-from ._math import constant, div, exp_unfused, floor, neg, round_even, tanh_unfused
+from ._math import constant, div, div_normal, exp_unfused, floor, neg, round_even, tanh_unfused
 from ._tiles import col_offset, row_offset, static, store_as, width
 
 SIGMOID = tl.constexpr(FSQ_VARIANTS.index("sigmoid"))
@@ -162,7 +162,7 @@ def slope_of(z, c, CHANNELS: tl.constexpr, VARIANT: tl.constexpr):
     else:
         k: tl.constexpr = 1.0 if VARIANT == SIGMOID else 2.0
         e = exp_unfused(tl.abs(u) * -k)
-        slope = div(e * (k * k), (1.0 + e) * (1.0 + e))
+        slope = div_normal(e * (k * k), (1.0 + e) * (1.0 + e))
         return gain * slope if shifted else slope
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import _launch
 from ._gram import DELTA, DEPTH, LAPLACIAN, POLYNOMIAL, PRECOMPUTED, RBF, Gram, counted, gram_tile, grams_of
-from ._tiles import store_as
+from .center import center_into
 
 LARGE_MEMORY = 200_000  # bytes of shared memory per block that tell Hopper and later from older GPUs
 GRID = tl.constexpr(1.5 * 2.0**7)  # adding it rounds to a multiple of 2^-16
@@ -270,48 +270,6 @@ def permuted_kernel(x, y, permutations, out, n, BLOCK: tl.constexpr):
     tl.store(out + row, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["n", "blocks"])
-def center_sums_kernel(gram, at, row_sums, columns, n, blocks, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One block of rows: its row sums, and its part of the column sums, (batch, blocks, n)."""
-    item = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    i = block * BLOCK_R + tl.arange(0, BLOCK_R)
-    total = tl.zeros((BLOCK_R,), tl.float64)
-    for c0 in range(0, n, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        inside = (i < n)[:, None] & (c < n)[None, :]
-        where = gram + item * at[0] + i.to(tl.int64)[:, None] * at[1] + c.to(tl.int64)[None, :] * at[2]
-        values = tl.load(where, mask=inside, other=0.0).to(
-            tl.float32 if gram.dtype.element_ty != tl.float64 else tl.float64
-        )
-        values = values.to(tl.float64)
-        total += tl.sum(values, 1)
-        tl.store(columns + (item * blocks + block) * n + c, tl.sum(values, 0), mask=c < n)
-    tl.store(row_sums + item * n + i, total, mask=i < n)
-
-
-@triton.jit(do_not_specialize=["n"])
-def center_kernel(
-    gram, at, out, out_at, row_sums, column_sums, sums, n, blocks, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Centre one block of rows: subtract row means and column means, add the mean of all entries."""
-    item = (tl.program_id(0) // blocks).to(tl.int64)
-    i = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-    own = tl.load(row_sums + item * n + i, mask=i < n, other=0.0) / n - tl.load(sums + item) / n / n
-    for c0 in range(0, n, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        inside = (i < n)[:, None] & (c < n)[None, :]
-        where = item * at[0] + i.to(tl.int64)[:, None] * at[1] + c.to(tl.int64)[None, :] * at[2]
-        values = tl.load(gram + where, mask=inside, other=0.0)
-        values = values.to(tl.float32 if gram.dtype.element_ty != tl.float64 else tl.float64).to(tl.float64)
-        mean = tl.load(column_sums + item * n + c, mask=c < n, other=0.0) / n
-        result = values - (own[:, None] + mean[None, :])
-        if out.dtype.element_ty != tl.float64:
-            result = result.to(tl.float32)
-        where = item * out_at[0] + i.to(tl.int64)[:, None] * out_at[1] + c.to(tl.int64)[None, :] * out_at[2]
-        store_as(out + where, result, inside)
-
-
 def _precision(three: str) -> str:
     """Precision of a tl.dot of float32: the name of the tensor-core mode, "ieee" on AMD."""
     return three if torch.version.hip is None else "ieee"
@@ -369,11 +327,11 @@ def hsic_sums(
     asked = [*zip(pairs[::2], pairs[1::2], strict=True)] + [(m, m) for m in range(len(z)) if m not in pairs]
     left = set(range(len(z)))
     for p, (a, b) in enumerate(asked):
-        wanted = [rows[m] if m in left else None for m in (a, b)]
-        if a == b:
-            wanted[1] = None
+        x_rows = rows[a] if a in left else None
+        y_rows = rows[b] if b in left and a != b else None
         left -= {a, b}
-        _pair_sums(grams[a], grams[b], a == b, *wanted, cross[p] if p < len(cross) else None, part, parts)
+        total = cross[p] if p < len(cross) else None
+        _pair_sums(grams[a], grams[b], a == b, x_rows, y_rows, total, part, parts)
     return rows.transpose(0, 1).contiguous(), cross.mT.contiguous(), shift
 
 
@@ -483,32 +441,3 @@ def center_gram(gram: Tensor) -> Tensor:
 
 def center_gram_(gram: Tensor) -> None:
     center_into(gram, gram)
-
-
-def center_into(gram: Tensor, out: Tensor) -> None:
-    if gram.numel() == 0:
-        return
-    flat = out if out.dim() == 3 else out.unsqueeze(0) if out.dim() == 2 else None
-    if flat is None and out.is_contiguous():
-        flat = out.flatten(0, -3)
-    if flat is None:
-        # leading dims that cannot be merged
-        for one, target in zip(gram, out, strict=True):
-            center_into(one, target)
-        return
-    source = gram.reshape(flat.shape) if gram is not out else flat
-    batch, n, _ = flat.shape
-    size = {"BLOCK_R": 32, "BLOCK_C": 64, "num_warps": 8}
-    blocks = -(-n // 32)
-    row_sums = gram.new_empty((batch, n), dtype=torch.float64)
-    partial = gram.new_empty((batch, blocks, n), dtype=torch.float64)
-    _launch.launch(
-        center_sums_kernel, batch * blocks, gram.device, source, source.stride(), row_sums, partial, n, blocks, **size
-    )
-    columns, sums = torch.empty_like(row_sums), gram.new_empty((batch,), dtype=torch.float64)
-    _launch.sum_segments(partial.mT.contiguous().view(batch * n, blocks), columns.view(-1))
-    _launch.sum_segments(row_sums, sums)
-    _launch.launch(
-        center_kernel, batch * blocks, gram.device, source, source.stride(), flat, flat.stride(), row_sums, columns,
-        sums, n, blocks, **size,
-    )  # fmt: skip
