@@ -22,7 +22,6 @@ from . import _launch
 from ._gram import DELTA, DEPTH, LAPLACIAN, POLYNOMIAL, PRECOMPUTED, RBF, Gram, counted, gram_tile, grams_of
 from .center import center_into
 
-LARGE_MEMORY = 200_000  # bytes of shared memory per block that tell Hopper and later from older GPUs
 GRID = tl.constexpr(1.5 * 2.0**7)  # adding it rounds to a multiple of 2^-16
 MOST_PARTIAL = 1 << 21  # most partial row sums of a launch per variable: above this, offsets take several launches
 
@@ -276,11 +275,9 @@ def _precision(three: str) -> str:
 
 
 @functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory per block; the interpreter has no limit."""
-    return (
-        LARGE_MEMORY if device.type == "cpu" else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    )
+def _hopper(device: torch.device) -> bool:
+    """Whether products read their operands from shared memory, which leaves registers; so does the interpreter."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _tile(x: Gram, y: Gram, device: torch.device) -> Tile:
@@ -296,11 +293,6 @@ def _backward_tile(x: Gram, y: Gram, device: torch.device) -> Tile:
         return Tile(16, 16, 8)
     fits = _hopper(device) or (x.multiplies and y.multiplies)
     return Tile(64 if fits else 32, 32, 4, _registers(x, y, device))
-
-
-def _hopper(device: torch.device) -> bool:
-    """Whether products read their operands from shared memory, which leaves registers."""
-    return _shared_memory(device) >= LARGE_MEMORY
 
 
 def _registers(x: Gram, y: Gram, device: torch.device) -> int:

@@ -157,9 +157,8 @@ def quantizer(z, levels, variant, stages=2):
 @contextlib.contextmanager
 def launched_for(target):
     """Make the launchers choose tiles and precisions for the target."""
-    memory = {"sm_80": 163 << 10, "gfx942": 64 << 10}.get(target, 227 << 10)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hsic, "_shared_memory", lambda device: memory)
+        patch.setattr(hsic, "_hopper", lambda device: target in ("sm_90", "sm_100"))
         patch.setattr(torch.version, "hip", "6" if target.startswith("gfx") else None)
         yield
 
