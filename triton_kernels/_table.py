@@ -1,0 +1,88 @@
+"""One launch for many tensors: a table of addresses and sizes in GPU memory, written by a kernel of its own.
+
+The addresses are arguments of that kernel, so a CUDA graph holds them as it holds any argument; a table copied from
+the host would be stale on replay. Triton knows neither alignment nor dtype behind an address: kernels get the dtype as
+a constant and test the alignment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+
+# entries of a launch: 56 of seven addresses and four numbers are 4 032 bytes of arguments; drivers before CUDA 12.1 and
+# ROCm take 4 KB
+MOST = 56
+GROUP = 8  # entries that a program writes; fewer lengths to compile for
+EMPTY = 2**40  # stands for the address of an empty tensor, and is as wide as others
+SEARCH = tl.constexpr(64)  # entries that a program compares at once to find its own
+
+
+@triton.jit(do_not_specialize=["pitch", "first"])
+def fill_kernel(table, pitch, first, addresses, numbers, COUNT: tl.constexpr, GROUP: tl.constexpr):
+    """Write addresses (fields * COUNT) and numbers (fields * COUNT), see `encoded`, to columns `first`... of table."""
+    for group in tl.static_range(COUNT // GROUP):
+        if tl.program_id(0) == group:
+            for i in tl.static_range(GROUP):
+                to = table + first + group * GROUP + i
+                for field in tl.static_range(len(addresses) // COUNT):
+                    value = addresses[field * COUNT + group * GROUP + i] + tl.zeros([], tl.int64)
+                    tl.store(to + field * pitch, value - 1)
+                for field in tl.static_range(len(numbers) // COUNT):
+                    value = numbers[field * COUNT + group * GROUP + i] + tl.zeros([], tl.int64)
+                    tl.store(to + (len(addresses) // COUNT + field) * pitch, (value - 3) >> 1)
+
+
+@triton.jit
+def find(table, pitch, entries, program, FIELD: tl.constexpr):
+    """The entry that owns the program, and the program's number in it; FIELD holds the first program of each entry."""
+    owners = 0
+    for start in range(0, entries, SEARCH):
+        i = start + tl.arange(0, SEARCH)
+        begins = tl.load(table + FIELD * pitch + i, mask=i < entries, other=0)
+        owners += tl.sum(((begins <= program) & (i < entries)).to(tl.int32), axis=0)
+    entry = owners - 1
+    return entry, program - tl.load(table + FIELD * pitch + entry)
+
+
+def encoded(values: Sequence[int]) -> list[int]:
+    """Numbers as odd ones above 1: Triton compiles anew for 1 and for multiples of 16, also inside a tuple."""
+    return [2 * value + 3 for value in values]
+
+
+class Layout:
+    """Numbers of the entries, encoded once: fields x entries, split into launches and padded to whole groups."""
+
+    def __init__(self, numbers: Sequence[Sequence[int]]) -> None:
+        self.entries = len(numbers[0])
+        self.parts = []
+        for first in range(0, self.entries, MOST):
+            real = min(MOST, self.entries - first)
+            pad = -real % GROUP
+            values = [encoded([*field[first : first + real], *[0] * pad]) for field in numbers]
+            self.parts.append((first, real, pad, tuple(chain.from_iterable(values))))
+        self.pitch = self.parts[-1][0] + self.parts[-1][1] + self.parts[-1][2]
+
+    def table(self, tensors: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Return the table (fields, pitch), int64: addresses of the tensors of each field, then the numbers."""
+        device = tensors[0][0].device
+        fields = len(tensors) + len(self.parts[0][3]) // (self.parts[0][1] + self.parts[0][2])
+        table = torch.empty((fields, self.pitch), dtype=torch.int64, device=device)
+        for first, real, pad, numbers in self.parts:
+            # odd, like the numbers
+            addresses: list[int] = []
+            for field in tensors:
+                addresses += [(tensor.data_ptr() or EMPTY) + 1 for tensor in field[first : first + real]]
+                addresses += addresses[-1:] * pad
+            _launch.launch(
+                fill_kernel, (real + pad) // GROUP, device, table, self.pitch, first, tuple(addresses), numbers,
+                num_warps=1, COUNT=real + pad, GROUP=GROUP,
+            )  # fmt: skip
+        return table
