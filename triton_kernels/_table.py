@@ -17,11 +17,9 @@ from torch import Tensor
 
 from . import _launch
 
-# entries of a launch: 56 of seven addresses and four numbers are 4 032 bytes of arguments; drivers before CUDA 12.1 and
-# ROCm take 4 KB
+# entries of a launch: 56 of six addresses and six numbers are 4 032 bytes of arguments, whose limit is 4 KB
 MOST = 56
 GROUP = 8  # entries that a program writes; fewer lengths to compile for
-EMPTY = 2**40  # stands for the address of an empty tensor, and is as wide as others
 SEARCH = tl.constexpr(64)  # entries that a program compares at once to find its own
 
 
@@ -79,7 +77,7 @@ class Layout:
             # odd, like the numbers
             addresses: list[int] = []
             for field in tensors:
-                addresses += [(tensor.data_ptr() or EMPTY) + 1 for tensor in field[first : first + real]]
+                addresses += [tensor.data_ptr() + 1 for tensor in field[first : first + real]]
                 addresses += addresses[-1:] * pad
             _launch.launch(
                 fill_kernel, (real + pad) // GROUP, device, table, self.pitch, first, tuple(addresses), numbers,

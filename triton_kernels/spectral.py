@@ -86,10 +86,12 @@ def aligned(addresses, cols):
 
 @triton.jit
 def at(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address as a pointer; the rounding tells the compiler of the alignment."""
+    """The address as a pointer, of which the compiler knows the alignment."""
     if ALIGNED:
-        address = address // 16 * 16
-    return address.to(tl.pointer_type(dtype))
+        # rounded, so that the hint is on a value of this branch alone
+        return tl.multiple_of((address // 16 * 16).to(tl.pointer_type(dtype)), 16)
+    else:
+        return address.to(tl.pointer_type(dtype))
 
 
 @triton.jit
