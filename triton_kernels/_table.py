@@ -19,22 +19,23 @@ from . import _launch
 
 # entries of a launch: 56 of six addresses and six numbers are 4 032 bytes of arguments, whose limit is 4 KB
 MOST = 56
-GROUP = 8  # entries that a program writes; fewer lengths to compile for
+PADDED = 8  # numbers of entries are multiples of it, so that few lengths are compiled
+SHARE = 2  # entries that a program writes
 SEARCH = tl.constexpr(64)  # entries that a program compares at once to find its own
 
 
 @triton.jit(do_not_specialize=["pitch", "first"])
-def fill_kernel(table, pitch, first, addresses, numbers, COUNT: tl.constexpr, GROUP: tl.constexpr):
+def fill_kernel(table, pitch, first, addresses, numbers, COUNT: tl.constexpr, SHARE: tl.constexpr):
     """Write addresses (fields * COUNT) and numbers (fields * COUNT), see `encoded`, to columns `first`... of table."""
-    for group in tl.static_range(COUNT // GROUP):
+    for group in tl.static_range(COUNT // SHARE):
         if tl.program_id(0) == group:
-            for i in tl.static_range(GROUP):
-                to = table + first + group * GROUP + i
+            for i in tl.static_range(SHARE):
+                to = table + first + group * SHARE + i
                 for field in tl.static_range(len(addresses) // COUNT):
-                    value = addresses[field * COUNT + group * GROUP + i] + tl.zeros([], tl.int64)
+                    value = addresses[field * COUNT + group * SHARE + i] + tl.zeros([], tl.int64)
                     tl.store(to + field * pitch, value - 1)
                 for field in tl.static_range(len(numbers) // COUNT):
-                    value = numbers[field * COUNT + group * GROUP + i] + tl.zeros([], tl.int64)
+                    value = numbers[field * COUNT + group * SHARE + i] + tl.zeros([], tl.int64)
                     tl.store(to + (len(addresses) // COUNT + field) * pitch, (value - 3) >> 1)
 
 
@@ -56,14 +57,14 @@ def encoded(values: Sequence[int]) -> list[int]:
 
 
 class Layout:
-    """Numbers of the entries, encoded once: fields x entries, split into launches and padded to whole groups."""
+    """Numbers of the entries, encoded once: fields x entries, split into launches and padded."""
 
     def __init__(self, numbers: Sequence[Sequence[int]]) -> None:
         self.entries = len(numbers[0])
         self.parts = []
         for first in range(0, self.entries, MOST):
             real = min(MOST, self.entries - first)
-            pad = -real % GROUP
+            pad = -real % PADDED
             values = [encoded([*field[first : first + real], *[0] * pad]) for field in numbers]
             self.parts.append((first, real, pad, tuple(chain.from_iterable(values))))
         self.pitch = self.parts[-1][0] + self.parts[-1][1] + self.parts[-1][2]
@@ -80,7 +81,7 @@ class Layout:
                 addresses += [tensor.data_ptr() + 1 for tensor in field[first : first + real]]
                 addresses += addresses[-1:] * pad
             _launch.launch(
-                fill_kernel, (real + pad) // GROUP, device, table, self.pitch, first, tuple(addresses), numbers,
-                num_warps=1, COUNT=real + pad, GROUP=GROUP,
+                fill_kernel, (real + pad) // SHARE, device, table, self.pitch, first, tuple(addresses), numbers,
+                num_warps=1, COUNT=real + pad, SHARE=SHARE,
             )  # fmt: skip
         return table
