@@ -62,14 +62,14 @@ def critic(x, z, t, distance=0):
     return launches
 
 
-def normalised(dtype):
-    """Launches of both operators on a matrix and a vector."""
-    weights = [torch.empty(64, 392, dtype=dtype), torch.empty(64, dtype=dtype)]
-    u, v = ([torch.empty(n, dtype=dtype), torch.empty(0, dtype=dtype)] for n in (64, 392))
+def normalised(dtype, layers=1):
+    """Launches of both operators on matrices and a vector."""
+    weights = [torch.empty(64, 392, dtype=dtype)] * layers + [torch.empty(64, dtype=dtype)]
+    u, v = ([torch.empty(n, dtype=dtype)] * layers + [torch.empty(0, dtype=dtype)] for n in (64, 392))
     with aot.recorded() as launches:
-        out = spectral.spectral_normalize(weights, u, v, 2)
+        sigmas = spectral.spectral_normalize(weights, u, v, 2)[-len(weights) :]
         spectral.spectral_normalize(weights, u, v, 0)
-        spectral.spectral_normalize_backward(weights, out[6:], weights, u, v, out[6:])
+        spectral.spectral_normalize_backward(weights, sigmas, weights, u, v, sigmas)
     return launches
 
 
@@ -295,6 +295,7 @@ def cases():
     for target, dtypes in (("sm_80", (F32,)), ("sm_90", (F32, F64, BF16, F16)), ("sm_100", (F32,)), ("gfx942", (F32,))):
         for dtype in dtypes:
             table[f"{target}-{str(dtype)[6:]}-spectral"] = normalised(dtype)
+        table[f"{target}-float32-spectral-many"] = normalised(F32, 70)
     for packing in range(3):
         table[f"sm_90-float32-packed{packing}"] = packed(dense(F32, 1)[0], wide(), packing, 1)
         table[f"sm_90-bfloat16-packed{packing}"] = packed(dense(BF16, 1)[0], wide(BF16), packing, 1)
@@ -309,7 +310,10 @@ STACK = {("sm_80-fsq-wide-float64", "fsq.residual_kernel"): 8} if triton.__versi
 
 
 def dtypes(launch):
-    return {a.dtype for a in launch.args if isinstance(a, torch.Tensor)}
+    """Dtypes of tensors, and those behind addresses in a table, which are constants."""
+    constants = {str(value) for value in launch.constants.values()}
+    behind = {dtype for dtype, element in spectral.ELEMENT.items() if str(element) in constants}
+    return {a.dtype for a in launch.args if isinstance(a, torch.Tensor)} | behind
 
 
 def test_every_kernel_has_a_case():
@@ -324,7 +328,7 @@ def test_every_kernel_has_a_case():
         due |= {"_gram.prepare_kernel": {F32}, "_gram.wide_kernel": {F64}}
         due["center.means_kernel"] = {F64}
         due["sector.counts_kernel"] = {F64, torch.int64}
-        due |= {"spectral.reduce_kernel": {F32, F64}, "spectral.slope_kernel": {F32, F64}}
+        due |= {"spectral.reduce_kernel": {F32, F64}, "_table.fill_kernel": {torch.int64}}
         assert compiled >= due.get(name, {F32, F64, BF16, F16}), name
 
 
