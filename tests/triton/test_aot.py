@@ -359,7 +359,10 @@ def check_ptx(ptx, launch, where):
     # the fma of sqrt_normal and div_normal make these two results IEEE
     roots, quotients = (len(re.findall(rf"\b{name}\.approx\.ftz\.f32", ptx)) for name in ("rsqrt", "rcp"))
     if launch.name.startswith(("fsq.", "noise.")):
-        assert len(re.findall(r"\bfma\.", ptx)) == 2 * roots + 4 * quotients, where
+        # a packed instruction of sm_100 computes one or two
+        least = len(re.findall(r"\bfma\.", ptx))
+        most = least + len(re.findall(r"\bfma\.\S*f32x2", ptx))
+        assert least <= 2 * roots + 4 * quotients <= most, where
     ptx = re.sub(r"\b(?:rsqrt|rcp)\.approx\.ftz\.f32", "", ptx)
     loose = re.findall(r"\b(?:mul|add|sub|fma|div)\.f32\b|\S*\.(?:ftz|approx|full)\b\S*", ptx)
     assert not loose, f"{where}: {loose}"
