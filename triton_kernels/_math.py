@@ -7,6 +7,8 @@ Functions take tensors of the compute type, float32 or float64.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -48,6 +50,19 @@ def resolve(scale_map: int, arg: float) -> int:
     return scale_map
 
 
+if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
+
+    def on_nvidia() -> bool:
+        return False
+
+else:
+
+    @tl.core.builtin
+    def on_nvidia(_semantic=None):
+        """Whether the kernel is compiled for an NVIDIA GPU, also ahead of time without one."""
+        return tl.constexpr(_semantic.builder.options.backend_name == "cuda")
+
+
 @triton.jit
 def bits(x):
     return x.to(tl.int32, bitcast=True)
@@ -65,6 +80,38 @@ def div(a, b):
         return a / b
     else:
         return tl.div_rn(a, b)
+
+
+@triton.jit
+def div_normal(a, b):
+    """IEEE division for 1 <= b < 2**32 and a, a / b of at least 2**-60; or b = 1 or 2 and any a >= +0.0.
+
+    The instructions that ptxas makes of div.rn for normal operands, without its branch to the slow path. NaN stays NaN.
+    """
+    if on_nvidia() and a.dtype == tl.float32:
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], tl.float32, True, 1)
+        minus = neg(b)
+        y = tl.fma(y, tl.fma(minus, y, constant(1.0, b)), y)
+        q = a * y
+        return tl.fma(y, tl.fma(minus, q, a), q)
+    else:
+        return div(a, b)
+
+
+@triton.jit
+def sqrt_normal(x):
+    """Correctly rounded square root of -0.0 or a float32 in [2**-101, infinity).
+
+    The instructions that ptxas makes of sqrt.rn for this range, without its branch to the slow path.
+    """
+    if on_nvidia():
+        # the lower bound keeps -0.0 away from its infinite reciprocal root
+        above = tl.maximum(x, SMALLEST)
+        y = tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [above], tl.float32, True, 1)
+        root = x * y
+        return tl.fma(tl.fma(neg(root), root, x), 0.5 * y, root)
+    else:
+        return tl.sqrt_rn(x)
 
 
 @triton.jit
@@ -204,7 +251,7 @@ def softplus(x):
 @triton.jit
 def sigmoid(x):
     e = exp(neg(tl.abs(x)))
-    return div(tl.where(x < 0.0, e, 1.0), 1.0 + e)
+    return div_normal(tl.where(x < 0.0, e, 1.0), 1.0 + e)
 
 
 @triton.jit
@@ -221,7 +268,7 @@ def tanh(x):
     else:
         m, k = expm1_reduced(clamp_magnitude(2.0 * a, BITS_OF_20))
         e = (1.0 + m) * pow2(k)
-        large = 1.0 - div(constant(2.0, x), e + 1.0)
+        large = 1.0 - div_normal(constant(2.0, x), e + 1.0)
         z = a * a
         p = tl.fma(z, 0.016454307362437248, -0.05268188938498497)
         p = tl.fma(p, z, 0.13320907950401306)
@@ -239,7 +286,7 @@ def tanh_unfused(x):
         m, k = expm1_reduced(clamp_magnitude(2.0 * a, BITS_OF_20), False)
         p = pow2(k)
         t = m * p + (p - 1.0)
-        return copysign(tl.where(a == a, div(t, t + 2.0), a), x)
+        return copysign(tl.where(a == a, div_normal(t, t + 2.0), a), x)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._math import LN2_HI, LN2_LO, SQRT_HALF_BITS, bits, from_bits
+from ._math import LN2_HI, LN2_LO, SQRT_HALF_BITS, bits, from_bits, sqrt_normal
 
 UNIFORM = tl.constexpr(0)
 NORMAL = tl.constexpr(1)
@@ -35,9 +35,10 @@ def uniform(word):
 
 
 @triton.jit
-def log_plain(x):
-    """log(x) of positive normal float32, without fma."""
-    i = bits(x) - SQRT_HALF_BITS
+def log_scaled(x, SCALE: tl.constexpr):
+    """log(x / 2**SCALE) of positive normal float32, without fma."""
+    # the scale is taken from the exponent, which saves a product
+    i = bits(x) - (SQRT_HALF_BITS + (SCALE << 23))
     k = (i >> 23).to(tl.float32)
     f = from_bits((i & 0x007FFFFF) + SQRT_HALF_BITS) - 1.0
     p = f * -0.07857371121644974 + 0.1288098394870758
@@ -53,16 +54,23 @@ def log_plain(x):
 
 
 @triton.jit
+def log_plain(x):
+    return log_scaled(x, 0)
+
+
+@triton.jit
 def flip(x, sign):
     """-x where the top bit of `sign` (int32) is set."""
     return from_bits(bits(x) ^ sign)
 
 
 @triton.jit
-def sincos_turns(turn):
-    """Sine and cosine of 2 pi turn / 2**24 (turn: int32)."""
-    quarter = (turn + 0x200000) >> 22
-    r = (turn - (quarter << 22)).to(tl.float32) * 5.9604644775390625e-8
+def sincos_turns(word):
+    """Sine and cosine of 2 pi (word >> 8) / 2**24 (word: uint32)."""
+    # the top two bits of quarter number the quarter turn; the other bits, signed, are the angle from its middle
+    quarter = (word + tl.full([], 0x20000000, tl.uint32)).to(tl.int32, bitcast=True)
+    rest = ((word & 0xFFFFFF00) << 2).to(tl.int32, bitcast=True)
+    r = rest.to(tl.float32) * 5.82076609134674072265625e-11
     s = r * r
     p = s * -75.87133026123047 + 81.6053695678711
     p = s * p + -41.34176254272461
@@ -72,16 +80,17 @@ def sincos_turns(turn):
     q = s * q + 64.93907928466797
     q = s * q + -19.739208221435547
     cosine = s * q + 1.0
-    swapped = (quarter & 1) != 0
+    swapped = (quarter & 0x40000000) != 0
     a = tl.where(swapped, cosine, sine)
     b = tl.where(swapped, sine, cosine)
-    return flip(a, (quarter & 2) << 30), flip(b, ((quarter + 1) & 2) << 30)
+    return flip(a, quarter & -0x80000000), flip(b, (quarter + 0x40000000) & -0x80000000)
 
 
 @triton.jit
 def box_muller(even, odd):
-    r = tl.sqrt_rn(-2.0 * log_plain((even.to(tl.float32) + 1.0) * 2.3283064365386963e-10))
-    sine, cosine = sincos_turns((odd >> 8).to(tl.int32))
+    # -0.0 for the largest words, else at least 2**-23
+    r = sqrt_normal(-2.0 * log_scaled(even.to(tl.float32) + 1.0, 32))
+    sine, cosine = sincos_turns(odd)
     return r * cosine, r * sine
 
 

@@ -68,6 +68,30 @@ def load(tensor, at, sizes, r, c, inside, VEC: tl.constexpr, dtype: tl.constexpr
 
 
 @triton.jit
+def load_pair(tensor, at, sizes, r, c, inside, VEC: tl.constexpr, HALF: tl.constexpr, dtype: tl.constexpr):
+    """Two neighbours of type HALF stored as one integer: whole vectors instead of two loads of stride 2."""
+    both = tl.load(pointers(tensor, at, sizes, r, c, VEC), mask=inside)
+    size: tl.constexpr = HALF.primitive_bitwidth
+    half: tl.constexpr = tl.int32 if size == 32 else tl.int16
+    first, second = both.to(half), (both >> size).to(half)
+    return first.to(HALF, bitcast=True).to(dtype), second.to(HALF, bitcast=True).to(dtype)
+
+
+@triton.jit
+def store_pair(tensor, at, sizes, r, c, inside, VEC: tl.constexpr, HALF: tl.constexpr, first, second):
+    size: tl.constexpr = HALF.primitive_bitwidth
+    half: tl.constexpr = tl.uint32 if size == 32 else tl.uint16
+    whole: tl.constexpr = tl.uint64 if size == 32 else tl.uint32
+    if first.dtype == tl.float64:
+        # see store_as
+        first, second = first.to(tl.float32), second.to(tl.float32)
+    low = first.to(HALF).to(half, bitcast=True).to(whole)
+    high = second.to(HALF).to(half, bitcast=True).to(whole)
+    both = (high << size) | low
+    tl.store(pointers(tensor, at, sizes, r, c, VEC), both.to(tensor.dtype.element_ty, bitcast=True), mask=inside)
+
+
+@triton.jit
 def store_as(pointer, value, mask):
     """Store as the pointer's element type; float64 is cast to 16 bits through float32, as in C++."""
     element: tl.constexpr = pointer.dtype.element_ty

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from . import _launch
 from ._math import exp, log_scale, log_scale_slope, neg, resolve
-from ._tiles import fold, load, place, row_offset, scalar, store, width
+from ._tiles import fold, load, load_pair, place, row_offset, scalar, store, store_pair, width
+
+# shift, scale and None; or None, an integer view of interleaved pairs, and the type of its halves
+Params = tuple[Tensor | None, Tensor, Any]
+HALVES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -46,9 +50,10 @@ def additive_kernel(
 @triton.jit(do_not_specialize=["rows", "cols", "segments", "arg"])
 def forward_kernel(
     x, x_at, shift, shift_at, scale, scale_at, mask, mask_at, y, y_at, logdet, sizes, rows, cols, segments, arg,
-    MAP: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
+    PAIR: tl.constexpr, MAP: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr,
+    INDEX: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
+    """PAIR: None, or the type of shift and scale, which interleave in `scale`."""
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     arg = scalar(arg, dtype)
     row, segment = place(segments, INDEX, BLOCK_R)
@@ -58,8 +63,12 @@ def forward_kernel(
         c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
         inside = (r < rows) & (c < width(cols, c, VEC))
         a = load(x, x_at, sizes, r, c, inside, VEC, dtype)
-        t = load(shift, shift_at, sizes, r, c, inside, VEC, dtype)
-        g = log_scale(load(scale, scale_at, sizes, r, c, inside, VEC, dtype), arg, MAP)
+        if PAIR is None:
+            t = load(shift, shift_at, sizes, r, c, inside, VEC, dtype)
+            s = load(scale, scale_at, sizes, r, c, inside, VEC, dtype)
+        else:
+            t, s = load_pair(scale, scale_at, sizes, r, c, inside, VEC, PAIR, dtype)
+        g = log_scale(s, arg, MAP)
         if INVERSE:
             g = neg(g)
         b = couple(a, t, exp(g), SHIFT_FIRST, INVERSE)
@@ -77,9 +86,10 @@ def forward_kernel(
 def backward_kernel(
     gl, gl_at, x, x_at, gy, gy_at, shift, shift_at, scale, scale_at, mask, mask_at,
     gx, gx_at, gshift, gshift_at, gscale, gscale_at, sizes, rows, cols, segments, arg,
-    MAP: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
+    PAIR: tl.constexpr, MAP: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr,
+    INDEX: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
+    """PAIR: None, or the type of shift and scale, which interleave in `scale`."""
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     arg = scalar(arg, dtype)
     row, segment = place(segments, INDEX, BLOCK_R)
@@ -90,7 +100,11 @@ def backward_kernel(
     for c0 in range(0, SEGMENT, BLOCK_C):
         c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
         inside = (r < rows) & (c < width(cols, c, VEC))
-        g, slope = log_scale_slope(load(scale, scale_at, sizes, r, c, inside, VEC, dtype), arg, MAP)
+        if PAIR is None:
+            s = load(scale, scale_at, sizes, r, c, inside, VEC, dtype)
+        else:
+            t, s = load_pair(scale, scale_at, sizes, r, c, inside, VEC, PAIR, dtype)
+        g, slope = log_scale_slope(s, arg, MAP)
         # without gy only gl contributes; x and shift are not read, so their NaN or inf reaches no gradient
         dy = tl.zeros((BLOCK_R, BLOCK_C), dtype)
         dx = dy
@@ -100,7 +114,8 @@ def backward_kernel(
             dx = dy * exp(neg(g) if INVERSE else g)
             moved = load(x, x_at, sizes, r, c, inside, VEC, dtype)
             if SHIFT_FIRST != INVERSE:
-                t = load(shift, shift_at, sizes, r, c, inside, VEC, dtype)
+                if PAIR is None:
+                    t = load(shift, shift_at, sizes, r, c, inside, VEC, dtype)
                 moved = moved - t if INVERSE else moved + t
         dscale = tl.fma(dx, moved, dlogdet)
         if INVERSE:
@@ -115,9 +130,12 @@ def backward_kernel(
             dshift = tl.where(passes, 0.0, dshift)
             dscale = tl.where(passes, 0.0, dscale)
         store(gx, gx_at, sizes, r, c, inside, VEC, dx)
-        if gshift is not None:
-            store(gshift, gshift_at, sizes, r, c, inside, VEC, dshift)
-        store(gscale, gscale_at, sizes, r, c, inside, VEC, dscale)
+        if PAIR is None:
+            if gshift is not None:
+                store(gshift, gshift_at, sizes, r, c, inside, VEC, dshift)
+            store(gscale, gscale_at, sizes, r, c, inside, VEC, dscale)
+        else:
+            store_pair(gscale, gscale_at, sizes, r, c, inside, VEC, PAIR, dshift, dscale)
 
 
 def additive_coupling(x: Tensor, shift: Tensor, mask: Tensor | None, inverse: bool) -> Tensor:
@@ -141,6 +159,20 @@ def affine_coupling(
     inverse: bool,
     event_dims: int,
 ) -> tuple[Tensor, Tensor]:
+    return _forward(x, (shift, scale, None), mask, scale_map, map_arg, shift_first, inverse, event_dims)
+
+
+def _forward(
+    x: Tensor,
+    params: Params,
+    mask: Tensor | None,
+    scale_map: int,
+    map_arg: float,
+    shift_first: bool,
+    inverse: bool,
+    event_dims: int,
+) -> tuple[Tensor, Tensor]:
+    shift, scale, pair = params
     y = torch.empty_like(x)
     batch = x.shape[: x.dim() - event_dims]
     sum_dtype = _launch.compute_dtype(x)
@@ -153,7 +185,8 @@ def affine_coupling(
     partial = logdet if segments == 1 else x.new_empty((space.rows, segments), dtype=sum_dtype)
     _launch.over_space(
         forward_kernel, space, x, *_launch.with_strides(tensors, space.at), partial,
-        arg=_launch.bits(map_arg, sum_dtype), MAP=resolve(scale_map, map_arg), SHIFT_FIRST=shift_first, INVERSE=inverse,
+        arg=_launch.bits(map_arg, sum_dtype), PAIR=pair, MAP=resolve(scale_map, map_arg), SHIFT_FIRST=shift_first,
+        INVERSE=inverse,
     )  # fmt: skip
     if segments > 1:
         _launch.sum_segments(partial, logdet)
@@ -178,7 +211,7 @@ def affine_coupling_backward(
     grad_shift = x.new_empty(0) if absent else x.new_empty(x.shape, dtype=shift_dtype)
     grad_scale = torch.empty_like(scale)
     grad_x = _backward(
-        grad_y, grad_logdet, x, shift, scale, mask, None if absent else grad_shift, grad_scale,
+        grad_y, grad_logdet, x, (shift, scale, None), mask, (None if absent else grad_shift, grad_scale, None),
         scale_map, map_arg, shift_first, inverse, event_dims,
     )  # fmt: skip
     return grad_x, grad_shift, grad_scale
@@ -187,7 +220,7 @@ def affine_coupling_backward(
 def affine_coupling_packed(
     x: Tensor, params: Tensor, mask: Tensor | None, packing: int, dim: int, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    return affine_coupling(x, *_unpack(params, packing, dim), mask, *options)
+    return _forward(x, _unpack(params, packing, dim), mask, *options)
 
 
 def affine_coupling_packed_backward(
@@ -201,26 +234,27 @@ def affine_coupling_packed_backward(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     grad_params = torch.empty_like(params)
-    grads = _unpack(grad_params, packing, dim)
-    return _backward(grad_y, grad_logdet, x, *_unpack(params, packing, dim), mask, *grads, *options), grad_params
+    both = [_unpack(t, packing, dim) for t in (params, grad_params)]
+    if both[0][2] != both[1][2]:
+        both = [_unpack(t, packing, dim, pairs=False) for t in (params, grad_params)]
+    return _backward(grad_y, grad_logdet, x, both[0], mask, both[1], *options), grad_params
 
 
 def _backward(
     gy: Tensor | None,
     gl: Tensor | None,
     x: Tensor,
-    shift: Tensor | None,
-    scale: Tensor,
+    params: Params,
     mask: Tensor | None,
-    gshift: Tensor | None,
-    gscale: Tensor,
+    grads: Params,
     scale_map: int,
     map_arg: float,
     shift_first: bool,
     inverse: bool,
     event_dims: int,
 ) -> Tensor:
-    """Write the gradients of shift and scale into `gshift` (may be None) and `gscale`; return the gradient of x."""
+    """Write the gradients of shift (may be None) and scale into `grads`; return the gradient of x."""
+    (shift, scale, pair), (gshift, gscale, _) = params, grads
     gx = torch.empty_like(x)
     if x.numel() == 0:
         return gx
@@ -228,18 +262,30 @@ def _backward(
     space = _launch.collapse(event_dims, tensors, (gl,))
     _launch.over_space(
         backward_kernel, space, x, gl, space.row_at[0], *_launch.with_strides(tensors, space.at),
-        arg=_launch.bits(map_arg, _launch.compute_dtype(x)), MAP=resolve(scale_map, map_arg),
+        arg=_launch.bits(map_arg, _launch.compute_dtype(x)), PAIR=pair, MAP=resolve(scale_map, map_arg),
         SHIFT_FIRST=shift_first, INVERSE=inverse,
     )  # fmt: skip
     return gx
 
 
-def _unpack(params: Tensor, packing: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Return the (shift, scale) views of packed parameters; `packing` indexes _schemas.PACKINGS."""
+def _unpack(params: Tensor, packing: int, dim: int, pairs: bool = True) -> Params:
+    """Return views of packed parameters; `packing` indexes _schemas.PACKINGS."""
     half = params.shape[dim] // 2
     if packing == 2:
+        if pairs and _neighbours(params, dim):
+            whole = torch.int64 if params.element_size() == 4 else torch.int32
+            return None, params.movedim(dim, -1).view(whole).movedim(-1, dim), HALVES[params.dtype]
         where = (slice(None),) * dim
         even, odd = (*where, slice(0, None, 2)), (*where, slice(1, None, 2))
-        return params[even], params[odd]
+        return params[even], params[odd], None
     first, second = params.narrow(dim, 0, half), params.narrow(dim, half, half)
-    return (first, second) if packing == 0 else (second, first)
+    return (first, second, None) if packing == 0 else (second, first, None)
+
+
+def _neighbours(params: Tensor, dim: int) -> bool:
+    """Whether interleaved pairs can be read as aligned integers."""
+    strides = (*params.stride()[:dim], *params.stride()[dim + 1 :], params.storage_offset())
+    return (
+        params.dtype in HALVES and params.stride(dim) == 1 and params.numel() > 0 and not any(s % 2 for s in strides)
+        and params.data_ptr() % (2 * params.element_size()) == 0
+    )  # fmt: skip

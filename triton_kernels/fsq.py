@@ -21,7 +21,7 @@ from torch import Tensor
 from .._schemas import FSQ_VARIANTS
 from ..reference import fsq as ref
 from . import _launch
-from ._math import constant, div, exp_unfused, floor, neg, round_even, tanh_unfused
+from ._math import constant, div, div_normal, exp_unfused, floor, neg, round_even, tanh_unfused
 from ._tiles import col_offset, row_offset, static, store_as, width
 
 SIGMOID = tl.constexpr(FSQ_VARIANTS.index("sigmoid"))
@@ -97,10 +97,12 @@ def pick(values: tl.constexpr, c, dtype: tl.constexpr):
 
 
 @triton.jit
-def divide(x, values: tl.constexpr, reciprocals: tl.constexpr, c):
-    """x / values[c], IEEE; by multiplication where the reciprocals are exact."""
+def divide(x, values: tl.constexpr, reciprocals: tl.constexpr, c, DIGIT: tl.constexpr = False):
+    """x / values[c], IEEE; by multiplication where the reciprocals are exact. DIGIT: see `div_normal`."""
     if len(reciprocals) > 0:
         return x * pick(reciprocals, c, x.dtype)
+    elif DIGIT:
+        return div_normal(x, pick(values, c, x.dtype))
     else:
         return div(x, pick(values, c, x.dtype))
 
@@ -139,12 +141,12 @@ def digit_of(z, c, CHANNELS: tl.constexpr, VARIANT: tl.constexpr):
 @triton.jit
 def code_of(digit, c, CHANNELS: tl.constexpr, VARIANT: tl.constexpr):
     if VARIANT == SIGMOID:
-        return divide(digit, static(CHANNELS.top.values), static(CHANNELS.top.reciprocals), c)
+        return divide(digit, static(CHANNELS.top.values), static(CHANNELS.top.reciprocals), c, True)
     elif VARIANT == SYMMETRIC or VARIANT == SYMMETRIC_HARD:
         return digit * pick(static(CHANNELS.step), c, digit.dtype) - 1.0
     else:
         digit = digit - pick(static(CHANNELS.width.values), c, digit.dtype)
-        return divide(digit, static(CHANNELS.width.values), static(CHANNELS.width.reciprocals), c)
+        return divide(digit, static(CHANNELS.width.values), static(CHANNELS.width.reciprocals), c, True)
 
 
 @triton.jit
@@ -162,7 +164,7 @@ def slope_of(z, c, CHANNELS: tl.constexpr, VARIANT: tl.constexpr):
     else:
         k: tl.constexpr = 1.0 if VARIANT == SIGMOID else 2.0
         e = exp_unfused(tl.abs(u) * -k)
-        slope = div(e * (k * k), (1.0 + e) * (1.0 + e))
+        slope = div_normal(e * (k * k), (1.0 + e) * (1.0 + e))
         return gain * slope if shifted else slope
 
 

@@ -76,6 +76,25 @@ def test_packings(packing, dim, inverse, first):
     compare(lambda x, p: function_with(mask, x, p, keywords), [draw(shape), draw(packed, seed=1)], sums=(1,))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float64])
+def test_interleaved_pairs_and_strides_have_the_same_bits(x_dtype, dtype):
+    shape = (3, 4, 6)
+    x, params = draw(shape, x_dtype), draw((3, 4, 12), dtype, 1)
+    function = lambda x, p, dim=2: ops.affine_coupling_packed(x, p, packing="interleaved", dim=dim, scale_map="tanh")
+    want = compare(function, [x, params], sums=(1,))
+    shifted = torch.zeros(3, 4, 13, dtype=dtype)[..., 1:].copy_(params)
+    spread = torch.zeros(3, 4, 14, dtype=dtype)[..., 1:-1].copy_(params)
+    turned = params.transpose(0, 1).contiguous().transpose(0, 1)
+    for other in (shifted, spread, turned, torch.zeros(3, 4, 14, dtype=dtype)[..., :-2].copy_(params)):
+        for a, b in zip(compare(function, [x, other], sums=(1,)), want, strict=True):
+            testing.assert_same_bits(a, b)
+    # pairs that neighbour along a dim other than the last
+    last = lambda v: v.movedim(1, -1).contiguous().movedim(-1, 1)
+    images = compare(lambda x, p: function(x, p, 1), [last(x.movedim(2, 1)), last(params.movedim(2, 1))], sums=(1,))
+    testing.assert_same_bits(images[0].movedim(1, 2), want[0])
+
+
 def function_with(mask, x, params, keywords):
     return ops.affine_coupling_packed(x, params, mask=mask, **keywords)
 
