@@ -198,25 +198,27 @@ def over_space(
             "BLOCK_C": blocks.cols, "SEGMENT": blocks.segment,
         }  # fmt: skip
     # float64: twice the warps halve the elements per thread, to lower register pressure
-    launch(
-        kernel, blocks.programs, x.device, *args, num_warps=num_warps or (8 if x.dtype == torch.float64 else 4),
-        of_space=of_space, **constants,
-    )  # fmt: skip
+    num_warps = num_warps or (8 if x.dtype == torch.float64 else 4)
+    _on_device(x.device, kernel, blocks.programs, num_warps, args, constants, of_space)
 
 
 NOTHING: dict[str, object] = {}
 
 
 def launch(
-    kernel: Any, count: int, device: torch.device, *args: object, num_warps: int = 4,
-    of_space: dict[str, object] = NOTHING, **constants: object,
-) -> None:  # fmt: skip
-    """Launch `count` programs on the device; `of_space` are more constants, see `_plans.launch`."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        _plans.launch(kernel, count, device.index, num_warps, args, constants, of_space)
+    kernel: Any, count: int, device: torch.device, *args: object, num_warps: int = 4, **constants: object
+) -> None:
+    """Launch `count` programs on the device."""
+    _on_device(device, kernel, count, num_warps, args, constants, NOTHING)
+
+
+def _on_device(device: torch.device, kernel: Any, count: int, num_warps: int, *arguments: Any) -> None:
+    index = device.index
+    if index is None or index == torch.cuda.current_device():
+        _plans.launch(kernel, count, index, num_warps, *arguments)
     else:
         with torch.cuda.device(device):
-            _plans.launch(kernel, count, device.index, num_warps, args, constants, of_space)
+            _plans.launch(kernel, count, index, num_warps, *arguments)
 
 
 def with_strides(tensors: Sequence[Tensor | None], at: Sequence[object]) -> list[object]:

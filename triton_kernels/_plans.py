@@ -18,6 +18,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 MOST = 4096  # plans; all are dropped before there are more
+LONGEST = 16  # tuple that is compared by value
 
 _plans: dict[tuple, Plan] = {}
 _forms: dict[tuple, Form] = {}
@@ -33,12 +34,12 @@ class Plan(NamedTuple):
 
 
 class Form:
-    """How a launcher names the arguments of a kernel: `order` are their positions in the signature."""
+    """How a launcher names the arguments of a kernel: `order` are their positions in the signature, -1 of options."""
 
     def __init__(self, kernel: JITFunction, args: int, named: Sequence[str]) -> None:
         at = {param.name: k for k, param in enumerate(kernel.params)}
-        self.order = [*range(args), *(at[name] for name in named)]
-        self.free = [kernel.params[k].do_not_specialize for k in self.order]
+        self.order = [*range(args), *(at.get(name, -1) for name in named)]
+        self.free = [k >= 0 and kernel.params[k].do_not_specialize for k in self.order]
 
 
 def launch(
@@ -108,7 +109,12 @@ def _describe(values: tuple, free: list[bool], index: int, key: list, filled: li
                 return False
             key.append(-(2**31) <= value < 2**31)
             filled.append(value)
-        elif kind is int or kind is tuple or value is None:
+        elif kind is int or value is None:
+            key.append(value)
+        elif kind is tuple:
+            # a table, which may differ in each call
+            if len(value) > LONGEST:
+                return False
             key.append(value)
         elif kind is tl.dtype or isinstance(value, tuple):
             # long named tuples of constants are cached by their makers; the plan keeps them alive
@@ -123,16 +129,20 @@ def _describe(values: tuple, free: list[bool], index: int, key: list, filled: li
 def _keep(key: tuple, form: Form, compiled: Any, values: tuple, constants: dict[str, Any]) -> None:
     """Keep the plan of a launch that has just been made, if this Triton is as expected."""
     names = getattr(getattr(getattr(compiled, "src", None), "fn", None), "arg_names", ())
-    given = {**{names[at]: value for at, value in zip(form.order, values, strict=True)}, **constants} if names else {}
+    arguments = [(at, value, free) for at, value, free in zip(form.order, values, form.free, strict=True) if at >= 0]
+    given = {**{names[at]: value for at, value, _ in arguments}, **constants} if names else {}
     target = getattr(getattr(compiled, "metadata", None), "target", None)
-    if getattr(target, "backend", None) != "cuda" or given.keys() != set(names):
+    if getattr(target, "backend", None) != "cuda" or given.keys() != set(names) or _hides_tensors(values):
         return
-    filled = [
-        at for at, value, free in zip(form.order, values, form.free, strict=True) if free or isinstance(value, Tensor)
-    ]
+    filled = [at for at, value, free in arguments if free or isinstance(value, Tensor)]
     bound = [given[name] for name in names]
     for at in filled:
         bound[at] = None
     if len(_plans) >= MOST:
         _plans.clear()
     _plans[key] = Plan(compiled.run, compiled.function, compiled.packed_metadata, bound, filled, constants)
+
+
+def _hides_tensors(values: tuple) -> bool:
+    """Whether a tuple holds a tensor, whose address a plan would not renew."""
+    return any(isinstance(v, tuple) and (any(isinstance(t, Tensor) for t in v) or _hides_tensors(v)) for v in values)

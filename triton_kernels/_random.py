@@ -167,7 +167,7 @@ def _signed(word: int) -> int:
 
 def by_value(tensor: Tensor) -> bool:
     """Whether a scalar is passed by value: a 0-d CPU tensor, made from the caller's number."""
-    return tensor.dim() == 0 and tensor.device.type == "cpu"
+    return tensor.is_cpu and tensor.dim() == 0
 
 
 def number(value: Tensor) -> tuple[Tensor | None, int, int]:

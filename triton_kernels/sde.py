@@ -13,6 +13,7 @@ from . import _launch, _random
 from ._random import NORMAL, draw
 from ._tiles import fold, load, place, scalar, store, width
 
+ZERO = torch.zeros((), dtype=torch.int64, device="cpu")
 SCALARS = [*_random.SCALARS, "a_at", "a_bits", "b_at", "b_bits", "c_at", "c_bits"]
 
 
@@ -191,23 +192,23 @@ def squares_kernel(
     put(partial, 1, rows, segments, row, segment, of_noise)
 
 
-def _coefficient(name: str, value: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the arguments of `coefficient` by name."""
-    if value is None:
-        return {name: None, f"{name}_at": 0, f"{name}_bits": 0}
-    if _random.by_value(value):
-        return {name: None, f"{name}_at": 0, f"{name}_bits": _launch.bits(value.item(), dtype)}
-    return {name: value, f"{name}_at": value.stride(0) if value.dim() else 0, f"{name}_bits": 0}
-
-
 def _coefficients(dtype: torch.dtype, **values: Tensor | None) -> dict[str, Any]:
-    return {key: v for name, value in values.items() for key, v in _coefficient(name, value, dtype).items()}
+    """Return the arguments of `coefficient` by name."""
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        tensor, at, number = value, 0, 0
+        if value is not None and _random.by_value(value):
+            tensor, number = None, _launch.bits(value.item(), dtype)
+        elif value is not None and value.dim():
+            at = value.stride(0)
+        arguments[name], arguments[f"{name}_at"], arguments[f"{name}_bits"] = tensor, at, number
+    return arguments
 
 
 def _stream(seed: Tensor | None, step: Any, purpose: int, space: _launch.Space) -> dict[str, Any]:
     """Return the keyword arguments that select the noise; unused zeros if the noise is given (seed None)."""
     if seed is None:
-        seed = step = torch.zeros((), dtype=torch.int64)
+        seed = step = ZERO
     aligned = _random.aligned(seed, space.rows, space.cols, space.blocks.cols)
     return {**_random.stream(seed, step, purpose), "ALIGNED": aligned}
 

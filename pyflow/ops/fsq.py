@@ -226,9 +226,11 @@ def usage_of(counts: Tensor, size: int) -> CodebookUsage:
 
 def checked_levels(op: str, levels: Sequence[int], variant: str, numbered: bool) -> list[int]:
     """Return the levels as a list of integers; `numbered` also checks that their indices fit int64."""
-    if isinstance(levels, (str, Tensor)) or not isinstance(levels, Sequence):
+    if not isinstance(levels, (tuple, list)) and (
+        isinstance(levels, (str, Tensor)) or not isinstance(levels, Sequence)
+    ):
         raise TypeError(f"{op}: levels must be a list of integers, got {type(levels).__name__}")
-    whole = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in levels)
+    whole = all([type(n) is int or (isinstance(n, numbers.Integral) and not isinstance(n, bool)) for n in levels])
     if not whole or not levels or min(levels) < 2:
         raise ValueError(f"{op}: levels must be integers >= 2, got {check.shown(tuple(levels))}")
     if max(levels) > MOST_LEVELS:
@@ -252,7 +254,7 @@ def signed(whole: Tensor) -> Tensor:
 
 
 def _dim(op: str, dim: int, dims: int) -> int:
-    if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
+    if type(dim) is not int and (isinstance(dim, bool) or not isinstance(dim, numbers.Integral)):
         raise TypeError(f"{op}: dim must be an integer, got {type(dim).__name__}")
     if not -dims <= dim < dims:
         raise ValueError(f"{op}: dim must lie in [{-dims}, {dims}), got {dim}")

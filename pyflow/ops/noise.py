@@ -14,6 +14,7 @@ from .._schemas import NOISES, PURPOSES
 from ..reference import noise as ref
 from ._transforms import batch_first, one_by_one
 
+CPU = torch.device("cpu")  # an object: torch takes 1 us to parse a name
 STEPS = 2**56  # the step fills 56 bits of the counter, the purpose the top byte
 
 
@@ -205,7 +206,7 @@ def seed_tensor(
             samples = "()" if not shape else f"() or ({shape[0]},)"
             raise ValueError(f"{op}: seed must have the shape {samples}, got {tuple(seed.shape)}")
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, (numbers.Integral, torch.SymInt)):
+    if type(seed) is not int and (isinstance(seed, bool) or not isinstance(seed, (numbers.Integral, torch.SymInt))):
         raise TypeError(f"{op}: seed must be an integer or an int64 tensor, got {type(seed).__name__}")
     if not isinstance(seed, torch.SymInt):
         if not -(2**63) <= seed < 2**64:
@@ -225,11 +226,11 @@ def step_tensor(op: str, step: int | Tensor, device: torch.device | None) -> Ten
         if check.values_are_checked(step):
             _check_step(op, step.item())
         return step
-    if isinstance(step, bool) or not isinstance(step, (numbers.Integral, torch.SymInt)):
+    if type(step) is not int and (isinstance(step, bool) or not isinstance(step, (numbers.Integral, torch.SymInt))):
         raise TypeError(f"{op}: step must be an integer or an int64 tensor, got {type(step).__name__}")
     if not isinstance(step, torch.SymInt):
         _check_step(op, step)
-    return torch.full((), step, dtype=torch.int64, device="cpu")
+    return torch.full((), step, dtype=torch.int64, device=CPU)
 
 
 def _check_step(op: str, step: float) -> None:

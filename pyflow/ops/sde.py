@@ -15,7 +15,7 @@ from .._schemas import PURPOSES
 from ..reference import compute_dtype
 from ..reference import sde as ref
 from ._transforms import one_by_one, vector_jacobian
-from .noise import seed_tensor, step_tensor
+from .noise import CPU, seed_tensor, step_tensor
 
 PARAMETERIZATIONS = ("score", "epsilon")
 REDUCTIONS = ("sum", "mean")
@@ -295,7 +295,7 @@ def langevin_step(
     stream = stream_of(op, seed, step, x, noise)
     if step_size is None and norm != "marginal":
         size = _snr_rule(_squares(score, stream).double(), snr64, alpha64, norm == "batch")
-    one = torch.full((), 1.0, dtype=torch.float64, device="cpu")
+    one = torch.full((), 1.0, dtype=torch.float64, device=CPU)
     # float64, so that the rounding of the root does not show in float32
     y, mean = advance(x, score, one, size, _root(2 * size), stream, "corrector", return_mean)
     return (y, mean) if return_mean else y
@@ -331,11 +331,12 @@ def coefficient(op: str, name: str, value: Scalar, x: Tensor) -> Tensor:
         if value.device != x.device:
             raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {value.device}")
         return value
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(value).__name__}")
-    if type(value) is not float and not isinstance(value, (torch.SymFloat, torch.SymInt)):
-        value = check.number(op, name, value)
-    return torch.full((), value, dtype=torch.float64, device="cpu")
+    if type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(value).__name__}")
+        if not isinstance(value, (torch.SymFloat, torch.SymInt)):
+            value = check.number(op, name, value)
+    return torch.full((), value, dtype=torch.float64, device=CPU)
 
 
 def at_least_zero(op: str, name: str, value: Scalar, x: Tensor) -> Tensor:
@@ -355,7 +356,7 @@ def stream_of(op: str, seed: int | Tensor | None, step: int | Tensor, x: Tensor,
         return None, None, noise
     # the seed last: a call that raises must not draw one
     step = step_tensor(op, step, x.device)
-    return seed_tensor(op, seed, x.shape, x.device, "cpu"), step, None
+    return seed_tensor(op, seed, x.shape, x.device, CPU), step, None
 
 
 def advance(

@@ -49,14 +49,14 @@ def recorded() -> Iterator[list[Launch]]:
     """Record the launches made inside the block instead of running them."""
     launches: list[Launch] = []
 
-    def record(kernel, count, device, *args, of_space=_launch.NOTHING, **constants):
-        launches.append(Launch(kernel, args, {**of_space, **constants}))
+    def record(device, kernel, count, num_warps, args, constants, of_space):
+        launches.append(Launch(kernel, args, {"num_warps": num_warps, **of_space, **constants}))
 
-    real, _launch.launch = _launch.launch, record
+    real, _launch._on_device = _launch._on_device, record
     try:
         yield launches
     finally:
-        _launch.launch = real
+        _launch._on_device = real
 
 
 def specialised(launch: Launch, target: str) -> tuple[ASTSource, BaseBackend, object]:
