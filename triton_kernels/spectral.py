@@ -393,7 +393,8 @@ def _groups(*lists: Sequence[Tensor]) -> list[list[int]]:
     """Indices of layers that share launches: the same dtypes, and all vectors or none."""
     groups = defaultdict(list)
     for i, layer in enumerate(zip(*lists, strict=True)):
-        groups[(layer[0].dim() == 1, *(t.dtype for t in layer))].append(i)
+        key = (layer[0].dim() == 1, *(t.dtype for t in layer))
+        groups[key].append(i)
     return list(groups.values())
 
 
@@ -406,7 +407,8 @@ def _plan_of(weights: Sequence[Tensor]) -> Plan:
 def spectral_normalize(weights: list[Tensor], u: list[Tensor], v: list[Tensor], n_iter: int) -> list[Tensor]:
     results: list[list[Tensor]] = [[*weights], [*u], [*v], [*weights]]
     for group in _groups(weights, u, v):
-        outputs = _normalized(*([values[i] for i in group] for values in (weights, u, v)), n_iter)
+        w, left, right = ([values[i] for i in group] for values in (weights, u, v))
+        outputs = _normalized(w, left, right, n_iter)
         for values, result in zip(results, outputs, strict=True):
             for i, tensor in zip(group, result, strict=True):
                 values[i] = tensor

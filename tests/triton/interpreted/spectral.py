@@ -56,11 +56,12 @@ def per_layer(weights, u, v, n_iter):
     return [[x.detach() for x in layer if x is not None] for layer in results]
 
 
-@pytest.mark.parametrize("n_iter", [0, 1, 3])
+@pytest.mark.parametrize("n_iter", [0, 2])
 def test_a_layer_has_the_same_bits_alone_as_in_a_list(n_iter):
-    parts = [layers([(33, 70), (8, 3, 3, 3), (17,), (1, 1), (9, 600), (0,)]), layers([(5, 300), (40, 8)], torch.bfloat16)]
-    parts.append(layers([(12, 520)], torch.float64))
-    weights, u, v = (sum(lists, []) for lists in zip(*parts, strict=True))
+    weights, u, v = layers([(20, 35), (8, 3, 3, 3), (17,), (1, 1), (9, 600), (0,)])
+    for dtype, shape in ((torch.bfloat16, (5, 30)), (torch.bfloat16, (40, 8)), (torch.float64, (3, 12))):
+        for values, more in zip((weights, u, v), layers([shape], dtype), strict=True):
+            values += more
     weights.append(draw((6, 4, 3), seed=8).transpose(0, 1))
     u.append(draw((4,), torch.bfloat16, seed=5))  # dtypes of u and v other than that of the weight
     v.append(draw((36,), torch.float64, seed=6)[::2])
@@ -82,7 +83,7 @@ def test_unaligned_weights_have_the_bits_of_aligned_ones():
 
 
 def test_more_layers_than_one_table_launch_takes():
-    weights, u, v = layers([(3 + i % 5, 4 + i % 7) for i in range(70)])
+    weights, u, v = layers([(3 + i % 5, 4 + i % 7) for i in range(58)])
     got = per_layer(weights, u, v, 1)
     with pyflow.backend("reference"):
         wide = [[x.double() for x in values] for values in (weights, u, v)]
