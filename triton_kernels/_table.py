@@ -42,13 +42,13 @@ def fill_kernel(table, pitch, first, addresses, numbers, COUNT: tl.constexpr, SH
 @triton.jit
 def find(table, pitch, entries, program, FIELD: tl.constexpr):
     """The entry that owns the program, and the program's number in it; FIELD holds the first program of each entry."""
-    owners = 0
+    owners, begin = 0, table + pitch.to(tl.int64) * FIELD
     for start in range(0, entries, SEARCH):
         i = start + tl.arange(0, SEARCH)
-        begins = tl.load(table + FIELD * pitch + i, mask=i < entries, other=0)
+        begins = tl.load(begin + i, mask=i < entries, other=0)
         owners += tl.sum(((begins <= program) & (i < entries)).to(tl.int32), axis=0)
     entry = owners - 1
-    return entry, program - tl.load(table + FIELD * pitch + entry)
+    return entry, program - tl.load(begin + entry)
 
 
 def encoded(values: Sequence[int]) -> list[int]:

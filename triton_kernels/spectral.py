@@ -70,7 +70,7 @@ def sum_of(partial, count):
 
 @triton.jit
 def field(table, pitch, layer, FIELD: tl.constexpr):
-    return tl.load(table + FIELD * pitch + layer)
+    return tl.load(table + pitch.to(tl.int64) * FIELD + layer)
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def product(
         sums = fold(acc)
     # 0 times an infinite v is NaN outside
     sums = tl.where(r < rows, sums, 0.0)
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     tl.store(y + program * BLOCK_R + tl.arange(0, BLOCK_R), sums)
     if ITERATES:
         tl.store(squares + program, total(sums * sums))
@@ -190,7 +190,7 @@ def reduce_kernel(
         left = root(sum_of(squares + field(table, pitch, layer, ROW_BLOCK), blocks))
         # do not divide by a vanishing norm
         sums = div(sums, tl.where(vanishes(left), 1.0, left) + tl.zeros_like(sums))
-    tl.store(z + tl.program_id(0) * UNIT + tl.arange(0, UNIT), sums)
+    tl.store(z + tl.program_id(0).to(tl.int64) * UNIT + tl.arange(0, UNIT), sums)
     tl.store(z_squares + tl.program_id(0), total(sums * sums))
     if part == 0:
         tl.store(norms + layer, left)
@@ -393,7 +393,8 @@ def _groups(*lists: Sequence[Tensor]) -> list[list[int]]:
     """Indices of layers that share launches: the same dtypes, and all vectors or none."""
     groups = defaultdict(list)
     for i, layer in enumerate(zip(*lists, strict=True)):
-        groups[(layer[0].dim() == 1, *(t.dtype for t in layer))].append(i)
+        key = (layer[0].dim() == 1, *(t.dtype for t in layer))
+        groups[key].append(i)
     return list(groups.values())
 
 
@@ -406,7 +407,8 @@ def _plan_of(weights: Sequence[Tensor]) -> Plan:
 def spectral_normalize(weights: list[Tensor], u: list[Tensor], v: list[Tensor], n_iter: int) -> list[Tensor]:
     results: list[list[Tensor]] = [[*weights], [*u], [*v], [*weights]]
     for group in _groups(weights, u, v):
-        outputs = _normalized(*([values[i] for i in group] for values in (weights, u, v)), n_iter)
+        w, left, right = ([values[i] for i in group] for values in (weights, u, v))
+        outputs = _normalized(w, left, right, n_iter)
         for values, result in zip(results, outputs, strict=True):
             for i, tensor in zip(group, result, strict=True):
                 values[i] = tensor

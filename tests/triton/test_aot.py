@@ -332,6 +332,42 @@ def test_every_kernel_has_a_case():
         assert compiled >= due.get(name, {F32, F64, BF16, F16}), name
 
 
+@pytest.mark.parametrize("layers, tables", [(1, 1), (54, 1), (57, 2)])
+@pytest.mark.parametrize("n_iter", [0, 1, 3])
+def test_all_layers_share_the_launches(n_iter, layers, tables):
+    weights = [torch.empty(8 + i, 4, 3, 3) for i in range(layers)]
+    u, v = [torch.empty(len(w)) for w in weights], [torch.empty(36)] * layers
+    with aot.recorded() as launches:
+        sigmas = spectral.spectral_normalize(weights, u, v, n_iter)[-layers:]
+    names = Counter(launch.name.partition(".")[2] for launch in launches)
+    rounds = max(n_iter, 1)
+    want = {"fill_kernel": tables, "product_kernel": rounds, "scale_kernel": rounds, "reduce_kernel": n_iter}
+    assert names == Counter(want)
+    with aot.recorded() as launches:
+        spectral.spectral_normalize_backward(weights, sigmas, weights, u, v, sigmas)
+    assert len(launches) == 2 + tables
+
+
+def test_arguments_of_a_table_fit_the_limit_of_a_launch():
+    for launch in normalised(F32, 56):
+        tuples = [a for a in launch.args if isinstance(a, tuple)]
+        # addresses of 8 bytes, numbers of 4; table, pitch, first and Triton's two scratch pointers
+        assert sum(len(a) * size for a, size in zip(tuples, (8, 4), strict=False)) + 32 <= 4096
+
+
+def test_layers_of_other_shapes_need_no_compilation():
+    def keys(weights):
+        u, v = [torch.empty(len(w)) for w in weights], [torch.empty(w[0].numel()) for w in weights]
+        with aot.recorded() as launches:
+            sigmas = spectral.spectral_normalize(weights, u, v, 2)[-len(weights) :]
+            spectral.spectral_normalize_backward(weights, sigmas, weights, u, v, sigmas)
+        # the source's hash holds signature, constants and alignment
+        return {aot.specialised(launch, "sm_90")[0].hash() for launch in launches}
+
+    shapes = [(1, 1), (16, 16), (64, 3, 7, 7), (1000, 48)]
+    assert keys([torch.empty(shape) for shape in shapes]) == keys([torch.empty(33, 5)] * 2)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_to_the_expected_instructions_and_resources(case):
     target = case.partition("-")[0]

@@ -55,7 +55,7 @@ def launches_of(shape):
             cases.noise.philox(torch.empty(LARGE, 4, dtype=torch.int64), torch.empty(LARGE, 2, dtype=torch.int64))
             weight = torch.empty(shape)
             u, v, sigma = torch.empty(rows), torch.empty(shape[1]), torch.empty(())
-            scaled = cases.spectral.spectral_normalize([weight], [u], [v], 0)
+            scaled = cases.spectral.spectral_normalize([weight], [u], [v], 1)
             cases.spectral.spectral_normalize_backward([weight], [sigma], [weight], [u], [v], scaled[-1:])
         found += launches
     return found
