@@ -8,6 +8,7 @@ plain-torch reference directly instead of the operator, so that torch.compile ca
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import _direct
 from ._schemas import SCHEMAS, define, library
 
 NAMES = ("auto", "cpu", "triton", "cuda", "reference")
@@ -43,6 +45,8 @@ unusable: dict[str, str] = {}  # the value of PYFLOW_BACKEND, if it cannot run h
 _families: dict[str, str] = {}  # operator -> family: the file name in ops/, reference/ and triton_kernels/
 _operators: dict[str, torch._ops.OpOverload] = {}
 _functions: dict[str, type[torch.autograd.Function]] = {}  # operator -> its autograd function
+# operator -> (its kernel for CUDA tensors, the types of its arguments), for `_run`; empty without a GPU
+_gpu_kernels: dict[str, tuple[Callable, _direct.Kinds]] = {}
 _interpreter: torch.library.Library | None = None  # CPU kernels that can run the Triton interpreter; see below
 
 
@@ -286,8 +290,17 @@ def call(name: str, *args: Any) -> Any:
         # torch.jit.trace can save operators but not Python autograd functions
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # missing in torch.jit.__all__
         return op(*args) if tracing else _functions[name].apply(*args)
+    return _run(name, args)
+
+
+def _run(name: str, args: tuple) -> Any:
+    """Run the kernel of an operator below autograd; on a GPU without the dispatcher, where `_direct` allows it."""
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        if name in _gpu_kernels:
+            kernel, kinds = _gpu_kernels[name]
+            if _direct.changes_nothing(args, kinds):
+                return kernel(*args)
+        return _operators[name](*args)
 
 
 def _on_its_backend(setup_context: Callable, backward: Callable) -> tuple[Callable, Callable]:
@@ -306,16 +319,13 @@ def _on_its_backend(setup_context: Callable, backward: Callable) -> tuple[Callab
     return remember, run
 
 
-def _function(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
+def _function(op: str, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
     def forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = op(*args)
+        output = _run(op, args)
         setup_context(ctx, args, output)
         return output
 
-    return type(
-        op._opname, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    )
+    return type(op, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
 
 
 def _under_transform() -> bool:
@@ -345,6 +355,7 @@ def _cuda_kernel(op: str) -> Callable:
     return launch
 
 
+@functools.cache
 def _triton_kernel(op: str) -> Callable:
     return getattr(importlib.import_module(f"pyflow.triton_kernels.{_families[op]}"), op)
 
@@ -374,15 +385,19 @@ def register(
     name = f"pyflow::{op}"
     _families[op] = family
     library.impl(op, reference, "CompositeExplicitAutograd")
-    library.impl(op, _cuda_kernel(op), "CUDA")
+    on_gpu = _cuda_kernel(op)
+    library.impl(op, on_gpu, "CUDA")
     torch.library.register_fake(name, fake, lib=library)
     torch.library.register_vmap(name, vmap, lib=library)
     _operators[op] = getattr(torch.ops.pyflow, op).default
+    kinds = _direct.kinds_of(_operators[op])
+    if torch.cuda.is_available() and kinds is not None:
+        _gpu_kernels[op] = on_gpu, kinds
     if backward is not None:
         assert setup_context is not None
         setup_context, backward = _on_its_backend(setup_context, backward)
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
-        _functions[op] = _function(_operators[op], setup_context, backward)
+        _functions[op] = _function(op, setup_context, backward)
 
 
 def finish() -> None:

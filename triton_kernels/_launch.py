@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import struct
 from collections.abc import Sequence
@@ -11,13 +13,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import _tiles
+from . import _plans, _tiles
 
 TILE = 1024  # elements a program handles per loop iteration
 SEGMENT = 4 * TILE  # most columns of a row in one program
 
 
-class Space(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Space:
     """Iteration space (rows) x (columns): leading dims are the batch, trailing dims the event."""
 
     rows: int
@@ -31,6 +34,15 @@ class Space(NamedTuple):
     def wide(self) -> bool:
         """Whether an index needs 64 bits."""
         return max(self.rows, self.cols) > 2**31 - 2 * SEGMENT
+
+    @functools.cached_property
+    def blocks(self) -> Blocks:
+        return cut(self)
+
+    @functools.cached_property
+    def constants(self) -> dict[Blocks, dict[str, object]]:
+        """Arguments of a kernel that follow from the space, for each way to split it; filled by `over_space`."""
+        return {}
 
 
 class Blocks(NamedTuple):
@@ -53,41 +65,70 @@ def collapse(
 ) -> Space:
     """Merge neighbouring dims that are contiguous with each other in every tensor.
 
-    Event dims are visited in the memory order of the first tensor, or in C order with `c_order`.
+    Event dims are visited in the memory order of the first tensor, or in C order with `c_order`. The same shape and
+    strides give the same object.
     """
-    lead: Any = tensors[0]
-    shape, split = lead.shape, lead.dim() - event_dims
+    lead: Any = tensors[0] if tensors[0] is not None else next(t for t in tensors if t is not None)
+    return _space(
+        event_dims, c_order, lead.shape, tuple([None if t is None else t.stride() for t in tensors]),
+        tuple([None if t is None else t.stride() for t in row_tensors]),
+    )  # fmt: skip
+
+
+Strides = tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _space(
+    event_dims: int,
+    c_order: bool,
+    shape: Strides,
+    whole: tuple[Strides | None, ...],
+    by_row: tuple[Strides | None, ...],
+) -> Space:
+    """Return the space of tensors with these strides; those of `by_row` have row dims only."""
+    split = len(shape) - event_dims
     rows, cols = math.prod(shape[:split]), math.prod(shape[split:])
-    present = [t for t in (*tensors, *row_tensors) if t is not None]
-    if all(t.is_contiguous() for t in present):
+    present = [s for s in (*whole, *by_row) if s is not None]
+    if all(_is_contiguous(shape, s) for s in present):
         vec = next(v for v in (8, 4, 2, 1) if cols % v == 0)
         at = ((cols // vec,), (1,))
         one = (1,)
         return Space(
-            rows, cols, vec, ((), ()), tuple(at if t is not None else None for t in tensors),
-            tuple(one if t is not None else None for t in row_tensors),
+            rows, cols, vec, ((), ()), tuple(at if s is not None else None for s in whole),
+            tuple(one if s is not None else None for s in by_row),
         )  # fmt: skip
 
-    strides = [t.stride() + (0,) * (lead.dim() - t.dim()) for t in present]
+    strides = [s + (0,) * (len(shape) - len(s)) for s in present]
     # event dims in the memory order of the first tensor, for cache locality
-    event = sorted(range(split, lead.dim()), key=lambda d: 0 if c_order else -strides[0][d])
+    event = sorted(range(split, len(shape)), key=lambda d: 0 if c_order else -strides[0][d])
     row_sizes, row_strides = _merge(range(split), shape, strides, cols)
     col_sizes, col_strides = _merge(event, shape, strides, 1)
-    whole = len([t for t in tensors if t is not None])
-    outer = [s for k in range(whole) for s in (*row_strides[k], *col_strides[k][:-1])]
+    full = len([s for s in whole if s is not None])
+    outer = [s for k in range(full) for s in (*row_strides[k], *col_strides[k][:-1])]
     vec = math.gcd(8, col_sizes[-1], *outer)
     if len(col_sizes) > 1:
         col_sizes[-1] //= vec
     whole_at = iter(
         (tuple(s // vec for s in row_strides[k]), (*(s // vec for s in col_strides[k][:-1]), col_strides[k][-1]))
-        for k in range(whole)
+        for k in range(full)
     )
-    row_at = iter(tuple(row_strides[k]) for k in range(whole, len(present)))
+    row_at = iter(tuple(row_strides[k]) for k in range(full, len(present)))
     return Space(
         rows, cols, vec, (tuple(row_sizes[1:]), tuple(col_sizes[1:])),
-        tuple(next(whole_at) if t is not None else None for t in tensors),
-        tuple(next(row_at) if t is not None else None for t in row_tensors),
+        tuple(next(whole_at) if s is not None else None for s in whole),
+        tuple(next(row_at) if s is not None else None for s in by_row),
     )  # fmt: skip
+
+
+def _is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a tensor with the leading sizes of `shape` is contiguous, as `Tensor.is_contiguous` says."""
+    size = 1
+    for n, stride in reversed(list(zip(shape, strides, strict=False))):
+        if n != 1 and stride != size:
+            return False
+        size *= n
+    return True
 
 
 def any_event_dims(tensors: Sequence[Tensor | None]) -> int:
@@ -148,26 +189,34 @@ def over_space(
     num_warps: int | None = None, **constants: object,
 ) -> None:  # fmt: skip
     """Launch a kernel whose signature ends with sizes, rows, cols, segments and block shapes, on the device of x."""
-    blocks = blocks or cut(space)
+    blocks = blocks or space.blocks
+    of_space = space.constants.get(blocks)
+    if of_space is None:
+        of_space = space.constants[blocks] = {
+            "sizes": space.sizes, "rows": space.rows, "cols": space.cols // space.vec, "segments": blocks.segments,
+            "INDEX": tl.int64 if space.wide else tl.int32, "VEC": space.vec, "BLOCK_R": blocks.rows,
+            "BLOCK_C": blocks.cols, "SEGMENT": blocks.segment,
+        }  # fmt: skip
     # float64: twice the warps halve the elements per thread, to lower register pressure
     launch(
         kernel, blocks.programs, x.device, *args, num_warps=num_warps or (8 if x.dtype == torch.float64 else 4),
-        sizes=space.sizes, rows=space.rows, cols=space.cols // space.vec, segments=blocks.segments,
-        INDEX=tl.int64 if space.wide else tl.int32, VEC=space.vec, BLOCK_R=blocks.rows, BLOCK_C=blocks.cols,
-        SEGMENT=blocks.segment, **constants,
+        of_space=of_space, **constants,
     )  # fmt: skip
 
 
+NOTHING: dict[str, object] = {}
+
+
 def launch(
-    kernel: Any, count: int, device: torch.device, *args: object, num_warps: int = 4, **constants: object
-) -> None:
-    """Launch `count` programs on the device, with fp fusion (contraction to fma) off."""
-    options = {"num_warps": num_warps, "enable_fp_fusion": False, **constants}
+    kernel: Any, count: int, device: torch.device, *args: object, num_warps: int = 4,
+    of_space: dict[str, object] = NOTHING, **constants: object,
+) -> None:  # fmt: skip
+    """Launch `count` programs on the device; `of_space` are more constants, see `_plans.launch`."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
-        kernel[(count,)](*args, **options)
+        _plans.launch(kernel, count, device.index, num_warps, args, constants, of_space)
     else:
         with torch.cuda.device(device):
-            kernel[(count,)](*args, **options)
+            _plans.launch(kernel, count, device.index, num_warps, args, constants, of_space)
 
 
 def with_strides(tensors: Sequence[Tensor | None], at: Sequence[object]) -> list[object]:

@@ -181,7 +181,7 @@ def _forward(
     logdet = x.new_empty(batch, dtype=sum_dtype)
     tensors = (x, shift, scale, mask, y)
     space = _launch.collapse(event_dims, tensors)
-    segments = _launch.cut(space).segments
+    segments = space.blocks.segments
     partial = logdet if segments == 1 else x.new_empty((space.rows, segments), dtype=sum_dtype)
     _launch.over_space(
         forward_kernel, space, x, *_launch.with_strides(tensors, space.at), partial,

@@ -161,7 +161,7 @@ def mala_accept(
     space = _launch.collapse(tensors[0].dim() - 1, tensors)
     arguments = _launch.with_strides(tensors, space.at)
     size, total = _alpha(alpha, dtype), None
-    segments = _launch.cut(space).segments
+    segments = space.blocks.segments
     if segments > 1:
         partial = z.new_empty((space.rows, segments), dtype=dtype)
         _launch.over_space(sums_kernel, space, like, *arguments[:8], partial, **size)
@@ -180,7 +180,7 @@ def grad_norm_penalty(grad: Tensor) -> Tensor:
     if grad.numel() == 0:
         return grad.new_zeros(grad.shape[:1], dtype=dtype)
     space = _launch.collapse(grad.dim() - 1, (grad,))
-    segments = _launch.cut(space).segments
+    segments = space.blocks.segments
     out = grad.new_empty(grad.shape[:1], dtype=dtype)
     partial = out if segments == 1 else grad.new_empty((space.rows, segments), dtype=dtype)
     _launch.over_space(squares_kernel, space, grad, grad, space.at[0], partial)

@@ -115,7 +115,7 @@ def flow_log_prob(h: Tensor, log_scale: Tensor | None, prior: int) -> Tensor:
     out = h.new_empty(h.shape[:1], dtype=dtype)
     tensors = (h, _rows_of(log_scale, h))
     space = _launch.collapse(h.dim() - 1, tensors)
-    segments = _launch.cut(space).segments
+    segments = space.blocks.segments
     partial = out if segments == 1 else h.new_empty((space.rows, segments), dtype=dtype)
     offset = -0.5 * math.log(2 * math.pi) * space.cols if prior == GAUSSIAN.value else 0.0
     _launch.over_space(
@@ -134,7 +134,7 @@ def flow_log_prob_backward(grad: Tensor, h: Tensor, log_scale: Tensor | None, pr
         return gh, glog_scale.zero_()
     tensors = (h, _rows_of(log_scale, h), gh, None if log_scale is None else _rows_of(glog_scale, h))
     space = _launch.collapse(h.dim() - 1, tensors, (grad,))
-    blocks = _launch.cut(space)
+    blocks = space.blocks
     # at most 512 partial sums per column, each of at least 32 rows
     block_rows = max(blocks.rows, 32, _launch.power_of_two(-(-space.rows // 512)))
     count = -(-space.rows // block_rows)

@@ -460,11 +460,8 @@ def _over(
         return
     f64 = lead.dtype == torch.float64
     space = _launch.collapse(lead.dim() - 1, views)
-    tile = _tile(
-        space,
-        [at for t, at in zip(views, space.at, strict=True) if t is not None and t.is_floating_point()],
-        most_steps,
-    )
+    floats = tuple([t is not None and t.is_floating_point() for t in views])
+    tile = _tile(space, floats, most_steps)
     # float64: twice the warps halve the elements per thread, to lower register pressure
     _launch.launch(
         kernel, -(-space.cols // (tile.positions * tile.steps)), lead.device, *_launch.with_strides(views, space.at),
@@ -473,7 +470,9 @@ def _over(
     )  # fmt: skip
 
 
-def _tile(space: _launch.Space, at: Sequence[Any], most_steps: int) -> Tile:
+@functools.lru_cache(maxsize=4096)
+def _tile(space: _launch.Space, floats: tuple[bool, ...], most_steps: int) -> Tile:
+    at: Any = [a for a, is_float in zip(space.at, floats, strict=True) if is_float]
     d, elements, vec = space.rows, _launch.TILE, space.vec
     positions = elements // d // 8 * 8
     (row_strides, col_strides) = at[0]

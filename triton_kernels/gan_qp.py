@@ -149,7 +149,7 @@ def gan_qp_loss_backward(
 def _sums(real: Tensor, fake: Tensor, distance: int, dtype: torch.dtype) -> tuple[Tensor, int]:
     """Return sums of deviations (rows, segments) and the number of elements of a sample."""
     space = _launch.collapse(real.dim() - 1, (real, fake))
-    sums = real.new_empty((space.rows, _launch.cut(space).segments), dtype=dtype)
+    sums = real.new_empty((space.rows, space.blocks.segments), dtype=dtype)
     _launch.over_space(
         sums_kernel, space, sums, *_launch.with_strides((real, fake), space.at), sums, DISTANCE=distance
     )  # fmt: skip

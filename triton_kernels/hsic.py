@@ -1,154 +1,135 @@
 """Sums over Gram matrices that are computed tile by tile and never stored; permuted sums; centring.
 
-A program owns a block of rows and loops over all blocks of columns. This keeps a row's sum in one program without
-atomics, but computes each tile twice. There is no CUDA C++ version, because the tiles are matrix products, which Triton
-schedules; a GPU without Triton runs the reference.
+Forward, a program owns a block of rows I and a block of columns J: every unordered pair of blocks is computed once, for
+J = I, I + 1, ... modulo the number of blocks, and gives row sums of I and of J. Backward, a program owns a block of
+rows and a range of columns, and computes the tiles on both sides of the diagonal. There are no atomics: partial sums
+are added in a fixed order. There is no CUDA C++ version, because the tiles are matrix products, which Triton schedules;
+a GPU without Triton runs the reference.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._schemas import HSIC_KERNELS
-from ..reference.hsic import centred, wide
 from . import _launch
-from ._math import exp_less
+from ._gram import DELTA, DEPTH, LAPLACIAN, POLYNOMIAL, PRECOMPUTED, RBF, Gram, counted, gram_tile, grams_of
 from .center import center_into
 
-RBF = tl.constexpr(HSIC_KERNELS.index("rbf"))
-LAPLACIAN = tl.constexpr(HSIC_KERNELS.index("laplacian"))
-POLYNOMIAL = tl.constexpr(HSIC_KERNELS.index("polynomial"))
-DELTA = tl.constexpr(HSIC_KERNELS.index("delta"))
-PRECOMPUTED = tl.constexpr(HSIC_KERNELS.index("precomputed"))
+GRID = tl.constexpr(1.5 * 2.0**7)  # adding it rounds to a multiple of 2^-16
+MOST_PARTIAL = 1 << 21  # most partial row sums of a launch per variable: above this, offsets take several launches
 
-SQUARES_UP_TO = tl.constexpr(8)  # features: see csrc/ops/hsic.h
-# rows and columns of a tile, features per product; larger tiles run out of registers (sm_80 to sm_100)
-BLOCK, DEPTH, WARPS = 32, 16, 8
+
+class Tile(NamedTuple):
+    """Rows of a block, columns of a step, warps, and most registers per thread, so that several blocks share a
+    multiprocessor (0: no limit)."""
+
+    rows: int
+    step: int
+    warps: int
+    registers: int = 0
+
+    def options(self) -> dict[str, int]:
+        # AMD's compiler has no such limit
+        limit = {"maxnreg": self.registers} if self.registers and torch.version.hip is None else {}
+        # one stage: a prefetched tile would take the registers of a second block
+        return {"num_warps": self.warps, "num_stages": 1, **limit}
+
+
+@triton.jit(do_not_specialize=["count", "parts"])
+def accumulate_kernel(partial, out, count, parts, BLOCK: tl.constexpr):
+    """Add partial (parts, count) to out (count,), one part after the other."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.load(out + i, mask=i < count, other=0.0)
+    partial += i
+    for _ in range(parts):
+        total += tl.load(partial, mask=i < count, other=0.0).to(total.dtype)
+        partial += count
+    tl.store(out + i, total, mask=i < count)
 
 
 @triton.jit
-def power(x, DEGREE: tl.constexpr):
-    y = x
-    for _ in tl.static_range(DEGREE - 1):
-        y = y * x
-    return y
-
-
-@triton.jit
-def raw_tile(
-    z, i, j, n, dim, KERNEL: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr
-):
-    """Argument of the kernel function: dot product, sum of squared or absolute differences, or number of mismatches."""
-    dtype: tl.constexpr = z.dtype.element_ty
-    rows, columns = z + i.to(tl.int64) * dim, z + j.to(tl.int64) * dim
-    total = tl.zeros((i.shape[0], j.shape[0]), dtype)
-    if (KERNEL == POLYNOMIAL or (KERNEL == RBF and not SQUARES)) and dtype == tl.float32:
-        for k0 in range(0, dim, DEPTH):
-            k = k0 + tl.arange(0, DEPTH)
-            a = tl.load(rows[:, None] + k[None, :], mask=(i < n)[:, None] & (k < dim)[None, :], other=0.0)
-            b = tl.load(columns[None, :] + k[:, None], mask=(j < n)[None, :] & (k < dim)[:, None], other=0.0)
-            total = tl.dot(a, b, total, input_precision=PRECISION)
+def exact_sum(v, axis: tl.constexpr, BOUNDED: tl.constexpr):
+    """Sum in float64. Entries of at most 1 are split: up to 128 multiples of 2^-16 add without rounding in float32."""
+    if v.dtype == tl.float64:
+        return tl.sum(v, axis)
+    elif BOUNDED:
+        high = (v + GRID) - GRID
+        return tl.sum(high, axis).to(tl.float64) + tl.sum(v - high, axis).to(tl.float64)
     else:
-        for k in range(dim):
-            a = tl.load(rows + k, mask=i < n, other=0.0)[:, None]
-            b = tl.load(columns + k, mask=j < n, other=0.0)[None, :]
-            if KERNEL == RBF and SQUARES:
-                total = tl.fma(a - b, a - b, total)
-            elif KERNEL == LAPLACIAN:
-                total += tl.abs(a - b)
-            elif KERNEL == DELTA:
-                total += tl.where(a != b, 1.0, 0.0)
-            else:
-                total = tl.fma(a, b, total)
-    return total
+        return tl.sum(v.to(tl.float64), axis)
 
 
-@triton.jit
-def gram_tile(
-    z, halves, shift, i, j, n, dim,
-    KERNEL: tl.constexpr, DEGREE: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """K - shift and the slope: dK / d(dot product), or K itself for kernels of distances."""
-    if KERNEL == PRECOMPUTED:
-        inside = (i < n)[:, None] & (j < n)[None, :]
-        value = tl.load(z + i.to(tl.int64)[:, None] * n + j[None, :], mask=inside, other=0.0)
-        slope = value
-    else:
-        raw = raw_tile(z, i, j, n, dim, KERNEL, SQUARES, PRECISION, DEPTH)
-        if KERNEL == POLYNOMIAL:
-            value = power(raw, DEGREE)
-            if DEGREE == 1:
-                slope = tl.full(raw.shape, 1.0, raw.dtype)
-            else:
-                slope = power(raw, DEGREE - 1) * DEGREE
-        elif KERNEL == DELTA:
-            value = tl.where(raw == 0.0, 1.0, 0.0).to(raw.dtype)
-            slope = value
-        else:
-            if KERNEL == LAPLACIAN:
-                exponent = raw * -1.0
-            elif SQUARES:
-                exponent = raw * -0.5
-            else:
-                both = tl.load(halves + i, mask=i < n, other=0.0)[:, None] + tl.load(halves + j, mask=j < n, other=0.0)
-                exponent = raw - both
-                # rounding may make a distance negative
-                exponent = tl.where(exponent > 0.0, 0.0, exponent)
-            value = exp_less(exponent, shift)
-            slope = value + shift
-    return value, slope
-
-
-@triton.jit
-def counted(i, j, n):
-    """Mask of the summed entries: inside the matrix, off the diagonal."""
-    return (i < n)[:, None] & (j < n)[None, :] & (i[:, None] != j[None, :])
-
-
-@triton.jit(do_not_specialize=["n", "blocks", "part", "parts"])
+@triton.jit(do_not_specialize=["n", "blocks", "part", "parts", "own", "first", "offsets", "size"])
 def sums_kernel(
-    x, x_halves, x_shift, x_dim, y, y_halves, y_shift, y_dim, x_rows, y_rows, cross, n, blocks, part, parts,
+    x, x_low, x_halves, x_shift, x_dim, y, y_low, y_halves, y_shift, y_dim, x_partial, y_partial, cross,
+    n, blocks, part, parts, own, first, offsets, size,
     X: tl.constexpr, X_DEGREE: tl.constexpr, X_SQUARES: tl.constexpr,
     Y: tl.constexpr, Y_DEGREE: tl.constexpr, Y_SQUARES: tl.constexpr,
-    SAME: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    SAME: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows of a pair: its row sums if requested, and cross (batch, blocks).
+    """One pair of blocks of a pair of variables: cross (batch, own, offsets), and if requested partial row sums
+    (2 offsets, batch n = size): of the rows, then of the columns.
 
-    A launch covers blocks part, part + parts, part + 2 parts, ...
+    A launch covers `offsets` offsets from `first` on, of the row blocks part, part + parts, part + 2 parts, ...
     """
-    item = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    i = (block * parts + part) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0)
+    offset = program % offsets
+    item = (program // offsets // own).to(tl.int64)
+    row_block = (program // offsets % own) * parts + part
+    distance = first + offset
+    column_block = (row_block + distance) % blocks
+    # half a turn: the pair of blocks is met from both sides
+    met = (2 * distance == blocks) & (row_block > column_block)
+    i = row_block * BLOCK + tl.arange(0, BLOCK)
     dtype: tl.constexpr = x.dtype.element_ty
     x += item * n * x_dim
     y += item * n * y_dim
+    if x_low is not None:
+        x_low += item * n * x_dim
+    if y_low is not None:
+        y_low += item * n * y_dim
     sx, sy = tl.load(x_shift + item).to(dtype), tl.load(y_shift + item).to(dtype)
+    X_BOUNDED: tl.constexpr = X != POLYNOMIAL and X != PRECOMPUTED
+    Y_BOUNDED: tl.constexpr = Y != POLYNOMIAL and Y != PRECOMPUTED
     sum_x, sum_y = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     products = tl.zeros((BLOCK,), tl.float64)
-    for j0 in range(0, n, BLOCK):
-        j = j0 + tl.arange(0, BLOCK)
-        inside = counted(i, j, n)
-        k, _ = gram_tile(x, x_halves + item * n, sx, i, j, n, x_dim, X, X_DEGREE, X_SQUARES, PRECISION, DEPTH)
-        k = tl.where(inside, k, 0.0).to(tl.float64)
+    at_rows = offset.to(tl.int64) * size + item * n
+    at_columns = at_rows + offsets.to(tl.int64) * size
+    for step in range(0, BLOCK, STEP):
+        j = column_block * BLOCK + step + tl.arange(0, STEP)
+        inside = counted(i, j, n) & (met == 0)
+        k, _ = gram_tile(
+            x, x_low, x_halves + item * n, sx, i, j, n, x_dim, X, X_DEGREE, X_SQUARES, PRECISION, DEPTH
+        )  # fmt: skip
+        k = tl.where(inside, k, 0.0)
+        if x_partial is not None:
+            sum_x += exact_sum(k, 1, X_BOUNDED)
+            # the diagonal block has both sides already
+            tl.store(x_partial + at_columns + j, tl.where(distance == 0, 0.0, exact_sum(k, 0, X_BOUNDED)), mask=j < n)
         if SAME:
             m = k
         else:
-            m, _ = gram_tile(y, y_halves + item * n, sy, i, j, n, y_dim, Y, Y_DEGREE, Y_SQUARES, PRECISION, DEPTH)
-            m = tl.where(inside, m, 0.0).to(tl.float64)
-        sum_x += tl.sum(k, 1)
-        sum_y += tl.sum(m, 1)
-        products += tl.sum(k * m, 1)
-    if x_rows is not None:
-        tl.store(x_rows + item * n + i, sum_x, mask=i < n)
-    if y_rows is not None:
-        tl.store(y_rows + item * n + i, sum_y, mask=i < n)
-    tl.store(cross + item * blocks + block, tl.sum(products, 0))
+            m, _ = gram_tile(
+                y, y_low, y_halves + item * n, sy, i, j, n, y_dim, Y, Y_DEGREE, Y_SQUARES, PRECISION, DEPTH
+            )  # fmt: skip
+            m = tl.where(inside, m, 0.0)
+        if y_partial is not None:
+            sum_y += exact_sum(m, 1, Y_BOUNDED)
+            tl.store(y_partial + at_columns + j, tl.where(distance == 0, 0.0, exact_sum(m, 0, Y_BOUNDED)), mask=j < n)
+        products += exact_sum(k * m, 1, X_BOUNDED and Y_BOUNDED)
+    if x_partial is not None:
+        tl.store(x_partial + at_rows + i, sum_x, mask=i < n)
+    if y_partial is not None:
+        tl.store(y_partial + at_rows + i, sum_y, mask=i < n)
+    total = tl.sum(products, 0)
+    tl.store(cross + program, tl.where(distance == 0, total, 2.0 * total))
 
 
 @triton.jit
@@ -161,63 +142,87 @@ def weight_tile(inside, i, j, n, rows, factor, other, slope):
     return tl.where(inside, w * slope, 0.0)
 
 
-@triton.jit(do_not_specialize=["n", "blocks", "chunks"])
+@triton.jit
+def own_features(z, low, i, f, n, dim):
+    """Features f of rows i."""
+    inside = (i < n)[:, None] & (f < dim)[None, :]
+    at = i.to(tl.int64)[:, None] * dim + f[None, :]
+    value = tl.load(z + at, mask=inside, other=0.0)
+    if low is not None:
+        value += tl.load(low + at, mask=inside, other=0.0)
+    return value
+
+
+@triton.jit(do_not_specialize=["n", "blocks", "chunks", "splits", "steps"])
 def backward_kernel(
-    x, x_halves, x_shift, x_dim, y, y_halves, y_shift, y_dim, rows, factor, grad, n, blocks, chunks,
+    x, x_low, x_halves, x_shift, x_dim, y, y_low, y_halves, y_shift, y_dim, rows, factor, partial,
+    n, blocks, chunks, splits, steps,
     X: tl.constexpr, X_DEGREE: tl.constexpr, X_SQUARES: tl.constexpr,
     Y: tl.constexpr, Y_DEGREE: tl.constexpr, Y_SQUARES: tl.constexpr,
-    SAME: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, DEPTH: tl.constexpr, FEATURES: tl.constexpr,
+    SAME: tl.constexpr, PRECISION: tl.constexpr, WEIGHTS: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, DEPTH: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of x from one pair of variables: a block of rows x FEATURES features."""
+    """Gradient of x from one pair of variables: a block of rows x FEATURES features, from `steps` steps of columns.
+
+    partial is (splits, batch, n, x_dim).
+    """
     program = tl.program_id(0)
-    item = (program // (blocks * chunks)).to(tl.int64)
-    i = program // chunks % blocks * BLOCK + tl.arange(0, BLOCK)
-    f = program % chunks * FEATURES + tl.arange(0, FEATURES)
+    chunk = program % chunks
+    split = program // chunks % splits
+    item = (program // chunks // splits // blocks).to(tl.int64)
+    i = program // chunks // splits % blocks * BLOCK + tl.arange(0, BLOCK)
+    f = chunk * FEATURES + tl.arange(0, FEATURES)
+    batch = (tl.num_programs(0) // chunks // splits // blocks).to(tl.int64)
     dtype: tl.constexpr = x.dtype.element_ty
     x += item * n * x_dim
     y += item * n * y_dim
+    if x_low is not None:
+        x_low += item * n * x_dim
+    if y_low is not None:
+        y_low += item * n * y_dim
     sx, sy = tl.load(x_shift + item).to(dtype), tl.load(y_shift + item).to(dtype)
     if rows is not None:
         rows += item * n
     by = tl.load(factor + item).to(dtype)
-    own = (i < n)[:, None] & (f < x_dim)[None, :]
-    at = i.to(tl.int64)[:, None] * x_dim + f[None, :]
-    zi = tl.load(x + at, mask=own, other=0.0)
     total = tl.zeros((BLOCK, FEATURES), dtype)
     weights = tl.zeros((BLOCK,), dtype)
-    for j0 in range(0, n, BLOCK):
-        j = j0 + tl.arange(0, BLOCK)
+    for step in range(split * steps, tl.minimum((split + 1) * steps, (n + STEP - 1) // STEP)):
+        j = step * STEP + tl.arange(0, STEP)
         inside = counted(i, j, n)
-        k, slope = gram_tile(x, x_halves + item * n, sx, i, j, n, x_dim, X, X_DEGREE, X_SQUARES, PRECISION, DEPTH)
         if SAME:
-            other = k
+            k, slope = gram_tile(
+                x, x_low, x_halves + item * n, sx, i, j, n, x_dim, X, X_DEGREE, X_SQUARES, PRECISION, DEPTH
+            )  # fmt: skip
+            w = weight_tile(inside, i, j, n, rows, by, k, slope)
         else:
-            other, _ = gram_tile(y, y_halves + item * n, sy, i, j, n, y_dim, Y, Y_DEGREE, Y_SQUARES, PRECISION, DEPTH)
-        w = weight_tile(inside, i, j, n, rows, by, other, slope)
-        there = (j < n)[:, None] & (f < x_dim)[None, :]
-        zj = tl.load(x + j.to(tl.int64)[:, None] * x_dim + f[None, :], mask=there, other=0.0)
+            # y first: fewer registers than with the slope of x beside it
+            other, _ = gram_tile(
+                y, y_low, y_halves + item * n, sy, i, j, n, y_dim, Y, Y_DEGREE, Y_SQUARES, PRECISION, DEPTH
+            )  # fmt: skip
+            _, slope = gram_tile(
+                x, x_low, x_halves + item * n, sx, i, j, n, x_dim, X, X_DEGREE, X_SQUARES, PRECISION, DEPTH
+            )  # fmt: skip
+            w = weight_tile(inside, i, j, n, rows, by, other, slope)
+        zj = own_features(x, x_low, j, f, n, x_dim)
         if X == LAPLACIAN:
-            more = zi[:, None, :] - zj[None, :, :]
+            more = own_features(x, x_low, i, f, n, x_dim)[:, None, :] - zj[None, :, :]
             sign = tl.where(more > 0.0, 1.0, tl.where(more < 0.0, -1.0, 0.0)).to(dtype)
             total -= tl.sum(w[:, :, None] * sign, 1)
         elif dtype == tl.float32:
-            total = tl.dot(w, zj, total, input_precision=PRECISION)
+            total = tl.dot(w, zj, total, input_precision=WEIGHTS)
         else:
             total += tl.sum(w[:, :, None] * zj[None, :, :], 1)
         weights += tl.sum(w, 1)
     if X == RBF:
         # sum over j of w_ij (z_j - z_i)
-        total -= weights[:, None] * zi
-    grad += item * n * x_dim
-    if ADD:
-        total += tl.load(grad + at, mask=own, other=0.0)
-    tl.store(grad + at, total, mask=own)
+        total -= weights[:, None] * own_features(x, x_low, i, f, n, x_dim)
+    at = ((split * batch + item) * n + i)[:, None] * x_dim + f[None, :]
+    tl.store(partial + at, total, mask=(i < n)[:, None] & (f < x_dim)[None, :])
 
 
 @triton.jit(do_not_specialize=["n", "blocks"])
 def matrix_kernel(
-    y, y_halves, y_shift, y_dim, rows, factor, grad, n, blocks,
+    y, y_low, y_halves, y_shift, y_dim, rows, factor, grad, n, blocks,
     Y: tl.constexpr, Y_DEGREE: tl.constexpr, Y_SQUARES: tl.constexpr,
     ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -228,9 +233,12 @@ def matrix_kernel(
     j = program % blocks * BLOCK + tl.arange(0, BLOCK)
     dtype: tl.constexpr = y.dtype.element_ty
     shift, by = tl.load(y_shift + item).to(dtype), tl.load(factor + item).to(dtype)
+    y += item * n * y_dim
+    if y_low is not None:
+        y_low += item * n * y_dim
     value, _ = gram_tile(
-        y + item * n * y_dim, y_halves + item * n, shift, i, j, n, y_dim, Y, Y_DEGREE, Y_SQUARES, PRECISION, DEPTH
-    )
+        y, y_low, y_halves + item * n, shift, i, j, n, y_dim, Y, Y_DEGREE, Y_SQUARES, PRECISION, DEPTH
+    )  # fmt: skip
     total = value * by
     if rows is not None:
         total += tl.load(rows + item * n + i, mask=i < n, other=0.0)[:, None].to(dtype)
@@ -261,34 +269,41 @@ def permuted_kernel(x, y, permutations, out, n, BLOCK: tl.constexpr):
     tl.store(out + row, tl.sum(total, 0))
 
 
-class Gram:
-    """Kernel inputs of one variable: centred and scaled rows, half their squared norms, the shift of K."""
-
-    def __init__(self, z: Tensor, scale: Tensor, kernel: int, degree: int) -> None:
-        name = HSIC_KERNELS[kernel]
-        self.kernel, self.degree, self.dim = kernel, degree, z.shape[-1]
-        self.shift = wide(z, scale, name).double()
-        if name in ("rbf", "laplacian"):
-            z = centred(z) * scale[:, None, None]
-        self.z = z.contiguous()
-        self.squares = name == "rbf" and self.dim <= SQUARES_UP_TO.value
-        # in float64: the rounding of a norm shifts every entry of its row alike
-        self.halves = (self.z.double().square().sum(-1) / 2).to(z.dtype) if name == "rbf" else self.z
-
-    @property
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        return self.z, self.halves, self.shift, self.dim
-
-    def constants(self, name: str) -> dict[str, Any]:
-        return {name: self.kernel, f"{name}_DEGREE": self.degree, f"{name}_SQUARES": self.squares}
+def _precision(three: str) -> str:
+    """Precision of a tl.dot of float32: the name of the tensor-core mode, "ieee" on AMD."""
+    return three if torch.version.hip is None else "ieee"
 
 
-def grams_of(z: Sequence[Tensor], scale: Tensor, kernels: Sequence[int], degrees: Sequence[int]) -> list[Gram]:
-    return [Gram(variable, scale[:, m], kernels[m], degrees[m]) for m, variable in enumerate(z)]
+@functools.cache
+def _hopper(device: torch.device) -> bool:
+    """Whether products read their operands from shared memory, which leaves registers; so does the interpreter."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-def tile_of(allow_tf32: bool) -> dict[str, Any]:
-    return {"PRECISION": "tf32" if allow_tf32 else "ieee", "DEPTH": DEPTH, "BLOCK": BLOCK, "num_warps": WARPS}
+def _tile(x: Gram, y: Gram, device: torch.device) -> Tile:
+    """Tile of the forward kernel; by dtypes, kernels and device alone, so that no sum depends on the batch."""
+    if x.z.dtype == torch.float64:
+        return Tile(32, 32, 8)
+    return Tile(64, 32, 4, _registers(x, y, device))
+
+
+def _backward_tile(x: Gram, y: Gram, device: torch.device) -> Tile:
+    # 3-D sums need small tiles
+    if x.kernel == LAPLACIAN.value or x.z.dtype == torch.float64:
+        return Tile(16, 16, 8)
+    fits = _hopper(device) or (x.multiplies and y.multiplies)
+    return Tile(64 if fits else 32, 32, 4, _registers(x, y, device))
+
+
+def _registers(x: Gram, y: Gram, device: torch.device) -> int:
+    """Limit for three blocks per multiprocessor, where it causes no spills."""
+    return 168 if x.multiplies and y.multiplies and _hopper(device) else 0
+
+
+def _accumulate(partial: Tensor, out: Tensor) -> None:
+    """Add partial (parts, ...) to out (...)."""
+    count = out.numel()
+    _launch.launch(accumulate_kernel, -(-count // 256), out.device, partial, out, count, partial.shape[0], BLOCK=256)
 
 
 def hsic_sums(
@@ -296,27 +311,54 @@ def hsic_sums(
     allow_tf32: bool, part: int, parts: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, n, _ = z[0].shape
-    grams, tile = grams_of(z, scale, kernels, degrees), tile_of(allow_tf32)
+    grams = grams_of(z, scale, kernels, degrees, allow_tf32)
     rows = scale.new_zeros((len(z), batch, n), dtype=torch.float64)
     cross = scale.new_zeros((len(pairs) // 2, batch), dtype=torch.float64)
     shift = torch.stack([gram.shift for gram in grams], 1)
-    blocks = len(range(part, -(-n // BLOCK), parts))
     # a variable in no pair needs its row sums too
     asked = [*zip(pairs[::2], pairs[1::2], strict=True)] + [(m, m) for m in range(len(z)) if m not in pairs]
     left = set(range(len(z)))
     for p, (a, b) in enumerate(asked):
-        if batch * blocks == 0:
-            continue
-        partial = scale.new_empty((batch, blocks), dtype=torch.float64)
-        x_rows, y_rows = (rows[m] if m in left else None for m in (a, b))
+        x_rows = rows[a] if a in left else None
+        y_rows = rows[b] if b in left and a != b else None
         left -= {a, b}
-        _launch.launch(
-            sums_kernel, batch * blocks, scale.device, *grams[a].arguments, *grams[b].arguments, x_rows, y_rows,
-            partial, n, blocks, part, parts, SAME=a == b, **grams[a].constants("X"), **grams[b].constants("Y"), **tile,
-        )  # fmt: skip
-        if p < len(cross):
-            _launch.sum_segments(partial, cross[p])
+        total = cross[p] if p < len(cross) else None
+        _pair_sums(grams[a], grams[b], a == b, x_rows, y_rows, total, part, parts)
     return rows.transpose(0, 1).contiguous(), cross.mT.contiguous(), shift
+
+
+def _pair_sums(
+    x: Gram, y: Gram, same: bool, x_rows: Tensor | None, y_rows: Tensor | None, cross: Tensor | None, part: int,
+    parts: int,
+) -> None:  # fmt: skip
+    """Add one pair's row sums (batch, n) and sum of products (batch,)."""
+    batch, n, _ = x.z.shape
+    tile = _tile(x, y, x.z.device)
+    blocks = -(-n // tile.rows)
+    own = len(range(part, blocks, parts))
+    if batch * own == 0:
+        return
+    turns = blocks // 2 + 1
+    most = max(1, MOST_PARTIAL // n)
+    scratch = x.shift
+    for first in range(0, turns, most):
+        offsets = min(most, turns - first)
+        # blocks of other parts are not written
+        new = scratch.new_empty if parts == 1 else scratch.new_zeros
+        partials = [None if rows is None else new((2 * offsets, batch, n)) for rows in (x_rows, y_rows)]
+        products = scratch.new_empty((batch, own * offsets))
+        _launch.launch(
+            sums_kernel, batch * own * offsets, x.z.device, *x.arguments, *y.arguments, *partials, products, n, blocks,
+            part, parts, own, first, offsets, batch * n, **x.constants("X"), **y.constants("Y"), SAME=same,
+            PRECISION=_precision("tf32"), BLOCK=tile.rows, STEP=tile.step, DEPTH=DEPTH, **tile.options(),
+        )  # fmt: skip
+        for partial, rows in zip(partials, (x_rows, y_rows), strict=True):
+            if partial is not None and rows is not None:
+                _accumulate(partial, rows)
+        if cross is not None:
+            total = torch.empty_like(cross)
+            _launch.sum_segments(products, total)
+            cross += total
 
 
 def hsic_sums_backward(
@@ -324,7 +366,7 @@ def hsic_sums_backward(
     degrees: Sequence[int], pairs: Sequence[int], allow_tf32: bool,
 ) -> list[Tensor]:  # fmt: skip
     batch, n, _ = z[0].shape
-    grams, tile = grams_of(z, scale, kernels, degrees), tile_of(allow_tf32)
+    grams = grams_of(z, scale, kernels, degrees, allow_tf32)
     grads = []
     for m, gram in enumerate(grams):
         grad = torch.zeros_like(gram.z)
@@ -335,27 +377,44 @@ def hsic_sums_backward(
         sides = [(pairs[k ^ 1], grad_cross[:, k // 2]) for k in range(len(pairs)) if pairs[k] == m]
         rows = grad_rows[:, m].contiguous()
         for index, (other, factor) in enumerate(sides or [(m, grad_rows.new_zeros(batch))]):
-            y, given = grams[other], rows if index == 0 else None
+            given, factor = rows if index == 0 else None, factor.contiguous()
             if kernels[m] == PRECOMPUTED.value:
-                blocks = -(-n // BLOCK)
-                _launch.launch(
-                    matrix_kernel, batch * blocks * blocks, scale.device, *y.arguments, given, factor.contiguous(),
-                    grad, n, blocks, ADD=index > 0, **y.constants("Y"), **tile,
-                )  # fmt: skip
-                continue
-            # 3-D sums need small tiles
-            small = kernels[m] == LAPLACIAN.value or gram.z.dtype == torch.float64
-            size = {**tile, "BLOCK": 16 if small else BLOCK}
-            features = 16 if small else min(64, max(16, _launch.power_of_two(gram.dim)))
-            blocks, chunks = -(-n // size["BLOCK"]), -(-gram.dim // features)
-            _launch.launch(
-                backward_kernel, batch * blocks * chunks, scale.device, *gram.arguments, *y.arguments, given,
-                factor.contiguous(), grad, n, blocks, chunks, SAME=other == m, ADD=index > 0, FEATURES=features,
-                **gram.constants("X"), **y.constants("Y"), **size,
-            )  # fmt: skip
+                _matrix_gradient(grams[other], given, factor, grad, index > 0)
+            else:
+                _add_gradient(gram, grams[other], other == m, given, factor, grad, allow_tf32)
         if kernels[m] in (RBF.value, LAPLACIAN.value):
             grad *= scale[:, m, None, None]
     return grads
+
+
+def _matrix_gradient(y: Gram, rows: Tensor | None, factor: Tensor, grad: Tensor, add: bool) -> None:
+    batch, n, _ = grad.shape
+    blocks = -(-n // 32)
+    _launch.launch(
+        matrix_kernel, batch * blocks * blocks, grad.device, *y.arguments, rows, factor, grad, n, blocks, ADD=add,
+        PRECISION=_precision("tf32"), BLOCK=32, DEPTH=DEPTH, num_warps=8, **y.constants("Y"),
+    )  # fmt: skip
+
+
+def _add_gradient(
+    x: Gram, y: Gram, same: bool, rows: Tensor | None, factor: Tensor, grad: Tensor, allow_tf32: bool
+) -> None:
+    batch, n, dim = grad.shape
+    tile = _backward_tile(x, y, grad.device)
+    blocks, steps = -(-n // tile.rows), -(-n // tile.step)
+    # about one program for each of an H100's multiprocessors; by n alone
+    splits = max(1, min(8, 128 // blocks, steps)) if tile.rows > 16 else 1
+    features = 16 if tile.rows == 16 else min(64, max(16, _launch.power_of_two(dim)))
+    chunks = -(-dim // features)
+    partial = grad.new_empty((splits, *grad.shape))
+    _launch.launch(
+        backward_kernel, batch * blocks * splits * chunks, grad.device, *x.arguments, *y.arguments, rows, factor,
+        partial, n, blocks, chunks, splits, -(-steps // splits), SAME=same, FEATURES=features, BLOCK=tile.rows,
+        STEP=tile.step, DEPTH=DEPTH, PRECISION=_precision("tf32"),
+        WEIGHTS=_precision("tf32" if allow_tf32 else "tf32x3"), **tile.options(), **x.constants("X"),
+        **y.constants("Y"),
+    )  # fmt: skip
+    _accumulate(partial, grad)
 
 
 def hsic_permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def noise(size: Sequence[int], seed: Tensor, step: Tensor, kind: int, purpose: i
         return out
     # one shared stream: a single row; one stream per sample: the sample is the row
     space = _launch.collapse(out.dim() - seed.dim(), (out,))
-    blocks = _launch.cut(space)
+    blocks = space.blocks
     _launch.over_space(
         noise_kernel, space, out, out, space.at[0], blocks=blocks, KIND=kind,
         ALIGNED=_random.aligned(seed, space.rows, space.cols, blocks.cols), **_random.stream(seed, step, purpose),

@@ -208,20 +208,18 @@ def _stream(seed: Tensor | None, step: Any, purpose: int, space: _launch.Space) 
     """Return the keyword arguments that select the noise; unused zeros if the noise is given (seed None)."""
     if seed is None:
         seed = step = torch.zeros((), dtype=torch.int64)
-    aligned = _random.aligned(seed, space.rows, space.cols, _launch.cut(space).cols)
+    aligned = _random.aligned(seed, space.rows, space.cols, space.blocks.cols)
     return {**_random.stream(seed, step, purpose), "ALIGNED": aligned}
 
 
 def _space(tensors: list[Tensor | None]) -> _launch.Space:
     """Return a space whose rows are samples, with elements in C order, the order of the noise."""
-    present = [t for t in tensors if t is not None]
-    space = _launch.collapse(max(0, present[0].dim() - 1), present, c_order=True)
-    at = iter(space.at)
-    return space._replace(at=tuple(next(at) if t is not None else None for t in tensors))
+    lead = next(t for t in tensors if t is not None)
+    return _launch.collapse(max(0, lead.dim() - 1), tensors, c_order=True)
 
 
 def _partial(space: _launch.Space, count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    return like.new_empty((count, space.rows, _launch.cut(space).segments), dtype=dtype)
+    return like.new_empty((count, space.rows, space.blocks.segments), dtype=dtype)
 
 
 def _total(partial: Tensor) -> Tensor:

@@ -1,11 +1,16 @@
 """Spectral normalisation: power iteration with one pass over W per round, division by sigma, gradient.
 
-Each layer takes one launch per pass. A table of pointers would allow one launch for all layers, but it must be copied
-from the host on every call, so a CUDA graph would replay stale addresses; and Triton knows neither alignment nor dtype
-behind such pointers.
+All layers of one dtype share each launch: a program finds its layer in a table (see _table). What a program does
+depends on the shape of its layer alone, so a layer has the same bits in any list.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,12 +20,22 @@ from torch import Tensor
 from ..reference.spectral import FLOOR
 from . import _launch
 from ._math import constant, div
+from ._table import Layout, find
 from ._tiles import fold, fold_rows, store_as
 
-ROWS = 16  # rows of W per program
-COLS = 128  # columns of W per loop iteration
-FLAT = 1024  # elements of a vector per loop iteration
+# a thread has all rows of its columns, so sums over rows need no exchange between threads
+ROWS = 8  # rows of W per program
+COLS = 512  # columns of W per loop iteration or tile
+Z_ROWS = 64  # row blocks per loop iteration of the sum for W' y
+Z_COLS = 32  # columns per program of the sum for W' y, and the unit of rows of partial sums
+SUMS = tl.constexpr(512)  # partial sums per loop iteration
 SMALLEST = tl.constexpr(FLOOR)
+GROUP = tl.constexpr(4)  # neighbours in one vector load
+
+# fields of the table: addresses, then numbers
+W, U, V, OUT, NEW_U, NEW_V, SHAPE, _, ROW_BLOCK, COL_BLOCK, PARTIAL, TILE = map(tl.constexpr, range(12))
+# of the backward: as above up to OUT
+GRAD, GRAD_SIGMA, SIGMA, B_SHAPE, B_TILE = map(tl.constexpr, (4, 5, 6, 7, 9))
 
 
 @triton.jit
@@ -44,173 +59,401 @@ def total(v):
 
 
 @triton.jit
-def product_kernel(w, v, y, partial, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """y = W v for one block of rows, and the block's part of W' y: partial (row blocks, cols)."""
-    dtype: tl.constexpr = tl.float64 if w.dtype.element_ty == tl.float64 else tl.float32
-    block = tl.program_id(0).to(tl.int64)
-    r = block * BLOCK_R + tl.arange(0, BLOCK_R)
-    start = w + (r * cols)[:, None]
-    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype)
-    for c0 in range(0, cols, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        inside = (r < rows)[:, None] & (c < cols)[None, :]
-        along = tl.load(v + c, mask=c < cols, other=0.0).to(dtype)[None, :]
-        acc = tl.fma(tl.load(start + c[None, :], mask=inside, other=0.0).to(dtype), along + tl.zeros_like(acc), acc)
-    product = fold(acc)
-    tl.store(y + r, product, mask=r < rows)
-    for c0 in range(0, cols, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        inside = (r < rows)[:, None] & (c < cols)[None, :]
-        terms = tl.load(start + c[None, :], mask=inside, other=0.0).to(dtype) * product[:, None]
-        tl.store(partial + block * cols + c, fold_rows(terms), mask=c < cols)
+def sum_of(partial, count):
+    """The sum of `count` partial sums, in an order that depends on their number alone."""
+    acc = tl.zeros((SUMS,), partial.dtype.element_ty)
+    for first in range(0, count, SUMS):
+        i = first + tl.arange(0, SUMS)
+        acc += tl.load(partial + i, mask=i < count, other=0.0)
+    return total(acc)
 
 
 @triton.jit
-def reduce_kernel(partial, z, blocks, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Sum partial (row blocks, cols) to z (cols,)."""
-    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    acc = tl.zeros((BLOCK_R, BLOCK_C), partial.dtype.element_ty)
-    for first in range(0, blocks, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        inside = (r < blocks)[:, None] & (c < cols)[None, :]
-        acc += tl.load(partial + (r.to(tl.int64) * cols)[:, None] + c[None, :], mask=inside, other=0.0)
-    tl.store(z + c, fold_rows(acc), mask=c < cols)
+def field(table, pitch, layer, FIELD: tl.constexpr):
+    return tl.load(table + FIELD * pitch + layer)
 
 
 @triton.jit
-def finish_kernel(
-    y, z, u, v, u_out, v_out, sigma, rows, cols,
-    VECTOR: tl.constexpr, ITERATES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Norms of W v and W' u, then new u and v (unchanged where a norm vanishes) and sigma."""
-    dtype: tl.constexpr = sigma.dtype.element_ty
-    acc = tl.zeros((BLOCK,), dtype)
-    one = tl.sum(acc, axis=0) + 1.0
-    if ITERATES:
-        left = one
-        if not VECTOR:
-            for r0 in range(0, rows, BLOCK):
-                r = r0 + tl.arange(0, BLOCK)
-                part = tl.load(y + r, mask=r < rows, other=0.0).to(dtype)
-                acc = tl.fma(part, part, acc)
-            left = root(total(acc))
-        # do not divide by a vanishing norm
-        by_left = tl.where(vanishes(left), one, left)
-        acc = tl.zeros((BLOCK,), dtype)
-        for c0 in range(0, cols, BLOCK):
-            c = c0 + tl.arange(0, BLOCK)
-            part = div(tl.load(z + c, mask=c < cols, other=0.0).to(dtype), by_left)
-            acc = tl.fma(part, part, acc)
-        right = root(total(acc))
-        stalls = vanishes(left) | vanishes(right)
-        by_right = tl.where(vanishes(right), one, right)
-        value = tl.where(vanishes(left), 0.0, right)
-        if not VECTOR:
-            for r0 in range(0, rows, BLOCK):
-                r = r0 + tl.arange(0, BLOCK)
-                new = div(tl.load(y + r, mask=r < rows, other=0.0).to(dtype), by_left)
-                old = tl.load(u + r, mask=r < rows, other=0.0).to(dtype)
-                store_as(u_out + r, tl.where(stalls, old, new), r < rows)
-            for c0 in range(0, cols, BLOCK):
-                c = c0 + tl.arange(0, BLOCK)
-                new = div(div(tl.load(z + c, mask=c < cols, other=0.0).to(dtype), by_left), by_right)
-                old = tl.load(v + c, mask=c < cols, other=0.0).to(dtype)
-                store_as(v_out + c, tl.where(stalls, old, new), c < cols)
+def blocks_of(count, size: tl.constexpr):
+    return (count + (size - 1)) // size
+
+
+@triton.jit
+def aligned(addresses, cols):
+    """Whether rows of matrices at these addresses (or-ed) can be loaded in vectors of GROUP."""
+    return (addresses % 16 == 0) & (cols % GROUP == 0)
+
+
+@triton.jit
+def at(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address as a pointer, of which the compiler knows the alignment."""
+    if ALIGNED:
+        # rounded, so that the hint is on a value of this branch alone
+        return tl.multiple_of((address // 16 * 16).to(tl.pointer_type(dtype)), 16)
     else:
-        for r0 in range(0, rows, BLOCK):
-            r = r0 + tl.arange(0, BLOCK)
-            part = tl.load(y + r, mask=r < rows, other=0.0).to(dtype)
-            acc = tl.fma(part, tl.load(u + r, mask=r < rows, other=0.0).to(dtype), acc)
-        value = total(acc)
-    tl.store(sigma, tl.where(vanishes(value), constant(SMALLEST, value), value))
+        return address.to(tl.pointer_type(dtype))
 
 
 @triton.jit
-def scale_kernel(w, out, sigma, count, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    dtype: tl.constexpr = sigma.dtype.element_ty
-    value = tl.load(w + i, mask=i < count, other=0.0).to(dtype)
-    store_as(out + i, div(value, tl.load(sigma)), i < count)
+def width(cols, ALIGNED: tl.constexpr):
+    if ALIGNED:
+        cols = cols // GROUP * GROUP
+    return cols
 
 
 @triton.jit
-def dot_kernel(grad, w, partial, count, BLOCK: tl.constexpr):
-    """One block's part of sum(grad * W)."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    dtype: tl.constexpr = partial.dtype.element_ty
-    a = tl.load(grad + i, mask=i < count, other=0.0).to(dtype)
-    tl.store(partial + tl.program_id(0), total(a * tl.load(w + i, mask=i < count, other=0.0).to(dtype)))
-
-
-@triton.jit
-def slope_kernel(partial, grad_sigma, sigma, slope, blocks, BLOCK: tl.constexpr):
-    """grad_sigma - sum(grad * W) / sigma^2; 0 where sigma is at its floor."""
-    acc = tl.zeros((BLOCK,), slope.dtype.element_ty)
-    for first in range(0, blocks, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        acc += tl.load(partial + i, mask=i < blocks, other=0.0)
-    s = tl.load(sigma)
-    value = tl.load(grad_sigma).to(s.dtype) - div(div(total(acc), s), s)
-    tl.store(slope, tl.where(vanishes(s), 0.0, value))
-
-
-@triton.jit
-def gradient_kernel(
-    grad, w, u, v, sigma, slope, out, count, cols, VECTOR: tl.constexpr, BLOCK: tl.constexpr
+def product(
+    w, v, weighted, y, squares, partial, rows, cols, block, padded,
+    W_TYPE: tl.constexpr, V_TYPE: tl.constexpr, U_TYPE: tl.constexpr, VECTOR: tl.constexpr, ITERATES: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """grad / sigma + slope u v'; for a vector, u v' is W / sigma."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    s = tl.load(sigma)
-    inside = i < count
-    g = div(tl.load(grad + i, mask=inside, other=0.0).to(s.dtype), s)
+    dtype: tl.constexpr = y.dtype.element_ty
+    cols, v = width(cols, ALIGNED), at(v, V_TYPE, ALIGNED)
+    r = block.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    start = at(w, W_TYPE, ALIGNED) + (r * cols)[:, None]
     if VECTOR:
-        outer = div(tl.load(w + i, mask=inside, other=0.0).to(s.dtype), s)
+        sums = tl.full((BLOCK_R,), 1.0, dtype)
     else:
-        left = tl.load(u + i // cols, mask=inside, other=0.0).to(s.dtype)
-        outer = left * tl.load(v + i % cols, mask=inside, other=0.0).to(s.dtype)
-    store_as(out + i, tl.fma(tl.load(slope) + tl.zeros_like(g), outer, g), inside)
+        acc = tl.zeros((BLOCK_R, BLOCK_C), dtype)
+        for c0 in range(0, cols, BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            inside = (r < rows)[:, None] & (c < cols)[None, :]
+            along = tl.load(v + c, mask=c < cols, other=0.0).to(dtype)[None, :]
+            acc = tl.fma(tl.load(start + c[None, :], mask=inside, other=0.0).to(dtype), along + tl.zeros_like(acc), acc)
+        sums = fold(acc)
+    # 0 times an infinite v is NaN outside
+    sums = tl.where(r < rows, sums, 0.0)
+    program = tl.program_id(0)
+    tl.store(y + program * BLOCK_R + tl.arange(0, BLOCK_R), sums)
+    if ITERATES:
+        tl.store(squares + program, total(sums * sums))
+        # from the last columns to the first: the last ones are still in the cache
+        chunks = blocks_of(cols, BLOCK_C)
+        for k in range(0, chunks):
+            c = (chunks - 1 - k) * BLOCK_C + tl.arange(0, BLOCK_C)
+            inside = (r < rows)[:, None] & (c < cols)[None, :]
+            terms = tl.load(start + c[None, :], mask=inside, other=0.0).to(dtype) * sums[:, None]
+            tl.store(partial + block * padded + c, fold_rows(terms), mask=c < cols)
+    else:
+        other = tl.load(weighted.to(tl.pointer_type(U_TYPE)) + r, mask=r < rows, other=0.0).to(dtype)
+        tl.store(squares + program, total(sums * other))
+
+
+@triton.jit(do_not_specialize=["pitch", "layers"])
+def product_kernel(
+    table, pitch, layers, state, y, squares, partial,
+    W_TYPE: tl.constexpr, U_TYPE: tl.constexpr, V_TYPE: tl.constexpr, VECTOR: tl.constexpr, ITERATES: tl.constexpr,
+    FIRST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """y = W v for one block of rows, the block's part of W' y, and of |y|^2; of u'y instead if not ITERATES."""
+    layer, block = find(table, pitch, layers, tl.program_id(0), ROW_BLOCK)
+    w, u = field(table, pitch, layer, W), field(table, pitch, layer, U)
+    rows, cols = field(table, pitch, layer, SHAPE), field(table, pitch, layer, SHAPE + 1)
+    partial += field(table, pitch, layer, PARTIAL) * UNIT
+    padded = blocks_of(cols, UNIT) * UNIT
+    if FIRST:
+        v = field(table, pitch, layer, V)
+    else:
+        v = (state + field(table, pitch, layer, COL_BLOCK) * UNIT).to(tl.int64)
+    if aligned(w | v, cols):
+        product(
+            w, v, u, y, squares, partial, rows, cols, block, padded,
+            W_TYPE, V_TYPE, U_TYPE, VECTOR, ITERATES, True, BLOCK_R, BLOCK_C,
+        )  # fmt: skip
+    else:
+        product(
+            w, v, u, y, squares, partial, rows, cols, block, padded,
+            W_TYPE, V_TYPE, U_TYPE, VECTOR, ITERATES, False, BLOCK_R, BLOCK_C,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["pitch", "layers"])
+def reduce_kernel(
+    table, pitch, layers, partial, squares, z, z_squares, norms,
+    VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, UNIT: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    """|y|, then z = W'y / |y| for UNIT columns (not divided where |y| vanishes) and their part of |z|^2."""
+    layer, part = find(table, pitch, layers, tl.program_id(0), COL_BLOCK)
+    rows, cols = field(table, pitch, layer, SHAPE), field(table, pitch, layer, SHAPE + 1)
+    blocks, padded = blocks_of(rows, BLOCK_R), blocks_of(cols, UNIT) * UNIT
+    start = partial + field(table, pitch, layer, PARTIAL) * UNIT
+    c = part * UNIT + tl.arange(0, UNIT)
+    acc = tl.zeros((MOST, UNIT), z.dtype.element_ty)
+    for first in range(0, blocks, MOST):
+        r = first + tl.arange(0, MOST)
+        inside = (r < blocks)[:, None] & (c < cols)[None, :]
+        acc += tl.load(start + (r * padded)[:, None] + c[None, :], mask=inside, other=0.0)
+    sums = fold_rows(acc)
+    if VECTOR:
+        left = tl.full([], 1.0, z.dtype.element_ty)
+    else:
+        left = root(sum_of(squares + field(table, pitch, layer, ROW_BLOCK), blocks))
+        # do not divide by a vanishing norm
+        sums = div(sums, tl.where(vanishes(left), 1.0, left) + tl.zeros_like(sums))
+    tl.store(z + tl.program_id(0) * UNIT + tl.arange(0, UNIT), sums)
+    tl.store(z_squares + tl.program_id(0), total(sums * sums))
+    if part == 0:
+        tl.store(norms + layer, left)
+
+
+@triton.jit
+def advance(old, new, to, first, count, norm, stalls, FLAT: tl.constexpr):
+    """Write new / norm, or old if the iteration stalls."""
+    i = first + tl.arange(0, FLAT)
+    before = tl.load(old + i, mask=i < count, other=0.0).to(norm.dtype)
+    after = div(tl.load(new + i, mask=i < count, other=0.0), norm + tl.zeros_like(before))
+    store_as(to + i, tl.where(stalls, before, after), i < count)
+
+
+@triton.jit
+def scale(
+    w, out, sigma, rows, cols, part,
+    W_TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    cols = width(cols, ALIGNED)
+    offset, inside = tile(rows, cols, part, BLOCK_R, BLOCK_C)
+    value = tl.load(at(w, W_TYPE, ALIGNED) + offset, mask=inside, other=0.0).to(sigma.dtype)
+    store_as(at(out, W_TYPE, ALIGNED) + offset, div(value, sigma + tl.zeros_like(value)), inside)
+
+
+@triton.jit
+def corner(cols, part, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """First row and column of a tile."""
+    across = tl.maximum(blocks_of(cols, BLOCK_C), 1)
+    return part // across * BLOCK_R, part % across * BLOCK_C
+
+
+@triton.jit
+def tile(rows, cols, part, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Offsets of a tile of W and which are inside."""
+    row, col = corner(cols, part, BLOCK_R, BLOCK_C)
+    r, c = row + tl.arange(0, BLOCK_R), col + tl.arange(0, BLOCK_C)
+    return (r * cols)[:, None] + c[None, :], (r < rows)[:, None] & (c < cols)[None, :]
+
+
+@triton.jit(do_not_specialize=["pitch", "layers"])
+def scale_kernel(
+    table, pitch, layers, u_state, v_state, y, squares, z, z_squares, norms, sigmas,
+    W_TYPE: tl.constexpr, U_TYPE: tl.constexpr, V_TYPE: tl.constexpr, VECTOR: tl.constexpr, ITERATES: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """New u and v (unchanged where a norm vanishes), which after the last round are results; then sigma, W / sigma."""
+    # backwards: what the kernel before read last is still in the cache
+    layer, part = find(table, pitch, layers, tl.num_programs(0) - 1 - tl.program_id(0), TILE)
+    rows, cols = field(table, pitch, layer, SHAPE), field(table, pitch, layer, SHAPE + 1)
+    row_block, col_block = field(table, pitch, layer, ROW_BLOCK), field(table, pitch, layer, COL_BLOCK)
+    begins = part * BLOCK_C < tl.maximum(rows, cols)
+    if LAST:
+        active = part >= 0
+    else:
+        active = begins
+    if active:
+        if ITERATES:
+            left = tl.load(norms + layer)
+            right = root(sum_of(z_squares + col_block, blocks_of(cols, UNIT)))
+            stalls = vanishes(left) | vanishes(right)
+            value = tl.where(vanishes(left), 0.0, right)
+            by_left, by_right = tl.where(vanishes(left), 1.0, left), tl.where(vanishes(right), 1.0, right)
+        else:
+            value = sum_of(squares + row_block, blocks_of(rows, BLOCK_R))
+            stalls = part >= 0
+            by_left, by_right = constant(1.0, value), constant(1.0, value)
+        if not VECTOR:
+            if begins:
+                new_u, new_v = y + row_block * BLOCK_R, z + col_block * UNIT
+                held_u, held_v = u_state + row_block * BLOCK_R, v_state + col_block * UNIT
+                if FIRST:
+                    u = field(table, pitch, layer, U).to(tl.pointer_type(U_TYPE))
+                    v = field(table, pitch, layer, V).to(tl.pointer_type(V_TYPE))
+                else:
+                    u, v = held_u, held_v
+                if LAST:
+                    held_u = field(table, pitch, layer, NEW_U).to(tl.pointer_type(U_TYPE))
+                    held_v = field(table, pitch, layer, NEW_V).to(tl.pointer_type(V_TYPE))
+                advance(u, new_u, held_u, part * BLOCK_C, rows, by_left, stalls, BLOCK_C)
+                advance(v, new_v, held_v, part * BLOCK_C, cols, by_right, stalls, BLOCK_C)
+        if LAST:
+            sigma = tl.where(vanishes(value), constant(SMALLEST, value), value)
+            if part == 0:
+                tl.store(sigmas + layer, sigma)
+            w, out = field(table, pitch, layer, W), field(table, pitch, layer, OUT)
+            if aligned(w | out, cols):
+                scale(w, out, sigma, rows, cols, part, W_TYPE, True, BLOCK_R, BLOCK_C)
+            else:
+                scale(w, out, sigma, rows, cols, part, W_TYPE, False, BLOCK_R, BLOCK_C)
+
+
+@triton.jit
+def dot(g, w, partial, program, rows, cols, part, G_TYPE: tl.constexpr, W_TYPE: tl.constexpr,
+        ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    offset, inside = tile(rows, width(cols, ALIGNED), part, BLOCK_R, BLOCK_C)
+    a = tl.load(at(g, G_TYPE, ALIGNED) + offset, mask=inside, other=0.0).to(partial.dtype.element_ty)
+    b = tl.load(at(w, W_TYPE, ALIGNED) + offset, mask=inside, other=0.0, eviction_policy="evict_first")
+    tl.store(partial + program, total(fold_rows(a * b.to(a.dtype))))
+
+
+@triton.jit(do_not_specialize=["pitch", "layers"])
+def dot_kernel(
+    table, pitch, layers, partial,
+    W_TYPE: tl.constexpr, G_TYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One tile's part of sum(grad * W)."""
+    program = tl.program_id(0)
+    layer, part = find(table, pitch, layers, program, B_TILE)
+    rows, cols = field(table, pitch, layer, B_SHAPE), field(table, pitch, layer, B_SHAPE + 1)
+    w, g = field(table, pitch, layer, W), field(table, pitch, layer, GRAD)
+    if aligned(w | g, cols):
+        dot(g, w, partial, program, rows, cols, part, G_TYPE, W_TYPE, True, BLOCK_R, BLOCK_C)
+    else:
+        dot(g, w, partial, program, rows, cols, part, G_TYPE, W_TYPE, False, BLOCK_R, BLOCK_C)
+
+
+@triton.jit
+def gradient(
+    g, w, u, v, out, sigma, slope, rows, cols, part,
+    G_TYPE: tl.constexpr, W_TYPE: tl.constexpr, U_TYPE: tl.constexpr, V_TYPE: tl.constexpr, VECTOR: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    cols = width(cols, ALIGNED)
+    offset, inside = tile(rows, cols, part, BLOCK_R, BLOCK_C)
+    a = tl.load(at(g, G_TYPE, ALIGNED) + offset, mask=inside, other=0.0).to(sigma.dtype)
+    a = div(a, sigma + tl.zeros_like(a))
+    if VECTOR:
+        b = tl.load(at(w, W_TYPE, ALIGNED) + offset, mask=inside, other=0.0).to(sigma.dtype)
+        outer = div(b, sigma + tl.zeros_like(b))
+    else:
+        row, col = corner(cols, part, BLOCK_R, BLOCK_C)
+        r, c = row + tl.arange(0, BLOCK_R), col + tl.arange(0, BLOCK_C)
+        left = tl.load(at(u, U_TYPE, False) + r, mask=r < rows, other=0.0).to(sigma.dtype)
+        right = tl.load(at(v, V_TYPE, ALIGNED) + c, mask=c < cols, other=0.0).to(sigma.dtype)
+        outer = left[:, None] * right[None, :]
+    store_as(at(out, W_TYPE, ALIGNED) + offset, tl.fma(slope + tl.zeros_like(a), outer, a), inside)
+
+
+@triton.jit(do_not_specialize=["pitch", "layers"])
+def gradient_kernel(
+    table, pitch, layers, partial,
+    W_TYPE: tl.constexpr, U_TYPE: tl.constexpr, V_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+    GRAD_SIGMA_TYPE: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """grad / sigma + slope u v'; for a vector, u v' is W / sigma. slope: grad_sigma - sum(grad * W) / sigma^2."""
+    dtype: tl.constexpr = partial.dtype.element_ty
+    layer, part = find(table, pitch, layers, tl.num_programs(0) - 1 - tl.program_id(0), B_TILE)
+    rows, cols = field(table, pitch, layer, B_SHAPE), field(table, pitch, layer, B_SHAPE + 1)
+    w, out, g = field(table, pitch, layer, W), field(table, pitch, layer, OUT), field(table, pitch, layer, GRAD)
+    u, v = field(table, pitch, layer, U), field(table, pitch, layer, V)
+    s = tl.load(field(table, pitch, layer, SIGMA).to(tl.pointer_type(dtype)))
+    slope = tl.load(field(table, pitch, layer, GRAD_SIGMA).to(tl.pointer_type(GRAD_SIGMA_TYPE))).to(dtype)
+    tiles = blocks_of(rows, BLOCK_R) * tl.maximum(blocks_of(cols, BLOCK_C), 1)
+    slope -= div(div(sum_of(partial + field(table, pitch, layer, B_TILE), tiles), s), s)
+    slope = tl.where(vanishes(s), 0.0, slope)
+    if aligned(w | v | g | out, cols):
+        gradient(
+            g, w, u, v, out, s, slope, rows, cols, part,
+            G_TYPE, W_TYPE, U_TYPE, V_TYPE, VECTOR, True, BLOCK_R, BLOCK_C,
+        )  # fmt: skip
+    else:
+        gradient(
+            g, w, u, v, out, s, slope, rows, cols, part,
+            G_TYPE, W_TYPE, U_TYPE, V_TYPE, VECTOR, False, BLOCK_R, BLOCK_C,
+        )  # fmt: skip
+
+
+ELEMENT = {
+    torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
+}  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """How layers of these shapes share the launches; widest first, because their programs take longest."""
+
+    order: list[int]
+    forward: Layout
+    backward: Layout
+    row_blocks: int
+    col_blocks: int
+    partials: int
+    tiles: int
+
+
+@lru_cache(maxsize=64)
+def _plan(shapes: tuple[tuple[int, int], ...]) -> Plan:
+    order = sorted(range(len(shapes)), key=lambda i: -shapes[i][1])
+    rows, cols = ([shapes[i][k] for i in order] for k in range(2))
+    row_blocks = [-(-r // ROWS) for r in rows]
+    col_blocks = [max(1, -(-c // Z_COLS)) for c in cols]
+    tiles = [a * max(1, -(-c // COLS)) for a, c in zip(row_blocks, cols, strict=True)]
+    counts = [row_blocks, col_blocks, [a * b for a, b in zip(row_blocks, col_blocks, strict=True)], tiles]
+    starts = [[0, *itertools.accumulate(count)] for count in counts]
+    fields = [start[:-1] for start in starts]
+    return Plan(order, Layout([rows, cols, *fields]), Layout([rows, cols, fields[-1]]), *(s[-1] for s in starts))
+
+
+def _groups(*lists: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of layers that share launches: the same dtypes, and all vectors or none."""
+    groups = defaultdict(list)
+    for i, layer in enumerate(zip(*lists, strict=True)):
+        groups[(layer[0].dim() == 1, *(t.dtype for t in layer))].append(i)
+    return list(groups.values())
+
+
+def _plan_of(weights: Sequence[Tensor]) -> Plan:
+    if weights[0].dim() == 1:
+        return _plan(tuple((1, w.shape[0]) for w in weights))
+    return _plan(tuple((w.shape[0], w.numel() // w.shape[0]) for w in weights))
 
 
 def spectral_normalize(weights: list[Tensor], u: list[Tensor], v: list[Tensor], n_iter: int) -> list[Tensor]:
-    lists = [_normalized(*layer, n_iter) for layer in zip(weights, u, v, strict=True)]
-    return [tensor for tensors in zip(*lists, strict=True) for tensor in tensors]
+    results: list[list[Tensor]] = [[*weights], [*u], [*v], [*weights]]
+    for group in _groups(weights, u, v):
+        outputs = _normalized(*([values[i] for i in group] for values in (weights, u, v)), n_iter)
+        for values, result in zip(results, outputs, strict=True):
+            for i, tensor in zip(group, result, strict=True):
+                values[i] = tensor
+    return [tensor for values in results for tensor in values]
 
 
-def _normalized(weight: Tensor, u: Tensor, v: Tensor, n_iter: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (weight, u, v, sigma) of one layer."""
-    w, dtype, device = weight.contiguous(), _launch.compute_dtype(weight), weight.device
-    vector = w.dim() == 1
-    rows, cols = (1, w.numel()) if vector else (w.shape[0], w[0].numel())
-    sigma = w.new_empty((), dtype=dtype)
-    u, v, new_u, new_v = u.contiguous(), v.contiguous(), u.clone(), v.clone()
-    if vector:
+def _normalized(weights: list[Tensor], u: list[Tensor], v: list[Tensor], n_iter: int) -> list[list[Tensor]]:
+    """Return [weights, u, v, sigmas] of layers of one group."""
+    device, dtype, vector = weights[0].device, _launch.compute_dtype(weights[0]), weights[0].dim() == 1
+    rounds, iterates = (1, True) if vector else (max(n_iter, 1), n_iter > 0)
+    plan = _plan_of(weights)
+    tensors = [[t.contiguous() for t in values] for values in (weights, u, v)]
+    copy = torch.clone if vector else torch.empty_like
+    results = [[torch.empty_like(t) for t in tensors[0]], *([copy(t) for t in values] for values in tensors[1:])]
+    table = plan.forward.table([[values[i] for i in plan.order] for values in (*tensors, *results)])
+    # of every row block: rows of y, |y|^2; of every column block: columns of z, |z|^2; and the norms |y|
+    sizes = [plan.row_blocks * ROWS, plan.col_blocks * Z_COLS, plan.partials * Z_COLS * iterates]
+    sizes += [-(-n // Z_COLS) * Z_COLS for n in (plan.row_blocks, plan.col_blocks, len(weights))]
+    sizes += [n * (rounds > 1) for n in sizes[:2]]
+    work = torch.empty(sum(sizes), dtype=dtype, device=device)
+    y, z, partial, squares, z_squares, norms, u_state, v_state = work.split(sizes)
+    sigmas = torch.empty(len(weights), dtype=dtype, device=device)
+    head = (table, plan.forward.pitch, len(weights))
+    types = dict(VECTOR=vector, BLOCK_R=ROWS, UNIT=Z_COLS, num_warps=8 if dtype == torch.float64 else 4)
+    element = [ELEMENT[values[0].dtype] for values in tensors]
+    for i in range(rounds):
+        first, last = i == 0, i + 1 == rounds
+        held = ELEMENT[dtype]
+        kinds = dict(W_TYPE=element[0], FIRST=first, ITERATES=iterates, BLOCK_C=COLS, **types)
         _launch.launch(
-            finish_kernel, 1, device, w, w, u, v, new_u, new_v, sigma, rows, cols,
-            VECTOR=True, ITERATES=True, BLOCK=FLAT,
+            product_kernel, plan.row_blocks, device, *head, v_state, y, squares, partial,
+            U_TYPE=element[1], V_TYPE=element[2] if first else held, **kinds,
         )  # fmt: skip
-    else:
-        blocks = -(-rows // ROWS)
-        y, z = w.new_empty(rows, dtype=dtype), w.new_empty(cols, dtype=dtype)
-        partial = w.new_empty((blocks, cols), dtype=dtype)
-        # between rounds u and v stay in the compute dtype
-        left, right = u, v
-        for i in range(max(n_iter, 1)):
-            last = i + 1 >= n_iter
-            to = (new_u, new_v) if last else (u.new_empty(rows, dtype=dtype), v.new_empty(cols, dtype=dtype))
-            _launch.launch(product_kernel, blocks, device, w, right, y, partial, rows, cols, BLOCK_R=ROWS, BLOCK_C=COLS)
-            if n_iter:
-                _launch.launch(
-                    reduce_kernel, -(-cols // COLS), device, partial, z, blocks, cols, BLOCK_R=ROWS, BLOCK_C=COLS
-                )
+        if iterates:
             _launch.launch(
-                finish_kernel, 1, device, y, z, left, right, *to, sigma, rows, cols,
-                VECTOR=False, ITERATES=n_iter > 0, BLOCK=FLAT,
+                reduce_kernel, plan.col_blocks, device, *head, partial, squares, z, z_squares, norms,
+                MOST=Z_ROWS, **types,
             )  # fmt: skip
-            left, right = to
-    out = torch.empty_like(w)
-    if w.numel():
-        _launch.launch(scale_kernel, -(-w.numel() // FLAT), device, w, out, sigma, w.numel(), BLOCK=FLAT)
-    return _as(weight, out), new_u, new_v, sigma
+        _launch.launch(
+            scale_kernel, plan.tiles, device, *head, u_state, v_state, y, squares, z, z_squares, norms, sigmas,
+            U_TYPE=element[1], V_TYPE=element[2], LAST=last, **kinds,
+        )  # fmt: skip
+    in_order = sigmas.unbind()
+    back: list[Tensor] = [*in_order]
+    for at, i in enumerate(plan.order):
+        back[i] = in_order[at]
+    return [[_as(w, t) for w, t in zip(weights, results[0], strict=True)], *results[1:], back]
 
 
 def spectral_normalize_backward(
@@ -221,23 +464,36 @@ def spectral_normalize_backward(
     v: list[Tensor],
     sigmas: list[Tensor],
 ) -> list[Tensor]:
-    return [_gradient(*layer) for layer in zip(grads, grad_sigmas, weights, u, v, sigmas, strict=True)]
+    lists, results = (weights, u, v, grads, grad_sigmas, sigmas), [*weights]
+    for group in _groups(*lists):
+        outputs = _gradients(*([values[i] for i in group] for values in lists))
+        for i, tensor in zip(group, outputs, strict=True):
+            results[i] = tensor
+    return results
 
 
-def _gradient(grad: Tensor, grad_sigma: Tensor, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-    w, g = weight.contiguous(), grad.contiguous()
-    out = torch.empty_like(w)
-    if not w.numel():
-        return _as(weight, out)
-    blocks = -(-w.numel() // FLAT)
-    partial, slope = sigma.new_empty(blocks), sigma.new_empty(())
-    _launch.launch(dot_kernel, blocks, w.device, g, w, partial, w.numel(), BLOCK=FLAT)
-    _launch.launch(slope_kernel, 1, w.device, partial, grad_sigma, sigma, slope, blocks, BLOCK=FLAT)
-    _launch.launch(
-        gradient_kernel, blocks, w.device, g, w, u.contiguous(), v.contiguous(), sigma, slope, out, w.numel(),
-        w.numel() // w.shape[0], VECTOR=w.dim() == 1, BLOCK=FLAT,
+def _gradients(
+    weights: list[Tensor], u: list[Tensor], v: list[Tensor],
+    grads: list[Tensor], grad_sigmas: list[Tensor], sigmas: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    plan = _plan_of(weights)
+    w, u, v, g = ([t.contiguous() for t in values] for values in (weights, u, v, grads))
+    out = [torch.empty_like(t) for t in w]
+    fields = (w, u, v, out, g, grad_sigmas, sigmas)
+    table = plan.backward.table([[values[i] for i in plan.order] for values in fields])
+    partial = sigmas[0].new_empty(plan.tiles)
+    head = (table, plan.backward.pitch, len(w), partial)
+    element = [ELEMENT[values[0].dtype] for values in fields]
+    types = dict(
+        W_TYPE=element[0], G_TYPE=element[4], BLOCK_R=ROWS, BLOCK_C=COLS,
+        num_warps=8 if partial.dtype == torch.float64 else 4,
     )  # fmt: skip
-    return _as(weight, out)
+    _launch.launch(dot_kernel, plan.tiles, partial.device, *head, **types)
+    _launch.launch(
+        gradient_kernel, plan.tiles, partial.device, *head, U_TYPE=element[1], V_TYPE=element[2],
+        GRAD_SIGMA_TYPE=element[5], VECTOR=weights[0].dim() == 1, **types,
+    )  # fmt: skip
+    return [_as(a, b) for a, b in zip(weights, out, strict=True)]
 
 
 def _as(like: Tensor, values: Tensor) -> Tensor:

@@ -207,7 +207,7 @@ void residual_forward(const ResidualFsqForward& a, int64_t position, int64_t n) 
       number_flat<I>(a, digits, position, n, stage);
     } else {
       I dropped[kChunk];
-      for (int64_t i = 0; i < n; ++i) dropped[i] = I(-1);
+      for (int64_t i = 0; i < kChunk; ++i) dropped[i] = I(-1);
       store_indices(a, position, n, dropped, stage);
     }
   }

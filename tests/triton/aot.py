@@ -49,8 +49,8 @@ def recorded() -> Iterator[list[Launch]]:
     """Record the launches made inside the block instead of running them."""
     launches: list[Launch] = []
 
-    def record(kernel, count, device, *args, **constants):
-        launches.append(Launch(kernel, args, constants))
+    def record(kernel, count, device, *args, of_space=_launch.NOTHING, **constants):
+        launches.append(Launch(kernel, args, {**of_space, **constants}))
 
     real, _launch.launch = _launch.launch, record
     try:

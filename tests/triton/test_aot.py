@@ -62,14 +62,14 @@ def critic(x, z, t, distance=0):
     return launches
 
 
-def normalised(dtype):
-    """Launches of both operators on a matrix and a vector."""
-    weights = [torch.empty(64, 392, dtype=dtype), torch.empty(64, dtype=dtype)]
-    u, v = ([torch.empty(n, dtype=dtype), torch.empty(0, dtype=dtype)] for n in (64, 392))
+def normalised(dtype, layers=1):
+    """Launches of both operators on matrices and a vector."""
+    weights = [torch.empty(64, 392, dtype=dtype)] * layers + [torch.empty(64, dtype=dtype)]
+    u, v = ([torch.empty(n, dtype=dtype)] * layers + [torch.empty(0, dtype=dtype)] for n in (64, 392))
     with aot.recorded() as launches:
-        out = spectral.spectral_normalize(weights, u, v, 2)
+        sigmas = spectral.spectral_normalize(weights, u, v, 2)[-len(weights) :]
         spectral.spectral_normalize(weights, u, v, 0)
-        spectral.spectral_normalize_backward(weights, out[6:], weights, u, v, out[6:])
+        spectral.spectral_normalize_backward(weights, sigmas, weights, u, v, sigmas)
     return launches
 
 
@@ -154,14 +154,23 @@ def quantizer(z, levels, variant, stages=2):
     return launches
 
 
-def grams(dtype, kernels, dims, degree=1, n=200):
+@contextlib.contextmanager
+def launched_for(target):
+    """Make the launchers choose tiles and precisions for the target."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hsic, "_hopper", lambda device: target in ("sm_90", "sm_100"))
+        patch.setattr(torch.version, "hip", "6" if target.startswith("gfx") else None)
+        yield
+
+
+def grams(target, dtype, kernels, dims, degree=1, n=200):
     """Launches of the sums over two Gram matrices and over one with itself, forward and backward."""
     numbers = [HSIC_KERNELS.index(kernel) for kernel in kernels]
     dims = [n if kernel == "precomputed" else dim for kernel, dim in zip(kernels, dims, strict=True)]
     z, scale = [torch.zeros(2, n, dim, dtype=dtype) for dim in dims], torch.ones(2, len(dims), dtype=dtype)
     arguments = (scale, numbers, [degree] * len(dims), [0, 1, 0, 0], False)
     sums = torch.empty(2, len(dims), n, dtype=F64), torch.empty(2, 2, dtype=F64)
-    with aot.recorded() as launches:
+    with launched_for(target), aot.recorded() as launches:
         hsic.hsic_sums(z, *arguments, 0, 1)
         hsic.hsic_sums_backward(*sums, z, *arguments)
     return launches
@@ -274,17 +283,19 @@ def cases():
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         for dtype in (F32, F64):
             name = f"{target}-{str(dtype)[6:]}-hsic"
-            table[f"{name}-rbf"] = grams(dtype, ("rbf", "rbf"), (64, 3))
+            table[f"{name}-rbf"] = grams(target, dtype, ("rbf", "rbf"), (64, 3))
+            table[f"{name}-rbf-wide"] = grams(target, dtype, ("rbf", "rbf"), (64, 100))
         for dtype in (F32, F64, BF16, F16)[: 4 if target == "sm_90" else 2]:
             table[f"{target}-{str(dtype)[6:]}-hsic-center"] = matrices(dtype)
     for dtype in (F32, F64):
         name = f"sm_90-{str(dtype)[6:]}-hsic"
-        table[f"{name}-laplacian"] = grams(dtype, ("laplacian", "polynomial"), (10, 20), degree=3)
-        table[f"{name}-linear"] = grams(dtype, ("polynomial", "delta"), (64, 1))
-        table[f"{name}-precomputed"] = grams(dtype, ("precomputed", "rbf"), (0, 64))
+        table[f"{name}-laplacian"] = grams("sm_90", dtype, ("laplacian", "polynomial"), (10, 20), degree=3)
+        table[f"{name}-linear"] = grams("sm_90", dtype, ("polynomial", "delta"), (64, 1))
+        table[f"{name}-precomputed"] = grams("sm_90", dtype, ("precomputed", "rbf"), (0, 64))
     for target, dtypes in (("sm_80", (F32,)), ("sm_90", (F32, F64, BF16, F16)), ("sm_100", (F32,)), ("gfx942", (F32,))):
         for dtype in dtypes:
             table[f"{target}-{str(dtype)[6:]}-spectral"] = normalised(dtype)
+        table[f"{target}-float32-spectral-many"] = normalised(F32, 70)
     for packing in range(3):
         table[f"sm_90-float32-packed{packing}"] = packed(dense(F32, 1)[0], wide(), packing, 1)
         table[f"sm_90-bfloat16-packed{packing}"] = packed(dense(BF16, 1)[0], wide(BF16), packing, 1)
@@ -292,14 +303,17 @@ def cases():
 
 
 CASES = cases()
-GRAM_KERNELS = ("sums_kernel", "backward_kernel", "matrix_kernel", "permuted_kernel")
+GRAM_KERNELS = ("sums_kernel", "backward_kernel", "matrix_kernel", "permuted_kernel", "accumulate_kernel")
 PRODUCTS = ("hsic.sums_kernel", "hsic.backward_kernel")
 # bytes of stack: with Triton 3.6 ptxas puts a constant of the 39 float64 channels on the stack
 STACK = {("sm_80-fsq-wide-float64", "fsq.residual_kernel"): 8} if triton.__version__.startswith("3.6.") else {}
 
 
 def dtypes(launch):
-    return {a.dtype for a in launch.args if isinstance(a, torch.Tensor)}
+    """Dtypes of tensors, and those behind addresses in a table, which are constants."""
+    constants = {str(value) for value in launch.constants.values()}
+    behind = {dtype for dtype, element in spectral.ELEMENT.items() if str(element) in constants}
+    return {a.dtype for a in launch.args if isinstance(a, torch.Tensor)} | behind
 
 
 def test_every_kernel_has_a_case():
@@ -311,10 +325,10 @@ def test_every_kernel_has_a_case():
         due = {"_tiles.sum_segments": {F32, F64}, "noise.philox_kernel": {torch.int64}}
         # matrices have the compute dtype
         due |= {f"hsic.{kernel}": {F32, F64} for kernel in GRAM_KERNELS}
-        due["center.means_kernel"] = {F64}
+        due |= {"_gram.prepare_kernel": {F32}, "_gram.wide_kernel": {F64}}
         due["center.means_kernel"] = {F64}
         due["sector.counts_kernel"] = {F64, torch.int64}
-        due |= {"spectral.reduce_kernel": {F32, F64}, "spectral.slope_kernel": {F32, F64}}
+        due |= {"spectral.reduce_kernel": {F32, F64}, "_table.fill_kernel": {torch.int64}}
         assert compiled >= due.get(name, {F32, F64, BF16, F16}), name
 
 
@@ -332,7 +346,7 @@ def test_compiles_to_the_expected_instructions_and_resources(case):
             used = aot.resources(kernel)
             if launch.name in PRODUCTS:
                 # two tiles of products fill the registers; a few loop constants may be on the stack
-                assert used.stack <= 64 and used.local == 0, f"{where}: {used}"
+                assert used.stack <= 128 and used.local == 0, f"{where}: {used}"
                 continue
             assert used.stack <= STACK.get((case, launch.name), 0) and used.local == 0, f"{where}: {used}"
             assert used.registers <= 168, f"{where}: {used}"  # three blocks of 128 threads per multiprocessor

@@ -26,8 +26,7 @@ BOUNDED = {
     "hsic.matrix_kernel": "n: an n x n matrix is among the inputs", "hsic.permuted_kernel": "n: likewise",
     "center.sums_kernel": "n: likewise", "center.means_kernel": "n: likewise", "center.subtract_kernel": "n: likewise",
     "sector.counts_kernel": "trials are counted in int64, points of one trial are few",
-    "spectral.product_kernel": "cols: a layer has no 2**31 inputs", "spectral.reduce_kernel": "cols: likewise",
-    "spectral.finish_kernel": "rows and cols: likewise", "spectral.slope_kernel": "blocks: of a layer, likewise",
+    "_table.fill_kernel": "entries: a layer each",
     "_tiles.sum_segments": "segments: of 4096 columns each", "flow_head.sum_blocks": "blocks: at most 512",
 }  # fmt: skip
 

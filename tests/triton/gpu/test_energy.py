@@ -30,7 +30,8 @@ def chain(shape, dtype=torch.float32):
 )  # fmt: skip
 def test_accept(gpu, shape, dtype):
     args = chain(shape, dtype)
-    seeds = (2**64 - 5, torch.tensor(7), ops.sample_seeds(5, shape[0]))
+    with pyflow.backend("auto"):
+        seeds = (2**64 - 5, torch.tensor(7), ops.sample_seeds(5, shape[0]))
     for alpha, seed in zip((0.01, torch.tensor(0.01), torch.full(shape[:1], 0.02)), seeds, strict=True):
         got = ops.mala_accept(*moved(args), moved(alpha), seed=moved(seed), step=STEP)
         with pyflow.backend("auto"):
