@@ -17,6 +17,8 @@ from . import _plans, _tiles
 
 TILE = 1024  # elements a program handles per loop iteration
 SEGMENT = 4 * TILE  # most columns of a row in one program
+SMALL_TILE = 128  # elements: one per thread
+MANY_PROGRAMS = 32  # fewer leave multiprocessors idle, and tiles become smaller
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,6 +40,18 @@ class Space:
     @functools.cached_property
     def blocks(self) -> Blocks:
         return cut(self)
+
+    @functools.cached_property
+    def spread(self) -> Blocks:
+        """`blocks` with fewer rows each while multiprocessors are idle: a thread of a small tensor has one element.
+
+        For kernels whose sums stay in a row, so that no bits depend on it.
+        """
+        blocks = self.blocks
+        while blocks.rows > 1 and blocks.rows * blocks.cols > SMALL_TILE and blocks.programs < MANY_PROGRAMS:
+            rows = blocks.rows // 2
+            blocks = blocks._replace(rows=rows, programs=-(-self.rows // rows) * blocks.segments)
+        return blocks
 
     @functools.cached_property
     def constants(self) -> dict[Blocks, dict[str, object]]:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._math import LN2_HI, LN2_LO, SQRT_HALF_BITS, bits, from_bits, sqrt_normal
+from ._math import LN2_HI, LN2_LO, SQRT_HALF_BITS, bits, from_bits, neg, sqrt_normal
 
 UNIFORM = tl.constexpr(0)
 NORMAL = tl.constexpr(1)
@@ -35,27 +35,22 @@ def uniform(word):
 
 
 @triton.jit
-def log_scaled(x, SCALE: tl.constexpr):
-    """log(x / 2**SCALE) of positive normal float32, without fma."""
-    # the scale is taken from the exponent, which saves a product
+def log_plain(x, SCALE: tl.constexpr = 0, TIMES: tl.constexpr = 1):
+    """TIMES log(x / 2**SCALE) of positive normal float32, without fma; TIMES is a power of two."""
+    # the scale is taken from the exponent and TIMES from the constants, which saves products and changes no bits
     i = bits(x) - (SQRT_HALF_BITS + (SCALE << 23))
     k = (i >> 23).to(tl.float32)
     f = from_bits((i & 0x007FFFFF) + SQRT_HALF_BITS) - 1.0
-    p = f * -0.07857371121644974 + 0.1288098394870758
-    p = p * f + -0.13129225373268127
-    p = p * f + 0.14181305468082428
-    p = p * f + -0.1662452220916748
-    p = p * f + 0.20002280175685883
-    p = p * f + -0.25000810623168945
-    p = p * f + 0.33333316445350647
+    p = f * (-0.07857371121644974 * TIMES) + 0.1288098394870758 * TIMES
+    p = p * f + -0.13129225373268127 * TIMES
+    p = p * f + 0.14181305468082428 * TIMES
+    p = p * f + -0.1662452220916748 * TIMES
+    p = p * f + 0.20002280175685883 * TIMES
+    p = p * f + -0.25000810623168945 * TIMES
+    p = p * f + 0.33333316445350647 * TIMES
     f2 = f * f
-    tail = f2 * f * p + -0.5 * f2
-    return k * LN2_HI + (f + (k * LN2_LO + tail))
-
-
-@triton.jit
-def log_plain(x):
-    return log_scaled(x, 0)
+    tail = f2 * f * p + (-0.5 * TIMES) * f2
+    return k * (LN2_HI * TIMES) + (f * TIMES + (k * (LN2_LO * TIMES) + tail))
 
 
 @triton.jit
@@ -89,7 +84,7 @@ def sincos_turns(word):
 @triton.jit
 def box_muller(even, odd):
     # -0.0 for the largest words, else at least 2**-23
-    r = sqrt_normal(-2.0 * log_scaled(even.to(tl.float32) + 1.0, 32))
+    r = sqrt_normal(neg(log_plain(even.to(tl.float32) + 1.0, 32, 2)))
     sine, cosine = sincos_turns(odd)
     return r * cosine, r * sine
 
@@ -110,8 +105,8 @@ def key_of(seed, seed_at, seed_low, seed_high, r, inside):
 
 
 @triton.jit
-def words_at(k, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, inside):
-    """Philox words of the blocks that contain elements k (int64)."""
+def words_at(block, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, inside):
+    """Philox words of the blocks (int64) of four elements."""
     low, high = key_of(seed, seed_at, seed_low, seed_high, r, inside)
     if step is None:
         s0 = step_low.to(tl.uint32)
@@ -119,7 +114,7 @@ def words_at(k, seed, seed_at, seed_low, seed_high, step, step_low, step_high, p
     else:
         s0, s1 = halves(tl.load(step))
     s1 = (s1 & 0xFFFFFF) | (purpose.to(tl.uint32) << 24)
-    b0, b1 = halves(k >> 2)
+    b0, b1 = halves(block)
     return philox(b0, b1, s0, s1, low, high)
 
 
@@ -134,10 +129,10 @@ def draw(
     """
     inside = r < rows
     if ALIGNED:
-        k = (c0 + 4 * tl.arange(0, BLOCK_C // 4)).to(tl.int64)[None, :]
-        k = r.to(tl.int64) * 0 + k if PER_ROW else r.to(tl.int64) * cols + k
+        block = ((c0 >> 2) + tl.arange(0, BLOCK_C // 4)).to(tl.int64)[None, :]
+        block = r.to(tl.int64) * 0 + block if PER_ROW else r.to(tl.int64) * (cols >> 2) + block
         w0, w1, w2, w3 = words_at(
-            k, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, inside
+            block, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, inside
         )  # fmt: skip
         if KIND == NORMAL:
             z0, z1 = box_muller(w0, w1)
@@ -149,7 +144,7 @@ def draw(
         k = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)[None, :]
         k = r.to(tl.int64) * 0 + k if PER_ROW else r.to(tl.int64) * cols + k
         w0, w1, w2, w3 = words_at(
-            k, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, inside
+            k >> 2, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, inside
         )  # fmt: skip
         odd = (k & 1) != 0
         even, after = tl.where((k & 2) == 0, w0, w2), tl.where((k & 2) == 0, w1, w3)

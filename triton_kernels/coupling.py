@@ -144,7 +144,9 @@ def additive_coupling(x: Tensor, shift: Tensor, mask: Tensor | None, inverse: bo
         return y
     tensors = (x, shift, mask, y)
     space = _launch.collapse(_launch.any_event_dims(tensors), tensors)
-    _launch.over_space(additive_kernel, space, x, *_launch.with_strides(tensors, space.at), INVERSE=inverse)
+    _launch.over_space(
+        additive_kernel, space, x, *_launch.with_strides(tensors, space.at), blocks=space.spread, INVERSE=inverse
+    )
     return y
 
 
@@ -185,8 +187,8 @@ def _forward(
     partial = logdet if segments == 1 else x.new_empty((space.rows, segments), dtype=sum_dtype)
     _launch.over_space(
         forward_kernel, space, x, *_launch.with_strides(tensors, space.at), partial,
-        arg=_launch.bits(map_arg, sum_dtype), PAIR=pair, MAP=resolve(scale_map, map_arg), SHIFT_FIRST=shift_first,
-        INVERSE=inverse,
+        blocks=space.spread, arg=_launch.bits(map_arg, sum_dtype), PAIR=pair, MAP=resolve(scale_map, map_arg),
+        SHIFT_FIRST=shift_first, INVERSE=inverse,
     )  # fmt: skip
     if segments > 1:
         _launch.sum_segments(partial, logdet)
@@ -262,8 +264,8 @@ def _backward(
     space = _launch.collapse(event_dims, tensors, (gl,))
     _launch.over_space(
         backward_kernel, space, x, gl, space.row_at[0], *_launch.with_strides(tensors, space.at),
-        arg=_launch.bits(map_arg, _launch.compute_dtype(x)), PAIR=pair, MAP=resolve(scale_map, map_arg),
-        SHIFT_FIRST=shift_first, INVERSE=inverse,
+        blocks=space.spread, arg=_launch.bits(map_arg, _launch.compute_dtype(x)), PAIR=pair,
+        MAP=resolve(scale_map, map_arg), SHIFT_FIRST=shift_first, INVERSE=inverse,
     )  # fmt: skip
     return gx
 

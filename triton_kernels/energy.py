@@ -85,7 +85,7 @@ def accept_kernel(
     # element `row` of the shared stream, or element 0 of the row's own stream
     k = at * 0 if PER_ROW else at
     w0, w1, w2, w3 = words_at(
-        k, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, row, row < rows
+        k >> 2, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, row, row < rows
     )  # fmt: skip
     low, high = tl.where((k & 1) == 0, w0, w1), tl.where((k & 1) == 0, w2, w3)
     draw = uniform(tl.where((k & 2) == 0, low, high))

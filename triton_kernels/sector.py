@@ -46,8 +46,8 @@ def counts_kernel(
         total = tl.zeros([BLOCK], tl.int64)
         for block in range(0, blocks):
             w0, w1, w2, w3 = words_at(
-                (trial * blocks + block) * 4, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose,
-                lane, inside,
+                trial * blocks + block, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, lane,
+                inside,
             )  # fmt: skip
             w1 = used(w1, 4 * block + 1, points)
             w2 = used(w2, 4 * block + 2, points)

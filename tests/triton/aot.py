@@ -105,10 +105,32 @@ class Resources(NamedTuple):
 
 def resources(kernel: CompiledKernel) -> Resources:
     """Return the registers and memory that ptxas assigned."""
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", disassembled(kernel, "-res-usage"))
+    assert found
+    return Resources(*map(int, found.groups()))
+
+
+class Instruction(NamedTuple):
+    address: int
+    name: str
+    operands: str
+    target: int | None  # of a branch
+
+
+def sass(kernel: CompiledKernel) -> list[Instruction]:
+    """Return the instructions up to the last exit: subroutines of slow paths come after it."""
+    found = []
+    for line in re.finditer(
+        r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P[T\d]+ +)?([\w.]+)(.*?);", disassembled(kernel), re.M
+    ):
+        target = re.search(r"0x([0-9a-f]+)\s*$", line[3]) if line[2].startswith("BRA") else None
+        found.append(Instruction(int(line[1], 16), line[2], line[3], int(target[1], 16) if target else None))
+    last = max(k for k, one in enumerate(found) if one.name == "EXIT")
+    return found[: last + 1]
+
+
+def disassembled(kernel: CompiledKernel, option: str = "-sass") -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        done = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", done.stdout)
-    assert found, done.stdout
-    return Resources(*map(int, found.groups()))
+        return subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout

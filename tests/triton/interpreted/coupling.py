@@ -10,6 +10,7 @@ import torch
 import pyflow
 from pyflow import _backend, ops, testing
 from pyflow._schemas import PACKINGS, SCALE_MAPS
+from pyflow.triton_kernels import _launch
 
 from .common import DTYPES, compare, draw, run
 
@@ -158,6 +159,18 @@ def test_rows_do_not_depend_on_the_batch():
                 testing.assert_same_bits(a[rows], b)
         head = ops.flow_log_prob(x)
         testing.assert_same_bits(head[2:5], ops.flow_log_prob(x[2:5]))
+
+
+def test_rows_do_not_depend_on_the_size_of_tiles():
+    sizes = set()
+    for rows in (8200, 600, 5):
+        x, shift, scale = (draw((8200, 3), seed=i)[:rows] for i in range(3))
+        sizes.add(_launch.collapse(1, [x]).spread.rows)
+        results = [*ops.affine_coupling(x, shift, scale), ops.additive_coupling(x, shift, mask=x > 0)]
+        whole = results if rows == 8200 else whole
+        for a, b in zip(whole, results, strict=True):
+            testing.assert_same_bits(a[:rows], b)
+    assert sizes == {256, 32}
 
 
 def test_float64_is_accurate():
