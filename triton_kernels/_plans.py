@@ -67,7 +67,8 @@ def launch(
     values = (*args, *named.values())
     active = driver.active
     # the driver and the form by identity
-    key, filled = [active, form, index, num_warps, id(constants) if constants else None], []
+    key: list = [active, form, index, num_warps, id(constants) if constants else None]
+    filled: list[int] = []
     if not _describe(values, form.free, -1 if index is None else index, key, filled):
         run()
         return

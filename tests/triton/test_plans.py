@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
 
 from triton import knobs
 
-from pyflow.triton_kernels import _launch, _plans, coupling, energy, flow_head, fsq, gan_qp, noise, sde, spectral
+from pyflow.triton_kernels import _launch, _plans, coupling, energy, flow_head, fsq, gan_qp, hsic, noise, sde, spectral
 
 from .fake import fake_driver
 
@@ -118,6 +118,17 @@ def test_constants(checked):
             for variant in (0, 4):
                 codes, _ = fsq.fsq(front, levels, variant, True)
                 fsq.fsq_backward(codes, front, levels, variant)
+    assert checked.hits >= checked.launches / 2
+
+
+def test_compiler_options(checked):
+    """Products limit registers and stages, which are no arguments of the kernel."""
+    for n in (40, 70) * 2:
+        z = [torch.randn(1, n, 20), torch.randn(1, n, 30)]
+        arguments = (torch.ones(1, 2), [0, 0], [1, 1], [0, 1], False)
+        hsic.hsic_sums(z, *arguments, 0, 1)
+        grad_rows, grad_cross = torch.zeros(1, 2, n, dtype=F64), torch.zeros(1, 1, dtype=F64)
+        hsic.hsic_sums_backward(grad_rows, grad_cross, z, *arguments)
     assert checked.hits >= checked.launches / 2
 
 
