@@ -451,10 +451,10 @@ def _normalized(weights: list[Tensor], u: list[Tensor], v: list[Tensor], n_iter:
             scale_kernel, plan.tiles, device, *head, u_state, v_state, y, squares, z, z_squares, norms, sigmas,
             U_TYPE=element[1], V_TYPE=element[2], LAST=last, **kinds,
         )  # fmt: skip
-    in_order = sigmas.unbind()
-    back: list[Tensor] = [*in_order]
-    for at, i in enumerate(plan.order):
-        back[i] = in_order[at]
+    # tensors over one buffer, not views: autograd forbids changes in place of one of several views
+    storage, back = sigmas.untyped_storage(), [sigmas] * len(weights)
+    for position, i in enumerate(plan.order):
+        back[i] = sigmas.new_empty(0).set_(storage, position, (), ())
     return [[_as(w, t) for w, t in zip(weights, results[0], strict=True)], *results[1:], back]
 
 

@@ -93,6 +93,20 @@ def test_more_layers_than_one_table_launch_takes():
             testing.assert_within(a, values[i], 1e-5 * (1 + values[i].abs().max()), f"layer {i}")
 
 
+def test_every_output_can_be_changed_in_place():
+    weights, u, v = layers([(3, 4), (5,), (2, 2)])
+    leaves = [w.requires_grad_() for w in weights]
+    with pyflow.backend("triton"):
+        scaled, new_u, new_v, sigmas = ops.spectral_normalize(leaves, u, v)
+    for values in (scaled, sigmas, new_u, new_v):
+        for i in range(len(values)):
+            before = [None if x is None else x.clone() for x in values]
+            if values[i] is not None:
+                values[i].mul_(2)
+                before[i] = before[i] * 2
+            assert all(a is None or torch.equal(a, b) for a, b in zip(values, before, strict=True))
+
+
 def test_an_empty_vector():
     with pyflow.backend("triton"):
         weights, _, _, sigmas = ops.spectral_normalize([torch.empty(0)], [None], [None])
