@@ -136,12 +136,18 @@ def picture(found: list[Entry], out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    """Round to five digits; whole numbers are kept."""
+    of = {dict: _rounded, float: lambda value: float(f"{value:.5g}")}
+    return {key: of.get(type(value), lambda value: value)(value) for key, value in values.items()}
+
+
 def compact(results: dict[str, Any]) -> str:
     """A raw result file, one entry per line, without the times of single rounds."""
     lines = []
     for entry in results["benchmarks"]:
         stats = {key: entry["stats"][key] for key in ("median", "iqr", "min", "rounds")}
-        lines.append("  " + json.dumps({"extra_info": entry["extra_info"], "stats": stats}))
+        lines.append("  " + json.dumps(_rounded({"extra_info": entry["extra_info"], "stats": stats})))
     head = "".join(f' "{key}": {json.dumps(results[key])},\n' for key in ("datetime", "pyflow"))
     return "{\n" + head + ' "benchmarks": [\n' + ",\n".join(lines) + "\n ]\n}\n"
 
