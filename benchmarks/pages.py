@@ -137,8 +137,8 @@ def picture(found: list[Entry], out: Path) -> None:
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
-    """Round to five digits; whole numbers are kept."""
-    of = {dict: _rounded, float: lambda value: float(f"{value:.5g}")}
+    """Round to four digits; whole numbers are kept."""
+    of = {dict: _rounded, float: lambda value: float(f"{value:.4g}")}
     return {key: of.get(type(value), lambda value: value)(value) for key, value in values.items()}
 
 
@@ -146,7 +146,7 @@ def compact(results: dict[str, Any]) -> str:
     """A raw result file, one entry per line, without the times of single rounds."""
     lines = []
     for entry in results["benchmarks"]:
-        stats = {key: entry["stats"][key] for key in ("median", "iqr", "min", "rounds")}
+        stats = {key: entry["stats"][key] for key in ("median", "iqr", "rounds")}
         lines.append("  " + json.dumps(_rounded({"extra_info": entry["extra_info"], "stats": stats})))
     head = "".join(f' "{key}": {json.dumps(results[key])},\n' for key in ("datetime", "pyflow"))
     return "{\n" + head + ' "benchmarks": [\n' + ",\n".join(lines) + "\n ]\n}\n"

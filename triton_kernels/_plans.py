@@ -90,7 +90,7 @@ def _is_watched(kernel: JITFunction) -> bool:
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
         getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or kernel.pre_run_hooks
-        or runtime.add_stages_inspection_hook or knobs.compilation.instrumentation_mode
+        or runtime.add_stages_inspection_hook or runtime.debug or knobs.compilation.instrumentation_mode
     )  # fmt: skip
 
 

@@ -59,6 +59,7 @@ def noise(size: Sequence[int], seed: Tensor, step: Tensor, kind: int, purpose: i
     blocks = space.blocks
     _launch.over_space(
         noise_kernel, space, out, out, space.at[0], blocks=blocks, KIND=kind,
+        num_warps=4 if dtype == torch.float64 else 2,  # 0.93 times the time of four warps on an H200
         ALIGNED=_random.aligned(seed, space.rows, space.cols, blocks.cols), **_random.stream(seed, step, purpose),
     )  # fmt: skip
     return out
