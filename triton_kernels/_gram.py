@@ -1,7 +1,8 @@
 """Tiles of kernel matrices: the rows a variable is prepared to, and the entries K - shift computed from them.
 
 Dot products of float32 rows run on tensor cores, whose operands have 11 bits (TF32). A row is stored as the sum of two
-such numbers, high and low; the product of the low parts, below 2^-22 of the rows' lengths, is left out.
+such numbers, high and low (rounded to nearest, so that low parts have no common sign); the product of the low parts, at
+most 2^-22 of the rows' lengths, is left out.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ PRECOMPUTED = tl.constexpr(HSIC_KERNELS.index("precomputed"))
 
 SQUARES_UP_TO = tl.constexpr(8)  # features: see csrc/ops/hsic.h
 MOST_VARIANCE = tl.constexpr(WIDE_VARIANCE)
-HIGH_BITS = -(1 << 13)  # mask of the bits of a float32 that TF32 keeps
-HIGH = tl.constexpr(HIGH_BITS)
+HIGH_BITS, HALF_BITS = -(1 << 13), 1 << 12  # bits of a float32 that TF32 keeps, and half of the last one
+HIGH, HALF = tl.constexpr(HIGH_BITS), tl.constexpr(HALF_BITS)
 DEPTH = 32  # features per product
 ROWS, FEATURES = 32, 64  # tile of `prepare_kernel`
 
@@ -164,7 +165,7 @@ def prepare_kernel(
         value = (load_rows(z, i, n, dim, k0, FEATURES) - median_of_five(z, k, n, dim)[None, :]) * by
         value = tl.where(inside, value, 0.0)
         if SPLIT:
-            top = from_bits(bits(value) & HIGH)
+            top = from_bits((bits(value) + HALF) & HIGH)
             tl.store(high + at, top, mask=inside)
             tl.store(low + at, value - top, mask=inside)
         else:
@@ -238,6 +239,12 @@ class Gram(NamedTuple):
         return {name: self.kernel, f"{name}_DEGREE": self.degree, f"{name}_SQUARES": self.squares}
 
 
+def split(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Split float32 rows into high parts, rounded to TF32, and the rest."""
+    high = ((z.view(torch.int32) + HALF_BITS) & HIGH_BITS).view(torch.float32)
+    return high, z - high
+
+
 def grams_of(z: Any, scale: Tensor, kernels: Any, degrees: Any, allow_tf32: bool) -> list[Gram]:
     return [_gram(v, scale[:, m], kernels[m], degrees[m], allow_tf32) for m, v in enumerate(z)]
 
@@ -253,8 +260,7 @@ def _gram(z: Tensor, scale: Tensor, kernel: int, degree: int, allow_tf32: bool) 
     # in float64: the rounding of a norm shifts every entry of its row alike
     halves = (z.double().square().sum(-1) / 2).to(z.dtype) if name == "rbf" else z
     if name == "polynomial" and z.dtype == torch.float32 and not allow_tf32:
-        high = (z.view(torch.int32) & HIGH_BITS).view(torch.float32)
-        z, low = high, z - high
+        z, low = split(z)
     return Gram(z, low, halves, shift, kernel, degree)
 
 

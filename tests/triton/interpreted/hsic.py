@@ -8,6 +8,7 @@ import torch
 from pyflow import ops, testing
 from pyflow._schemas import HSIC_KERNELS
 from pyflow.reference import hsic as reference
+from pyflow.triton_kernels import _gram
 
 from .common import compare, draw
 
@@ -96,3 +97,22 @@ def test_hsic_center_gram(dtype, shape):
         want = ops.center_gram(one)
         assert ops.center_gram(one, inplace=True) is one
         testing.assert_same_bits(one, want)
+
+
+def test_hsic_products_of_split_rows_are_accurate():
+    """Tensor cores cut the low parts to 11 bits: an error of 2^-22 and the product of the low parts, 2^-22 of a b."""
+    a, b = draw((500, 64), seed=1), draw((500, 64), seed=2)
+    high, low = zip(*map(_gram.split, (a, b)), strict=True)
+    for x, top, rest in zip((a, b), high, low, strict=True):
+        testing.assert_same_bits(top + rest, x)
+        assert not (top.view(torch.int32) & ~_gram.HIGH_BITS).any()
+        assert (rest.abs() <= 2.0**-11 * x.abs()).all()
+    cut = [(part.view(torch.int32) & _gram.HIGH_BITS).view(F32).double() for part in low]
+    whole = high[0].double() @ high[1].double().mT
+    got = whole + high[0].double() @ cut[1].mT + cut[0] @ high[1].double().mT
+    error = got - a.double() @ b.double().mT
+    assert (error.abs() <= 3 * 2.0**-22 * (a.abs().double() @ b.abs().double().mT)).all()
+    # the high parts alone are TF32
+    assert (whole - a.double() @ b.double().mT).abs().max() > 1000 * error.abs().max()
+    # low parts have both signs, so their products do not add up
+    assert error.mean().abs() < 0.1 * error.std()
