@@ -4,8 +4,9 @@
 
 Needs a checkout (run it in its root) and no GPU: kernels are compiled ahead of time for sm_90, recorded and specialised
 as tests/triton/test_aot.py does. A thread's instructions are those outside loops once, and those of a loop body times
-its trips (SEGMENT / BLOCK_C, or the tiles of an fsq program; one for any other loop). Slow paths after the last exit do
-not count. Issue time assumes one instruction per cycle and scheduler, so half-rate ones are underestimated.
+its trips (SEGMENT / BLOCK_C, block_rows / BLOCK_R, or the tiles of an fsq program; one for any other loop). Slow paths
+after the last exit do not count. Issue time assumes one instruction per cycle and scheduler, so half-rate ones are
+underestimated.
 """
 
 from __future__ import annotations
@@ -90,12 +91,13 @@ def cases() -> dict[str, Callable[[], Any]]:
 
 
 def elements_of(constants: dict[str, Any]) -> tuple[int, int]:
-    """Return the elements of a program and the trips of its loop."""
+    """Return the elements of a program and the trips of its loop, over columns or, with `block_rows`, over rows."""
     if "TILE" in constants:
         tile = constants["TILE"]
         return tile.positions * tile.channels * tile.steps, tile.steps
     segment = constants.get("SEGMENT", constants["BLOCK_C"])
-    return constants["BLOCK_R"] * segment, segment // constants["BLOCK_C"]
+    rows = constants.get("block_rows", constants["BLOCK_R"])
+    return rows * segment, rows // constants["BLOCK_R"] * (segment // constants["BLOCK_C"])
 
 
 def per_thread(code: list[Any], trips: int) -> int:

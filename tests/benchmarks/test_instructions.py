@@ -43,6 +43,14 @@ def test_interleaved_parameters_and_indices_are_counted_once():
     assert instructions.elements_of(launch.constants) == (1024, 1)
 
 
+def test_a_program_of_the_backward_of_the_flow_head_loops_over_rows():
+    launch = instructions.cases()["flow head backward"]()
+    constants, (rows, columns) = launch.constants, instructions.SHAPE
+    elements, trips = instructions.elements_of(constants)
+    assert trips * constants["BLOCK_R"] == constants["block_rows"] == rows // 512
+    assert rows * columns // elements == 512 * columns // constants["BLOCK_C"]
+
+
 def test_every_family_of_elementwise_kernels_has_a_case():
     names = {name.partition(" ")[0] for name in instructions.cases()}
     assert {"coupling", "sde_step", "normal", "uniform", "denoising", "fsq", "flow", "gan_qp", "mala"} <= names
