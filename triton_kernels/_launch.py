@@ -195,7 +195,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def bits(value: float, dtype: torch.dtype) -> int:
     """Return the bit pattern of a float as an integer: a float launch argument is rounded to float32."""
     form, integer = ("<d", "<q") if dtype == torch.float64 else ("<f", "<i")
-    return struct.unpack(integer, struct.pack(form, value))[0]
+    try:
+        packed = struct.pack(form, value)
+    except OverflowError:  # above float32's range
+        packed = struct.pack(form, math.copysign(math.inf, value))
+    return struct.unpack(integer, packed)[0]
 
 
 def over_space(

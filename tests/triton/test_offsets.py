@@ -23,6 +23,8 @@ SHAPES = [(1, LARGE), (3, LARGE), (LARGE, 3)]
 # kernels whose int32 products stay small for every tensor that fits memory, with the reason
 BOUNDED = {
     "hsic.sums_kernel": "n: its n x n pairs take years", "hsic.backward_kernel": "n: likewise",
+    "hsic.accumulate_kernel": "no products: pointers advance by the count",
+    "_gram.prepare_kernel": "n: as in the sums", "_gram.wide_kernel": "n: likewise",
     "hsic.matrix_kernel": "n: an n x n matrix is among the inputs", "hsic.permuted_kernel": "n: likewise",
     "center.sums_kernel": "n: likewise", "center.means_kernel": "n: likewise", "center.subtract_kernel": "n: likewise",
     "sector.counts_kernel": "trials are counted in int64, points of one trial are few",

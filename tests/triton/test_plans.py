@@ -132,6 +132,12 @@ def test_compiler_options(checked):
     assert checked.hits >= checked.launches / 2
 
 
+def test_numbers_above_the_range_of_float32_are_infinite():
+    assert _launch.bits(1e39, F32) == _launch.bits(float("inf"), F32) == 0x7F800000
+    assert _launch.bits(-1e39, F32) == _launch.bits(-float("inf"), F32)
+    assert _launch.bits(1e39, F64) != _launch.bits(float("inf"), F64)
+
+
 def test_specialised_integers(checked):
     for rows, cols in [(1, 1), (16, 1), (17, 48), (64, 48)] * 2:
         w = torch.randn(rows, cols)
