@@ -266,17 +266,14 @@ def _gram(z: Tensor, scale: Tensor, kernel: int, degree: int, allow_tf32: bool) 
 
 def _prepared(z: Tensor, scale: Tensor, degree: int, allow_tf32: bool) -> Gram:
     batch, n, dim = z.shape
-    split = dim > SQUARES_UP_TO.value and not allow_tf32
-    high, low = torch.empty_like(z), torch.empty_like(z) if split else None
+    splits = dim > SQUARES_UP_TO.value and not allow_tf32
+    high, low = torch.empty_like(z), torch.empty_like(z) if splits else None
     halves, shift = z.new_empty((batch, n)), z.new_empty(batch, dtype=torch.float64)
-    blocks = -(-n // ROWS)
+    blocks, features = -(-n // ROWS), min(FEATURES, max(16, _launch.power_of_two(dim)))
     moments = z.new_empty((batch, blocks, 2, dim), dtype=torch.float64)
     _launch.launch(
         prepare_kernel, batch * blocks, z.device, z, scale, scale.stride(0), high, low, halves, moments, n, blocks, dim,
-        SPLIT=split, ROWS=ROWS, FEATURES=min(FEATURES, max(16, _launch.power_of_two(dim))), num_warps=8,
+        SPLIT=splits, ROWS=ROWS, FEATURES=features, num_warps=8,
     )  # fmt: skip
-    _launch.launch(
-        wide_kernel, batch, z.device, moments, shift, n, blocks, dim,
-        ROWS=16, FEATURES=min(FEATURES, max(16, _launch.power_of_two(dim))),
-    )  # fmt: skip
+    _launch.launch(wide_kernel, batch, z.device, moments, shift, n, blocks, dim, ROWS=16, FEATURES=features)
     return Gram(high, low, halves, shift, RBF.value, degree)

@@ -7,11 +7,10 @@ Functions take tensors of the compute type, float32 or float64.
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
+from .._backend import interpreting
 from .._schemas import SCALE_MAPS
 
 EXP = tl.constexpr(SCALE_MAPS.index("exp"))
@@ -50,7 +49,7 @@ def resolve(scale_map: int, arg: float) -> int:
     return scale_map
 
 
-if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
+if interpreting():
 
     def on_nvidia() -> bool:
         return False

@@ -151,17 +151,9 @@ def additive_coupling(x: Tensor, shift: Tensor, mask: Tensor | None, inverse: bo
 
 
 def affine_coupling(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    mask: Tensor | None,
-    scale_map: int,
-    map_arg: float,
-    shift_first: bool,
-    inverse: bool,
-    event_dims: int,
+    x: Tensor, shift: Tensor, scale: Tensor, mask: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    return _forward(x, (shift, scale, None), mask, scale_map, map_arg, shift_first, inverse, event_dims)
+    return _forward(x, (shift, scale, None), mask, *options)
 
 
 def _forward(

@@ -66,6 +66,16 @@ def exact_sum(v, axis: tl.constexpr, BOUNDED: tl.constexpr):
         return tl.sum(v.to(tl.float64), axis)
 
 
+@triton.jit
+def add_tile(sums, columns, k, j, n, diagonal, BOUNDED: tl.constexpr):
+    """Add the row sums of a tile to `sums` and store its column sums, if `columns` is not None."""
+    if columns is not None:
+        sums += exact_sum(k, 1, BOUNDED)
+        # the diagonal block has both sides already
+        tl.store(columns + j, tl.where(diagonal, 0.0, exact_sum(k, 0, BOUNDED)), mask=j < n)
+    return sums
+
+
 @triton.jit(do_not_specialize=["n", "blocks", "part", "parts", "own", "first", "offsets", "size"])
 def sums_kernel(
     x, x_low, x_halves, x_shift, x_dim, y, y_low, y_halves, y_shift, y_dim, x_partial, y_partial, cross,
@@ -102,6 +112,11 @@ def sums_kernel(
     products = tl.zeros((BLOCK,), tl.float64)
     at_rows = offset.to(tl.int64) * size + item * n
     at_columns = at_rows + offsets.to(tl.int64) * size
+    x_columns, y_columns = x_partial, y_partial
+    if x_partial is not None:
+        x_columns += at_columns
+    if y_partial is not None:
+        y_columns += at_columns
     for step in range(0, BLOCK, STEP):
         j = column_block * BLOCK + step + tl.arange(0, STEP)
         inside = counted(i, j, n) & (met == 0)
@@ -109,10 +124,7 @@ def sums_kernel(
             x, x_low, x_halves + item * n, sx, i, j, n, x_dim, X, X_DEGREE, X_SQUARES, PRECISION, DEPTH
         )  # fmt: skip
         k = tl.where(inside, k, 0.0)
-        if x_partial is not None:
-            sum_x += exact_sum(k, 1, X_BOUNDED)
-            # the diagonal block has both sides already
-            tl.store(x_partial + at_columns + j, tl.where(distance == 0, 0.0, exact_sum(k, 0, X_BOUNDED)), mask=j < n)
+        sum_x = add_tile(sum_x, x_columns, k, j, n, distance == 0, X_BOUNDED)
         if SAME:
             m = k
         else:
@@ -120,9 +132,7 @@ def sums_kernel(
                 y, y_low, y_halves + item * n, sy, i, j, n, y_dim, Y, Y_DEGREE, Y_SQUARES, PRECISION, DEPTH
             )  # fmt: skip
             m = tl.where(inside, m, 0.0)
-        if y_partial is not None:
-            sum_y += exact_sum(m, 1, Y_BOUNDED)
-            tl.store(y_partial + at_columns + j, tl.where(distance == 0, 0.0, exact_sum(m, 0, Y_BOUNDED)), mask=j < n)
+        sum_y = add_tile(sum_y, y_columns, m, j, n, distance == 0, Y_BOUNDED)
         products += exact_sum(k * m, 1, X_BOUNDED and Y_BOUNDED)
     if x_partial is not None:
         tl.store(x_partial + at_rows + i, sum_x, mask=i < n)
