@@ -1,9 +1,10 @@
 // Centred Gram matrices HKH in three steps: sums of rows and columns, means, subtraction. A unit is kCenterRows rows of
 // a matrix; for the means it is a matrix.
-#include "hsic.h"
+#include "../args/center.h"
 #include "sums.h"
 
 namespace pyflow::PYFLOW_ISA {
+namespace {
 
 // the row means of a block of rows, and its column sums
 template <class T>
@@ -27,27 +28,6 @@ void center_sums_block(const CenterArgs& a, int64_t unit) {
   }
 }
 
-void center_sums(const CenterArgs& a, int64_t begin, int64_t end) {
-  for (int64_t u = begin; u < end; ++u) a.f64 ? center_sums_block<double>(a, u) : center_sums_block<float>(a, u);
-}
-
-// a unit is a matrix
-void center_means(const CenterArgs& a, int64_t begin, int64_t end) {
-  for (int64_t u = begin; u < end; ++u) {
-    double* __restrict column = a.columns + u * a.blocks * a.n;
-    for (int64_t b = 1; b < a.blocks; ++b) {
-      const double* __restrict more = column + b * a.n;
-      for (int64_t c = 0; c < a.n; ++c) column[c] += more[c];
-    }
-    double total = 0;
-    for (int64_t c = 0; c < a.n; ++c) {
-      total += column[c];
-      column[c] /= double(a.n);
-    }
-    a.means[u] = total / (double(a.n) * double(a.n));
-  }
-}
-
 template <class T>
 void center_block(const CenterArgs& a, int64_t unit) {
   const int64_t matrix = unit / a.blocks, first = matrix * a.n, row = unit % a.blocks * kCenterRows;
@@ -66,6 +46,29 @@ void center_block(const CenterArgs& a, int64_t unit) {
       }
       store(a.space, a.out, t, to);
     }
+  }
+}
+
+}  // namespace
+
+void center_sums(const CenterArgs& a, int64_t begin, int64_t end) {
+  for (int64_t u = begin; u < end; ++u) a.f64 ? center_sums_block<double>(a, u) : center_sums_block<float>(a, u);
+}
+
+// a unit is a matrix
+void center_means(const CenterArgs& a, int64_t begin, int64_t end) {
+  for (int64_t u = begin; u < end; ++u) {
+    double* __restrict column = a.columns + u * a.blocks * a.n;
+    for (int64_t b = 1; b < a.blocks; ++b) {
+      const double* __restrict more = column + b * a.n;
+      for (int64_t c = 0; c < a.n; ++c) column[c] += more[c];
+    }
+    double total = 0;
+    for (int64_t c = 0; c < a.n; ++c) {
+      total += column[c];
+      column[c] /= double(a.n);
+    }
+    a.means[u] = total / (double(a.n) * double(a.n));
   }
 }
 

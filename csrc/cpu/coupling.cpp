@@ -1,10 +1,11 @@
 // Affine and additive coupling layers, forward and backward. A unit is a block of whole short rows or one segment of a
 // long row (see Plan); each is processed in chunks.
-#include "coupling.h"
+#include "../args/coupling.h"
 
 #include "tile.h"
 
 namespace pyflow::PYFLOW_ISA {
+namespace {
 
 // one chunk: pointers to n contiguous values each
 template <class T>
@@ -35,19 +36,7 @@ void map_chunk(const Chunk<T>& c, T arg) {
 
 template <bool Slope, class T>
 void map_chunk(const Chunk<T>& c, const CouplingArgs& a) {
-  const T arg = T(a.map_arg);
-  switch (a.scale_map) {
-    case ScaleMap::exp: return map_chunk<Slope, ScaleMap::exp>(c, arg);
-    case ScaleMap::sigmoid: return map_chunk<Slope, ScaleMap::sigmoid>(c, arg);
-    case ScaleMap::sigmoid_inv: return map_chunk<Slope, ScaleMap::sigmoid_inv>(c, arg);
-    case ScaleMap::softplus: return map_chunk<Slope, ScaleMap::softplus>(c, arg);
-    case ScaleMap::tanh: return map_chunk<Slope, ScaleMap::tanh>(c, arg);
-    case ScaleMap::atan: return map_chunk<Slope, ScaleMap::atan>(c, arg);
-    case ScaleMap::softsign: return map_chunk<Slope, ScaleMap::softsign>(c, arg);
-    case ScaleMap::softplus_clamp: return map_chunk<Slope, ScaleMap::softplus_clamp>(c, arg);
-    case ScaleMap::sigmoid_eps: return map_chunk<Slope, ScaleMap::sigmoid_eps>(c, arg);
-    case ScaleMap::softplus_eps: return map_chunk<Slope, ScaleMap::softplus_eps>(c, arg);
-  }
+  as_constant(a.scale_map, [&](auto map) { map_chunk<Slope, map.value>(c, T(a.map_arg)); });
 }
 
 // e = exp(+-g) has a loop apart from g: together with the constants of the map, the registers would run out
@@ -129,20 +118,12 @@ void blank(const T* mask, T* to, int64_t n) {
 }
 
 template <class T>
-void fill(T* dst, T value, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) dst[i] = value;
-}
-
-template <class T>
 void forward_unit(const CouplingForward& a, const Tile& unit, int64_t segment) {
   alignas(64) T x[kChunk], shift[kChunk], scale[kChunk], mask[kChunk], g[kChunk], y[kChunk];
   const Space& s = a.space;
   // sum of one row (a unit of several rows has one chunk); starts at -0, since -0 + v has the bits of v
   double total = -0.0;
-  for (int64_t c0 = 0; c0 < unit.cols; c0 += kChunk) {
-    const int64_t cols = unit.cols - c0 < kChunk ? unit.cols - c0 : kChunk;
-    const Tile t{unit.row, unit.rows, unit.col + c0, cols};
-    const Tile next = after(unit, t);
+  for_each_chunk(unit, [&](const Tile& t, const Tile& next) {
     const View* const inputs[] = {&a.x, &a.shift, &a.scale};
     for (const View* v : inputs) prefetch(s, *v, next);
     Chunk<T> c{};
@@ -170,22 +151,17 @@ void forward_unit(const CouplingForward& a, const Tile& unit, int64_t segment) {
       if (a.affine) blank(m, g, c.n);
     }
     store(s, a.y, t, c.y);
-    if (!a.affine) continue;
+    if (!a.affine) return;
     const T sign = a.inverse ? T(-1) : T(1);
     if (t.rows > 1) {
       for (int64_t r = 0; r < t.rows; ++r) {
-        ((T*)a.logdet)[t.row + r] = sign * lane_sum(g + r * cols, cols);
+        write_row_sum<T>(a.logdet, a.plan, t.row + r, segment, double(sign * lane_sum(g + r * t.cols, t.cols)));
       }
     } else {
-      total += double(sign * lane_sum(g, cols));
+      total += double(sign * lane_sum(g, t.cols));
     }
-  }
-  if (!a.affine || unit.rows > 1) return;
-  if (a.partial) {
-    a.partial[unit.row * a.plan.segments + segment] = total;
-  } else {
-    ((T*)a.logdet)[unit.row] = T(total);
-  }
+  });
+  if (a.affine && unit.rows == 1) write_row_sum<T>(a.logdet, a.plan, unit.row, segment, total);
 }
 
 template <class T>
@@ -194,10 +170,7 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
   alignas(64) T gy[kChunk], gl[kChunk], gx[kChunk], gshift[kChunk], gscale[kChunk];
   const Space& s = a.space;
   if (!a.gy.data) fill(gy, T(0), kChunk);
-  for (int64_t c0 = 0; c0 < unit.cols; c0 += kChunk) {
-    const int64_t cols = unit.cols - c0 < kChunk ? unit.cols - c0 : kChunk;
-    const Tile t{unit.row, unit.rows, unit.col + c0, cols};
-    const Tile next = after(unit, t);
+  for_each_chunk(unit, [&](const Tile& t, const Tile& next) {
     const View* const inputs[] = {&a.x, &a.shift, &a.scale, &a.gy};
     const View* const outputs[] = {&a.gx, &a.gshift, &a.gscale};
     for (const View* v : inputs) prefetch(s, *v, next);
@@ -236,24 +209,19 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
       if (a.gshift.data) store(s, a.gshift, t, c.gshift);
       store(s, a.gscale, t, c.gscale);
     }
-  }
+  });
 }
 
+}  // namespace
+
 void coupling_forward(const CouplingForward& a, int64_t begin, int64_t end) {
-  for (int64_t u = begin; u < end; ++u) {
-    const Tile t = unit_tile(a.space, a.plan, u);
-    const int64_t segment = u % a.plan.segments;
-    a.f64 ? forward_unit<double>(a, t, segment) : forward_unit<float>(a, t, segment);
-  }
-  stream_fence();
+  for_each_unit(a, begin, end, [&](const Tile& unit, int64_t segment, auto zero) {
+    forward_unit<decltype(zero)>(a, unit, segment);
+  });
 }
 
 void coupling_backward(const CouplingBackward& a, int64_t begin, int64_t end) {
-  for (int64_t u = begin; u < end; ++u) {
-    const Tile t = unit_tile(a.space, a.plan, u);
-    a.f64 ? backward_unit<double>(a, t) : backward_unit<float>(a, t);
-  }
-  stream_fence();
+  for_each_unit(a, begin, end, [&](const Tile& unit, int64_t, auto zero) { backward_unit<decltype(zero)>(a, unit); });
 }
 
 }  // namespace pyflow::PYFLOW_ISA

@@ -4,50 +4,6 @@
 #include <cstdlib>
 #include <cstring>
 
-// one line per kernel, in the order of CpuTable
-#define PYFLOW_KERNELS(F)                       \
-  F(coupling_forward, CouplingForward)          \
-  F(coupling_backward, CouplingBackward)        \
-  F(flow_head_forward, FlowHeadForward)         \
-  F(flow_head_backward, FlowHeadBackward)       \
-  F(flow_head_reduce, FlowHeadBackward)         \
-  F(fsq_forward, FsqForward)                    \
-  F(fsq_backward, FsqBackward)                  \
-  F(fsq_decode, FsqDecode)                      \
-  F(residual_fsq_forward, ResidualFsqForward)   \
-  F(residual_fsq_backward, ResidualFsqBackward) \
-  F(noise, NoiseArgs)                           \
-  F(philox_words, PhiloxArgs)                   \
-  F(sde_step, SdeArgs)                          \
-  F(sde_step_backward, SdeArgs)                 \
-  F(denoising_loss, SdeArgs)                    \
-  F(langevin_squares, SdeArgs)                  \
-  F(gram_stats, GramArgs)                       \
-  F(gram_pack, GramArgs)                        \
-  F(gram_sums, GramSums)                        \
-  F(gram_clear, GramBackward)                   \
-  F(gram_backward, GramBackward)                \
-  F(gram_finish, GramBackward)                  \
-  F(gram_permuted, PermutedArgs)                \
-  F(center_sums, CenterArgs)                    \
-  F(center_means, CenterArgs)                   \
-  F(center_apply, CenterArgs)                   \
-  F(sector_formula, SectorFormula)              \
-  F(sector_trials, SectorTrials)                \
-  F(gan_qp_sums, GanQpSums)                     \
-  F(gan_qp_loss, GanQpLoss)                     \
-  F(gan_qp_loss_backward, GanQpLossBackward)    \
-  F(mala_sums, MalaArgs)                        \
-  F(mala_accept, MalaArgs)                      \
-  F(row_squares, SquaresArgs)                   \
-  F(spectral_start, SpectralArgs)               \
-  F(spectral_product, SpectralArgs)             \
-  F(spectral_iterate, SpectralArgs)             \
-  F(spectral_scale, SpectralArgs)               \
-  F(spectral_dot, SpectralArgs)                 \
-  F(spectral_gradient, SpectralArgs)            \
-  F(math_evaluate, MathArgs)
-
 #define PYFLOW_DECLARE_KERNEL(name, Args) void name(const Args&, int64_t, int64_t);
 #define PYFLOW_ENTER_KERNEL(name, Args) , name
 #define PYFLOW_INSTRUCTION_SET(isa, text)                                \

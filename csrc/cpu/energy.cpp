@@ -1,18 +1,11 @@
 // MALA: sums of the log-ratio of proposal densities, accept decisions, selection of old or new rows; row sums of
 // squares. A unit is a block of whole short rows or one segment of a long row.
-#include "energy.h"
+#include "../args/energy.h"
 
-#include "../ops/energy.h"
 #include "draw.h"
 
 namespace pyflow::PYFLOW_ISA {
-
-template <class T>
-T value_of(const View& v, int64_t row) {
-  T value;
-  read_typed(v, row * v.stride[0], 1, 1, &value);
-  return value;
-}
+namespace {
 
 template <class T>
 double transition_row(const T* __restrict z, const T* __restrict z_new, const T* __restrict grad,
@@ -40,21 +33,13 @@ void copy_row(const T* __restrict from, T* __restrict to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];
 }
 
-// calls work(tile, next tile) for every chunk of a unit
-template <class F>
-PYFLOW_FN void each_chunk(const Tile& unit, F work) {
-  for (int64_t c = 0; c < unit.cols; c += kChunk) {
-    const Tile t{unit.row, unit.rows, unit.col + c, unit.cols - c < kChunk ? unit.cols - c : kChunk};
-    work(t, after(unit, t));
-  }
-}
-
+// the sums of the log-ratio over the columns of a unit, for each of its rows
 template <class T>
 void sum_unit(const MalaArgs& a, const Tile& unit, double* sums) {
   alignas(64) T zs[kChunk], zs_new[kChunk], grads[kChunk], grads_new[kChunk];
   const Space& s = a.space;
-  for (int64_t r = 0; r < unit.rows; ++r) sums[r * a.plan.segments] = -0.0;
-  each_chunk(unit, [&](const Tile& t, const Tile& next) {
+  fill(sums, -0.0, unit.rows);
+  for_each_chunk(unit, [&](const Tile& t, const Tile& next) {
     const View* const inputs[] = {&a.z, &a.z_new, &a.grad, &a.grad_new};
     for (const View* v : inputs) prefetch(s, *v, next);
     const T* z = load(s, a.z, t, zs);
@@ -63,29 +48,25 @@ void sum_unit(const MalaArgs& a, const Tile& unit, double* sums) {
     const T* grad_new = load(s, a.grad_new, t, grads_new);
     for (int64_t r = 0; r < t.rows; ++r) {
       const int64_t at = r * t.cols;
-      sums[r * a.plan.segments] +=
-          transition_row(z + at, z_new + at, grad + at, grad_new + at, value_of<T>(a.alpha, t.row + r), t.cols);
+      sums[r] += transition_row(z + at, z_new + at, grad + at, grad_new + at, row_value<T>(a.alpha, t.row + r), t.cols);
     }
   });
 }
 
-// accept decision for every row of the unit; the first segment of a row also writes its energy and its flag
+// accept decision for every row of the unit, given the log-ratios; the first segment of a row also writes its energy and its flag
 template <class T>
-void decide(const MalaArgs& a, const Tile& unit, DrawBuffer& draws, bool* accepted) {
+void decide(const MalaArgs& a, const Tile& unit, const T* ratios, DrawBuffer& draws, bool* accepted) {
   alignas(64) float uniforms[kChunk];
   Space column = a.space;
   column.cols = 1;
   draw<NoiseKind::uniform>(a.stream, column, {unit.row, unit.rows, 0, 1}, draws, uniforms);
   for (int64_t r = 0; r < unit.rows; ++r) {
     const int64_t row = unit.row + r;
-    const double* sums = a.sums + row * a.plan.segments;
-    double ratio = a.space.cols > 0 ? sums[0] : 0.0;
-    for (int64_t i = 1; i < a.plan.segments; ++i) ratio += sums[i];
-    const T u = value_of<T>(a.u, row), u_new = value_of<T>(a.u_new, row);
-    accepted[r] = accepts(u, u_new, T(ratio), uniforms[r]);
+    const T u = row_value<T>(a.u, row), u_new = row_value<T>(a.u_new, row);
+    accepted[r] = accepts(u, u_new, ratios[r], uniforms[r]);
     if (unit.col > 0) continue;
     a.accepted[row] = accepted[r];
-    write_typed(a.u_out, row * a.u_out.stride[0], 1, 1, accepted[r] ? &u_new : &u);
+    write_typed(a.u_out.view, row * a.u_out.view.stride[0], 1, 1, accepted[r] ? &u_new : &u);
   }
 }
 
@@ -108,7 +89,7 @@ void select_unit(const MalaArgs& a, const Tile& unit, const bool* accepted) {
     }
     store(s, out, t, to);
   };
-  each_chunk(unit, [&](const Tile& t, const Tile&) {
+  for_each_chunk(unit, [&](const Tile& t, const Tile&) {
     select(a.z, a.z_new, a.z_out, t);
     select(a.grad, a.grad_new, a.grad_out, t);
   });
@@ -117,46 +98,55 @@ void select_unit(const MalaArgs& a, const Tile& unit, const bool* accepted) {
 template <class T>
 void accept_unit(const MalaArgs& a, const Tile& unit, DrawBuffer& draws) {
   bool accepted[kChunk];
-  // rows of one segment are summed here and selected while they are in the cache
-  if (a.plan.segments == 1) sum_unit<T>(a, unit, a.sums + unit.row);
-  decide<T>(a, unit, draws, accepted);
+  if (a.plan.segments > 1) {
+    decide(a, unit, (const T*)a.log_ratio.out + unit.row, draws, accepted);
+  } else {
+    // rows of one segment are summed here and selected while they are in the cache
+    double sums[kChunk];
+    T ratios[kChunk];
+    sum_unit<T>(a, unit, sums);
+    for (int64_t r = 0; r < unit.rows; ++r) ratios[r] = T(sums[r]);
+    decide(a, unit, ratios, draws, accepted);
+  }
   select_unit<T>(a, unit, accepted);
 }
 
+template <class T>
+void squares_unit(const SquaresArgs& a, const Tile& unit, int64_t segment) {
+  alignas(64) T xs[kChunk];
+  double sums[kChunk];
+  fill(sums, -0.0, unit.rows);
+  for_each_chunk(unit, [&](const Tile& t, const Tile& next) {
+    prefetch(a.space, a.x, next);
+    const T* x = load(a.space, a.x, t, xs);
+    for (int64_t r = 0; r < t.rows; ++r) sums[r] += square_row(x + r * t.cols, t.cols);
+  });
+  // + 0 makes an empty sum +0
+  for (int64_t r = 0; r < unit.rows; ++r) write_row_sum<T>(a.squares, a.plan, unit.row + r, segment, sums[r] + 0.0);
+}
+
+}  // namespace
+
+// rows of several segments
 void mala_sums(const MalaArgs& a, int64_t begin, int64_t end) {
-  for (int64_t u = begin; u < end; ++u) {
-    const Tile t = unit_tile(a.space, a.plan, u);
-    double* sums = a.sums + t.row * a.plan.segments + u % a.plan.segments;
-    a.f64 ? sum_unit<double>(a, t, sums) : sum_unit<float>(a, t, sums);
-  }
+  for_each_unit(a, begin, end, [&](const Tile& unit, int64_t segment, auto zero) {
+    double sum;  // the unit is one row
+    sum_unit<decltype(zero)>(a, unit, &sum);
+    write_row_sum<decltype(zero)>(a.log_ratio, a.plan, unit.row, segment, sum);
+  });
 }
 
 void mala_accept(const MalaArgs& a, int64_t begin, int64_t end) {
   DrawBuffer draws;
-  for (int64_t u = begin; u < end; ++u) {
-    const Tile t = unit_tile(a.space, a.plan, u);
-    a.f64 ? accept_unit<double>(a, t, draws) : accept_unit<float>(a, t, draws);
-  }
-  stream_fence();
-}
-
-template <class T>
-void squares_unit(const SquaresArgs& a, const Tile& unit, double* sums) {
-  alignas(64) T xs[kChunk];
-  for (int64_t r = 0; r < unit.rows; ++r) sums[r * a.plan.segments] = -0.0;
-  each_chunk(unit, [&](const Tile& t, const Tile& next) {
-    prefetch(a.space, a.x, next);
-    const T* x = load(a.space, a.x, t, xs);
-    for (int64_t r = 0; r < t.rows; ++r) sums[r * a.plan.segments] += square_row(x + r * t.cols, t.cols);
+  for_each_unit(a, begin, end, [&](const Tile& unit, int64_t, auto zero) {
+    accept_unit<decltype(zero)>(a, unit, draws);
   });
 }
 
 void row_squares(const SquaresArgs& a, int64_t begin, int64_t end) {
-  for (int64_t u = begin; u < end; ++u) {
-    const Tile t = unit_tile(a.space, a.plan, u);
-    double* sums = a.sums + t.row * a.plan.segments + u % a.plan.segments;
-    a.f64 ? squares_unit<double>(a, t, sums) : squares_unit<float>(a, t, sums);
-  }
+  for_each_unit(a, begin, end, [&](const Tile& unit, int64_t segment, auto zero) {
+    squares_unit<decltype(zero)>(a, unit, segment);
+  });
 }
 
 }  // namespace pyflow::PYFLOW_ISA

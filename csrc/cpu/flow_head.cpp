@@ -1,16 +1,16 @@
 // Flow head: log-density of the prior at z = h e^{log_scale}, summed per row, and its gradients. A unit is kHeadRows
 // rows of one segment, which share e^{log_scale}; flow_head_reduce adds the gradients of log_scale over the row blocks.
-#include "flow_head.h"
+#include "../args/flow_head.h"
 
-#include "../ops/flow_head.h"
 #include "tile.h"
 
 namespace pyflow::PYFLOW_ISA {
+namespace {
 
 // a unit's rows and columns
 Tile block_of(const FlowHeadArgs& a, int64_t unit) {
-  const int64_t row = unit / a.segments * kHeadRows;
-  const int64_t col = unit % a.segments * kHeadSegment;
+  const int64_t row = unit / a.plan.segments * kHeadRows;
+  const int64_t col = unit % a.plan.segments * kHeadSegment;
   return {row, a.space.rows - row < kHeadRows ? a.space.rows - row : kHeadRows, col,
           a.space.cols - col < kHeadSegment ? a.space.cols - col : kHeadSegment};
 }
@@ -73,7 +73,7 @@ void forward_block(const FlowHeadForward& a, const Tile& b, int64_t segment) {
     for (int64_t i = 0; i < b.cols; i += kChunk) {
       total += double(sum_density<P>(h + i, e + i, b.cols - i < kChunk ? b.cols - i : kChunk));
     }
-    a.partial[r * a.segments + segment] = total;
+    write_row_sum<T>(a.log_prob, a.plan, r, segment, total);
   }
 }
 
@@ -97,32 +97,6 @@ void backward_block(const FlowHeadBackward& a, const Tile& b) {
   for (int64_t i = 0; i < b.cols; ++i) partial[i] = sum[i];
 }
 
-void flow_head_forward(const FlowHeadForward& a, int64_t begin, int64_t end) {
-  for (int64_t u = begin; u < end; ++u) {
-    const Tile b = block_of(a, u);
-    const int64_t segment = u % a.segments;
-    if (Prior(a.prior) == Prior::gaussian) {
-      a.f64 ? forward_block<Prior::gaussian, double>(a, b, segment)
-            : forward_block<Prior::gaussian, float>(a, b, segment);
-    } else {
-      a.f64 ? forward_block<Prior::logistic, double>(a, b, segment)
-            : forward_block<Prior::logistic, float>(a, b, segment);
-    }
-  }
-}
-
-void flow_head_backward(const FlowHeadBackward& a, int64_t begin, int64_t end) {
-  for (int64_t u = begin; u < end; ++u) {
-    const Tile b = block_of(a, u);
-    if (Prior(a.prior) == Prior::gaussian) {
-      a.f64 ? backward_block<Prior::gaussian, double>(a, b) : backward_block<Prior::gaussian, float>(a, b);
-    } else {
-      a.f64 ? backward_block<Prior::logistic, double>(a, b) : backward_block<Prior::logistic, float>(a, b);
-    }
-  }
-  stream_fence();
-}
-
 // adds the partial sums of all row blocks in double and in order, for columns [begin, end)
 template <class T>
 void reduce_columns(const FlowHeadBackward& a, int64_t begin, int64_t end) {
@@ -141,6 +115,29 @@ void reduce_columns(const FlowHeadBackward& a, int64_t begin, int64_t end) {
     for (int64_t i = 0; values != out && i < n; ++i) values[i] = out[i];
     store(a.space, a.glog_scale, t, values);
   }
+}
+
+// calls f(prior, T()) with the prior as a compile-time constant and T the compute type
+template <class F>
+PYFLOW_FN void with_types(const FlowHeadArgs& a, F f) {
+  as_constant(a.prior, [&](auto prior) { a.f64 ? f(prior, double()) : f(prior, float()); });
+}
+
+}  // namespace
+
+void flow_head_forward(const FlowHeadForward& a, int64_t begin, int64_t end) {
+  with_types(a, [&](auto prior, auto zero) {
+    for (int64_t u = begin; u < end; ++u) {
+      forward_block<prior.value, decltype(zero)>(a, block_of(a, u), u % a.plan.segments);
+    }
+  });
+}
+
+void flow_head_backward(const FlowHeadBackward& a, int64_t begin, int64_t end) {
+  with_types(a, [&](auto prior, auto zero) {
+    for (int64_t u = begin; u < end; ++u) backward_block<prior.value, decltype(zero)>(a, block_of(a, u));
+  });
+  stream_fence();
 }
 
 void flow_head_reduce(const FlowHeadBackward& a, int64_t begin, int64_t end) {

@@ -1,11 +1,12 @@
 // Finite scalar quantisation: codes and indices, gradients, decoding, and the residual form. A unit is a tile of
 // positions; flat tiles (channels adjacent) run over all channels in one loop, others channel by channel.
-#include "fsq.h"
+#include "../args/fsq.h"
 
 #include "../ops/fsq.h"
 #include "tile.h"
 
 namespace pyflow::PYFLOW_ISA {
+namespace {
 
 // Constants for a loop over elements: one entry per element, or one channel for all elements. Fields are copied one by
 // one: a loop that copies a whole struct is not vectorised.
@@ -330,6 +331,16 @@ void dispatch(const FsqArgs& a, F f) {
   }
 }
 
+// the residual operators support the two symmetric variants only
+template <class F>
+void dispatch_residual(const FsqArgs& a, F f) {
+  dispatch(a, [&](auto variant, auto real, auto integer) {
+    if constexpr (is_symmetric(decltype(variant)::value)) f(variant, real, integer);
+  });
+}
+
+}  // namespace
+
 void fsq_forward(const FsqForward& a, int64_t begin, int64_t end) {
   dispatch(a, [&](auto variant, auto real, auto integer) {
     constexpr FsqVariant V = decltype(variant)::value;
@@ -362,14 +373,6 @@ void fsq_decode(const FsqDecode& a, int64_t begin, int64_t end) {
       a.size <= uint64_t(1) << 53 ? decode_tile<V, double, I, T>(a, position, n)
                                   : decode_tile<V, int64_t, I, T>(a, position, n);
     });
-  });
-}
-
-// the residual operators support the two symmetric variants only
-template <class F>
-void dispatch_residual(const FsqArgs& a, F f) {
-  dispatch(a, [&](auto variant, auto real, auto integer) {
-    if constexpr (is_symmetric(decltype(variant)::value)) f(variant, real, integer);
   });
 }
 

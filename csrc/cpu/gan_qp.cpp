@@ -1,11 +1,11 @@
 // GAN-QP critic: partial sums of the distance per row (units of the plan), then distance, loss and gradients (a unit is
 // a row).
-#include "gan_qp.h"
+#include "../args/gan_qp.h"
 
-#include "../ops/gan_qp.h"
 #include "tile.h"
 
 namespace pyflow::PYFLOW_ISA {
+namespace {
 
 // two AVX-512 accumulators hide the latency of an addition; every instruction set adds in the order of these lanes
 constexpr int kLanes = 32;
@@ -33,39 +33,24 @@ PYFLOW_FN double fold(double* lanes) {
 }
 
 template <Distance D, class T>
-void sums_unit(const GanQpSums& a, const Tile& unit, double* sums) {
+void sums_unit(const GanQpSums& a, const Tile& unit, int64_t segment) {
   alignas(64) T reals[kChunk], fakes[kChunk];
   alignas(64) double lanes[kLanes];
-  for (int64_t c = 0; c < unit.cols; c += kChunk) {
-    const Tile t{unit.row, unit.rows, unit.col + c, unit.cols - c < kChunk ? unit.cols - c : kChunk};
+  for_each_chunk(unit, [&](const Tile& t, const Tile&) {
     const T* real = load(a.space, a.real, t, reals);
     const T* fake = load(a.space, a.fake, t, fakes);
     // a unit of several rows has one chunk
     for (int64_t r = 0; r < t.rows; ++r) {
-      for (int j = 0; c == 0 && j < kLanes; ++j) lanes[j] = 0;
+      if (t.col == unit.col) fill(lanes, 0.0, kLanes);
       add_deviations<D>(real + r * t.cols, fake + r * t.cols, t.cols, lanes);
-      if (c + t.cols == unit.cols) sums[r * a.plan.segments] = fold(lanes);
+      if (t.col + t.cols < unit.col + unit.cols) continue;
+      write_row_sum<double>(a.sums, a.plan, t.row + r, segment, fold(lanes));
     }
-  }
+  });
 }
 
-void gan_qp_sums(const GanQpSums& a, int64_t begin, int64_t end) {
-  for (int64_t u = begin; u < end; ++u) {
-    const Tile t = unit_tile(a.space, a.plan, u);
-    double* sums = a.sums + t.row * a.plan.segments + u % a.plan.segments;
-    if (Distance(a.distance) == Distance::l1) {
-      a.f64 ? sums_unit<Distance::l1, double>(a, t, sums) : sums_unit<Distance::l1, float>(a, t, sums);
-    } else {
-      a.f64 ? sums_unit<Distance::l2, double>(a, t, sums) : sums_unit<Distance::l2, float>(a, t, sums);
-    }
-  }
-}
-
-double distance_of(const GanQpSums& a, int64_t row) {
-  const double* sums = a.sums + row * a.plan.segments;
-  double total = sums[0];
-  for (int64_t i = 1; i < a.plan.segments; ++i) total += sums[i];
-  return mean_distance(Distance(a.distance), total, a.space.cols);
+double distance_of(const GanQpDistance& of, Distance distance, int64_t row) {
+  return mean_distance(distance, ((const double*)of.sums)[row], of.count);
 }
 
 template <class T>
@@ -89,13 +74,13 @@ void slope_rows(const T* __restrict real, const T* __restrict fake, const T* __r
 }
 
 template <class T>
-void read_rows(const View& v, int64_t begin, int64_t n, T* to) {
-  read_typed(v, begin * v.stride[0], v.stride[0], n, to);
+void read_rows(const RowView& v, int64_t begin, int64_t n, T* to) {
+  read_typed(v.view, begin * v.view.stride[0], v.view.stride[0], n, to);
 }
 
 template <class T>
-void write_rows(const View& v, int64_t begin, int64_t n, const T* from) {
-  write_typed(v, begin * v.stride[0], v.stride[0], n, from);
+void write_rows(const RowView& v, int64_t begin, int64_t n, const T* from) {
+  write_typed(v.view, begin * v.view.stride[0], v.view.stride[0], n, from);
 }
 
 template <class T>
@@ -105,8 +90,8 @@ void loss_chunk(const GanQpLoss& a, int64_t begin, int64_t n) {
   read_rows(a.t_real, begin, n, real);
   read_rows(a.t_fake, begin, n, fake);
   for (int64_t i = 0; i < n; ++i) {
-    const double of_x = distance_of(*a.x, begin + i);
-    d[i] = T(a.z ? of_x + distance_of(*a.z, begin + i) : of_x);
+    const double of_x = distance_of(a.x, a.distance, begin + i);
+    d[i] = T(a.z.sums ? of_x + distance_of(a.z, a.distance, begin + i) : of_x);
   }
   loss_rows(real, fake, d, T(a.lam2), T(a.eps), (T*)a.loss + begin, n);
 }
@@ -121,6 +106,14 @@ void backward_chunk(const GanQpLossBackward& a, int64_t begin, int64_t n) {
   slope_rows(real, fake, d, grad, T(a.lam2), T(a.eps), g_real, g_fake, n);
   write_rows(a.g_real, begin, n, g_real);
   write_rows(a.g_fake, begin, n, g_fake);
+}
+
+}  // namespace
+
+void gan_qp_sums(const GanQpSums& a, int64_t begin, int64_t end) {
+  for_each_unit(a, begin, end, [&](const Tile& unit, int64_t segment, auto zero) {
+    as_constant(a.distance, [&](auto distance) { sums_unit<distance.value, decltype(zero)>(a, unit, segment); });
+  });
 }
 
 void gan_qp_loss(const GanQpLoss& a, int64_t begin, int64_t end) {

@@ -1,11 +1,12 @@
 // Row sums of Gram matrices, sums of the products of pairs of them, and the gradients (HSIC, CKA), without an n x n
 // matrix. A unit is one tile of one batch item, computed in panels of kRows rows. Tiles of a round share no rows.
-#include "hsic.h"
+#include "../args/hsic.h"
 
 #include "strips.h"
 #include "sums.h"
 
 namespace pyflow::PYFLOW_ISA {
+namespace {
 
 // adds x[i] * y[i] to sixteen sums, one per lane; n is a multiple of 16
 template <class T>
@@ -244,13 +245,6 @@ void sums_tile(const GramSums& a, int64_t slot, int64_t tile) {
   for (int64_t k = 0; k < a.pairs; ++k) cross[k] = 2 * lane_sum(lanes + 16 * k, 16);
 }
 
-void gram_sums(const GramSums& a, int64_t begin, int64_t end) {
-  const int64_t tiles = tiles_of(a.tournament, a.round);
-  for (int64_t u = begin; u < end; ++u) {
-    a.f64 ? sums_tile<double>(a, u / tiles, u % tiles) : sums_tile<float>(a, u / tiles, u % tiles);
-  }
-}
-
 // dL/dK of one variable in a panel, times the derivative of its kernel; zero on or below the diagonal. `values` (a tile
 // per variable) and `out` point to the panel's first row; `raw` is a buffer for one panel.
 template <class T>
@@ -426,13 +420,6 @@ void backward_tile(const GramBackward& a, int64_t slot, int64_t tile) {
   }
 }
 
-void gram_backward(const GramBackward& a, int64_t begin, int64_t end) {
-  const int64_t tiles = tiles_of(a.tournament, a.round);
-  for (int64_t u = begin; u < end; ++u) {
-    a.f64 ? backward_tile<double>(a, u / tiles, u % tiles) : backward_tile<float>(a, u / tiles, u % tiles);
-  }
-}
-
 // a unit is a row of a batch item
 template <class T>
 void finish_row(const GramBackward& a, int64_t slot, int64_t row) {
@@ -448,13 +435,6 @@ void finish_row(const GramBackward& a, int64_t slot, int64_t row) {
     T* grad = (T*)v.grad + ((a.item + slot) * n + row) * v.dim;
     const T scale = of_distances(v.kernel) ? ((const T*)a.scale)[(a.item + slot) * a.variables + m] : T(1);
     for (int64_t k = 0; k < v.dim; ++k) grad[k] = scale * fma_(-own, z[k], sum[k]);
-  }
-}
-
-void gram_finish(const GramBackward& a, int64_t begin, int64_t end) {
-  for (int64_t u = begin; u < end; ++u) {
-    const int64_t slot = u / a.tournament.n, row = u % a.tournament.n;
-    a.f64 ? finish_row<double>(a, slot, row) : finish_row<float>(a, slot, row);
   }
 }
 
@@ -474,6 +454,29 @@ double permuted_sum(const PermutedArgs& a, const int32_t* __restrict p) {
     total += lane_sum(lane, 16);
   }
   return 2 * total;
+}
+
+}  // namespace
+
+void gram_sums(const GramSums& a, int64_t begin, int64_t end) {
+  const int64_t tiles = tiles_of(a.tournament, a.round);
+  for (int64_t u = begin; u < end; ++u) {
+    a.f64 ? sums_tile<double>(a, u / tiles, u % tiles) : sums_tile<float>(a, u / tiles, u % tiles);
+  }
+}
+
+void gram_backward(const GramBackward& a, int64_t begin, int64_t end) {
+  const int64_t tiles = tiles_of(a.tournament, a.round);
+  for (int64_t u = begin; u < end; ++u) {
+    a.f64 ? backward_tile<double>(a, u / tiles, u % tiles) : backward_tile<float>(a, u / tiles, u % tiles);
+  }
+}
+
+void gram_finish(const GramBackward& a, int64_t begin, int64_t end) {
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t slot = u / a.tournament.n, row = u % a.tournament.n;
+    a.f64 ? finish_row<double>(a, slot, row) : finish_row<float>(a, slot, row);
+  }
 }
 
 void gram_permuted(const PermutedArgs& a, int64_t begin, int64_t end) {

@@ -4,6 +4,7 @@
 #include "sums.h"
 
 namespace pyflow::PYFLOW_ISA {
+namespace {
 
 // rows summed in the compute type, and prefetch distance in rows
 constexpr int64_t kStatsRows = 32, kStatsAhead = 8;
@@ -78,14 +79,6 @@ void item_stats(const GramArgs& a, int64_t slot, int64_t m) {
     for (int64_t c = 0; c < count; ++c) centres[k + c] = middle(five + c, kChunk);
   }
   shift = v.kernel == GramKernel::rbf ? spread * scale * scale <= kWideVariance : spread * scale <= kWideDeviation;
-}
-
-// a unit is an (item, variable)
-void gram_stats(const GramArgs& a, int64_t begin, int64_t end) {
-  for (int64_t u = begin; u < end; ++u) {
-    const int64_t slot = u / a.variables, m = u % a.variables;
-    a.f64 ? item_stats<double>(a, slot, m) : item_stats<float>(a, slot, m);
-  }
 }
 
 // shuffles the elements of x (0 to 3) and y (4 to 7); gcc has clang's builtin from version 12 on
@@ -185,6 +178,16 @@ PYFLOW_FN void each_strip(const GramArgs& a, int64_t begin, int64_t end, F f) {
   for (int64_t u = begin; u < end; ++u) {
     const int64_t row = u / groups, first = u % groups * strips;
     for (int64_t s = first; s < first + strips; ++s) f(row / a.variables, row % a.variables, s);
+  }
+}
+
+}  // namespace
+
+// a unit is an (item, variable)
+void gram_stats(const GramArgs& a, int64_t begin, int64_t end) {
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t slot = u / a.variables, m = u % a.variables;
+    a.f64 ? item_stats<double>(a, slot, m) : item_stats<float>(a, slot, m);
   }
 }
 

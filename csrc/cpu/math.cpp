@@ -1,5 +1,5 @@
 // Evaluates one elementary function over an array, for tests. A unit is an element.
-#include "math.h"
+#include "../args/math.h"
 
 #include "../math/atan.h"
 #include "../math/exp.h"
@@ -8,6 +8,7 @@
 #include "../math/tanh.h"
 
 namespace pyflow::PYFLOW_ISA {
+namespace {
 
 template <class F>
 PYFLOW_FN void each(const MathArgs& a, int64_t begin, int64_t end, F f) {
@@ -16,6 +17,8 @@ PYFLOW_FN void each(const MathArgs& a, int64_t begin, int64_t end, F f) {
 #pragma omp simd
   for (int64_t i = begin; i < end; ++i) out[i] = f(in[i]);
 }
+
+}  // namespace
 
 void math_evaluate(const MathArgs& a, int64_t begin, int64_t end) {
   switch (a.function) {

@@ -1,33 +1,32 @@
 // Counter-based noise and raw Philox words. A unit is a block of whole short rows or one segment of a long row; for the
 // words it is one counter.
-#include "noise.h"
-
 #include "draw.h"
 
 namespace pyflow::PYFLOW_ISA {
 
+namespace {
+
 template <NoiseKind K>
-void noise_unit(const NoiseArgs& a, const Tile& unit, DrawBuffer& b) {
+void noise_unit(const NoiseArgs& a, const Tile& unit, DrawBuffer& draws) {
   alignas(64) float buffer[kChunk];
-  for (int64_t c = 0; c < unit.cols; c += kChunk) {
-    const int64_t cols = unit.cols - c < kChunk ? unit.cols - c : kChunk;
-    const Tile t{unit.row, unit.rows, unit.col + c, cols};
+  for_each_chunk(unit, [&](const Tile& t, const Tile&) {
     float* z = target(a.space, a.out, t, buffer);
-    draw<K>(a.stream, a.space, t, b, z);
+    draw<K>(a.stream, a.space, t, draws, z);
     store(a.space, a.out, t, z);
-  }
+  });
 }
 
+}  // namespace
+
 void noise(const NoiseArgs& a, int64_t begin, int64_t end) {
-  DrawBuffer b;
-  for (int64_t u = begin; u < end; ++u) {
-    const Tile t = unit_tile(a.space, a.plan, u);
-    a.kind == NoiseKind::normal ? noise_unit<NoiseKind::normal>(a, t, b) : noise_unit<NoiseKind::uniform>(a, t, b);
-  }
+  DrawBuffer draws;
+  as_constant(a.kind, [&](auto kind) {
+    for (int64_t u = begin; u < end; ++u) noise_unit<kind.value>(a, unit_tile(a.space, a.plan, u), draws);
+  });
   stream_fence();
 }
 
-void philox_words(const PhiloxArgs& a, int64_t begin, int64_t end) {
+void philox(const PhiloxArgs& a, int64_t begin, int64_t end) {
   const int64_t* __restrict counter = a.counter;
   const int64_t* __restrict key = a.key;
   int64_t* __restrict out = a.out;

@@ -1,26 +1,16 @@
 // Steps of reverse SDEs with their gradients, the denoising loss, and the squared norms of score and noise for Langevin
 // step sizes. Noise is given or drawn chunk by chunk. A unit is a block of whole short rows or one segment of a long
 // row.
-#include "sde.h"
+#include "../args/sde.h"
 
-#include "../ops/sde.h"
 #include "draw.h"
 
 namespace pyflow::PYFLOW_ISA {
-
-template <class T>
-T coefficient(const View& v, int64_t row) {
-  T value = T(0);
-  if (v.data) read_typed(v, row * v.stride[0], 1, 1, &value);
-  return value;
-}
+namespace {
 
 // whether all rows share one a, b and c
-bool shared(const SdeArgs& a) { return a.a.stride[0] == 0 && a.b.stride[0] == 0 && a.c.stride[0] == 0; }
-
-template <class T>
-void fill(T* to, T value, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = value;
+bool shared(const SdeArgs& a) {
+  return a.a.view.stride[0] == 0 && a.b.view.stride[0] == 0 && a.c.view.stride[0] == 0;
 }
 
 // the tile's noise in the compute type: given, or drawn into `buffer`
@@ -96,24 +86,36 @@ void residual_row(const T* __restrict pred, const T* __restrict z, T std, T* __r
   }
 }
 
-// calls work(tile) for every chunk of a unit
-template <class F>
-PYFLOW_FN void each_chunk(const SdeArgs& a, const Tile& unit, F work) {
-  for (int64_t c = 0; c < unit.cols; c += kChunk) {
-    const Tile t{unit.row, unit.rows, unit.col + c, unit.cols - c < kChunk ? unit.cols - c : kChunk};
-    const Tile next = after(unit, t);
-    const View* const inputs[] = {&a.x, &a.score, &a.noise, &a.gy, &a.gmean};
-    for (const View* v : inputs) prefetch(a.space, *v, next);
-    work(t);
-  }
+PYFLOW_FN void prefetch_inputs(const SdeArgs& a, const Tile& t) {
+  const View* const inputs[] = {&a.x, &a.score, &a.noise, &a.gy, &a.gmean};
+  for (const View* v : inputs) prefetch(a.space, *v, t);
 }
+
+// Sums of a unit of several rows or one segment of a row, kept here until the unit is done. They start at -0, since -0 + v has the bits of v.
+template <int N>
+struct UnitSums {
+  double sum[N][kChunk];
+
+  explicit UnitSums(const Tile& unit) {
+    for (int which = 0; which < N; ++which) fill(sum[which], -0.0, unit.rows);
+  }
+
+  template <class T>
+  void write(const SdeArgs& a, const Tile& unit, int64_t segment) const {
+    for (int which = 0; which < N; ++which) {
+      for (int64_t r = 0; r < unit.rows; ++r) {
+        write_row_sum<T>(a.sums, a.plan, which * a.space.rows + unit.row + r, segment, sum[which][r]);
+      }
+    }
+  }
+};
 
 // whether noise is needed: given noise always, drawn noise only if a c of the tile is not 0
 template <class T>
 bool adds_noise(const SdeArgs& a, const Tile& t) {
-  const int64_t rows = a.c.stride[0] == 0 ? 1 : t.rows;
+  const int64_t rows = a.c.view.stride[0] == 0 ? 1 : t.rows;
   for (int64_t r = 0; r < rows; ++r) {
-    if (coefficient<T>(a.c, t.row + r) != T(0)) return true;
+    if (row_value<T>(a.c, t.row + r) != T(0)) return true;
   }
   return a.noise.data != nullptr;
 }
@@ -122,7 +124,8 @@ template <class T>
 void step_unit(const SdeArgs& a, const Tile& unit, DrawBuffer& draws) {
   alignas(64) T xs[kChunk], scores[kChunk], zs[kChunk], means[kChunk], ys[kChunk];
   const Space& s = a.space;
-  each_chunk(a, unit, [&](const Tile& t) {
+  for_each_chunk(unit, [&](const Tile& t, const Tile& next) {
+    prefetch_inputs(a, next);
     const T* x = load(s, a.x, t, xs);
     const T* score = a.score.data ? load(s, a.score, t, scores) : nullptr;
     const T* z = zs;
@@ -136,8 +139,8 @@ void step_unit(const SdeArgs& a, const Tile& unit, DrawBuffer& draws) {
     const int64_t rows = shared(a) ? 1 : t.rows, n = t.count() / rows;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = r * n, row = t.row + r;
-      mean_row(x + at, score ? score + at : nullptr, coefficient<T>(a.a, row), coefficient<T>(a.b, row), mean + at, n);
-      diffuse_row(mean + at, z + at, coefficient<T>(a.c, row), y + at, n);
+      mean_row(x + at, score ? score + at : nullptr, row_value<T>(a.a, row), row_value<T>(a.b, row), mean + at, n);
+      diffuse_row(mean + at, z + at, row_value<T>(a.c, row), y + at, n);
     }
     if (a.mean.data) store(s, a.mean, t, mean);
     store(s, a.y, t, y);
@@ -148,119 +151,112 @@ template <class T>
 void step_backward_unit(const SdeArgs& a, const Tile& unit, int64_t segment, DrawBuffer& draws) {
   alignas(64) T gys[kChunk], gmeans[kChunk], total[kChunk], buffer[kChunk], out[kChunk];
   const Space& s = a.space;
-  double* sums = a.sums ? a.sums + (unit.row * a.plan.segments + segment) * kSums : nullptr;
-  if (sums) fill(sums, -0.0, unit.rows * kSums);  // a unit of several rows has one segment
-  each_chunk(a, unit, [&](const Tile& t) {
+  const bool summed = a.sums.out != nullptr;
+  UnitSums<3> sums(unit);
+  for_each_chunk(unit, [&](const Tile& t, const Tile& next) {
+    prefetch_inputs(a, next);
     const int64_t count = t.count();
     fill(total, T(0), count);
     const T* gy = a.gy.data ? load(s, a.gy, t, gys) : nullptr;
     if (gy) add_row(gy, total, count);
     if (a.gmean.data) add_row(load(s, a.gmean, t, gmeans), total, count);
-    const auto scaled = [&](const View& view, const View& by, const T* from) {
+    const auto scaled = [&](const View& view, const RowView& by, const T* from) {
       if (!view.data) return;
       T* to = target(s, view, t, out);
       if (!from) fill(to, T(0), count);
       for (int64_t r = 0; from && r < t.rows; ++r) {
-        scale_row(from + r * t.cols, coefficient<T>(by, t.row + r), to + r * t.cols, t.cols);
+        scale_row(from + r * t.cols, row_value<T>(by, t.row + r), to + r * t.cols, t.cols);
       }
       store(s, view, t, to);
     };
     scaled(a.gx, a.a, total);
     scaled(a.gscore, a.b, total);
     scaled(a.gnoise, a.c, gy);
-    if (!sums) return;
+    if (!summed) return;
     const auto add_products = [&](int which, const T* p, const T* q) {
-      for (int64_t r = 0; r < t.rows; ++r) sums[r * kSums + which] += dot_row(p + r * t.cols, q + r * t.cols, t.cols);
+      for (int64_t r = 0; r < t.rows; ++r) sums.sum[which][r] += dot_row(p + r * t.cols, q + r * t.cols, t.cols);
     };
     add_products(0, total, load(s, a.x, t, buffer));
     if (a.score.data) add_products(1, total, load(s, a.score, t, buffer));
     if (gy) add_products(2, gy, noise_values(a, t, draws, buffer));
   });
+  if (summed) sums.template write<T>(a, unit, segment);
 }
 
 template <bool Score, class T>
 void loss_unit(const SdeArgs& a, const Tile& unit, int64_t segment, DrawBuffer& draws) {
   alignas(64) T preds[kChunk], zs[kChunk], r[kChunk], out[kChunk];
   const Space& s = a.space;
-  double* sums = a.sums + (unit.row * a.plan.segments + segment) * kSums;
-  fill(sums, -0.0, unit.rows * kSums);
-  each_chunk(a, unit, [&](const Tile& t) {
+  UnitSums<1> sums(unit);
+  for_each_chunk(unit, [&](const Tile& t, const Tile& next) {
+    prefetch_inputs(a, next);
     const T* pred = load(s, a.x, t, preds);
     const T* z = noise_values(a, t, draws, zs);
     T* gx = a.gx.data ? target(s, a.gx, t, out) : nullptr;
     for (int64_t i = 0; i < t.rows; ++i) {
       const int64_t at = i * t.cols, row = t.row + i;
-      const T std = Score ? coefficient<T>(a.c, row) : T(1);
+      const T std = Score ? row_value<T>(a.c, row) : T(1);
       residual_row<Score>(pred + at, z + at, std, r + at, t.cols);
       if (gx) {
-        const T grad = coefficient<T>(a.a, row);
+        const T grad = row_value<T>(a.a, row);
         scale_row(r + at, grad * std, gx + at, t.cols);
-        sums[i * kSums] += double(grad) * dot_row(pred + at, r + at, t.cols);
+        sums.sum[0][i] += double(grad) * dot_row(pred + at, r + at, t.cols);
       } else {
-        sums[i * kSums] += 0.5 * dot_row(r + at, r + at, t.cols);
+        sums.sum[0][i] += 0.5 * dot_row(r + at, r + at, t.cols);
       }
     }
     if (gx) store(s, a.gx, t, gx);
   });
+  sums.template write<T>(a, unit, segment);
 }
 
 template <class T>
 void squares_unit(const SdeArgs& a, const Tile& unit, int64_t segment, DrawBuffer& draws) {
   alignas(64) T scores[kChunk], zs[kChunk];
-  double* sums = a.sums + (unit.row * a.plan.segments + segment) * kSums;
-  fill(sums, -0.0, unit.rows * kSums);
-  each_chunk(a, unit, [&](const Tile& t) {
+  UnitSums<2> sums(unit);
+  for_each_chunk(unit, [&](const Tile& t, const Tile& next) {
+    prefetch_inputs(a, next);
     const T* score = load(a.space, a.score, t, scores);
     const T* z = noise_values(a, t, draws, zs);
     for (int64_t i = 0; i < t.rows; ++i) {
       const int64_t at = i * t.cols;
-      sums[i * kSums] += dot_row(score + at, score + at, t.cols);
-      sums[i * kSums + 1] += dot_row(z + at, z + at, t.cols);
+      sums.sum[0][i] += dot_row(score + at, score + at, t.cols);
+      sums.sum[1][i] += dot_row(z + at, z + at, t.cols);
     }
   });
+  sums.template write<T>(a, unit, segment);
 }
+
+}  // namespace
 
 void sde_step(const SdeArgs& a, int64_t begin, int64_t end) {
   DrawBuffer draws;
-  for (int64_t u = begin; u < end; ++u) {
-    const Tile t = unit_tile(a.space, a.plan, u);
-    a.f64 ? step_unit<double>(a, t, draws) : step_unit<float>(a, t, draws);
-  }
-  stream_fence();
+  for_each_unit(a, begin, end, [&](const Tile& unit, int64_t, auto zero) {
+    step_unit<decltype(zero)>(a, unit, draws);
+  });
 }
 
 void sde_step_backward(const SdeArgs& a, int64_t begin, int64_t end) {
   DrawBuffer draws;
-  for (int64_t u = begin; u < end; ++u) {
-    const Tile t = unit_tile(a.space, a.plan, u);
-    const int64_t segment = u % a.plan.segments;
-    a.f64 ? step_backward_unit<double>(a, t, segment, draws) : step_backward_unit<float>(a, t, segment, draws);
-  }
-  stream_fence();
+  for_each_unit(a, begin, end, [&](const Tile& unit, int64_t segment, auto zero) {
+    step_backward_unit<decltype(zero)>(a, unit, segment, draws);
+  });
 }
 
 // forward; backward if gx is present
 void denoising_loss(const SdeArgs& a, int64_t begin, int64_t end) {
   DrawBuffer draws;
-  for (int64_t u = begin; u < end; ++u) {
-    const Tile t = unit_tile(a.space, a.plan, u);
-    const int64_t segment = u % a.plan.segments;
-    if (a.c.data) {
-      a.f64 ? loss_unit<true, double>(a, t, segment, draws) : loss_unit<true, float>(a, t, segment, draws);
-    } else {
-      a.f64 ? loss_unit<false, double>(a, t, segment, draws) : loss_unit<false, float>(a, t, segment, draws);
-    }
-  }
-  stream_fence();
+  for_each_unit(a, begin, end, [&](const Tile& unit, int64_t segment, auto zero) {
+    using T = decltype(zero);
+    a.score_given ? loss_unit<true, T>(a, unit, segment, draws) : loss_unit<false, T>(a, unit, segment, draws);
+  });
 }
 
 void langevin_squares(const SdeArgs& a, int64_t begin, int64_t end) {
   DrawBuffer draws;
-  for (int64_t u = begin; u < end; ++u) {
-    const Tile t = unit_tile(a.space, a.plan, u);
-    const int64_t segment = u % a.plan.segments;
-    a.f64 ? squares_unit<double>(a, t, segment, draws) : squares_unit<float>(a, t, segment, draws);
-  }
+  for_each_unit(a, begin, end, [&](const Tile& unit, int64_t segment, auto zero) {
+    squares_unit<decltype(zero)>(a, unit, segment, draws);
+  });
 }
 
 }  // namespace pyflow::PYFLOW_ISA

@@ -1,10 +1,11 @@
 // Sector probability: the formula of ops/sector.h (a unit is one n and theta), and Monte-Carlo trials (a unit is a
 // trial).
-#include "sector.h"
+#include "../args/sector.h"
 
 #include "draw.h"
 
 namespace pyflow::PYFLOW_ISA {
+namespace {
 
 PYFLOW_FN double largest_of(const double* a, int64_t n) {
   double top = 0;
@@ -81,12 +82,6 @@ inline Probabilities probabilities(int64_t n, double theta, double* work) {
   return {{{1 - rounded(outside), 0}, 0}, outside};
 }
 
-void sector_formula(const SectorFormula& a, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    a.out[i] = sector_value(probabilities(a.n[i], a.theta[i], a.work), a.complement, a.log);
-  }
-}
-
 constexpr int kTrials = 128;  // trials at a time, one per lane
 
 struct TrialBuffer {
@@ -123,7 +118,7 @@ inline void play(const SectorTrials& a, uint64_t first, TrialBuffer& b) {
   for (int i = 0; i < kTrials; ++i) b.low[i] = kNoWord;
   for (int i = 0; i < kTrials; ++i) b.sum[i] = 0;
   for (uint64_t block = 0; block < blocks; ++block) {
-    draw_every(a.stream, uint64_t(a.stream.seed[0]), first * blocks + block, blocks, kTrials, b.draw);
+    draw_every(a.stream, seed_of(a.stream, 0), first * blocks + block, blocks, kTrials, b.draw);
     for (int64_t word = a.points - int64_t(4 * block); word < 4; ++word) {
       for (int i = 0; i < kTrials; ++i) b.draw.word[word][i] = kNoWord;
     }
@@ -133,6 +128,14 @@ inline void play(const SectorTrials& a, uint64_t first, TrialBuffer& b) {
   for (int i = 0; i < kTrials; ++i) b.part[i] = fixed_log(positive_uniform(b.low[i]));
   for (int i = 0; i < kTrials; ++i) b.largest[i] = double(b.part[i]);
   for (int i = 0; i < kTrials; ++i) b.total[i] = double(b.sum[i]);
+}
+
+}  // namespace
+
+void sector_formula(const SectorFormula& a, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    a.out[i] = sector_value(probabilities(a.n[i], a.theta[i], a.work), a.complement, a.log);
+  }
 }
 
 void sector_trials(const SectorTrials& a, int64_t begin, int64_t end) {

@@ -1,6 +1,6 @@
 // Spectral normalisation of many layers: power iteration, W / sigma, and the gradient. A unit is a run of whole rows of
 // one layer; start and iterate have one unit per layer.
-#include "spectral.h"
+#include "../args/spectral.h"
 
 #include "../ops/spectral.h"
 #include "tile.h"

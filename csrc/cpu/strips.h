@@ -2,7 +2,7 @@
 // rows, transposed to (features, kCols). Left and right operand of a product use the same strips.
 #pragma once
 
-#include "hsic.h"
+#include "../args/hsic.h"
 
 #if !defined(PYFLOW_ISA)
 #error "compiled once per instruction set: PYFLOW_ISA names it"

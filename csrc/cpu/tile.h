@@ -4,8 +4,8 @@
 #pragma once
 
 #include "../math/half.h"
+#include "../tiles/plan.h"
 #include "stream.h"
-#include "view.h"
 
 #if !defined(PYFLOW_ISA)
 #error "compiled once per instruction set: PYFLOW_ISA names it"
@@ -32,26 +32,27 @@ PYFLOW_FN Tile after(const Tile& unit, const Tile& t) {
   return {t.row + t.rows, t.rows, unit.col, unit.cols < kChunk ? unit.cols : kChunk};
 }
 
+// calls f(unit, its segment of the row, T()) for units [begin, end) of the plan, where T is the compute type
+template <class Args, class F>
+PYFLOW_FN void for_each_unit(const Args& a, int64_t begin, int64_t end, F f) {
+  for (int64_t u = begin; u < end; ++u) {
+    const Tile unit = unit_tile(a.space, a.plan, u);
+    a.f64 ? f(unit, u % a.plan.segments, double()) : f(unit, u % a.plan.segments, float());
+  }
+  stream_fence();
+}
+
+// calls f(chunk, the chunk that follows it) for every chunk of a unit
+template <class F>
+PYFLOW_FN void for_each_chunk(const Tile& unit, F f) {
+  for (int64_t c = 0; c < unit.cols; c += kChunk) {
+    const Tile t{unit.row, unit.rows, unit.col + c, unit.cols - c < kChunk ? unit.cols - c : kChunk};
+    f(t, after(unit, t));
+  }
+}
+
 template <class T>
 constexpr DType kComputeType = sizeof(T) == 8 ? DType::f64 : DType::f32;
-
-PYFLOW_FN int64_t row_offset(const Space& s, const View& v, int64_t row) {
-  int64_t offset = 0;
-  for (int d = s.row_dims - 1; d > 0; --d) {
-    offset += row % s.size[d] * v.stride[d];
-    row /= s.size[d];
-  }
-  return offset + row * v.stride[0];
-}
-
-PYFLOW_FN int64_t col_offset(const Space& s, const View& v, int64_t col) {
-  int64_t offset = 0;
-  for (int d = s.row_dims + s.col_dims - 1; d > s.row_dims; --d) {
-    offset += col % s.size[d] * v.stride[d];
-    col /= s.size[d];
-  }
-  return offset + col * v.stride[s.row_dims];
-}
 
 // whether the tile's columns lie in one run of the innermost dim
 PYFLOW_FN bool one_run(const Space& s, const Tile& t) {
@@ -109,6 +110,24 @@ void read_typed(const View& v, int64_t offset, int64_t stride, int64_t n, T* dst
 }
 
 template <class T>
+PYFLOW_FN T row_value(const RowView& v, int64_t row) {
+  if (!v.view.data) return T(v.value);
+  T value;
+  read_typed(v.view, row * v.view.stride[0], 1, 1, &value);
+  return value;
+}
+
+// stores the sum of a row over one segment; `row` counts the rows of all sums
+template <class T>
+PYFLOW_FN void write_row_sum(const RowSums& sums, const Plan& p, int64_t row, int64_t segment, double sum) {
+  if (sums.partial) {
+    ((double*)sums.partial)[row * p.segments + segment] = sum;
+  } else {
+    ((T*)sums.out)[row] = T(sum);
+  }
+}
+
+template <class T>
 void write_typed(const View& v, int64_t offset, int64_t stride, int64_t n, const T* src) {
   switch (v.dtype) {
     case DType::f32: write_run(src, stride, n, (float*)v.data + offset, [](T x) { return float(x); }); break;
@@ -138,6 +157,11 @@ PYFLOW_FN void for_each_run(const Space& s, const View& v, const Tile& t, F run)
       c += n;
     }
   }
+}
+
+template <class T>
+PYFLOW_FN void fill(T* to, T value, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = value;
 }
 
 // returns the tile as contiguous values: a pointer into v, or `buffer` after filling it

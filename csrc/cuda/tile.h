@@ -1,48 +1,15 @@
-// Shared by the CUDA kernels: how rows x columns are split into blocks, loads and stores of four neighbours of a
-// strided tensor of any dtype, and sums whose bits depend on the number of columns alone. The split and the order of
-// every sum match triton_kernels/_launch.py and _tiles.py.
+// Shared by the CUDA kernels: the loop of a block over its columns, loads and stores of four neighbours of a strided
+// tensor of any dtype, and sums whose bits depend on the number of columns alone. The split (tiles/plan.h) and the order
+// of every sum match triton_kernels/_launch.py and _tiles.py.
 #pragma once
 
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
-#include <algorithm>
 
 #include "../math/half.h"
-#include "../torch/tensor.h"
+#include "../tiles/plan.h"
+#include "shared.h"
 
 namespace pyflow::cuda {
-
-constexpr int kThreads = 256;
-constexpr int kEach = 4;                 // neighbouring columns per thread
-constexpr int kTile = kThreads * kEach;  // elements a block handles per loop iteration
-constexpr int64_t kLongest = 4 * kTile;  // most columns of a row in one block
-
-inline int64_t power_of_two(int64_t n) {
-  int64_t p = 1;
-  while (p < n) p *= 2;
-  return p;
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Cut {
-  int64_t cols, rows;         // shape of a tile; cols / kEach threads share a row
-  int64_t segment, segments;  // columns of a row per block, and blocks per row
-  int64_t blocks;
-};
-
-inline Cut cut(const Space& s) {
-  Cut c;
-  c.cols = s.cols > 2 * kTile ? kTile : std::clamp<int64_t>(power_of_two(s.cols), kEach, kTile / 2);
-  c.rows = kTile / c.cols;
-  c.segment = std::min(c.cols * ceil_div(s.cols, c.cols), kLongest);
-  c.segments = ceil_div(s.cols, c.segment);
-  c.blocks = ceil_div(s.rows, c.rows) * c.segments;
-  return c;
-}
 
 // whether kEach neighbours are always 16 aligned bytes of float32; true for an absent tensor
 inline bool whole_vectors(const Space& s, const View& v) {
@@ -53,32 +20,15 @@ inline bool whole_vectors(const Space& s, const View& v) {
   return fits;
 }
 
-template <class Kernel, class... Args>
-void launch(Kernel kernel, int64_t blocks, const Tensor& on, const Args&... args) {
-  const int32_t device = on.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  kernel<<<dim3(unsigned(blocks)), kThreads, 0, cudaStream_t(stream)>>>(args...);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+template <class... Views>
+bool whole_vectors(const Space& s, const View& first, const Views&... others) {
+  return (whole_vectors(s, first) && ... && whole_vectors(s, others));
 }
 
-__device__ inline int64_t row_offset(const Space& s, const View& v, int64_t row) {
-  int64_t offset = 0;
-  for (int d = s.row_dims - 1; d > 0; --d) {
-    offset += row % s.size[d] * v.stride[d];
-    row /= s.size[d];
-  }
-  return offset + row * v.stride[0];
-}
-
-__device__ inline int64_t col_offset(const Space& s, const View& v, int64_t col) {
-  int64_t offset = 0;
-  for (int d = s.row_dims + s.col_dims - 1; d > s.row_dims; --d) {
-    offset += col % s.size[d] * v.stride[d];
-    col /= s.size[d];
-  }
-  return offset + col * v.stride[s.row_dims];
+// errors are found by launch_error
+template <class... Parameters, class... Args>
+void launch(void (*kernel)(Parameters...), int64_t blocks, Stream stream, const Args&... args) {
+  kernel<<<dim3(unsigned(blocks)), kThreads, 0, stream>>>(args...);
 }
 
 template <class T>
@@ -103,6 +53,11 @@ __device__ void write(const View& v, int64_t at, T value) {
   }
 }
 
+template <class T>
+__device__ T row_value(const RowView& v, int64_t row) {
+  return v.view.data ? read<T>(v.view, row * v.view.stride[0]) : T(v.value);
+}
+
 template <class T, int N>
 struct alignas(N == kEach ? 16 : sizeof(T)) Group {
   T v[N];
@@ -114,11 +69,22 @@ struct Spot {
   bool inside;
 };
 
-__device__ inline Spot spot(const Space& s, const Cut& c, int64_t row_block, int64_t first_col, int i) {
-  const int width = int(c.cols) / kEach;  // threads per row
-  const int64_t row = row_block * c.rows + threadIdx.x / width;
+// of the i-th column of this thread in the tile at row block `row_block` and column `first_col`
+__device__ inline Spot spot(const Space& s, const Plan& p, int64_t row_block, int64_t first_col, int i) {
+  const int width = int(p.tile_cols) / kEach;  // threads per row
+  const int64_t row = row_block * p.tile_rows + threadIdx.x / width;
   const int64_t col = first_col + int64_t(threadIdx.x % width) * kEach + i;
   return {row, col, row < s.rows && col < s.cols};
+}
+
+// calls f(spot, i) for each group of N columns of this thread; i: index of the first among its kEach columns
+template <int N, class Args, class F>
+__device__ void for_each_group(const Args& a, F f) {
+  const int64_t row_block = blockIdx.x / a.plan.segments, first = blockIdx.x % a.plan.segments * a.plan.segment;
+  for (int64_t c = 0; c < a.plan.segment; c += a.plan.tile_cols) {
+#pragma unroll 1
+    for (int i = 0; i < kEach; i += N) f(spot(a.space, a.plan, row_block, first + c, i), i);
+  }
 }
 
 template <int N, class T>
@@ -180,33 +146,30 @@ __device__ T fold(const Group<T, kEach>& own, int cols) {
   return t[0];
 }
 
-// sums partial (rows, segments) to out (rows,); one tile of columns steps along each row
-template <class T>
-__global__ void __launch_bounds__(kThreads, 2)
-    sum_segments(const T* partial, T* out, int64_t rows, int64_t segments, int cols) {
-  const int width = cols / kEach;
-  const int64_t row = int64_t(blockIdx.x) * (kThreads / width) + threadIdx.x / width;
-  Group<T, kEach> acc{};
-  for (int64_t first = 0; first < segments; first += cols) {
+// adds a group's terms to the sums of this thread's kEach columns; columns outside the row add 0
+template <int N, class T>
+__device__ void add_terms(const Spot& p, int at, const Group<T, N>& terms, Group<T, kEach>& acc) {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int64_t c = first + threadIdx.x % width * kEach + i;
-      if (row < rows && c < segments) acc.v[i] += partial[row * segments + c];
-    }
+  for (int i = 0; i < N; ++i) {
+    const T term = p.inside ? terms.v[i] : T(0);
+#pragma unroll
+    for (int lane = i; lane < kEach; lane += N) acc.v[lane] += lane == at + i ? term : T(0);
   }
-  const T sum = fold(acc, cols);
-  if (row < rows && threadIdx.x % width == 0) out[row] = sum;
 }
 
-template <class T>
-void launch_sum_segments(const Tensor& partial, const Tensor& out, int64_t rows, int64_t segments) {
-  const int64_t cols = std::clamp<int64_t>(power_of_two(segments), kEach, kTile);
-  launch(sum_segments<T>, ceil_div(rows, kTile / cols), out, (const T*)partial.data_ptr(), (T*)out.data_ptr(), rows,
-         segments, int(cols));
+// row of this thread in the block's tile
+template <class Args>
+__device__ int64_t row_of(const Args& a) {
+  return blockIdx.x / a.plan.segments * a.plan.tile_rows + threadIdx.x / (int(a.plan.tile_cols) / kEach);
 }
 
-inline ScalarType sum_dtype(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+// stores the sum of a row over the block's segment; `which` counts the sums of a row. All threads of a row have it.
+template <class Args, class T>
+__device__ void write_row_sum(const Args& a, const RowSums& sums, int64_t which, T sum) {
+  const int64_t row = row_of(a);
+  if (threadIdx.x % (int(a.plan.tile_cols) / kEach) != 0 || row >= a.space.rows) return;
+  T* to = (T*)(sums.partial ? sums.partial : sums.out);
+  to[(which * a.space.rows + row) * a.plan.segments + blockIdx.x % a.plan.segments] = sum;
 }
 
 }  // namespace pyflow::cuda

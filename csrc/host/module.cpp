@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "../cpu/dispatch.h"
-#include "../cpu/math.h"
-#include "../cpu/sector.h"
+#include "../args/math.h"
+#include "../args/sector.h"
 
 namespace py = pybind11;
 
@@ -27,7 +27,7 @@ const pyflow::CpuTable* table_for(const std::string& function) {
 FloatArray evaluate(const std::string& name, const FloatArray& x) {
   const pyflow::CpuTable* table = table_for("evaluate");
   int index = 0;
-  for (const char* known : pyflow::kMathFunctions) {
+  for (const char* known : pyflow::kMathFunctionNames) {
     if (name == known) {
       FloatArray y(x.size());
       table->math_evaluate({pyflow::MathFunction(index), x.data(), y.mutable_data()}, 0, x.size());

@@ -7,24 +7,33 @@
 #include "../math/exp.h"
 #include "../math/log.h"
 #include "../math/tanh.h"
+#include "../tiles/enum.h"
+
+// in the order of SCALE_MAPS in pyflow/_schemas.py
+#define PYFLOW_SCALE_MAPS(F) \
+  F(exp)                     \
+  F(sigmoid)                 \
+  F(sigmoid_inv)             \
+  F(softplus)                \
+  F(tanh)                    \
+  F(atan)                    \
+  F(softsign)                \
+  F(softplus_clamp)          \
+  F(sigmoid_eps)             \
+  F(softplus_eps)
+
+// PACKINGS: where packed parameters hold shift and scale
+#define PYFLOW_PACKINGS(F) \
+  F(shift_scale)           \
+  F(scale_shift)           \
+  F(interleaved)
 
 namespace pyflow {
 
-// the order is the `scale_map` integer of the operator schema; `resolve` turns sigmoid and softplus with eps > 0 into
-// their own formulas, once per call
-enum class ScaleMap : int {
-  exp,
-  sigmoid,
-  sigmoid_inv,
-  softplus,
-  tanh,
-  atan,
-  softsign,
-  softplus_clamp,
-  sigmoid_eps,
-  softplus_eps
-};
+PYFLOW_ENUM(ScaleMap, PYFLOW_SCALE_MAPS)
+PYFLOW_ENUM(Packing, PYFLOW_PACKINGS)
 
+// sigmoid and softplus with eps > 0 have formulas of their own, which no caller names
 PYFLOW_FN ScaleMap resolve(int64_t scale_map, double arg) {
   const ScaleMap m = ScaleMap(scale_map);
   if (m == ScaleMap::sigmoid && arg > 0) return ScaleMap::sigmoid_eps;
@@ -44,33 +53,6 @@ constexpr double kClampEps = 1e-3, kClampMax = 3.0;
 
 // `arg` is the one constant a map uses: clamp (tanh, atan), eps (sigmoid, softplus), c (softsign)
 template <ScaleMap M, class T>
-PYFLOW_FN T log_scale(T s, T arg) {
-  if constexpr (M == ScaleMap::exp) {
-    return s;
-  } else if constexpr (M == ScaleMap::sigmoid) {
-    return -softplus(-(s + T(2)));
-  } else if constexpr (M == ScaleMap::sigmoid_eps) {
-    return log_(sigmoid(s + T(2)) + arg);
-  } else if constexpr (M == ScaleMap::sigmoid_inv) {
-    return softplus(-(s + T(2)));
-  } else if constexpr (M == ScaleMap::softplus) {
-    // log(softplus(s)) is -inf once softplus underflows
-    return s < T(-15) ? s - T(0.5) * exp_(s) : log_(softplus(s));
-  } else if constexpr (M == ScaleMap::softplus_eps) {
-    return log_(softplus(s) + arg);
-  } else if constexpr (M == ScaleMap::tanh) {
-    return arg * tanh_(s * (T(1) / arg));
-  } else if constexpr (M == ScaleMap::atan) {
-    return arg * T(kAtanGain) * atan_(s);
-  } else if constexpr (M == ScaleMap::softplus_clamp) {
-    const T p = softplus(s) + T(kClampEps);
-    return log_(p > T(kClampMax) ? T(kClampMax) : p);
-  } else {
-    return s / (T(1) + abs_(s) * (T(1) / arg));
-  }
-}
-
-template <ScaleMap M, class T>
 PYFLOW_FN LogScale<T> log_scale_slope(T s, T arg) {
   if constexpr (M == ScaleMap::exp) {
     return {s, T(1)};
@@ -85,8 +67,9 @@ PYFLOW_FN LogScale<T> log_scale_slope(T s, T arg) {
     const T t = -(s + T(2));
     return {softplus(t), -sigmoid(t)};
   } else if constexpr (M == ScaleMap::softplus) {
-    const T slope = sigmoid(s) / softplus(s);
-    return {log_scale<M>(s, arg), s < T(-15) ? T(1) - T(0.5) * exp_(s) : slope};
+    // log(softplus(s)) is -inf once softplus underflows
+    const T p = softplus(s), e = exp_(s);
+    return {s < T(-15) ? s - T(0.5) * e : log_(p), s < T(-15) ? T(1) - T(0.5) * e : sigmoid(s) / p};
   } else if constexpr (M == ScaleMap::softplus_eps) {
     const T p = softplus(s) + arg;
     return {log_(p), sigmoid(s) / p};
@@ -97,12 +80,18 @@ PYFLOW_FN LogScale<T> log_scale_slope(T s, T arg) {
     return {arg * T(kAtanGain) * atan_(s), arg * T(kAtanGain) / (T(1) + s * s)};
   } else if constexpr (M == ScaleMap::softplus_clamp) {
     const T p = softplus(s) + T(kClampEps);
-    const T slope = sigmoid(s) / p;
-    return {log_scale<M>(s, arg), p > T(kClampMax) ? T(0) : slope};
+    const bool clamped = p > T(kClampMax);
+    return {log_(clamped ? T(kClampMax) : p), clamped ? T(0) : sigmoid(s) / p};
   } else {
     const T d = T(1) + abs_(s) * (T(1) / arg);
     return {s / d, T(1) / (d * d)};
   }
+}
+
+// without the slope, whose terms the compiler drops
+template <ScaleMap M, class T>
+PYFLOW_FN T log_scale(T s, T arg) {
+  return log_scale_slope<M>(s, arg).g;
 }
 
 // e is e^g forward and e^{-g} inverse

@@ -3,11 +3,16 @@
 
 #include "../math/log.h"
 #include "../math/tanh.h"
+#include "../tiles/enum.h"
+
+// in the order of PRIORS in pyflow/_schemas.py
+#define PYFLOW_PRIORS(F) \
+  F(gaussian)            \
+  F(logistic)
 
 namespace pyflow {
 
-// the order is the `prior` integer of the operator schema
-enum class Prior : int { gaussian, logistic };
+PYFLOW_ENUM(Prior, PYFLOW_PRIORS)
 
 constexpr double kHalfLog2Pi = 0.91893853320467274178;
 

@@ -4,11 +4,20 @@
 
 #include "../math/exp.h"
 #include "../math/tanh.h"
+#include "../tiles/enum.h"
+
+// in the order of FSQ_VARIANTS in pyflow/_schemas.py
+#define PYFLOW_FSQ_VARIANTS(F) \
+  F(vqp)                       \
+  F(paper)                     \
+  F(symmetric)                 \
+  F(sigmoid)                   \
+  F(hard)                      \
+  F(symmetric_hard)
 
 namespace pyflow {
 
-// the order is the `variant` integer of the operator schema
-enum class FsqVariant : int { vqp, paper, symmetric, sigmoid, hard, symmetric_hard };
+PYFLOW_ENUM(FsqVariant, PYFLOW_FSQ_VARIANTS)
 
 // constants of a channel, exact in float32; the bounded value is half * squash(z + shift) - offset
 template <class T>

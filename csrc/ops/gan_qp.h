@@ -3,11 +3,16 @@
 #pragma once
 
 #include "../math/fn.h"
+#include "../tiles/enum.h"
+
+// in the order of DISTANCES in pyflow/_schemas.py
+#define PYFLOW_DISTANCES(F) \
+  F(l1)                     \
+  F(l2)
 
 namespace pyflow {
 
-// the order is the `distance` integer of the operator schema
-enum class Distance : int { l1, l2 };
+PYFLOW_ENUM(Distance, PYFLOW_DISTANCES)
 
 // one element's term: the distance is the mean of the terms (l1) or the square root of the mean (l2)
 template <Distance D, class T>

@@ -2,11 +2,19 @@
 #pragma once
 
 #include "../math/exp.h"
+#include "../tiles/enum.h"
+
+// in the order of HSIC_KERNELS in pyflow/_schemas.py
+#define PYFLOW_HSIC_KERNEL_NAMES(F) \
+  F(rbf)                            \
+  F(laplacian)                      \
+  F(polynomial)                     \
+  F(delta)                          \
+  F(precomputed)
 
 namespace pyflow {
 
-// the order is HSIC_KERNELS of the operator schemas
-enum class GramKernel : int { rbf, laplacian, polynomial, delta, precomputed };
+PYFLOW_ENUM(GramKernel, PYFLOW_HSIC_KERNEL_NAMES)
 
 PYFLOW_FN bool of_distances(GramKernel kernel) { return kernel == GramKernel::rbf || kernel == GramKernel::laplacian; }
 

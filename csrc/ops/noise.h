@@ -2,11 +2,28 @@
 #pragma once
 
 #include "../math/normal.h"
+#include "../tiles/enum.h"
+
+// in the order of NOISES in pyflow/_schemas.py
+#define PYFLOW_NOISES(F) \
+  F(uniform)             \
+  F(normal)
+
+// PURPOSES: what a draw is for, the top byte of the last counter word
+#define PYFLOW_PURPOSES(F) \
+  F(noise)                 \
+  F(corrector)             \
+  F(prior)                 \
+  F(accept)                \
+  F(data)                  \
+  F(permutation)           \
+  F(monte_carlo)
 
 namespace pyflow {
 
-// the order is the `kind` integer of the operator schema
-enum class NoiseKind : int { uniform, normal };
+PYFLOW_ENUM(Purpose, PYFLOW_PURPOSES)
+
+PYFLOW_ENUM(NoiseKind, PYFLOW_NOISES)
 
 // four consecutive elements of a stream: one block
 struct Four {

@@ -1,24 +1,11 @@
-#include "../cpu/coupling.h"
+#include "../args/coupling.h"
 
-#include "../cpu/dispatch.h"
-#include "tensor.h"
+#include "device.h"
 
 namespace pyflow {
 namespace {
 
-// offsets and step of shift and scale inside the packed parameters
-struct Packing {
-  int64_t shift_offset, scale_offset, step;
-};
-
-// cases in the order of `packing` in the operator schema
-Packing packing_of(int64_t packing, int64_t half) {
-  switch (packing) {
-    case 0: return {0, half, 1};  // shift_scale
-    case 1: return {half, 0, 1};  // scale_shift
-    default: return {0, 1, 2};    // interleaved
-  }
-}
+using Optional = std::optional<Tensor>;
 
 struct Map {
   int64_t scale_map;
@@ -27,88 +14,81 @@ struct Map {
 };
 
 void set_map(CouplingArgs& a, const Map& m, const Tensor& x) {
-  a.f64 = x.scalar_type() == ScalarType::Double;
+  a.f64 = is_f64(x);
+  a.affine = true;
   a.scale_map = resolve(m.scale_map, m.arg);
   a.map_arg = m.arg;
   a.shift_first = m.shift_first;
   a.inverse = m.inverse;
 }
 
-// expects x and the parameters in `layout`; adds y and mask
-std::tuple<Tensor, Tensor> run_forward(CouplingForward& a, Layout& layout, const Tensor& x,
-                                       const std::optional<Tensor>& mask, int64_t event_dims) {
-  const ScalarType sum_dtype = a.f64 ? ScalarType::Double : ScalarType::Float;
+// adds the views of shift and scale in packed parameters
+void add_packed(Layout& layout, View& shift, View& scale, const Tensor& params, int64_t packing, int64_t dim) {
+  const Packing p = Packing(packing);
+  const bool interleaved = p == Packing::interleaved, scale_first = p == Packing::scale_shift;
+  const int64_t second = interleaved ? 1 : params.size(dim) / 2, step = interleaved ? 2 : 1;
+  layout.add_slice(shift, params, dim, scale_first ? second : 0, step);
+  layout.add_slice(scale, params, dim, scale_first ? 0 : second, step);
+}
+
+// expects x and the parameters in `layout`; adds y and mask and plans the call
+Tensor plan_forward(CouplingForward& a, Layout& layout, const Tensor& x, const Optional& mask) {
   Tensor y = new_like(x);
   layout.add(a.y, y);
   a.y.stream = streams(y);
   if (mask) layout.add(a.mask, *mask);
   a.space = layout.merge();
   a.plan = plan_of(a.space, layout.flat());
-  int64_t sizes[64];
-  for (int64_t d = 0; d < x.dim() - event_dims; ++d) sizes[d] = x.size(d);
-  Tensor logdet = new_empty(x, sizes, a.affine ? x.dim() - event_dims : 0, sum_dtype);
-  a.logdet = logdet.data_ptr();
-  a.partial = nullptr;
-  Tensor partial = logdet;
-  if (a.plan.segments > 1) {
-    const int64_t count = a.space.rows * a.plan.segments;
-    partial = new_empty(x, &count, 1, ScalarType::Double);
-    a.partial = (double*)partial.data_ptr();
-  }
-  const auto kernel = cpu_table()->coupling_forward;
-  if (x.numel() > 0) {
-    torch::stable::parallel_for(0, a.plan.units, a.plan.grain,
-                                [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
-  }
-  if (a.affine && (a.partial || x.numel() == 0)) {
-    for (int64_t r = 0; r < a.space.rows; ++r) {
-      double total = 0;
-      for (int64_t i = 0; a.partial && i < a.plan.segments; ++i) total += a.partial[r * a.plan.segments + i];
-      a.f64 ? ((double*)a.logdet)[r] = total : ((float*)a.logdet)[r] = float(total);
-    }
-  }
-  return {y, logdet};
+  return y;
 }
 
-Tensor additive_coupling(Tensor x, Tensor shift, std::optional<Tensor> mask, bool inverse) {
+Tensor additive_coupling(Tensor x, Tensor shift, Optional mask, bool inverse) {
   CouplingForward a{};
-  Layout layout(x, x.dim() > 0 ? x.dim() - 1 : 0);
-  set_map(a, {0, 0, false, inverse}, x);
+  // a single dim is one row on a GPU, which splits long rows, and a column on a CPU, which splits columns
+  Layout layout(x, x.dim() > 1 ? x.dim() - 1 : kCuda ? x.dim() : 0);
+  a.f64 = is_f64(x);
+  a.inverse = inverse;
   layout.add(a.x, x);
   layout.add(a.shift, shift);
-  return std::get<0>(run_forward(a, layout, x, mask, 0));
+  Tensor y = plan_forward(a, layout, x, mask);
+  if (x.numel() > 0) PYFLOW_RUN(coupling_forward, a, x);
+  return y;
 }
 
-std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor shift, Tensor scale, std::optional<Tensor> mask,
-                                           int64_t scale_map, double map_arg, bool shift_first, bool inverse,
-                                           int64_t event_dims) {
+std::tuple<Tensor, Tensor> run_affine(CouplingForward& a, Layout& layout, const Tensor& x, const Optional& mask,
+                                      int64_t event_dims) {
+  Tensor y = plan_forward(a, layout, x, mask);
+  SumTensors logdet(a.logdet, x, x.sizes().data(), x.dim() - event_dims, a.space, a.plan, compute_type(a.f64));
+  if (x.numel() > 0) PYFLOW_RUN(coupling_forward, a, x);
+  logdet.finish();
+  return {y, logdet.out};
+}
+
+std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor shift, Tensor scale, Optional mask, int64_t scale_map,
+                                           double map_arg, bool shift_first, bool inverse, int64_t event_dims) {
   CouplingForward a{};
   Layout layout(x, event_dims);
   set_map(a, {scale_map, map_arg, shift_first, inverse}, x);
   layout.add(a.x, x);
   layout.add(a.shift, shift);
   layout.add(a.scale, scale);
-  a.affine = true;
-  return run_forward(a, layout, x, mask, event_dims);
+  return run_affine(a, layout, x, mask, event_dims);
 }
 
-std::tuple<Tensor, Tensor> affine_coupling_packed(Tensor x, Tensor params, std::optional<Tensor> mask, int64_t packing,
-                                                  int64_t dim, int64_t scale_map, double map_arg, bool shift_first,
-                                                  bool inverse, int64_t event_dims) {
+std::tuple<Tensor, Tensor> affine_coupling_packed(Tensor x, Tensor params, Optional mask, int64_t packing, int64_t dim,
+                                                  int64_t scale_map, double map_arg, bool shift_first, bool inverse,
+                                                  int64_t event_dims) {
   CouplingForward a{};
   Layout layout(x, event_dims);
-  const Packing p = packing_of(packing, x.size(dim));
   set_map(a, {scale_map, map_arg, shift_first, inverse}, x);
   layout.add(a.x, x);
-  layout.add_slice(a.shift, params, dim, p.shift_offset, p.step);
-  layout.add_slice(a.scale, params, dim, p.scale_offset, p.step);
-  a.affine = true;
-  return run_forward(a, layout, x, mask, event_dims);
+  add_packed(layout, a.shift, a.scale, params, packing, dim);
+  return run_affine(a, layout, x, mask, event_dims);
 }
 
 // expects x, the parameters and their gradients in `layout`; adds the other views
-Tensor run_backward(CouplingBackward& a, Layout& layout, const std::optional<Tensor>& gy,
-                    const std::optional<Tensor>& gl, const Tensor& x, const std::optional<Tensor>& mask) {
+Tensor run_backward(CouplingBackward& a, Layout& layout, const Optional& gy, const Optional& gl, const Tensor& x,
+                    const Optional& mask) {
   Tensor gx = new_like(x);
   layout.add(a.gx, gx);
   a.gx.stream = streams(gx);
@@ -117,25 +97,19 @@ Tensor run_backward(CouplingBackward& a, Layout& layout, const std::optional<Ten
   if (mask) layout.add(a.mask, *mask);
   a.space = layout.merge();
   a.plan = plan_of(a.space, layout.flat());
-  const auto kernel = cpu_table()->coupling_backward;
-  if (x.numel() > 0) {
-    torch::stable::parallel_for(0, a.plan.units, a.plan.grain,
-                                [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
-  }
+  if (x.numel() > 0) PYFLOW_RUN(coupling_backward, a, x);
   return gx;
 }
 
-std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(std::optional<Tensor> gy, std::optional<Tensor> gl,
-                                                            Tensor x, std::optional<Tensor> shift, Tensor scale,
-                                                            std::optional<Tensor> mask, int64_t scale_map,
+std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Optional gy, Optional gl, Tensor x, Optional shift,
+                                                            Tensor scale, Optional mask, int64_t scale_map,
                                                             double map_arg, bool shift_first, bool inverse,
                                                             int64_t event_dims, std::optional<ScalarType> shift_dtype) {
   CouplingBackward a{};
   Layout layout(x, event_dims);
   set_map(a, {scale_map, map_arg, shift_first, inverse}, x);
-  const int64_t none = 0;
   Tensor gshift =
-      shift_dtype ? new_empty(x, x.sizes().data(), x.dim(), *shift_dtype) : new_empty(x, &none, 1, x.scalar_type());
+      shift_dtype ? new_empty(x, x.sizes().data(), x.dim(), *shift_dtype) : new_none(x, x.scalar_type());
   Tensor gscale = new_like(scale);
   layout.add(a.x, x);
   if (shift) layout.add(a.shift, *shift);
@@ -148,20 +122,19 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(std::optional<Tensor
   return {gx, gshift, gscale};
 }
 
-std::tuple<Tensor, Tensor> affine_coupling_packed_backward(std::optional<Tensor> gy, std::optional<Tensor> gl, Tensor x,
-                                                           Tensor params, std::optional<Tensor> mask, int64_t packing,
-                                                           int64_t dim, int64_t scale_map, double map_arg,
-                                                           bool shift_first, bool inverse, int64_t event_dims) {
+std::tuple<Tensor, Tensor> affine_coupling_packed_backward(Optional gy, Optional gl, Tensor x, Tensor params,
+                                                           Optional mask, int64_t packing, int64_t dim,
+                                                           int64_t scale_map, double map_arg, bool shift_first,
+                                                           bool inverse, int64_t event_dims) {
   CouplingBackward a{};
   Layout layout(x, event_dims);
-  const Packing p = packing_of(packing, x.size(dim));
   set_map(a, {scale_map, map_arg, shift_first, inverse}, x);
   Tensor gparams = new_like(params);
   layout.add(a.x, x);
-  if (shift_first != inverse) layout.add_slice(a.shift, params, dim, p.shift_offset, p.step);
-  layout.add_slice(a.scale, params, dim, p.scale_offset, p.step);
-  layout.add_slice(a.gshift, gparams, dim, p.shift_offset, p.step);
-  layout.add_slice(a.gscale, gparams, dim, p.scale_offset, p.step);
+  add_packed(layout, a.shift, a.scale, params, packing, dim);
+  // not read where the gradient does not contain it
+  if (shift_first == inverse) a.shift.data = nullptr;
+  add_packed(layout, a.gshift, a.gscale, gparams, packing, dim);
   a.gshift.stream = a.gscale.stream = streams(gparams);
   Tensor gx = run_backward(a, layout, gy, gl, x, mask);
   return {gx, gparams};
@@ -169,7 +142,7 @@ std::tuple<Tensor, Tensor> affine_coupling_packed_backward(std::optional<Tensor>
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pyflow, CPU, m) {
+PYFLOW_OPERATORS(m) {
   m.impl("additive_coupling", TORCH_BOX(&additive_coupling));
   m.impl("affine_coupling", TORCH_BOX(&affine_coupling));
   m.impl("affine_coupling_packed", TORCH_BOX(&affine_coupling_packed));

@@ -4,7 +4,7 @@
 #include <initializer_list>
 
 #include "../cpu/dispatch.h"
-#include "../cpu/fsq.h"
+#include "../args/fsq.h"
 
 namespace pyflow {
 namespace {

@@ -1,4 +1,4 @@
-#include "../cpu/hsic.h"
+#include "../args/hsic.h"
 
 #include <cstring>
 #include <vector>

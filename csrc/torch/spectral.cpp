@@ -1,4 +1,4 @@
-#include "../cpu/spectral.h"
+#include "../args/spectral.h"
 
 #include <algorithm>
 #include <numeric>

@@ -8,7 +8,7 @@
 #include <optional>
 
 #include "../cpu/stream.h"
-#include "../cpu/view.h"
+#include "../tiles/plan.h"
 
 namespace pyflow {
 

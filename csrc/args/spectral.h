@@ -1,7 +1,7 @@
-// Arguments of the spectral kernels; the functions live in one namespace per instruction set.
+// Arguments of the spectral kernels.
 #pragma once
 
-#include "view.h"
+#include "../tiles/plan.h"
 
 namespace pyflow {
 
@@ -31,5 +31,13 @@ struct SpectralArgs {
   bool iterates;  // power iteration updates u and v
   bool last;      // last round: results are written
 };
+
+#define PYFLOW_SPECTRAL_KERNELS(F)  \
+  F(spectral_start, SpectralArgs)   \
+  F(spectral_product, SpectralArgs) \
+  F(spectral_iterate, SpectralArgs) \
+  F(spectral_scale, SpectralArgs)   \
+  F(spectral_dot, SpectralArgs)     \
+  F(spectral_gradient, SpectralArgs)
 
 }  // namespace pyflow

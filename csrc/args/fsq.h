@@ -1,7 +1,7 @@
-// Arguments of the quantisation kernels; the functions live in one namespace per instruction set.
+// Arguments of the quantisation kernels.
 #pragma once
 
-#include "view.h"
+#include "../tiles/plan.h"
 
 namespace pyflow {
 
@@ -49,5 +49,12 @@ struct ResidualFsqBackward : FsqBackward {
   const char* scales;
   int64_t stages, active;
 };
+
+#define PYFLOW_FSQ_KERNELS(F)                 \
+  F(fsq_forward, FsqForward)                  \
+  F(fsq_backward, FsqBackward)                \
+  F(fsq_decode, FsqDecode)                    \
+  F(residual_fsq_forward, ResidualFsqForward) \
+  F(residual_fsq_backward, ResidualFsqBackward)
 
 }  // namespace pyflow

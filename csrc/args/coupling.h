@@ -1,8 +1,9 @@
-// Arguments of the coupling kernels; the functions live in one namespace per instruction set.
+// What the coupling kernels are given.
 #pragma once
 
+#include "../cuda/shared.h"
 #include "../ops/coupling.h"
-#include "view.h"
+#include "../tiles/plan.h"
 
 namespace pyflow {
 
@@ -20,13 +21,21 @@ struct CouplingArgs {
 
 struct CouplingForward : CouplingArgs {
   View y;
-  void* logdet;     // (rows,) of the compute type, if affine
-  double* partial;  // (rows, segments) if a row has several segments, else absent
+  RowSums logdet;  // if affine
 };
 
 struct CouplingBackward : CouplingArgs {
   View gy, gl;              // either may be absent; gl has row dims only
   View gx, gshift, gscale;  // gshift may be absent
 };
+
+#define PYFLOW_COUPLING_KERNELS(F)     \
+  F(coupling_forward, CouplingForward) \
+  F(coupling_backward, CouplingBackward)
+
+namespace cuda {
+void coupling_forward(const CouplingForward&, Stream);
+void coupling_backward(const CouplingBackward&, Stream);
+}  // namespace cuda
 
 }  // namespace pyflow

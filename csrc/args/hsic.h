@@ -1,8 +1,8 @@
-// Arguments of the Gram matrix kernels (HSIC, CKA, centring); the functions live in one namespace per instruction set.
+// Arguments of the Gram matrix kernels of HSIC and CKA.
 #pragma once
 
 #include "../ops/hsic.h"
-#include "view.h"
+#include "../tiles/plan.h"
 
 namespace pyflow {
 
@@ -101,16 +101,13 @@ struct PermutedArgs {
   bool f64;
 };
 
-constexpr int64_t kCenterRows = 64;  // rows of a matrix in a unit
-
-struct CenterArgs {
-  Space space;  // (matrices, n) x (n)
-  View gram, out;
-  int64_t n, blocks;  // blocks of rows in a matrix
-  double* row_means;  // (matrices, n)
-  double* columns;    // (matrices, blocks, n): column sums; center_means replaces block 0 by the column means
-  double* means;      // (matrices)
-  bool f64;
-};
+#define PYFLOW_HSIC_KERNELS(F)   \
+  F(gram_stats, GramArgs)        \
+  F(gram_pack, GramArgs)         \
+  F(gram_sums, GramSums)         \
+  F(gram_clear, GramBackward)    \
+  F(gram_backward, GramBackward) \
+  F(gram_finish, GramBackward)   \
+  F(gram_permuted, PermutedArgs)
 
 }  // namespace pyflow

@@ -1,0 +1,25 @@
+// What the kernels that centre Gram matrices are given.
+#pragma once
+
+#include "../tiles/plan.h"
+
+namespace pyflow {
+
+constexpr int64_t kCenterRows = 64;  // rows of a matrix in a unit
+
+struct CenterArgs {
+  Space space;  // (matrices, n) x (n)
+  View gram, out;
+  int64_t n, blocks;  // blocks of rows in a matrix
+  double* row_means;  // (matrices, n)
+  double* columns;    // (matrices, blocks, n): column sums; center_means replaces block 0 by the column means
+  double* means;      // (matrices)
+  bool f64;
+};
+
+#define PYFLOW_CENTER_KERNELS(F) \
+  F(center_sums, CenterArgs)     \
+  F(center_means, CenterArgs)    \
+  F(center_apply, CenterArgs)
+
+}  // namespace pyflow

@@ -1,0 +1,67 @@
+// What the flow-head kernels are given.
+#pragma once
+
+#include "../cuda/shared.h"
+#include "../ops/flow_head.h"
+#include "../tiles/plan.h"
+
+namespace pyflow {
+
+struct FlowHeadArgs {
+  Space space;
+  Plan plan;
+  bool f64;
+  Prior prior;
+  View h, log_scale;  // log_scale may be absent
+};
+
+struct FlowHeadForward : FlowHeadArgs {
+  RowSums log_prob;
+};
+
+struct FlowHeadBackward : FlowHeadArgs {
+  View grad;  // row dims only
+  View gh, glog_scale;
+  int64_t block_rows;  // rows whose gradients of log_scale are summed together
+  void* partial;       // (row blocks, cols) of the compute type, absent without log_scale
+};
+
+// CPU: a unit is kHeadRows rows of a segment of kHeadSegment columns
+constexpr int64_t kHeadRows = 32;             // rows that share one exponential of log_scale
+constexpr int64_t kHeadSegment = 4 * kChunk;  // its buffers stay in L1
+
+inline Plan cpu_head_plan(const Space& s) {
+  Plan p{};
+  p.tile_rows = kHeadRows;
+  p.segments = s.cols > kHeadSegment ? ceil_div(s.cols, kHeadSegment) : 1;
+  p.units = ceil_div(s.rows, kHeadRows) * p.segments;
+  p.grain = grain_of(kHeadRows * s.cols);
+  return p;
+}
+
+// GPU, backward: rows per unit; at most 512 partial sums per column, each of at least 32 rows
+inline int64_t gpu_block_rows(const Space& s, const Plan& p) {
+  const int64_t block = next_power_of_two(ceil_div(s.rows, 512)), least = p.tile_rows > 32 ? p.tile_rows : 32;
+  return block > least ? block : least;
+}
+
+// GPU, backward: a unit is a block of rows of one tile's width
+inline Plan gpu_head_backward_plan(const Space& s) {
+  Plan p = gpu_plan(s);
+  p.segment = p.tile_cols;
+  p.segments = ceil_div(s.cols, p.tile_cols);
+  p.units = ceil_div(s.rows, gpu_block_rows(s, p)) * p.segments;
+  return p;
+}
+
+#define PYFLOW_FLOW_HEAD_KERNELS(F)       \
+  F(flow_head_forward, FlowHeadForward)   \
+  F(flow_head_backward, FlowHeadBackward) \
+  F(flow_head_reduce, FlowHeadBackward)
+
+namespace cuda {
+void flow_head_forward(const FlowHeadForward&, Stream);
+void flow_head_backward(const FlowHeadBackward&, Stream);
+}  // namespace cuda
+
+}  // namespace pyflow

@@ -1,0 +1,35 @@
+// Elementary functions over an array, for the tests of their stated error.
+#pragma once
+
+#include "../tiles/enum.h"
+
+#define PYFLOW_MATH_FUNCTIONS(F) \
+  F(exp)                         \
+  F(exp_unfused)                 \
+  F(tanh)                        \
+  F(tanh_unfused)                \
+  F(log)                         \
+  F(log1p01)                     \
+  F(softplus)                    \
+  F(sigmoid)                     \
+  F(atan)                        \
+  F(log_plain)                   \
+  F(radius)                      \
+  F(sin_turns)                   \
+  F(cos_turns)                   \
+  F(exp_minus)                   \
+  F(expm1_minus)
+
+namespace pyflow {
+
+PYFLOW_ENUM(MathFunction, PYFLOW_MATH_FUNCTIONS)
+
+struct MathArgs {
+  MathFunction function;
+  const float* in;
+  float* out;
+};
+
+#define PYFLOW_MATH_KERNELS(F) F(math_evaluate, MathArgs)
+
+}  // namespace pyflow

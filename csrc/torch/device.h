@@ -1,0 +1,102 @@
+// The device that this build of csrc/torch runs its kernels on. Every file is compiled into _C.so for the CPU; with
+// PYFLOW_CUDA those with a csrc/cuda/<op>.cu are compiled again, into _CUDA.so.
+#pragma once
+
+#include "../cpu/dispatch.h"
+#include "../cuda/shared.h"
+#include "tensor.h"
+
+#if defined(PYFLOW_CUDA)
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+// PYFLOW_OPERATORS(m) { m.impl(...); } registers the operators of a file
+#if defined(PYFLOW_CUDA)
+#define PYFLOW_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(pyflow_cuda, CUDA, m)
+#else
+#define PYFLOW_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(pyflow, CPU, m)
+#endif
+
+namespace pyflow {
+
+#if defined(PYFLOW_CUDA)
+constexpr bool kCuda = true;
+#else
+constexpr bool kCuda = false;
+#endif
+
+// PYFLOW_RUN(kernel, args, on) runs the kernel of that name over all units of args.plan, on the device of the tensor `on`
+#define PYFLOW_RUN(kernel, args, on)                                              \
+  do {                                                                            \
+    if constexpr (kCuda) {                                                        \
+      launch(on, [&](cuda::Stream stream) { cuda::kernel(args, stream); });       \
+    } else {                                                                      \
+      run_units(cpu_table()->kernel, args, (args).plan.units, (args).plan.grain); \
+    }                                                                             \
+  } while (0)
+
+// CPU: splits the units among torch's threads
+template <class Args>
+void run_units(void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int64_t units, int64_t grain) {
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+}
+
+#if defined(PYFLOW_CUDA)
+// calls f with the current stream of the tensor's device
+template <class F>
+void launch(const Tensor& on, F f) {
+  const int32_t device = on.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  f(cuda::Stream(stream));
+  const char* error = cuda::launch_error();
+  STD_TORCH_CHECK(error == nullptr, "pyflow: a CUDA kernel could not be launched: ", error ? error : "");
+}
+#else
+template <class F>
+void launch(const Tensor&, F) {}
+#endif
+
+inline Plan plan_of(const Space& s, bool flat) { return kCuda ? gpu_plan(s) : cpu_plan(s, flat); }
+
+inline ScalarType compute_type(bool f64) { return f64 ? ScalarType::Double : ScalarType::Float; }
+
+// float64 x is computed in float64, everything else in float32
+inline bool is_f64(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
+
+// a tensor without elements, for a result that is not requested
+inline Tensor new_none(const Tensor& like, ScalarType dtype) {
+  const int64_t none = 0;
+  return new_empty(like, &none, 1, dtype);
+}
+
+// (rows,)
+inline Tensor new_rows(const Tensor& like, int64_t rows, ScalarType dtype) { return new_empty(like, &rows, 1, dtype); }
+
+// a number per row of a (rows,) tensor, or the single number of a 0-d one
+RowView row_view(const Tensor& t);
+
+// Row sums of a kernel: memory for them and for the partial sums of long rows.
+//   SumTensors logdet(a.logdet, x, a.space, a.plan, dtype);  run the kernel;  logdet.finish();  return logdet.out;
+class SumTensors {
+ public:
+  // sizes of the result: (count, rows), or the given ones
+  SumTensors(RowSums& sums, const Tensor& like, const Space& space, const Plan& plan, ScalarType dtype,
+             int64_t count = 1);
+  SumTensors(RowSums& sums, const Tensor& like, const int64_t* sizes, int64_t dims, const Space& space,
+             const Plan& plan, ScalarType dtype);
+  // adds the partial sums; sums over no elements are 0
+  void finish();
+
+  Tensor out;
+
+ private:
+  RowSums& sums_;
+  Tensor partial_;
+  int64_t rows_, segments_;
+  bool none_;
+};
+
+}  // namespace pyflow
