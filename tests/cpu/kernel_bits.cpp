@@ -69,13 +69,31 @@ Space space(int64_t rows, int64_t cols) {
   return s;
 }
 
+RowView row_view(std::vector<float>& v) {
+  RowView r;
+  r.view = view(v, DType::f32, 1);
+  return r;
+}
+
+// sums in `out`, or those of several segments in `partial`
+template <class T>
+RowSums row_sums(std::vector<T>& out, std::vector<double>& partial, int64_t rows, const Plan& p) {
+  out.resize(rows);
+  partial.resize(p.segments > 1 ? rows * p.segments : 0);
+  return {out.data(), partial.empty() ? nullptr : partial.data()};
+}
+
+void print_sums(const char* name, const std::vector<float>& out, const std::vector<double>& partial) {
+  print(name, partial.empty() ? out : std::vector<float>(partial.begin(), partial.end()));
+}
+
 void coupling(int64_t rows, int64_t cols, ScaleMap map, bool inverse, bool shift_first) {
   const int64_t n = rows * cols;
   auto x = values(n, 3), shift = values(n, 2), scale = values(n, 6), gy = values(n, 1), gl = values(rows, 1);
   std::vector<float> y(n), logdet(rows), gx(n), gshift(n), gscale(n);
   CouplingForward f{};
   f.space = space(rows, cols);
-  f.plan = plan_of(f.space, true);
+  f.plan = cpu_plan(f.space, true);
   f.inverse = inverse;
   f.shift_first = shift_first;
   f.affine = true;
@@ -88,11 +106,10 @@ void coupling(int64_t rows, int64_t cols, ScaleMap map, bool inverse, bool shift
   CouplingBackward b{};
   static_cast<CouplingArgs&>(b) = f;
   f.y = view(y, DType::f32, cols);
-  f.logdet = logdet.data();
-  std::vector<double> partial(rows * f.plan.segments);
-  if (f.plan.segments > 1) f.partial = partial.data();
+  std::vector<double> partial;
+  f.logdet = row_sums(logdet, partial, rows, f.plan);
   table->coupling_forward(f, 0, f.plan.units);
-  if (f.partial) {
+  if (f.logdet.partial) {
     for (int64_t r = 0; r < rows; ++r) {
       double total = 0;
       for (int64_t i = 0; i < f.plan.segments; ++i) total += partial[r * f.plan.segments + i];
@@ -179,9 +196,9 @@ void fsq(FsqVariant variant, bool flat) {
   show("residual_fsq");
 }
 
-Stream stream(std::vector<int64_t>& seeds, bool per_row) {
+RandomStream stream(std::vector<int64_t>& seeds, bool per_row) {
   for (size_t i = 0; i < seeds.size(); ++i) seeds[i] = int64_t(i) * 0x123456789abcdef - 7;
-  return {seeds.data(), per_row ? 1 : 0, per_row, (uint64_t(1) << 40) + 3, 2};
+  return {{per_row ? seeds.data() : nullptr, seeds[0]}, {nullptr, (int64_t(1) << 40) + 3}, per_row ? 1 : 0, per_row, 2};
 }
 
 void noise(int64_t rows, int64_t cols, NoiseKind kind, bool per_row) {
@@ -189,7 +206,7 @@ void noise(int64_t rows, int64_t cols, NoiseKind kind, bool per_row) {
   std::vector<int64_t> seeds(rows);
   NoiseArgs a{};
   a.space = space(rows, cols);
-  a.plan = plan_of(a.space, true);
+  a.plan = cpu_plan(a.space, true);
   a.kind = kind;
   a.stream = stream(seeds, per_row);
   a.out = view(out, DType::f32, cols);
@@ -206,24 +223,24 @@ void sde(int64_t rows, int64_t cols) {
   std::vector<int64_t> seeds(rows);
   SdeArgs s{};
   s.space = space(rows, cols);
-  s.plan = plan_of(s.space, true);
+  s.plan = cpu_plan(s.space, true);
   s.stream = stream(seeds, true);
   s.x = view(x, DType::f32, cols);
   s.score = view(score, DType::f32, cols);
-  s.a = view(a, DType::f32, 1);
-  s.b = view(b, DType::f32, 1);
-  s.c = view(c, DType::f32, 1);
+  s.a = row_view(a);
+  s.b = row_view(b);
+  s.c = row_view(c);
   s.y = view(y, DType::f32, cols);
   s.mean = view(mean, DType::f32, cols);
   table->sde_step(s, 0, s.plan.units);
   print("sde_step", y);
   print("sde_step_mean", mean);
-  std::vector<double> sums(rows * s.plan.segments * kSums);
-  s.sums = sums.data();
-  table->denoising_loss(s, 0, s.plan.units);
   std::vector<float> losses;
-  for (size_t i = 0; i < sums.size(); i += kSums) losses.push_back(float(sums[i]));
-  print("denoising_loss", losses);
+  std::vector<double> partial;
+  s.score_given = true;
+  s.sums = row_sums(losses, partial, rows, s.plan);
+  table->denoising_loss(s, 0, s.plan.units);
+  print_sums("denoising_loss", losses, partial);
 }
 
 // counts are integers below 2^24, exact as floats
@@ -232,7 +249,7 @@ void sector(int64_t points, int64_t trials) {
   for (int k = 0; k < 16; ++k) thresholds.push_back(double(k * k) / 256);
   std::vector<int64_t> counts(thresholds.size()), seeds(1);
   const int64_t begin = int64_t(1) << 33;  // blocks beyond 32 bits
-  table->sector_trials({thresholds.data(), 16, points, stream(seeds, false), counts.data()}, begin, begin + trials);
+  table->sector_trials({thresholds.data(), 16, points, trials, stream(seeds, false), counts.data()}, begin, begin + trials);
   print("sector_trials", std::vector<float>(counts.begin(), counts.end()));
 }
 
@@ -331,36 +348,37 @@ void gan_qp(int64_t rows, int64_t cols, Distance distance) {
   auto t_real = values(rows, 3), t_fake = values(rows, 3), grad = values(rows, 1);
   std::vector<float> loss(rows), d(rows), g_real(rows), g_fake(rows);
   const auto sums = [&](std::vector<float>& real, std::vector<float>& fake, int64_t width,
-                        std::vector<double>& memory) {
+                        std::vector<double>& totals) {
     GanQpSums s{};
     s.space = space(rows, width);
-    s.plan = plan_of(s.space, true);
-    s.distance = int(distance);
+    s.plan = cpu_plan(s.space, true);
+    s.distance = distance;
     s.real = view(real, DType::f32, width);
     s.fake = view(fake, DType::f32, width);
-    memory.resize(rows * s.plan.segments);
-    s.sums = memory.data();
+    std::vector<double> partial;
+    s.sums = row_sums(totals, partial, rows, s.plan);
     table->gan_qp_sums(s, 0, s.plan.units);
-    return s;
+    for (int64_t i = 0; i < int64_t(partial.size()); ++i) totals[i / s.plan.segments] += partial[i];
+    return GanQpDistance{totals.data(), width};
   };
   std::vector<double> of_x, of_z;
-  const GanQpSums x = sums(x_real, x_fake, cols, of_x), z = sums(z_real, z_fake, 1, of_z);
   GanQpLoss f{};
-  f.t_real = view(t_real, DType::f32, 1);
-  f.t_fake = view(t_fake, DType::f32, 1);
+  f.distance = distance;
+  f.x = sums(x_real, x_fake, cols, of_x);
+  f.z = sums(z_real, z_fake, 1, of_z);
+  f.t_real = row_view(t_real);
+  f.t_fake = row_view(t_fake);
   f.lam2 = 20;
   f.eps = 0.25;
   GanQpLossBackward b{};
-  static_cast<GanQpValues&>(b) = f;
-  f.x = &x;
-  f.z = &z;
-  f.loss = (char*)loss.data();
-  f.d = (char*)d.data();
+  static_cast<GanQpArgs&>(b) = f;
+  f.loss = loss.data();
+  f.d = d.data();
   table->gan_qp_loss(f, 0, rows);
-  b.grad = view(grad, DType::f32, 1);
-  b.d = view(d, DType::f32, 1);
-  b.g_real = view(g_real, DType::f32, 1);
-  b.g_fake = view(g_fake, DType::f32, 1);
+  b.grad = row_view(grad);
+  b.d = row_view(d);
+  b.g_real = row_view(g_real);
+  b.g_fake = row_view(g_fake);
   table->gan_qp_loss_backward(b, 0, rows);
   char name[64];
   std::snprintf(name, sizeof name, "gan_qp[distance=%d,%dx%d]", int(distance), int(rows), int(cols));
@@ -449,34 +467,40 @@ void mala(int64_t rows, int64_t cols) {
   std::vector<int64_t> seeds(rows);
   MalaArgs m{};
   m.space = space(rows, cols);
-  m.plan = plan_of(m.space, true);
+  m.plan = cpu_plan(m.space, true);
   m.stream = stream(seeds, true);
   View* const views[] = {&m.z, &m.z_new, &m.grad, &m.grad_new};
   for (int i = 0; i < 4; ++i) *views[i] = view(in[i], DType::f32, cols);
-  m.alpha = view(alpha, DType::f32, 1);
-  m.u = view(u, DType::f32, 1);
-  m.u_new = view(u_new, DType::f32, 1);
+  m.alpha = row_view(alpha);
+  m.u = row_view(u);
+  m.u_new = row_view(u_new);
   m.z_out = view(z_out, DType::f32, cols);
   m.grad_out = view(grad_out, DType::f32, cols);
-  m.u_out = view(u_out, DType::f32, 1);
+  m.u_out = row_view(u_out);
   m.accepted = accepted.data();
-  std::vector<double> sums(rows * m.plan.segments);
-  m.sums = sums.data();
-  if (m.plan.segments > 1) table->mala_sums(m, 0, m.plan.units);
+  std::vector<float> totals;
+  std::vector<double> partial;
+  if (m.plan.segments > 1) {
+    m.log_ratio = row_sums(totals, partial, rows, m.plan);
+    table->mala_sums(m, 0, m.plan.units);
+    for (int64_t r = 0; r < rows; ++r) {
+      double total = 0;
+      for (int64_t i = 0; i < m.plan.segments; ++i) total += partial[r * m.plan.segments + i];
+      totals[r] = float(total);
+    }
+  }
   table->mala_accept(m, 0, m.plan.units);
   print("mala_z", z_out);
   print("mala_grad", grad_out);
   print("mala_u", u_out);
-  std::vector<float> totals(sums.begin(), sums.end());
-  print("mala_sums", totals);
+  if (m.plan.segments > 1) print_sums("mala_sums", totals, partial);
   SquaresArgs q{};
   q.space = m.space;
   q.plan = m.plan;
   q.x = m.z;
-  q.sums = sums.data();
+  q.squares = row_sums(totals, partial, rows, q.plan);
   table->row_squares(q, 0, q.plan.units);
-  totals.assign(sums.begin(), sums.end());
-  print("row_squares", totals);
+  print_sums("row_squares", totals, partial);
 }
 
 // 16-bit storage: checks the conversions
@@ -488,7 +512,7 @@ void additive(DType dtype, const char* name) {
   for (float v : shift) hshift.push_back(dtype == DType::bf16 ? float_to_bf16(v) : float_to_half(v));
   CouplingForward f{};
   f.space = space(rows, cols);
-  f.plan = plan_of(f.space, true);
+  f.plan = cpu_plan(f.space, true);
   f.x = view(hx, dtype, cols);
   f.shift = view(hshift, dtype, cols);
   f.y = view(y, dtype, cols);
@@ -508,7 +532,7 @@ int main() {
   }
   std::fprintf(stderr, "%s\n", table->isa);
   int function = 0;
-  for (const char* name : kMathFunctions) {
+  for (const char* name : kMathFunctionNames) {
     const auto in = values(4099, 20);
     std::vector<float> out(in.size());
     table->math_evaluate({MathFunction(function++), in.data(), out.data()}, 0, int64_t(in.size()));
