@@ -1,5 +1,6 @@
 // Largest gaps of random points on a circle on an NVIDIA GPU: one trial per thread.
-#include "../ops/sector.h"
+#include "../args/sector.h"
+
 #include "random.h"
 
 namespace pyflow::cuda {
@@ -8,15 +9,7 @@ namespace {
 constexpr int kThresholds = 256;       // per launch, counted in shared memory
 constexpr int64_t kMostBlocks = 4096;  // at most; blocks stride over the trials
 
-struct Args {
-  const double* thresholds;
-  int count;
-  int64_t points, trials;
-  Stream stream;
-  unsigned long long* counts;
-};
-
-__global__ void __launch_bounds__(kThreads, 2) counts_kernel(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kThreads, 2) counts_kernel(const __grid_constant__ SectorTrials a) {
   __shared__ unsigned long long counts[kThresholds];
   for (int k = threadIdx.x; k < a.count; k += kThreads) counts[k] = 0;
   __syncthreads();
@@ -43,37 +36,20 @@ __global__ void __launch_bounds__(kThreads, 2) counts_kernel(const __grid_consta
     }
   }
   __syncthreads();
-  for (int k = threadIdx.x; k < a.count; k += kThreads) atomicAdd(a.counts + k, counts[k]);
-}
-
-__global__ void __launch_bounds__(kThreads, 2) clear_kernel(unsigned long long* counts, int64_t count) {
-  const int64_t k = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (k < count) counts[k] = 0;
-}
-
-Tensor sector_counts(Tensor thresholds, int64_t points, int64_t trials, Tensor seed, Tensor step, int64_t purpose) {
-  const Tensor x = torch::stable::contiguous(thresholds);
-  const auto sizes = thresholds.sizes();
-  Tensor out = new_empty(thresholds, sizes.data(), thresholds.dim(), ScalarType::Long);
-  const int64_t count = out.numel();
-  if (count == 0) return out;
-  auto* counts = (unsigned long long*)out.data_ptr();
-  launch(clear_kernel, ceil_div(count, kThreads), out, counts, count);
-  const Stream stream = stream_of(seed, step, purpose);
-  for (int64_t k = 0; k < count; k += kThresholds) {
-    const Args a{(const double*)x.data_ptr() + k,
-                 int(std::min<int64_t>(count - k, kThresholds)),
-                 points,
-                 trials,
-                 stream,
-                 counts + k};
-    launch(counts_kernel, std::min(ceil_div(trials, kThreads), kMostBlocks), out, a);
-  }
-  return out;
+  for (int k = threadIdx.x; k < a.count; k += kThreads) atomicAdd((unsigned long long*)a.counts + k, counts[k]);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pyflow_cuda, CUDA, m) { m.impl("sector_counts", TORCH_BOX(&sector_counts)); }
+void sector_trials(const SectorTrials& all, Stream stream) {
+  for (int64_t k = 0; k < all.count; k += kThresholds) {
+    SectorTrials a = all;
+    a.thresholds += k;
+    a.counts += k;
+    a.count = a.count - k < kThresholds ? a.count - k : kThresholds;
+    const int64_t blocks = ceil_div(a.trials, kThreads);
+    launch(counts_kernel, blocks < kMostBlocks ? blocks : kMostBlocks, stream, a);
+  }
+}
 
 }  // namespace pyflow::cuda

@@ -58,6 +58,11 @@ __device__ T row_value(const RowView& v, int64_t row) {
   return v.view.data ? read<T>(v.view, row * v.view.stride[0]) : T(v.value);
 }
 
+template <class T>
+__device__ void write_row_value(const RowView& v, int64_t row, T value) {
+  write(v.view, row * v.view.stride[0], value);
+}
+
 template <class T, int N>
 struct alignas(N == kEach ? 16 : sizeof(T)) Group {
   T v[N];
