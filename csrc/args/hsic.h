@@ -41,6 +41,22 @@ PYFLOW_FN Pairing pairing(const Tournament& t, int64_t round, int64_t tile) {
   return i < j ? Pairing{i, j} : Pairing{j, i};
 }
 
+// How a batch is split into groups of items, whose workspace stays in the caches from round to round. In a large batch
+// each thread is a team of its own and processes whole items, without barriers between rounds; else one team of all
+// threads shares the tiles of a group. The order of an item's sums is the same in both.
+struct GramSchedule {
+  int64_t batch, teams, items;  // items: of a group
+};
+
+constexpr int64_t kGroupBytes = 4 << 20;  // workspace of a group
+
+// `bytes`: workspace of one item
+PYFLOW_FN GramSchedule gram_schedule(int64_t batch, int64_t bytes, int64_t threads) {
+  const int64_t teams = batch >= 4 * threads && bytes <= kGroupBytes ? threads : 1;
+  const int64_t items = bytes > 0 ? kGroupBytes / bytes : batch;
+  return {batch, teams, teams > 1 || items < 1 ? 1 : items < batch ? items : batch};
+}
+
 struct GramVariable {
   GramKernel kernel;
   int degree;

@@ -1,6 +1,7 @@
 // Centred Gram matrices HKH in three steps: sums of rows and columns, means, subtraction. A unit is kCenterRows rows of
 // a matrix; for the means it is a matrix.
 #include "../args/center.h"
+
 #include "sums.h"
 
 namespace pyflow::PYFLOW_ISA {

@@ -215,9 +215,8 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
 }  // namespace
 
 void coupling_forward(const CouplingForward& a, int64_t begin, int64_t end) {
-  for_each_unit(a, begin, end, [&](const Tile& unit, int64_t segment, auto zero) {
-    forward_unit<decltype(zero)>(a, unit, segment);
-  });
+  for_each_unit(a, begin, end,
+                [&](const Tile& unit, int64_t segment, auto zero) { forward_unit<decltype(zero)>(a, unit, segment); });
 }
 
 void coupling_backward(const CouplingBackward& a, int64_t begin, int64_t end) {

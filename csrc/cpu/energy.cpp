@@ -53,7 +53,8 @@ void sum_unit(const MalaArgs& a, const Tile& unit, double* sums) {
   });
 }
 
-// accept decision for every row of the unit, given the log-ratios; the first segment of a row also writes its energy and its flag
+// accept decision for every row of the unit, given the log-ratios; the first segment of a row also writes its energy
+// and its flag
 template <class T>
 void decide(const MalaArgs& a, const Tile& unit, const T* ratios, DrawBuffer& draws, bool* accepted) {
   alignas(64) float uniforms[kChunk];
@@ -138,15 +139,13 @@ void mala_sums(const MalaArgs& a, int64_t begin, int64_t end) {
 
 void mala_accept(const MalaArgs& a, int64_t begin, int64_t end) {
   DrawBuffer draws;
-  for_each_unit(a, begin, end, [&](const Tile& unit, int64_t, auto zero) {
-    accept_unit<decltype(zero)>(a, unit, draws);
-  });
+  for_each_unit(a, begin, end,
+                [&](const Tile& unit, int64_t, auto zero) { accept_unit<decltype(zero)>(a, unit, draws); });
 }
 
 void row_squares(const SquaresArgs& a, int64_t begin, int64_t end) {
-  for_each_unit(a, begin, end, [&](const Tile& unit, int64_t segment, auto zero) {
-    squares_unit<decltype(zero)>(a, unit, segment);
-  });
+  for_each_unit(a, begin, end,
+                [&](const Tile& unit, int64_t segment, auto zero) { squares_unit<decltype(zero)>(a, unit, segment); });
 }
 
 }  // namespace pyflow::PYFLOW_ISA

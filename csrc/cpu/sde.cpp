@@ -9,9 +9,7 @@ namespace pyflow::PYFLOW_ISA {
 namespace {
 
 // whether all rows share one a, b and c
-bool shared(const SdeArgs& a) {
-  return a.a.view.stride[0] == 0 && a.b.view.stride[0] == 0 && a.c.view.stride[0] == 0;
-}
+bool shared(const SdeArgs& a) { return a.a.view.stride[0] == 0 && a.b.view.stride[0] == 0 && a.c.view.stride[0] == 0; }
 
 // the tile's noise in the compute type: given, or drawn into `buffer`
 PYFLOW_FN const float* noise_values(const SdeArgs& a, const Tile& t, DrawBuffer& b, float* buffer) {
@@ -91,7 +89,8 @@ PYFLOW_FN void prefetch_inputs(const SdeArgs& a, const Tile& t) {
   for (const View* v : inputs) prefetch(a.space, *v, t);
 }
 
-// Sums of a unit of several rows or one segment of a row, kept here until the unit is done. They start at -0, since -0 + v has the bits of v.
+// Sums of a unit of several rows or one segment of a row, kept here until the unit is done. They start at -0, since -0
+// + v has the bits of v.
 template <int N>
 struct UnitSums {
   double sum[N][kChunk];
@@ -231,9 +230,8 @@ void squares_unit(const SdeArgs& a, const Tile& unit, int64_t segment, DrawBuffe
 
 void sde_step(const SdeArgs& a, int64_t begin, int64_t end) {
   DrawBuffer draws;
-  for_each_unit(a, begin, end, [&](const Tile& unit, int64_t, auto zero) {
-    step_unit<decltype(zero)>(a, unit, draws);
-  });
+  for_each_unit(a, begin, end,
+                [&](const Tile& unit, int64_t, auto zero) { step_unit<decltype(zero)>(a, unit, draws); });
 }
 
 void sde_step_backward(const SdeArgs& a, int64_t begin, int64_t end) {

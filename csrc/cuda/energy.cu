@@ -1,6 +1,5 @@
 // The accept step of a Metropolis-adjusted Langevin chain and squared norms on an NVIDIA GPU.
 #include "../args/energy.h"
-
 #include "random.h"
 
 namespace pyflow::cuda {
@@ -78,19 +77,25 @@ bool whole_vectors(const MalaArgs& a) {
 // rows of several segments
 void mala_sums(const MalaArgs& a, Stream stream) {
   const bool whole = whole_vectors(a);
-  launch(a.f64 ? sums_kernel<1, double> : whole ? sums_kernel<kEach, float> : sums_kernel<1, float>, a.plan.units,
-         stream, a);
+  launch(a.f64   ? sums_kernel<1, double>
+         : whole ? sums_kernel<kEach, float>
+                 : sums_kernel<1, float>,
+         a.plan.units, stream, a);
 }
 
 void mala_accept(const MalaArgs& a, Stream stream) {
   const bool whole = whole_vectors(a);
-  launch(a.f64 ? accept_kernel<1, double> : whole ? accept_kernel<kEach, float> : accept_kernel<1, float>, a.plan.units,
-         stream, a);
+  launch(a.f64   ? accept_kernel<1, double>
+         : whole ? accept_kernel<kEach, float>
+                 : accept_kernel<1, float>,
+         a.plan.units, stream, a);
 }
 
 void row_squares(const SquaresArgs& a, Stream stream) {
   const bool whole = whole_vectors(a.space, a.x);
-  launch(a.f64 ? squares_kernel<1, double> : whole ? squares_kernel<kEach, float> : squares_kernel<1, float>,
+  launch(a.f64   ? squares_kernel<1, double>
+         : whole ? squares_kernel<kEach, float>
+                 : squares_kernel<1, float>,
          a.plan.units, stream, a);
 }
 

@@ -112,8 +112,10 @@ void flow_head_backward(const FlowHeadBackward& a, Stream stream) {
   const bool whole = whole_vectors(a.space, a.h, a.log_scale, a.gh);
   as_constant(a.prior, [&](auto prior) {
     constexpr Prior P = prior.value;
-    launch(a.f64 ? backward<P, 1, double> : whole ? backward<P, kEach, float> : backward<P, 1, float>, a.plan.units,
-           stream, a);
+    launch(a.f64   ? backward<P, 1, double>
+           : whole ? backward<P, kEach, float>
+                   : backward<P, 1, float>,
+           a.plan.units, stream, a);
   });
   if (!a.partial) return;
   launch(a.f64 ? sum_blocks<double> : sum_blocks<float>, ceil_div(a.space.cols, kBlockWide), stream, a,

@@ -1,6 +1,5 @@
 // GAN-QP critic on an NVIDIA GPU: sums of deviations of each sample, then one thread per sample.
 #include "../args/gan_qp.h"
-
 #include "tile.h"
 
 namespace pyflow::cuda {

@@ -22,8 +22,7 @@ __global__ void __launch_bounds__(kThreads, 2) noise_kernel(const __grid_constan
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 2)
-    philox_kernel(const __grid_constant__ PhiloxArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) philox_kernel(const __grid_constant__ PhiloxArgs a) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= a.plan.units) return;
   const int64_t* c = a.counter + 4 * i;
@@ -43,8 +42,6 @@ void noise(const NoiseArgs& a, Stream stream) {
 }
 
 // one thread per counter
-void philox(const PhiloxArgs& a, Stream stream) {
-  launch(philox_kernel, ceil_div(a.plan.units, kThreads), stream, a);
-}
+void philox(const PhiloxArgs& a, Stream stream) { launch(philox_kernel, ceil_div(a.plan.units, kThreads), stream, a); }
 
 }  // namespace pyflow::cuda

@@ -1,6 +1,5 @@
 // SDE steps on an NVIDIA GPU: each thread handles four neighbours, whose noise takes one Philox block, or two.
 #include "../args/sde.h"
-
 #include "random.h"
 
 namespace pyflow::cuda {

@@ -1,6 +1,5 @@
 // Largest gaps of random points on a circle on an NVIDIA GPU: one trial per thread.
 #include "../args/sector.h"
-
 #include "random.h"
 
 namespace pyflow::cuda {

@@ -1,6 +1,5 @@
 // What csrc/torch needs of csrc/cuda besides the kernels of the families.
 #include "shared.h"
-
 #include "tile.h"
 
 namespace pyflow::cuda {
@@ -41,7 +40,8 @@ void launch_sum_segments(const RowSums& sums, int64_t rows, int64_t segments, St
 }  // namespace
 
 void sum_segments(const RowSums& sums, int64_t rows, int64_t segments, bool f64, Stream stream) {
-  f64 ? launch_sum_segments<double>(sums, rows, segments, stream) : launch_sum_segments<float>(sums, rows, segments, stream);
+  f64 ? launch_sum_segments<double>(sums, rows, segments, stream)
+      : launch_sum_segments<float>(sums, rows, segments, stream);
 }
 
 }  // namespace pyflow::cuda

@@ -1,6 +1,6 @@
 // Shared by the CUDA kernels: the loop of a block over its columns, loads and stores of four neighbours of a strided
-// tensor of any dtype, and sums whose bits depend on the number of columns alone. The split (tiles/plan.h) and the order
-// of every sum match triton_kernels/_launch.py and _tiles.py.
+// tensor of any dtype, and sums whose bits depend on the number of columns alone. The split (tiles/plan.h) and the
+// order of every sum match triton_kernels/_launch.py and _tiles.py.
 #pragma once
 
 #include <cuda_runtime.h>

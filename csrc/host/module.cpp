@@ -7,8 +7,7 @@
 #include <vector>
 
 #include "../cpu/dispatch.h"
-#include "../args/math.h"
-#include "../args/sector.h"
+#include "../ops/fsq.h"
 
 namespace py = pybind11;
 
@@ -51,6 +50,45 @@ Array<double> sector_probability(const Array<int64_t>& n, const Array<double>& t
   return out;
 }
 
+// the names of every enum that operators take as an integer, in the order of that integer
+py::dict enums() {
+  py::dict all;
+  const auto add = [&](const char* name, const auto& texts) {
+    py::list names;
+    for (const char* text : texts) names.append(text);
+    all[name] = py::tuple(names);
+  };
+  add("SCALE_MAPS", pyflow::kScaleMapNames);
+  add("PACKINGS", pyflow::kPackingNames);
+  add("PRIORS", pyflow::kPriorNames);
+  add("NOISES", pyflow::kNoiseKindNames);
+  add("PURPOSES", pyflow::kPurposeNames);
+  add("DISTANCES", pyflow::kDistanceNames);
+  add("FSQ_VARIANTS", pyflow::kFsqVariantNames);
+  add("HSIC_KERNELS", pyflow::kGramKernelNames);
+  return all;
+}
+
+// rounds of pairs of blocks
+py::list tournament(int64_t n) {
+  const pyflow::Tournament t = pyflow::tournament_of(n);
+  py::list rounds;
+  for (int64_t round = 0; round < t.seats; ++round) {
+    py::list tiles;
+    for (int64_t i = 0; i < pyflow::tiles_of(t, round); ++i) {
+      const pyflow::Pairing p = pyflow::pairing(t, round, i);
+      tiles.append(py::make_tuple(p.first, p.second));
+    }
+    rounds.append(tiles);
+  }
+  return rounds;
+}
+
+py::tuple gram_schedule(int64_t batch, int64_t bytes, int64_t threads) {
+  const pyflow::GramSchedule s = pyflow::gram_schedule(batch, bytes, threads);
+  return py::make_tuple(s.teams, s.items);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -69,5 +107,10 @@ PYBIND11_MODULE(_host, m) {
         "An elementary function of csrc/math of every float32 in x, flat.");
   m.def("sector_probability", &sector_probability, py::arg("n"), py::arg("theta"), py::arg("complement"),
         py::arg("log"), "Probability that n points of a disc lie inside one sector of angle theta, elementwise, flat.");
+  m.def("enums", &enums, "Names of the integer arguments of operators, as in pyflow._schemas.");
+  m.def("tournament", &tournament, py::arg("n"),
+        "Rounds of pairs of row blocks that HSIC visits for n rows; the number of blocks stands for no partner.");
+  m.def("gram_schedule", &gram_schedule, py::arg("batch"), py::arg("bytes"), py::arg("threads"),
+        "(teams, items per group) of HSIC for a batch whose items need `bytes` of workspace each.");
   m.def("compiler", []() { return __VERSION__; }, "Version of the C++ compiler of this build.");
 }

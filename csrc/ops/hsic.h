@@ -38,8 +38,9 @@ PYFLOW_FN RawSum raw_sum(GramKernel kernel, int64_t dim) {
     case GramKernel::laplacian: return RawSum::distance;
     case GramKernel::polynomial: return RawSum::product;
     case GramKernel::delta: return RawSum::mismatch;
-    default: return RawSum::none;
+    case GramKernel::precomputed: break;
   }
+  return RawSum::none;
 }
 
 // Limit of |z|^2 / 2 for a row z, centred and in units of the bandwidth. Above it the rounding of packed rows shows in

@@ -108,8 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Optional gy, Optiona
   CouplingBackward a{};
   Layout layout(x, event_dims);
   set_map(a, {scale_map, map_arg, shift_first, inverse}, x);
-  Tensor gshift =
-      shift_dtype ? new_empty(x, x.sizes().data(), x.dim(), *shift_dtype) : new_none(x, x.scalar_type());
+  Tensor gshift = shift_dtype ? new_empty(x, x.sizes().data(), x.dim(), *shift_dtype) : new_none(x, x.scalar_type());
   Tensor gscale = new_like(scale);
   layout.add(a.x, x);
   if (shift) layout.add(a.shift, *shift);

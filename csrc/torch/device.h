@@ -26,20 +26,22 @@ constexpr bool kCuda = true;
 constexpr bool kCuda = false;
 #endif
 
-// PYFLOW_RUN(kernel, args, on) runs the kernel of that name over all units of args.plan, on the device of the tensor `on`
-#define PYFLOW_RUN(kernel, args, on)                                              \
-  do {                                                                            \
-    if constexpr (kCuda) {                                                        \
-      launch(on, [&](cuda::Stream stream) { cuda::kernel(args, stream); });       \
-    } else {                                                                      \
-      run_units(cpu_table()->kernel, args, (args).plan.units, (args).plan.grain); \
-    }                                                                             \
+// PYFLOW_RUN(kernel, args, on) runs the kernel of that name over all units of args.plan, on the device of the tensor
+// `on`
+#define PYFLOW_RUN(kernel, args, on)                                                 \
+  do {                                                                               \
+    if constexpr (kCuda) {                                                           \
+      launch(on, [&](cuda::Stream stream) { cuda::kernel(args, stream); });          \
+    } else {                                                                         \
+      run_units(cpu_table()->kernel, args, 0, (args).plan.units, (args).plan.grain); \
+    }                                                                                \
   } while (0)
 
-// CPU: splits the units among torch's threads
+// CPU: splits the units [first, last) among torch's threads
 template <class Args>
-void run_units(void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int64_t units, int64_t grain) {
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+void run_units(void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int64_t first, int64_t last,
+               int64_t grain) {
+  torch::stable::parallel_for(first, last, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
 
 #if defined(PYFLOW_CUDA)

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <initializer_list>
 
-#include "../cpu/dispatch.h"
 #include "../args/fsq.h"
+#include "../cpu/dispatch.h"
 
 namespace pyflow {
 namespace {

@@ -23,12 +23,9 @@ Tensor sector_counts(Tensor thresholds, int64_t points, int64_t trials, Tensor s
   const Tensor x = torch::stable::contiguous(thresholds);
   const auto sizes = thresholds.sizes();
   Tensor out = new_empty(thresholds, sizes.data(), thresholds.dim(), ScalarType::Long);
-  const SectorTrials a{(const double*)x.data_ptr(),
-                       out.numel(),
-                       points,
-                       trials,
-                       random_stream(seed, step, Purpose(purpose)),
-                       (int64_t*)out.data_ptr()};
+  const SectorTrials a{
+      (const double*)x.data_ptr(), out.numel(), points, trials, random_stream(seed, step, Purpose(purpose)),
+      (int64_t*)out.data_ptr()};
   if (a.count == 0) return out;
   torch::stable::zero_(out);
   if constexpr (kCuda) {

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "../../csrc/args/coupling.h"
-#include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/args/energy.h"
 #include "../../csrc/args/fsq.h"
 #include "../../csrc/args/gan_qp.h"
@@ -15,6 +14,7 @@
 #include "../../csrc/args/sde.h"
 #include "../../csrc/args/sector.h"
 #include "../../csrc/args/spectral.h"
+#include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/math/half.h"
 #include "../../csrc/ops/coupling.h"
 #include "../../csrc/ops/fsq.h"
@@ -249,7 +249,8 @@ void sector(int64_t points, int64_t trials) {
   for (int k = 0; k < 16; ++k) thresholds.push_back(double(k * k) / 256);
   std::vector<int64_t> counts(thresholds.size()), seeds(1);
   const int64_t begin = int64_t(1) << 33;  // blocks beyond 32 bits
-  table->sector_trials({thresholds.data(), 16, points, trials, stream(seeds, false), counts.data()}, begin, begin + trials);
+  table->sector_trials({thresholds.data(), 16, points, trials, stream(seeds, false), counts.data()}, begin,
+                       begin + trials);
   print("sector_trials", std::vector<float>(counts.begin(), counts.end()));
 }
 

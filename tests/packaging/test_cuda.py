@@ -25,13 +25,13 @@ def library(tmp_path_factory):
         "CMAKE_CUDA_FLAGS": "-Xptxas -v -Xcompiler -Wall,-Wextra,-Werror",
     }  # fmt: skip
     log = build(folder, "pyflow_CUDA", *(f"-D{name}={value}" for name, value in options.items()))
-    parts = re.split(r"\[\d+/\d+\] (?:Building \w+ object \S*?/csrc/\w+/(\w+)\.\w+\.o|Linking .*)\n", log)
+    parts = re.split(r"\[\d+/\d+\] (?:Building \w+ object \S*?/csrc/(\w+/\w+)\.\w+\.o|Linking .*)\n", log)
     return SimpleNamespace(path=folder / "_CUDA.so", reports=dict(zip(parts[1::2], parts[2::2], strict=True)))
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_compiles_without_spills(library, source):
-    log = library.reports[source]
+    log = library.reports[f"cuda/{source}"]
     assert "warning" not in log, log[-4000:]
     kernels = re.findall(r"Compiling entry function '(\S+)' for 'sm_(\d+)'", log)
     assert {target for _, target in kernels} == TARGETS
