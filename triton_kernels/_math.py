@@ -1,4 +1,4 @@
-"""Device mathematics: csrc/math and the scale maps of csrc/ops, operation for operation.
+"""Device mathematics: csrc/math, operation for operation.
 
 float32 functions return the same bits as the C++ ones: the same polynomials in the same order, fma only where
 written (kernels are launched with fusion off), IEEE division. float64 functions are within a few ulp of libm.
@@ -11,23 +11,7 @@ import triton
 import triton.language as tl
 
 from .._backend import interpreting
-from .._schemas import SCALE_MAPS
 
-EXP = tl.constexpr(SCALE_MAPS.index("exp"))
-SIGMOID = tl.constexpr(SCALE_MAPS.index("sigmoid"))
-SIGMOID_INV = tl.constexpr(SCALE_MAPS.index("sigmoid_inv"))
-SOFTPLUS = tl.constexpr(SCALE_MAPS.index("softplus"))
-TANH = tl.constexpr(SCALE_MAPS.index("tanh"))
-ATAN = tl.constexpr(SCALE_MAPS.index("atan"))
-SOFTSIGN = tl.constexpr(SCALE_MAPS.index("softsign"))
-SOFTPLUS_CLAMP = tl.constexpr(SCALE_MAPS.index("softplus_clamp"))
-# with eps > 0 these two maps use another formula; `resolve` selects it once per call
-SIGMOID_EPS = tl.constexpr(len(SCALE_MAPS))
-SOFTPLUS_EPS = tl.constexpr(len(SCALE_MAPS) + 1)
-
-ATAN_GAIN = tl.constexpr(0.636)
-CLAMP_EPS = tl.constexpr(1e-3)
-CLAMP_MAX = tl.constexpr(3.0)
 LOG2E = tl.constexpr(1.44269504)
 LN2_HI = tl.constexpr(0.693145752)
 LN2_LO = tl.constexpr(1.42860677e-6)
@@ -38,15 +22,6 @@ SMALLEST = tl.constexpr(2.0**-126)  # smallest normal float32; a smaller literal
 BITS_OF_20 = tl.constexpr(0x41A00000)
 BITS_OF_104 = tl.constexpr(0x42D00000)
 SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
-
-
-def resolve(scale_map: int, arg: float) -> int:
-    """Return the index of the formula: MAP in the kernels."""
-    if arg > 0 and scale_map == SIGMOID.value:
-        return SIGMOID_EPS.value
-    if arg > 0 and scale_map == SOFTPLUS.value:
-        return SOFTPLUS_EPS.value
-    return scale_map
 
 
 if interpreting():
@@ -348,67 +323,3 @@ def atan_f64(a):
     q = q * z2 + 1.945506571482613964425e2
     turns = tl.where(large, 2.0, tl.where(middle, 1.0, 0.0))
     return turns * quarter + (z * (z2 * p / q) + z + turns * quarter_lo)
-
-
-@triton.jit
-def log_scale(s, arg, MAP: tl.constexpr):
-    """Log-scale g(s); `arg` is the constant of the map."""
-    if MAP == EXP:
-        return s
-    elif MAP == SIGMOID:
-        return neg(softplus(neg(s + 2.0)))
-    elif MAP == SIGMOID_EPS:
-        return log(sigmoid(s + 2.0) + arg)
-    elif MAP == SIGMOID_INV:
-        return softplus(neg(s + 2.0))
-    elif MAP == SOFTPLUS:
-        # log(softplus(s)) is -inf once softplus underflows
-        return tl.where(s < -15.0, s - 0.5 * exp(s), log(softplus(s)))
-    elif MAP == SOFTPLUS_EPS:
-        return log(softplus(s) + arg)
-    elif MAP == TANH:
-        return arg * tanh(s * div(constant(1.0, s), arg))
-    elif MAP == ATAN:
-        return arg * constant(ATAN_GAIN, s) * atan(s)
-    elif MAP == SOFTPLUS_CLAMP:
-        p = softplus(s) + constant(CLAMP_EPS, s)
-        return log(tl.where(p > CLAMP_MAX, CLAMP_MAX, p))
-    else:
-        tl.static_assert(MAP == SOFTSIGN)
-        return div(s, 1.0 + tl.abs(s) * div(constant(1.0, s), arg))
-
-
-@triton.jit
-def log_scale_slope(s, arg, MAP: tl.constexpr):
-    """Log-scale g(s) and dg/ds."""
-    if MAP == EXP:
-        return s, tl.full(s.shape, 1.0, s.dtype)
-    elif MAP == SIGMOID:
-        t = neg(s + 2.0)
-        return neg(softplus(t)), sigmoid(t)
-    elif MAP == SIGMOID_EPS:
-        p = sigmoid(s + 2.0)
-        q = sigmoid(neg(s + 2.0))
-        return log(p + arg), div(p * q, p + arg)
-    elif MAP == SIGMOID_INV:
-        t = neg(s + 2.0)
-        return softplus(t), neg(sigmoid(t))
-    elif MAP == SOFTPLUS:
-        slope = tl.where(s < -15.0, 1.0 - 0.5 * exp(s), div(sigmoid(s), softplus(s)))
-        return log_scale(s, arg, MAP), slope
-    elif MAP == SOFTPLUS_EPS:
-        p = softplus(s) + arg
-        return log(p), div(sigmoid(s), p)
-    elif MAP == TANH:
-        t = tanh(s * div(constant(1.0, s), arg))
-        return arg * t, tl.fma(neg(t), t, constant(1.0, s))
-    elif MAP == ATAN:
-        gain = arg * constant(ATAN_GAIN, s)
-        return gain * atan(s), div(gain, 1.0 + s * s)
-    elif MAP == SOFTPLUS_CLAMP:
-        p = softplus(s) + constant(CLAMP_EPS, s)
-        return log_scale(s, arg, MAP), tl.where(p > CLAMP_MAX, 0.0, div(sigmoid(s), p))
-    else:
-        tl.static_assert(MAP == SOFTSIGN)
-        d = 1.0 + tl.abs(s) * div(constant(1.0, s), arg)
-        return div(s, d), div(constant(1.0, s), d * d)

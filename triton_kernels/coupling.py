@@ -9,13 +9,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._schemas import SCALE_MAPS
 from . import _launch
-from ._math import exp, log_scale, log_scale_slope, neg, resolve
+from ._math import atan, constant, div, exp, log, neg, sigmoid, softplus, tanh
 from ._tiles import fold, load, load_pair, place, row_offset, scalar, store, store_pair, width
 
 # shift, scale and None; or None, an integer view of interleaved pairs, and the type of its halves
 Params = tuple[Tensor | None, Tensor, Any]
+ATAN_GAIN = tl.constexpr(0.636)
+CLAMP_EPS = tl.constexpr(1e-3)
+CLAMP_MAX = tl.constexpr(3.0)
 HALVES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def resolve(scale_map: int, arg: float) -> str:
+    """Return MAP of the kernels: a name in SCALE_MAPS, or that of its formula with eps > 0."""
+    name = SCALE_MAPS[scale_map]
+    return f"{name}_eps" if arg > 0 and name in ("sigmoid", "softplus") else name
+
+
+@triton.jit
+def log_scale_slope(s, arg, MAP: tl.constexpr):
+    """Log-scale g(s) and dg/ds of one element; `arg` is the constant of the map."""
+    if MAP == "exp":
+        return s, tl.full(s.shape, 1.0, s.dtype)
+    elif MAP == "sigmoid":
+        t = neg(s + 2.0)
+        return neg(softplus(t)), sigmoid(t)
+    elif MAP == "sigmoid_eps":
+        p = sigmoid(s + 2.0)
+        q = sigmoid(neg(s + 2.0))
+        return log(p + arg), div(p * q, p + arg)
+    elif MAP == "sigmoid_inv":
+        t = neg(s + 2.0)
+        return softplus(t), neg(sigmoid(t))
+    elif MAP == "softplus":
+        # log(softplus(s)) is -inf once softplus underflows
+        p, e = softplus(s), exp(s)
+        return tl.where(s < -15.0, s - 0.5 * e, log(p)), tl.where(s < -15.0, 1.0 - 0.5 * e, div(sigmoid(s), p))
+    elif MAP == "softplus_eps":
+        p = softplus(s) + arg
+        return log(p), div(sigmoid(s), p)
+    elif MAP == "tanh":
+        t = tanh(s * div(constant(1.0, s), arg))
+        return arg * t, tl.fma(neg(t), t, constant(1.0, s))
+    elif MAP == "atan":
+        gain = arg * constant(ATAN_GAIN, s)
+        return gain * atan(s), div(gain, 1.0 + s * s)
+    elif MAP == "softplus_clamp":
+        p = softplus(s) + constant(CLAMP_EPS, s)
+        clamped = p > CLAMP_MAX
+        return log(tl.where(clamped, CLAMP_MAX, p)), tl.where(clamped, 0.0, div(sigmoid(s), p))
+    else:
+        tl.static_assert(MAP == "softsign")
+        d = 1.0 + tl.abs(s) * div(constant(1.0, s), arg)
+        return div(s, d), div(constant(1.0, s), d * d)
 
 
 @triton.jit
@@ -68,7 +116,7 @@ def forward_kernel(
             s = load(scale, scale_at, sizes, r, c, inside, VEC, dtype)
         else:
             t, s = load_pair(scale, scale_at, sizes, r, c, inside, VEC, PAIR, dtype)
-        g = log_scale(s, arg, MAP)
+        g, _ = log_scale_slope(s, arg, MAP)
         if INVERSE:
             g = neg(g)
         b = couple(a, t, exp(g), SHIFT_FIRST, INVERSE)
