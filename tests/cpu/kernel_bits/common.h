@@ -1,0 +1,84 @@
+// Shared by the files of the program kernel_bits: fixed inputs, and a line `case word word ...` per result.
+#pragma once
+
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <vector>
+
+#include "../../../csrc/cpu/dispatch.h"
+
+namespace pyflow {
+
+inline const CpuTable* table;
+inline uint32_t state = 1;
+
+inline float uniform() {  // [-1, 1)
+  state = state * 1664525u + 1013904223u;
+  return float(int32_t(state)) * 0x1p-31f;
+}
+
+// ordinary values, every 37th a special one
+inline std::vector<float> values(int64_t n, float range) {
+  const float inf = std::numeric_limits<float>::infinity();
+  const float special[] = {0.f,   -0.f,   1e-40f, -1e-40f, 1e-20f, 88.f, -88.f,
+                           104.f, -104.f, 1e30f,  -1e30f,  inf,    -inf, NAN};
+  std::vector<float> v(n);
+  for (int64_t i = 0; i < n; ++i) v[i] = i % 37 == 5 ? special[i / 37 % 14] : range * uniform();
+  return v;
+}
+
+// every NaN prints alike: payloads may differ
+inline unsigned word(float v) { return v != v ? 0x7fc00000u : bits_of(v); }
+
+inline void print(const char* name, const std::vector<float>& v) {
+  std::printf("%s", name);
+  for (float x : v) std::printf(" %x", word(x));
+  std::printf("\n");
+}
+
+template <class T>
+View view(std::vector<T>& v, DType dtype, int64_t cols) {
+  View w;
+  w.data = (char*)v.data();
+  w.dtype = dtype;
+  w.stride[0] = cols;
+  w.stride[1] = 1;
+  return w;
+}
+
+inline Space space(int64_t rows, int64_t cols) {
+  Space s;
+  s.row_dims = s.col_dims = 1;
+  s.size[0] = s.rows = rows;
+  s.size[1] = s.cols = cols;
+  return s;
+}
+
+inline RowView row_view(std::vector<float>& v) {
+  RowView r;
+  r.view = view(v, DType::f32, 1);
+  return r;
+}
+
+// sums in `out`, or those of several segments in `partial`
+template <class T>
+RowSums row_sums(std::vector<T>& out, std::vector<double>& partial, int64_t rows, const Plan& p) {
+  out.resize(rows);
+  partial.resize(p.segments > 1 ? rows * p.segments : 0);
+  return {out.data(), partial.empty() ? nullptr : partial.data()};
+}
+
+inline void print_sums(const char* name, const std::vector<float>& out, const std::vector<double>& partial) {
+  print(name, partial.empty() ? out : std::vector<float>(partial.begin(), partial.end()));
+}
+
+inline RandomStream stream(std::vector<int64_t>& seeds, bool per_row) {
+  for (size_t i = 0; i < seeds.size(); ++i) seeds[i] = int64_t(i) * 0x123456789abcdef - 7;
+  return {{per_row ? seeds.data() : nullptr, seeds[0]}, {nullptr, (int64_t(1) << 40) + 3}, per_row ? 1 : 0, per_row, 2};
+}
+
+// several short rows per unit, a row of several chunks, rows of several segments
+constexpr int64_t kShapes[][2] = {{40, 31}, {1, 1037}, {2, kSegment + 5}};
+
+}  // namespace pyflow

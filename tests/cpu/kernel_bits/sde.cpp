@@ -1,0 +1,39 @@
+#include "common.h"
+
+namespace pyflow {
+namespace {
+
+void sde(int64_t rows, int64_t cols) {
+  const int64_t n = rows * cols;
+  auto x = values(n, 3), score = values(n, 2), a = values(rows, 1), b = values(rows, 1), c = values(rows, 1);
+  std::vector<float> y(n), mean(n);
+  std::vector<int64_t> seeds(rows);
+  SdeArgs s{};
+  s.space = space(rows, cols);
+  s.plan = cpu_plan(s.space, true);
+  s.stream = stream(seeds, true);
+  s.x = view(x, DType::f32, cols);
+  s.score = view(score, DType::f32, cols);
+  s.a = row_view(a);
+  s.b = row_view(b);
+  s.c = row_view(c);
+  s.y = view(y, DType::f32, cols);
+  s.mean = view(mean, DType::f32, cols);
+  table->sde_step(s, 0, s.plan.units);
+  print("sde_step", y);
+  print("sde_step_mean", mean);
+  std::vector<float> losses;
+  std::vector<double> partial;
+  s.score_given = true;
+  s.sums = row_sums(losses, partial, rows, s.plan);
+  table->denoising_loss(s, 0, s.plan.units);
+  print_sums("denoising_loss", losses, partial);
+}
+
+}  // namespace
+
+void sde_bits() {
+  for (const auto& s : kShapes) sde(s[0], s[1]);
+}
+
+}  // namespace pyflow
