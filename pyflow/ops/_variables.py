@@ -262,7 +262,7 @@ def _bandwidth(op: str, name: str, value: float | Tensor, x: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         if not least <= check.positive(op, name, value) <= 1 / least:
             raise _out_of_range(op, name, x.dtype, value)
-        return torch.full((), value, dtype=x.dtype, device=x.device)
+        return torch.full((), float(value), dtype=x.dtype, device=x.device)
     check.float_tensor(op, name, value)
     batch = x.shape[:-2]
     fits = value.dim() <= len(batch) and all(

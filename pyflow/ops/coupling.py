@@ -51,7 +51,7 @@ def additive_coupling(x: Tensor, shift: Tensor, *, inverse: bool = False, mask: 
     check.like(op, "shift", shift, "x", x.shape, x.device)
     if mask is None and shift.dtype == x.dtype:
         # one torch kernel: the same bits, and its autograd is native
-        return x - shift if inverse else x + shift
+        return x + shift if inverse is False or not check.flag(op, "inverse", inverse) else x - shift
     if mask is not None:
         mask = check.mask_for(op, mask, x)
     if runs_reference(op, x):

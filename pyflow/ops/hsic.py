@@ -137,6 +137,7 @@ def _dependence(
     approximate, n_features, seed,
 ):  # fmt: skip
     """Compute `hsic` for the public function `op`, which appears in error texts."""
+    normalize, allow_tf32 = check.flag(op, "normalize", normalize), check.flag(op, "allow_tf32", allow_tf32)
     pair = variables(op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
     rows_needed(op, pair[0].z.shape[-2], estimator)
     if approximate is not None:
@@ -184,6 +185,7 @@ def hsic_matrix(
         torch.Size([2, 1])
     """
     op = "hsic_matrix"
+    normalize, allow_tf32 = check.flag(op, "normalize", normalize), check.flag(op, "allow_tf32", allow_tf32)
     for name, tensors in (("xs", xs), ("ys", ys)):
         if not isinstance(tensors, Iterable) or (isinstance(tensors, Tensor) and not tensors.dim()):
             raise TypeError(f"{op}: {name} must be a list of tensors, got {type(tensors).__name__}")
@@ -236,7 +238,7 @@ def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
     check.float_tensor(op, "gram", gram)
     if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2]:
         raise ValueError(f"{op}: gram must be (..., n, n), got shape {tuple(gram.shape)}")
-    if inplace:
+    if check.flag(op, "inplace", inplace):
         if gram.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: inplace must not be used on a tensor that requires a gradient")
         if _overlaps(gram):

@@ -12,12 +12,18 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import _progress
-from ..ops._variables import comparable
+from ..ops._variables import KERNELS, comparable
 
 # seconds before a bar appears
 PATIENCE = 1.0
 # type names of pandas' missing values
 MISSING = ("NAType", "NaTType")
+
+
+def check_kernels(op: str, kernel: object, kernel_y: object) -> None:
+    """Require known kernels, on which the conversion of samples depends."""
+    check.choice(op, "kernel", kernel, KERNELS)
+    check.choice(op, "kernel_y", kernel_y, KERNELS)
 
 
 def samples(op: str, name: str, value: object, kernel: str) -> Tensor:
@@ -103,7 +109,9 @@ def same(a: object, b: object) -> bool:
         return a.shape == b.shape and same(a.detach().cpu().numpy(), b.detach().cpu().numpy())
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return np.array_equal(a, b, equal_nan=True)
-    return type(a) is type(b) and bool(a == b)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and bool(a == b or (a != a and b != b))
 
 
 @contextlib.contextmanager

@@ -556,3 +556,5 @@ def test_additive_bad_input():
         ValueError, match=r"^additive_coupling: shift must have the shape of x, \(2, 4\), got \(4, 2\)$"
     ):
         ops.additive_coupling(X, X.T)
+    with pytest.raises(TypeError, match=r"^additive_coupling: inverse must be true or false, got str$"):
+        ops.additive_coupling(X, X, inverse="no")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -701,6 +702,27 @@ def test_nhsic_refuses_an_epsilon_below_the_rounding_of_its_matrix():
     assert ops.nhsic(constant, y[:9], kernel="polynomial", kernel_y="rbf") == 0
 
 
+def test_nhsic_refuses_indefinite_matrices():
+    x, y = dependent(12, 2, F64)
+    gram = x @ x.mT
+    assert ops.nhsic(gram, y, kernel="precomputed", kernel_y="rbf") == pytest.approx(
+        ops.nhsic(x, y, kernel="linear", kernel_y="rbf").item(), rel=1e-6
+    )
+    indefinite = gram - 2 * torch.eye(12, dtype=F64)
+    with pytest.raises(ValueError, match=r"^nhsic: x must be positive semi-definite with a precomputed kernel, got"):
+        ops.nhsic(indefinite, y, kernel="precomputed", kernel_y="rbf")
+    with pytest.raises(ValueError, match=r"^nhsic: y must be positive semi-definite with a precomputed kernel, got"):
+        ops.nhsic(y, indefinite, kernel_y="precomputed")
+    compiled = torch.compile(lambda k: ops.nhsic(k, y, kernel="precomputed", kernel_y="rbf"), backend="eager")
+    assert compiled(indefinite).isnan() and compiled(gram).isfinite()
+
+
+def test_bandwidths_may_be_numbers_of_any_type():
+    x, y = dependent(12, 2)
+    for one, same in ((2**70, 2.0**70), (Fraction(1, 4), 0.25)):
+        assert ops.cka(x, y, bandwidth=one).equal(ops.cka(x, y, bandwidth=same))
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_center_gram_in_place_rejects_overlapping_memory(backend):
     memory = torch.arange(25.0)
@@ -737,6 +759,7 @@ X = torch.zeros(6, 2)
             ValueError,
             "the unbiased estimator needs at least 4 rows, got 3",
         ),
+        (lambda f: f(X, X, allow_tf32="no"), TypeError, "allow_tf32 must be true or false, got str"),
         (lambda f: f(X, X, estimator="best"), ValueError, "estimator must be one of biased, .*, got 'best'"),
         (lambda f: f(X, X, kernel="cosine"), ValueError, "kernel must be one of rbf, .*, got 'cosine'"),
         (lambda f: f(X, X, kernel_y="cosine"), ValueError, "kernel_y must be one of rbf, .*, got 'cosine'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import pickle
 import sys
 
 import numpy as np
@@ -215,7 +216,7 @@ def test_results_compare_and_have_a_hash():
         assert one == same and hash(one) == hash(same) and one != other and one != (1, 2)
         assert len({one, same, other}) == 2
     constant = [hsic_test(np.ones(20), np.arange(20), method="gamma") for _ in range(2)]
-    assert constant[0] == constant[1]
+    assert constant[0] == constant[1] == pickle.loads(pickle.dumps(constant[0])) != one
 
 
 def test_labels_of_any_kind():
@@ -419,6 +420,8 @@ HIDDEN = np.ma.masked_array(X, X == 3)
         (ValueError, "hsic_test: estimator must be one of biased, biased_n2, unbiased, got 'v'", (X, X),
          {"estimator": "v"}),
         (ValueError, "hsic_test: kernel must be one of rbf,", (X, X), {"kernel": "gauss"}),
+        (ValueError, "hsic_test: kernel_y must be one of rbf,", (X, X), {"kernel_y": np.array(["rbf", "rbf"])}),
+        (TypeError, "hsic_test: normalize must be true or false, got str", (X, X), {"normalize": "no"}),
         (TypeError, "hsic_test: seed must be an integer, got NoneType", (X, X), {"seed": None}),
         (TypeError, "hsic_test: seed must be an integer or an int64 tensor, got float", (X, X), {"seed": 0.5}),
         (ValueError, "hsic_test: x must be (n,) or (n, d), got shape (1, 6, 2)", (X[None], X), {}),
