@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..ops import hsic
-from ..ops._variables import ESTIMATORS, KERNELS, Bandwidth, Variable, rows_needed, together, variable
+from ..ops._variables import ESTIMATORS, KERNELS, Bandwidth, Variable, result_dtype, rows_needed, together, variable
 from ..ops.nhsic import regularised
 
 
@@ -187,7 +187,7 @@ class HSICBottleneck(nn.Module):
 
     def _towards(self, aim: Tensor, z: Tensor) -> Tensor:
         v = self._variable("z", z)
-        return (regularised(type(self).__name__, "z", v, self.epsilon) * aim).sum().to(v.z.dtype)
+        return (regularised(type(self).__name__, "z", v, self.epsilon) * aim).sum().to(result_dtype(z))
 
     def _variable(self, name: str, x: Tensor) -> Variable:
         rows = _rows(type(self).__name__, name, x)

@@ -16,7 +16,7 @@ from ..reference import hsic as ref
 from ..reference import matmul
 from ._features import approximation
 from ._transforms import one_by_one, vector_jacobian
-from ._variables import Bandwidth, Variable, ratio, rows_needed, together, variable, variables, whole
+from ._variables import Bandwidth, Variable, ratio, result_dtype, rows_needed, together, variable, variables, whole
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -150,7 +150,7 @@ def _dependence(
         result = ratio(xy, xx, yy)
     else:
         result = whole(values(op, pair, [(0, 1)], estimator, allow_tf32).squeeze(-1), *pair)
-    return result.to(pair[0].z.dtype)
+    return result.to(result_dtype(x, y))
 
 
 def hsic_matrix(
@@ -209,7 +209,7 @@ def hsic_matrix(
     else:
         parts = [whole(value, every[a], every[b]) for value, (a, b) in zip(result.unbind(-1), pairs, strict=True)]
         cross = torch.stack(parts, -1).unflatten(-1, (p, q))
-    return cross.to(every[0].z.dtype)
+    return cross.to(result_dtype(*xs, *ys))
 
 
 def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS
 from ..reference import hsic as ref
-from ._variables import Bandwidth, Variable, rows_needed, times_two_to, variables
+from ._variables import Bandwidth, Variable, result_dtype, rows_needed, times_two_to, variables
 
 
 def nhsic(
@@ -64,7 +64,7 @@ def nhsic(
     pair = variables(op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
     rows_needed(op, pair[0].z.shape[-2], "biased")
     first, second = (regularised(op, name, v, epsilon) for name, v in zip("xy", pair, strict=True))
-    return (first * second).sum((-2, -1)).to(pair[0].z.dtype)
+    return (first * second).sum((-2, -1)).to(result_dtype(x, y))
 
 
 def regularised(op: str, name: str, v: Variable, epsilon: float) -> Tensor:

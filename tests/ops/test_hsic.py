@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import pdist
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import pyflow
 from pyflow import ops, testing
@@ -370,7 +371,7 @@ def test_compiles_without_a_graph_break_to_the_same_bits(options):
 
 def test_compiles_once_for_every_bandwidth():
     x, y = dependent(20, 2)
-    count = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    count = CompileCounterWithBackend("eager")
     compiled = torch.compile(lambda x, y, s: ops.hsic(x, y, bandwidth=s), backend=count, fullgraph=True)
     for sigma in (1.0, 2.0, 3.0, 4.0):
         torch.testing.assert_close(compiled(x, y, torch.tensor(sigma)), ops.hsic(x, y, bandwidth=sigma))
@@ -631,6 +632,40 @@ def test_outlying_rows_do_not_reduce_accuracy(kernel, how, d, backend):
     (want,) = torch.autograd.grad(value, exact)
     error = 1e-2 if how == "two clusters" else 1e-4
     torch.testing.assert_close(gradient.double(), want, rtol=0, atol=error * want.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype, far", [(F32, 1e18), (F32, 1e30), (F32, 3.4e38), (F64, 1e100), (F64, 1e308)])
+@pytest.mark.parametrize("small", [1.0, 1e-9])
+@pytest.mark.parametrize("bandwidth", ["median", 1.0, torch.ones(())])
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
+def test_values_that_stand_for_missing_ones_do_not_reduce_accuracy(kernel, bandwidth, small, dtype, far):
+    x, y = dependent(60, 2, F64)
+    near = small * x
+    near[0] = near[7] = 1e12 * small
+    far_away = near.to(dtype, copy=True)
+    far_away[0] = far_away[7] = far
+    options = {"kernel": kernel, "bandwidth_y": bandwidth, "bandwidth": bandwidth}
+    if bandwidth != "median":
+        options["bandwidth"] = bandwidth * small
+    got, want = ops.cka(far_away, y.to(dtype), **options), ops.cka(near, y, **options)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+    leaf = far_away.requires_grad_()
+    (gradient,) = torch.autograd.grad(ops.cka(leaf, y.to(dtype), **options), leaf)
+    (want,) = torch.autograd.grad(ops.cka(near.requires_grad_(), y, **options), near)
+    torch.testing.assert_close(gradient.double(), want, rtol=0, atol=1e-4 * want.abs().max().item())
+
+
+def test_items_far_and_near_in_one_batch():
+    x, y = dependent(40, 2)
+    far = x.clone()
+    far[3] = 1e30
+    items, bandwidth = torch.stack((x, far, 1e-37 * x)), torch.tensor([1.0, 2.0, 1.0])
+    got = ops.hsic(items, y, bandwidth=bandwidth, bandwidth_y=1.0)
+    alone = [ops.hsic(z, y, bandwidth=b.item(), bandwidth_y=1.0) for z, b in zip(items, bandwidth, strict=True)]
+    torch.testing.assert_close(got, torch.stack(alone), rtol=1e-5, atol=0)
+    assert ops.hsic_matrix([far], [y], bandwidth=2.0, bandwidth_y=1.0)[0, 0] == pytest.approx(alone[1].item(), rel=1e-6)
+    assert ops.nhsic(far, y).dtype == F32
 
 
 @pytest.mark.parametrize("d", [1, 12])

@@ -189,6 +189,20 @@ def test_rows_far_from_others_cost_these_no_digits(far, d):
         assert result.statistic == pytest.approx(((h @ k @ h) * m).sum() / 59**2, rel=1e-6)
 
 
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("dtype, far", [(np.float32, 1e30), (np.float32, 3e38), (np.float64, 1e300)])
+def test_values_that_stand_for_missing_ones_cost_no_power(dtype, far, held, monkeypatch):
+    x, y = data(60)
+    y = np.abs(x[:, :1]) + 0.1 * y
+    x[5] = 1e6
+    want = hsic_test(x, y, permutations=99)
+    x[5] = far
+    if not held:
+        monkeypatch.setattr(module, "GRAM_ROWS", 10)
+    got = hsic_test(x.astype(dtype), y.astype(dtype), permutations=99)
+    assert got.pvalue == want.pvalue == 0.01 and got.statistic == pytest.approx(want.statistic, rel=1e-4)
+
+
 def test_what_is_not_finite_has_no_p():
     x, y = data()
     for options in ({}, {"estimator": "unbiased"}):
