@@ -148,6 +148,13 @@ def positive(op: str, name: str, value: object) -> float:
     return result
 
 
+def moderate(op: str, name: str, value: float, dtype: torch.dtype | None, least: float = 2.0**-100) -> None:
+    """Require a constant whose products with data are in the range of float32, unless the data are float64."""
+    if dtype not in (None, torch.float64) and not least <= value <= 2.0**100:
+        rule = f"from {least:.3g} to {2.0**100:.3g}" if least else f"at most {2.0**100:.3g}"
+        raise ValueError(f"{op}: {name} must be {rule} in float32, got {value}")
+
+
 def integer_tensor(op: str, name: str, value: Any) -> None:
     tensor(op, name, value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
