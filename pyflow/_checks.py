@@ -74,10 +74,12 @@ def _may_be_fake() -> bool:
 
 
 def values_are_checked(tensor: Tensor) -> bool:
-    """Whether a check may read the values: on a CPU, on an accelerator with PYFLOW_CHECK=1, never while traced."""
+    """Whether a check may read the values: on a CPU, on an accelerator with PYFLOW_CHECK=1, never in any trace."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    if isinstance(tensor, FakeTensor):
+    if isinstance(tensor, FakeTensor) or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return False
     return tensor.is_cpu or (tensor.device.type != "meta" and os.environ.get("PYFLOW_CHECK") == "1")
 

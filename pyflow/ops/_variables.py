@@ -216,8 +216,8 @@ def _levelled(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _batched() -> bool:
-    """Whether a torch.func transform is active: torch 2.11 has no batching rule for view(dtype)."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether view(dtype) is missing: in torch.func transforms (torch 2.11) and in jit.trace."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
 
 
 def _power(exponent: Tensor, dtype: torch.dtype) -> Tensor:

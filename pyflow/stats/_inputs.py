@@ -42,6 +42,8 @@ def samples(op: str, name: str, value: object, kernel: str) -> Tensor:
         # torch reads native byte order only
         value = torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
     check.tensor(op, name, value)
+    if value.is_meta:
+        raise ValueError(f"{op}: {name} must have values, got a meta tensor")
     if value.is_complex():
         raise TypeError(f"{op}: {name} must hold real numbers, got {value.dtype}")
     if value.dim() == 1:

@@ -229,6 +229,8 @@ def _grams(
             output = next((o for o in output if isinstance(o, Tensor)), None) if isinstance(output, tuple) else output
             if not isinstance(output, Tensor) or not output.is_floating_point():
                 return
+            if output.is_meta:
+                raise ValueError(f"{OP}: layer {name} must have values, got a meta tensor")
             if not output.dim() or len(output) != len(x):
                 raise ValueError(f"{OP}: layer {name} must have samples in its first dim, got {tuple(output.shape)}")
             runs, key = 1, name

@@ -159,7 +159,10 @@ def sector_probability_mc(
         if device is not None and torch.empty(0, device=check.device(op, device)).device != angle.device:
             raise ValueError(f"{op}: device must be that of theta, {angle.device}, got {device}")
     else:
-        angle = torch.from_numpy(np.array(_angle(op, theta))).to("cpu" if device is None else check.device(op, device))
+        device = torch.device("cpu") if device is None else check.device(op, device)
+        if device.type == "meta":
+            raise ValueError(f"{op}: device must hold values, got meta")
+        angle = torch.from_numpy(np.array(_angle(op, theta))).to(device)
     high, low = ref.TWO_PI
     x = ((high - angle) + low) / high
     # the largest gap is above 0 and at most the circle: 2 never counts, 0 always

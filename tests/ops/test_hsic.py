@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import pdist
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyflow
 from pyflow import ops, testing
@@ -632,6 +633,17 @@ def test_outlying_rows_do_not_reduce_accuracy(kernel, how, d, backend):
     (want,) = torch.autograd.grad(value, exact)
     error = 1e-2 if how == "two clusters" else 1e-4
     torch.testing.assert_close(gradient.double(), want, rtol=0, atol=error * want.abs().max().item())
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "linear", "polynomial"])
+@pytest.mark.parametrize("unit", [1.0, 1e20])
+def test_traces_do_not_depend_on_the_values_that_were_traced(kernel, unit):
+    x, y = dependent(12, 2)
+    cka = lambda x, y: ops.cka(x, y, kernel=kernel, estimator="unbiased")
+    traces = [torch.jit.trace(cka, (unit * x, y)), make_fx(cka)(unit * x, y)]
+    for other in (x, 1e20 * x, 1e-25 * x, torch.ones_like(x)):
+        for trace in traces:
+            torch.testing.assert_close(trace(other, y), cka(other, y), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype, far", [(F32, 1e18), (F32, 1e30), (F32, 3.4e38), (F64, 1e100), (F64, 1e308)])

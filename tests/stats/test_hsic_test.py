@@ -450,6 +450,7 @@ HIDDEN = np.ma.masked_array(X, X == 3)
         (ValueError, "hsic_test: x must have no missing values, got a masked array with some", (HIDDEN, X),
          {"kernel": "delta"}),
         (TypeError, "hsic_test: x must be a dense tensor, got sparse_coo", (torch.eye(6).to_sparse(), X), {}),
+        (ValueError, "hsic_test: y must have values, got a meta tensor", (X, torch.zeros(6, device="meta")), {}),
         (ValueError, "hsic_test: degree must be at most 100, got 1000000000", (X, X),
          {"kernel": "polynomial", "degree": 10**9}),
         (ValueError, "hsic_test: gamma must fit into float64, got a larger number", (X, X),

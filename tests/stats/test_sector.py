@@ -317,6 +317,11 @@ def test_tensors_without_readable_values(wrong, text):
         sector_probability(wrong.long(), 1.0)
 
 
+def test_trials_need_a_device_with_values():
+    with pytest.raises(ValueError, match=r"^sector_probability_mc: device must hold values, got meta$"):
+        sector_probability_mc(3, 1.0, 10, 0, device="meta")
+
+
 def test_dtypes_that_numpy_lacks():
     with pytest.raises(TypeError, match=r"^sector_probability: n must be integers, got bfloat16$"):
         sector_probability(torch.tensor([3.0]).bfloat16(), 1.0)
