@@ -312,6 +312,20 @@ def test_precomputed_matrices():
     np.testing.assert_allclose(given.null, computed.null, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian", "linear"])
+@pytest.mark.parametrize("start", [-(2**63), -(2**60), 2**62, 2**63, 2**64 - 40])
+def test_integers_beyond_2_to_the_53_keep_their_differences(start, kernel):
+    x, y = np.arange(40), np.arange(40.0) ** 2
+    large = [start + n for n in range(40)]
+    array = np.array(large, np.int64 if start < 2**63 else np.uint64)
+    want = hsic_test(x, y, kernel=kernel, permutations=49)
+    for given in (array, torch.from_numpy(array)):
+        got = hsic_test(given, y, kernel=kernel, permutations=49)
+        assert got.pvalue == want.pvalue == 0.02 and got.statistic == pytest.approx(want.statistic, rel=1e-9)
+    ends = np.array([-(2**63), 2**63 - 1] * 20)
+    assert 0.05 < hsic_test(ends, y, kernel=kernel, permutations=49).pvalue <= 1
+
+
 def test_values_out_of_the_range_of_float32():
     x, y = data()
     small = hsic_test(x, y, kernel="polynomial", coef0=0.0, permutations=40)
