@@ -29,7 +29,8 @@ def check_kernels(op: str, kernel: object, kernel_y: object) -> None:
 def samples(op: str, name: str, value: object, kernel: str) -> Tensor:
     """Return samples as rows of a tensor (n, d), from an array, a list or a tensor; (n,) is one column.
 
-    Integers become float64, large ones less a constant. The kernel "delta" keeps integers, and replaces labels of other types by integers.
+    Integers become float64, large ones less a constant. The kernel "delta" keeps integers, and replaces labels of other
+    types by integers.
     """
     if not isinstance(value, Tensor):
         array = array_of(op, name, value)
@@ -64,7 +65,7 @@ def _in_float64(value: Tensor, kernel: str) -> Tensor:
         whole = value.view(torch.int64)
         if value.dtype == torch.uint64 and bool((whole < 0).any()):
             # flips the sign bit: subtracts 2**63
-            whole = whole ^ torch.iinfo(torch.int64).min
+            value = whole = whole ^ torch.iinfo(torch.int64).min
         low, high = whole.amin(0), whole.amax(0)
         # a difference beyond int64 is negative; rounding does not matter then
         if bool(((low < -(2**53)) | (high > 2**53)).any()) and bool((high - low >= 0).all()):
