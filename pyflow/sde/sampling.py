@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import _checks as check
 from .. import _progress
 from ..ops import langevin_step, sde_step
+from ..ops.noise import seed_tensor
 from ._score import Lent, Score, checked, in_micro_batches
 from .equations import SDE, Grid, Row, seeds_for
 
@@ -184,6 +185,9 @@ class Step:
             raise ValueError("step: x must have at least one dim, the batch, got a scalar")
         if not 0 <= check.at_least("step", "i", i, 0) < len(self.times):
             raise ValueError(f"step: i must be below the number of steps, {len(self.times)}, got {i}")
+        if isinstance(seed, Tensor):
+            # here, because errors inside the compiled step are reported by the compiler
+            seed_tensor("step", seed, x.shape, x.device)
         # outside inference mode a score function can use autograd, and tensors count writes in place
         with torch.inference_mode(False), torch.no_grad():
             return self._take(x.clone() if x.is_inference() else x, i, seed)

@@ -31,6 +31,11 @@ WRONG = [
     (lambda: draw(denoise="no"), TypeError, "sample: denoise must be true or false, got str"),
     (lambda: draw(check_finite="no"), TypeError, "sample: check_finite must be true or false, got str"),
     (lambda: draw(seed=torch.zeros(())), TypeError, "sample: seed must be int64, got float32"),
+    (
+        lambda: make_step(VPSDE(), score, backend="eager")(torch.zeros(2, 3), 0, torch.zeros(3, dtype=torch.int64)),
+        ValueError,
+        "step: seed must have the shape () or (2,), got (3,)",
+    ),
     (lambda: make_step(VPSDE(), score, fullgraph=False), TypeError, "make_step: fullgraph is always on"),
     (
         lambda: log_likelihood(VPSDE(), score, torch.zeros(2, 3, device="meta")),
