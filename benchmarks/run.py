@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 # seconds after which --quick starts no case, so that it ends within two minutes on a slow machine
 QUICK_SECONDS = 85
+# far above any machine; a count that is too large ends the process where threads cannot be made
+MOST_THREADS = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +120,8 @@ def _problem(args: argparse.Namespace, cases: list[registry.Case]) -> str | None
         return f"no case matches {args.case!r}; --list shows them all"
     if args.threads is not None and args.threads < 1:
         return f"--threads must be at least 1, got {args.threads}"
+    if args.threads is not None and args.threads > MOST_THREADS:
+        return f"--threads must be at most {MOST_THREADS}, got {args.threads}"
     for name in ("budget", "timeout"):
         seconds = getattr(args, name)
         if seconds is not None and not 0 < seconds < float("inf"):

@@ -74,10 +74,12 @@ def _may_be_fake() -> bool:
 
 
 def values_are_checked(tensor: Tensor) -> bool:
-    """Whether a check may read the values: on a CPU, on an accelerator with PYFLOW_CHECK=1, never while traced."""
+    """Whether a check may read the values: on a CPU, on an accelerator with PYFLOW_CHECK=1, never in any trace."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    if isinstance(tensor, FakeTensor):
+    if isinstance(tensor, FakeTensor) or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return False
     return tensor.is_cpu or (tensor.device.type != "meta" and os.environ.get("PYFLOW_CHECK") == "1")
 
@@ -146,6 +148,13 @@ def positive(op: str, name: str, value: object) -> float:
     if not 0 < result < float("inf"):
         raise ValueError(f"{op}: {name} must be positive and finite, got {value}")
     return result
+
+
+def moderate(op: str, name: str, value: float, dtype: torch.dtype | None, least: float = 2.0**-100) -> None:
+    """Require a constant whose products with data are in the range of float32, unless the data are float64."""
+    if dtype not in (None, torch.float64) and not least <= value <= 2.0**100:
+        rule = f"from {least:.3g} to {2.0**100:.3g}" if least else f"at most {2.0**100:.3g}"
+        raise ValueError(f"{op}: {name} must be {rule} in float32, got {value}")
 
 
 def integer_tensor(op: str, name: str, value: Any) -> None:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from . import _checks as check
 from . import _progress
-from .ops.energy import EnergyFunction, energy_and_grad, mala_propose, mala_step, step_size
+from .ops.energy import (
+    EnergyFunction,
+    check_batch,
+    check_function,
+    differentiated,
+    mala_propose,
+    mala_step,
+    step_size,
+)
 from .ops.noise import STEPS, seed_tensor
 
 Callback = Callable[[int, Tensor], None]
@@ -77,13 +85,18 @@ def sample(
     """
     op = "sample"
     check.float_tensor(op, "z", z)
+    check_batch(op, "z", z)
+    check_function(op, energy_fn)
+    metropolis = check.flag(op, "metropolis", metropolis)
     steps, start = check.at_least(op, "steps", steps, 1), check.at_least(op, "start", start, 0)
     if start + steps > STEPS:
         raise ValueError(f"{op}: start + steps must be at most 2**56, got {start + steps}")
     if callback is not None and not callable(callback):
         raise TypeError(f"{op}: callback must be callable, got {type(callback).__name__}")
     step_size(op, alpha, z)
-    u, grad = energy_and_grad(energy_fn, z)
+    if seed is not None:
+        seed_tensor(op, seed, z.shape, z.device, "cpu")
+    u, grad = differentiated(op, energy_fn, z)
     if seed is None:
         # drawn after all checks, so that a refused call leaves torch's generator unchanged
         seed = seed_tensor(op, None, None, z.device)
@@ -97,7 +110,7 @@ def sample(
                 moved += accepted
             else:
                 z = mala_propose(z, grad, alpha, seed=seed, step=step)
-                u, grad = energy_and_grad(energy_fn, z)
+                u, grad = differentiated(op, energy_fn, z)
                 moved += 1
             if bar is not None and (done % 50 == 0 or done == steps):
                 bar.set_postfix_str(f"{moved.mean().item() / done:.1%} accepted")

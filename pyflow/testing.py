@@ -88,14 +88,14 @@ def gradient_layouts(grad: Tensor) -> dict[str, Tensor]:
 def poisoned() -> Iterator[None]:
     """Fill newly allocated tensors with NaN, in Python and C++, so that unwritten outputs are found."""
     deterministic: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.get_deterministic_debug_mode()
     fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
         deterministic.fill_uninitialized_memory = fill
 
 

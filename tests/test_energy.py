@@ -90,10 +90,14 @@ def test_callback_writes_do_not_reach_the_chains_and_results_compare_by_identity
         ({"steps": 2, "callback": 3}, TypeError, "callback must be callable, got int"),
         ({"steps": 2, "start": 2**56}, ValueError, r"start \+ steps must be at most 2\*\*56, got 72057594037927938"),
         ({"steps": 2, "start": -1}, ValueError, "start must be at least 0, got -1"),
+        ({"steps": 2, "metropolis": "no"}, TypeError, "metropolis must be true or false, got str"),
+        ({"steps": 2, "seed": 0.5}, TypeError, "seed must be an integer or an int64 tensor, got float"),
+        ({"steps": 2, "energy_fn": 3}, TypeError, "energy_fn must be callable, got int"),
+        ({"steps": 2, "energy_fn": lambda z: 3}, TypeError, "the energy must be a tensor, got int"),
     ],
 )
 def test_wrong_arguments(arguments, error, text):
     before = torch.get_rng_state()
     with pytest.raises(error, match=f"^sample: {text}$"):
-        sample(energy, start(8), arguments.pop("alpha", 0.3), **arguments)
+        sample(arguments.pop("energy_fn", energy), start(8), arguments.pop("alpha", 0.3), **arguments)
     assert torch.equal(torch.get_rng_state(), before)

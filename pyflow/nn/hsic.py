@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..ops import hsic
-from ..ops._variables import ESTIMATORS, KERNELS, Bandwidth, Variable, rows_needed, together, variable
+from ..ops._variables import ESTIMATORS, KERNELS, Bandwidth, Variable, result_dtype, rows_needed, together, variable
 from ..ops.nhsic import regularised
 
 
@@ -182,12 +182,12 @@ class HSICBottleneck(nn.Module):
         pair = together(op, pair)
         rows_needed(op, len(pair[0].z), "biased")
         with torch.no_grad():
-            given, wanted = (regularised(op, v, self.epsilon) for v in pair)
+            given, wanted = (regularised(op, name, v, self.epsilon) for name, v in zip("xy", pair, strict=True))
             return given - self.beta * wanted
 
     def _towards(self, aim: Tensor, z: Tensor) -> Tensor:
         v = self._variable("z", z)
-        return (regularised(type(self).__name__, v, self.epsilon) * aim).sum().to(v.z.dtype)
+        return (regularised(type(self).__name__, "z", v, self.epsilon) * aim).sum().to(result_dtype(z))
 
     def _variable(self, name: str, x: Tensor) -> Variable:
         rows = _rows(type(self).__name__, name, x)

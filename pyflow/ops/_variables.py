@@ -26,8 +26,12 @@ ESTIMATORS = ("biased", "biased_n2", "unbiased")
 # products of two values between 2**-ORDINARY and 2**ORDINARY, and sums of such products, fit into float32
 ORDINARY = 50
 # Exponents of rows divided by the bandwidth. Below NEAREST, K - 1 is proportional to the distance (laplacian) or its
-# square (rbf). Above FARTHEST, K is 0 for any two rows that differ by more than rounding.
-NEAREST, FARTHEST = -30, {torch.float32: 50, torch.float64: 100}
+# square (rbf). Above FARTHEST, float32 cannot hold the squares of these rows and the digits of the others; float64 can
+# up to BEYOND, where rows are cut off: K is 0 between them and the others.
+NEAREST, FARTHEST, BEYOND = -30, 50, 400
+# Median distances below the first number may come from squares that underflow, if there are entries below the second:
+# others are equal or differ by more.
+UNDERFLOW = {torch.float32: (2.0**-50, 2.0**-25), torch.float64: (2.0**-480, 2.0**-426)}
 # FINITE: the largest e for which 2**e and 2**-e are both normal; TINY: the smallest normal number
 FINITE = {torch.float32: 126, torch.float64: 1022}
 TINY = {dtype: torch.finfo(dtype).tiny for dtype in FINITE}
@@ -134,6 +138,11 @@ def together(op: str, every: list[Variable]) -> list[Variable]:
     ]
 
 
+def result_dtype(*inputs: Tensor) -> torch.dtype:
+    """Return the dtype of results: float64 if an input is float64, else float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+
+
 def rows_needed(op: str, n: int, estimator: str) -> None:
     check.choice(op, "estimator", estimator, ESTIMATORS)
     least = 4 if estimator == "unbiased" else 2
@@ -194,9 +203,21 @@ def _reduced(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * _power(-exponent, x.dtype)[..., None, None], exponent
 
 
+def _levelled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide rows (*batch, n, d) by a power of two near their median size; return them in float64, and its exponent.
+
+    Entries are cut off at 2**BEYOND: in these units they are far from most rows.
+    """
+    size = x.detach().abs().amax(-1)
+    middle = torch.where(size > 0, size, torch.nan).nanmedian(-1).values
+    exponent = _exponent(middle.nan_to_num(1.0).double())
+    rows = times_two_to(x.double(), -exponent[..., None, None])
+    return rows.clamp(-(2.0**BEYOND), 2.0**BEYOND), exponent
+
+
 def _batched() -> bool:
-    """Whether a torch.func transform is active: torch 2.11 has no batching rule for view(dtype)."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether view(dtype) is missing: in torch.func transforms (torch 2.11) and in jit.trace."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
 
 
 def _power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
@@ -225,31 +246,58 @@ def _distances(
     if isinstance(bandwidth, str):
         if bandwidth != "median":
             raise ValueError(f"{op}: bandwidth must be a number, a tensor or 'median', got {bandwidth!r}")
+        level, unit = (x, None) if ordinary or sizes is None else _levelled(x)
         if not ordinary:
-            x, _ = _reduced(x)
-        scale = 1 / median_distance(x.detach(), float(p))
+            x, exponent_of_x = _reduced(x)
+            level = x if unit is None else level
+        median = sigma = median_distance(level.detach(), float(p))
+        if unit is not None:
+            sigma = times_two_to(median, unit - exponent_of_x).to(x.dtype)
+        # the largest entry of reduced rows is below 2
+        if sizes is None or _near((1, sizes[1] if ordinary else 2), sigma, None):
+            scale = 1 / sigma
+        else:
+            x, scale, _ = _far(level, 1 / median.double(), p)
     else:
         sigma = _bandwidth(op, "bandwidth" if name == "x" else "bandwidth_y", bandwidth, x)
         # without reading values (on an accelerator), rows and bandwidth are not rescaled
         if sizes is None or (ordinary and _near(sizes, bandwidth)):
             scale = 1 / sigma
+        elif not _near((sizes[1], sizes[1]), bandwidth, None):
+            x, scale, exponent = _far(x, 1 / sigma.double(), p)
         else:
             x, row_exponent = _reduced(x)
             scale = 1 / sigma.double()
             scale_exponent = _exponent(scale.detach())
             reach = row_exponent + scale_exponent
-            scale = times_two_to(scale, reach.clamp(NEAREST, FARTHEST[x.dtype]) - scale_exponent).to(x.dtype)
+            scale = times_two_to(scale, reach.clamp(min=NEAREST) - scale_exponent).to(x.dtype)
             exponent = p * (reach - NEAREST).clamp(max=0)
     return Variable(x, scale, HSIC_KERNELS.index(kernel), 1, _ones(x), exponent=exponent)
 
 
-def _near(sizes: tuple[float, float], bandwidth: float | Tensor) -> bool:
-    """Whether the exponents of rows divided by the bandwidth lie between NEAREST and FARTHEST."""
+def _near(sizes: tuple[float, float], bandwidth: float | Tensor, nearest: int | None = NEAREST) -> bool:
+    """Whether the exponents of rows divided by the bandwidth lie between `nearest` (None: any) and FARTHEST."""
     if not isinstance(bandwidth, Tensor):
         least = largest = float(bandwidth)
+    elif not bandwidth.numel():
+        return True
     else:
         least, largest = (end.item() for end in bandwidth.detach().aminmax())
-    return 2.0**NEAREST * largest <= sizes[0] and sizes[1] <= 2.0 ** FARTHEST[torch.float32] * least
+    return (nearest is None or 2.0**nearest * largest <= sizes[0]) and sizes[1] <= 2.0**FARTHEST * least
+
+
+def _far(x: Tensor, scale: Tensor, p: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows, scale and exponent of a distance kernel in float64, for rows of which some are far from the others.
+
+    The rows are in units of about a bandwidth, and cut off at 2**BEYOND.
+    """
+    row_exponent = _exponent(x.detach().abs().amax((-2, -1)).double())
+    scale_exponent = _exponent(scale.detach())
+    reach = row_exponent + scale_exponent
+    more = (NEAREST - reach).clamp(min=0)
+    rows = times_two_to(x.double(), (scale_exponent + more)[..., None, None])
+    rows = rows.clamp(-(2.0**BEYOND), 2.0**BEYOND)
+    return rows, times_two_to(scale, -scale_exponent).expand(reach.shape), -p * more
 
 
 def _ones(x: Tensor) -> Tensor:
@@ -262,7 +310,7 @@ def _bandwidth(op: str, name: str, value: float | Tensor, x: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         if not least <= check.positive(op, name, value) <= 1 / least:
             raise _out_of_range(op, name, x.dtype, value)
-        return torch.full((), value, dtype=x.dtype, device=x.device)
+        return torch.full((), float(value), dtype=x.dtype, device=x.device)
     check.float_tensor(op, name, value)
     batch = x.shape[:-2]
     fits = value.dim() <= len(batch) and all(
@@ -464,5 +512,18 @@ def _median_distance(x: Tensor, p: float) -> Tensor:
         largest_below = torch.where(below, distances, 0.0).amax()
         lower = torch.where(below.sum() == count // 2, largest_below, upper)
         upper = (lower + upper) / 2
+    if check.values_are_checked(x) and upper.item() < UNDERFLOW[x.dtype][0]:
+        size = x.abs()
+        if bool(((size > 0) & (size < UNDERFLOW[x.dtype][1])).any()):
+            upper = _small_median(x, p)
     mean = distances.mean()
     return torch.where(upper > 0, upper, torch.where(mean > 0, mean, torch.ones_like(mean)))
+
+
+def _small_median(x: Tensor, p: float) -> Tensor:
+    """Return the median distance of rows whose squared distances underflow next to the largest row."""
+    rows, exponent = _levelled(x)
+    distances = torch.pdist(rows, p)
+    count = len(distances)
+    middle = distances.sort().values[(count - 1) // 2 : count // 2 + 1].mean()
+    return times_two_to(middle, exponent).to(x.dtype)

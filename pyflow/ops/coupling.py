@@ -51,7 +51,7 @@ def additive_coupling(x: Tensor, shift: Tensor, *, inverse: bool = False, mask: 
     check.like(op, "shift", shift, "x", x.shape, x.device)
     if mask is None and shift.dtype == x.dtype:
         # one torch kernel: the same bits, and its autograd is native
-        return x - shift if inverse else x + shift
+        return x + shift if inverse is False or not check.flag(op, "inverse", inverse) else x - shift
     if mask is not None:
         mask = check.mask_for(op, mask, x)
     if runs_reference(op, x):
@@ -122,7 +122,7 @@ def affine_coupling(
     shape, device = x.shape, x.device
     check.like(op, "shift", shift, "x", shape, device)
     check.like(op, "scale", scale, "x", shape, device)
-    index, arg = scale_map_constant(op, scale_map, clamp, eps, slope)
+    index, arg = scale_map_constant(op, scale_map, clamp, eps, slope, x.dtype)
     event_dims = _event_dims(op, x, event_dims)
     if mask is not None:
         mask = check.mask_for(op, mask, x)
@@ -181,7 +181,7 @@ def affine_coupling_packed(
     shape = x.shape
     check.like(op, "params", params, "x doubled along dim", (*shape[:dim], 2 * shape[dim], *shape[dim + 1 :]), x.device)
     layout = check.choice(op, "packing", packing, PACKINGS)
-    index, arg = scale_map_constant(op, scale_map, clamp, eps, slope)
+    index, arg = scale_map_constant(op, scale_map, clamp, eps, slope, x.dtype)
     event_dims = _event_dims(op, x, event_dims)
     if mask is not None:
         mask = check.mask_for(op, mask, x)
@@ -193,7 +193,9 @@ def affine_coupling_packed(
     return call("affine_coupling_packed", x, params, mask, layout, dim, index, arg, shift_first, inverse, event_dims)
 
 
-def scale_map_constant(op: str, scale_map: str, clamp: float, eps: float, slope: float) -> tuple[int, float]:
+def scale_map_constant(
+    op: str, scale_map: str, clamp: float, eps: float, slope: float, dtype: torch.dtype | None = None
+) -> tuple[int, float]:
     """Return the index of the map and the constant it uses; all three constants are checked for every map."""
     index = check.choice(op, "scale_map", scale_map, SCALE_MAPS)
     clamp, eps, slope = (
@@ -206,8 +208,12 @@ def scale_map_constant(op: str, scale_map: str, clamp: float, eps: float, slope:
     if not 0 < slope < 1:
         raise ValueError(f"{op}: slope must be in (0, 1), got {slope}")
     if scale_map in ("tanh", "atan"):
+        if not 2.0**-100 <= clamp <= 2.0**100:
+            check.moderate(op, "clamp", clamp, dtype)
         return index, clamp
     if scale_map in ("sigmoid", "softplus"):
+        if eps > 2.0**100:
+            check.moderate(op, "eps", eps, dtype, 0.0)
         return index, eps
     return index, -math.log(slope) if scale_map == "softsign" else 0.0
 

@@ -88,7 +88,7 @@ def grad_norm_penalty(grad: Tensor) -> Tensor:
     """
     op = "grad_norm_penalty"
     check.float_tensor(op, "grad", grad)
-    _check_batch(op, "grad", grad)
+    check_batch(op, "grad", grad)
     if runs_reference(op, grad):
         return ref.grad_norm_penalty(grad)
     return call(op, grad)
@@ -118,12 +118,12 @@ def energy_and_grad(energy_fn: EnergyFunction, z: Tensor) -> tuple[Tensor, Tenso
     """
     op = "energy_and_grad"
     check.float_tensor(op, "z", z)
-    _check_batch(op, "z", z)
-    _check_function(op, energy_fn)
-    return _energy_and_grad(op, energy_fn, z)
+    check_batch(op, "z", z)
+    check_function(op, energy_fn)
+    return differentiated(op, energy_fn, z)
 
 
-def _energy_and_grad(op: str, energy_fn: EnergyFunction, z: Tensor) -> tuple[Tensor, Tensor]:
+def differentiated(op: str, energy_fn: EnergyFunction, z: Tensor) -> tuple[Tensor, Tensor]:
     traced = torch.compiler.is_compiling()
     # inference mode records no graph
     with contextlib.nullcontext() if traced else torch.inference_mode(False), torch.enable_grad():
@@ -297,28 +297,28 @@ def mala_step(
     op = "mala_step"
     _check_positions(op, z, grad)
     _check_rows(op, "u", u, "z", z)
-    _check_function(op, energy_fn)
+    check_function(op, energy_fn)
     alpha = step_size(op, alpha, z)
     # with seed None, draw one seed for proposal and accept step
     stream = stream_of(op, seed, step, z)
     with torch.no_grad():
         z_new = _propose(z, grad, alpha, stream)
-    u_new, grad_new = _energy_and_grad(op, energy_fn, z_new)
+    u_new, grad_new = differentiated(op, energy_fn, z_new)
     return _accept(op, (z, z_new, u, u_new, grad, grad_new, alpha), *stream[:2])
 
 
-def _check_function(op: str, energy_fn: object) -> None:
+def check_function(op: str, energy_fn: object) -> None:
     if not callable(energy_fn):
         raise TypeError(f"{op}: energy_fn must be callable, got {type(energy_fn).__name__}")
 
 
 def _check_positions(op: str, z: Tensor, grad: Tensor) -> None:
     check.float_tensor(op, "z", z)
-    _check_batch(op, "z", z)
+    check_batch(op, "z", z)
     check.like(op, "grad", grad, "z", z.shape, z.device)
 
 
-def _check_batch(op: str, name: str, value: Tensor) -> None:
+def check_batch(op: str, name: str, value: Tensor) -> None:
     if value.dim() == 0:
         raise ValueError(f"{op}: {name} must have at least one dim, the batch, got a scalar")
 

@@ -208,6 +208,8 @@ def codebook_usage(indices: Tensor, size: int) -> CodebookUsage:
     op = "codebook_usage"
     check.integer_tensor(op, "indices", indices)
     size = check.at_least(op, "size", size, 1, 2**63)
+    if indices.is_meta:
+        raise ValueError(f"{op}: indices must have values, got a meta tensor")
     indices = signed(indices)
     used = indices[indices >= 0]
     if used.numel() and check.values_are_checked(used) and int(used.max()) >= size:

@@ -80,6 +80,8 @@ def gan_qp_loss(
     index = check.choice(op, "distance", distance, DISTANCES)
     check.choice(op, "reduction", reduction, REDUCTIONS)
     tensors = (t_real, t_fake, x_real, x_fake, z_real, z_fake)
+    if not 2.0**-100 <= lam <= 2.0**100:
+        check.moderate(op, "lam", lam, ref.common_dtype(*tensors))
     if runs_reference(op, x_real):
         loss, _ = ref.gan_qp_loss(*tensors, lam=lam, eps=eps, distance=distance)
     else:
@@ -136,6 +138,8 @@ def gan_qp_generator_loss(
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"{op}: betas must be two numbers, got {check.shown(betas)}")
     weights = _weight(op, "betas[0]", betas[0]), _weight(op, "betas[1]", betas[1])
+    for name, weight in zip(("betas[0]", "betas[1]"), weights, strict=True):
+        check.moderate(op, name, weight, ref.common_dtype(t_real, t_fake, x, x_rec, z, z_rec), 0.0)
     check.choice(op, "reduction", reduction, REDUCTIONS)
     return _reduced(ref.gan_qp_generator_loss(t_real, t_fake, x, x_rec, z, z_rec, weights), reduction)
 

@@ -16,7 +16,7 @@ from ..reference import hsic as ref
 from ..reference import matmul
 from ._features import approximation
 from ._transforms import one_by_one, vector_jacobian
-from ._variables import Bandwidth, Variable, ratio, rows_needed, together, variable, variables, whole
+from ._variables import Bandwidth, Variable, ratio, result_dtype, rows_needed, together, variable, variables, whole
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -137,6 +137,7 @@ def _dependence(
     approximate, n_features, seed,
 ):  # fmt: skip
     """Compute `hsic` for the public function `op`, which appears in error texts."""
+    normalize, allow_tf32 = check.flag(op, "normalize", normalize), check.flag(op, "allow_tf32", allow_tf32)
     pair = variables(op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
     rows_needed(op, pair[0].z.shape[-2], estimator)
     if approximate is not None:
@@ -149,7 +150,7 @@ def _dependence(
         result = ratio(xy, xx, yy)
     else:
         result = whole(values(op, pair, [(0, 1)], estimator, allow_tf32).squeeze(-1), *pair)
-    return result.to(pair[0].z.dtype)
+    return result.to(result_dtype(x, y))
 
 
 def hsic_matrix(
@@ -184,6 +185,7 @@ def hsic_matrix(
         torch.Size([2, 1])
     """
     op = "hsic_matrix"
+    normalize, allow_tf32 = check.flag(op, "normalize", normalize), check.flag(op, "allow_tf32", allow_tf32)
     for name, tensors in (("xs", xs), ("ys", ys)):
         if not isinstance(tensors, Iterable) or (isinstance(tensors, Tensor) and not tensors.dim()):
             raise TypeError(f"{op}: {name} must be a list of tensors, got {type(tensors).__name__}")
@@ -207,7 +209,7 @@ def hsic_matrix(
     else:
         parts = [whole(value, every[a], every[b]) for value, (a, b) in zip(result.unbind(-1), pairs, strict=True)]
         cross = torch.stack(parts, -1).unflatten(-1, (p, q))
-    return cross.to(every[0].z.dtype)
+    return cross.to(result_dtype(*xs, *ys))
 
 
 def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
@@ -236,7 +238,7 @@ def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
     check.float_tensor(op, "gram", gram)
     if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2]:
         raise ValueError(f"{op}: gram must be (..., n, n), got shape {tuple(gram.shape)}")
-    if inplace:
+    if check.flag(op, "inplace", inplace):
         if gram.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: inplace must not be used on a tensor that requires a gradient")
         if _overlaps(gram):

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS
 from ..reference import hsic as ref
-from ._variables import Bandwidth, Variable, rows_needed, times_two_to, variables
+from ._variables import Bandwidth, Variable, result_dtype, rows_needed, times_two_to, variables
 
 
 def nhsic(
@@ -44,7 +44,8 @@ def nhsic(
         (...) float32 (float64 if an input is float64), in [0, n - 1].
 
     Raises:
-        TypeError, ValueError: as for `hsic`; an epsilon that is not positive, or not above the rounding of Kc.
+        TypeError, ValueError: as for `hsic`; an epsilon that is not positive, or not above the rounding of Kc; a
+            precomputed matrix that is not positive semi-definite.
 
     Notes:
         Time O(n^3), memory O(n^2): meant for minibatches. Computed in float64 for every dtype, because the condition
@@ -62,12 +63,12 @@ def nhsic(
     epsilon = check.positive(op, "epsilon", epsilon)
     pair = variables(op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
     rows_needed(op, pair[0].z.shape[-2], "biased")
-    first, second = (regularised(op, v, epsilon) for v in pair)
-    return (first * second).sum((-2, -1)).to(pair[0].z.dtype)
+    first, second = (regularised(op, name, v, epsilon) for name, v in zip("xy", pair, strict=True))
+    return (first * second).sum((-2, -1)).to(result_dtype(x, y))
 
 
-def regularised(op: str, v: Variable, epsilon: float) -> Tensor:
-    """Return Kc (Kc + epsilon n I)^-1, NaN where epsilon is not above the rounding error of Kc."""
+def regularised(op: str, name: str, v: Variable, epsilon: float) -> Tensor:
+    """Return Kc (Kc + epsilon n I)^-1, NaN where epsilon is not above the rounding error of Kc or Kc is indefinite."""
     n = v.z.shape[-2]
     gram, shift = ref.gram(v.z.double(), v.scale.double(), HSIC_KERNELS[v.kernel], v.degree)
     gram = gram + torch.diag_embed(v.diagonal - shift.unsqueeze(-1))
@@ -86,5 +87,13 @@ def regularised(op: str, v: Variable, epsilon: float) -> Tensor:
     elif bool(lost.any()):
         least = f"{rounding.amax().item():.3g}"
         raise ValueError(f"{op}: epsilon must be above the rounding of the kernel matrix, {least}, got {epsilon}")
-    factor, _ = torch.linalg.cholesky_ex(centred + epsilon * n * torch.eye(n, dtype=gram.dtype, device=gram.device))
+    factor, info = torch.linalg.cholesky_ex(centred + epsilon * n * torch.eye(n, dtype=gram.dtype, device=gram.device))
+    indefinite = info != 0
+    if not check.values_are_checked(rounding):
+        factor = torch.where(indefinite[..., None, None], math.nan, factor)
+    # rounding makes no kernel of rows indefinite: epsilon is above it
+    elif bool(indefinite.any()):
+        raise ValueError(
+            f"{op}: {name} must be positive semi-definite with a precomputed kernel, got negative eigenvalues"
+        )
     return torch.cholesky_solve(centred, factor)

@@ -66,6 +66,7 @@ def spectral_normalize(
     op = "spectral_normalize"
     weights, u, v = _checked(op, weights, u, v)
     n_iter = check.at_least(op, "n_iter", n_iter, 0)
+    through_iteration = check.flag(op, "through_iteration", through_iteration)
     if through_iteration or runs_reference(op, weights[0]):
         lists = ref.spectral_normalize(weights, u, v, n_iter=n_iter, through_iteration=through_iteration)
     else:

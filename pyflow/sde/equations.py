@@ -295,10 +295,10 @@ def seeds_for(op: str, n: int, seed: int | Tensor | None, device: torch.device |
     if not isinstance(seed, Tensor):
         # created on the device where it is used, not on torch's default device
         seed = sample_seeds(seed_tensor(op, seed, None, device), n)
-    elif seed.dim() == 0:
-        seed = sample_seeds(seed, n)
     elif seed.dtype != torch.int64:
         raise TypeError(f"{op}: seed must be int64, got {check.short(seed.dtype)}")
+    elif seed.dim() == 0:
+        seed = sample_seeds(seed, n)
     elif seed.shape != (n,):
         raise ValueError(f"{op}: seed must have one entry per sample, ({n},), got {tuple(seed.shape)}")
     return seed if device is None else seed.to(device)
@@ -312,4 +312,7 @@ def time_tensor(t: float | Tensor, device: torch.device | None = None) -> Tensor
         if isinstance(t, str) or not hasattr(t, "__array__"):
             raise TypeError(f"sde: t must be a number or a tensor, got {type(t).__name__}")
         t = torch.as_tensor(t)
+    check.tensor("sde", "t", t)
+    if t.is_complex() or t.dtype == torch.bool:
+        raise TypeError(f"sde: t must be real, got {check.short(t.dtype)}")
     return t if t.dtype in (torch.float32, torch.float64) else t.float()

@@ -96,13 +96,15 @@ def log_likelihood(
         check.positive(op, name, value)
     if x.numel() == 0:
         return x.new_zeros(x.shape[0], dtype=compute_dtype(x.dtype))
+    if x.is_meta:
+        raise ValueError(f"{op}: x must have values, on which the solver chooses its steps, got a meta tensor")
     if check.values_are_checked(x) and not bool(x.isfinite().all()):
         raise ValueError(f"{op}: x must be finite, got other values")
     # inference mode records no graph, and the divergence needs one; nothing else does
     with torch.inference_mode(False), torch.no_grad():
         x = x.clone() if x.is_inference() else x.detach()
         signs = () if exact else _signs(x, probes, seeds_for(op, x.shape[0], seed, x.device))
-        return _solve(sde, score_fn, x, signs, eps, solver, rtol, atol, steps)
+        return _solve(sde, score_fn, x, signs, float(eps), solver, rtol, atol, steps)
 
 
 def _solve(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import _checks as check
 from .. import _progress
 from ..ops import langevin_step, sde_step
+from ..ops.noise import seed_tensor
 from ._score import Lent, Score, checked, in_micro_batches
 from .equations import SDE, Grid, Row, seeds_for
 
@@ -164,6 +165,8 @@ def make_step(
         "make_step", sde, score_fn, method, predictor, corrector, corrector_steps, snr, step_size, norm, steps, eps,
         denoise, micro_batch,
     )  # fmt: skip
+    if "fullgraph" in compile_options:
+        raise TypeError("make_step: fullgraph is always on")
     return Step(plan, score_fn, torch.compile(plan.advance(score_fn), fullgraph=True, **compile_options))
 
 
@@ -182,6 +185,9 @@ class Step:
             raise ValueError("step: x must have at least one dim, the batch, got a scalar")
         if not 0 <= check.at_least("step", "i", i, 0) < len(self.times):
             raise ValueError(f"step: i must be below the number of steps, {len(self.times)}, got {i}")
+        if isinstance(seed, Tensor):
+            # here, because errors inside the compiled step are reported by the compiler
+            seed_tensor("step", seed, x.shape, x.device)
         # outside inference mode a score function can use autograd, and tensors count writes in place
         with torch.inference_mode(False), torch.no_grad():
             return self._take(x.clone() if x.is_inference() else x, i, seed)
@@ -206,9 +212,10 @@ class Step:
         shape, dtype = check.batch_shape(op, shape), check.float_dtype(op, dtype)
         if callback is not None and not callable(callback):
             raise TypeError(f"{op}: callback must be callable, got {type(callback).__name__}")
+        check_finite = check.flag(op, "check_finite", check_finite)
         if device is None and not isinstance(seed, Tensor):
             device = _device_of(self._score_fn)
-        show = callback and Lent(op, "callback", lambda x, i, t: callback(i, t, x))
+        show = None if callback is None else Lent(op, "callback", lambda x, i, t: callback(i, t, x))
         with torch.inference_mode(False), torch.no_grad():
             seed = seeds_for(op, shape[0], seed, device)
             x = self._plan.sde.prior_sample(shape, seed, dtype=dtype)
@@ -219,7 +226,7 @@ class Step:
                 x = self._take(x, i, seed)
                 if check_finite and not bool(x.isfinite().all()):
                     raise FloatingPointError(f"{op}: x is not finite after step {i} of {steps}, t = {t:.4g}")
-                if show:
+                if show is not None:
                     show(x, i, t)
         return x
 
@@ -253,6 +260,7 @@ class _Plan:
         if not callable(score_fn):
             raise TypeError(f"{op}: score_fn must be callable, got {type(score_fn).__name__}")
         check.at_least(op, "steps", steps, 1)
+        denoise = check.flag(op, "denoise", denoise)
         if not 0 < check.number(op, "eps", eps) < sde.T:
             raise ValueError(f"{op}: eps must be in (0, {sde.T:g}), got {eps}")
         if micro_batch is not None:
@@ -264,7 +272,7 @@ class _Plan:
         if step_size is not None:
             step_size = check.positive(op, "step_size", step_size)
         check.at_least(op, "corrector_steps", corrector_steps, 1)
-        grid = sde.grid(steps, eps)
+        grid = sde.grid(steps, float(eps))
         a, b, c = _row(sde, method, predictor, grid)
         if denoise:
             c = torch.cat((c[:-1], c.new_zeros(1)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import _progress
-from ..ops._variables import comparable
+from ..ops._variables import KERNELS, comparable
 
 # seconds before a bar appears
 PATIENCE = 1.0
@@ -20,10 +20,17 @@ PATIENCE = 1.0
 MISSING = ("NAType", "NaTType")
 
 
+def check_kernels(op: str, kernel: object, kernel_y: object) -> None:
+    """Require known kernels, on which the conversion of samples depends."""
+    check.choice(op, "kernel", kernel, KERNELS)
+    check.choice(op, "kernel_y", kernel_y, KERNELS)
+
+
 def samples(op: str, name: str, value: object, kernel: str) -> Tensor:
     """Return samples as rows of a tensor (n, d), from an array, a list or a tensor; (n,) is one column.
 
-    Integers become float64. The kernel "delta" keeps integers, and replaces labels of other types by integers.
+    Integers become float64, large ones less a constant. The kernel "delta" keeps integers, and replaces labels of other
+    types by integers.
     """
     if not isinstance(value, Tensor):
         array = array_of(op, name, value)
@@ -36,6 +43,8 @@ def samples(op: str, name: str, value: object, kernel: str) -> Tensor:
         # torch reads native byte order only
         value = torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
     check.tensor(op, name, value)
+    if value.is_meta:
+        raise ValueError(f"{op}: {name} must have values, got a meta tensor")
     if value.is_complex():
         raise TypeError(f"{op}: {name} must hold real numbers, got {value.dtype}")
     if value.dim() == 1:
@@ -43,8 +52,25 @@ def samples(op: str, name: str, value: object, kernel: str) -> Tensor:
     if value.dim() != 2:
         raise ValueError(f"{op}: {name} must be (n,) or (n, d), got shape {tuple(value.shape)}")
     if kernel != "delta" and not value.is_floating_point():
-        value = value.double()
+        value = _in_float64(value, kernel)
     return comparable(value.detach())
+
+
+def _in_float64(value: Tensor, kernel: str) -> Tensor:
+    """Convert integers (n, d); large ones are translated first, where the kernel allows it, to keep their differences.
+
+    float64 holds integers up to 2**53 only; times in nanoseconds and identifiers are larger.
+    """
+    if kernel in ("rbf", "laplacian", "linear") and value.dtype in (torch.int64, torch.uint64) and value.numel():
+        whole = value.view(torch.int64)
+        if value.dtype == torch.uint64 and bool((whole < 0).any()):
+            # flips the sign bit: subtracts 2**63
+            value = whole = whole ^ torch.iinfo(torch.int64).min
+        low, high = whole.amin(0), whole.amax(0)
+        # a difference beyond int64 is negative; rounding does not matter then
+        if bool(((low < -(2**53)) | (high > 2**53)).any()) and bool((high - low >= 0).all()):
+            value = whole - low
+    return value.double()
 
 
 def array_of(op: str, name: str, value: object) -> np.ndarray:
@@ -103,7 +129,9 @@ def same(a: object, b: object) -> bool:
         return a.shape == b.shape and same(a.detach().cpu().numpy(), b.detach().cpu().numpy())
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return np.array_equal(a, b, equal_nan=True)
-    return type(a) is type(b) and bool(a == b)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and bool(a == b or (a != a and b != b))
 
 
 @contextlib.contextmanager

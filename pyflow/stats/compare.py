@@ -132,6 +132,8 @@ def compare_representations(
             raise TypeError(f"{OP}: {name} must be a module, got {type(model).__name__}")
     chosen = [_names("layers1", model1, layers1), _names("layers2", model2, layers2)]
     gram = _gram(kernel, bandwidth)
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise TypeError(f"{OP}: loader must be an iterable of batches, got {type(loader).__name__}")
     layers: list[tuple[str, ...]] | None = None
     # sums over batches: of both models' Gram matrices, and of each model's with itself
     cross: Any = 0.0
@@ -151,6 +153,12 @@ def compare_representations(
             if len(x) < 4:
                 continue
             parts = [_grams(model, names, x, gram) for model, names in zip(models, chosen, strict=True)]
+            for argument, wanted, part in zip(("layers1", "layers2"), (layers1, layers2), parts, strict=True):
+                without = [name for name in wanted or () if name not in part]
+                if without:
+                    raise ValueError(
+                        f"{OP}: {argument} must run and return tensors of floats, got {without[0]!r}, which does not"
+                    )
             if layers is None:
                 layers = [tuple(part) for part in parts]
             elif layers != [tuple(part) for part in parts]:
@@ -180,10 +188,14 @@ def _names(argument: str, model: nn.Module, names: Sequence[str] | None) -> list
     every = dict(model.named_modules())
     if names is None:
         return [name for name, module in every.items() if next(module.children(), None) is None]
+    if isinstance(names, (str, Tensor)) or not isinstance(names, Iterable):
+        raise TypeError(f"{OP}: {argument} must be a list of names of submodules, got {check.shown(names)}")
     names = list(names)
     for name in names:
         if name not in every:
-            raise ValueError(f"{OP}: {argument} must be names of submodules, got {name!r}")
+            raise ValueError(f"{OP}: {argument} must be names of submodules, got {check.shown(name)}")
+        if names.count(name) > 1:
+            raise ValueError(f"{OP}: {argument} must name every submodule once, got {name!r} again")
     if not names:
         raise ValueError(f"{OP}: {argument} must not be empty")
     return names
@@ -217,7 +229,9 @@ def _grams(
             output = next((o for o in output if isinstance(o, Tensor)), None) if isinstance(output, tuple) else output
             if not isinstance(output, Tensor) or not output.is_floating_point():
                 return
-            if len(output) != len(x):
+            if output.is_meta:
+                raise ValueError(f"{OP}: layer {name} must have values, got a meta tensor")
+            if not output.dim() or len(output) != len(x):
                 raise ValueError(f"{OP}: layer {name} must have samples in its first dim, got {tuple(output.shape)}")
             runs, key = 1, name
             while key in found:
@@ -243,11 +257,15 @@ def _grams(
 @contextlib.contextmanager
 def evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
     """Run a block in eval mode, then restore the mode of every module."""
+    modes = [model.training for model in models]
     before = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
     try:
         yield
     finally:
+        # by `train` first: a module may do more there than set the flag, for example merge weights
+        for model, training in zip(models, modes, strict=True):
+            model.train(training)
         for module, training in before:
             module.training = training

@@ -13,7 +13,7 @@ from .. import _checks as check
 from ..ops._features import approximation
 from ..ops._variables import Bandwidth, Variable, ratio, rows_needed, variables, whole
 from ..ops.hsic import sums, values
-from ._inputs import bar, samples
+from ._inputs import bar, check_kernels, samples
 
 # number of parts that the tiles are split into; powers of 2, so that 1, 2, 4, ... processes sum over the same tree
 PARTS, PARTS_OF_MANY, MANY = 8, 64, 10_000
@@ -81,6 +81,8 @@ def hsic(
     """
     op = "hsic"
     kernel_y = kernel if kernel_y is None else kernel_y
+    check_kernels(op, kernel, kernel_y)
+    normalize, allow_tf32 = check.flag(op, "normalize", normalize), check.flag(op, "allow_tf32", allow_tf32)
     x, y = samples(op, "x", x, kernel), samples(op, "y", y, kernel_y)
     if group is not None:
         if approximate is not None:

@@ -18,7 +18,7 @@ from ..ops._variables import ESTIMATORS, Bandwidth, Variable, ratio, rows_needed
 from ..ops.hsic import chain, estimates, permuted, values
 from ..reference.noise import MASK, philox
 from ._grams import CentredGram, blocks
-from ._inputs import bar, same, samples
+from ._inputs import bar, check_kernels, same, samples
 
 METHODS = ("permutation", "gamma")
 # the variance formula of the gamma method fails for fewer rows: p <= 0.01 in 12 % of independent samples of 6 rows and
@@ -127,8 +127,11 @@ def hsic_test(
     check.choice(op, "method", method, METHODS)
     check.choice(op, "estimator", estimator, ESTIMATORS)
     permutations = check.at_least(op, "permutations", permutations, 1)
+    normalize = check.flag(op, "normalize", normalize)
+    kernel_y = kernel if kernel_y is None else kernel_y
+    check_kernels(op, kernel, kernel_y)
     x = samples(op, "x", x, kernel)
-    y = samples(op, "y", y, kernel if kernel_y is None else kernel_y)
+    y = samples(op, "y", y, kernel_y)
     pair = variables(op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
     n = len(pair[0].z)
     rows_needed(op, n, estimator)

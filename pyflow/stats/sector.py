@@ -87,6 +87,7 @@ def sector_probability(
         -69.02574
     """
     op = "sector_probability"
+    complement, log = check.flag(op, "complement", complement), check.flag(op, "log", log)
     device = _device(op, n=n, theta=theta)
     points, angle = _points(op, n), _angle(op, theta)
     try:
@@ -155,10 +156,13 @@ def sector_probability_mc(
     n, trials = count(op, "n", n), count(op, "trials", trials)
     if isinstance(theta, Tensor):
         angle = _checked_tensor(op, theta).double()
-        if device is not None and torch.empty(0, device=device).device != angle.device:
+        if device is not None and torch.empty(0, device=check.device(op, device)).device != angle.device:
             raise ValueError(f"{op}: device must be that of theta, {angle.device}, got {device}")
     else:
-        angle = torch.from_numpy(np.array(_angle(op, theta))).to(device or "cpu")
+        device = torch.device("cpu") if device is None else check.device(op, device)
+        if device.type == "meta":
+            raise ValueError(f"{op}: device must hold values, got meta")
+        angle = torch.from_numpy(np.array(_angle(op, theta))).to(device)
     high, low = ref.TWO_PI
     x = ((high - angle) + low) / high
     # the largest gap is above 0 and at most the circle: 2 never counts, 0 always
@@ -182,10 +186,17 @@ def _device(op: str, **values: object) -> torch.device | None:
 
 
 def _array(op: str, name: str, value: object) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else array_of(op, name, value)
+    if not isinstance(value, Tensor):
+        return array_of(op, name, value)
+    check.tensor(op, name, value)
+    if value.is_meta:
+        raise ValueError(f"{op}: {name} must have values, got a meta tensor")
+    return value.detach().cpu().resolve_neg().numpy()
 
 
 def _points(op: str, n: object) -> np.ndarray:
+    if isinstance(n, Tensor):
+        check.integer_tensor(op, "n", n)
     points = _array(op, "n", n)
     if points.size and points.dtype.kind not in "iu":
         raise TypeError(f"{op}: n must be integers, got {_kind(points)}")
@@ -210,6 +221,7 @@ def _angle(op: str, theta: object) -> np.ndarray:
 
 
 def _checked_tensor(op: str, theta: Tensor, values: bool = True) -> Tensor:
+    check.tensor(op, "theta", theta)
     if theta.is_complex() or theta.dtype == torch.bool:
         raise TypeError(f"{op}: theta must be real numbers, got {check.short(theta.dtype)}")
     if values and check.values_are_checked(theta) and not bool(theta.isfinite().all()):

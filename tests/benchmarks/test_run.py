@@ -42,6 +42,7 @@ def test_list_prints_the_names_of_the_cases():
     [
         (["--case", "nonsense"], "bench: no case matches 'nonsense'; --list shows them all\n"),
         (["--threads", "0"], "bench: --threads must be at least 1, got 0\n"),
+        (["--threads", str(10**20)], f"bench: --threads must be at most 4096, got {10**20}\n"),
         (["--budget", "nan"], "bench: --budget must be positive and finite, got nan\n"),
         (["--timeout", "-3"], "bench: --timeout must be positive and finite, got -3.0\n"),
     ],

@@ -519,6 +519,9 @@ BAD = [
     (lambda f: f(X, X, X, clamp=0.0), ValueError, "clamp must be positive and finite, got 0.0"),
     (lambda f: f(X, X, X, clamp=True), TypeError, "clamp must be a number, got bool"),
     (lambda f: f(X, X, X, clamp=float("nan")), ValueError, "clamp must be positive and finite, got nan"),
+    (lambda f: f(X, X, X, scale_map="tanh", clamp=1e40), ValueError, r"clamp must be from 7.89e-31 to 1.27e\+30 in float32, got 1e\+40"),
+    (lambda f: f(X, X, X, scale_map="atan", clamp=1e-46), ValueError, r"clamp must be from 7.89e-31 to 1.27e\+30 in float32, got 1e-46"),
+    (lambda f: f(X, X, X, scale_map="softplus", eps=1e40), ValueError, r"eps must be at most 1.27e\+30 in float32, got 1e\+40"),
     (lambda f: f(X, X, X, eps=-1), ValueError, "eps must be at least 0 and finite, got -1.0"),
     (lambda f: f(X, X, X, slope=1.0), ValueError, r"slope must be in \(0, 1\), got 1.0"),
     (lambda f: f(X, X, X, mask=[1]), TypeError, "mask must be a tensor, got list"),
@@ -551,8 +554,24 @@ def test_bad_packing_gets_one_sentence(call, error, text):
         call(ops.affine_coupling_packed)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_largest_and_least_clamps(backend):
+    s = torch.tensor([[0.0, 0.5, -3.0]])
+    zero = torch.zeros_like(s)
+    with pyflow.backend(backend):
+        for clamp in (1e30, 1e-30):
+            _, logdet = ops.affine_coupling(zero, zero, s, scale_map="tanh", clamp=clamp, event_dims=0)
+            want = s if clamp > 1 else clamp * s.sign()
+            torch.testing.assert_close(logdet, want, rtol=1e-6, atol=0)
+        wide = [t.double() for t in (zero, zero, s)]
+        _, logdet = ops.affine_coupling(*wide, scale_map="tanh", clamp=1e40)
+        assert logdet.item() == pytest.approx(-2.5)
+
+
 def test_additive_bad_input():
     with pytest.raises(
         ValueError, match=r"^additive_coupling: shift must have the shape of x, \(2, 4\), got \(4, 2\)$"
     ):
         ops.additive_coupling(X, X.T)
+    with pytest.raises(TypeError, match=r"^additive_coupling: inverse must be true or false, got str$"):
+        ops.additive_coupling(X, X, inverse="no")

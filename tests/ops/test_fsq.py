@@ -423,6 +423,11 @@ def test_autocast_changes_nothing():
     assert torch.equal(indices, want[1])
 
 
+def test_usage_needs_values():
+    with pytest.raises(ValueError, match=r"^codebook_usage: indices must have values, got a meta tensor$"):
+        ops.codebook_usage(torch.zeros(3, dtype=torch.int64, device="meta"), 4)
+
+
 def test_codebook_usage():
     usage = ops.codebook_usage(torch.tensor([[0, 0], [5, -1]]), 6)
     assert usage.counts.tolist() == [2, 1] and usage.fraction.item() == pytest.approx(2 / 6)

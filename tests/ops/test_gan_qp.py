@@ -391,6 +391,11 @@ T, X, Z = torch.zeros(4), torch.zeros(4, 3, 2), torch.zeros(4, 5)
         ),
         (lambda f: f(T.to("meta"), T, X, X), ValueError, "t_real must be on the device of x_real, cpu, got meta"),
         (lambda f: f(T, T, X, X, lam=0), ValueError, "lam must be positive and finite, got 0"),
+        (
+            lambda f: f(T, T, X, X, lam=1e-46),
+            ValueError,
+            r"lam must be from 7.89e-31 to 1.27e\+30 in float32, got 1e-46",
+        ),
         (lambda f: f(T, T, X, X, lam=-1.5), ValueError, "lam must be positive and finite, got -1.5"),
         (lambda f: f(T, T, X, X, lam="10"), TypeError, "lam must be a number, got str"),
         (lambda f: f(T, T, X, X, eps=-1), ValueError, "eps must be at least 0 and finite, got -1"),
@@ -420,6 +425,11 @@ def test_bad_input_gets_one_sentence(call, error, text, backend):
         (lambda f: f(T, T, z_rec=Z), ValueError, "z_rec must come with z, got None for z"),
         (lambda f: f(T, T, X, X[:, 1:]), ValueError, r"x_rec must have the shape of x, \(4, 3, 2\), got \(4, 2, 2\)"),
         (lambda f: f(T, T, X[:2], X[:2]), ValueError, r"x must have the 4 samples of t_real, got \(2, 3, 2\)"),
+        (
+            lambda f: f(T, T, X, X, betas=(1, 1e40)),
+            ValueError,
+            r"betas\[1\] must be at most 1.27e\+30 in float32, got 1e\+40",
+        ),
         (lambda f: f(T, T, X, X, betas=(1, -2)), ValueError, r"betas\[1\] must be at least 0 and finite, got -2"),
         (lambda f: f(T, T, X, X, betas=torch.zeros(2, 3)), ValueError, "betas must be two numbers, got Tensor"),
         (lambda f: f(T, T, X, X, betas=(1,)), ValueError, r"betas must be two numbers, got \(1,\)"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import pdist
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyflow
 from pyflow import ops, testing
@@ -369,7 +372,7 @@ def test_compiles_without_a_graph_break_to_the_same_bits(options):
 
 def test_compiles_once_for_every_bandwidth():
     x, y = dependent(20, 2)
-    count = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    count = CompileCounterWithBackend("eager")
     compiled = torch.compile(lambda x, y, s: ops.hsic(x, y, bandwidth=s), backend=count, fullgraph=True)
     for sigma in (1.0, 2.0, 3.0, 4.0):
         torch.testing.assert_close(compiled(x, y, torch.tensor(sigma)), ops.hsic(x, y, bandwidth=sigma))
@@ -632,6 +635,51 @@ def test_outlying_rows_do_not_reduce_accuracy(kernel, how, d, backend):
     torch.testing.assert_close(gradient.double(), want, rtol=0, atol=error * want.abs().max().item())
 
 
+@pytest.mark.parametrize("kernel", ["rbf", "linear", "polynomial"])
+@pytest.mark.parametrize("unit", [1.0, 1e20])
+def test_traces_do_not_depend_on_the_values_that_were_traced(kernel, unit):
+    x, y = dependent(12, 2)
+    cka = lambda x, y: ops.cka(x, y, kernel=kernel, estimator="unbiased")
+    traces = [torch.jit.trace(cka, (unit * x, y)), make_fx(cka)(unit * x, y)]
+    for other in (x, 1e20 * x, 1e-25 * x, torch.ones_like(x)):
+        for trace in traces:
+            torch.testing.assert_close(trace(other, y), cka(other, y), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, far", [(F32, 1e18), (F32, 1e30), (F32, 3.4e38), (F64, 1e100), (F64, 1e308)])
+@pytest.mark.parametrize("small", [1.0, 1e-9])
+@pytest.mark.parametrize("bandwidth", ["median", 1.0, torch.ones(())])
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
+def test_values_that_stand_for_missing_ones_do_not_reduce_accuracy(kernel, bandwidth, small, dtype, far):
+    x, y = dependent(60, 2, F64)
+    near = small * x
+    near[0] = near[7] = 1e12 * small
+    far_away = near.to(dtype, copy=True)
+    far_away[0] = far_away[7] = far
+    options = {"kernel": kernel, "bandwidth_y": bandwidth, "bandwidth": bandwidth}
+    if bandwidth != "median":
+        options["bandwidth"] = bandwidth * small
+    got, want = ops.cka(far_away, y.to(dtype), **options), ops.cka(near, y, **options)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+    leaf = far_away.requires_grad_()
+    (gradient,) = torch.autograd.grad(ops.cka(leaf, y.to(dtype), **options), leaf)
+    (want,) = torch.autograd.grad(ops.cka(near.requires_grad_(), y, **options), near)
+    torch.testing.assert_close(gradient.double(), want, rtol=0, atol=1e-4 * want.abs().max().item())
+
+
+def test_items_far_and_near_in_one_batch():
+    x, y = dependent(40, 2)
+    far = x.clone()
+    far[3] = 1e30
+    items, bandwidth = torch.stack((x, far, 1e-37 * x)), torch.tensor([1.0, 2.0, 1.0])
+    got = ops.hsic(items, y, bandwidth=bandwidth, bandwidth_y=1.0)
+    alone = [ops.hsic(z, y, bandwidth=b.item(), bandwidth_y=1.0) for z, b in zip(items, bandwidth, strict=True)]
+    torch.testing.assert_close(got, torch.stack(alone), rtol=1e-5, atol=0)
+    assert ops.hsic_matrix([far], [y], bandwidth=2.0, bandwidth_y=1.0)[0, 0] == pytest.approx(alone[1].item(), rel=1e-6)
+    assert ops.nhsic(far, y).dtype == F32
+
+
 @pytest.mark.parametrize("d", [1, 12])
 @pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
 def test_bandwidths_far_from_the_data(kernel, d):
@@ -701,6 +749,27 @@ def test_nhsic_refuses_an_epsilon_below_the_rounding_of_its_matrix():
     assert ops.nhsic(constant, y[:9], kernel="polynomial", kernel_y="rbf") == 0
 
 
+def test_nhsic_refuses_indefinite_matrices():
+    x, y = dependent(12, 2, F64)
+    gram = x @ x.mT
+    assert ops.nhsic(gram, y, kernel="precomputed", kernel_y="rbf") == pytest.approx(
+        ops.nhsic(x, y, kernel="linear", kernel_y="rbf").item(), rel=1e-6
+    )
+    indefinite = gram - 2 * torch.eye(12, dtype=F64)
+    with pytest.raises(ValueError, match=r"^nhsic: x must be positive semi-definite with a precomputed kernel, got"):
+        ops.nhsic(indefinite, y, kernel="precomputed", kernel_y="rbf")
+    with pytest.raises(ValueError, match=r"^nhsic: y must be positive semi-definite with a precomputed kernel, got"):
+        ops.nhsic(y, indefinite, kernel_y="precomputed")
+    compiled = torch.compile(lambda k: ops.nhsic(k, y, kernel="precomputed", kernel_y="rbf"), backend="eager")
+    assert compiled(indefinite).isnan() and compiled(gram).isfinite()
+
+
+def test_bandwidths_may_be_numbers_of_any_type():
+    x, y = dependent(12, 2)
+    for one, same in ((2**70, 2.0**70), (Fraction(1, 4), 0.25)):
+        assert ops.cka(x, y, bandwidth=one).equal(ops.cka(x, y, bandwidth=same))
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_center_gram_in_place_rejects_overlapping_memory(backend):
     memory = torch.arange(25.0)
@@ -737,6 +806,7 @@ X = torch.zeros(6, 2)
             ValueError,
             "the unbiased estimator needs at least 4 rows, got 3",
         ),
+        (lambda f: f(X, X, allow_tf32="no"), TypeError, "allow_tf32 must be true or false, got str"),
         (lambda f: f(X, X, estimator="best"), ValueError, "estimator must be one of biased, .*, got 'best'"),
         (lambda f: f(X, X, kernel="cosine"), ValueError, "kernel must be one of rbf, .*, got 'cosine'"),
         (lambda f: f(X, X, kernel_y="cosine"), ValueError, "kernel_y must be one of rbf, .*, got 'cosine'"),

@@ -192,6 +192,18 @@ def test_bits_do_not_depend_on_threads(draw):
         testing.assert_same_bits(single, several)
 
 
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_poisoned_memory_leaves_the_mode_of_determinism(mode):
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(mode)
+    try:
+        with testing.poisoned():
+            assert torch.get_deterministic_debug_mode() == 2
+        assert torch.get_deterministic_debug_mode() == mode
+    finally:
+        torch.set_deterministic_debug_mode(before)
+
+
 def test_every_element_is_written():
     with testing.poisoned():
         for shape in SHAPES:

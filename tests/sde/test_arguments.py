@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
@@ -27,6 +28,23 @@ WRONG = [
     (lambda: draw(steps=2.0), TypeError, "sample: steps must be an integer, got float"),
     (lambda: draw(eps=0), ValueError, "sample: eps must be in (0, 1), got 0"),
     (lambda: draw(eps=1.0), ValueError, "sample: eps must be in (0, 1), got 1.0"),
+    (lambda: draw(denoise="no"), TypeError, "sample: denoise must be true or false, got str"),
+    (lambda: draw(check_finite="no"), TypeError, "sample: check_finite must be true or false, got str"),
+    (lambda: draw(seed=torch.zeros(())), TypeError, "sample: seed must be int64, got float32"),
+    (
+        lambda: make_step(VPSDE(), score, backend="eager")(torch.zeros(2, 3), 0, torch.zeros(3, dtype=torch.int64)),
+        ValueError,
+        "step: seed must have the shape () or (2,), got (3,)",
+    ),
+    (lambda: make_step(VPSDE(), score, fullgraph=False), TypeError, "make_step: fullgraph is always on"),
+    (
+        lambda: log_likelihood(VPSDE(), score, torch.zeros(2, 3, device="meta")),
+        ValueError,
+        "log_likelihood: x must have values, on which the solver chooses its steps, got a meta tensor",
+    ),
+    (lambda: VPSDE().marginal(torch.tensor(1j)), TypeError, "sde: t must be real, got complex64"),
+    (lambda: VESDE().rates(torch.tensor(True)), TypeError, "sde: t must be real, got bool"),
+    (lambda: VESDE().rates(torch.zeros(2).to_sparse()), TypeError, "sde: t must be a dense tensor, got sparse_coo"),
     (
         lambda: draw(method="heun"),
         ValueError,
@@ -182,6 +200,13 @@ def test_wrong_arguments(call, error, text):
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value) == text
+
+
+def test_numbers_of_any_type():
+    wanted = draw(eps=0.25, seed=0)
+    assert torch.equal(draw(eps=Fraction(1, 4), seed=0), wanted)
+    nats = [log_likelihood(VPSDE(), score, torch.zeros(1, 2), eps=eps, seed=0) for eps in (0.25, Fraction(1, 4))]
+    assert torch.equal(*nats)
 
 
 def test_beta_max_limits_only_methods_with_discrete_tables():

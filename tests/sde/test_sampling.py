@@ -229,6 +229,16 @@ def test_callback_and_progress(monkeypatch):
         assert not silent.getvalue()
 
 
+def test_a_callback_may_be_an_object_that_is_false():
+    class Frames(list):
+        def __call__(self, i, t, x):
+            self.append(x.clone())
+
+    frames = Frames()
+    x = sample(VESDE(), lambda x, t: -x, (2, 3), steps=5, seed=0, callback=frames, progress=False)
+    assert len(frames) == 5 and torch.equal(frames[-1], x)
+
+
 @pytest.mark.parametrize("micro_batch", [None, 2])
 @pytest.mark.parametrize("method", ["euler_maruyama", "pc"])
 def test_writes_of_a_score_into_its_arguments_do_not_change_samples(method, micro_batch):

@@ -121,6 +121,39 @@ def test_results_compare_and_have_a_hash():
     assert one == same and one != other and hash(one) == hash(same) and one != "cka"
 
 
+def test_modules_with_a_train_of_their_own_return_to_their_state():
+    class Merging(nn.Linear):
+        merged = False
+
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+
+    model = nn.Sequential(Merging(5, 5), nn.Dropout(), Merging(5, 5).eval())
+    model[1].training = False
+    quietly(model, model, batches())
+    assert [module.training for module in model.modules()] == [True, True, False, False]
+    assert not model[0].merged
+
+
+class Named(nn.Module):
+    """Layers of which one returns a dict and one never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.run, self.idle = nn.Linear(5, 3), nn.Linear(5, 3)
+        self.table = nn.Module()
+        self.table.forward = lambda x: {"out": x}
+
+    def forward(self, x):
+        return self.table(self.run(x))["out"]
+
+
+class Total(nn.Module):
+    def forward(self, x):
+        return x.sum()
+
+
 def test_heatmap(tmp_path):
     pytest.importorskip("matplotlib").use("Agg")
     result = quietly(net(0), net(1), batches())
@@ -173,6 +206,18 @@ def test_small_batches_are_left_out():
         (ValueError, "x must be finite, got NaN or infinity", (net(0), net(0), [torch.full((4, 5), torch.nan)]), {}),
         (ValueError, "layer 0 must have samples in its first dim, got (96,)",
          (nn.Sequential(nn.Flatten(0)), net(0), [torch.randn(32, 3)]), {}),
+        (ValueError, "layer 1 must have samples in its first dim, got ()",
+         (nn.Sequential(nn.Linear(5, 3), Total()), net(0), batches()), {}),
+        (TypeError, "loader must be an iterable of batches, got NoneType", (net(0), net(0), None), {}),
+        (TypeError, "layers1 must be a list of names of submodules, got '10'",
+         (nn.Sequential(*[nn.Linear(5, 5)] * 12), net(0), batches()), {"layers1": "10"}),
+        (TypeError, "layers2 must be a list of names of submodules, got 3", (net(0), net(0), batches()), {"layers2": 3}),
+        (ValueError, "layers1 must name every submodule once, got '1' again", (net(0), net(0), batches()),
+         {"layers1": ["1", "0", "1"]}),
+        (ValueError, "layers1 must run and return tensors of floats, got 'table', which does not",
+         (Named(), net(0), batches()), {"layers1": ["run", "table"]}),
+        (ValueError, "layers2 must run and return tensors of floats, got 'idle', which does not",
+         (net(0), Named(), batches()), {"layers2": ["idle", "run"]}),
     ],
 )  # fmt: skip
 def test_wrong_arguments(error, text, arguments, options):

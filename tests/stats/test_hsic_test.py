@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import pickle
 import sys
 
 import numpy as np
@@ -188,6 +189,20 @@ def test_rows_far_from_others_cost_these_no_digits(far, d):
         assert result.statistic == pytest.approx(((h @ k @ h) * m).sum() / 59**2, rel=1e-6)
 
 
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("dtype, far", [(np.float32, 1e30), (np.float32, 3e38), (np.float64, 1e300)])
+def test_values_that_stand_for_missing_ones_cost_no_power(dtype, far, held, monkeypatch):
+    x, y = data(60)
+    y = np.abs(x[:, :1]) + 0.1 * y
+    x[5] = 1e6
+    want = hsic_test(x, y, permutations=99)
+    x[5] = far
+    if not held:
+        monkeypatch.setattr(module, "GRAM_ROWS", 10)
+    got = hsic_test(x.astype(dtype), y.astype(dtype), permutations=99)
+    assert got.pvalue == want.pvalue == 0.01 and got.statistic == pytest.approx(want.statistic, rel=1e-4)
+
+
 def test_what_is_not_finite_has_no_p():
     x, y = data()
     for options in ({}, {"estimator": "unbiased"}):
@@ -215,7 +230,7 @@ def test_results_compare_and_have_a_hash():
         assert one == same and hash(one) == hash(same) and one != other and one != (1, 2)
         assert len({one, same, other}) == 2
     constant = [hsic_test(np.ones(20), np.arange(20), method="gamma") for _ in range(2)]
-    assert constant[0] == constant[1]
+    assert constant[0] == constant[1] == pickle.loads(pickle.dumps(constant[0])) != one
 
 
 def test_labels_of_any_kind():
@@ -295,6 +310,20 @@ def test_precomputed_matrices():
     computed = hsic_test(x, y, kernel="rbf", bandwidth=1.0, kernel_y="linear", permutations=40)
     assert given.pvalue == computed.pvalue
     np.testing.assert_allclose(given.null, computed.null, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian", "linear"])
+@pytest.mark.parametrize("start", [-(2**63), -(2**60), 2**62, 2**63, 2**64 - 40])
+def test_integers_beyond_2_to_the_53_keep_their_differences(start, kernel):
+    x, y = np.arange(40), np.arange(40.0) ** 2
+    large = [start + n for n in range(40)]
+    array = np.array(large, np.int64 if start < 2**63 else np.uint64)
+    want = hsic_test(x, y, kernel=kernel, permutations=49)
+    for given in (array, torch.from_numpy(array)):
+        got = hsic_test(given, y, kernel=kernel, permutations=49)
+        assert got.pvalue == want.pvalue == 0.02 and got.statistic == pytest.approx(want.statistic, rel=1e-9)
+    ends = np.array([-(2**63), 2**63 - 1] * 20)
+    assert 0.05 < hsic_test(ends, y, kernel=kernel, permutations=49).pvalue <= 1
 
 
 def test_values_out_of_the_range_of_float32():
@@ -419,6 +448,8 @@ HIDDEN = np.ma.masked_array(X, X == 3)
         (ValueError, "hsic_test: estimator must be one of biased, biased_n2, unbiased, got 'v'", (X, X),
          {"estimator": "v"}),
         (ValueError, "hsic_test: kernel must be one of rbf,", (X, X), {"kernel": "gauss"}),
+        (ValueError, "hsic_test: kernel_y must be one of rbf,", (X, X), {"kernel_y": np.array(["rbf", "rbf"])}),
+        (TypeError, "hsic_test: normalize must be true or false, got str", (X, X), {"normalize": "no"}),
         (TypeError, "hsic_test: seed must be an integer, got NoneType", (X, X), {"seed": None}),
         (TypeError, "hsic_test: seed must be an integer or an int64 tensor, got float", (X, X), {"seed": 0.5}),
         (ValueError, "hsic_test: x must be (n,) or (n, d), got shape (1, 6, 2)", (X[None], X), {}),
@@ -433,6 +464,7 @@ HIDDEN = np.ma.masked_array(X, X == 3)
         (ValueError, "hsic_test: x must have no missing values, got a masked array with some", (HIDDEN, X),
          {"kernel": "delta"}),
         (TypeError, "hsic_test: x must be a dense tensor, got sparse_coo", (torch.eye(6).to_sparse(), X), {}),
+        (ValueError, "hsic_test: y must have values, got a meta tensor", (X, torch.zeros(6, device="meta")), {}),
         (ValueError, "hsic_test: degree must be at most 100, got 1000000000", (X, X),
          {"kernel": "polynomial", "degree": 10**9}),
         (ValueError, "hsic_test: gamma must fit into float64, got a larger number", (X, X),

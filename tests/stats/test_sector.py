@@ -298,6 +298,36 @@ def test_two_devices():
         sector_probability(torch.tensor(3), torch.zeros(2, device="meta"))
     with pytest.raises(ValueError, match=r"^sector_probability_mc: device must be that of theta, cpu, got meta$"):
         sector_probability_mc(3, torch.zeros(2), 10, 0, device="meta")
+    for wrong in ("", (), 0.5, torch.zeros(())):
+        with pytest.raises((ValueError, TypeError), match=r"^sector_probability_mc: device must be a torch\.device or"):
+            sector_probability_mc(3, 1.0, 10, 0, device=wrong)
+    if not torch.cuda.is_available():
+        with pytest.raises((ValueError, TypeError), match=r"^sector_probability_mc: device must be"):
+            sector_probability_mc(3, 1.0, 10, 0, device=0)
+
+
+@pytest.mark.parametrize("wrong, text", [
+    (torch.zeros(3, device="meta"), "must have values, got a meta tensor"),
+    (torch.zeros(3).to_sparse(), "must be a dense tensor, got sparse_coo"),
+])  # fmt: skip
+def test_tensors_without_readable_values(wrong, text):
+    with pytest.raises((ValueError, TypeError), match=f"^sector_probability: theta {text}$"):
+        sector_probability(3, wrong)
+    with pytest.raises((ValueError, TypeError), match=f"^sector_probability: n {text}$"):
+        sector_probability(wrong.long(), 1.0)
+
+
+def test_trials_need_a_device_with_values():
+    with pytest.raises(ValueError, match=r"^sector_probability_mc: device must hold values, got meta$"):
+        sector_probability_mc(3, 1.0, 10, 0, device="meta")
+
+
+def test_dtypes_that_numpy_lacks():
+    with pytest.raises(TypeError, match=r"^sector_probability: n must be integers, got bfloat16$"):
+        sector_probability(torch.tensor([3.0]).bfloat16(), 1.0)
+    negated = torch.tensor([-4j]).conj().imag
+    assert negated.is_neg() and sector_probability(4, negated).item() == sector_probability(4, 4.0)
+    assert sector_probability(torch.tensor([3]), torch.tensor([1.0]).bfloat16()) == sector_probability(3, 1.0)
 
 
 @pytest.mark.parametrize("args, error, text", [
