@@ -1,27 +1,36 @@
-// Arguments of the quantisation kernels.
+// What the quantisation kernels are given.
 #pragma once
 
+#include "../cuda/shared.h"
+#include "../ops/fsq.h"
 #include "../tiles/plan.h"
 
 namespace pyflow {
 
-// Constants of the channels: six arrays of `period` entries, one per field of FsqChannel in their order, and one array
-// for the basis. Entry i of an array belongs to channel i % channels.
+constexpr int kFsqFields = 6;     // constants of a channel: the fields of FsqChannel
+constexpr int kFsqChannels = 64;  // GPU: most channels of a launch
+
+// Constants of the channels: kFsqFields arrays of `period` entries, one per field of FsqChannel in their order, and one
+// array for the basis. Entry i of an array belongs to channel i % channels. In host memory: a GPU launch copies them
+// into its kernel parameters.
 struct FsqTable {
-  const char* constants;  // of the compute type
-  const char* basis;      // of the index type
-  int64_t period;         // entries per array
+  const char* constants;  // of the compute type; GPU: float32
+  const char* basis;      // of the index type; GPU: int64
+  int64_t period;         // entries per array; GPU: one per channel
 };
 
-// a unit is a tile of at most kChunk positions; with flat and in the residual operators, of at most kChunk values
+// a unit is a tile of positions with all their channels
 struct FsqArgs {
-  Space space;  // channels x positions; flat: one row of positions * channels
+  Space space;  // channels x positions; CPU, flat: one row of positions * channels
+  Plan plan;
   FsqTable table;
-  int64_t channels, positions, tile;
-  bool flat;  // the channels of a position are adjacent in memory
+  const int64_t* levels;  // (channels), in host memory
+  int64_t channels, positions;
+  int64_t tile;  // CPU: at most kChunk positions, or values if flat or residual; GPU: at most kTile values
+  bool flat;     // channels run faster than positions; CPU: and all are adjacent in memory
   bool f64;
-  bool wide;     // indices are int64
-  int variant;   // FsqVariant
+  bool wide;  // indices are int64
+  FsqVariant variant;
   View indices;  // over the positions; may be absent
 };
 
@@ -35,20 +44,18 @@ struct FsqBackward : FsqArgs {
 
 struct FsqDecode : FsqArgs {
   View codes;
-  const int64_t* levels;
   uint64_t size;  // entries of the codebook
 };
 
 // the scale of stage q and entry i is scales[q * period + i]; stages >= active are dropped: index -1, nothing added
-struct ResidualFsqForward : FsqForward {
-  const char* scales;      // of the compute type
-  int64_t stages, active;  // the indices of a position are adjacent
+struct FsqStages {
+  const char* scales;            // like FsqTable::constants
+  int64_t stages, active;        // the indices of a position are adjacent
+  const int64_t* device_active;  // GPU: replaces `active`; may be absent
 };
 
-struct ResidualFsqBackward : FsqBackward {
-  const char* scales;
-  int64_t stages, active;
-};
+struct ResidualFsqForward : FsqForward, FsqStages {};
+struct ResidualFsqBackward : FsqBackward, FsqStages {};
 
 #define PYFLOW_FSQ_KERNELS(F)                 \
   F(fsq_forward, FsqForward)                  \
@@ -56,5 +63,13 @@ struct ResidualFsqBackward : FsqBackward {
   F(fsq_decode, FsqDecode)                    \
   F(residual_fsq_forward, ResidualFsqForward) \
   F(residual_fsq_backward, ResidualFsqBackward)
+
+namespace cuda {
+void fsq_forward(const FsqForward&, Stream);
+void fsq_backward(const FsqBackward&, Stream);
+void fsq_decode(const FsqDecode&, Stream);
+void residual_fsq_forward(const ResidualFsqForward&, Stream);
+void residual_fsq_backward(const ResidualFsqBackward&, Stream);
+}  // namespace cuda
 
 }  // namespace pyflow

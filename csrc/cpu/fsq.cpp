@@ -2,7 +2,6 @@
 // positions; flat tiles (channels adjacent) run over all channels in one loop, others channel by channel.
 #include "../args/fsq.h"
 
-#include "../ops/fsq.h"
 #include "tile.h"
 
 namespace pyflow::PYFLOW_ISA {
@@ -309,26 +308,13 @@ void for_each_tile(const FsqArgs& a, int64_t begin, int64_t end, F f) {
   stream_fence();
 }
 
-template <FsqVariant V>
-struct Variant {
-  static constexpr FsqVariant value = V;
-};
-
-// calls f(Variant, 0 of the compute type, 0 of the index type)
+// calls f(variant as a constant, 0 of the compute type, 0 of the index type)
 template <class F>
 void dispatch(const FsqArgs& a, F f) {
-  const auto typed = [&](auto v) {
-    if (a.f64) return a.wide ? f(v, double(), int64_t()) : f(v, double(), int32_t());
-    a.wide ? f(v, float(), int64_t()) : f(v, float(), int32_t());
-  };
-  switch (FsqVariant(a.variant)) {
-    case FsqVariant::vqp: return typed(Variant<FsqVariant::vqp>{});
-    case FsqVariant::paper: return typed(Variant<FsqVariant::paper>{});
-    case FsqVariant::symmetric: return typed(Variant<FsqVariant::symmetric>{});
-    case FsqVariant::sigmoid: return typed(Variant<FsqVariant::sigmoid>{});
-    case FsqVariant::hard: return typed(Variant<FsqVariant::hard>{});
-    case FsqVariant::symmetric_hard: return typed(Variant<FsqVariant::symmetric_hard>{});
-  }
+  as_constant(a.variant, [&](auto variant) {
+    if (a.f64) return a.wide ? f(variant, double(), int64_t()) : f(variant, double(), int32_t());
+    a.wide ? f(variant, float(), int64_t()) : f(variant, float(), int32_t());
+  });
 }
 
 // the residual operators support the two symmetric variants only

@@ -2,7 +2,6 @@
 // one layer; start and iterate have one unit per layer.
 #include "../args/spectral.h"
 
-#include "../ops/spectral.h"
 #include "tile.h"
 
 namespace pyflow::PYFLOW_ISA {
@@ -95,7 +94,7 @@ void add_rows(const SpectralLayer& l, int64_t r, int64_t n, const T* y, T* sum) 
 // y = W v for the rows of a unit, and their partial sums of W' y while the rows are in the cache; a vector has y = 1
 template <class T>
 void product_unit(const SpectralArgs& a, const SpectralLayer& l, int64_t unit) {
-  const bool vector = !l.v.data, products = a.iterates || vector;
+  const bool vector = !l.v.data, products = a.n_iter > 0 || vector;
   const Rows rows = rows_of(l, unit);
   alignas(64) T buffer[kChunk];
   T* sum = (T*)l.sum + unit * l.space.cols;
@@ -134,7 +133,7 @@ void iterate_layer(const SpectralArgs& a, SpectralLayer& l) {
   const bool vector = !l.v.data;
   double sigma = -0.0;
   bool moves = false;
-  if (a.iterates || vector) {
+  if (a.n_iter > 0 || vector) {
     for (int64_t unit = 1; unit < l.units; ++unit) {
       const double* part = l.partial + unit * l.space.cols;
       for (int64_t c = 0; c < l.space.cols; ++c) z[c] += part[c];

@@ -1,23 +1,9 @@
-// Spectral normalisation on an NVIDIA GPU: the passes of triton_kernels/spectral.py, one launch per pass
-// and layer.
-#include <vector>
-
-#include "../ops/spectral.h"
+// Spectral normalisation on an NVIDIA GPU: the passes of triton_kernels/spectral.py, one launch per pass and layer.
+#include "../args/spectral.h"
 #include "tile.h"
 
 namespace pyflow::cuda {
 namespace {
-
-using Tensors = std::vector<Tensor>;
-
-constexpr int64_t kRows = 16;  // rows of W per block
-
-View flat(const Tensor& t) {
-  View v;
-  v.data = (char*)t.data_ptr();
-  v.dtype = dtype_of(t);
-  return v;
-}
 
 // sum of all threads' values over the block; every thread gets it
 template <class T>
@@ -38,9 +24,9 @@ __device__ T root(T x) {
 // y = W v for one block of rows, and the block's part of W' y: partial (row blocks, cols)
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) product(View w, View v, T* y, T* partial, int64_t rows, int64_t cols) {
-  __shared__ T sums[kRows];
-  const int64_t first = blockIdx.x * kRows;
-  const int count = int(rows - first < kRows ? rows - first : kRows);
+  __shared__ T sums[kSpectralBlock];
+  const int64_t first = blockIdx.x * kSpectralBlock;
+  const int count = int(rows - first < kSpectralBlock ? rows - first : kSpectralBlock);
   for (int r = 0; r < count; ++r) {
     T acc = T(0);
     for (int64_t c = threadIdx.x; c < cols; c += kThreads) {
@@ -152,113 +138,63 @@ __global__ void __launch_bounds__(kThreads, 2) gradient(const __grid_constant__ 
   write(a.out, i, spectral_gradient_of(read<T>(a.grad, i), inverse, left, right));
 }
 
-Tensor dense(const Tensor& t) {
-  if (t.is_contiguous()) return t;
-  const auto sizes = t.sizes();
-  Tensor out = new_empty(t, sizes.data(), int64_t(sizes.size()), t.scalar_type());
-  return torch::stable::copy_(out, t);
+template <class T>
+View view_of(T* scratch) {
+  View v;
+  v.data = (char*)scratch;
+  v.dtype = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  return v;
 }
-
-// the values with the strides of empty_like(like)
-Tensor as(const Tensor& like, const Tensor& values) {
-  if (like.is_contiguous()) return values;
-  Tensor out = new_like(like);
-  return torch::stable::copy_(out, values);
-}
-
-Tensor vector_like(const Tensor& like, int64_t n, ScalarType dtype) { return new_empty(like, &n, 1, dtype); }
-
-Tensor copied(const Tensor& t) {
-  Tensor out = vector_like(t, t.numel(), t.scalar_type());
-  return torch::stable::copy_(out, t);
-}
-
-struct Layer {
-  Tensor weight, u, v, sigma;
-};
 
 template <class T>
-Layer normalized(const Tensor& weight, Tensor u, Tensor v, int64_t n_iter) {
-  const Tensor w = dense(weight);
-  const bool vector = w.dim() == 1;
-  const ScalarType dtype = sum_dtype(w);
-  const int64_t rows = vector ? 1 : w.size(0), count = w.numel(), cols = count / rows;
-  const Tensor sigma = new_empty(w, nullptr, 0, dtype);
-  u = dense(u);
-  v = dense(v);
-  Tensor new_u = copied(u), new_v = copied(v);
-  if (vector) {
-    const Finish a{flat(w), flat(w), flat(u), flat(v), flat(new_u), flat(new_v), flat(sigma), 1, cols, true, true};
-    launch(finish<T>, 1, w, a);
+void normalize(const SpectralLayer& l, int64_t n_iter, Stream stream) {
+  const int64_t rows = l.space.rows, cols = l.space.cols;
+  if (!l.v.data) {
+    launch(finish<T>, 1, stream, Finish{l.w, l.w, {}, {}, {}, {}, l.sigma, rows, cols, true, true});
   } else {
-    const int64_t blocks = ceil_div(rows, kRows);
-    const Tensor y = vector_like(w, rows, dtype), z = vector_like(w, cols, dtype);
-    const Tensor partial = vector_like(w, blocks * cols, dtype);
-    T* parts = (T*)partial.data_ptr();
+    T *partial = (T*)l.scratch, *z = partial + l.units * cols, *y = z + cols, *left = y + rows, *right = left + rows;
+    View u = l.u, v = l.v;
     for (int64_t i = 0; i < (n_iter > 0 ? n_iter : 1); ++i) {
       const bool last = i + 1 >= n_iter;
-      // between rounds u and v stay in the compute dtype
-      const Tensor to_u = last ? new_u : vector_like(w, rows, dtype), to_v = last ? new_v : vector_like(w, cols, dtype);
-      launch(product<T>, blocks, w, flat(w), flat(v), (T*)y.data_ptr(), parts, rows, cols);
-      if (n_iter > 0) launch(reduce<T>, ceil_div(cols, kThreads), w, (const T*)parts, (T*)z.data_ptr(), blocks, cols);
-      const Finish a{flat(y),     flat(z), flat(u), flat(v), flat(to_u), flat(to_v),
-                     flat(sigma), rows,    cols,    false,   n_iter > 0};
-      launch(finish<T>, 1, w, a);
+      launch(product<T>, l.units, stream, l.w, v, y, partial, rows, cols);
+      if (n_iter > 0) launch(reduce<T>, ceil_div(cols, kThreads), stream, partial, z, l.units, cols);
+      // between rounds u and v stay in the compute type
+      const View to_u = last ? l.u_out : view_of(left), to_v = last ? l.v_out : view_of(right);
+      const Finish a{view_of(y), view_of(z), u, v, to_u, to_v, l.sigma, rows, cols, false, n_iter > 0};
+      launch(finish<T>, 1, stream, a);
       u = to_u;
       v = to_v;
     }
   }
-  const Tensor out = new_like(w);
-  if (count > 0) launch(scale<T>, ceil_div(count, kThreads), w, flat(w), flat(out), flat(sigma), count);
-  return {as(weight, out), new_u, new_v, sigma};
+  const int64_t count = rows * cols;
+  if (count > 0) launch(scale<T>, ceil_div(count, kThreads), stream, l.w, l.out, l.sigma, count);
 }
 
 template <class T>
-Tensor gradient_of(const Tensor& grad, const Tensor& grad_sigma, const Tensor& weight, const Tensor& left,
-                   const Tensor& right, const Tensor& sigma) {
-  const Tensor w = dense(weight), g = dense(grad), u = dense(left), v = dense(right);
-  const Tensor out = new_like(w);
-  const int64_t count = w.numel();
-  if (count == 0) return as(weight, out);
-  const int64_t blocks = ceil_div(count, kTile);
-  const ScalarType dtype = sigma.scalar_type();
-  const Tensor partial = vector_like(sigma, blocks, dtype), slope = vector_like(sigma, 1, dtype);
-  launch(dot<T>, blocks, w, flat(g), flat(w), (T*)partial.data_ptr(), count);
-  launch(slope_of<T>, 1, w, (const T*)partial.data_ptr(), flat(grad_sigma), flat(sigma), (T*)slope.data_ptr(), blocks);
-  const Gradient a{flat(g), flat(w), flat(u), flat(v), flat(sigma), flat(out), count, count / w.size(0), w.dim() == 1};
-  launch(gradient<T>, ceil_div(count, kThreads), w, a, (const T*)slope.data_ptr());
-  return as(weight, out);
-}
-
-Tensors spectral_normalize(Tensors weights, Tensors u, Tensors v, int64_t n_iter) {
-  const size_t n = weights.size();
-  Tensors out(4 * n);
-  for (size_t i = 0; i < n; ++i) {
-    const auto one = weights[i].scalar_type() == ScalarType::Double ? normalized<double> : normalized<float>;
-    const Layer layer = one(weights[i], u[i], v[i], n_iter);
-    out[i] = layer.weight;
-    out[n + i] = layer.u;
-    out[2 * n + i] = layer.v;
-    out[3 * n + i] = layer.sigma;
-  }
-  return out;
-}
-
-Tensors spectral_normalize_backward(Tensors grads, Tensors grad_sigmas, Tensors weights, Tensors u, Tensors v,
-                                    Tensors sigmas) {
-  Tensors out;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const auto one = weights[i].scalar_type() == ScalarType::Double ? gradient_of<double> : gradient_of<float>;
-    out.push_back(one(grads[i], grad_sigmas[i], weights[i], u[i], v[i], sigmas[i]));
-  }
-  return out;
+void normalize_backward(const SpectralLayer& l, Stream stream) {
+  const int64_t count = l.space.rows * l.space.cols, tiles = gpu_tiles(l);
+  if (count == 0) return;
+  T *partial = (T*)l.scratch, *slope = partial + tiles;
+  launch(dot<T>, tiles, stream, l.grad, l.w, partial, count);
+  launch(slope_of<T>, 1, stream, partial, l.grad_sigma, l.sigma, slope, tiles);
+  const Gradient a{l.grad, l.w, l.u, l.v, l.sigma, l.out, count, l.space.cols, !l.v.data};
+  launch(gradient<T>, ceil_div(count, kThreads), stream, a, slope);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pyflow_cuda, CUDA, m) {
-  m.impl("spectral_normalize", TORCH_BOX(&spectral_normalize));
-  m.impl("spectral_normalize_backward", TORCH_BOX(&spectral_normalize_backward));
+void spectral_normalize(const SpectralArgs& a, Stream stream) {
+  for (int64_t i = 0; i < a.count; ++i) {
+    const SpectralLayer& l = a.layers[i];
+    l.f64 ? normalize<double>(l, a.n_iter, stream) : normalize<float>(l, a.n_iter, stream);
+  }
+}
+
+void spectral_normalize_backward(const SpectralArgs& a, Stream stream) {
+  for (int64_t i = 0; i < a.count; ++i) {
+    const SpectralLayer& l = a.layers[i];
+    l.f64 ? normalize_backward<double>(l, stream) : normalize_backward<float>(l, stream);
+  }
 }
 
 }  // namespace pyflow::cuda

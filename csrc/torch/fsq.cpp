@@ -1,58 +1,87 @@
-#include "fsq.h"
+#include "../args/fsq.h"
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
+#include <vector>
 
-#include "../args/fsq.h"
-#include "../cpu/dispatch.h"
+#include "device.h"
 
 namespace pyflow {
 namespace {
 
-// owns the memory that the pointers of FsqArgs point to
-struct Table {
-  std::vector<char> constants, basis, scales;
+using Levels = std::vector<int64_t>;
+
+// rounded to float32 after every operation, in the order of vector-quantize-pytorch
+FsqChannel<float> channel_of(int64_t level, FsqVariant v) {
+  const float half = float(level - 1) * (v == FsqVariant::paper ? 0.999f : 1.001f) / 2.f;
+  const float offset = level % 2 == 0 ? 0.5f : 0.f;
+  const double ratio = double(offset / half);
+  const double shift = v == FsqVariant::paper ? std::tan(ratio) : v == FsqVariant::hard ? ratio : std::atanh(ratio);
+  return {float(shift), half, offset, float(level / 2), float(level - 1), 2.f / float(level - 1)};
+}
+
+// scale of a residual stage, L^-stage
+float scale_of(int64_t level, int64_t stage) { return float(std::pow(double(level), -double(stage))); }
+
+uint64_t product(const Levels& levels, size_t count) {
+  uint64_t size = 1;
+  for (size_t c = 0; c < count; ++c) size *= uint64_t(levels[c]);
+  return size;
+}
+
+// whether the largest index does not fit int32
+bool is_wide(const Levels& levels) { return product(levels, levels.size()) > uint64_t(1) << 31; }
+
+ScalarType index_dtype(bool wide) { return wide ? ScalarType::Long : ScalarType::Int; }
+
+// owns the memory that the pointers of a call's arguments point to
+class Tables {
+ public:
+  Tables(FsqArgs& a, const Levels& levels) {
+    std::vector<FsqChannel<float>> channels;
+    channels.reserve(levels.size());
+    for (const int64_t level : levels) channels.push_back(channel_of(level, a.variant));
+    a.levels = levels.data();
+    a.table.constants = fill_real(constants_, a, kFsqFields, [&](int64_t field, int64_t channel) {
+      const FsqChannel<float>& c = channels[channel];
+      const float fields[kFsqFields] = {c.shift, c.half, c.offset, c.width, c.top, c.step};
+      return fields[field];
+    });
+    const auto basis = [&](int64_t, int64_t channel) { return product(levels, size_t(channel)); };
+    a.table.basis = kCuda || a.wide ? fill<int64_t>(basis_, a, 1, basis) : fill<int32_t>(basis_, a, 1, basis);
+  }
+
+  template <class Residual>
+  void add_scales(Residual& a) {
+    a.scales = fill_real(scales_, a, a.stages, [&](int64_t stage, int64_t c) { return scale_of(a.levels[c], stage); });
+  }
+
+ private:
+  // each run holds value(run, channel) for all channels, repeated up to the period
+  template <class T, class F>
+  static const char* fill(std::vector<char>& bytes, const FsqArgs& a, int64_t runs, F value) {
+    const int64_t period = a.table.period, d = a.channels;
+    bytes.resize(size_t(runs * period) * sizeof(T));
+    T* entry = (T*)bytes.data();
+    for (int64_t run = 0; run < runs; ++run, entry += period) {
+      for (int64_t c = 0; c < d; ++c) entry[c] = T(value(run, c));
+      for (int64_t i = d; i < period; ++i) entry[i] = entry[i - d];
+    }
+    return bytes.data();
+  }
+
+  template <class F>
+  static const char* fill_real(std::vector<char>& bytes, const FsqArgs& a, int64_t runs, F value) {
+    return a.f64 && !kCuda ? fill<double>(bytes, a, runs, value) : fill<float>(bytes, a, runs, value);
+  }
+
+  std::vector<char> constants_, basis_, scales_;
 };
 
-// each run holds value(run, channel) for all channels, repeated up to the period
-template <class T, class F>
-const char* fill_runs(std::vector<char>& bytes, const FsqArgs& a, int64_t runs, F value) {
-  const int64_t period = a.table.period, d = a.channels;
-  bytes.resize(size_t(runs * period) * sizeof(T));
-  T* entry = (T*)bytes.data();
-  for (int64_t run = 0; run < runs; ++run, entry += period) {
-    for (int64_t c = 0; c < d; ++c) entry[c] = T(value(run, c));
-    for (int64_t i = d; i < period; ++i) entry[i] = entry[i - d];
-  }
-  return bytes.data();
-}
-
-void fill_table(FsqArgs& a, Table& table, const Levels& levels) {
-  std::vector<FsqChannel<float>> channels;
-  for (const int64_t level : levels) channels.push_back(channel_of(level, FsqVariant(a.variant)));
-  const auto constant = [&](int64_t run, int64_t channel) {
-    const FsqChannel<float>& c = channels[channel];
-    const float fields[] = {c.shift, c.half, c.offset, c.width, c.top, c.step};
-    return fields[run];
-  };
-  const auto basis = [&](int64_t, int64_t channel) { return product(levels, size_t(channel)); };
-  a.table.constants =
-      a.f64 ? fill_runs<double>(table.constants, a, 6, constant) : fill_runs<float>(table.constants, a, 6, constant);
-  a.table.basis = a.wide ? fill_runs<int64_t>(table.basis, a, 1, basis) : fill_runs<int32_t>(table.basis, a, 1, basis);
-}
-
-// L^-stage, rounded to float32
-const char* fill_scales(const FsqArgs& a, Table& table, const Levels& levels, int64_t stages) {
-  const auto scale = [&](int64_t stage, int64_t c) { return scale_of(levels[c], stage); };
-  return a.f64 ? fill_runs<double>(table.scales, a, stages, scale) : fill_runs<float>(table.scales, a, stages, scale);
-}
-
-// Merges the layout. If all `views` are contiguous with channels innermost, and indices advance by `index_step` per
-// position, the space becomes a single flat row.
-void plan(FsqArgs& a, Layout& layout, std::initializer_list<View*> views, int64_t index_step) {
-  a.space = layout.merge();
-  a.channels = a.space.rows;
-  a.positions = a.space.cols;
+// CPU: if all `views` are contiguous with channels innermost, and indices advance by `index_step` per position, the
+// space becomes a single row
+void flatten(FsqArgs& a, std::initializer_list<View*> views, int64_t index_step) {
   a.flat = a.space.col_dims == 1 && a.channels <= kChunk / 4;
   for (const View* v : views) {
     a.flat = a.flat && (a.channels == 1 || v->stride[0] == 1) && (a.positions == 1 || v->stride[1] == a.channels);
@@ -68,89 +97,143 @@ void plan(FsqArgs& a, Layout& layout, std::initializer_list<View*> views, int64_
   a.indices.stride[1] = index_step;
 }
 
-void set_tile(FsqArgs& a, Table& table, const Levels& levels, bool side_by_side) {
-  // a multiple of 16 positions where the channels allow, so that vectors are full
-  const int64_t together = kChunk / a.channels;
-  a.tile = !side_by_side ? kChunk : together < 16 ? together : together / 16 * 16;
-  a.table.period = side_by_side ? std::clamp<int64_t>(a.positions, 1, a.tile) * a.channels : a.channels;
-  fill_table(a, table, levels);
+// how a tile of a CPU kernel holds the channels of its positions
+enum class Channels { apart, together, together_if_flat };
+
+// Merges the layout and splits the positions into tiles. `views`: every tensor but the indices, which advance by
+// `index_step` per position if they are contiguous.
+void plan(FsqArgs& a, Layout& layout, Channels channels, std::initializer_list<View*> views, int64_t index_step = 1) {
+  a.space = layout.merge();
+  a.channels = a.table.period = a.space.rows;
+  a.positions = a.space.cols;
+  if constexpr (kCuda) {
+    STD_TORCH_CHECK(a.channels <= kFsqChannels, "pyflow: a GPU kernel takes at most ", kFsqChannels, " levels");
+    const int64_t* stride = (*views.begin())->stride;
+    a.flat = a.channels > 1 && stride[0] < stride[a.space.row_dims + a.space.col_dims - 1];
+    a.tile = kTile / a.channels / kEach * kEach;
+  } else {
+    if (channels != Channels::apart) flatten(a, views, index_step);
+    const bool together = channels == Channels::together || a.flat;
+    // a multiple of 16 positions where the channels allow, so that vectors are full
+    const int64_t most = kChunk / a.channels;
+    a.tile = !together ? kChunk : most < 16 ? most : most / 16 * 16;
+    if (together) a.table.period *= std::clamp<int64_t>(a.positions, 1, a.tile);
+  }
+  a.plan.units = ceil_div(a.positions, a.tile);
+  a.plan.grain = grain_of(a.tile * a.channels);
 }
 
-template <class Kernel, class Args>
-void run(Kernel kernel, const Args& a) {
-  if (a.positions == 0) return;
-  torch::stable::parallel_for(0, (a.positions + a.tile - 1) / a.tile, grain_of(a.tile * a.channels),
-                              [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+// channels that one kernel takes
+struct Part {
+  const Levels& levels;
+  int64_t position_dims, first, count;
+  // these channels of t
+  decltype(auto) of(Tensor& t) const {
+    if constexpr (kCuda) {
+      return torch::stable::narrow(t, 0, first, count);
+    } else {
+      return (t);
+    }
+  }
+};
+
+// Calls f with the parts of a call. Without indices, channels are independent, and on a GPU channels of equal levels
+// become positions of a single channel, others come in groups.
+template <class F>
+void for_each_part(const Levels& levels, int64_t dims, bool return_indices, F f) {
+  const int64_t d = int64_t(levels.size());
+  if (!kCuda || return_indices) return f(Part{levels, dims - 1, 0, d});
+  if (std::count(levels.begin(), levels.end(), levels[0]) == d) return f(Part{{levels[0]}, dims, 0, d});
+  for (int64_t c = 0; c < d; c += kFsqChannels) {
+    const int64_t count = std::min<int64_t>(kFsqChannels, d - c);
+    f(Part{{levels.begin() + c, levels.begin() + c + count}, dims - 1, c, count});
+  }
 }
 
 std::tuple<Tensor, Tensor> fsq(Tensor z, Levels levels, int64_t variant, bool return_indices) {
-  FsqForward a{};
-  Table table;
-  Layout layout(z, z.dim() - 1);
-  const int64_t none = 0;
+  const bool wide = return_indices && is_wide(levels);
   Tensor codes = new_like(z);
-  a.wide = return_indices && is_wide(levels);
-  Tensor indices = return_indices ? new_empty(z, z.sizes().data() + 1, z.dim() - 1, index_dtype(a.wide))
-                                  : new_empty(z, &none, 1, ScalarType::Int);
-  layout.add(a.z, z);
-  layout.add(a.codes, codes);
-  a.codes.stream = streams(codes);
-  if (return_indices) layout.add_event(a.indices, indices);
-  a.f64 = z.scalar_type() == ScalarType::Double;
-  a.variant = int(variant);
-  plan(a, layout, {&a.z, &a.codes}, 1);
-  set_tile(a, table, levels, a.flat);
-  run(cpu_table()->fsq_forward, a);
+  Tensor indices = return_indices ? new_empty(z, z.sizes().data() + 1, z.dim() - 1, index_dtype(wide))
+                                  : new_none(z, ScalarType::Int);
+  for_each_part(levels, z.dim(), return_indices, [&](const Part& part) {
+    FsqForward a{};
+    const Tensor& z_part = part.of(z);
+    Layout layout(z_part, part.position_dims);
+    layout.add(a.z, z_part);
+    layout.add(a.codes, part.of(codes));
+    if (return_indices) layout.add_event(a.indices, indices);
+    a.codes.stream = streams(codes);
+    a.f64 = is_f64(z);
+    a.wide = wide;
+    a.variant = FsqVariant(variant);
+    plan(a, layout, Channels::together_if_flat, {&a.z, &a.codes});
+    const Tables tables(a, part.levels);
+    if (a.positions > 0) PYFLOW_RUN(fsq_forward, a, z);
+  });
   return {codes, indices};
 }
 
 Tensor fsq_backward(Tensor grad, Tensor z, Levels levels, int64_t variant) {
-  FsqBackward a{};
-  Table table;
-  Layout layout(z, z.dim() - 1);
   Tensor gz = new_like(z);
-  layout.add(a.z, z);
-  layout.add(a.grad, grad);
-  layout.add(a.gz, gz);
-  a.gz.stream = streams(gz);
-  a.f64 = z.scalar_type() == ScalarType::Double;
-  a.variant = int(variant);
-  plan(a, layout, {&a.z, &a.grad, &a.gz}, 0);
-  set_tile(a, table, levels, a.flat);
-  run(cpu_table()->fsq_backward, a);
+  for_each_part(levels, z.dim(), false, [&](const Part& part) {
+    FsqBackward a{};
+    const Tensor& z_part = part.of(z);
+    Layout layout(z_part, part.position_dims);
+    layout.add(a.z, z_part);
+    layout.add(a.grad, part.of(grad));
+    layout.add(a.gz, part.of(gz));
+    a.gz.stream = streams(gz);
+    a.f64 = is_f64(z);
+    a.variant = FsqVariant(variant);
+    plan(a, layout, Channels::together_if_flat, {&a.z, &a.grad, &a.gz});
+    const Tables tables(a, part.levels);
+    if (a.positions > 0) PYFLOW_RUN(fsq_backward, a, z);
+  });
   return gz;
 }
 
 Tensor fsq_decode(Tensor indices, Levels levels, int64_t variant, int64_t dim, ScalarType dtype) {
   FsqDecode a{};
-  Table table;
+  const int64_t d = int64_t(levels.size());
   std::vector<int64_t> sizes(indices.sizes().begin(), indices.sizes().end());
-  sizes.insert(sizes.begin() + dim, int64_t(levels.size()));
+  sizes.insert(sizes.begin() + dim, d);
   Tensor codes = new_empty(indices, sizes.data(), int64_t(sizes.size()), dtype);
-  Layout layout(int64_t(levels.size()), indices);
+  Layout layout(d, indices);
   layout.add_moved(a.codes, codes, dim);
   layout.add_event(a.indices, indices);
   a.codes.stream = streams(codes);
-  a.f64 = dtype == ScalarType::Double;
+  a.f64 = is_f64(codes);
   a.wide = indices.scalar_type() == ScalarType::Long;
-  a.variant = int(variant);
-  a.levels = levels.data();
+  a.variant = FsqVariant(variant);
   a.size = product(levels, levels.size());
-  plan(a, layout, {}, 0);
-  a.flat = false;
-  set_tile(a, table, levels, false);
-  run(cpu_table()->fsq_decode, a);
+  plan(a, layout, Channels::apart, {&a.codes});
+  const Tables tables(a, levels);
+  if (a.positions > 0) PYFLOW_RUN(fsq_decode, a, codes);
   return codes;
 }
 
-int64_t active_stages(const std::optional<Tensor>& active, int64_t stages) {
-  return active ? *(const int64_t*)active->data_ptr() : stages;
+// whether the indices fit int64
+bool is_numbered(const Levels& levels) {
+  uint64_t room = uint64_t(1) << 63;
+  for (const int64_t level : levels) room /= uint64_t(level);
+  return room > 0;
+}
+
+void set_stages(FsqStages& a, const Levels& levels, int64_t stages, const std::optional<Tensor>& active) {
+  STD_TORCH_CHECK(!kCuda || is_numbered(levels), "residual_fsq: more levels and stages than a GPU kernel takes");
+  a.stages = a.active = stages;
+  if (!active) return;
+  const int64_t* data = (const int64_t*)active->data_ptr();
+  if constexpr (kCuda) {
+    a.device_active = data;
+  } else {
+    a.active = *data;
+  }
 }
 
 std::tuple<Tensor, Tensor> residual_fsq(Tensor x, Levels levels, int64_t variant, int64_t stages,
                                         std::optional<Tensor> active) {
   ResidualFsqForward a{};
-  Table table;
   Layout layout(x, x.dim() - 1);
   Tensor out = new_like(x);
   a.wide = active || is_wide(levels);
@@ -159,43 +242,40 @@ std::tuple<Tensor, Tensor> residual_fsq(Tensor x, Levels levels, int64_t variant
   Tensor indices = new_empty(x, sizes.data(), int64_t(sizes.size()), index_dtype(a.wide));
   layout.add(a.z, x);
   layout.add(a.codes, out);
-  a.codes.stream = streams(out);
   layout.add_event(a.indices, indices);
-  a.f64 = x.scalar_type() == ScalarType::Double;
-  a.variant = int(variant);
-  a.stages = stages;
-  a.active = active_stages(active, stages);
-  plan(a, layout, {&a.z, &a.codes}, stages);
-  set_tile(a, table, levels, true);
-  a.scales = fill_scales(a, table, levels, stages);
-  run(cpu_table()->residual_fsq_forward, a);
+  a.codes.stream = streams(out);
+  a.f64 = is_f64(x);
+  a.variant = FsqVariant(variant);
+  set_stages(a, levels, stages, active);
+  plan(a, layout, Channels::together, {&a.z, &a.codes}, stages);
+  Tables tables(a, levels);
+  tables.add_scales(a);
+  if (a.positions > 0) PYFLOW_RUN(residual_fsq_forward, a, x);
   return {out, indices};
 }
 
 Tensor residual_fsq_backward(Tensor grad, Tensor x, Levels levels, int64_t variant, int64_t stages,
                              std::optional<Tensor> active) {
   ResidualFsqBackward a{};
-  Table table;
   Layout layout(x, x.dim() - 1);
   Tensor gx = new_like(x);
   layout.add(a.z, x);
   layout.add(a.grad, grad);
   layout.add(a.gz, gx);
   a.gz.stream = streams(gx);
-  a.f64 = x.scalar_type() == ScalarType::Double;
-  a.variant = int(variant);
-  a.stages = stages;
-  a.active = active_stages(active, stages);
-  plan(a, layout, {&a.z, &a.grad, &a.gz}, 0);
-  set_tile(a, table, levels, true);
-  a.scales = fill_scales(a, table, levels, stages);
-  run(cpu_table()->residual_fsq_backward, a);
+  a.f64 = is_f64(x);
+  a.variant = FsqVariant(variant);
+  set_stages(a, levels, stages, active);
+  plan(a, layout, Channels::together, {&a.z, &a.grad, &a.gz});
+  Tables tables(a, levels);
+  tables.add_scales(a);
+  if (a.positions > 0) PYFLOW_RUN(residual_fsq_backward, a, x);
   return gx;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pyflow, CPU, m) {
+PYFLOW_OPERATORS(m) {
   m.impl("fsq", TORCH_BOX(&fsq));
   m.impl("fsq_backward", TORCH_BOX(&fsq_backward));
   m.impl("fsq_decode", TORCH_BOX(&fsq_decode));

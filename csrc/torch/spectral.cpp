@@ -4,15 +4,21 @@
 #include <numeric>
 #include <vector>
 
-#include "../cpu/dispatch.h"
-#include "tensor.h"
+#include "device.h"
 
 namespace pyflow {
 namespace {
 
 using Tensors = std::vector<Tensor>;
 
-View along(const Tensor& t) {
+// GPU kernels take contiguous tensors
+void make_contiguous(Tensor& t) {
+  if (kCuda && !t.is_contiguous()) t = torch::stable::contiguous(t);
+}
+
+// a vector or a number
+View along(Tensor& t) {
+  make_contiguous(t);
   View v;
   v.data = (char*)t.data_ptr();
   v.dtype = dtype_of(t);
@@ -20,53 +26,71 @@ View along(const Tensor& t) {
   return v;
 }
 
-// all layers of a call: their split into units, and the buffers that kernels keep between passes
+// all layers of a call: their split into units, and the memory that kernels keep between passes
 class Layers {
  public:
-  explicit Layers(const Tensors& weights) : layers_(weights.size()) {}
+  explicit Layers(size_t count, int64_t n_iter = 0) : layers_(count), n_iter_(n_iter) {}
 
-  SpectralLayer& operator[](size_t i) { return layers_[i]; }
-
-  // every view of the weight's size is in `layout`; a vector is one row
-  void place(SpectralLayer& l, Layout& layout, const Tensor& w) {
-    l.f64 = w.scalar_type() == ScalarType::Double;
+  // the next layer, of the weight w, the result out and, in the backward, grad; a vector is one row
+  SpectralLayer& add(Tensor& w, const Tensor& out, Tensor* grad = nullptr) {
+    SpectralLayer& l = layers_[added_++];
+    make_contiguous(w);
+    Layout layout(w, w.dim() > 1 ? w.dim() - 1 : 1, true);
+    layout.add(l.w, w);
+    if (grad) {
+      make_contiguous(*grad);
+      layout.add(l.grad, *grad);
+    }
+    layout.add(l.out, written(out));
+    l.f64 = is_f64(w);
     l.space = layout.merge();
     const int64_t rows = kSpectralUnit / (l.space.cols > 0 ? l.space.cols : 1) / 4 * 4;
-    l.unit_rows = rows < 4 ? 4 : rows;
-    l.units = (l.space.rows + l.unit_rows - 1) / l.unit_rows;
+    l.unit_rows = kCuda ? kSpectralBlock : rows < 4 ? 4 : rows;
+    l.units = ceil_div(l.space.rows, l.unit_rows);
     l.first_unit = units_;
     units_ += l.units;
+    return l;
   }
 
-  // one allocation for the buffers of all layers
+  // one allocation for the memory of all layers
   void reserve(const Tensor& like, bool backward) {
-    int64_t bytes = 0;
-    const auto take = [&](int64_t n) {
-      const int64_t at = bytes;
-      bytes += (n + 63) / 64 * 64;
+    uintptr_t next = 0;
+    const auto take = [&](int64_t bytes) {
+      char* at = (char*)next;
+      next += uintptr_t(bytes + 63) / 64 * 64;
       return at;
     };
-    std::vector<int64_t> at;
-    for (const SpectralLayer& l : layers_) {
-      const int64_t size = l.f64 ? 8 : 4, cols = l.space.cols;
-      at.push_back(take(8 * (backward ? l.units : l.units * cols)));
-      at.push_back(take(backward ? 0 : 8 * l.space.rows));
-      at.push_back(take(backward ? 0 : size * l.units * cols));
-      at.push_back(take(backward ? 0 : size * cols));
-    }
+    const auto assign = [&] {
+      for (SpectralLayer& l : layers_) {
+        const int64_t size = l.f64 ? 8 : 4, cols = l.space.cols;
+        if constexpr (kCuda) {
+          l.scratch = take(size * (backward ? gpu_scratch_backward(l) : gpu_scratch_forward(l)));
+        } else {
+          l.partial = (double*)take(8 * (backward ? l.units : l.units * cols));
+          if (backward) continue;
+          l.y = (double*)take(8 * l.space.rows);
+          l.sum = take(size * l.units * cols);
+          l.right = take(size * cols);
+        }
+      }
+    };
+    assign();  // counts the bytes
+    const int64_t bytes = int64_t(next);
     memory_ = new_empty(like, &bytes, 1, ScalarType::Byte);
-    char* base = (char*)memory_.data_ptr();
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      layers_[i].partial = (double*)(base + at[4 * i]);
-      layers_[i].y = (double*)(base + at[4 * i + 1]);
-      layers_[i].sum = base + at[4 * i + 2];
-      layers_[i].right = base + at[4 * i + 3];
-    }
+    next = uintptr_t(memory_.data_ptr());
+    assign();
   }
 
-  // Calls pass(args, first unit, end unit) for groups of layers whose weights stay in the cache between passes. If the
-  // layers split evenly, each thread takes its own share layer by layer, without barriers; else all threads work on one
-  // group of neighbouring layers after another.
+  // CPU: use streaming stores if all results together do not fit the caches
+  void stream(const Tensors& results) {
+    int64_t bytes = 0;
+    for (size_t i = 0; i < layers_.size(); ++i) bytes += results[i].numel() * int64_t(results[i].element_size());
+    for (SpectralLayer& l : layers_) l.out.stream = bytes >= kStreamBytes;
+  }
+
+  // CPU: calls pass(args, first unit, end unit) for groups of layers whose weights stay in the cache between passes. If
+  // the layers split evenly, each thread takes its own share layer by layer, without barriers; else all threads work on
+  // one group of neighbouring layers after another.
   template <class Pass>
   void for_each_group(const Pass& pass) {
     const std::vector<std::vector<size_t>> shares = shared_out(torch::stable::get_num_threads());
@@ -85,20 +109,28 @@ class Layers {
     }
   }
 
-  // use streaming stores if all outputs together do not fit the caches
-  void stream(const Tensors& outputs) {
-    int64_t bytes = 0;
-    for (size_t i = 0; i < layers_.size(); ++i) bytes += outputs[i].numel() * int64_t(outputs[i].element_size());
-    for (SpectralLayer& l : layers_) l.out.stream = bytes >= kStreamBytes;
+  // GPU
+  void run_all(void (*run)(const SpectralArgs&, cuda::Stream)) {
+    const SpectralArgs a{layers_.data(), int64_t(layers_.size()), n_iter_, false};
+    launch(memory_, [&](cuda::Stream stream) { run(a, stream); });
+    for (auto& [to, from] : copies_) torch::stable::copy_(to, from);
   }
 
  private:
+  // the memory that kernels write in place of a result
+  Tensor written(const Tensor& out) {
+    if (!kCuda || out.is_contiguous()) return out;
+    const auto sizes = out.sizes();
+    copies_.emplace_back(out, new_empty(out, sizes.data(), out.dim(), out.scalar_type()));
+    return copies_.back().second;
+  }
+
   int64_t bytes_of(size_t i) const { return layers_[i].space.rows * layers_[i].space.cols * (layers_[i].f64 ? 8 : 4); }
 
   template <class Pass>
   void pass_over(const Pass& pass, size_t begin, size_t end) {
     const SpectralLayer& last = layers_[end - 1];
-    pass(SpectralArgs{&layers_[begin], int64_t(end - begin), false, false}, layers_[begin].first_unit,
+    pass(SpectralArgs{&layers_[begin], int64_t(end - begin), n_iter_, false}, layers_[begin].first_unit,
          last.first_unit + last.units);
   }
 
@@ -122,7 +154,9 @@ class Layers {
   }
 
   std::vector<SpectralLayer> layers_;
-  int64_t units_ = 0;
+  std::vector<std::pair<Tensor, Tensor>> copies_;  // to a result, from contiguous memory
+  int64_t n_iter_, units_ = 0;
+  size_t added_ = 0;
   Tensor memory_;
 };
 
@@ -132,62 +166,56 @@ void run(Kernel kernel, const SpectralArgs& a, int64_t first, int64_t last) {
   torch::stable::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
 
-Layout layout_of(const Tensor& w) { return Layout(w, w.dim() > 1 ? w.dim() - 1 : 1, true); }
-
 Tensors spectral_normalize(Tensors weights, Tensors u, Tensors v, int64_t n_iter) {
   const size_t n = weights.size();
-  const CpuTable& cpu = *cpu_table();
-  Layers layers(weights);
+  Layers layers(n, n_iter);
   Tensors out(4 * n);
   for (size_t i = 0; i < n; ++i) {
-    SpectralLayer& l = layers[i];
-    const Tensor& w = weights[i];
+    Tensor& w = weights[i];
     out[i] = new_like(w);
-    const int64_t rows = u[i].numel(), cols = v[i].numel();
-    out[n + i] = new_empty(u[i], &rows, 1, u[i].scalar_type());
-    out[2 * n + i] = new_empty(v[i], &cols, 1, v[i].scalar_type());
-    Layout layout = layout_of(w);
-    layout.add(l.w, w);
-    layout.add(l.out, out[i]);
-    layers.place(l, layout, w);
-    out[3 * n + i] = new_empty(w, nullptr, 0, l.f64 ? ScalarType::Double : ScalarType::Float);
+    out[n + i] = new_rows(u[i], u[i].numel(), u[i].scalar_type());
+    out[2 * n + i] = new_rows(v[i], v[i].numel(), v[i].scalar_type());
+    SpectralLayer& l = layers.add(w, out[i]);
+    out[3 * n + i] = new_empty(w, nullptr, 0, compute_type(l.f64));
     l.sigma = along(out[3 * n + i]);
     if (w.dim() == 1) continue;
     l.u = along(u[i]);
     l.v = along(v[i]);
     l.u_out = along(out[n + i]);
     l.v_out = along(out[2 * n + i]);
+    if (!kCuda || n_iter > 0) continue;
+    // GPU kernels write u and v at the end of a round only
+    torch::stable::copy_(out[n + i], u[i]);
+    torch::stable::copy_(out[2 * n + i], v[i]);
   }
   layers.reserve(weights[0], false);
-  layers.stream(out);
-  layers.for_each_group([&](SpectralArgs a, int64_t first, int64_t last) {
-    a.iterates = n_iter > 0;
-    run(cpu.spectral_start, a, 0, a.count);
-    for (int64_t round = 0; !a.last; ++round) {
-      a.last = round + 1 >= n_iter;
-      run(cpu.spectral_product, a, first, last);
-      run(cpu.spectral_iterate, a, 0, a.count);
-    }
-    run(cpu.spectral_scale, a, first, last);
-  });
+  if constexpr (kCuda) {
+    layers.run_all(cuda::spectral_normalize);
+  } else {
+    const CpuTable& cpu = *cpu_table();
+    layers.stream(out);
+    layers.for_each_group([&](SpectralArgs a, int64_t first, int64_t last) {
+      run(cpu.spectral_start, a, 0, a.count);
+      for (int64_t round = 0; !a.last; ++round) {
+        a.last = round + 1 >= a.n_iter;
+        run(cpu.spectral_product, a, first, last);
+        run(cpu.spectral_iterate, a, 0, a.count);
+      }
+      run(cpu.spectral_scale, a, first, last);
+    });
+  }
   return out;
 }
 
 Tensors spectral_normalize_backward(Tensors grads, Tensors grad_sigmas, Tensors weights, Tensors u, Tensors v,
                                     Tensors sigmas) {
   const size_t n = weights.size();
-  const CpuTable& cpu = *cpu_table();
-  Layers layers(weights);
+  Layers layers(n);
   Tensors out(n);
   for (size_t i = 0; i < n; ++i) {
-    SpectralLayer& l = layers[i];
-    const Tensor& w = weights[i];
+    Tensor& w = weights[i];
     out[i] = new_like(w);
-    Layout layout = layout_of(w);
-    layout.add(l.w, w);
-    layout.add(l.grad, grads[i]);
-    layout.add(l.out, out[i]);
-    layers.place(l, layout, w);
+    SpectralLayer& l = layers.add(w, out[i], &grads[i]);
     l.sigma = along(sigmas[i]);
     l.grad_sigma = along(grad_sigmas[i]);
     if (w.dim() == 1) continue;
@@ -195,17 +223,22 @@ Tensors spectral_normalize_backward(Tensors grads, Tensors grad_sigmas, Tensors 
     l.v = along(v[i]);
   }
   layers.reserve(weights[0], true);
-  layers.stream(out);
-  layers.for_each_group([&](const SpectralArgs& a, int64_t first, int64_t last) {
-    run(cpu.spectral_dot, a, first, last);
-    run(cpu.spectral_gradient, a, first, last);
-  });
+  if constexpr (kCuda) {
+    layers.run_all(cuda::spectral_normalize_backward);
+  } else {
+    const CpuTable& cpu = *cpu_table();
+    layers.stream(out);
+    layers.for_each_group([&](const SpectralArgs& a, int64_t first, int64_t last) {
+      run(cpu.spectral_dot, a, first, last);
+      run(cpu.spectral_gradient, a, first, last);
+    });
+  }
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pyflow, CPU, m) {
+PYFLOW_OPERATORS(m) {
   m.impl("spectral_normalize", TORCH_BOX(&spectral_normalize));
   m.impl("spectral_normalize_backward", TORCH_BOX(&spectral_normalize_backward));
 }
