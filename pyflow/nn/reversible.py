@@ -30,7 +30,8 @@ class ReversibleSequential(nn.Module):
     Args:
         layers: modules with `forward(x, *context, **context) -> (y, logdet)` and `inverse(y, ...) -> (x, logdet)`.
             A layer may define `rebuild`, as the coupling layers do, which saves an evaluation of its net; it is not
-            used if a subclass, the instance or a hook overrides forward or inverse. Nested stacks are flattened.
+            used if a subclass or the instance overrides forward or inverse, or the layer has hooks. Nested stacks are
+            flattened.
         recompute: False keeps the activations (faster, differentiable twice, memory grows with depth).
         preserve_rng: replay the random state of layers that drew numbers, so that dropout in a net works. For a layer
             that draws numbers and has no `rebuild`, the input is kept.
@@ -231,10 +232,13 @@ def _given(norms: list[SpectralNorm], weights: list[Tensor]) -> Iterator[None]:
 
 
 def _made_by(layer: nn.Module, kind: type) -> bool:
-    """Whether the layer runs `kind`'s forward and inverse: no subclass, instance attribute or hook overrides them."""
+    """Whether the layer runs `kind`'s forward and inverse: no subclass, instance attribute or hook overrides them, and
+    no hook needs its call.
+    """
     below = type(layer).__mro__[: type(layer).__mro__.index(kind)]
     overridden = any(name in vars(k) for k in (*below, layer) for name in ("forward", "inverse"))
-    return not (overridden or layer._forward_hooks or layer._forward_pre_hooks)
+    forward = layer._forward_hooks or layer._forward_pre_hooks
+    return not (overridden or forward or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _rebuilds(layer: nn.Module) -> bool:

@@ -569,6 +569,19 @@ def test_rotation_of_unequal_levels_warns():
         FSQ([5, 3], orthogonal_rotation=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hard", [False, True])
+def test_bound_with_another_margin(dtype, hard):
+    torch.manual_seed(0)
+    quantizer, z = FSQ([8, 5, 7]), torch.randn(500, 3).to(dtype)
+    # the same codes as with the default margin, which this one does not differ from by a float64's rounding
+    near, codes = quantizer.bound(z, eps=1e-3 + 1e-15, hard_clamp=hard), quantizer.bound(z, hard_clamp=hard)
+    assert near.dtype == codes.dtype == dtype
+    assert (near != codes).sum() <= 1
+    wide = quantizer.bound(z.float(), eps=0.1, hard_clamp=hard)
+    torch.testing.assert_close(quantizer.bound(z, eps=0.1, hard_clamp=hard), wide.to(dtype), atol=1e-2, rtol=0)
+
+
 def test_copies_and_prints():
     module = copy.deepcopy(FSQ([8, 5], dim=4))
     assert repr(module).startswith("FSQ(\n  levels=(8, 5), dim=4, num_codebooks=1, variant=vqp")
@@ -671,6 +684,11 @@ def test_wrong_options(error, text, options):
             ValueError,
             r"FSQ: zhat must have 2 channels last, got shape \(2, 4, 3\)",
             lambda m, z: m.codes_to_indices(z),
+        ),
+        (
+            ValueError,
+            r"FSQ: z must have 2 channels last, got shape \(2, 4, 1\)",
+            lambda m, z: m.bound(z[..., :1], eps=1e-2),
         ),
     ],
 )

@@ -433,6 +433,24 @@ def test_rebuild_is_unused_if_forward_or_inverse_is_overridden():
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_backward_hooks_of_layers_run(nested):
+    torch.manual_seed(0)
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    stack = coupling_stack(3)
+    hooked = ReversibleSequential(*stack.layers[:2]) if nested else stack[1]
+    seen = []
+    hooked.register_full_backward_pre_hook(lambda layer, grads: seen.append("before"))
+    hooked.register_full_backward_hook(lambda layer, grad_in, grad_out: seen.append("after") or (3 * grad_in[0],))
+    layers = (hooked, stack[2]) if nested else stack.layers
+    plain = gradients(ReversibleSequential(*layers, recompute=False), x)
+    assert seen == ["before", "after"]
+    found = gradients(ReversibleSequential(*layers), x)
+    assert seen == ["before", "after"] * 2
+    for a, b in zip(found, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
 def test_training_flags_are_replayed():
     torch.manual_seed(0)
     stack = coupling_stack(4, dropout=0.5)
