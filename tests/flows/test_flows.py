@@ -466,3 +466,15 @@ def test_noise_is_never_rounded_up_to_the_next_integer(levels, dtype):
     assert y.max() < 1 and y.double().mul(levels).sub(levels - 1).mean() == pytest.approx(0.5, abs=3e-3)
     if levels != 17:
         assert (y * levels).floor().eq(x).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hooks_run_in_log_prob(name):
+    make, shape = MODELS[name]
+    torch.manual_seed(0)
+    flow, x = make().eval(), torch.rand(4, *shape)
+    want, seen = flow.log_prob(x), []
+    flow.register_forward_pre_hook(lambda flow, args: seen.append("before"))
+    flow.register_forward_hook(lambda flow, args, output: seen.append("after"))
+    torch.testing.assert_close(flow.log_prob(x), want)
+    assert seen == ["before", "after"]
