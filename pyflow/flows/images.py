@@ -60,7 +60,8 @@ def dequantize(
             raise ValueError(f"{op}: x must be integers in [0, {levels}), got {pixels[wrong][0].item():g}")
     # below 1 by the spacing of floats below `levels`, so that no sum is rounded up to the next integer
     end = 1 - torch.finfo(dtype).eps * 2.0 ** ((levels - 1).bit_length() - 1)
-    noise = torch.empty(x.shape, dtype=dtype, device=x.device).uniform_(0, end, generator=generator)
+    noise = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    noise.uniform_(0, end, generator=generator)
     return noise.add_(x).div_(levels)
 
 

@@ -107,6 +107,8 @@ class ReversibleSequential(nn.Module):
 
     @torch.compiler.disable(reason="ReversibleSequential rebuilds activations outside the graph; compile its nets")
     def _run_rebuilding(self, x: Tensor, context: tuple, named: dict) -> tuple[Tensor, Tensor]:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"ReversibleSequential: x must be a tensor, got {type(x).__name__}")
         modules = [*self.modules()]
         owned = {id(p): p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad}
         parameters = [*owned.values()]

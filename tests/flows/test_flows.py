@@ -478,3 +478,12 @@ def test_hooks_run_in_log_prob(name):
     flow.register_forward_hook(lambda flow, args, output: seen.append("after"))
     torch.testing.assert_close(flow.log_prob(x), want)
     assert seen == ["before", "after"]
+
+
+def test_dequantize_under_vmap_draws_for_every_sample():
+    x = torch.zeros(3, 1000, dtype=torch.uint8).t()
+    y = torch.vmap(lambda row: dequantize(row, 256), in_dims=1, randomness="different")(x)
+    assert y.shape == (3, 1000) and y.unique().numel() > 2900
+    # the strides of x do not matter
+    draws = [dequantize(x, 256, torch.Generator().manual_seed(0)) for x in (x, x.contiguous())]
+    assert torch.equal(*draws)

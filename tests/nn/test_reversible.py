@@ -759,3 +759,5 @@ def test_wrong_layers():
         ReversibleSequential(ActNorm(2), nn.Linear(2, 2))
     with pytest.raises(ValueError, match="ReversibleSequential: layers must not be empty"):
         ReversibleSequential()
+    with pytest.raises(TypeError, match="ReversibleSequential: x must be a tensor, got list"):
+        ReversibleSequential(ActNorm(2))([0.0])
