@@ -443,16 +443,21 @@ def _clamp(value: object, channels: int) -> float | list[float] | None:
     """Return the soft clamp's checked constants as Python floats."""
     if value is None:
         return None
-    if not isinstance(value, (numbers.Real, list, tuple, Tensor)):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, list, tuple, Tensor)):
         raise TypeError(
             f"ResidualFSQ: soft_clamp_input_value must be a number, a list or a tensor, got {type(value).__name__}"
         )
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError("ResidualFSQ: soft_clamp_input_value must not require grad, it is a constant")
+    if isinstance(value, (list, tuple)):
+        numbers_in = (each.item() if isinstance(each, Tensor) else each for each in value)
+        value = [check.number("ResidualFSQ", "soft_clamp_input_value", each) for each in numbers_in]
     value = np.asarray(value.tolist() if isinstance(value, Tensor) else value, dtype=np.float32)
     if value.ndim > 1 or value.size not in (1, channels):
         raise ValueError(
             f"ResidualFSQ: soft_clamp_input_value must be one number or one for each of {channels} channels, "
             f"got shape {tuple(value.shape)}"
         )
+    if not ((value > 0) & (value < np.inf)).all():
+        raise ValueError(f"ResidualFSQ: soft_clamp_input_value must be positive and finite, got {value.tolist()}")
     return value.tolist()

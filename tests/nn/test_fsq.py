@@ -555,6 +555,20 @@ def test_usage_equals_codebook_usage_of_collected_indices():
     assert "_local_scalar_dense" not in ran.names and "scatter_add_" in ran.names
 
 
+def test_usage_survives_moves():
+    module = FSQ([5, 5])
+    module.track_usage()
+    z = torch.randn(90, 2)
+    module(z)
+    want = module.usage().counts
+    for moved in (module.bfloat16(), module.float(), module.to_empty(device="cpu")):
+        assert_same_bits(moved.usage().counts, want)
+    module = FSQ([5, 5]).to("meta")
+    module.track_usage()
+    module.to_empty(device="cpu")(z)
+    assert_same_bits(module.usage().counts, want)
+
+
 def test_usage_of_a_codebook_too_large_to_count():
     text = (
         r"^FSQ: track_usage needs a codebook of at most 2\*\*24 entries, got 1000000000; "

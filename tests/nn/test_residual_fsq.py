@@ -532,6 +532,21 @@ def test_usage_of_every_stage_and_group():
             {"soft_clamp_input_value": [2.0, 2.0, 2.0], **SOFT},
         ),
         (
+            ValueError,
+            r"soft_clamp_input_value must be positive and finite, got \[2.0, 0.0\]",
+            {"soft_clamp_input_value": [2.0, 0.0], **SOFT},
+        ),
+        (
+            ValueError,
+            "soft_clamp_input_value must be positive and finite, got nan",
+            {"soft_clamp_input_value": torch.tensor(float("nan")), **SOFT},
+        ),
+        (
+            TypeError,
+            "soft_clamp_input_value must be a number, got str",
+            {"soft_clamp_input_value": ["2", "2"], **SOFT},
+        ),
+        (
             TypeError,
             "soft_clamp_input_value must be a number, a list or a tensor, got str",
             {"soft_clamp_input_value": "2", **SOFT},
