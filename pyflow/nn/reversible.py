@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _backend
@@ -54,7 +55,8 @@ class ReversibleSequential(nn.Module):
         torch.compile has a graph break here when gradients are needed: compile the nets inside instead. A tensor that
         a net closes over gets no gradient: pass it as context, directly, in a container or as an attribute.
         Activations are kept under torch.func, forward-mode AD, torch.export and torch.jit.trace, and if parameters are
-        DTensors during forward: with fully_shard, shard the whole stack and not its layers.
+        DTensors during forward: with fully_shard, shard the whole stack and not its layers. The first batch of lazy
+        modules keeps its activations too.
 
     Source:
         Gomez et al. 2017, The Reversible Residual Network, arXiv:1707.04585; Jacobsen et al. 2018, arXiv:1802.07088.
@@ -113,7 +115,8 @@ class ReversibleSequential(nn.Module):
         owned = {id(p): p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad}
         parameters = [*owned.values()]
         # with transforms and DTensors a layer's forward sees other parameter tensors, so gradients would be lost
-        if _transformed() or any(map(is_traceable_wrapper_subclass, parameters)):
+        # and lazy parameters have no shape before their first forward
+        if _transformed() or any(is_traceable_wrapper_subclass(p) or is_lazy(p) for p in parameters):
             return self._run(x, context, named)
         # weights normalised by the root share one graph across layers, so they are inputs like the context
         norms = [m for m in modules if isinstance(m, SpectralNorm) and m.held is not None]

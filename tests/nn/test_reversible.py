@@ -754,6 +754,15 @@ def test_state_dict_length_and_indexing():
     assert len(first) == 3 and first[1] is first.layers[1]
 
 
+def test_lazy_nets_train_from_their_first_batch():
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    nets = [nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.LazyLinear(8)).double() for _ in range(2)]
+    stack = ReversibleSequential(*(AffineCoupling(net, scale_map="tanh", swap=i == 1) for i, net in enumerate(nets)))
+    first = gradients(stack, x)
+    for a, b in zip(first, gradients(stack, x), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
 def test_wrong_layers():
     with pytest.raises(TypeError, match="layers must be modules with an inverse, got Linear at 1"):
         ReversibleSequential(ActNorm(2), nn.Linear(2, 2))
