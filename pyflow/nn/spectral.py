@@ -210,7 +210,7 @@ def apply_spectral_norm(
         The model.
 
     Raises:
-        TypeError: `n_iter` is not an integer.
+        TypeError: `n_iter` is not an integer; a selected parameter is not float32, float64, bfloat16 or float16.
         ValueError: n_iter < 1; no layer is selected; a selected layer lacks the parameter, or it is already
             normalised, lazy, sharded, or all zeros (no direction).
 
@@ -237,6 +237,7 @@ def apply_spectral_norm(
     picked = _picked(op, model, filter, name)
     for path, layer in picked:
         weight = getattr(layer, name).detach()
+        check.float_tensor(op, _where(path, name), weight)
         if _read(weight) and not bool(weight.any()):
             raise ValueError(f"{op}: {_where(path, name)} must not be all zeros, they have no direction")
     for _, layer in picked:
@@ -308,6 +309,7 @@ def apply_weight_norm(
         ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1']
     """
     op = "apply_weight_norm"
+    dim = check.at_least(op, "dim", dim, -(2**63))
     layers = _picked(op, model, filter, name)
     for path, layer in layers:
         weight = getattr(layer, name).detach()
@@ -321,7 +323,7 @@ def apply_weight_norm(
     norms: dict[Tensor, parametrize.ParametrizationList] = {}
     for (_, layer), weight in zip(layers, weights, strict=True):
         # torch's -1: one norm of the whole tensor
-        parametrizations.weight_norm(layer, name, -1 if weight.dim() == 1 else dim)
+        parametrizations.weight_norm(layer, name, -1 if weight.dim() == 1 else dim % weight.dim())
         norm = cast("parametrize.ParametrizationList", _parametrizations(layer)[name])
         # torch makes new parameters for each layer; a shared weight stays shared
         same = norms.setdefault(weight, norm)
@@ -377,7 +379,7 @@ def _read(weight: Tensor) -> bool:
 
 
 def _norms(weight: Tensor, dim: int) -> Tensor:
-    return torch.norm_except_dim(weight, 2, -1 if weight.dim() == 1 else dim)
+    return torch.norm_except_dim(weight, 2, -1 if weight.dim() == 1 else dim % weight.dim())
 
 
 def _where(path: str, name: str) -> str:

@@ -342,6 +342,22 @@ def test_shared_weights_stay_shared():
         apply_weight_norm(Tied(), lambda name, layer: name == "head")
 
 
+def test_weight_norm_of_a_dim_counted_from_the_end():
+    for dim in (-1, -2):
+        model, want = (apply_weight_norm(nn.Sequential(nn.Linear(4, 3)), dim=d) for d in (dim, dim + 2))
+        g = "parametrizations.weight.original0"
+        assert model[0].get_parameter(g).shape == want[0].get_parameter(g).shape == ((3, 1) if dim == -2 else (1, 4))
+    with pytest.raises(TypeError, match=r"^apply_weight_norm: dim must be an integer, got NoneType$"):
+        apply_weight_norm(net(), dim=None)
+
+
+def test_a_refused_dtype_changes_nothing():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3, dtype=torch.complex64))
+    with pytest.raises(TypeError, match=r"^apply_spectral_norm: 1.weight must be float32, .*, got complex64$"):
+        apply_spectral_norm(model, lambda name, layer: isinstance(layer, nn.Linear))
+    assert not any(parametrize.is_parametrized(m) for m in model.modules()) and not model._forward_hooks
+
+
 def test_frozen_weights_stay_frozen_parameters():
     model = apply_weight_norm(net().requires_grad_(False))
     assert not any(p.requires_grad for p in remove_weight_norm(model).parameters())
