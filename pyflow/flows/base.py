@@ -19,6 +19,10 @@ class Flow(nn.Module):
     Args:
         latent_shape: shape of one z.
         prior: distribution of every element of z, "gaussian" or "logistic", with location 0 and scale 1.
+
+    Notes:
+        Hooks of the flow run in `forward` and `log_prob`. For `sample` and `inverse` of a flow under fully_shard, call
+        torch's register_fsdp_forward_method.
     """
 
     inverse: Callable[[Tensor], tuple[Tensor, Tensor]]

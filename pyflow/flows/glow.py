@@ -29,7 +29,7 @@ class Glow(MultiScale):
         `inverse(z) -> (x, logdet)`; `sample(n, temperature=1.0, seed=None)`.
 
     Raises:
-        ValueError: shape is not (C, H, W) or not divisible, steps or levels < 1, or x has another shape.
+        ValueError: shape is not (C, H, W) or not divisible, steps, levels or hidden < 1, or x has another shape.
 
     Notes:
         The first training batch initialises the ActNorms. The prior of a split is the inverse of an affine coupling,
@@ -57,6 +57,7 @@ class Glow(MultiScale):
         counts("Glow", steps=steps, levels=levels)
         event = check.event_shape("Glow", shape)
         check_images("Glow", event, 2**levels)
+        hidden = check.at_least("Glow", "hidden", hidden, 1)
         stages, splits = [], []
         for level in range(levels):
             channels = 4 * event[0] * 2**level

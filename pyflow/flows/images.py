@@ -13,9 +13,9 @@ from .. import _checks as check
 def dequantize(
     x: Tensor, levels: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Add uniform noise to integer pixels and scale them to [0, 1].
+    """Add uniform noise to integer pixels and scale them to [0, 1).
 
-    (x + u) / levels with u ~ U[0, 1).
+    (x + u) / levels with u ~ U[0, 1), less a last step of rounding that would reach the next integer.
 
     Args:
         x: any shape, integers 0 ... levels - 1 in any real dtype.
@@ -58,7 +58,10 @@ def dequantize(
             wrong |= pixels != pixels.floor()
         if bool(wrong.any()):
             raise ValueError(f"{op}: x must be integers in [0, {levels}), got {pixels[wrong][0].item():g}")
-    noise = torch.rand(x.shape, generator=generator, dtype=dtype, device=x.device)
+    # below 1 by the spacing of floats below `levels`, so that no sum is rounded up to the next integer
+    end = 1 - torch.finfo(dtype).eps * 2.0 ** ((levels - 1).bit_length() - 1)
+    noise = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    noise.uniform_(0, end, generator=generator)
     return noise.add_(x).div_(levels)
 
 

@@ -89,6 +89,9 @@ class NICE(Flow):
         return join(halves[0], halves[1], self.split, False), logdet
 
     def log_prob(self, x: Tensor) -> Tensor:
+        if self._forward_pre_hooks or self._forward_hooks:
+            # hooks run only when the module is called: fully_shard gathers the parameters in one
+            return super().log_prob(x)
         halves = self._couple(x)
         if self.scale.may_start:
             self.scale.start(torch.cat(halves, 1))

@@ -133,8 +133,8 @@ class ScoreSdeVeScheduler(_Noise, _Ve):  # type: ignore[misc]  # diffusers: conf
         sigma_max: float | None = None,
         sampling_eps: float | None = None,
     ) -> None:
-        low = self.config["sigma_min"] if sigma_min is None else sigma_min
-        high = self.config["sigma_max"] if sigma_max is None else sigma_max
+        low = check.positive("set_sigmas", "sigma_min", self.config["sigma_min"] if sigma_min is None else sigma_min)
+        high = check.positive("set_sigmas", "sigma_max", self.config["sigma_max"] if sigma_max is None else sigma_max)
         if self.timesteps is None:
             self.set_timesteps(num_inference_steps, sampling_eps)
         # float32 for every default dtype
@@ -275,6 +275,7 @@ def _keep_positional(scheduler: ConfigMixin, init: Callable[..., None]) -> None:
 
 
 def _timesteps(steps: int, eps: float, device: str | torch.device | None) -> Tensor:
+    steps = check.at_least("set_timesteps", "num_inference_steps", steps, 1)
     return torch.linspace(1, eps, steps, dtype=torch.float32, device=device or "cpu")
 
 
@@ -283,6 +284,8 @@ def _draw(generator: Generator, shape: tuple[int, ...]) -> Tensor:
 
 
 def _noised(x: Tensor, noise: Tensor | None, alpha: Tensor, std: Tensor) -> Tensor:
+    # the sum has the dtype of x, and integers would cut it off
+    check.float_tensor("add_noise", "original_samples", x)
     if noise is None:
         return perturb(x, alpha, std, seed=None)
     alpha, std = (v.reshape(v.shape + (1,) * (x.dim() - v.dim())) for v in (alpha, std))

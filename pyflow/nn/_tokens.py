@@ -91,7 +91,12 @@ class CountsUsage(HoldsNumbers):
         return there[name]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CountsUsage:
+        counts = self._counts
         super()._apply(fn, recurse)
+        if counts is not None and self._counts is not None:
+            # to_empty would leave counts of uninitialised memory, which no state_dict restores
+            device = self._counts.device
+            self._counts = torch.zeros_like(counts, device=device) if counts.is_meta else counts.to(device)
         self._fixed = self._tensors(self._place.device)
         return self
 

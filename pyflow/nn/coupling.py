@@ -37,13 +37,13 @@ class _Coupling(nn.Module):
         self, x: Tensor, *context: object, mask: Tensor | None = None, **named: object
     ) -> tuple[Tensor, Tensor]:
         kept, seen, changed, mask = self._divide(x, mask)
-        return self._finish(kept, changed, self.net(seen, *context, **named), mask, False)
+        return self._finish(kept, changed, self._params(x, seen, context, named), mask, False)
 
     def inverse(
         self, y: Tensor, *context: object, mask: Tensor | None = None, **named: object
     ) -> tuple[Tensor, Tensor]:
         kept, seen, changed, mask = self._divide(y, mask)
-        return self._finish(kept, changed, self.net(seen, *context, **named), mask, True)
+        return self._finish(kept, changed, self._params(y, seen, context, named), mask, True)
 
     def rebuild(
         self, y: Tensor, *context: object, mask: Tensor | None = None, **named: object
@@ -64,6 +64,19 @@ class _Coupling(nn.Module):
             leaf = x.detach().requires_grad_()
             kept, _, changed, part_mask = self._divide(leaf, mask)
             return x, self._finish(kept, changed, params, part_mask, False), (first, leaf)
+
+    def _params(self, x: Tensor, seen: Tensor, context: tuple, named: dict) -> Tensor:
+        """Return net(seen); raise if the net changes x, of which `seen` may be a view."""
+        if torch.compiler.is_compiling() or x.is_inference():
+            return self.net(seen, *context, **named)
+        before = x._version
+        params = self.net(seen, *context, **named)
+        if x._version != before:
+            raise RuntimeError(
+                f"{type(self).__name__}: net must not change its input in place, it is a view of x; start it with "
+                "a layer that is not in-place"
+            )
+        return params
 
     def _divide(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(kept, kept as the net sees it, changed, mask of changed)."""
@@ -109,6 +122,7 @@ class AdditiveCoupling(_Coupling):
 
     Raises:
         ValueError: unknown split, or x cannot be split this way.
+        RuntimeError: the net changes its input in place.
 
     Notes:
         The parts are views of x. Joining them costs one pass over the output; a flow that keeps its two halves
@@ -154,6 +168,7 @@ class AffineCoupling(_Coupling):
     Raises:
         TypeError, ValueError: unknown split, packing or scale map; a constant out of range; x cannot be split this
             way; the net's output has the wrong shape.
+        RuntimeError: the net changes its input in place.
 
     Notes:
         As for `AdditiveCoupling`.

@@ -203,12 +203,15 @@ class FSQ(CountsUsage):
         """Return codes of z (..., len(levels)) without preserve_symmetry."""
         if eps == EPS:
             return fsq(z, self.levels, variant="hard" if hard_clamp else "vqp", return_indices=False)[0]
-        levels = self._constant("sizes", z.device)
+        self._check_channels("z", z)
+        dtype = z.dtype
+        z = z.to(compute_dtype(dtype))
+        levels = self._constant("sizes", z.device).to(z.dtype)
         half = (levels - 1) * (1 + eps) / 2
         offset = 0.5 - levels % 2 / 2
         u = (z + offset / half).clamp(-1, 1) if hard_clamp else torch.tanh(z + torch.atanh(offset / half))
         bounded = u * half - offset
-        return (bounded + (bounded.round() - bounded).detach()) / (levels // 2)
+        return ((bounded + (bounded.round() - bounded).detach()) / (levels // 2)).to(dtype)
 
     def symmetry_preserving_bound(self, z: Tensor, hard_clamp: bool = False) -> Tensor:
         """Return codes of z (..., len(levels)) with preserve_symmetry."""
@@ -229,9 +232,7 @@ class FSQ(CountsUsage):
 
     def codes_to_indices(self, zhat: Tensor) -> Tensor:
         """Return indices of codes (..., len(levels)); -1 for NaN."""
-        check.float_tensor("FSQ", "zhat", zhat)
-        if zhat.dim() == 0 or zhat.shape[-1] != self.codebook_dim:
-            raise ValueError(f"FSQ: zhat must have {self.codebook_dim} channels last, got shape {tuple(zhat.shape)}")
+        self._check_channels("zhat", zhat)
         basis = self._numbered(zhat.device)
         digits = self._scale_and_shift(zhat.to(compute_dtype(zhat.dtype))).round().clamp(min=0)
         digits = torch.minimum(digits, self._constant("sizes", zhat.device) - 1)
@@ -302,6 +303,11 @@ class FSQ(CountsUsage):
             return zhat * (2.0 / (levels - 1)) - 1.0
         width = levels // 2
         return (zhat - width) / width
+
+    def _check_channels(self, name: str, value: Tensor) -> None:
+        check.float_tensor("FSQ", name, value)
+        if value.dim() == 0 or value.shape[-1] != self.codebook_dim:
+            raise ValueError(f"FSQ: {name} must have {self.codebook_dim} channels last, got shape {tuple(value.shape)}")
 
     def _numbered(self, device: torch.device) -> Tensor:
         if "basis" not in self._fixed:

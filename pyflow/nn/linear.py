@@ -340,9 +340,9 @@ class Invertible1x1Conv(HoldsNumbers):
         dtype = torch.promote_types(x.dtype, torch.float32)
         if mask is None:
             return None, x.to(dtype)
-        given, mask = tuple(mask.shape), check.mask_for("Invertible1x1Conv", mask, x)
+        given, mask = mask, check.mask_for("Invertible1x1Conv", mask, x)
         if x.shape[1] > 1 and mask.stride(1) != 0:
-            raise ValueError(f"Invertible1x1Conv: mask must have size 1 along dim 1, got shape {given}")
+            raise ValueError(f"Invertible1x1Conv: mask must have size 1 along dim 1, got shape {tuple(given.shape)}")
         return mask, torch.where(mask, 0, x).to(dtype)
 
     def _finish(self, x: Tensor, y: Tensor, mask: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .. import _checks as check
 from ..ops import fsq_decode, residual_fsq
-from ..ops.fsq import CodebookUsage, checked_levels, signed
+from ..ops.fsq import CodebookUsage, _check_active, checked_levels, signed
 from ..reference import compute_dtype
 from ..reference import fsq as ref
 from ._tokens import Constant, CountsUsage, valid_positions
@@ -211,6 +211,8 @@ class ResidualFSQ(CountsUsage):
             x = torch.where(valid[..., None], x, 0)
         if active is None:
             active = self._draw_active(x.device, rand_quantize_dropout_fixed_seed)
+        else:
+            _check_active("residual_fsq", active, x)
         h = self.project_in(x)
         out, indices = self._quantize(h, active)
         out = self.project_out(out.to(h.dtype))
@@ -230,6 +232,7 @@ class ResidualFSQ(CountsUsage):
         if seed is None:
             active = _same_on_all_ranks(torch.randint(few, many, (), device=device))
         else:
+            seed = check.at_least("ResidualFSQ", "rand_quantize_dropout_fixed_seed", seed, -(2**63))
             active = _drawn_from(seed, few, many, device)
         return active if multiple == 1 else (active + multiple - 1) // multiple * multiple
 
@@ -440,16 +443,21 @@ def _clamp(value: object, channels: int) -> float | list[float] | None:
     """Return the soft clamp's checked constants as Python floats."""
     if value is None:
         return None
-    if not isinstance(value, (numbers.Real, list, tuple, Tensor)):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, list, tuple, Tensor)):
         raise TypeError(
             f"ResidualFSQ: soft_clamp_input_value must be a number, a list or a tensor, got {type(value).__name__}"
         )
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError("ResidualFSQ: soft_clamp_input_value must not require grad, it is a constant")
+    if isinstance(value, (list, tuple)):
+        numbers_in = (each.item() if isinstance(each, Tensor) else each for each in value)
+        value = [check.number("ResidualFSQ", "soft_clamp_input_value", each) for each in numbers_in]
     value = np.asarray(value.tolist() if isinstance(value, Tensor) else value, dtype=np.float32)
     if value.ndim > 1 or value.size not in (1, channels):
         raise ValueError(
             f"ResidualFSQ: soft_clamp_input_value must be one number or one for each of {channels} channels, "
             f"got shape {tuple(value.shape)}"
         )
+    if not ((value > 0) & (value < np.inf)).all():
+        raise ValueError(f"ResidualFSQ: soft_clamp_input_value must be positive and finite, got {value.tolist()}")
     return value.tolist()

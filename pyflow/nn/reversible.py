@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _backend
@@ -30,7 +31,8 @@ class ReversibleSequential(nn.Module):
     Args:
         layers: modules with `forward(x, *context, **context) -> (y, logdet)` and `inverse(y, ...) -> (x, logdet)`.
             A layer may define `rebuild`, as the coupling layers do, which saves an evaluation of its net; it is not
-            used if a subclass, the instance or a hook overrides forward or inverse. Nested stacks are flattened.
+            used if a subclass or the instance overrides forward or inverse, or the layer has hooks. Nested stacks are
+            flattened.
         recompute: False keeps the activations (faster, differentiable twice, memory grows with depth).
         preserve_rng: replay the random state of layers that drew numbers, so that dropout in a net works. For a layer
             that draws numbers and has no `rebuild`, the input is kept.
@@ -53,7 +55,8 @@ class ReversibleSequential(nn.Module):
         torch.compile has a graph break here when gradients are needed: compile the nets inside instead. A tensor that
         a net closes over gets no gradient: pass it as context, directly, in a container or as an attribute.
         Activations are kept under torch.func, forward-mode AD, torch.export and torch.jit.trace, and if parameters are
-        DTensors during forward: with fully_shard, shard the whole stack and not its layers.
+        DTensors during forward: with fully_shard, shard the whole stack and not its layers. The first batch of lazy
+        modules keeps its activations too.
 
     Source:
         Gomez et al. 2017, The Reversible Residual Network, arXiv:1707.04585; Jacobsen et al. 2018, arXiv:1802.07088.
@@ -106,11 +109,14 @@ class ReversibleSequential(nn.Module):
 
     @torch.compiler.disable(reason="ReversibleSequential rebuilds activations outside the graph; compile its nets")
     def _run_rebuilding(self, x: Tensor, context: tuple, named: dict) -> tuple[Tensor, Tensor]:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"ReversibleSequential: x must be a tensor, got {type(x).__name__}")
         modules = [*self.modules()]
         owned = {id(p): p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad}
         parameters = [*owned.values()]
         # with transforms and DTensors a layer's forward sees other parameter tensors, so gradients would be lost
-        if _transformed() or any(map(is_traceable_wrapper_subclass, parameters)):
+        # and lazy parameters have no shape before their first forward
+        if _transformed() or any(is_traceable_wrapper_subclass(p) or is_lazy(p) for p in parameters):
             return self._run(x, context, named)
         # weights normalised by the root share one graph across layers, so they are inputs like the context
         norms = [m for m in modules if isinstance(m, SpectralNorm) and m.held is not None]
@@ -231,10 +237,13 @@ def _given(norms: list[SpectralNorm], weights: list[Tensor]) -> Iterator[None]:
 
 
 def _made_by(layer: nn.Module, kind: type) -> bool:
-    """Whether the layer runs `kind`'s forward and inverse: no subclass, instance attribute or hook overrides them."""
+    """Whether the layer runs `kind`'s forward and inverse: no subclass, instance attribute or hook overrides them, and
+    no hook needs its call.
+    """
     below = type(layer).__mro__[: type(layer).__mro__.index(kind)]
     overridden = any(name in vars(k) for k in (*below, layer) for name in ("forward", "inverse"))
-    return not (overridden or layer._forward_hooks or layer._forward_pre_hooks)
+    forward = layer._forward_hooks or layer._forward_pre_hooks
+    return not (overridden or forward or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _rebuilds(layer: nn.Module) -> bool:

@@ -210,7 +210,7 @@ def apply_spectral_norm(
         The model.
 
     Raises:
-        TypeError: `n_iter` is not an integer.
+        TypeError: `n_iter` is not an integer; a selected parameter is not float32, float64, bfloat16 or float16.
         ValueError: n_iter < 1; no layer is selected; a selected layer lacks the parameter, or it is already
             normalised, lazy, sharded, or all zeros (no direction).
 
@@ -237,6 +237,7 @@ def apply_spectral_norm(
     picked = _picked(op, model, filter, name)
     for path, layer in picked:
         weight = getattr(layer, name).detach()
+        check.float_tensor(op, _where(path, name), weight)
         if _read(weight) and not bool(weight.any()):
             raise ValueError(f"{op}: {_where(path, name)} must not be all zeros, they have no direction")
     for _, layer in picked:
@@ -294,7 +295,11 @@ def apply_weight_norm(
 
     Raises:
         ValueError: no layer is selected; a selected layer lacks the parameter; it is already normalised, lazy or
-            sharded; it lacks the dim; it has a row of zeros (no direction).
+            sharded; it lacks the dim; it has a row of zeros (no direction); it is shared with a parameter that is not
+            selected.
+
+    Notes:
+        Layers that share a weight share its g and v, and share the weight again after `remove_weight_norm`.
 
     Source:
         Salimans and Kingma 2016, arXiv:1602.07868.
@@ -304,6 +309,7 @@ def apply_weight_norm(
         ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1']
     """
     op = "apply_weight_norm"
+    dim = check.at_least(op, "dim", dim, -(2**63))
     layers = _picked(op, model, filter, name)
     for path, layer in layers:
         weight = getattr(layer, name).detach()
@@ -312,20 +318,50 @@ def apply_weight_norm(
             raise ValueError(f"{op}: dim must be one of {_where(path, name)}, of shape {shape}, got {dim}")
         if _read(weight) and not bool((_norms(weight, dim) > 0).all()):
             raise ValueError(f"{op}: {_where(path, name)} must not have a row of zeros, it has no direction")
-    for _, layer in layers:
+    weights = [getattr(layer, name) for _, layer in layers]
+    _check_shared(op, model, layers, weights, name)
+    norms: dict[Tensor, parametrize.ParametrizationList] = {}
+    for (_, layer), weight in zip(layers, weights, strict=True):
         # torch's -1: one norm of the whole tensor
-        parametrizations.weight_norm(layer, name, -1 if getattr(layer, name).dim() == 1 else dim)
+        parametrizations.weight_norm(layer, name, -1 if weight.dim() == 1 else dim % weight.dim())
+        norm = cast("parametrize.ParametrizationList", _parametrizations(layer)[name])
+        # torch makes new parameters for each layer; a shared weight stays shared
+        same = norms.setdefault(weight, norm)
+        norm.original0, norm.original1 = same.original0, same.original1
     return model
+
+
+def _check_shared(
+    op: str, model: nn.Module, layers: list[tuple[str, nn.Module]], weights: list[Tensor], name: str
+) -> None:
+    """Raise if a weight is also a parameter of a layer that is not picked, which would keep the old weight."""
+    picked = {layer for _, layer in layers}
+    chosen = {weight: path for (path, _), weight in zip(layers, weights, strict=True)}
+    for path, layer in model.named_modules():
+        for other, weight in layer._parameters.items():
+            if weight in chosen and not (layer in picked and other == name):
+                raise ValueError(
+                    f"{op}: {_where(chosen[weight], name)} must not be shared with a parameter that is not picked, got "
+                    f"{_where(path, other)}"
+                )
 
 
 def remove_weight_norm(model: nn.Module) -> nn.Module:
     """Undo `apply_weight_norm`: make the weights plain parameters again."""
+    weights: dict[Tensor, Tensor] = {}
     for layer in [*model.modules()]:
         if not parametrize.is_parametrized(layer):
             continue
         for name, norms in [*_lists(layer)]:
             if isinstance(norms[0], parametrizations._WeightNorm):
+                direction = cast("Tensor", norms.original1)
                 parametrize.remove_parametrizations(layer, name)
+                weight = getattr(layer, name)
+                if not isinstance(weight, nn.Parameter):
+                    # torch leaves a frozen weight as a buffer
+                    delattr(layer, name)
+                    weight = nn.Parameter(weight.detach(), requires_grad=False)
+                setattr(layer, name, weights.setdefault(direction, weight))
     return model
 
 
@@ -343,7 +379,7 @@ def _read(weight: Tensor) -> bool:
 
 
 def _norms(weight: Tensor, dim: int) -> Tensor:
-    return torch.norm_except_dim(weight, 2, -1 if weight.dim() == 1 else dim)
+    return torch.norm_except_dim(weight, 2, -1 if weight.dim() == 1 else dim % weight.dim())
 
 
 def _where(path: str, name: str) -> str:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import pyflow
 
+from .. import _backend
 from ..cli import Refused as Refused
 from ..cli import check_writable
 
@@ -49,15 +50,19 @@ def add_arguments(
     parser.add_argument(
         "--device", type=device_name, default=device, help=f"default {device or 'cuda if available, else cpu'}"
     )
-    parser.add_argument("--backend", default="auto", help="auto (default), cpu, triton, cuda or reference")
+    parser.add_argument(
+        "--backend", help="auto, cpu, triton, cuda or reference (default: PYFLOW_BACKEND if it is set, else auto)"
+    )
     parser.add_argument("--quick", action="store_true", help=quick)
 
 
 def positive(text: str) -> int:
-    """Parse an argument that is an integer of at least 1."""
+    """Parse an argument that is an integer of at least 1 that fits 64 bits."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be below 2**63, got {value}")
     return value
 
 
@@ -70,9 +75,9 @@ def seed_number(text: str) -> int:
 
 
 def device_name(text: str) -> str:
-    """Parse a device on which this machine can allocate a tensor."""
+    """Parse a device on which this machine can allocate a tensor and read it back."""
     try:
-        torch.empty(1, device=text)
+        torch.zeros(1, device=text).cpu()
     # the exception depends on how torch was built
     except (RuntimeError, AssertionError) as error:
         why = str(error).partition("\n")[0]
@@ -100,11 +105,12 @@ def run(name: str, args: argparse.Namespace, work: Callable[[], dict[str, object
 
     Args:
         name: name of the demo.
-        args: parsed arguments; args.out is replaced by the checked path.
+        args: parsed arguments; args.out is replaced by the checked path, args.backend by the backend that runs.
         work: draws the picture args.out and returns the metrics, which are written beside it.
         folders: suffixes of further folders that `work` writes: "_log" stands for a_log beside a.png.
     """
     try:
+        args.backend = args.backend or _backend.current()
         with _chosen_backend(args.backend):
             args.out = picture(args.out, folders)
             results = work()

@@ -26,6 +26,7 @@ from ._demo import threads
 
 # suffix of the folder for Lightning's log, beside the picture
 LOG = "_log"
+EPOCHS = 60
 
 
 class VAE(nn.Module):
@@ -62,7 +63,7 @@ class VAE(nn.Module):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=_demo.positive, default=60, help="training epochs (default 60)")
+    parser.add_argument("--epochs", type=_demo.positive, help=f"training epochs (default {EPOCHS})")
     parser.add_argument("--hidden", type=_demo.positive, default=256, help="width of both hidden layers (default 256)")
     parser.add_argument("--latent", type=_demo.positive, default=8, help="dimensions of z (default 8)")
     _demo.add_arguments(
@@ -72,8 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; returns the exit status."""
-    if args.quick:
-        args.epochs = min(args.epochs, 3)
+    args.epochs = args.epochs or (3 if args.quick else EPOCHS)
     device = _demo.chosen_device(args)
 
     def work() -> dict[str, object]:
@@ -105,7 +105,8 @@ def demo(images: _data.Images, args: argparse.Namespace, device: torch.device) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = lightning.Trainer(
-            max_epochs=args.epochs, accelerator="gpu" if device.type == "cuda" else device.type, devices=1,
+            max_epochs=args.epochs, accelerator="gpu" if device.type == "cuda" else device.type,
+            devices=[device.index] if device.index and device.type != "cpu" else 1,
             logger=logger, callbacks=[TQDMProgressBar(leave=False)],
             enable_checkpointing=False, enable_model_summary=False, log_every_n_steps=1,
         )  # fmt: skip

@@ -26,7 +26,8 @@ class LossOnlyModule(lightning.LightningModule):
 
     Args:
         model: calls `pyflow.train.add_loss` in its forward. It gets a tuple or list as positional arguments, a dict or
-            UserDict (as from Hugging Face) as keywords, and any other batch as its only argument.
+            UserDict (as from Hugging Face) as keywords, and any other batch, also a PackedSequence, as its only
+            argument.
         optimizer: function of a list of parameters that returns an optimizer, or any other value that Lightning's
             configure_optimizers may return.
 
@@ -56,7 +57,8 @@ class LossOnlyModule(lightning.LightningModule):
         self._counts: dict[str, int] = {}
 
     def forward(self, batch: object) -> object:
-        if isinstance(batch, (tuple, list)):
+        # a PackedSequence is a tuple by type, but one argument
+        if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
             return self.model(*batch)
         return self.model(**batch) if isinstance(batch, (dict, UserDict)) else self.model(batch)
 

@@ -431,6 +431,7 @@ def test_wrong_types(call, text):
         (lambda: Glow((1, 4, 4)), r"Glow: shape must be \(C, H, W\) with H and W divisible by 8, got \(1, 4, 4\)"),
         (lambda: Glow(8), r"Glow: shape must be \(C, H, W\) with H and W divisible by 8, got \(8,\)"),
         (lambda: Glow((1, 8, 8), steps=0), "Glow: steps and levels must be at least 1, got 0 and 3"),
+        (lambda: Glow((1, 8, 8), hidden=0), "Glow: hidden must be at least 1, got 0"),
         (lambda: Glow((1, 8, 8))(torch.zeros(2, 8, 8)), r"Glow: x must have the shape \(B, 1, 8, 8\), got \(2, 8, 8\)"),
         (lambda: Glow((1, 8, 8)).inverse(torch.zeros(2, 8)), r"Glow: z must have the shape \(B, 64\), got \(2, 8\)"),
         (lambda: dequantize(torch.zeros(1), 0), "dequantize: levels must be at least 1, got 0"),
@@ -455,3 +456,34 @@ def test_dequantize_of_uint8_with_256_levels():
     assert (dequantize(x, 256) * 256).floor().tolist() == [0, 184, 255]
     with pytest.raises(ValueError, match=r"^dequantize: x must be integers in \[0, 17\), got 184$"):
         dequantize(x, 17)
+
+
+@pytest.mark.parametrize(("levels", "dtype"), [(256, torch.float32), (17, torch.float32), (8, torch.float16)])
+def test_noise_is_never_rounded_up_to_the_next_integer(levels, dtype):
+    x = torch.full((2_000_000,), levels - 1)
+    y = dequantize(x, levels, torch.Generator().manual_seed(0), dtype)
+    # 1 would be an infinite logit
+    assert y.max() < 1 and y.double().mul(levels).sub(levels - 1).mean() == pytest.approx(0.5, abs=3e-3)
+    if levels != 17:
+        assert (y * levels).floor().eq(x).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hooks_run_in_log_prob(name):
+    make, shape = MODELS[name]
+    torch.manual_seed(0)
+    flow, x = make().eval(), torch.rand(4, *shape)
+    want, seen = flow.log_prob(x), []
+    flow.register_forward_pre_hook(lambda flow, args: seen.append("before"))
+    flow.register_forward_hook(lambda flow, args, output: seen.append("after"))
+    torch.testing.assert_close(flow.log_prob(x), want)
+    assert seen == ["before", "after"]
+
+
+def test_dequantize_under_vmap_draws_for_every_sample():
+    x = torch.zeros(3, 1000, dtype=torch.uint8).t()
+    y = torch.vmap(lambda row: dequantize(row, 256), in_dims=1, randomness="different")(x)
+    assert y.shape == (3, 1000) and y.unique().numel() > 2900
+    # the strides of x do not matter
+    draws = [dequantize(x, 256, torch.Generator().manual_seed(0)) for x in (x, x.contiguous())]
+    assert torch.equal(*draws)

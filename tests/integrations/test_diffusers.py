@@ -253,6 +253,17 @@ WRONG = [
         TypeError,
         "step_correct: generator must be torch.Generators or seeds, got str",
     ),
+    (lambda: ScoreSdeVeScheduler(sigma_min=0.0), ValueError, "set_sigmas: sigma_min must be positive and finite, got 0.0"),
+    (
+        lambda: ScoreSdeVpScheduler().set_timesteps(0),
+        ValueError,
+        "set_timesteps: num_inference_steps must be at least 1, got 0",
+    ),
+    (
+        lambda: ScoreSdeVpScheduler().add_noise(torch.ones(2, 3).long(), torch.ones(2, 3), torch.tensor([0.5, 0.5])),
+        TypeError,
+        "add_noise: original_samples must be float32, float64, bfloat16 or float16, got int64",
+    ),
     (
         lambda: prepared(ScoreSdeVeScheduler()).step_correct(torch.ones(1, 3), torch.ones(1, 3), [5]),
         TypeError,

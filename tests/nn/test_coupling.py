@@ -238,3 +238,20 @@ def test_nonfinite_padding_does_not_reach_the_weights(split, inverse):
         found.append(torch.autograd.grad(torch.where(mask, 0, y).square().sum() + logdet.sum(), net.parameters()))
     for zeros, *others in zip(*found, strict=True):
         assert zeros.isfinite().all() and all(other.equal(zeros) for other in others)
+
+
+@pytest.mark.parametrize("split", ["half", "interleave", "checkerboard"])
+@pytest.mark.parametrize("method", ["forward", "inverse"])
+def test_net_that_changes_its_input(split, method):
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(*((2, 4) if split == "checkerboard" else (1, 2)), 1))
+    layer = AffineCoupling(net, split=split)
+    x = torch.randn(3, 2, 4, 4)
+    with torch.no_grad():
+        if split != "checkerboard":
+            with pytest.raises(RuntimeError, match=r"^AffineCoupling: net must not change its input in place"):
+                getattr(layer, method)(x)
+            return
+        # its net gets a copy
+        before = x.clone()
+        getattr(layer, method)(x)
+        assert torch.equal(x, before)

@@ -555,6 +555,20 @@ def test_usage_equals_codebook_usage_of_collected_indices():
     assert "_local_scalar_dense" not in ran.names and "scatter_add_" in ran.names
 
 
+def test_usage_survives_moves():
+    module = FSQ([5, 5])
+    module.track_usage()
+    z = torch.randn(90, 2)
+    module(z)
+    want = module.usage().counts
+    for moved in (module.bfloat16(), module.float(), module.to_empty(device="cpu")):
+        assert_same_bits(moved.usage().counts, want)
+    module = FSQ([5, 5]).to("meta")
+    module.track_usage()
+    module.to_empty(device="cpu")(z)
+    assert_same_bits(module.usage().counts, want)
+
+
 def test_usage_of_a_codebook_too_large_to_count():
     text = (
         r"^FSQ: track_usage needs a codebook of at most 2\*\*24 entries, got 1000000000; "
@@ -567,6 +581,19 @@ def test_usage_of_a_codebook_too_large_to_count():
 def test_rotation_of_unequal_levels_warns():
     with pytest.warns(UserWarning, match=r"FSQ: orthogonal_rotation suits levels that are all the same, got \(5, 3\)"):
         FSQ([5, 3], orthogonal_rotation=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hard", [False, True])
+def test_bound_with_another_margin(dtype, hard):
+    torch.manual_seed(0)
+    quantizer, z = FSQ([8, 5, 7]), torch.randn(500, 3).to(dtype)
+    # the same codes as with the default margin, which this one does not differ from by a float64's rounding
+    near, codes = quantizer.bound(z, eps=1e-3 + 1e-15, hard_clamp=hard), quantizer.bound(z, hard_clamp=hard)
+    assert near.dtype == codes.dtype == dtype
+    assert (near != codes).sum() <= 1
+    wide = quantizer.bound(z.float(), eps=0.1, hard_clamp=hard)
+    torch.testing.assert_close(quantizer.bound(z, eps=0.1, hard_clamp=hard), wide.to(dtype), atol=1e-2, rtol=0)
 
 
 def test_copies_and_prints():
@@ -671,6 +698,11 @@ def test_wrong_options(error, text, options):
             ValueError,
             r"FSQ: zhat must have 2 channels last, got shape \(2, 4, 3\)",
             lambda m, z: m.codes_to_indices(z),
+        ),
+        (
+            ValueError,
+            r"FSQ: z must have 2 channels last, got shape \(2, 4, 1\)",
+            lambda m, z: m.bound(z[..., :1], eps=1e-2),
         ),
     ],
 )

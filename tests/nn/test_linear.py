@@ -327,6 +327,8 @@ def test_wrong_inputs():
         Invertible1x1Conv(3)(torch.zeros(5, 4))
     with pytest.raises(ValueError, match=r"mask must have size 1 along dim 1, got shape \(5, 3, 2\)"):
         Invertible1x1Conv(3)(torch.zeros(5, 3, 2), mask=torch.zeros(5, 3, 2, dtype=torch.bool))
+    with pytest.raises(TypeError, match="Invertible1x1Conv: mask must be a tensor, got bool"):
+        Invertible1x1Conv(3)(torch.zeros(5, 3), mask=True)
     with pytest.raises(TypeError, match="ActNorm: x must be float32, float64, bfloat16 or float16, got int64"):
         ActNorm(3)(torch.zeros(5, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="ActNorm: features must be at least 1, got 0"):

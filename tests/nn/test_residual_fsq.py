@@ -532,6 +532,21 @@ def test_usage_of_every_stage_and_group():
             {"soft_clamp_input_value": [2.0, 2.0, 2.0], **SOFT},
         ),
         (
+            ValueError,
+            r"soft_clamp_input_value must be positive and finite, got \[2.0, 0.0\]",
+            {"soft_clamp_input_value": [2.0, 0.0], **SOFT},
+        ),
+        (
+            ValueError,
+            "soft_clamp_input_value must be positive and finite, got nan",
+            {"soft_clamp_input_value": torch.tensor(float("nan")), **SOFT},
+        ),
+        (
+            TypeError,
+            "soft_clamp_input_value must be a number, got str",
+            {"soft_clamp_input_value": ["2", "2"], **SOFT},
+        ),
+        (
             TypeError,
             "soft_clamp_input_value must be a number, a list or a tensor, got str",
             {"soft_clamp_input_value": "2", **SOFT},
@@ -587,11 +602,40 @@ def test_wrong_options_of_groups(error, text, options):
             lambda m, x: m.get_codes_from_indices(torch.zeros(2, 2, dtype=torch.int64)),
         ),
         (TypeError, "indices must be integers, got float32", lambda m, x: m.get_output_from_indices(x)),
+        (
+            TypeError,
+            "rand_quantize_dropout_fixed_seed must be an integer, got float",
+            lambda m, x: dropping(m)(x[..., :2], rand_quantize_dropout_fixed_seed=1.5),
+        ),
+        (
+            ValueError,
+            "rand_quantize_dropout_fixed_seed must be at most .*",
+            lambda m, x: dropping(m)(x[..., :2], rand_quantize_dropout_fixed_seed=2**70),
+        ),
     ],
 )
 def test_wrong_inputs(error, text, call):
     with pytest.raises(error, match=f"^ResidualFSQ: {text}$"):
         call(ResidualFSQ(levels=[5, 5], num_quantizers=3), torch.zeros(2, 4, 3))
+
+
+def dropping(module):
+    module.quantize_dropout = True
+    return module
+
+
+@pytest.mark.parametrize("options", [{}, {"orthogonal_rotation": True}, {"noise_dropout": 0.5}])
+@pytest.mark.parametrize(
+    ("active", "error", "text"),
+    [
+        (2, TypeError, "active must be a tensor, got int"),
+        (torch.tensor(1.5), TypeError, "active must be int64, got float32"),
+        (torch.tensor([2]), ValueError, r"active must be 0-d, got \(1,\)"),
+    ],
+)
+def test_wrong_active(options, active, error, text):
+    with pytest.raises(error, match=f"^residual_fsq: {text}$"):
+        ResidualFSQ(levels=[5, 5], num_quantizers=3, **options)(torch.zeros(2, 4, 2), active=active)
 
 
 def test_wrong_inputs_of_groups():

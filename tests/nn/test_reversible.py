@@ -433,6 +433,24 @@ def test_rebuild_is_unused_if_forward_or_inverse_is_overridden():
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_backward_hooks_of_layers_run(nested):
+    torch.manual_seed(0)
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    stack = coupling_stack(3)
+    hooked = ReversibleSequential(*stack.layers[:2]) if nested else stack[1]
+    seen = []
+    hooked.register_full_backward_pre_hook(lambda layer, grads: seen.append("before"))
+    hooked.register_full_backward_hook(lambda layer, grad_in, grad_out: seen.append("after") or (3 * grad_in[0],))
+    layers = (hooked, stack[2]) if nested else stack.layers
+    plain = gradients(ReversibleSequential(*layers, recompute=False), x)
+    assert seen == ["before", "after"]
+    found = gradients(ReversibleSequential(*layers), x)
+    assert seen == ["before", "after"] * 2
+    for a, b in zip(found, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
 def test_training_flags_are_replayed():
     torch.manual_seed(0)
     stack = coupling_stack(4, dropout=0.5)
@@ -736,8 +754,19 @@ def test_state_dict_length_and_indexing():
     assert len(first) == 3 and first[1] is first.layers[1]
 
 
+def test_lazy_nets_train_from_their_first_batch():
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    nets = [nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.LazyLinear(8)).double() for _ in range(2)]
+    stack = ReversibleSequential(*(AffineCoupling(net, scale_map="tanh", swap=i == 1) for i, net in enumerate(nets)))
+    first = gradients(stack, x)
+    for a, b in zip(first, gradients(stack, x), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
 def test_wrong_layers():
     with pytest.raises(TypeError, match="layers must be modules with an inverse, got Linear at 1"):
         ReversibleSequential(ActNorm(2), nn.Linear(2, 2))
     with pytest.raises(ValueError, match="ReversibleSequential: layers must not be empty"):
         ReversibleSequential()
+    with pytest.raises(TypeError, match="ReversibleSequential: x must be a tensor, got list"):
+        ReversibleSequential(ActNorm(2))([0.0])

@@ -314,6 +314,57 @@ def test_weight_norm_equals_torch():
     torch.testing.assert_close(ours(X), net()(X))
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, i):
+        return self.head(self.embed(i))
+
+
+def test_shared_weights_stay_shared():
+    torch.manual_seed(0)
+    for apply, remove, parameters in (
+        (apply_spectral_norm, remove_spectral_norm, 1),
+        (apply_weight_norm, remove_weight_norm, 2),
+    ):
+        model = apply(Tied())
+        assert len([*model.parameters()]) == parameters
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.tensor([1, 2])).square().sum().backward()
+        optimizer.step()
+        if apply is apply_weight_norm:
+            assert torch.equal(model.embed.weight, model.head.weight)
+        assert remove(model).embed.weight is model.head.weight and len([*model.parameters()]) == 1
+    with pytest.raises(ValueError, match=r"^apply_weight_norm: head.weight must not be shared .*, got embed.weight$"):
+        apply_weight_norm(Tied(), lambda name, layer: name == "head")
+
+
+def test_weight_norm_of_a_dim_counted_from_the_end():
+    for dim in (-1, -2):
+        model, want = (apply_weight_norm(nn.Sequential(nn.Linear(4, 3)), dim=d) for d in (dim, dim + 2))
+        g = "parametrizations.weight.original0"
+        assert model[0].get_parameter(g).shape == want[0].get_parameter(g).shape == ((3, 1) if dim == -2 else (1, 4))
+    with pytest.raises(TypeError, match=r"^apply_weight_norm: dim must be an integer, got NoneType$"):
+        apply_weight_norm(net(), dim=None)
+
+
+def test_a_refused_dtype_changes_nothing():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3, dtype=torch.complex64))
+    with pytest.raises(TypeError, match=r"^apply_spectral_norm: 1.weight must be float32, .*, got complex64$"):
+        apply_spectral_norm(model, lambda name, layer: isinstance(layer, nn.Linear))
+    assert not any(parametrize.is_parametrized(m) for m in model.modules()) and not model._forward_hooks
+
+
+def test_frozen_weights_stay_frozen_parameters():
+    model = apply_weight_norm(net().requires_grad_(False))
+    assert not any(p.requires_grad for p in remove_weight_norm(model).parameters())
+    assert {*model.state_dict()} == {*net().state_dict()}
+    assert {name for name, _ in model.named_parameters()} == {name for name, _ in net().named_parameters()}
+
+
 def test_filter_and_names():
     model = apply_spectral_norm(net(), lambda name, layer: isinstance(layer, nn.Linear))
     assert [i for i in LAYERS if parametrize.is_parametrized(model[i])] == [5]

@@ -87,6 +87,7 @@ def test_an_out_that_cannot_be_written_is_refused(recipe, name, out, folder, cap
     "option, value, why",
     [
         ("--device", "nowhere", "must be a device that is here, got 'nowhere': "),
+        ("--device", "meta", "must be a device that is here, got 'meta': "),
         ("--seed", "-1", "must be in [0, 2**32), got -1\n"),
         ("--seed", str(2**64), f"must be in [0, 2**32), got {2**64}\n"),
     ],
@@ -209,6 +210,25 @@ def test_errors_are_told_apart_by_class(tmp_path, capsys):
         assert capsys.readouterr().err == f"demo x: {error}\n"
     with pytest.raises(RuntimeError, match="backend: a bug"):
         fails(RuntimeError("backend: a bug"))
+
+
+def test_without_a_backend_argument_the_chosen_one_runs(tmp_path, capsys, monkeypatch):
+    args = argparse.Namespace(backend=None, out=tmp_path / "a.png")
+    with pyflow.backend("reference"):
+        assert _demo.run("x", args, lambda: {"backend": args.backend}) == 0
+    assert json.loads((tmp_path / "a.json").read_text()) == {"backend": "reference"}
+    # as after PYFLOW_BACKEND=vulkan
+    args.backend = None
+    monkeypatch.setattr("pyflow._backend._process", "vulkan")
+    assert _demo.run("x", args, unreachable) == 1
+    assert capsys.readouterr().err.startswith("demo x: backend: name must be one of auto, cpu, triton, ")
+
+
+def test_numbers_beyond_64_bits_are_refused():
+    for text in ("0", str(2**63)):
+        with pytest.raises(argparse.ArgumentTypeError, match=f", got {text}$"):
+            _demo.positive(text)
+    assert _demo.positive(str(2**63 - 1)) == 2**63 - 1
 
 
 def test_no_demo_imports_another():

@@ -36,6 +36,13 @@ def test_short_run(tmp_path, capsys):
     assert "largest singular value" in printed.out and "row_norm" in printed.out + printed.err
 
 
+@pytest.mark.parametrize(("argv", "epochs"), [((), 60), (("--quick",), 3), (("--quick", "--epochs", 9), 9)])
+def test_epochs(argv, epochs, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_only, "demo", lambda images, args, device: {"epochs": args.epochs})
+    assert run(*argv, "--out", tmp_path / "a.png") == 0
+    assert json.loads((tmp_path / "a.json").read_text()) == {"epochs": epochs}
+
+
 def test_wrong_arguments_give_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("--epochs", 0, "--out", tmp_path / "x.png")

@@ -72,9 +72,11 @@ def test_batches_of_every_form():
     seen = []
     module = LossOnlyModule(nn.Identity(), torch.optim.SGD)
     module.model.forward = lambda *args, **keywords: seen.append((args, keywords))
-    for batch in ((1, 2), [1], {"x": 3}, collections.UserDict(x=5), 4):
+    packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(2), torch.zeros(1)])
+    for batch in ((1, 2), [1], {"x": 3}, collections.UserDict(x=5), 4, packed):
         module(batch)
-    assert seen == [((1, 2), {}), ((1,), {}), ((), {"x": 3}), ((), {"x": 5}), ((4,), {})]
+    assert seen[:-1] == [((1, 2), {}), ((1,), {}), ((), {"x": 3}), ((), {"x": 5}), ((4,), {})]
+    assert seen[-1][0][0] is packed and len(seen[-1][0]) == 1
 
 
 def test_an_optimizer_may_go_through_the_parameters_twice():

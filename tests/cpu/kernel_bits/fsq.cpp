@@ -33,7 +33,7 @@ void fsq(FsqVariant variant, bool flat) {
   f.positions = positions;
   f.tile = positions;
   f.flat = flat;
-  f.variant = int(variant);
+  f.variant = variant;
   f.stages = f.active = stages;
   f.scales = (const char*)scales.data();
   f.z = view(z, DType::f32, f.space.cols);
