@@ -1,0 +1,97 @@
+"""Everything private that the operators take from torch, each with its reason; all of it seen on torch 2.11 to 2.13.
+
+Another torch that lacks one of these names fails at import, here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# The innermost torch.func transform, or None. The public API has no such question, and dynamo traces this one.
+transform = torch._C._functorch.peek_interpreter_stack
+
+# A guard that runs an operator's kernel without its autograd key, which is Python and costs as much as a kernel.
+BelowAutograd = torch._C._AutoDispatchBelowAutograd
+
+# Whether an argument requires a gradient, also within lists; a loop in Python costs ten times as much.
+any_requires_grad = torch._C._any_requires_grad
+
+# Id of the backward that this thread runs, or -1. The public API shows it only to hooks.
+backward_id = torch._C._current_graph_task_id
+
+# Disables autocast for every device type; torch.autocast takes one.
+DisableAutocast = torch._C._DisableAutocast
+
+# Number of active dispatch modes (fake tensors, FLOP counters, ...).
+dispatch_modes = torch._C._len_torch_dispatch_stack
+
+_tracing = torch._C._is_tracing  # torch.jit.trace; its public name asks about scripts first
+_profiling = torch._C._autograd._profiler_enabled
+_has_torch_function = torch._C._has_torch_function
+
+
+def sees_only_autograd(args: tuple) -> bool:
+    """Whether nothing but autograd acts between a call with these arguments and its kernel.
+
+    No transform, mode or subclass (which see operators), no trace (which records them) and no profiler (which names
+    them). Lists within the arguments are not searched.
+    """
+    return not (
+        transform() is not None or _has_torch_function(args) or dispatch_modes() or _tracing() or _profiling()
+    )  # fmt: skip
+
+
+def is_batched_gradient(grad: Tensor) -> bool:
+    """Whether torch.autograd.grad was called with is_grads_batched, whose vmap is not torch.func's."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def evaluated_while_traced(function: Callable) -> Callable:
+    """Make dynamo call the function while it traces: torch.compiler.assume_constant_result without importing dynamo."""
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+@evaluated_while_traced
+def under_transform_without_rule() -> bool:
+    """Whether forward-mode AD or a torch.func transform other than vmap is active; operators have a vmap rule only."""
+    if forward_ad._current_level >= 0:
+        return True
+    if transform() is None:
+        return False
+    vmap = torch._C._functorch.TransformType.Vmap
+    return any(level.key() != vmap for level in torch._C._functorch.get_interpreter_stack())
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode AD is active."""
+    return forward_ad._current_level >= 0
+
+
+def entry(overload: torch._ops.OpOverload) -> Callable[..., Any]:
+    """Return the dispatcher's own entry of an operator: OpOverload.__call__ adds a Python frame."""
+    return overload._op
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return `function.apply` without its Python part, which serves transforms and default arguments."""
+    return super(torch.autograd.Function, function).apply
+
+
+@functools.cache
+def dense_keys(device: str) -> frozenset[int]:
+    """Return the dispatch keys of the device's dense tensors: no wrapper, no lazy negation, no other layout."""
+    with torch.inference_mode():
+        inference = torch.empty(0, device=device)
+    with torch.inference_mode(False):
+        return frozenset(keys_of(t) for t in (inference, torch.empty(0, device=device)))
+
+
+def keys_of(tensor: Tensor) -> int:
+    return torch._C._dispatch_keys(tensor).raw_repr()
