@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._backend import current, on
-from ._torch import apply_of
+from ._torch import Schema, apply_of
 
 # (output gradients, kept values, which arguments need a gradient) -> gradients by the name of the argument
 Formula = Callable[[tuple, Sequence[Any], Sequence[Any]], dict[str, Any]]
@@ -26,7 +26,7 @@ Formula = Callable[[tuple, Sequence[Any], Sequence[Any]], dict[str, Any]]
 class Signature:
     """Names and kinds of the arguments and outputs of a schema."""
 
-    def __init__(self, schema: torch._C.FunctionSchema) -> None:
+    def __init__(self, schema: Schema) -> None:
         self.types = {argument.name: str(argument.real_type) for argument in schema.arguments}
         self.arguments, self.outputs = list(self.types), [output.name for output in schema.returns]
         # places of arguments that are lists of tensors
@@ -67,7 +67,7 @@ class Rules:
     def setup(self, ctx: Any, inputs: tuple, output: Any) -> None:
         """Save what the formula names: tensors as autograd wants them, the rest as it is."""
         kept = self.keep(inputs, output)
-        tensors = self.tensors(kept)
+        tensors: Sequence[Any] = self.tensors(kept)
         if self.saved_lists:
             tensors, ctx.counts = flat(tensors, self.saved_lists)
         ctx.save_for_backward(*tensors)

@@ -46,7 +46,7 @@ class Operator:
 
     def __init__(self, name: str, family: str, reference: Callable, cuda: bool) -> None:
         self.name, self.family, self.cuda = name, family, cuda
-        self.overload: torch._ops.OpOverload = getattr(torch.ops.pyflow, name).default
+        self.overload: _torch.Overload = getattr(torch.ops.pyflow, name).default
         self.signature = Signature(self.overload._schema)
         self.reference = by_name(reference, self.signature.arguments)
         self.kinds = kinds_of(self.overload) if torch.cuda.is_available() else None
@@ -180,8 +180,8 @@ def passes_on(args: tuple, kinds: Kinds) -> bool:
     return on_gpu
 
 
-def kinds_of(op: torch._ops.OpOverload) -> Kinds | None:
-    """Return the types that the kernel takes for each argument; None if it needs the dispatcher, which counts writes."""
+def kinds_of(op: _torch.Overload) -> Kinds | None:
+    """Return the types that the kernel takes for each argument; None if it writes, which the dispatcher counts."""
     names = [str(argument.real_type) for argument in op._schema.arguments]
     plain = [name.removeprefix("Optional[").removesuffix("]") if "Optional" in name else name for name in names]
     if op._schema.is_mutable or not _KINDS.keys() >= set(plain):

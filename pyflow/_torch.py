@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor as FakeTensor  # tensors without values; the public API makes them only
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
+
+# Types without a public name.
+Overload: TypeAlias = torch._ops.OpOverload
+Schema: TypeAlias = torch._C.FunctionSchema
 
 # The innermost torch.func transform, or None. The public API has no such question, and dynamo traces this one.
 transform = torch._C._functorch.peek_interpreter_stack
@@ -25,7 +31,7 @@ any_requires_grad = torch._C._any_requires_grad
 # Id of the backward that this thread runs, or -1. The public API shows it only to hooks.
 backward_id = torch._C._current_graph_task_id
 
-# Disables autocast for every device type; torch.autocast takes one.
+# Disables autocast for every device type at once.
 DisableAutocast = torch._C._DisableAutocast
 
 # Number of active dispatch modes (fake tensors, FLOP counters, ...).
@@ -69,19 +75,25 @@ def under_transform_without_rule() -> bool:
     return any(level.key() != vmap for level in torch._C._functorch.get_interpreter_stack())
 
 
+def exporting() -> bool:
+    """Whether torch.export traces: dynamo of torch 2.11 folds is_exporting() to true in every compilation."""
+    return torch.compiler._is_exporting_flag
+
+
 def forward_mode() -> bool:
     """Whether forward-mode AD is active."""
     return forward_ad._current_level >= 0
 
 
-def entry(overload: torch._ops.OpOverload) -> Callable[..., Any]:
+def entry(overload: Overload) -> Callable[..., Any]:
     """Return the dispatcher's own entry of an operator: OpOverload.__call__ adds a Python frame."""
     return overload._op
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Return `function.apply` without its Python part, which serves transforms and default arguments."""
-    return super(torch.autograd.Function, function).apply
+    inherited: Any = super(torch.autograd.Function, function)
+    return inherited.apply
 
 
 @functools.cache

@@ -37,7 +37,8 @@ def after_channels(
     op: Callable, signature: Signature, info: Any, in_dims: Sequence[Any], *args: Any
 ) -> tuple[Any, Any]:
     """Put the batch of codes behind their first dim, the channels; indices have none. Other tensors are shared."""
-    if any(d is not None and not value.is_floating_point() for value, d in zip(args, in_dims, strict=True)):
+    tensors = [(value, dim) for value, dim in zip(args, in_dims, strict=True) if isinstance(value, Tensor)]
+    if any(dim is not None and not value.is_floating_point() for value, dim in tensors):
         return one_by_one(op, signature, info, in_dims, *args)
     return _at(op(*_batched(1, info, in_dims, args)), lambda output: int(output.is_floating_point()))
 

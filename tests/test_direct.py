@@ -180,7 +180,9 @@ class Launchers:
 def test_a_launcher_is_looked_up_once_and_follows_the_backend(monkeypatch):
     operator, triton, cuda = OPERATORS["flow_log_prob"], Launchers(), Launchers()
     monkeypatch.setattr(_operators.importlib, "import_module", lambda name: triton)
-    monkeypatch.setattr(_backend, "cuda_operators", lambda: SimpleNamespace(flow_log_prob=SimpleNamespace(default=cuda.x)))
+    monkeypatch.setattr(
+        _backend, "cuda_operators", lambda: SimpleNamespace(flow_log_prob=SimpleNamespace(default=cuda.x))
+    )
     monkeypatch.setattr(_backend, "_triton_runs", True)
     try:
         for _ in range(3):

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _checks as check
+from .._torch import DisableAutocast, FakeTensor, is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
     from .reversible import ReversibleSequential
@@ -107,7 +106,7 @@ class Replay:
             # a chirp has a flat spectrum: it detects smooth and rough differences alike
             chirp = torch.arange(key[0], dtype=torch.float64, device=x.device).square().mul(0.7).cos()
             self.directions[key] = (chirp * (2 / max(key[0], 1)) ** 0.5).to(x.dtype)
-        with torch._C._DisableAutocast():
+        with DisableAutocast():
             return rows @ self.directions[key]
 
     def _read(self) -> list[Tensor]:

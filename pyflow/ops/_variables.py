@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS
+from .._torch import transform
 from ..reference import compute_dtype
 from ..reference import hsic as ref
 from .noise import uniform
@@ -196,7 +197,7 @@ def _reduced(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _batched() -> bool:
     """Whether a torch.func transform is active: torch 2.11 has no batching rule for view(dtype)."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return transform() is not None
 
 
 def _power(exponent: Tensor, dtype: torch.dtype) -> Tensor:

@@ -261,7 +261,7 @@ def _affine_gradients(
 
 
 def _affine_kept(inputs, output):
-    x, shift, scale, mask, _, _, shift_first, inverse, _ = inputs
+    x, shift, _, mask, _, _, shift_first, inverse, _ = inputs
     # in the forward direction grad_shift equals grad_y or grad_x: the operator need not write it
     reused = not inverse and mask is None and (not shift_first or shift.dtype == x.dtype)
     # the backward needs shift only where scale multiplies it

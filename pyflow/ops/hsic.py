@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._operators import register
+from .._operators import Operator, register
+from .._schemas import HSIC_KERNELS
 from .._torch import is_batched_gradient
 from .._vmap import leading
-from .._schemas import HSIC_KERNELS
 from ..reference import hsic as ref
 from ..reference import matmul
 from ._features import approximation
@@ -459,9 +459,13 @@ def _center_reference(gram):
     return ref.center_gram(gram.double()).to(gram.dtype).contiguous()
 
 
-_center = register(
+def _center_backward(grad):
+    return {"gram": _center(grad)}
+
+
+_center: Operator = register(
     "center_gram", "hsic", reference=_center_reference, fake=lambda gram: gram.new_empty(gram.shape), vmap=leading,
-    backward=lambda grad: {"gram": _center(grad)}, cuda=False,
+    backward=_center_backward, cuda=False,
 )  # fmt: skip
 _center_in_place = register(
     "center_gram_", "hsic", reference=lambda gram: gram.copy_(_center_reference(gram)), fake=lambda gram: None,
