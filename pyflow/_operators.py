@@ -1,10 +1,11 @@
 """One object per operator: what torch is told of it, and how a call reaches its kernel.
 
-A call goes through torch's dispatcher if anything but autograd might see it: compilation, traces, transforms, modes,
-subclasses of Tensor, the profiler. Any other call, and that is most of them, takes the short way below, which has the
-same result: an autograd function of its own where a gradient is needed, and the kernel at once. The dispatcher would
-reach the same kernel after Python calls that cost 20 us with a warm cache and 200 us after a large tensor has evicted
-it; on a GPU the way through it and back into a Python launcher takes 30 us (H200 machine), six launches of a kernel.
+`Operator.__call__` is the one short way past torch, for calls where it changes nothing. Compilation, transforms,
+traces, function modes and subclasses of Tensor get the whole dispatcher. Other calls skip its autograd key, which is
+Python: where a gradient is needed they apply an autograd function of their own, and the dispatcher only runs the kernel
+(20 us less with a warm cache, 200 us after a large tensor has evicted it). On a GPU they skip that too, unless a
+dispatch mode or the profiler watches: from the dispatcher into a Python launcher and back takes 30 us (H200 machine),
+six launches of a kernel.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from . import _backend, _torch
 from ._autograd import Rules, Signature, eager_apply, first_order, second_order
 from ._schemas import NAMED, SCHEMAS, library
+from ._torch import BelowAutograd, any_requires_grad, dispatcher_is_watched, has_torch_function, tracing, transform
 from ._vmap import one_by_one
 
 OPERATORS: dict[str, Operator] = {}
@@ -50,23 +52,24 @@ class Operator:
         self.signature = Signature(self.overload._schema)
         self.reference = by_name(reference, self.signature.arguments)
         self.kinds = kinds_of(self.overload) if torch.cuda.is_available() else None
+        self._lists = self.signature.lists
         self._entry = _torch.entry(self.overload)
         self._apply: Callable | None = None  # set by `differentiate`
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _torch.sees_only_autograd(args):
+        if torch.compiler.is_compiling() or transform() is not None or tracing() or has_torch_function(args):
             return self.overload(*args)
-        if self.signature.lists and not all(_torch.sees_only_autograd(args[i]) for i in self.signature.lists):
+        if self._lists and any(has_torch_function(args[i]) for i in self._lists):
             return self.overload(*args)
-        if torch.is_grad_enabled() and _torch.any_requires_grad(*args):
-            # without a backward the dispatcher returns results whose backward raises
-            return self._apply(*args) if self._apply else self.overload(*args)
-        return self._run(*args)
+        if not torch.is_grad_enabled() or not any_requires_grad(*args):
+            return self._run(*args)
+        # an operator without a backward gets one that raises
+        return self._apply(*args) if self._apply else self.overload(*args)
 
     def _run(self, *args: Any) -> Any:
         """Run the kernel below autograd; on a GPU without the dispatcher, where it would pass on the arguments."""
-        with _torch.BelowAutograd():
-            if self.kinds is not None and passes_on(args, self.kinds):
+        with BelowAutograd():
+            if self.kinds is not None and passes_on(args, self.kinds) and not dispatcher_is_watched():
                 return self.launch(*args)
             return self._entry(*args)
 

@@ -37,20 +37,19 @@ DisableAutocast = torch._C._DisableAutocast
 # Number of active dispatch modes (fake tensors, FLOP counters, ...).
 dispatch_modes = torch._C._len_torch_dispatch_stack
 
-_tracing = torch._C._is_tracing  # torch.jit.trace; its public name asks about scripts first
+# Whether a function mode is active or one of the arguments has a __torch_function__; lists are not searched. The public
+# name is the same function.
+has_torch_function = torch._C._has_torch_function
+
+# Whether torch.jit.trace records; its public name asks about scripts first.
+tracing = torch._C._is_tracing
+
 _profiling = torch._C._autograd._profiler_enabled
-_has_torch_function = torch._C._has_torch_function
 
 
-def sees_only_autograd(args: tuple) -> bool:
-    """Whether nothing but autograd acts between a call with these arguments and its kernel.
-
-    No transform, mode or subclass (which see operators), no trace (which records them) and no profiler (which names
-    them). Lists within the arguments are not searched.
-    """
-    return not (
-        transform() is not None or _has_torch_function(args) or dispatch_modes() or _tracing() or _profiling()
-    )  # fmt: skip
+def dispatcher_is_watched() -> bool:
+    """Whether a dispatch mode or the profiler follows what the dispatcher runs."""
+    return dispatch_modes() > 0 or _profiling()
 
 
 def is_batched_gradient(grad: Tensor) -> bool:

@@ -117,6 +117,8 @@ def together(op: str, every: list[Variable]) -> list[Variable]:
             raise ValueError(
                 f"{op}: all inputs must have the same number of rows, got {first.shape[-2]} and {other.z.shape[-2]}"
             )
+    if all(v.z.dim() == 2 and v.z.dtype == first.dtype for v in every):
+        return every
     try:
         batch = torch.broadcast_shapes(*(v.z.shape[:-2] for v in every))
     except RuntimeError:
@@ -432,8 +434,8 @@ def ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
     """xy / sqrt(xx yy), or 0 where xx or yy is not positive."""
     undefined = (xx <= 0) | (yy <= 0)
     # replaced before the division, so that gradients contain no NaN
-    xx, yy = (torch.where(undefined, torch.ones_like(v), v) for v in (xx, yy))
-    return torch.where(undefined, torch.zeros_like(xy), xy / (xx.sqrt() * yy.sqrt()))
+    xx, yy = xx.masked_fill(undefined, 1), yy.masked_fill(undefined, 1)
+    return (xy / (xx.sqrt() * yy.sqrt())).masked_fill(undefined, 0)
 
 
 def median_distance(x: Tensor, p: float = 2.0) -> Tensor:

@@ -48,8 +48,9 @@ def centred(z: Tensor) -> Tensor:
     n = z.shape[-2]
     if n == 0:
         return z
-    few = torch.stack([z.detach()[..., i * (n - 1) // 4, :] for i in range(5)], -2)
-    return z - few.sort(-2).values[..., 2:3, :]
+    rows = z.detach()
+    few = torch.stack([rows.select(-2, i * (n - 1) // 4) for i in range(5)], -2)
+    return z - few.sort(-2).values.narrow(-2, 2, 1)
 
 
 def wide(z: Tensor, scale: Tensor, kernel: str) -> Tensor:
