@@ -380,18 +380,23 @@ def _step_fake(x, score, a, b, c, seed, step, noise, purpose, return_mean):
 
 
 def _step_kept(inputs, output):
-    x, score, a, b, c, seed, step, noise, purpose, _ = inputs
+    x, score, a, b, c, seed, step, noise, purpose, return_mean = inputs
     dtypes = [t.dtype if t is not None and t.requires_grad else None for t in (x, score, noise)]
     tensors = x, score, a, b, c, seed, step, noise
     if not any(t is not None and t.requires_grad for t in (a, b, c)):
         # the gradients of x and score are multiples of grad_y: no input is needed
         tensors = None, None, a, b, c, None, None, None
-    return *tensors, purpose, *dtypes, x.dtype == torch.float64
+    return *tensors, purpose, *dtypes, x.dtype == torch.float64, return_mean
 
 
 def _step_gradients(
-    grad, grad_mean, x, score, a, b, c, seed, step, noise, purpose, x_dtype, score_dtype, noise_dtype, f64
+    grad, grad_mean, x, score, a, b, c, seed, step, noise, purpose, x_dtype, score_dtype, noise_dtype, f64, return_mean
 ):
+    if not return_mean:
+        # the mean is empty, and so is a gradient that someone gives it
+        grad_mean = None
+        if grad is None:
+            return {}
     *grads, sums = _step_backward(
         grad, grad_mean, x, score, a, b, c, seed, step, noise, purpose, x_dtype, score_dtype, noise_dtype, f64
     )
