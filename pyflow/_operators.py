@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _backend, _torch
-from ._autograd import Rules, Signature, eager_apply, first_order, second_order
+from ._autograd import Rules, Signature, eager_apply, first_order, pick, second_order
 from ._schemas import NAMED, SCHEMAS, library
 from ._torch import BelowAutograd, any_requires_grad, dispatcher_is_watched, has_torch_function, tracing, transform
 from ._vmap import one_by_one
@@ -53,11 +53,14 @@ class Operator:
         self.reference = by_name(reference, self.signature.arguments)
         self.kinds = kinds_of(self.overload) if torch.cuda.is_available() else None
         self._lists = self.signature.lists
+        self._tensors = pick([i for i, kind in enumerate(self.signature.types.values()) if "Tensor" in kind])
         self._entry = _torch.entry(self.overload)
         self._apply: Callable | None = None  # set by `differentiate`
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or transform() is not None or tracing() or has_torch_function(args):
+        if torch.compiler.is_compiling() or transform() is not None or tracing():
+            return self.overload(*args)
+        if has_torch_function(self._tensors(args)):
             return self.overload(*args)
         if self._lists and any(has_torch_function(args[i]) for i in self._lists):
             return self.overload(*args)
