@@ -197,12 +197,12 @@ def eager_apply(name: str, signature: Signature, run: Callable, rules: Rules) ->
     return apply_to_lists if signature.lists else apply
 
 
-def pick(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple]:
-    """Return a function that picks the values at some places."""
-    if len(places) == 1:
-        (only,) = places
-        return lambda values: (values[only],)
-    return itemgetter(*places) if places else lambda values: ()
+def pick(places: Sequence[int]) -> Callable[[Sequence[Any]], Any]:
+    """Return a function that picks the values at some places, as a sequence."""
+    start = places[0] if places else 0
+    if list(places) == list(range(start, start + len(places))):
+        return itemgetter(slice(start, start + len(places)))
+    return itemgetter(*places)
 
 
 def flat(values: Sequence[Any], lists: Sequence[int]) -> tuple[list[Any], list[int | None]]:

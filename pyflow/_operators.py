@@ -58,23 +58,25 @@ class Operator:
         self._apply: Callable | None = None  # set by `differentiate`
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or transform() is not None or tracing():
-            return self.overload(*args)
-        if has_torch_function(self._tensors(args)):
+        if torch.compiler.is_compiling() or transform() is not None or has_torch_function(self._tensors(args)):
             return self.overload(*args)
         if self._lists and any(has_torch_function(args[i]) for i in self._lists):
             return self.overload(*args)
         if not torch.is_grad_enabled() or not any_requires_grad(*args):
             return self._run(*args)
-        # an operator without a backward gets one that raises
-        return self._apply(*args) if self._apply else self.overload(*args)
+        # a trace can save operators but not autograd functions; without a backward, the dispatcher adds one that raises
+        return self._enter(args) if self._apply is None or tracing() else self._apply(*args)
 
     def _run(self, *args: Any) -> Any:
         """Run the kernel below autograd; on a GPU without the dispatcher, where it would pass on the arguments."""
         with BelowAutograd():
             if self.kinds is not None and passes_on(args, self.kinds) and not dispatcher_is_watched():
                 return self.launch(*args)
-            return self._entry(*args)
+            return self._enter(args)
+
+    def _enter(self, args: tuple) -> Any:
+        # one line for all calls: traces with and without gradients compare where an operator was called
+        return self._entry(*args)
 
     def pick(self, op: str, x: Tensor) -> Callable[..., Any]:
         """Return what the public function `op` calls for a tensor like x: the operator or its reference."""

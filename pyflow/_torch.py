@@ -48,8 +48,8 @@ _profiling = torch._C._autograd._profiler_enabled
 
 
 def dispatcher_is_watched() -> bool:
-    """Whether a dispatch mode or the profiler follows what the dispatcher runs."""
-    return dispatch_modes() > 0 or _profiling()
+    """Whether a dispatch mode, a trace or the profiler follows what the dispatcher runs."""
+    return dispatch_modes() > 0 or tracing() or _profiling()
 
 
 def is_batched_gradient(grad: Tensor) -> bool:
