@@ -1,11 +1,11 @@
 """One object per operator: what torch is told of it, and how a call reaches its kernel.
 
 `Operator.__call__` is the one short way past torch, for calls where it changes nothing. Compilation, transforms,
-traces, function modes and subclasses of Tensor get the whole dispatcher. Other calls skip its autograd key, which is
-Python: where a gradient is needed they apply an autograd function of their own, and the dispatcher only runs the kernel
-(20 us less with a warm cache, 200 us after a large tensor has evicted it). On a GPU they skip that too, unless a
-dispatch mode or the profiler watches: from the dispatcher into a Python launcher and back takes 30 us (H200 machine),
-six launches of a kernel.
+function modes, subclasses of Tensor and traces of gradients get the whole dispatcher. Other calls skip its autograd
+key, which is Python: where a gradient is needed they apply an autograd function of their own, and the dispatcher only
+runs the kernel (20 us less with a warm cache, 200 us after a large tensor has evicted it). On a GPU they skip that too,
+unless a mode, a trace or the profiler watches: from the dispatcher into a Python launcher and back takes 30 us (H200
+machine), six launches of a kernel.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from . import _backend, _torch
 from ._autograd import Rules, Signature, eager_apply, first_order, pick, second_order
 from ._schemas import NAMED, SCHEMAS, library
-from ._torch import BelowAutograd, any_requires_grad, dispatcher_is_watched, has_torch_function, tracing, transform
+from ._torch import BelowAutograd, any_requires_grad, dispatcher_is_watched, tracing, transform
 from ._vmap import one_by_one
 
 OPERATORS: dict[str, Operator] = {}
@@ -64,7 +65,7 @@ class Operator:
             return self.overload(*args)
         if not torch.is_grad_enabled() or not any_requires_grad(*args):
             return self._run(*args)
-        # a trace can save operators but not autograd functions; without a backward, the dispatcher adds one that raises
+        # a trace can save operators but not autograd functions
         return self._enter(args) if self._apply is None or tracing() else self._apply(*args)
 
     def _run(self, *args: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Everything private that the operators take from torch, each with its reason; all of it seen on torch 2.11 to 2.13.
+"""Everything private that pyflow takes from torch, each with its reason; all of it seen on torch 2.11 and 2.13.
 
-Another torch that lacks one of these names fails at import, here.
+A torch that lacks one of these names fails here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensor as FakeTensor  # tensors without values; the public API makes them only
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_flatten as tree_flatten  # there is no public one
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 # Types without a public name.
 Overload: TypeAlias = torch._ops.OpOverload
@@ -36,10 +38,6 @@ DisableAutocast = torch._C._DisableAutocast
 
 # Number of active dispatch modes (fake tensors, FLOP counters, ...).
 dispatch_modes = torch._C._len_torch_dispatch_stack
-
-# Whether a function mode is active or one of the arguments has a __torch_function__; lists are not searched. The public
-# name is the same function.
-has_torch_function = torch._C._has_torch_function
 
 # Whether torch.jit.trace records; its public name asks about scripts first.
 tracing = torch._C._is_tracing
