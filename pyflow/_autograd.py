@@ -168,11 +168,11 @@ def second_order(signature: Signature, reference: Callable) -> Rules:
     return Rules(signature, outputs, signature.arguments, formula, lambda inputs, _: inputs, None)
 
 
-def eager_apply(name: str, signature: Signature, run: Callable, rules: Rules) -> Callable[..., Any]:
+def eager_apply(name: str, signature: Signature, run: Callable[[tuple], Any], rules: Rules) -> Callable[..., Any]:
     """Return a function that runs an operator and records its backward without torch's dispatcher."""
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = run(*args)
+        output = run(args)
         rules.setup(ctx, args, output)
         return output
 

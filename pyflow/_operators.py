@@ -10,6 +10,7 @@ machine), six launches of a kernel.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from . import _backend, _torch
-from ._autograd import Rules, Signature, eager_apply, first_order, pick, second_order
+from ._autograd import Rules, Signature, eager_apply, first_order, second_order
 from ._schemas import NAMED, SCHEMAS, library
 from ._torch import BelowAutograd, any_requires_grad, dispatcher_is_watched, tracing, transform
 from ._vmap import one_by_one
@@ -54,30 +55,27 @@ class Operator:
         self.reference = by_name(reference, self.signature.arguments)
         self.kinds = kinds_of(self.overload) if torch.cuda.is_available() else None
         self._lists = self.signature.lists
-        self._tensors = pick([i for i, kind in enumerate(self.signature.types.values()) if "Tensor" in kind])
         self._entry = _torch.entry(self.overload)
         self._apply: Callable | None = None  # set by `differentiate`
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or transform() is not None or has_torch_function(self._tensors(args)):
+        if torch.compiler.is_compiling() or transform() is not None or has_torch_function(args):
             return self.overload(*args)
         if self._lists and any(has_torch_function(args[i]) for i in self._lists):
             return self.overload(*args)
         if not torch.is_grad_enabled() or not any_requires_grad(*args):
-            return self._run(*args)
+            return self._run(args)
+        if self._apply is None:
+            return self.overload(*args)
         # a trace can save operators but not autograd functions
-        return self._enter(args) if self._apply is None or tracing() else self._apply(*args)
+        return self._run(args, contextlib.nullcontext) if tracing() else self._apply(*args)
 
-    def _run(self, *args: Any) -> Any:
+    def _run(self, args: tuple, guard: Callable[[], Any] = BelowAutograd) -> Any:
         """Run the kernel below autograd; on a GPU without the dispatcher, where it would pass on the arguments."""
-        with BelowAutograd():
+        with guard():
             if self.kinds is not None and passes_on(args, self.kinds) and not dispatcher_is_watched():
                 return self.launch(*args)
-            return self._enter(args)
-
-    def _enter(self, args: tuple) -> Any:
-        # one line for all calls: traces with and without gradients compare where an operator was called
-        return self._entry(*args)
+            return self._entry(*args)
 
     def pick(self, op: str, x: Tensor) -> Callable[..., Any]:
         """Return what the public function `op` calls for a tensor like x: the operator or its reference."""
