@@ -2,12 +2,12 @@
 
 import re as _re
 
-import torch as _torch
+from torch import __version__ as _with
 
-if [int(_n) for _n in _re.findall(r"\d+", _torch.__version__)[:2]] < [2, 11]:
-    raise ImportError(f"pyflow needs torch 2.11 or newer, this is {_torch.__version__}: pip install 'torch>=2.11'")
+if [int(_n) for _n in _re.findall(r"\d+", _with)[:2]] < [2, 11]:
+    raise ImportError(f"pyflow needs torch 2.11 or newer, this is {_with}: pip install 'torch>=2.11'")
 
-from . import _backend
+from . import _backend, _operators
 from . import energy as energy
 from . import flows as flows
 from . import nn as nn
@@ -20,4 +20,5 @@ from ._backend import backend as backend
 from ._version import __version__ as __version__
 from ._warmup import warmup as warmup
 
+_operators.check_complete()
 _backend.finish()

@@ -8,7 +8,6 @@ plain-torch reference directly instead of the operator, so that torch.compile ca
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import importlib.util
 import os
@@ -22,10 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import _direct
-from ._schemas import SCHEMAS, define, library
+from ._schemas import define
+from ._torch import under_transform_without_rule
 
 NAMES = ("auto", "cpu", "triton", "cuda", "reference")
 
@@ -42,12 +40,7 @@ _lock = threading.Lock()
 
 unusable: dict[str, str] = {}  # the value of PYFLOW_BACKEND, if it cannot run here -> the reason
 
-_families: dict[str, str] = {}  # operator -> family: the file name in ops/, reference/ and triton_kernels/
-_operators: dict[str, torch._ops.OpOverload] = {}
-_functions: dict[str, type[torch.autograd.Function]] = {}  # operator -> its autograd function
-# operator -> (its kernel for CUDA tensors, the types of its arguments), for `_run`; empty without a GPU
-_gpu_kernels: dict[str, tuple[Callable, _direct.Kinds]] = {}
-_interpreter: torch.library.Library | None = None  # CPU kernels that can run the Triton interpreter; see below
+_interpreter: torch.library.Library | None = None  # keeps the kernels of Triton's interpreter registered
 
 
 def _load_cpu() -> str | None:
@@ -239,24 +232,11 @@ def _forget_for_process(call: backend) -> None:
 
 
 def _offer_interpreter() -> None:
-    """Register the Triton kernels for CPU tensors, used by threads that choose "triton" (the interpreter)."""
     global _interpreter
     if _interpreter is None:
-        _interpreter = torch.library.Library("pyflow", "IMPL")
-        for op in _families:
-            _interpreter.impl(op, _interpretable(op), "CPU", with_keyset=True, allow_override=True)
+        from ._operators import offer_interpreter
 
-
-def _interpretable(op: str) -> Callable:
-    """Return a CPU kernel that runs the Triton kernel in threads that chose it, else the compiled CPU kernel."""
-    compiled = torch.library.get_kernel(_operators[op], "CPU")
-
-    def launch(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if current() == "triton":
-            return _triton_kernel(op)(*args)
-        return compiled.call_boxed(keys, *args)
-
-    return launch
+        _interpreter = offer_interpreter()
 
 
 def runs_reference(op: str, x: Tensor, cuda: bool = True) -> bool:
@@ -266,7 +246,7 @@ def runs_reference(op: str, x: Tensor, cuda: bool = True) -> bool:
     rule for. `cuda=False`: csrc/cuda has no kernel for this operator, so that a GPU needs Triton.
     """
     choice = current()
-    if choice == "reference" or _under_transform():
+    if choice == "reference" or under_transform_without_rule():
         return True
     kind = x.device.type
     if kind in _devices.get(choice, ()):
@@ -277,90 +257,14 @@ def runs_reference(op: str, x: Tensor, cuda: bool = True) -> bool:
     return True
 
 
-def call(name: str, *args: Any) -> Any:
-    """Run an operator: apply its autograd function directly, or skip the autograd key if no gradient is needed.
-
-    The dispatcher would reach the same function after two more Python calls, which cost 20 us with a warm cache and
-    200 us after a large tensor has evicted it.
-    """
-    op = _operators[name]
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return op(*args)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        # torch.jit.trace can save operators but not Python autograd functions
-        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # missing in torch.jit.__all__
-        return op(*args) if tracing else _functions[name].apply(*args)
-    return _run(name, args)
+def prefers_cuda() -> bool:
+    """Whether a call on a GPU runs the CUDA operator instead of the Triton launcher."""
+    choice = current()
+    return choice == "cuda" or (choice == "auto" and not _triton_runs)
 
 
-def _run(name: str, args: tuple) -> Any:
-    """Run the kernel of an operator below autograd; on a GPU without the dispatcher, where `_direct` allows it."""
-    with torch._C._AutoDispatchBelowAutograd():
-        if name in _gpu_kernels:
-            kernel, kinds = _gpu_kernels[name]
-            if _direct.changes_nothing(args, kinds):
-                return kernel(*args)
-        return _operators[name](*args)
-
-
-def _on_its_backend(setup_context: Callable, backward: Callable) -> tuple[Callable, Callable]:
-    """Return both functions, changed so that the backward runs on the backend of its forward in any thread."""
-
-    def remember(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.backend = current()
-        setup_context(ctx, inputs, output)
-
-    def run(ctx: Any, *grads: Any) -> Any:
-        if current() == ctx.backend:
-            return backward(ctx, *grads)
-        with on(ctx.backend):
-            return backward(ctx, *grads)
-
-    return remember, run
-
-
-def _function(op: str, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = _run(op, args)
-        setup_context(ctx, args, output)
-        return output
-
-    return type(op, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
-
-
-def _under_transform() -> bool:
-    """Whether forward-mode AD or a torch.func transform other than vmap is active; operators have a vmap rule only."""
-    if forward_ad._current_level >= 0:
-        return True
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        return False
-    vmap = torch._C._functorch.TransformType.Vmap
-    return any(level.key() != vmap for level in torch._C._functorch.get_interpreter_stack())
-
-
-# Dynamo evaluates the function while tracing: the active transforms do not change within a graph. This is
-# torch.compiler.assume_constant_result without importing dynamo.
-vars(_under_transform)["_dynamo_marked_constant"] = True
-
-
-def _cuda_kernel(op: str) -> Callable:
-    """Return the kernel for CUDA tensors: the Triton launcher, or the CUDA operator if chosen or without Triton."""
-
-    def launch(*args: Any) -> Any:
-        choice = current()
-        if choice == "cuda" or (choice == "auto" and not _triton_runs):
-            return getattr(_cuda_ops(), op)(*args)
-        return _triton_kernel(op)(*args)
-
-    return launch
-
-
-@functools.cache
-def _triton_kernel(op: str) -> Callable:
-    return getattr(importlib.import_module(f"pyflow.triton_kernels.{_families[op]}"), op)
-
-
-def _cuda_ops() -> Any:
+def cuda_operators() -> Any:
+    """Return the namespace of the CUDA operators, which are loaded by the first call."""
     global _cuda_library
     if _cuda_library is None:
         _cuda_library = define("pyflow_cuda")
@@ -368,43 +272,8 @@ def _cuda_ops() -> Any:
     return torch.ops.pyflow_cuda
 
 
-def register(
-    op: str,
-    family: str,
-    *,
-    reference: Callable,
-    fake: Callable,
-    vmap: Callable,
-    setup_context: Callable | None = None,
-    backward: Callable | None = None,
-) -> None:
-    """Register one operator: kernels, fake kernel, vmap rule and autograd formula.
-
-    All callables take the arguments of the schema in order. Without `backward` the operator is not differentiable.
-    """
-    name = f"pyflow::{op}"
-    _families[op] = family
-    library.impl(op, reference, "CompositeExplicitAutograd")
-    on_gpu = _cuda_kernel(op)
-    library.impl(op, on_gpu, "CUDA")
-    torch.library.register_fake(name, fake, lib=library)
-    torch.library.register_vmap(name, vmap, lib=library)
-    _operators[op] = getattr(torch.ops.pyflow, op).default
-    kinds = _direct.kinds_of(_operators[op])
-    if torch.cuda.is_available() and kinds is not None:
-        _gpu_kernels[op] = on_gpu, kinds
-    if backward is not None:
-        assert setup_context is not None
-        setup_context, backward = _on_its_backend(setup_context, backward)
-        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
-        _functions[op] = _function(op, setup_context, backward)
-
-
 def finish() -> None:
-    """Check that every schema has an implementation, then apply PYFLOW_BACKEND. Called once all families are loaded."""
-    unregistered = SCHEMAS.keys() - _families.keys()
-    if unregistered:
-        raise RuntimeError(f"operators without an implementation: {sorted(unregistered)}")
+    """Apply PYFLOW_BACKEND, once all families are loaded."""
     _choose_by_environment()
     if cpu_missing and not os.environ.get("PYFLOW_CPU_ISA"):
         warnings.warn(f"pyflow runs its plain-torch reference on CPU tensors: {cpu_missing}", stacklevel=3)

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
+
+from ._torch import FakeTensor, backward_id, dispatch_modes, makes_graph, tracing, transform
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -70,23 +71,21 @@ def device(op: str, value: Any) -> torch.device:
 
 def _may_be_fake() -> bool:
     """Whether tensors may be created on devices that this machine lacks: while traced, or under a dispatch mode."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or dispatch_modes() > 0
 
 
 def values_are_checked(tensor: Tensor) -> bool:
     """Whether a check may read the values: on a CPU, on an accelerator with PYFLOW_CHECK=1, never in any trace."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or transform() is not None:
         return False
-    if isinstance(tensor, FakeTensor) or torch._C._get_tracing_state() is not None:
-        return False
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+    if isinstance(tensor, FakeTensor) or tracing() or makes_graph():
         return False
     return tensor.is_cpu or (tensor.device.type != "meta" and os.environ.get("PYFLOW_CHECK") == "1")
 
 
 def in_backward() -> bool:
     """Whether this thread runs a backward: a forward is then a recomputation."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and backward_id() != -1
 
 
 def uncast(x: Tensor) -> contextlib.AbstractContextManager:

@@ -4,13 +4,13 @@ An operator is opaque to Inductor, so that its result has the same bits in eager
 
 Common arguments and results:
 
-- Integer arguments `scale_map`, `packing`, `prior`, `kind`, `purpose`, `variant`, `distance` and the entries of
-  `kernels` are indices into the tuples below.
+- Integer arguments in `NAMED` and the entries of `kernels` are indices into the tuples below.
 - `seed` is int64, 0-d or (B,) with one stream per sample. `step` is 0-d int64. Values that change from call to call
   (seed, step, coefficients) are tensors, on the CPU if the caller passed a number: a new value does not recompile.
 - The compute dtype is float64 for float64 inputs, else float32. "like x" means the shape, dtype and strides of x.
-- A `*_backward` operator takes the output gradients first (None: zero) and returns one gradient per differentiable
-  input, or an empty tensor in place of a gradient that was not requested.
+- A `*_backward` operator takes the output gradients first (None: zero), `grad` of the first output or `grad_<output>`,
+  then arguments and outputs of its forward by their names. It returns one `grad_<argument>` per differentiable input,
+  or an empty tensor in place of a gradient that was not requested. `_autograd.py` reads these names.
 
 Couplings (formulas: `pyflow.ops.affine_coupling`):
 
@@ -81,41 +81,49 @@ FSQ_VARIANTS = ("vqp", "paper", "symmetric", "sigmoid", "hard", "symmetric_hard"
 # kernels of HSIC; a linear kernel is a polynomial kernel of degree 1
 HSIC_KERNELS = ("rbf", "laplacian", "polynomial", "delta", "precomputed")
 
+# integer arguments of operators -> what their values stand for
+NAMED = {
+    "scale_map": SCALE_MAPS, "packing": PACKINGS, "prior": PRIORS, "kind": NOISES, "purpose": PURPOSES,
+    "distance": DISTANCES, "variant": FSQ_VARIANTS,
+}  # fmt: skip
+
 _MAP = "int scale_map, float map_arg, bool shift_first, bool inverse, int event_dims"
 _GRAMS = "int[] kernels, int[] degrees, int[] pairs, bool allow_tf32"
 
 SCHEMAS = {
-    "additive_coupling": "(Tensor x, Tensor shift, Tensor? mask, bool inverse) -> Tensor",
-    "affine_coupling": f"(Tensor x, Tensor shift, Tensor scale, Tensor? mask, {_MAP}) -> (Tensor, Tensor)",
+    "additive_coupling": "(Tensor x, Tensor shift, Tensor? mask, bool inverse) -> Tensor y",
+    "affine_coupling": f"(Tensor x, Tensor shift, Tensor scale, Tensor? mask, {_MAP}) -> (Tensor y, Tensor logdet)",
     "affine_coupling_backward": (
         "(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor? shift, Tensor scale, Tensor? mask, "
-        f"{_MAP}, ScalarType? shift_dtype) -> (Tensor, Tensor, Tensor)"
+        f"{_MAP}, ScalarType? shift_dtype) -> (Tensor grad_x, Tensor grad_shift, Tensor grad_scale)"
     ),
     "affine_coupling_packed": (
-        f"(Tensor x, Tensor params, Tensor? mask, int packing, int dim, {_MAP}) -> (Tensor, Tensor)"
+        f"(Tensor x, Tensor params, Tensor? mask, int packing, int dim, {_MAP}) -> (Tensor y, Tensor logdet)"
     ),
     "affine_coupling_packed_backward": (
         "(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor params, Tensor? mask, "
-        f"int packing, int dim, {_MAP}) -> (Tensor, Tensor)"
+        f"int packing, int dim, {_MAP}) -> (Tensor grad_x, Tensor grad_params)"
     ),
-    "flow_log_prob": "(Tensor h, Tensor? log_scale, int prior) -> Tensor",
-    "flow_log_prob_backward": "(Tensor grad, Tensor h, Tensor? log_scale, int prior) -> (Tensor, Tensor)",
+    "flow_log_prob": "(Tensor h, Tensor? log_scale, int prior) -> Tensor log_prob",
+    "flow_log_prob_backward": (
+        "(Tensor grad, Tensor h, Tensor? log_scale, int prior) -> (Tensor grad_h, Tensor grad_log_scale)"
+    ),
     "philox": "(Tensor counter, Tensor key) -> Tensor",
     "noise": "(SymInt[] size, Tensor seed, Tensor step, int kind, int purpose, ScalarType dtype) -> Tensor",
     "sde_step": (
         "(Tensor x, Tensor? score, Tensor a, Tensor? b, Tensor c, Tensor? seed, Tensor? step, Tensor? noise, "
-        "int purpose, bool return_mean) -> (Tensor, Tensor)"
+        "int purpose, bool return_mean) -> (Tensor y, Tensor mean)"
     ),
     "sde_step_backward": (
         "(Tensor? grad, Tensor? grad_mean, Tensor? x, Tensor? score, Tensor a, Tensor? b, Tensor c, Tensor? seed, "
         "Tensor? step, Tensor? noise, int purpose, ScalarType? x_dtype, ScalarType? score_dtype, "
-        "ScalarType? noise_dtype, bool f64) -> (Tensor, Tensor, Tensor, Tensor)"
+        "ScalarType? noise_dtype, bool f64) -> (Tensor grad_x, Tensor grad_score, Tensor grad_noise, Tensor sums)"
     ),
-    "denoising_loss": "(Tensor pred, Tensor? std, Tensor seed, Tensor step) -> Tensor",
+    "denoising_loss": "(Tensor pred, Tensor? std, Tensor seed, Tensor step) -> Tensor loss",
     "denoising_loss_backward": (
-        "(Tensor grad, Tensor pred, Tensor? std, Tensor seed, Tensor step) -> (Tensor, Tensor)"
+        "(Tensor grad, Tensor pred, Tensor? std, Tensor seed, Tensor step) -> (Tensor grad_pred, Tensor grad_std)"
     ),
-    "langevin_squares": "(Tensor score, Tensor? seed, Tensor? step, Tensor? noise, int purpose) -> Tensor",
+    "langevin_squares": "(Tensor score, Tensor? seed, Tensor? step, Tensor? noise, int purpose) -> Tensor squares",
     "sector_counts": (
         "(Tensor thresholds, SymInt points, SymInt trials, Tensor seed, Tensor step, int purpose) -> Tensor"
     ),
@@ -123,29 +131,35 @@ SCHEMAS = {
         "(Tensor z, Tensor z_new, Tensor u, Tensor u_new, Tensor grad, Tensor grad_new, Tensor alpha, Tensor seed, "
         "Tensor step) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
-    "grad_norm_penalty": "(Tensor grad) -> Tensor",
-    "fsq": "(Tensor z, int[] levels, int variant, bool return_indices) -> (Tensor, Tensor)",
-    "fsq_backward": "(Tensor grad, Tensor z, int[] levels, int variant) -> Tensor",
+    "grad_norm_penalty": "(Tensor grad) -> Tensor squares",
+    "fsq": "(Tensor z, int[] levels, int variant, bool return_indices) -> (Tensor codes, Tensor indices)",
+    "fsq_backward": "(Tensor grad, Tensor z, int[] levels, int variant) -> Tensor grad_z",
     "fsq_decode": "(Tensor indices, int[] levels, int variant, int dim, ScalarType dtype) -> Tensor",
-    "residual_fsq": "(Tensor x, int[] levels, int variant, int stages, Tensor? active) -> (Tensor, Tensor)",
+    "residual_fsq": "(Tensor x, int[] levels, int variant, int stages, Tensor? active) -> (Tensor out, Tensor indices)",
     "residual_fsq_backward": (
-        "(Tensor grad, Tensor x, int[] levels, int variant, int stages, Tensor? active) -> Tensor"
+        "(Tensor grad, Tensor x, int[] levels, int variant, int stages, Tensor? active) -> Tensor grad_x"
     ),
-    "hsic_sums": f"(Tensor[] z, Tensor scale, {_GRAMS}, int part, int parts) -> (Tensor, Tensor, Tensor)",
-    "hsic_sums_backward": f"(Tensor grad_rows, Tensor grad_cross, Tensor[] z, Tensor scale, {_GRAMS}) -> Tensor[]",
+    "hsic_sums": (
+        f"(Tensor[] z, Tensor scale, {_GRAMS}, int part, int parts) -> (Tensor rows, Tensor cross, Tensor shift)"
+    ),
+    "hsic_sums_backward": (
+        f"(Tensor grad_rows, Tensor grad_cross, Tensor[] z, Tensor scale, {_GRAMS}) -> Tensor[] grad_z"
+    ),
     "hsic_permuted": "(Tensor gram_x, Tensor gram_y, Tensor permutations) -> Tensor",
-    "center_gram": "(Tensor gram) -> Tensor",
+    "center_gram": "(Tensor gram) -> Tensor centred",
     "center_gram_": "(Tensor(a!) gram) -> ()",
     "gan_qp_loss": (
         "(Tensor t_real, Tensor t_fake, Tensor x_real, Tensor x_fake, Tensor? z_real, Tensor? z_fake, float lam, "
-        "float eps, int distance) -> (Tensor, Tensor)"
+        "float eps, int distance) -> (Tensor loss, Tensor d)"
     ),
     "gan_qp_loss_backward": (
-        "(Tensor grad, Tensor t_real, Tensor t_fake, Tensor d, float lam, float eps) -> (Tensor, Tensor)"
+        "(Tensor grad, Tensor t_real, Tensor t_fake, Tensor d, float lam, float eps) "
+        "-> (Tensor grad_t_real, Tensor grad_t_fake)"
     ),
-    "spectral_normalize": "(Tensor[] weights, Tensor[] u, Tensor[] v, int n_iter) -> Tensor[]",
+    "spectral_normalize": "(Tensor[] weights, Tensor[] u, Tensor[] v, int n_iter) -> Tensor[] lists",
     "spectral_normalize_backward": (
-        "(Tensor[] grads, Tensor[] grad_sigmas, Tensor[] weights, Tensor[] u, Tensor[] v, Tensor[] sigmas) -> Tensor[]"
+        "(Tensor[] grads, Tensor[] grad_sigmas, Tensor[] weights, Tensor[] u, Tensor[] v, Tensor[] sigmas) "
+        "-> Tensor[] grad_weights"
     ),
 }
 

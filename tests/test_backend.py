@@ -13,6 +13,8 @@ import torch
 
 import pyflow
 from pyflow import _backend
+from pyflow._operators import OPERATORS
+from pyflow._schemas import SCHEMAS
 
 needs_kernels = pytest.mark.skipif(_backend.cpu_missing is not None, reason=str(_backend.cpu_missing))
 
@@ -96,12 +98,12 @@ def test_concurrent_blocks_see_their_own_choice_and_leave_nothing():
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_backward_runs_on_the_backend_of_its_forward(elsewhere, monkeypatch):
     seen = []
-    op = _backend._operators["fsq_backward"]
-    note = lambda *args: (seen.append(_backend.current()), op(*args))[1]
+    entry = OPERATORS["fsq_backward"]._entry
+    note = lambda *args: (seen.append(_backend.current()), entry(*args))[1]
     z = torch.randn(4, 3, requires_grad=True)
     with pyflow.backend("cpu"):
         codes, _ = pyflow.ops.fsq(z, (8, 5, 5))
-    monkeypatch.setitem(_backend._operators, "fsq_backward", note)
+    monkeypatch.setattr(OPERATORS["fsq_backward"], "_entry", note)
     with pyflow.backend("reference"):
         backward = lambda: torch.autograd.grad(codes.sum(), z)
         in_a_thread(backward) if elsewhere else backward()
@@ -198,7 +200,7 @@ def test_an_unavailable_instruction_set():
 
 
 def test_the_reference_is_registered_for_every_operator():
-    for name in _backend.SCHEMAS:
+    for name in SCHEMAS:
         kernels = torch._C._dispatch_dump(f"pyflow::{name}")
         assert "CompositeExplicitAutograd" in kernels and "Meta" in kernels and "FuncTorchBatched" in kernels, name
 

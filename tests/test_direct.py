@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +12,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyflow
-from pyflow import _backend, _direct, ops
+from pyflow import _backend, _operators, _torch, ops
+from pyflow._operators import OPERATORS
 
 OP = "affine_coupling"
+LISTS = "spectral_normalize"
+NAMES = (OP, f"{OP}_backward", LISTS, f"{LISTS}_backward")
 
 
 @pytest.fixture
@@ -25,16 +28,18 @@ def direct(monkeypatch):
     def kernel(name):
         def run(*args):
             calls.append(name)
-            return _backend._operators[name](*args)
+            return OPERATORS[name].overload(*args)
 
         return run
 
-    real = _direct._dense_keys
-    monkeypatch.setattr(_direct, "_dense_keys", lambda device: real("cpu") if device == "cuda" else frozenset())
-    kinds = {name: _direct.kinds_of(_backend._operators[name]) for name in (OP, f"{OP}_backward")}
-    monkeypatch.setattr(_backend, "_gpu_kernels", {name: (kernel(name), kind) for name, kind in kinds.items()})
+    real = _torch.dense_keys
+    monkeypatch.setattr(_torch, "dense_keys", lambda device: real("cpu") if device == "cuda" else frozenset())
+    for name in NAMES:
+        operator = OPERATORS[name]
+        monkeypatch.setattr(operator, "kinds", _operators.kinds_of(operator.overload))
+        monkeypatch.setattr(operator, "launch", kernel(name))
     # without compiled kernels the public function would call the reference
-    monkeypatch.setattr(sys.modules["pyflow.ops.coupling"], "runs_reference", lambda *args, **options: False)
+    monkeypatch.setattr(_backend, "runs_reference", lambda *args, **options: False)
     return calls
 
 
@@ -51,7 +56,7 @@ def test_plain_calls_skip_the_dispatcher(direct, context):
         got = ops.affine_coupling(x, torch.nn.Parameter(shift, requires_grad=False), scale)
     assert direct == [OP]
     with pyflow.backend("reference"):
-        want = _backend._operators[OP](*leaves(), None, 0, 0.0, False, False, 1)
+        want = OPERATORS[OP].overload(*leaves(), None, 0, 0.0, False, False, 1)
     torch.testing.assert_close(tuple(got), tuple(want))
 
 
@@ -108,9 +113,9 @@ class Named(torch.Tensor):
 def test_unusual_tensors_use_the_operator(direct, special):
     x, shift, scale = leaves()
     arguments = (None, 0, 0.0, False, False, 1)
-    got = _backend.call(OP, x, special(shift), scale, *arguments)
+    got = OPERATORS[OP](x, special(shift), scale, *arguments)
     assert direct == []
-    want = _backend.call(OP, x, special(shift).clone().as_subclass(torch.Tensor), scale, *arguments)
+    want = OPERATORS[OP](x, special(shift).clone().as_subclass(torch.Tensor), scale, *arguments)
     assert direct == [OP]
     assert torch.equal(got[0].as_subclass(torch.Tensor), want[0])
 
@@ -120,24 +125,73 @@ def test_arguments_of_other_types_are_converted_by_the_operator(direct, index, v
     arguments = [0, 0.0, False, False, 1]
     arguments[index] = value
     try:
-        _backend.call(OP, *leaves(), None, *arguments)
+        OPERATORS[OP](*leaves(), None, *arguments)
     except RuntimeError:
         assert index == 0
     assert direct == []
 
 
-def test_operators_that_write_or_take_lists_keep_the_dispatcher():
-    without = {name for name, op in _backend._operators.items() if _direct.kinds_of(op) is None}
-    assert without == {
-        "center_gram_", "hsic_sums", "hsic_sums_backward", "spectral_normalize", "spectral_normalize_backward",
-    }  # fmt: skip
+def test_an_operator_that_writes_keeps_the_dispatcher():
+    without = {name for name, operator in OPERATORS.items() if _operators.kinds_of(operator.overload) is None}
+    assert without == {"center_gram_"}
+
+
+def test_lists_of_tensors_skip_the_dispatcher(direct):
+    def normalised(weights, u, v):
+        out, _, _, sigmas = ops.spectral_normalize(weights, u, v)
+        loss = sum(w.square().sum() * s for w, s in zip(out[:2], sigmas[1:], strict=True))
+        return [*out, *torch.autograd.grad(loss, weights)]
+
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(n, 3, generator=generator, requires_grad=True) for n in (4, 5, 6)]
+    u, v = [torch.ones(n) for n in (4, 5, 6)], [torch.ones(3)] * 3
+    got = normalised(weights, u, v)
+    assert direct == [LISTS, f"{LISTS}_backward"]
+    with FlopCounterMode(display=False):
+        want = normalised(weights, u, v)
+    assert direct == [LISTS, f"{LISTS}_backward"]
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    ops.spectral_normalize([weights[0].detach(), weights[1].detach().as_subclass(Named)], u[:2], v[:2])
+    assert direct == [LISTS, f"{LISTS}_backward"]
 
 
 def test_a_call_without_a_tensor_in_gpu_memory_uses_the_operator():
-    kinds = _direct.kinds_of(_backend._operators[OP])
-    cpu = _direct._dense_keys("cpu")
+    kinds = _operators.kinds_of(OPERATORS[OP].overload)
+    cpu = _torch.dense_keys("cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_direct, "_dense_keys", lambda device: cpu if device == "cpu" else frozenset())
-        assert not _direct.changes_nothing((*leaves(), None, 0, 0.0, False, False, 1), kinds)
+        patch.setattr(_torch, "dense_keys", lambda device: cpu if device == "cpu" else frozenset())
+        assert not _operators.passes_on((*leaves(), None, 0, 0.0, False, False, 1), kinds)
         numbers = [torch.tensor(1.0)] * 3
-        assert not _direct.changes_nothing((*numbers, None, 0, 0.0, False, False, 1), kinds)
+        assert not _operators.passes_on((*numbers, None, 0, 0.0, False, False, 1), kinds)
+
+
+class Launchers:
+    """Stand in for a module of launchers; counts how often one is looked up."""
+
+    def __init__(self):
+        self.asked, self.ran = 0, []
+
+    def __getattr__(self, name):
+        self.asked += 1
+        return lambda *args: self.ran.append(name)
+
+
+def test_a_launcher_is_looked_up_once_and_follows_the_backend(monkeypatch):
+    operator, triton, cuda = OPERATORS["flow_log_prob"], Launchers(), Launchers()
+    monkeypatch.setattr(_operators.importlib, "import_module", lambda name: triton)
+    monkeypatch.setattr(
+        _backend, "cuda_operators", lambda: SimpleNamespace(flow_log_prob=SimpleNamespace(default=cuda.x))
+    )
+    monkeypatch.setattr(_backend, "_triton_runs", True)
+    try:
+        for _ in range(3):
+            operator.launch()
+        with _backend.on("cuda"):
+            operator.launch()
+        monkeypatch.setattr(_backend, "_triton_runs", False)
+        operator.launch()
+    finally:
+        for name in ("triton_kernel", "cuda_kernel"):
+            vars(operator).pop(name, None)
+    assert triton.asked == 1 and triton.ran == ["flow_log_prob"] * 3 and cuda.ran == ["x"] * 2

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .._torch import tree_flatten, tree_unflatten
 
 # how many levels of objects inside objects are searched
 _DEPTH = 4

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _checks as check
+from .._torch import DisableAutocast, FakeTensor, is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
     from .reversible import ReversibleSequential
@@ -85,7 +84,7 @@ class Replay:
             return
         eps, features = torch.finfo(x.dtype).eps, x.numel() // seen.numel()
         # fast path: compares fingerprints only, without reading x and y
-        if bool((found - seen).abs().sum() <= eps**0.4 * seen.abs().sum()):
+        if bool(torch.dist(found, seen, 1) <= eps**0.4 * seen.abs().sum()):
             return
         # nansum skips rows that are not finite; where |x| << |y| the inverse recovers few digits of x
         distance = (found.double() - seen.double()).square().nansum().sqrt() * features**0.5
@@ -107,7 +106,7 @@ class Replay:
             # a chirp has a flat spectrum: it detects smooth and rough differences alike
             chirp = torch.arange(key[0], dtype=torch.float64, device=x.device).square().mul(0.7).cos()
             self.directions[key] = (chirp * (2 / max(key[0], 1)) ** 0.5).to(x.dtype)
-        with torch._C._DisableAutocast():
+        with DisableAutocast():
             return rows @ self.directions[key]
 
     def _read(self) -> list[Tensor]:

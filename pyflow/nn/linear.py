@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 from .. import _checks as check
+from .._torch import FakeTensor, transform
 from ..ops import affine_coupling
 from ..reference import matmul
 from ._held import HoldsNumbers
@@ -133,7 +133,7 @@ def _known_set(flag: Tensor, likely: bool) -> bool:
     """Whether a flag is set; `likely` where reading it would break a compiled graph or a CUDA graph capture."""
     if torch.compiler.is_compiling():
         return likely
-    if torch._C._functorch.peek_interpreter_stack() is not None or flag.is_meta:
+    if transform() is not None or flag.is_meta:
         # a functorch wrapper must not outlive its call; a meta tensor has no value
         return False
     if type(flag) is not Tensor or (flag.is_cuda and torch.cuda.is_current_stream_capturing()):

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _backend
+from .._torch import exporting, forward_mode, is_traceable_wrapper_subclass, transform
 from ..train._collect import innermost
 from ._context import Context
 from ._replay import Replay
@@ -87,9 +86,7 @@ class ReversibleSequential(nn.Module):
 
     def forward(self, x: Tensor, *context: object, **named: object) -> tuple[Tensor, Tensor]:
         plainly = not self.recompute or not torch.is_grad_enabled()
-        # not is_exporting(): dynamo of torch 2.11 folds that call to true in every compilation
-        exported = torch.compiler._is_exporting_flag
-        if plainly or exported or torch.jit.is_tracing():  # type: ignore[attr-defined]  # missing in torch.jit.__all__
+        if plainly or exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]  # missing in torch.jit.__all__
             return self._run(x, context, named)
         return self._run_rebuilding(x, context, named)
 
@@ -302,4 +299,4 @@ class _Sum:
 
 def _transformed() -> bool:
     """Whether a torch.func transform or forward-mode AD is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return transform() is not None or forward_mode()

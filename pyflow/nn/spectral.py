@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize
 
 from .. import _checks as check
+from .._torch import FakeTensor, transform
 from ..ops import spectral_normalize
 from ._context import Context
 
@@ -170,7 +170,7 @@ class _Together:
         if not torch.is_grad_enabled():
             given = [None] * len(given)
         self.keep(given)
-        plain = torch._C._functorch.peek_interpreter_stack() is None and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # missing in torch.jit.__all__
+        plain = transform() is None and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # missing in torch.jit.__all__
         if torch.is_grad_enabled() and plain:
             # the hooks of the outputs run first in a backward: restore the weights of its own forward
             nodes = {normalised[0].grad_fn for normalised in given if normalised is not None}

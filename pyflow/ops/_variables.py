@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS
+from .._torch import tracing, transform
 from ..reference import compute_dtype
 from ..reference import hsic as ref
 from .noise import uniform
@@ -120,6 +121,8 @@ def together(op: str, every: list[Variable]) -> list[Variable]:
             raise ValueError(
                 f"{op}: all inputs must have the same number of rows, got {first.shape[-2]} and {other.z.shape[-2]}"
             )
+    if all(v.z.dim() == 2 and v.z.dtype == first.dtype for v in every):
+        return every
     try:
         batch = torch.broadcast_shapes(*(v.z.shape[:-2] for v in every))
     except RuntimeError:
@@ -217,7 +220,7 @@ def _levelled(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _batched() -> bool:
     """Whether view(dtype) is missing: in torch.func transforms (torch 2.11) and in jit.trace."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
+    return transform() is not None or tracing()
 
 
 def _power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
@@ -479,8 +482,8 @@ def ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
     """xy / sqrt(xx yy), or 0 where xx or yy is not positive."""
     undefined = (xx <= 0) | (yy <= 0)
     # replaced before the division, so that gradients contain no NaN
-    xx, yy = (torch.where(undefined, torch.ones_like(v), v) for v in (xx, yy))
-    return torch.where(undefined, torch.zeros_like(xy), xy / (xx.sqrt() * yy.sqrt()))
+    xx, yy = xx.masked_fill(undefined, 1), yy.masked_fill(undefined, 1)
+    return (xy / (xx.sqrt() * yy.sqrt())).masked_fill(undefined, 0)
 
 
 def median_distance(x: Tensor, p: float = 2.0) -> Tensor:

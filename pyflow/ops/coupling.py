@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._backend import call, register, runs_reference
+from .._operators import register
 from .._schemas import PACKINGS, SCALE_MAPS
+from .._vmap import leading
 from ..reference import compute_dtype
 from ..reference import coupling as ref
-from ._transforms import batch_first, vector_jacobian
 
 
 def additive_coupling(x: Tensor, shift: Tensor, *, inverse: bool = False, mask: Tensor | None = None) -> Tensor:
@@ -54,9 +54,7 @@ def additive_coupling(x: Tensor, shift: Tensor, *, inverse: bool = False, mask: 
         return x + shift if inverse is False or not check.flag(op, "inverse", inverse) else x - shift
     if mask is not None:
         mask = check.mask_for(op, mask, x)
-    if runs_reference(op, x):
-        return ref.additive_coupling(x, shift, inverse=inverse, mask=mask)
-    return call("additive_coupling", x, shift, mask, inverse)
+    return _additive.pick(op, x)(x, shift, mask, inverse)
 
 
 def affine_coupling(
@@ -126,12 +124,7 @@ def affine_coupling(
     event_dims = _event_dims(op, x, event_dims)
     if mask is not None:
         mask = check.mask_for(op, mask, x)
-    if runs_reference(op, x):
-        return ref.affine_coupling(
-            x, shift, scale, scale_map=scale_map, map_arg=arg, shift_first=shift_first, inverse=inverse,
-            mask=mask, event_dims=event_dims,
-        )  # fmt: skip
-    return call("affine_coupling", x, shift, scale, mask, index, arg, shift_first, inverse, event_dims)
+    return _affine.pick(op, x)(x, shift, scale, mask, index, arg, shift_first, inverse, event_dims)
 
 
 def affine_coupling_packed(
@@ -185,12 +178,7 @@ def affine_coupling_packed(
     event_dims = _event_dims(op, x, event_dims)
     if mask is not None:
         mask = check.mask_for(op, mask, x)
-    if runs_reference(op, x):
-        return ref.affine_coupling_packed(
-            x, params, packing=packing, dim=dim, scale_map=scale_map, map_arg=arg, shift_first=shift_first,
-            inverse=inverse, mask=mask, event_dims=event_dims,
-        )  # fmt: skip
-    return call("affine_coupling_packed", x, params, mask, layout, dim, index, arg, shift_first, inverse, event_dims)
+    return _packed.pick(op, x)(x, params, mask, layout, dim, index, arg, shift_first, inverse, event_dims)
 
 
 def scale_map_constant(
@@ -230,209 +218,72 @@ def _event_dims(op: str, x: Tensor, event_dims: int | None) -> int:
     return event_dims
 
 
-# registration with torch: arguments follow the order of each operator's schema
+# registration with torch
 
 
-def _keywords(mask, scale_map, map_arg, shift_first, inverse, event_dims):
-    return {
-        "mask": mask, "scale_map": SCALE_MAPS[scale_map], "map_arg": map_arg, "shift_first": shift_first,
-        "inverse": inverse, "event_dims": event_dims,
-    }  # fmt: skip
+def _additive_backward(grad, mask, inverse):
+    grad_shift = -grad if inverse else grad
+    return {"x": grad, "shift": grad_shift if mask is None else torch.where(mask, 0, grad_shift)}
 
 
-def _logdet_like(x: Tensor, event_dims: int) -> Tensor:
-    return x.new_empty(x.shape[: x.dim() - event_dims], dtype=compute_dtype(x.dtype))
+_additive = register(
+    "additive_coupling", "coupling", reference=ref.additive_coupling, vmap=leading, backward=_additive_backward,
+    fake=lambda x, shift, mask, inverse: torch.empty_like(x),
+)  # fmt: skip
 
 
-def _additive_reference(x, shift, mask, inverse):
-    y = ref.additive_coupling(x, shift, inverse=inverse, mask=mask)
-    return torch.empty_like(x).copy_(y)
+def _fake(x, *rest):
+    event_dims = rest[-1]
+    logdet = x.new_empty(x.shape[: x.dim() - event_dims], dtype=compute_dtype(x.dtype))
+    return torch.empty_like(x), logdet
 
 
-def _additive_setup(ctx, inputs, output):
-    _, shift, mask, ctx.inverse = inputs
-    ctx.shift_dtype = shift.dtype
-    ctx.save_for_backward(mask)
+def _affine_backward_reference(shift_dtype, **arguments):
+    grad_x, grad_shift, grad_scale = ref.affine_coupling_backward(**arguments)
+    return grad_x, None if shift_dtype is None else grad_shift.to(shift_dtype), grad_scale
 
 
-def _additive_backward(ctx, grad_y):
-    (mask,) = ctx.saved_tensors
-    grad_shift = -grad_y if ctx.inverse else grad_y
-    if mask is not None:
-        grad_shift = torch.where(mask, 0, grad_shift)
-    return grad_y, grad_shift.to(ctx.shift_dtype), None, None
-
-
-def _additive_vmap(info, in_dims, x, shift, mask, inverse):
-    x, shift, mask = batch_first(info, in_dims, x, shift, mask)
-    return torch.ops.pyflow.additive_coupling(x, shift, mask, inverse), 0
-
-
-def _affine_reference(x, shift, scale, *options):
-    y, logdet = ref.affine_coupling(x, shift, scale, **_keywords(*options))
-    return torch.empty_like(x).copy_(y), logdet.contiguous()
-
-
-def _affine_fake(x, shift, scale, mask, scale_map, map_arg, shift_first, inverse, event_dims):
-    return torch.empty_like(x), _logdet_like(x, event_dims)
-
-
-def _affine_setup(ctx, inputs, output):
-    x, shift, scale, mask, *ctx.options = inputs
-    _, _, shift_first, inverse, _ = ctx.options
-    ctx.shift_dtype = shift.dtype
-    ctx.set_materialize_grads(False)
-    # the backward needs shift only where scale multiplies it
-    ctx.save_for_backward(x, shift if shift_first != inverse else None, scale, mask)
-
-
-def _affine_backward(ctx, grad_y, grad_logdet):
-    x, shift, scale, mask = ctx.saved_tensors
-    _, _, shift_first, inverse, _ = ctx.options
-    # in the forward direction grad_shift equals grad_y or grad_x: the operator need not write it
-    is_grad_y = not inverse and mask is None and not shift_first
-    is_grad_x = not inverse and mask is None and shift_first and ctx.shift_dtype == x.dtype
-    shift_dtype = None if is_grad_y or is_grad_x else ctx.shift_dtype
-    grad_x, grad_shift, grad_scale = call(
-        "affine_coupling_backward", grad_y, grad_logdet, x, shift, scale, mask, *ctx.options, shift_dtype
-    )
-    if is_grad_y:
-        grad_shift = grad_y
-    elif is_grad_x:
-        grad_shift = grad_x
-    return grad_x, grad_shift, grad_scale, None, None, None, None, None, None
-
-
-def _affine_vmap(info, in_dims, x, shift, scale, mask, *options):
-    tensors = batch_first(info, in_dims, x, shift, scale, mask)
-    return torch.ops.pyflow.affine_coupling(*tensors, *options), (0, 0)
-
-
-def _affine_backward_reference(grad_y, grad_logdet, x, shift, scale, mask, *options):
-    *constants, shift_dtype = options
-    grads = ref.affine_coupling_backward(grad_y, grad_logdet, x, shift, scale, **_keywords(mask, *constants))
-    grad_x, grad_shift, grad_scale = grads
-    return (
-        torch.empty_like(x).copy_(grad_x),
-        x.new_empty(0) if shift_dtype is None else grad_shift.to(shift_dtype).contiguous(),
-        torch.empty_like(scale).copy_(grad_scale),
-    )
-
-
-def _affine_backward_fake(grad_y, grad_logdet, x, shift, scale, mask, *options):
+def _affine_backward_fake(grad_y, grad_logdet, x, shift, scale, *options):
     shift_dtype = options[-1]
     grad_shift = x.new_empty(0) if shift_dtype is None else x.new_empty(x.shape, dtype=shift_dtype)
     return torch.empty_like(x), grad_shift, torch.empty_like(scale)
 
 
-def _affine_backward_setup(ctx, inputs, output):
-    *tensors, ctx.mask = inputs[:6]
-    ctx.options = inputs[6:]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _affine_backward_backward(ctx, *grads):
-    *options, shift_dtype = ctx.options
-
-    def formula(grad_y, grad_logdet, x, shift, scale):
-        out = ref.affine_coupling_backward(grad_y, grad_logdet, x, shift, scale, **_keywords(ctx.mask, *options))
-        return (out[0], out[2]) if shift_dtype is None else out
-
-    if shift_dtype is None:
-        grads = (grads[0], grads[2])
-    inner = vector_jacobian(formula, ctx.saved_tensors, grads)
-    return (*inner, None, *(None for _ in ctx.options))
-
-
-def _affine_backward_vmap(info, in_dims, grad_y, grad_logdet, x, shift, scale, mask, *options):
-    tensors = batch_first(info, in_dims, grad_y, grad_logdet, x, shift, scale, mask)
-    out = torch.ops.pyflow.affine_coupling_backward(*tensors, *options)
-    return out, (0, None if options[-1] is None else 0, 0)
-
-
-def _packed_keywords(mask, packing, dim, *options):
-    return {"packing": PACKINGS[packing], "dim": dim, **_keywords(mask, *options)}
-
-
-def _packed_reference(x, params, *options):
-    y, logdet = ref.affine_coupling_packed(x, params, **_packed_keywords(*options))
-    return torch.empty_like(x).copy_(y), logdet.contiguous()
-
-
-def _packed_fake(x, params, mask, packing, dim, scale_map, map_arg, shift_first, inverse, event_dims):
-    return torch.empty_like(x), _logdet_like(x, event_dims)
-
-
-def _packed_setup(ctx, inputs, output):
-    x, params, mask, *ctx.options = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, params, mask)
-
-
-def _packed_backward(ctx, grad_y, grad_logdet):
-    x, params, mask = ctx.saved_tensors
-    grad_x, grad_params = call("affine_coupling_packed_backward", grad_y, grad_logdet, x, params, mask, *ctx.options)
-    return (grad_x, grad_params, None, *(None for _ in ctx.options))
-
-
-def _packed_vmap(info, in_dims, x, params, mask, packing, dim, *options):
-    x, params, mask = batch_first(info, in_dims, x, params, mask)
-    return torch.ops.pyflow.affine_coupling_packed(x, params, mask, packing, dim + 1, *options), (0, 0)
-
-
-def _packed_backward_reference(grad_y, grad_logdet, x, params, *options):
-    grad_x, grad_params = ref.affine_coupling_packed_backward(
-        grad_y, grad_logdet, x, params, **_packed_keywords(*options)
-    )
-    return torch.empty_like(x).copy_(grad_x), torch.empty_like(params).copy_(grad_params)
-
-
-def _packed_backward_fake(grad_y, grad_logdet, x, params, *options):
-    return torch.empty_like(x), torch.empty_like(params)
-
-
-def _packed_backward_setup(ctx, inputs, output):
-    *tensors, ctx.mask = inputs[:5]
-    ctx.options = inputs[5:]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _packed_backward_backward(ctx, *grads):
-    def formula(grad_y, grad_logdet, x, params):
-        options = _packed_keywords(ctx.mask, *ctx.options)
-        return ref.affine_coupling_packed_backward(grad_y, grad_logdet, x, params, **options)
-
-    inner = vector_jacobian(formula, ctx.saved_tensors, grads)
-    return (*inner, None, *(None for _ in ctx.options))
-
-
-def _packed_backward_vmap(info, in_dims, grad_y, grad_logdet, x, params, mask, packing, dim, *options):
-    tensors = batch_first(info, in_dims, grad_y, grad_logdet, x, params, mask)
-    out = torch.ops.pyflow.affine_coupling_packed_backward(*tensors, packing, dim + 1, *options)
-    return out, (0, 0)
-
-
-register(
-    "additive_coupling", "coupling", reference=_additive_reference, vmap=_additive_vmap,
-    fake=lambda x, shift, mask, inverse: torch.empty_like(x),
-    setup_context=_additive_setup, backward=_additive_backward,
-)  # fmt: skip
-register(
-    "affine_coupling", "coupling", reference=_affine_reference, fake=_affine_fake, vmap=_affine_vmap,
-    setup_context=_affine_setup, backward=_affine_backward,
-)  # fmt: skip
-register(
+_affine_backward = register(
     "affine_coupling_backward", "coupling", reference=_affine_backward_reference, fake=_affine_backward_fake,
-    vmap=_affine_backward_vmap, setup_context=_affine_backward_setup, backward=_affine_backward_backward,
+    vmap=leading,
 )  # fmt: skip
-register(
-    "affine_coupling_packed", "coupling", reference=_packed_reference, fake=_packed_fake, vmap=_packed_vmap,
-    setup_context=_packed_setup, backward=_packed_backward,
+
+
+def _affine_gradients(
+    grad_y, grad_logdet, x, shift, scale, mask, scale_map, map_arg, shift_first, inverse, event_dims, shift_dtype
+):
+    grad_x, grad_shift, grad_scale = _affine_backward(
+        grad_y, grad_logdet, x, shift, scale, mask, scale_map, map_arg, shift_first, inverse, event_dims, shift_dtype
+    )
+    if shift_dtype is None:
+        grad_shift = grad_x if shift_first else grad_y
+    return {"x": grad_x, "shift": grad_shift, "scale": grad_scale}
+
+
+def _affine_kept(inputs, output):
+    x, shift, _, mask, _, _, shift_first, inverse, _ = inputs
+    # in the forward direction grad_shift equals grad_y or grad_x: the operator need not write it
+    reused = not inverse and mask is None and (not shift_first or shift.dtype == x.dtype)
+    # the backward needs shift only where scale multiplies it
+    needed = shift if shift_first != inverse else None
+    return x, needed, *inputs[2:], None if reused else shift.dtype
+
+
+_affine = register(
+    "affine_coupling", "coupling", reference=ref.affine_coupling, fake=_fake, vmap=leading,
+    backward=_affine_gradients, keep=_affine_kept,
 )  # fmt: skip
-register(
-    "affine_coupling_packed_backward", "coupling", reference=_packed_backward_reference,
-    fake=_packed_backward_fake, vmap=_packed_backward_vmap, setup_context=_packed_backward_setup,
-    backward=_packed_backward_backward,
+_packed_backward = register(
+    "affine_coupling_packed_backward", "coupling", reference=ref.affine_coupling_packed_backward, vmap=leading,
+    fake=lambda grad_y, grad_logdet, x, params, *options: (torch.empty_like(x), torch.empty_like(params)),
+)  # fmt: skip
+_packed = register(
+    "affine_coupling_packed", "coupling", reference=ref.affine_coupling_packed, fake=_fake, vmap=leading,
+    backward=_packed_backward,
 )  # fmt: skip

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._backend import call, register, runs_reference
+from .._operators import register
+from .._vmap import flattened
 from ..reference import compute_dtype
 from ..reference import energy as ref
 from ..reference import sde as sde_ref
-from ._transforms import one_by_one
 from .sde import Scalar, Stream, advance, coefficient, stream_of
 
 KINDS = ("linear", "hinge", "ebgan")
@@ -89,9 +89,7 @@ def grad_norm_penalty(grad: Tensor) -> Tensor:
     op = "grad_norm_penalty"
     check.float_tensor(op, "grad", grad)
     check_batch(op, "grad", grad)
-    if runs_reference(op, grad):
-        return ref.grad_norm_penalty(grad)
-    return call(op, grad)
+    return _penalty.pick(op, grad)(grad)
 
 
 def energy_and_grad(energy_fn: EnergyFunction, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,9 +250,7 @@ def _accept(
     op: str, tensors: tuple[Tensor, ...], seed: Tensor | None, step: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments: list[Any] = [*(t.detach() for t in tensors), seed, step]
-    if runs_reference(op, arguments[0]):
-        return ref.mala_accept(*arguments)
-    return call("mala_accept", *arguments)
+    return _mala_accept.pick(op, arguments[0])(*arguments)
 
 
 def mala_step(
@@ -349,44 +345,20 @@ def step_size(op: str, alpha: Scalar, z: Tensor) -> Tensor:
     return result
 
 
-# registration with torch; arguments are in the order of the schemas
-
-
-def _accept_reference(z, z_new, u, u_new, grad, grad_new, alpha, seed, step):
-    outputs = ref.mala_accept(z, z_new, u, u_new, grad, grad_new, alpha, seed, step)
-    return *(torch.empty_like(like).copy_(value) for like, value in zip((z, u, grad), outputs, strict=True)), outputs[3]
+# registration with torch
 
 
 def _accept_fake(z, z_new, u, u_new, grad, grad_new, alpha, seed, step):
     return *(torch.empty_like(t) for t in (z, u, grad)), z.new_empty(z.shape[:1], dtype=torch.bool)
 
 
-def _accept_vmap(info, in_dims, *tensors):
-    return one_by_one(info, in_dims, torch.ops.pyflow.mala_accept, tensors), (0, 0, 0, 0)
-
-
-def _penalty_fake(grad):
-    return grad.new_empty(grad.shape[:1], dtype=compute_dtype(grad.dtype))
-
-
-def _penalty_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _penalty_backward(ctx, weight):
-    (grad,) = ctx.saved_tensors
+def _penalty_backward(grad_squares, grad):
     # plain torch: a single product, differentiable again
-    return (sde_ref.column(2 * weight, grad) * grad).to(grad.dtype)
+    return {"grad": (sde_ref.column(2 * grad_squares, grad) * grad).to(grad.dtype)}
 
 
-def _penalty_vmap(info, in_dims, grad):
-    batched = grad.movedim(in_dims[0], 0)
-    flat = batched.flatten(0, 1)
-    return torch.ops.pyflow.grad_norm_penalty(flat).unflatten(0, batched.shape[:2]), 0
-
-
-register("mala_accept", "energy", reference=_accept_reference, fake=_accept_fake, vmap=_accept_vmap)
-register(
-    "grad_norm_penalty", "energy", reference=lambda grad: ref.grad_norm_penalty(grad).contiguous(),
-    fake=_penalty_fake, vmap=_penalty_vmap, setup_context=_penalty_setup, backward=_penalty_backward,
+_mala_accept = register("mala_accept", "energy", reference=ref.mala_accept, fake=_accept_fake)
+_penalty = register(
+    "grad_norm_penalty", "energy", reference=ref.grad_norm_penalty, vmap=flattened, backward=_penalty_backward,
+    fake=lambda grad: grad.new_empty(grad.shape[:1], dtype=compute_dtype(grad.dtype)),
 )  # fmt: skip

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._backend import call, register, runs_reference
+from .._operators import register
 from .._schemas import PRIORS
 from ..reference import compute_dtype
 from ..reference import flow_head as ref
-from ._transforms import one_by_one, vector_jacobian
 
 
 def flow_log_prob(h: Tensor, log_scale: Tensor | None = None, *, prior: str = "gaussian") -> Tensor:
@@ -49,71 +48,20 @@ def flow_log_prob(h: Tensor, log_scale: Tensor | None = None, *, prior: str = "g
     if log_scale is not None:
         check.like(op, "log_scale", log_scale, "h without its batch dim", h.shape[1:], h.device)
     index = check.choice(op, "prior", prior, PRIORS)
-    if runs_reference(op, h):
-        return ref.flow_log_prob(h, log_scale, prior=prior)
-    return call("flow_log_prob", h, log_scale, index)
+    return _log_prob.pick(op, h)(h, log_scale, index)
 
 
-# registration with torch: arguments follow the order of each operator's schema
-
-
-def _reference(h, log_scale, prior):
-    return ref.flow_log_prob(h, log_scale, prior=PRIORS[prior]).contiguous()
-
-
-def _fake(h, log_scale, prior):
-    return h.new_empty(h.shape[:1], dtype=compute_dtype(h.dtype))
-
-
-def _setup(ctx, inputs, output):
-    h, log_scale, ctx.prior = inputs
-    ctx.save_for_backward(h, log_scale)
-
-
-def _backward(ctx, grad):
-    h, log_scale = ctx.saved_tensors
-    grad_h, grad_log_scale = call("flow_log_prob_backward", grad, h, log_scale, ctx.prior)
-    return grad_h, None if log_scale is None else grad_log_scale, None
-
-
-def _vmap(info, in_dims, h, log_scale, prior):
-    single = lambda *args: (torch.ops.pyflow.flow_log_prob(*args),)
-    return one_by_one(info, in_dims, single, (h, log_scale), prior)[0], 0
-
-
-def _backward_reference(grad, h, log_scale, prior):
-    grad_h, grad_log_scale = ref.flow_log_prob_backward(grad, h, log_scale, prior=PRIORS[prior])
-    grad_h = torch.empty_like(h).copy_(grad_h)
-    return grad_h, h.new_empty(0) if grad_log_scale is None else torch.empty_like(log_scale).copy_(grad_log_scale)
+# registration with torch
 
 
 def _backward_fake(grad, h, log_scale, prior):
     return torch.empty_like(h), h.new_empty(0) if log_scale is None else torch.empty_like(log_scale)
 
 
-def _backward_setup(ctx, inputs, output):
-    *tensors, ctx.prior = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _backward_backward(ctx, *grads):
-    def formula(grad, h, log_scale):
-        out = ref.flow_log_prob_backward(grad, h, log_scale, prior=PRIORS[ctx.prior])
-        return out[:1] if log_scale is None else out
-
-    return (*vector_jacobian(formula, ctx.saved_tensors, grads), None)
-
-
-def _backward_vmap(info, in_dims, grad, h, log_scale, prior):
-    return one_by_one(info, in_dims, torch.ops.pyflow.flow_log_prob_backward, (grad, h, log_scale), prior), (0, 0)
-
-
-register(
-    "flow_log_prob", "flow_head", reference=_reference, fake=_fake, vmap=_vmap,
-    setup_context=_setup, backward=_backward,
+_backward = register(
+    "flow_log_prob_backward", "flow_head", reference=ref.flow_log_prob_backward, fake=_backward_fake
 )  # fmt: skip
-register(
-    "flow_log_prob_backward", "flow_head", reference=_backward_reference, fake=_backward_fake,
-    vmap=_backward_vmap, setup_context=_backward_setup, backward=_backward_backward,
+_log_prob = register(
+    "flow_log_prob", "flow_head", reference=ref.flow_log_prob, backward=_backward,
+    fake=lambda h, log_scale, prior: h.new_empty(h.shape[:1], dtype=compute_dtype(h.dtype)),
 )  # fmt: skip

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._backend import call, register, runs_reference
+from .._operators import register
 from .._schemas import FSQ_VARIANTS
+from .._vmap import after_channels, leading
 from ..reference import fsq as ref
-from ._transforms import batch_first, vector_jacobian
 
 RESIDUAL_VARIANTS = ("symmetric", "symmetric_hard")
 MOST_LEVELS = 2**22  # float32 represents every level up to here
@@ -74,10 +74,7 @@ def fsq(
     index = check.choice(op, "variant", variant, FSQ_VARIANTS)
     levels = checked_levels(op, levels, variant, return_indices)
     z = _channels_first(op, "z", z, levels, dim)
-    if runs_reference(op, z):
-        codes, indices = ref.fsq(z, levels, variant=variant, return_indices=return_indices)
-    else:
-        codes, indices = call(op, z, levels, index, return_indices)
+    codes, indices = _fsq.pick(op, z)(z, levels, index, return_indices)
     return codes.movedim(0, dim), indices if return_indices else None
 
 
@@ -120,9 +117,7 @@ def fsq_decode(
         if low < -1 or high >= math.prod(levels):
             worst = low if low < -1 else high
             raise ValueError(f"{op}: indices must lie in [-1, {math.prod(levels)}), got {worst}")
-    if runs_reference(op, indices):
-        return ref.fsq_decode(indices, levels, variant=variant, dtype=dtype).movedim(0, dim)
-    return call(op, indices, levels, index, dim, dtype)
+    return _decode.pick(op, indices)(indices, levels, index, dim, dtype)
 
 
 def residual_fsq(
@@ -171,10 +166,7 @@ def residual_fsq(
     if active is not None:
         _check_active(op, active, x)
     x = _channels_first(op, "x", x, levels, dim)
-    if runs_reference(op, x):
-        out, indices = ref.residual_fsq(x, levels, variant=variant, stages=stages, active=active)
-    else:
-        out, indices = call(op, x, levels, index, stages, active)
+    out, indices = _residual.pick(op, x)(x, levels, index, stages, active)
     return out.movedim(0, dim), indices
 
 
@@ -282,16 +274,7 @@ def _check_active(op: str, active: Tensor, x: Tensor) -> None:
         raise ValueError(f"{op}: active must be on the device of x, {x.device}, got {active.device}")
 
 
-# registration with torch: arguments follow the order of each operator's schema
-
-
-def _like(tensor: Tensor, values: Tensor) -> Tensor:
-    return torch.empty_like(tensor).copy_(values)
-
-
-def _reference(z, levels, variant, return_indices):
-    codes, indices = ref.fsq(z, levels, variant=FSQ_VARIANTS[variant], return_indices=return_indices)
-    return _like(z, codes), z.new_empty(0, dtype=torch.int32) if indices is None else indices.contiguous()
+# registration with torch
 
 
 def _fake(z, levels, variant, return_indices):
@@ -300,52 +283,15 @@ def _fake(z, levels, variant, return_indices):
     return torch.empty_like(z), z.new_empty(z.shape[1:], dtype=ref.index_dtype(levels))
 
 
-def _setup(ctx, inputs, output):
-    z, ctx.levels, ctx.variant, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z)
+_fsq_backward = register(
+    "fsq_backward", "fsq", reference=ref.fsq_backward, vmap=after_channels,
+    fake=lambda grad, z, levels, variant: torch.empty_like(z),
+)  # fmt: skip
+_fsq = register("fsq", "fsq", reference=ref.fsq, fake=_fake, vmap=after_channels, backward=_fsq_backward)
 
 
-def _backward(ctx, grad, _):
-    if grad is None:
-        return None, None, None, None
-    return call("fsq_backward", grad, *ctx.saved_tensors, ctx.levels, ctx.variant), None, None, None
-
-
-def _vmap(info, in_dims, z, levels, variant, return_indices):
-    out = torch.ops.pyflow.fsq(z.movedim(in_dims[0], 1), levels, variant, return_indices)
-    return out, (1, 0 if return_indices else None)
-
-
-def _backward_reference(grad, z, levels, variant):
-    return _like(z, ref.fsq_backward(grad, z, levels, variant=FSQ_VARIANTS[variant]))
-
-
-def _backward_fake(grad, z, levels, variant):
-    return torch.empty_like(z)
-
-
-def _backward_setup(ctx, inputs, output):
-    *tensors, ctx.levels, ctx.variant = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward_backward(ctx, grad):
-    formula = lambda g, z: (ref.fsq_backward(g, z, ctx.levels, variant=FSQ_VARIANTS[ctx.variant]),)
-    return (*vector_jacobian(formula, ctx.saved_tensors, (grad,)), None, None)
-
-
-def _channels_then_batch(info: Any, in_dims: Sequence[int | None], *tensors: Tensor) -> list[Tensor]:
-    return [t.movedim(0, 1) for t in batch_first(info, in_dims, *tensors)]
-
-
-def _backward_vmap(info, in_dims, grad, z, levels, variant):
-    return torch.ops.pyflow.fsq_backward(*_channels_then_batch(info, in_dims, grad, z), levels, variant), 1
-
-
-def _decode_reference(indices, levels, variant, dim, dtype):
-    codes = ref.fsq_decode(indices, levels, variant=FSQ_VARIANTS[variant], dtype=dtype)
-    return codes.movedim(0, dim).contiguous()
+def _decode_reference(indices, dim, **options):
+    return ref.fsq_decode(indices, **options).movedim(0, dim)
 
 
 def _decode_fake(indices, levels, variant, dim, dtype):
@@ -354,13 +300,7 @@ def _decode_fake(indices, levels, variant, dim, dtype):
     return indices.new_empty(shape, dtype=dtype)
 
 
-def _decode_vmap(info, in_dims, indices, levels, variant, dim, dtype):
-    return torch.ops.pyflow.fsq_decode(indices.movedim(in_dims[0], 0), levels, variant, dim + 1, dtype), 0
-
-
-def _residual_reference(x, levels, variant, stages, active):
-    out, indices = ref.residual_fsq(x, levels, variant=FSQ_VARIANTS[variant], stages=stages, active=active)
-    return _like(x, out), indices
+_decode = register("fsq_decode", "fsq", reference=_decode_reference, fake=_decode_fake, vmap=leading)
 
 
 def _residual_fake(x, levels, variant, stages, active):
@@ -368,78 +308,11 @@ def _residual_fake(x, levels, variant, stages, active):
     return torch.empty_like(x), x.new_empty((*x.shape[1:], stages), dtype=dtype)
 
 
-def _residual_setup(ctx, inputs, output):
-    x, ctx.levels, ctx.variant, ctx.stages, active = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, active)
-
-
-def _residual_backward(ctx, grad, _):
-    if grad is None:
-        return None, None, None, None, None
-    x, active = ctx.saved_tensors
-    grad = call("residual_fsq_backward", grad, x, ctx.levels, ctx.variant, ctx.stages, active)
-    return grad, None, None, None, None
-
-
-def _residual_vmap(info, in_dims, x, levels, variant, stages, active):
-    if in_dims[4] is not None:
-        calls = [
-            torch.ops.pyflow.residual_fsq(one, levels, variant, stages, n)
-            for one, n in zip(*batch_first(info, (in_dims[0], in_dims[4]), x, active), strict=True)
-        ]
-        return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0, 0)
-    return torch.ops.pyflow.residual_fsq(x.movedim(in_dims[0], 1), levels, variant, stages, active), (1, 0)
-
-
-def _residual_backward_reference(grad, x, levels, variant, stages, active):
-    variant = FSQ_VARIANTS[variant]
-    return _like(x, ref.residual_fsq_backward(grad, x, levels, variant=variant, stages=stages, active=active))
-
-
-def _residual_backward_fake(grad, x, levels, variant, stages, active):
-    return torch.empty_like(x)
-
-
-def _residual_backward_setup(ctx, inputs, output):
-    grad, x, ctx.levels, ctx.variant, ctx.stages, active = inputs
-    ctx.save_for_backward(grad, x, active)
-
-
-def _residual_backward_backward(ctx, grad):
-    def formula(g, x, active=None):
-        variant = FSQ_VARIANTS[ctx.variant]
-        return (ref.residual_fsq_backward(g, x, ctx.levels, variant=variant, stages=ctx.stages, active=active),)
-
-    *tensors, active = ctx.saved_tensors
-    grads = vector_jacobian(lambda g, x: formula(g, x, active), tensors, (grad,))
-    return (*grads, None, None, None, None)
-
-
-def _residual_backward_vmap(info, in_dims, grad, x, levels, variant, stages, active):
-    if in_dims[5] is not None:
-        calls = [
-            torch.ops.pyflow.residual_fsq_backward(g, one, levels, variant, stages, n)
-            for g, one, n in zip(*batch_first(info, (*in_dims[:2], in_dims[5]), grad, x, active), strict=True)
-        ]
-        return torch.stack(calls), 0
-    both = _channels_then_batch(info, in_dims, grad, x)
-    return torch.ops.pyflow.residual_fsq_backward(*both, levels, variant, stages, active), 1
-
-
-register(
-    "fsq", "fsq", reference=_reference, fake=_fake, vmap=_vmap, setup_context=_setup, backward=_backward
+_residual_backward = register(
+    "residual_fsq_backward", "fsq", reference=ref.residual_fsq_backward, vmap=after_channels,
+    fake=lambda grad, x, levels, variant, stages, active: torch.empty_like(x),
 )  # fmt: skip
-register(
-    "fsq_backward", "fsq", reference=_backward_reference, fake=_backward_fake, vmap=_backward_vmap,
-    setup_context=_backward_setup, backward=_backward_backward,
-)  # fmt: skip
-register("fsq_decode", "fsq", reference=_decode_reference, fake=_decode_fake, vmap=_decode_vmap)
-register(
-    "residual_fsq", "fsq", reference=_residual_reference, fake=_residual_fake, vmap=_residual_vmap,
-    setup_context=_residual_setup, backward=_residual_backward,
-)  # fmt: skip
-register(
-    "residual_fsq_backward", "fsq", reference=_residual_backward_reference, fake=_residual_backward_fake,
-    vmap=_residual_backward_vmap, setup_context=_residual_backward_setup, backward=_residual_backward_backward,
+_residual = register(
+    "residual_fsq", "fsq", reference=ref.residual_fsq, fake=_residual_fake, vmap=after_channels,
+    backward=_residual_backward,
 )  # fmt: skip

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._backend import call, register, runs_reference
+from .._operators import register
 from .._schemas import DISTANCES
 from ..reference import gan_qp as ref
-from ._transforms import one_by_one, vector_jacobian
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -82,10 +81,7 @@ def gan_qp_loss(
     tensors = (t_real, t_fake, x_real, x_fake, z_real, z_fake)
     if not 2.0**-100 <= lam <= 2.0**100:
         check.moderate(op, "lam", lam, ref.common_dtype(*tensors))
-    if runs_reference(op, x_real):
-        loss, _ = ref.gan_qp_loss(*tensors, lam=lam, eps=eps, distance=distance)
-    else:
-        loss, _ = call(op, *tensors, lam, eps, index)
+    loss, _ = _loss.pick(op, x_real)(*tensors, lam, eps, index)
     return _reduced(loss, reduction)
 
 
@@ -197,13 +193,7 @@ def _reduced(loss: Tensor, reduction: str) -> Tensor:
     return loss.mean() if reduction == "mean" else loss.sum()
 
 
-# registration with torch; arguments are in the order of the schemas
-
-
-def _reference(*args):
-    *tensors, lam, eps, distance = args
-    loss, d = ref.gan_qp_loss(*tensors, lam=lam, eps=eps, distance=DISTANCES[distance])
-    return loss.contiguous(), d.contiguous()
+# registration with torch
 
 
 def _fake(t_real, t_fake, x_real, x_fake, z_real, z_fake, lam, eps, distance):
@@ -211,56 +201,8 @@ def _fake(t_real, t_fake, x_real, x_fake, z_real, z_fake, lam, eps, distance):
     return tuple(x_real.new_empty(x_real.shape[:1], dtype=dtype) for _ in range(2))
 
 
-def _setup(ctx, inputs, output):
-    t_real, t_fake, *_, ctx.lam, ctx.eps, _ = inputs
-    # None instead of zeros as the gradient of the distances
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(t_real, t_fake, output[1])
-
-
-def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 9
-    grad_real, grad_fake = call("gan_qp_loss_backward", grad, *ctx.saved_tensors, ctx.lam, ctx.eps)
-    return grad_real, grad_fake, *(None,) * 7
-
-
-def _vmap(info, in_dims, *args):
-    return one_by_one(info, in_dims, torch.ops.pyflow.gan_qp_loss, args[:6], *args[6:]), (0, 0)
-
-
-def _backward_reference(grad, t_real, t_fake, d, lam, eps):
-    grads = ref.gan_qp_loss_backward(grad, t_real, t_fake, d, lam=lam, eps=eps)
-    return tuple(torch.empty_like(t).copy_(g) for t, g in zip((t_real, t_fake), grads, strict=True))
-
-
-def _backward_fake(grad, t_real, t_fake, d, lam, eps):
-    return torch.empty_like(t_real), torch.empty_like(t_fake)
-
-
-def _backward_setup(ctx, inputs, output):
-    *tensors, ctx.lam, ctx.eps = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _backward_backward(ctx, *grads):
-    grad, t_real, t_fake, d = ctx.saved_tensors
-
-    def formula(grad, t_real, t_fake):
-        return ref.gan_qp_loss_backward(grad, t_real, t_fake, d, lam=ctx.lam, eps=ctx.eps)
-
-    return (*vector_jacobian(formula, (grad, t_real, t_fake), grads), None, None, None)
-
-
-def _backward_vmap(info, in_dims, *args):
-    return one_by_one(info, in_dims, torch.ops.pyflow.gan_qp_loss_backward, args[:4], *args[4:]), (0, 0)
-
-
-register(
-    "gan_qp_loss", "gan_qp", reference=_reference, fake=_fake, vmap=_vmap, setup_context=_setup, backward=_backward,
+_loss_backward = register(
+    "gan_qp_loss_backward", "gan_qp", reference=ref.gan_qp_loss_backward,
+    fake=lambda grad, t_real, t_fake, d, lam, eps: (torch.empty_like(t_real), torch.empty_like(t_fake)),
 )  # fmt: skip
-register(
-    "gan_qp_loss_backward", "gan_qp", reference=_backward_reference, fake=_backward_fake, vmap=_backward_vmap,
-    setup_context=_backward_setup, backward=_backward_backward,
-)  # fmt: skip
+_loss = register("gan_qp_loss", "gan_qp", reference=ref.gan_qp_loss, fake=_fake, backward=_loss_backward)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._backend import call, register, runs_reference
+from .._operators import Operator, register
 from .._schemas import HSIC_KERNELS
+from .._torch import is_batched_gradient
+from .._vmap import leading
 from ..reference import hsic as ref
 from ..reference import matmul
 from ._features import approximation
-from ._transforms import one_by_one, vector_jacobian
 from ._variables import Bandwidth, Variable, ratio, result_dtype, rows_needed, together, variable, variables, whole
 
 EPS = torch.finfo(torch.float64).eps
@@ -243,16 +244,13 @@ def center_gram(gram: Tensor, *, inplace: bool = False) -> Tensor:
             raise ValueError(f"{op}: inplace must not be used on a tensor that requires a gradient")
         if _overlaps(gram):
             raise ValueError(f"{op}: inplace must not be used on a tensor whose elements share memory")
-        if runs_reference(op, gram, cuda=False):
-            return gram.copy_(_center_reference(gram))
-        call("center_gram_", gram)
-        # `call` skips autograd, which would have increased the version counter
-        if not torch.compiler.is_compiling() and not gram.is_inference():
+        operator = _center_in_place.pick(op, gram)
+        operator(gram)
+        # the operator skips autograd, which would have increased the version counter
+        if operator is _center_in_place and not torch.compiler.is_compiling() and not gram.is_inference():
             torch.autograd.graph.increment_version(gram)
         return gram
-    if runs_reference(op, gram, cuda=False):
-        return _center_reference(gram)
-    return call("center_gram", gram)
+    return _center.pick(op, gram)(gram)
 
 
 def _overlaps(tensor: Tensor) -> bool:
@@ -362,8 +360,7 @@ def sums(
     scale = torch.stack([v.scale for v in every], -1).reshape(-1, len(every))
     kernels, degrees = [v.kernel for v in every], [v.degree for v in every]
     flat = [m for pair in pairs for m in pair]
-    operator = _reference if runs_reference(op, z[0], cuda=False) else torch.ops.pyflow.hsic_sums.default
-    made = operator(z, scale, kernels, degrees, flat, allow_tf32, part, parts)
+    made = _sums.pick(op, z[0])(z, scale, kernels, degrees, flat, allow_tf32, part, parts)
     rows, cross, shift = (t.reshape(*batch, *t.shape[1:]) for t in made)
     return rows, cross, shift
 
@@ -402,42 +399,46 @@ def _of_covariance(x: Variable, y: Variable, estimator: str, same: bool) -> Esti
 
 def permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:
     """(R,) float64 sums over i != j of K[i, j] L[p[i], p[j]], one for each row p of permutations (R, n) int32."""
-    if runs_reference("hsic_permuted", gram_x, cuda=False):
-        return ref.hsic_permuted(gram_x, gram_y, permutations)
-    return call("hsic_permuted", gram_x, gram_y, permutations)
+    return _permuted.pick("hsic_permuted", gram_x)(gram_x, gram_y, permutations)
 
 
-# registration with torch; arguments are in the order of the schemas
+# registration with torch
 
 
-def _reference(z, scale, kernels, degrees, pairs, allow_tf32, part, parts):
+def _sums_reference(z, scale, kernels, degrees, pairs, allow_tf32, part, parts):
     rows, cross, shift = ref.hsic_sums(z, scale, kernels, degrees, pairs)
     # the reference does not use tiles: the first part has the complete sums
     return (rows, cross, shift) if part == 0 else (torch.zeros_like(rows), torch.zeros_like(cross), shift)
 
 
-def _fake(z, scale, kernels, degrees, pairs, allow_tf32, part, parts):
+def _sums_fake(z, scale, kernels, degrees, pairs, allow_tf32, part, parts):
     rows = scale.new_empty((scale.shape[0], len(z), z[0].shape[1]), dtype=torch.float64)
     return rows, rows.new_empty((scale.shape[0], len(pairs) // 2)), rows.new_empty(scale.shape)
 
 
-def _setup(ctx, inputs, output):
-    z, scale, *ctx.grams, _part, ctx.parts = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*z, scale)
+def _sums_backward_reference(grad_rows, grad_cross, z, scale, kernels, degrees, pairs, allow_tf32):
+    rows_and_cross = lambda *z: ref.hsic_sums(z, scale, kernels, degrees, pairs)[:2]
+    return list(torch.func.vjp(rows_and_cross, *z)[1]((grad_rows, grad_cross)))
 
 
-def _backward(ctx, grad_rows, grad_cross, _):
-    if ctx.parts != 1:
+_sums_backward = register(
+    "hsic_sums_backward", "hsic", reference=_sums_backward_reference, cuda=False,
+    fake=lambda grad_rows, grad_cross, z, *rest: [variable.new_empty(variable.shape) for variable in z],
+)  # fmt: skip
+
+
+def _sums_gradients(grad_rows, grad_cross, z, scale, kernels, degrees, pairs, allow_tf32, parts):
+    if parts != 1:
         raise RuntimeError("hsic: a part of the tiles has no gradient")
-    *z, scale = ctx.saved_tensors
-    if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in (grad_rows, grad_cross)):
-        # is_grads_batched of torch.autograd.grad has no batching rule for operators with lists of tensors
-        grads = _sums_gradient(grad_rows, grad_cross, z, scale, *ctx.grams)
-    else:
-        grads = torch.ops.pyflow.hsic_sums_backward.default(grad_rows, grad_cross, z, scale, *ctx.grams)
-    grad_scale = _of_scale(grads, z, scale) if ctx.needs_input_grad[1] else None
-    return list(grads), grad_scale, *[None] * (len(ctx.grams) + 2)
+    if grad_rows is None:
+        grad_rows = grad_cross.new_zeros((len(scale), len(z), z[0].shape[1]))
+    if grad_cross is None:
+        grad_cross = grad_rows.new_zeros((len(scale), len(pairs) // 2))
+    # the vmap of is_grads_batched has no rule for operators with lists of tensors
+    batched = is_batched_gradient(grad_rows) or is_batched_gradient(grad_cross)
+    operator = _sums_backward.reference if batched else _sums_backward
+    grads = operator(grad_rows, grad_cross, z, scale, kernels, degrees, pairs, allow_tf32)
+    return {"z": list(grads), "scale": _of_scale(grads, z, scale) if scale.requires_grad else None}
 
 
 def _of_scale(grads, z, scale):
@@ -447,56 +448,11 @@ def _of_scale(grads, z, scale):
     return torch.stack(dots, -1) / scale
 
 
-def _vmap(info, in_dims, z, scale, *options):
-    return one_by_one(info, in_dims, torch.ops.pyflow.hsic_sums, (z, scale), *options), (0, 0, 0)
-
-
-def _sums_gradient(grad_rows, grad_cross, z, scale, kernels, degrees, pairs, allow_tf32):
-    formula = lambda *z: ref.hsic_sums(z, scale, kernels, degrees, pairs)[:2]
-    return vector_jacobian(formula, z, (grad_rows, grad_cross))
-
-
-def _backward_reference(grad_rows, grad_cross, z, scale, *grams):
-    with torch.no_grad():
-        return [grad.contiguous() for grad in _sums_gradient(grad_rows, grad_cross, z, scale, *grams)]
-
-
-def _backward_fake(grad_rows, grad_cross, z, scale, *grams):
-    return [variable.new_empty(variable.shape) for variable in z]
-
-
-def _backward_setup(ctx, inputs, output):
-    grad_rows, grad_cross, z, scale, *ctx.grams = inputs
-    ctx.save_for_backward(grad_rows, grad_cross, *z, scale)
-
-
-def _backward_backward(ctx, grads):
-    def formula(grad_rows, grad_cross, *tensors):
-        return _sums_gradient(grad_rows, grad_cross, tensors[:-1], tensors[-1], *ctx.grams)
-
-    grad_rows, grad_cross, *grad_z, grad_scale = vector_jacobian(formula, ctx.saved_tensors, grads)
-    return grad_rows, grad_cross, grad_z, grad_scale, *[None] * len(ctx.grams)
-
-
-def _backward_vmap(info, in_dims, *args):
-    grads = one_by_one(info, in_dims, torch.ops.pyflow.hsic_sums_backward, args[:4], *args[4:])
-    return list(grads), [0] * len(grads)
-
-
-register("hsic_sums", "hsic", reference=_reference, fake=_fake, vmap=_vmap, setup_context=_setup, backward=_backward)
-register(
-    "hsic_sums_backward", "hsic", reference=_backward_reference, fake=_backward_fake, vmap=_backward_vmap,
-    setup_context=_backward_setup, backward=_backward_backward,
+_sums = register(
+    "hsic_sums", "hsic", reference=_sums_reference, fake=_sums_fake, backward=_sums_gradients, cuda=False,
 )  # fmt: skip
-
-
-def _permuted_vmap(info, in_dims, *tensors):
-    single = lambda *slices: (torch.ops.pyflow.hsic_permuted(*slices),)
-    return one_by_one(info, in_dims, single, tensors)[0], 0
-
-
-register(
-    "hsic_permuted", "hsic", reference=ref.hsic_permuted, vmap=_permuted_vmap,
+_permuted = register(
+    "hsic_permuted", "hsic", reference=ref.hsic_permuted, cuda=False,
     fake=lambda gram_x, gram_y, permutations: gram_x.new_empty(permutations.shape[:1], dtype=torch.float64),
 )  # fmt: skip
 
@@ -505,22 +461,15 @@ def _center_reference(gram):
     return ref.center_gram(gram.double()).to(gram.dtype).contiguous()
 
 
-def _center_vmap(info, in_dims, gram):
-    return torch.ops.pyflow.center_gram(gram.movedim(in_dims[0], 0)), 0
+def _center_backward(grad):
+    return {"gram": _center(grad)}
 
 
-def _center_inplace_reference(gram):
-    gram.copy_(_center_reference(gram))
-
-
-def _center_inplace_vmap(info, in_dims, gram):
-    torch.ops.pyflow.center_gram_(gram.movedim(in_dims[0], 0))
-    return None, None
-
-
-register(
-    "center_gram", "hsic", reference=_center_reference, fake=lambda gram: gram.new_empty(gram.shape),
-    vmap=_center_vmap, setup_context=lambda ctx, inputs, output: None,
-    backward=lambda ctx, grad: call("center_gram", grad),
+_center: Operator = register(
+    "center_gram", "hsic", reference=_center_reference, fake=lambda gram: gram.new_empty(gram.shape), vmap=leading,
+    backward=_center_backward, cuda=False,
 )  # fmt: skip
-register("center_gram_", "hsic", reference=_center_inplace_reference, fake=lambda gram: None, vmap=_center_inplace_vmap)
+_center_in_place = register(
+    "center_gram_", "hsic", reference=lambda gram: gram.copy_(_center_reference(gram)), fake=lambda gram: None,
+    vmap=leading, cuda=False,
+)  # fmt: skip

@@ -68,32 +68,48 @@ def nhsic(
 
 
 def regularised(op: str, name: str, v: Variable, epsilon: float) -> Tensor:
-    """Return Kc (Kc + epsilon n I)^-1, NaN where epsilon is not above the rounding error of Kc or Kc is indefinite."""
+    """Return Kc (Kc + epsilon n I)^-1.
+
+    Raise, or give NaN if values may not be read, where epsilon is not above the rounding error of Kc or Kc is
+    indefinite.
+    """
     n = v.z.shape[-2]
     gram, shift = ref.gram(v.z.double(), v.scale.double(), HSIC_KERNELS[v.kernel], v.degree)
     gram = gram + torch.diag_embed(v.diagonal - shift.unsqueeze(-1))
     centred = ref.center_gram(gram)
-    # rounding error of an entry; n of them are the error of an eigenvalue, which is compared with epsilon n
-    rounding = 4 * torch.finfo(torch.float64).eps * gram.detach().abs().amax((-2, -1))
     if v.exponent is not None:
-        rounding = times_two_to(rounding, v.exponent)
         centred = times_two_to(centred, v.exponent[..., None, None])
     if v.constant is not None:
-        rounding = torch.where(v.constant, 0.0, rounding)
         centred = torch.where(v.constant[..., None, None], 0.0, centred)
-    lost = ~(rounding < epsilon)
-    if not check.values_are_checked(rounding):
-        centred = torch.where(lost[..., None, None], math.nan, centred)
-    elif bool(lost.any()):
-        least = f"{rounding.amax().item():.3g}"
-        raise ValueError(f"{op}: epsilon must be above the rounding of the kernel matrix, {least}, got {epsilon}")
+    centred = _above_rounding(op, v, gram, centred, epsilon)
     factor, info = torch.linalg.cholesky_ex(centred + epsilon * n * torch.eye(n, dtype=gram.dtype, device=gram.device))
-    indefinite = info != 0
-    if not check.values_are_checked(rounding):
-        factor = torch.where(indefinite[..., None, None], math.nan, factor)
     # rounding makes no kernel of rows indefinite: epsilon is above it
+    indefinite = info != 0
+    if not check.values_are_checked(centred):
+        factor = torch.where(indefinite[..., None, None], math.nan, factor)
     elif bool(indefinite.any()):
         raise ValueError(
             f"{op}: {name} must be positive semi-definite with a precomputed kernel, got negative eigenvalues"
         )
     return torch.cholesky_solve(centred, factor)
+
+
+def _above_rounding(op: str, v: Variable, gram: Tensor, centred: Tensor, epsilon: float) -> Tensor:
+    """Return Kc, with NaN where epsilon is not above its rounding error; raise if values may be read."""
+    # rounding error of an entry; n of them are the error of an eigenvalue, which is compared with epsilon n
+    unit = 4 * torch.finfo(torch.float64).eps
+    if HSIC_KERNELS[v.kernel] in ("rbf", "laplacian", "delta") and unit < epsilon:
+        # no entry exceeds 1, not even before it is multiplied by a power of two
+        return centred
+    rounding = unit * gram.detach().abs().amax((-2, -1))
+    if v.exponent is not None:
+        rounding = times_two_to(rounding, v.exponent)
+    if v.constant is not None:
+        rounding = torch.where(v.constant, 0.0, rounding)
+    lost = ~(rounding < epsilon)
+    if not check.values_are_checked(rounding):
+        return torch.where(lost[..., None, None], math.nan, centred)
+    if bool(lost.any()):
+        least = f"{rounding.amax().item():.3g}"
+        raise ValueError(f"{op}: epsilon must be above the rounding of the kernel matrix, {least}, got {epsilon}")
+    return centred

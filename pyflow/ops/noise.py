@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._backend import call, register, runs_reference
+from .._operators import register
 from .._schemas import NOISES, PURPOSES
+from .._vmap import leading
 from ..reference import noise as ref
-from ._transforms import batch_first, one_by_one
 
 CPU = torch.device("cpu")  # an object: torch takes 1 us to parse a name
 STEPS = 2**56  # the step fills 56 bits of the counter, the purpose the top byte
@@ -54,9 +54,7 @@ def philox(counter: Tensor, key: Tensor) -> Tensor:
         if check.values_are_checked(value) and bool(((value < 0) | (value > ref.MASK)).any()):
             raise ValueError(f"{op}: {name} must hold words in [0, 2**32), got other values")
     key = key.expand(*counter.shape[:-1], 2)
-    if runs_reference(op, counter):
-        return _philox_reference(counter, key)
-    return call(op, counter, key)
+    return words(op, counter, key)
 
 
 def normal(
@@ -167,8 +165,8 @@ def sample_seeds(seed: int | Tensor | None, n: int, start: int = 0) -> Tensor:
     # the purpose byte 0xFF is outside PURPOSES: no draw of noise has this counter
     counter = torch.stack((sample & ref.MASK, sample >> 32, zero, zero + (0xFF << 24)), 1)
     key = torch.stack((seed & ref.MASK, seed >> 32 & ref.MASK)).expand(n, 2)
-    words = _philox_reference(counter, key) if runs_reference(op, counter) else call("philox", counter, key)
-    return words[:, 0] | words[:, 1] << 32
+    drawn = words(op, counter, key)
+    return drawn[:, 0] | drawn[:, 1] << 32
 
 
 def _noise(op, shape, seed, step, purpose, dtype, device):
@@ -179,12 +177,15 @@ def _noise(op, shape, seed, step, purpose, dtype, device):
     # the seed last: a call that raises must not draw one
     step = step_tensor(op, step, torch.get_default_device() if at is None and isinstance(step, Tensor) else at)
     seed = seed_tensor(op, seed, size, device)
-    if runs_reference(op, seed):
-        return ref.noise(size, seed, step, kind=op, purpose=purpose, dtype=dtype)
-    return call("noise", size, seed, step, NOISES.index(op), number, dtype)
+    return _draw.pick(op, seed)(size, seed, step, NOISES.index(op), number, dtype)
 
 
 # shared by the operators that draw noise
+
+
+def words(op: str, counter: Tensor, key: Tensor) -> Tensor:
+    """Return `philox` for the public function `op`, which has checked the arguments; one key per counter."""
+    return _philox.pick(op, counter)(counter, key)
 
 
 def seed_tensor(
@@ -249,34 +250,18 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     return len(shape) <= len(to) and all(m in (1, n) for m, n in zip(reversed(shape), reversed(to), strict=False))
 
 
-# registration with torch: arguments follow the order of each operator's schema
+# registration with torch
 
 
 def _philox_reference(counter, key):
     return torch.stack(ref.philox(counter.unbind(-1), key.unbind(-1)), -1)
 
 
-def _philox_vmap(info, in_dims, counter, key):
-    return torch.ops.pyflow.philox(*batch_first(info, in_dims, counter, key)), 0
-
-
-def _reference(size, seed, step, kind, purpose, dtype):
-    return ref.noise(size, seed, step, kind=NOISES[kind], purpose=PURPOSES[purpose], dtype=dtype)
-
-
-def _fake(size, seed, step, kind, purpose, dtype):
-    return seed.new_empty(size, dtype=dtype)
-
-
-def _vmap(info, in_dims, size, seed, step, *options):
-    def draw(seed, step):
-        return (torch.ops.pyflow.noise(size, seed, step, *options),)
-
-    return one_by_one(info, in_dims[1:3], draw, (seed, step))[0], 0
-
-
-register(
-    "philox", "noise", reference=_philox_reference, vmap=_philox_vmap,
+_philox = register(
+    "philox", "noise", reference=_philox_reference, vmap=leading,
     fake=lambda counter, key: counter.new_empty(counter.shape),
 )  # fmt: skip
-register("noise", "noise", reference=_reference, fake=_fake, vmap=_vmap)
+_draw = register(
+    "noise", "noise", reference=ref.noise,
+    fake=lambda size, seed, step, kind, purpose, dtype: seed.new_empty(size, dtype=dtype),
+)  # fmt: skip

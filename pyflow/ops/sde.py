@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._backend import call, register, runs_reference
+from .._operators import register
 from .._schemas import PURPOSES
 from ..reference import compute_dtype
 from ..reference import sde as ref
-from ._transforms import one_by_one, vector_jacobian
 from .noise import CPU, seed_tensor, step_tensor
 
 PARAMETERIZATIONS = ("score", "epsilon")
@@ -184,10 +183,7 @@ def denoising_loss(
     std = None if std is None or not of_score else at_least_zero(op, "std", std, pred)
     weight = None if weight is None else coefficient(op, "weight", weight, pred)
     seeds, steps, _ = stream_of(op, seed, step, pred)
-    if runs_reference(op, pred):
-        loss = ref.denoising_loss(pred, std, ref.noise_like(pred, seeds, steps, None, "noise"))
-    else:
-        loss = call(op, pred, std, seeds, steps)
+    loss = _loss.pick(op, pred)(pred, std, seeds, steps)
     if average:
         loss = loss / max(1, math.prod(pred.shape[1:]))
     return loss if weight is None else loss * weight.to(loss.dtype)
@@ -302,9 +298,7 @@ def langevin_step(
 
 
 def _squares(score: Tensor, stream: Stream) -> Tensor:
-    if runs_reference("langevin_step", score):
-        return ref.langevin_squares(score, ref.noise_like(score, *stream, "corrector"))
-    return call("langevin_squares", score, *stream, PURPOSES.index("corrector"))
+    return _langevin_squares.pick("langevin_step", score)(score, *stream, PURPOSES.index("corrector"))
 
 
 def _root(x: Tensor) -> Tensor:
@@ -370,17 +364,72 @@ def advance(
     return_mean: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return (a x + b score + c z, a x + b score) of arguments that are already checked."""
-    if runs_reference("sde_step", x):
-        y, mean = ref.sde_step(x, score, a, b, c, ref.noise_like(x, *stream, purpose))
-        return y.to(x.dtype), mean.to(x.dtype)
-    return call("sde_step", x, score, a, b, c, *stream, PURPOSES.index(purpose), return_mean)
+    return _step.pick("sde_step", x)(x, score, a, b, c, *stream, PURPOSES.index(purpose), return_mean)
 
 
-# registration with torch: arguments follow the order of each operator's schema
+# registration with torch
 
 
-def _copy_like(like: Tensor, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return _like(like, dtype or like.dtype).copy_(values)
+def _step_reference(x, score, a, b, c, seed, step, noise, purpose, return_mean):
+    y, mean = ref.sde_step(x, score, a, b, c, ref.noise_like(x, seed, step, noise, purpose))
+    return y.to(x.dtype), mean.to(x.dtype) if return_mean else None
+
+
+def _step_fake(x, score, a, b, c, seed, step, noise, purpose, return_mean):
+    return torch.empty_like(x), torch.empty_like(x) if return_mean else x.new_empty(0)
+
+
+def _step_kept(inputs, output):
+    x, score, a, b, c, seed, step, noise, purpose, return_mean = inputs
+    dtypes = [t.dtype if t is not None and t.requires_grad else None for t in (x, score, noise)]
+    tensors = x, score, a, b, c, seed, step, noise
+    if not any(t is not None and t.requires_grad for t in (a, b, c)):
+        # the gradients of x and score are multiples of grad_y: no input is needed
+        tensors = None, None, a, b, c, None, None, None
+    return *tensors, purpose, *dtypes, x.dtype == torch.float64, return_mean
+
+
+def _step_gradients(
+    grad, grad_mean, x, score, a, b, c, seed, step, noise, purpose, x_dtype, score_dtype, noise_dtype, f64, return_mean
+):
+    if not return_mean:
+        # the mean is empty, and so is a gradient that someone gives it
+        grad_mean = None
+        if grad is None:
+            return {}
+    *grads, sums = _step_backward(
+        grad, grad_mean, x, score, a, b, c, seed, step, noise, purpose, x_dtype, score_dtype, noise_dtype, f64
+    )
+    found = dict(zip(("x", "score", "noise"), grads, strict=True))
+    for i, (name, value) in enumerate((("a", a), ("b", b), ("c", c))):
+        if value is not None and value.requires_grad:
+            found[name] = _of_coefficient(sums[i], value)
+    return found
+
+
+def _of_coefficient(sums: Tensor, value: Tensor) -> Tensor:
+    return (sums if value.dim() else sums.sum()).to(value.dtype)
+
+
+def _step_backward_reference(
+    grad, grad_mean, x, score, a, b, c, seed, step, noise, purpose, x_dtype, score_dtype, noise_dtype, f64
+):
+    lead = grad if grad is not None else grad_mean
+    dtype = torch.float64 if f64 else torch.float32
+    absent = torch.zeros_like(lead, dtype=dtype)
+    grad, grad_mean = (absent if g is None else g.to(dtype) for g in (grad, grad_mean))
+    z = None if x is None else ref.noise_like(absent, seed, step, noise, purpose)
+    *grads, sums = ref.sde_step_backward(grad, grad_mean, x, score, a, b, c, z)
+    asked = zip(grads, (x_dtype, score_dtype, noise_dtype), strict=True)
+    return *(None if dtype is None else value for value, dtype in asked), sums
+
+
+def _step_backward_fake(grad, grad_mean, x, *rest):
+    *_, x_dtype, score_dtype, noise_dtype, f64 = rest
+    lead = grad if grad is not None else grad_mean
+    count = lead.shape[0] if lead.dim() else 1
+    sums = lead.new_empty(0 if x is None else (3, count), dtype=torch.float64 if f64 else torch.float32)
+    return *(_like(lead, dtype) for dtype in (x_dtype, score_dtype, noise_dtype)), sums
 
 
 def _like(like: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -390,208 +439,56 @@ def _like(like: Tensor, dtype: torch.dtype | None) -> Tensor:
     return torch.empty_like(like) if dtype == like.dtype else like.new_empty(like.shape, dtype=dtype)
 
 
-def _reference(x, score, a, b, c, seed, step, noise, purpose, return_mean):
-    z = ref.noise_like(x, seed, step, noise, PURPOSES[purpose])
-    y, mean = ref.sde_step(x, score, a, b, c, z)
-    return _copy_like(x, y), _copy_like(x, mean) if return_mean else x.new_empty(0)
+_step_backward = register(
+    "sde_step_backward", "sde", reference=_step_backward_reference, fake=_step_backward_fake
+)  # fmt: skip
+_step = register(
+    "sde_step", "sde", reference=_step_reference, fake=_step_fake, backward=_step_gradients, keep=_step_kept
+)  # fmt: skip
 
 
-def _fake(x, score, a, b, c, seed, step, noise, purpose, return_mean):
-    return torch.empty_like(x), torch.empty_like(x) if return_mean else x.new_empty(0)
+def _loss_reference(pred, std, seed, step):
+    return ref.denoising_loss(pred, std, ref.noise_like(pred, seed, step, None, "noise"))
 
 
-def _setup(ctx, inputs, output):
-    x, score, a, b, c, seed, step, noise, ctx.purpose, ctx.return_mean = inputs
-    needs = ctx.needs_input_grad
-    ctx.dtypes = [
-        t.dtype if t is not None and need else None
-        for t, need in zip((x, score, noise), (*needs[:2], needs[7]), strict=True)
-    ]
-    ctx.f64 = x.dtype == torch.float64
-    ctx.set_materialize_grads(False)
-    if any(needs[2:5]):
-        ctx.save_for_backward(x, score, a, b, c, seed, step, noise)
-    else:
-        # the gradients of x and score are multiples of grad_y: no input is needed
-        ctx.save_for_backward(None, None, a, b, c, None, None, None)
+def _loss_backward_reference(grad, pred, std, seed, step):
+    return ref.denoising_loss_backward(grad, pred, std, ref.noise_like(pred, seed, step, None, "noise"))
 
 
-def _backward(ctx, grad, grad_mean):
-    if not ctx.return_mean:
-        grad_mean = None
-    if grad is None and grad_mean is None:
-        return (None,) * 10
-    _, _, a, b, c, *_ = saved = ctx.saved_tensors
-    grad_x, grad_score, grad_noise, sums = call(
-        "sde_step_backward", grad, grad_mean, *saved, ctx.purpose, *ctx.dtypes, ctx.f64
-    )  # fmt: skip
-    grads = [
-        None if dtype is None else g for dtype, g in zip(ctx.dtypes, (grad_x, grad_score, grad_noise), strict=True)
-    ]
-    needs = ctx.needs_input_grad
-    scalars = [_of_coefficient(sums[i], t) if needs[2 + i] else None for i, t in enumerate((a, b, c))]
-    return *grads[:2], *scalars, None, None, grads[2], None, None
-
-
-def _of_coefficient(sums: Tensor, coefficient: Tensor) -> Tensor:
-    return (sums if coefficient.dim() else sums.sum()).to(coefficient.dtype)
-
-
-def _vmap(info, in_dims, x, score, a, b, c, seed, step, noise, *options):
-    tensors = (x, score, a, b, c, seed, step, noise)
-    return one_by_one(info, in_dims, torch.ops.pyflow.sde_step, tensors, *options), (0, 0)
-
-
-def _formula(purpose, f64):
-    """The reference of sde_step_backward as a function of its tensors; an output gradient of None counts as zero."""
-
-    def formula(grad, grad_mean, x, score, a, b, c, seed, step, noise):
-        lead = grad if grad is not None else grad_mean
-        dtype = torch.float64 if f64 else torch.float32
-        absent = torch.zeros_like(lead, dtype=dtype)
-        grad, grad_mean = (absent if g is None else g.to(dtype) for g in (grad, grad_mean))
-        z = None if x is None else ref.noise_like(absent, seed, step, noise, PURPOSES[purpose])
-        return ref.sde_step_backward(grad, grad_mean, x, score, a, b, c, z)
-
-    return formula
-
-
-def _backward_reference(grad, grad_mean, *rest):
-    *tensors, purpose, x_dtype, score_dtype, noise_dtype, f64 = rest
-    lead = grad if grad is not None else grad_mean
-    grad_x, grad_score, grad_noise, sums = _formula(purpose, f64)(grad, grad_mean, *tensors)
-    outputs = [
-        _like(lead, dtype) if dtype is None else _copy_like(lead, value, dtype)
-        for dtype, value in zip((x_dtype, score_dtype, noise_dtype), (grad_x, grad_score, grad_noise), strict=True)
-    ]
-    return *outputs, lead.new_empty(0, dtype=grad_x.dtype) if sums is None else sums.contiguous()
-
-
-def _backward_fake(grad, grad_mean, x, *rest):
-    *_, x_dtype, score_dtype, noise_dtype, f64 = rest
-    lead = grad if grad is not None else grad_mean
-    dtype = torch.float64 if f64 else torch.float32
-    count = lead.shape[0] if lead.dim() else 1
-    sums = lead.new_empty(0 if x is None else (3, count), dtype=dtype)
-    return *(_like(lead, d) for d in (x_dtype, score_dtype, noise_dtype)), sums
-
-
-def _backward_setup(ctx, inputs, output):
-    *tensors, ctx.purpose, ctx.x_dtype, ctx.score_dtype, ctx.noise_dtype, ctx.f64 = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _backward_backward(ctx, *grads):
-    *variables, seed, step, noise = ctx.saved_tensors
-    asked = [d is not None for d in (ctx.x_dtype, ctx.score_dtype, ctx.noise_dtype)] + [variables[2] is not None]
-
-    def formula(*tensors):
-        *inner, noise = tensors
-        out = _formula(ctx.purpose, ctx.f64)(*inner, seed, step, noise)
-        return tuple(value for value, wanted in zip(out, asked, strict=True) if wanted)
-
-    kept = [grad for grad, wanted in zip(grads, asked, strict=True) if wanted]
-    inner = vector_jacobian(formula, (*variables, noise), kept)
-    return (*inner[:7], None, None, inner[7], *(None,) * 5)
-
-
-def _backward_vmap(info, in_dims, *args):
-    return one_by_one(info, in_dims, torch.ops.pyflow.sde_step_backward, args[:10], *args[10:]), (0, 0, 0, 0)
+def _loss_gradients(grad, pred, std, seed, step):
+    grad_pred, grad_std = _loss_backward(grad, pred, std, seed, step)
+    needed = std is not None and std.requires_grad
+    return {"pred": grad_pred, "std": _of_coefficient(grad_std, std) if needed else None}
 
 
 def _sums_like(pred: Tensor) -> Tensor:
     return pred.new_empty(pred.shape[:1], dtype=compute_dtype(pred.dtype))
 
 
-def _loss_reference(pred, std, seed, step):
-    return ref.denoising_loss(pred, std, ref.noise_like(pred, seed, step, None, "noise")).contiguous()
-
-
-def _loss_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _loss_backward(ctx, grad):
-    _, std, _, _ = ctx.saved_tensors
-    grad_pred, grad_std = call("denoising_loss_backward", grad, *ctx.saved_tensors)
-    return grad_pred, _of_coefficient(grad_std, std) if ctx.needs_input_grad[1] else None, None, None
-
-
-def _loss_vmap(info, in_dims, *tensors):
-    single = lambda *args: (torch.ops.pyflow.denoising_loss(*args),)
-    return one_by_one(info, in_dims, single, tensors)[0], 0
-
-
-def _loss_backward_reference(grad, pred, std, seed, step):
-    z = ref.noise_like(pred, seed, step, None, "noise")
-    grad_pred, grad_std = ref.denoising_loss_backward(grad, pred, std, z)
-    return _copy_like(pred, grad_pred), grad_std.contiguous()
-
-
-def _loss_backward_backward(ctx, *grads):
-    grad, pred, std, seed, step = ctx.saved_tensors
-
-    def formula(grad, pred, std):
-        return ref.denoising_loss_backward(grad, pred, std, ref.noise_like(pred, seed, step, None, "noise"))
-
-    return (*vector_jacobian(formula, (grad, pred, std), grads), None, None)
-
-
-def _loss_backward_setup(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs)
-
-
-def _loss_backward_vmap(info, in_dims, *tensors):
-    return one_by_one(info, in_dims, torch.ops.pyflow.denoising_loss_backward, tensors), (0, 0)
+_loss_backward = register(
+    "denoising_loss_backward", "sde", reference=_loss_backward_reference,
+    fake=lambda grad, pred, std, seed, step: (torch.empty_like(pred), _sums_like(pred)),
+)  # fmt: skip
+_loss = register(
+    "denoising_loss", "sde", reference=_loss_reference, backward=_loss_gradients,
+    fake=lambda pred, std, seed, step: _sums_like(pred),
+)  # fmt: skip
 
 
 def _squares_reference(score, seed, step, noise, purpose):
-    return ref.langevin_squares(score, ref.noise_like(score, seed, step, noise, PURPOSES[purpose])).contiguous()
+    return ref.langevin_squares(score, ref.noise_like(score, seed, step, noise, purpose))
 
 
 def _squares_fake(score, seed, step, noise, purpose):
     return score.new_empty((2, score.shape[0] if score.dim() else 1), dtype=compute_dtype(score.dtype))
 
 
-def _squares_setup(ctx, inputs, output):
-    score, _, _, noise, _ = inputs
-    ctx.save_for_backward(score, noise)
+def _squares_gradients(grad, score, noise):
+    given = zip(("score", "noise"), grad, (score, noise), strict=True)
+    asked = [(name, g, t) for name, g, t in given if t is not None and t.requires_grad]
+    return {name: (2 * ref.column(g, t) * t).to(t.dtype) for name, g, t in asked}
 
 
-def _squares_backward(ctx, grad):
-    score, noise = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    of = [
-        (2 * ref.column(g, t) * t).to(t.dtype) if need else None
-        for g, t, need in zip(grad, (score, noise), (needs[0], needs[3]), strict=True)
-    ]
-    return of[0], None, None, of[1], None
-
-
-def _squares_vmap(info, in_dims, *args):
-    single = lambda *tensors: (torch.ops.pyflow.langevin_squares(*tensors),)
-    return one_by_one(info, in_dims, single, args[:4], *args[4:])[0], 0
-
-
-register(
-    "sde_step", "sde", reference=_reference, fake=_fake, vmap=_vmap, setup_context=_setup, backward=_backward,
-)  # fmt: skip
-register(
-    "sde_step_backward", "sde", reference=_backward_reference, fake=_backward_fake, vmap=_backward_vmap,
-    setup_context=_backward_setup, backward=_backward_backward,
-)  # fmt: skip
-register(
-    "denoising_loss", "sde", reference=_loss_reference, vmap=_loss_vmap,
-    fake=lambda pred, std, seed, step: _sums_like(pred), setup_context=_loss_setup, backward=_loss_backward,
-)  # fmt: skip
-register(
-    "denoising_loss_backward", "sde", reference=_loss_backward_reference, vmap=_loss_backward_vmap,
-    fake=lambda grad, pred, std, seed, step: (torch.empty_like(pred), _sums_like(pred)),
-    setup_context=_loss_backward_setup, backward=_loss_backward_backward,
-)  # fmt: skip
-register(
-    "langevin_squares", "sde", reference=_squares_reference, fake=_squares_fake, vmap=_squares_vmap,
-    setup_context=_squares_setup, backward=_squares_backward,
+_langevin_squares = register(
+    "langevin_squares", "sde", reference=_squares_reference, fake=_squares_fake, backward=_squares_gradients
 )  # fmt: skip

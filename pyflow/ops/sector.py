@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._backend import call, register, runs_reference
+from .._operators import register
 from .._schemas import PURPOSES
 from ..reference import sector as ref
-from ._transforms import one_by_one
 from .noise import seed_tensor, step_tensor
 
 
@@ -65,9 +64,7 @@ def counts_for(
     step = step_tensor(op, step, thresholds.device)
     seed = seed_tensor(op, seed, (), thresholds.device, "cpu")
     purpose = PURPOSES.index("monte_carlo")
-    if runs_reference("sector_counts", thresholds):
-        return ref.sector_counts(thresholds, points, trials, seed, step, purpose=purpose)
-    return call("sector_counts", thresholds, points, trials, seed, step, purpose)
+    return _counts.pick("sector_counts", thresholds)(thresholds, points, trials, seed, step, purpose)
 
 
 def count(op: str, name: str, value: object) -> int:
@@ -81,23 +78,14 @@ def count(op: str, name: str, value: object) -> int:
     return value
 
 
-# registration with torch; arguments are in the order of the schemas
+# registration with torch
 
 
-def _reference(thresholds, points, trials, seed, step, purpose):
-    return ref.sector_counts(thresholds, points, trials, seed, step, purpose=purpose)
+def _reference(purpose, **arguments):
+    return ref.sector_counts(**arguments, purpose=PURPOSES.index(purpose))
 
 
-def _fake(thresholds, points, trials, seed, step, purpose):
-    return thresholds.new_empty(thresholds.shape, dtype=torch.int64)
-
-
-def _vmap(info, in_dims, thresholds, points, trials, seed, step, purpose):
-    def one(thresholds, seed, step):
-        return (torch.ops.pyflow.sector_counts(thresholds, points, trials, seed, step, purpose),)
-
-    dims = (in_dims[0], *in_dims[3:5])
-    return one_by_one(info, dims, one, (thresholds, seed, step))[0], 0
-
-
-register("sector_counts", "sector", reference=_reference, fake=_fake, vmap=_vmap)
+_counts = register(
+    "sector_counts", "sector", reference=_reference,
+    fake=lambda thresholds, *rest: thresholds.new_empty(thresholds.shape, dtype=torch.int64),
+)  # fmt: skip

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._backend import register, runs_reference
+from .._operators import register
 from ..reference import compute_dtype
 from ..reference import spectral as ref
-from ._transforms import one_by_one, vector_jacobian
 
 Lists = tuple[list[Tensor], list[Tensor | None], list[Tensor | None], list[Tensor]]
 
@@ -67,11 +66,10 @@ def spectral_normalize(
     weights, u, v = _checked(op, weights, u, v)
     n_iter = check.at_least(op, "n_iter", n_iter, 0)
     through_iteration = check.flag(op, "through_iteration", through_iteration)
-    if through_iteration or runs_reference(op, weights[0]):
-        lists = ref.spectral_normalize(weights, u, v, n_iter=n_iter, through_iteration=through_iteration)
+    if through_iteration:
+        lists = ref.spectral_normalize(weights, u, v, n_iter=n_iter, through_iteration=True)
     else:
-        flat, n = torch.ops.pyflow.spectral_normalize.default(weights, u, v, n_iter), len(weights)
-        lists = tuple(flat[i * n : (i + 1) * n] for i in range(4))
+        lists = _parts(_normalize.pick(op, weights[0])(weights, u, v, n_iter), 4)
     scaled, new_u, new_v, sigmas = lists
     vectors = [w.dim() == 1 for w in weights]
     return (
@@ -115,22 +113,17 @@ def _checked(op: str, *lists: Any) -> tuple[list[Tensor], list[Tensor], list[Ten
     return list(weights), [empty if x is None else x for x in u], [empty if x is None else x for x in v]
 
 
-# registration with torch; arguments are in the order of the schemas
+# registration with torch
 
 
 def _parts(tensors, count):
     """Split a flat list into `count` lists of equal length."""
     n = len(tensors) // count
-    return [list(tensors[i * n : (i + 1) * n]) for i in range(count)]
-
-
-def _like(weights, values):
-    return [torch.empty_like(w).copy_(x) for w, x in zip(weights, values, strict=True)]
+    return [tensors[i * n : (i + 1) * n] for i in range(count)]
 
 
 def _reference(weights, u, v, n_iter):
-    scaled, *rest = ref.spectral_normalize(weights, u, v, n_iter=n_iter)
-    return [*_like(weights, scaled), *(x.clone() for values in rest for x in values)]
+    return [x for values in ref.spectral_normalize(weights, u, v, n_iter=n_iter) for x in values]
 
 
 def _fake(weights, u, v, n_iter):
@@ -141,18 +134,17 @@ def _fake(weights, u, v, n_iter):
     ]  # fmt: skip
 
 
-def _setup(ctx, inputs, output):
-    weights, n = inputs[0], len(inputs[0])
-    ctx.mark_non_differentiable(*output[n : 3 * n])
-    ctx.save_for_backward(*weights, *output[n:])
+_normalize_backward = register(
+    "spectral_normalize_backward", "spectral", reference=ref.spectral_normalize_backward,
+    fake=lambda grads, grad_sigmas, weights, u, v, sigmas: [torch.empty_like(w) for w in weights],
+)  # fmt: skip
 
 
-def _backward(ctx, grads):
-    weights, u, v, sigmas = _parts(ctx.saved_tensors, 4)
-    n = len(weights)
-    grads, grad_sigmas = (_present(g, like) for g, like in ((grads[:n], weights), (grads[3 * n :], sigmas)))
-    result = torch.ops.pyflow.spectral_normalize_backward.default(grads, grad_sigmas, weights, u, v, sigmas)
-    return list(result), [None] * n, [None] * n, None
+def _gradients(grad, weights, lists):
+    u, v, sigmas = _parts(lists, 3)
+    of_weights, _, _, of_sigmas = _parts(grad, 4)
+    grads, grad_sigmas = _present(of_weights, weights), _present(of_sigmas, sigmas)
+    return {"weights": _normalize_backward(grads, grad_sigmas, weights, u, v, sigmas)}
 
 
 def _present(grads, like):
@@ -161,43 +153,9 @@ def _present(grads, like):
     return [g if g.layout == torch.strided else g.to_dense() for g in grads]
 
 
-def _one_by_one(info, in_dims, op, lists, *options):
-    outputs = one_by_one(info, in_dims, op, lists, *options)
-    return list(outputs), [0] * len(outputs)
-
-
-def _vmap(info, in_dims, weights, u, v, n_iter):
-    return _one_by_one(info, in_dims, torch.ops.pyflow.spectral_normalize, (weights, u, v), n_iter)
-
-
-def _backward_reference(grads, grad_sigmas, weights, u, v, sigmas):
-    return _like(weights, ref.spectral_normalize_backward(grads, grad_sigmas, weights, u, v, sigmas))
-
-
-def _backward_fake(grads, grad_sigmas, weights, u, v, sigmas):
-    return [torch.empty_like(w) for w in weights]
-
-
-def _backward_setup(ctx, inputs, output):
-    ctx.save_for_backward(*(x for values in inputs for x in values))
-
-
-def _backward_backward(ctx, grads):
-    def formula(*tensors):
-        return ref.spectral_normalize_backward(*_parts(tensors, 6))
-
-    return tuple(_parts(vector_jacobian(formula, ctx.saved_tensors, grads), 6))
-
-
-def _backward_vmap(info, in_dims, *lists):
-    return _one_by_one(info, in_dims, torch.ops.pyflow.spectral_normalize_backward, lists)
-
-
-register(
-    "spectral_normalize", "spectral", reference=_reference, fake=_fake, vmap=_vmap,
-    setup_context=_setup, backward=_backward,
-)  # fmt: skip
-register(
-    "spectral_normalize_backward", "spectral", reference=_backward_reference, fake=_backward_fake,
-    vmap=_backward_vmap, setup_context=_backward_setup, backward=_backward_backward,
+_normalize = register(
+    "spectral_normalize", "spectral", reference=_reference, fake=_fake, backward=_gradients,
+    # the backward needs all outputs but the weights, and u and v are its constants
+    keep=lambda inputs, lists: (inputs[0], lists[len(inputs[0]) :]),
+    constant=lambda lists: lists[len(lists) // 4 : 3 * len(lists) // 4],
 )  # fmt: skip

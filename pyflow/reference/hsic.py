@@ -18,7 +18,7 @@ WIDE_VARIANCE = 2.0
 WIDE_DEVIATION = math.sqrt(math.pi)
 
 
-def raw(z: Tensor, scale: Tensor, kernel: str) -> Tensor:
+def raw(z: Tensor, scale: Tensor, kernel: str, middle: Tensor | None = None) -> Tensor:
     """Return the argument of the kernel function, (..., n, n): -|a - b|^2 / 2 for rbf, |a - b|_1 for laplacian, a.b for
     polynomial, the number of different entries for delta, and the entry itself for precomputed.
 
@@ -35,28 +35,35 @@ def raw(z: Tensor, scale: Tensor, kernel: str) -> Tensor:
         return matmul(z, z.mT)
     # float64, because float32 keeps no digit of the distance between two close rows that are 1e5 bandwidths away from
     # the other rows
-    dtype, z = z.dtype, centred(z.double()) * scale.double()[..., None, None]
+    middle = middle_row(z) if middle is None else middle
+    dtype, z = z.dtype, (z.double() - middle.double()) * scale.double()[..., None, None]
     half = z.square().sum(-1) / 2
     return (z @ z.mT - (half.unsqueeze(-1) + half.unsqueeze(-2))).clamp(max=0).to(dtype)
 
 
 def centred(z: Tensor) -> Tensor:
-    """Subtract the median of five rows, without a gradient through it; exactly 0 if all rows are equal.
+    """Subtract `middle_row`; exactly 0 if all rows are equal."""
+    return z - middle_row(z)
+
+
+def middle_row(z: Tensor) -> Tensor:
+    """Return the median of five rows, (..., 1, d) without a gradient.
 
     A mean would move towards outliers; the median of five rows does not, unless three of them are outliers.
     """
-    n = z.shape[-2]
+    n, rows = z.shape[-2], z.detach()
     if n == 0:
-        return z
-    few = torch.stack([z.detach()[..., i * (n - 1) // 4, :] for i in range(5)], -2)
-    return z - few.sort(-2).values[..., 2:3, :]
+        return rows.new_zeros((*rows.shape[:-2], 1, rows.shape[-1]))
+    few = torch.stack([rows.select(-2, i * (n - 1) // 4) for i in range(5)], -2)
+    return few.sort(-2).values.narrow(-2, 2, 1)
 
 
-def wide(z: Tensor, scale: Tensor, kernel: str) -> Tensor:
+def wide(z: Tensor, scale: Tensor, kernel: str, middle: Tensor | None = None) -> Tensor:
     """(...) 1 if the bandwidth is so wide that K - 1 is stored in place of K, else 0."""
     if kernel not in ("rbf", "laplacian"):
         return z.new_zeros(z.shape[:-2])
-    z = centred(z.detach()) * scale.detach()[..., None, None]
+    middle = middle_row(z) if middle is None else middle
+    z = (z.detach() - middle) * scale.detach()[..., None, None]
     variance = (z - z.mean(-2, keepdim=True)).square().sum(-2) / max(z.shape[-2] - 1, 1)
     if kernel == "rbf":
         return (variance.sum(-1) <= WIDE_VARIANCE).to(z.dtype)
@@ -65,7 +72,8 @@ def wide(z: Tensor, scale: Tensor, kernel: str) -> Tensor:
 
 def gram(z: Tensor, scale: Tensor, kernel: str, degree: int) -> tuple[Tensor, Tensor]:
     """Return the kernel matrix minus its shift, (..., n, n) with a zero diagonal, and the shift, (...) 0 or 1."""
-    value, shift = raw(z, scale, kernel), wide(z, scale, kernel)
+    middle = middle_row(z) if kernel in ("rbf", "laplacian") else None
+    value, shift = raw(z, scale, kernel, middle), wide(z, scale, kernel, middle)
     if kernel in ("rbf", "laplacian"):
         exponent = value if kernel == "rbf" else -value
         value = torch.where(shift[..., None, None] != 0, exponent.expm1(), exponent.exp())

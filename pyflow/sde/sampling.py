@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -189,7 +190,8 @@ class Step:
             # here, because errors inside the compiled step are reported by the compiler
             seed_tensor("step", seed, x.shape, x.device)
         # outside inference mode a score function can use autograd, and tensors count writes in place
-        with torch.inference_mode(False), torch.no_grad():
+        normal = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+        with normal, torch.no_grad():
             return self._take(x.clone() if x.is_inference() else x, i, seed)
 
     def _take(self, x: Tensor, i: int, seed: Tensor) -> Tensor:

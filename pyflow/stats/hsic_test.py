@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._backend import call, runs_reference
 from .._schemas import HSIC_KERNELS, PURPOSES
 from ..ops import noise
 from ..ops._variables import ESTIMATORS, Bandwidth, Variable, ratio, rows_needed, variables, whole
 from ..ops.hsic import chain, estimates, permuted, values
-from ..reference.noise import MASK, philox
+from ..reference.noise import MASK
 from ._grams import CentredGram, blocks
 from ._inputs import bar, check_kernels, same, samples
 
@@ -172,13 +171,10 @@ def draw(key: Tensor, first: int, count: int, n: int) -> Tensor:
     step = torch.arange(first, first + count, device=device).unsqueeze(1).expand_as(block)
     high = torch.full_like(block, PURPOSES.index("permutation") << 24)
     counter = torch.stack((block, torch.zeros_like(block), step, high), -1)
-    if runs_reference("philox", counter):
-        words = torch.stack(philox(counter.unbind(-1), key.unbind()), -1)
-    else:
-        words = call("philox", counter, key.expand(*block.shape, 2))
+    drawn = noise.words("philox", counter, key.expand(*block.shape, 2))
     # the index in the low bits makes every key unique: any sort gives the stable order
     bits = max(n - 1, 1).bit_length()
-    keys = (words.flatten(1)[:, :n] - 2**31 << bits) | torch.arange(n, device=device)
+    keys = (drawn.flatten(1)[:, :n] - 2**31 << bits) | torch.arange(n, device=device)
     # NumPy's sort is three times as fast as torch's on a CPU
     keys = torch.from_numpy(np.sort(keys.numpy(), axis=1)) if keys.is_cpu else keys.sort(1).values
     return (keys & (1 << bits) - 1).int()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._torch import backward_id
 from ..reference import compute_dtype
 
 
@@ -29,7 +30,7 @@ class Collected:
         self.losses: dict[str, Tensor] = {}
         self._metrics: dict[str, tuple[Tensor, int]] = {}
         self._unrecorded: set[str] = set()  # names of losses added while no graph was recorded
-        self._backward = torch._C._current_graph_task_id()  # id of the backward that opened the block, or -1
+        self._backward = backward_id()  # id of the backward that opened the block, or -1
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -148,7 +149,7 @@ def _scalar(op: str, value: object, name: object) -> Tensor | None:
     if value.numel() != 1:
         raise ValueError(f"{op}: value must be a scalar, got shape {tuple(value.shape)}")
     # inside a backward that began after the block was opened, this forward is a recomputation
-    if not _blocks.open or torch._C._current_graph_task_id() != _blocks.open[-1]._backward:
+    if not _blocks.open or backward_id() != _blocks.open[-1]._backward:
         return None
     # a copy, since the caller may change the value in place
     return value.reshape(()).to(compute_dtype(value.dtype), copy=True)

@@ -7,6 +7,7 @@ import torch
 
 import pyflow
 from pyflow import _backend, ops, testing
+from pyflow._operators import OPERATORS
 from pyflow._schemas import PRIORS
 
 from .common import DEVICE, draw, moved, needs_cuda
@@ -20,10 +21,11 @@ FUNCTIONS = {
 
 def test_auto_backend_runs_the_kernels(kernels):
     x = torch.zeros(2, device=DEVICE)
-    for op, family in _backend._families.items():
+    for op, operator in OPERATORS.items():
         # hsic has no CUDA kernels
-        if family != "hsic" or not _backend.status()["triton"]:
-            assert not _backend.runs_reference(op, x, cuda=family != "hsic"), op
+        assert operator.cuda == (operator.family != "hsic")
+        if operator.cuda or not _backend.status()["triton"]:
+            assert not _backend.runs_reference(op, x, operator.cuda), op
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
