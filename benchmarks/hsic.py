@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import pyflow
-from pyflow.reference import hsic as ref
+from pyflow.reference.center import center_gram
 
 from .registry import FRESH, Call, Case, Outputs, Problem, available, bind, compiled, normals, peer, wide
 
@@ -121,8 +121,8 @@ def _case(
 def _center(shape: tuple[int, ...], device: torch.device) -> Problem:
     gram = normals(shape, device, 1)
     functions = {
-        "eager": lambda gram: (ref.center_gram(gram),),
-        "compile": compiled(lambda gram: (ref.center_gram(gram),)),
+        "eager": lambda gram: (center_gram(gram),),
+        "compile": compiled(lambda gram: (center_gram(gram),)),
         "pyflow": lambda gram: (pyflow.ops.center_gram(gram),),
     }
     calls = {name: bind(function, gram) for name, function in functions.items()}

@@ -140,3 +140,13 @@ def center_into(gram: Tensor, out: Tensor) -> None:
         subtract_kernel, batch * blocks * chunks, gram.device, source, at, flat, out_at, row_means, column_means,
         totals, n // vec, blocks, chunks, tiles, VEC=vec, BLOCK_R=8, ROWS=rows, CHUNK=chunk,
     )  # fmt: skip
+
+
+def center_gram(gram: Tensor) -> Tensor:
+    out = torch.empty_like(gram, memory_format=torch.contiguous_format)
+    center_into(gram, out)
+    return out
+
+
+def center_gram_(gram: Tensor) -> None:
+    center_into(gram, gram)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from . import _launch
 from ._gram import DELTA, DEPTH, LAPLACIAN, POLYNOMIAL, PRECOMPUTED, RBF, Gram, counted, gram_tile, grams_of
-from .center import center_into
 
 GRID = tl.constexpr(1.5 * 2.0**7)  # adding it rounds to a multiple of 2^-16
 MOST_PARTIAL = 1 << 21  # most partial row sums of a launch per variable: above this, offsets take several launches
@@ -433,13 +432,3 @@ def hsic_permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tenso
         arguments = (t.contiguous() for t in (gram_x, gram_y, permutations))
         _launch.launch(permuted_kernel, len(out), gram_x.device, *arguments, out, len(gram_x), BLOCK=32)
     return out
-
-
-def center_gram(gram: Tensor) -> Tensor:
-    out = torch.empty_like(gram, memory_format=torch.contiguous_format)
-    center_into(gram, out)
-    return out
-
-
-def center_gram_(gram: Tensor) -> None:
-    center_into(gram, gram)

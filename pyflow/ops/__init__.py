@@ -1,11 +1,12 @@
 """The operations: one public function each."""
 
+from .center import center_gram
 from .coupling import additive_coupling, affine_coupling, affine_coupling_packed
 from .energy import energy_and_grad, energy_loss, grad_norm_penalty, mala_accept, mala_propose, mala_step
 from .flow_head import flow_log_prob
 from .fsq import codebook_usage, fsq, fsq_decode, residual_fsq
 from .gan_qp import gan_qp_generator_loss, gan_qp_loss
-from .hsic import center_gram, cka, hsic, hsic_matrix
+from .hsic import cka, hsic, hsic_matrix
 from .nhsic import nhsic
 from .noise import normal, philox, sample_seeds, uniform
 from .sde import denoising_loss, langevin_step, perturb, sde_step

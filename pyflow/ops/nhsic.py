@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS
 from ..reference import hsic as ref
+from ..reference.center import center_gram
 from ._variables import Bandwidth, Variable, result_dtype, rows_needed, times_two_to, variables
 
 
@@ -76,7 +77,7 @@ def regularised(op: str, name: str, v: Variable, epsilon: float) -> Tensor:
     n = v.z.shape[-2]
     gram, shift = ref.gram(v.z.double(), v.scale.double(), HSIC_KERNELS[v.kernel], v.degree)
     gram = gram + torch.diag_embed(v.diagonal - shift.unsqueeze(-1))
-    centred = ref.center_gram(gram)
+    centred = center_gram(gram)
     if v.exponent is not None:
         centred = times_two_to(centred, v.exponent[..., None, None])
     if v.constant is not None:

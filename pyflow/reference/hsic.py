@@ -109,9 +109,3 @@ def hsic_permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tenso
     k = gram_x.double().fill_diagonal_(0) if gram_x.dtype != torch.float64 else gram_x.clone().fill_diagonal_(0)
     sums = [(k * gram_y[p][:, p]).sum() for p in permutations.long()]
     return torch.stack(sums) if sums else k.new_zeros(0)
-
-
-def center_gram(gram: Tensor) -> Tensor:
-    """H K H of (..., n, n)."""
-    rows, columns = gram.mean(-1, keepdim=True), gram.mean(-2, keepdim=True)
-    return gram - rows - columns + rows.mean(-2, keepdim=True)

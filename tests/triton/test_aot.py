@@ -15,7 +15,20 @@ if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
     pytest.skip("the interpreter and compilation exclude each other", allow_module_level=True)
 
 from pyflow._schemas import DISTANCES, FSQ_VARIANTS, HSIC_KERNELS, PRIORS, SCALE_MAPS
-from pyflow.triton_kernels import _random, coupling, energy, flow_head, fsq, gan_qp, hsic, noise, sde, sector, spectral
+from pyflow.triton_kernels import (
+    _random,
+    center,
+    coupling,
+    energy,
+    flow_head,
+    fsq,
+    gan_qp,
+    hsic,
+    noise,
+    sde,
+    sector,
+    spectral,
+)
 
 from . import aot
 
@@ -178,7 +191,7 @@ def grams(target, dtype, kernels, dims, degree=1, n=200):
 
 def matrices(dtype, shape=(2, 200, 200)):
     with aot.recorded() as launches:
-        hsic.center_gram(torch.empty(shape, dtype=dtype))
+        center.center_gram(torch.empty(shape, dtype=dtype))
         if dtype in (F32, F64):
             gram = torch.empty(shape[1:], dtype=dtype)
             hsic.hsic_permuted(gram, gram, torch.zeros(3, shape[1], dtype=torch.int32))
@@ -286,7 +299,7 @@ def cases():
             table[f"{name}-rbf"] = grams(target, dtype, ("rbf", "rbf"), (64, 3))
             table[f"{name}-rbf-wide"] = grams(target, dtype, ("rbf", "rbf"), (64, 100))
         for dtype in (F32, F64, BF16, F16)[: 4 if target == "sm_90" else 2]:
-            table[f"{target}-{str(dtype)[6:]}-hsic-center"] = matrices(dtype)
+            table[f"{target}-{str(dtype)[6:]}-center"] = matrices(dtype)
     for dtype in (F32, F64):
         name = f"sm_90-{str(dtype)[6:]}-hsic"
         table[f"{name}-laplacian"] = grams("sm_90", dtype, ("laplacian", "polynomial"), (10, 20), degree=3)
