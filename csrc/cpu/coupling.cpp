@@ -16,9 +16,9 @@ struct Chunk {
   T *y, *gx, *gshift, *gscale;
 };
 
-// s -> log-scale g; with Slope also dg/ds
+// s -> log-scale g; with Slope also dg/ds. Not inlined, so that its instructions can be inspected map by map.
 template <bool Slope, ScaleMap M, class T>
-void map_chunk(const Chunk<T>& c, T arg) {
+__attribute__((noinline)) void map_chunk(const Chunk<T>& c, T arg) {
   const T* __restrict s = c.scale;
   T* __restrict g = c.g;
   T* __restrict slope = c.slope;
