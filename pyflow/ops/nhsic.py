@@ -76,22 +76,24 @@ def regularised(op: str, name: str, v: Variable, epsilon: float) -> Tensor:
     """
     n = v.z.shape[-2]
     gram, shift = ref.gram(v.z.double(), v.scale.double(), HSIC_KERNELS[v.kernel], v.degree)
-    gram = gram + torch.diag_embed(v.diagonal - shift.unsqueeze(-1))
+    gram = torch.diagonal_scatter(gram, v.diagonal - shift.unsqueeze(-1), dim1=-2, dim2=-1)
     centred = center_gram(gram)
     if v.exponent is not None:
         centred = times_two_to(centred, v.exponent[..., None, None])
     if v.constant is not None:
         centred = torch.where(v.constant[..., None, None], 0.0, centred)
     centred = _above_rounding(op, v, gram, centred, epsilon)
-    factor, info = torch.linalg.cholesky_ex(centred + epsilon * n * torch.eye(n, dtype=gram.dtype, device=gram.device))
-    # rounding makes no kernel of rows indefinite: epsilon is above it
-    indefinite = info != 0
-    if not check.values_are_checked(centred):
-        factor = torch.where(indefinite[..., None, None], math.nan, factor)
-    elif bool(indefinite.any()):
-        raise ValueError(
-            f"{op}: {name} must be positive semi-definite with a precomputed kernel, got negative eigenvalues"
-        )
+    lifted = centred.diagonal(dim1=-2, dim2=-1) + epsilon * n
+    factor, info = torch.linalg.cholesky_ex(torch.diagonal_scatter(centred, lifted, dim1=-2, dim2=-1))
+    # epsilon is above the rounding, which therefore makes no kernel of rows indefinite
+    if HSIC_KERNELS[v.kernel] == "precomputed":
+        indefinite = info != 0
+        if not check.values_are_checked(centred):
+            factor = torch.where(indefinite[..., None, None], math.nan, factor)
+        elif bool(indefinite.any()):
+            raise ValueError(
+                f"{op}: {name} must be positive semi-definite with a precomputed kernel, got negative eigenvalues"
+            )
     return torch.cholesky_solve(centred, factor)
 
 
