@@ -47,15 +47,16 @@ def centred(z: Tensor) -> Tensor:
 
 
 def middle_row(z: Tensor) -> Tensor:
-    """Return the median of five rows, (..., 1, d) without a gradient.
+    """Return the median of five rows (of all, if there are fewer), (..., 1, d) without a gradient.
 
     A mean would move towards outliers; the median of five rows does not, unless three of them are outliers.
     """
     n, rows = z.shape[-2], z.detach()
     if n == 0:
         return rows.new_zeros((*rows.shape[:-2], 1, rows.shape[-1]))
-    few = torch.stack([rows.select(-2, i * (n - 1) // 4) for i in range(5)], -2)
-    return few.sort(-2).values.narrow(-2, 2, 1)
+    step = max((n - 1) // 4, 1)
+    few = rows[..., : 4 * step + 1 : step, :]
+    return few.sort(-2).values.narrow(-2, few.shape[-2] // 2, 1)
 
 
 def wide(z: Tensor, scale: Tensor, kernel: str, middle: Tensor | None = None) -> Tensor:
