@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._schemas import SCALE_MAPS
+from .._schemas import PACKINGS, SCALE_MAPS
 from . import _launch
 from ._math import atan, constant, div, exp, log, neg, sigmoid, softplus, tanh
 from ._tiles import fold, load, load_pair, place, row_offset, scalar, store, store_pair, width
@@ -311,9 +311,10 @@ def _backward(
 
 
 def _unpack(params: Tensor, packing: int, dim: int, pairs: bool = True) -> Params:
-    """Return views of packed parameters; `packing` indexes _schemas.PACKINGS."""
+    """Return views of packed parameters."""
     half = params.shape[dim] // 2
-    if packing == 2:
+    name = PACKINGS[packing]
+    if name == "interleaved":
         if pairs and _neighbours(params, dim):
             whole = torch.int64 if params.element_size() == 4 else torch.int32
             return None, params.movedim(dim, -1).view(whole).movedim(-1, dim), HALVES[params.dtype]
@@ -321,7 +322,7 @@ def _unpack(params: Tensor, packing: int, dim: int, pairs: bool = True) -> Param
         even, odd = (*where, slice(0, None, 2)), (*where, slice(1, None, 2))
         return params[even], params[odd], None
     first, second = params.narrow(dim, 0, half), params.narrow(dim, half, half)
-    return (first, second, None) if packing == 0 else (second, first, None)
+    return (first, second, None) if name == "shift_scale" else (second, first, None)
 
 
 def _neighbours(params: Tensor, dim: int) -> bool:
