@@ -28,7 +28,12 @@ bool whole_vectors(const Space& s, const View& first, const Views&... others) {
 // errors are found by launch_error
 template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), int64_t blocks, Stream stream, const Args&... args) {
+#if !defined(PYFLOW_EMULATED)
   kernel<<<dim3(unsigned(blocks)), kThreads, 0, stream>>>(args...);
+#else
+  (void)stream;
+  emulated::launch(kernel, unsigned(blocks), kThreads, args...);
+#endif
 }
 
 template <class T>

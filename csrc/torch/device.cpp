@@ -23,7 +23,7 @@ double number_in_memory(const Tensor& t) {
 
 RowView row_view(const Tensor& t) {
   RowView v;
-  if (t.dim() == 0 && t.is_cpu()) {
+  if (is_host_number(t)) {
     v.value = number_in_memory(t);
     return v;
   }

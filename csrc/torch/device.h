@@ -1,18 +1,23 @@
 // The device that this build of csrc/torch runs its kernels on. Every file is compiled into _C.so for the CPU; with
-// PYFLOW_CUDA those with a csrc/cuda/<op>.cu are compiled again, into _CUDA.so.
+// PYFLOW_CUDA those with a csrc/cuda/<op>.cu are compiled again, into _CUDA.so. With PYFLOW_EMULATED as well the tests
+// run csrc/cuda on CPU tensors (tests/cuda/emulated).
 #pragma once
 
 #include "../cpu/dispatch.h"
 #include "../cuda/shared.h"
 #include "tensor.h"
 
-#if defined(PYFLOW_CUDA)
+#if defined(PYFLOW_EMULATED)
+#include <cstdlib>
+#elif defined(PYFLOW_CUDA)
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
 // PYFLOW_OPERATORS(m) { m.impl(...); } registers the operators of a file
-#if defined(PYFLOW_CUDA)
+#if defined(PYFLOW_EMULATED)
+#define PYFLOW_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(pyflow_cuda, CPU, m)
+#elif defined(PYFLOW_CUDA)
 #define PYFLOW_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(pyflow_cuda, CUDA, m)
 #else
 #define PYFLOW_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(pyflow, CPU, m)
@@ -45,6 +50,19 @@ void run_units(void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int
 }
 
 #if defined(PYFLOW_CUDA)
+inline void check_launch() {
+  const char* error = cuda::launch_error();
+  STD_TORCH_CHECK(error == nullptr, "pyflow: a CUDA kernel could not be launched: ", error ? error : "");
+}
+#endif
+
+#if defined(PYFLOW_EMULATED)
+template <class F>
+void launch(const Tensor&, F f) {
+  f(cuda::Stream(nullptr));
+  check_launch();
+}
+#elif defined(PYFLOW_CUDA)
 // calls f with the current stream of the tensor's device
 template <class F>
 void launch(const Tensor& on, F f) {
@@ -53,13 +71,20 @@ void launch(const Tensor& on, F f) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   f(cuda::Stream(stream));
-  const char* error = cuda::launch_error();
-  STD_TORCH_CHECK(error == nullptr, "pyflow: a CUDA kernel could not be launched: ", error ? error : "");
+  check_launch();
 }
 #else
 template <class F>
 void launch(const Tensor&, F) {}
 #endif
+
+// whether t holds one number that goes to the kernel by value; kernels read numbers in GPU memory themselves
+inline bool is_host_number(const Tensor& t) {
+#if defined(PYFLOW_EMULATED)
+  if (std::getenv("PYFLOW_EMULATED_NUMBERS_IN_MEMORY")) return false;
+#endif
+  return t.dim() == 0 && t.is_cpu();
+}
 
 inline Plan plan_of(const Space& s, bool flat) { return kCuda ? gpu_plan(s) : cpu_plan(s, flat); }
 

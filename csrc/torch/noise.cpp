@@ -9,7 +9,7 @@ namespace {
 
 Number number_of(const Tensor& t) {
   const auto* data = (const int64_t*)t.data_ptr();
-  if (t.dim() == 0 && t.is_cpu()) return {nullptr, *data};
+  if (is_host_number(t)) return {nullptr, *data};
   return {data, 0};
 }
 

@@ -1,52 +1,18 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from filelock import FileLock
 
-ROOT = Path(__file__).resolve().parents[2]
-PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-
-
-def run(*command, **options):
-    """Run a command and return the finished process; a failure shows its output."""
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return done
-
-
-def need(*tools):
-    missing = [tool for tool in tools if shutil.which(tool, path=PATH) is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
-
-
-def build(folder, target, *options):
-    """Build a CMake target in a folder, once for all test processes; returns the build's output."""
-    need("cmake", "ninja", "c++")
-    log, tool = folder / "build.log", {"env": {**os.environ, "PATH": PATH}}
-    with FileLock(f"{folder}.lock"):
-        if not log.exists():
-            run("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *options, **tool)
-            log.write_text(run("cmake", "--build", folder, "--target", target, **tool).stdout)
-    return log.read_text()
-
-
-def shared(tmp_path_factory, name):
-    """Return a folder shared by all processes of this test run."""
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+from ..building import ROOT, build, need, run, shared
 
 
 def build_kernels(folder, *options):
     """Build the torch-free program kernel_bits; returns its path, its objects and the compiler's output for each."""
-    log = build(folder, "kernel_bits", *options)
+    log = build(folder, ["kernel_bits"], *options)
     parts = re.split(r"\[\d+/\d+\] Building CXX object \S*?/kernels_(\w+)\.dir/csrc/cpu/(\w+)\.cpp\.o\n", log)
     reports = {(isa, name): text for isa, name, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True)}
     objects = {key: folder / f"CMakeFiles/kernels_{key[0]}.dir/csrc/cpu/{key[1]}.cpp.o" for key in reports}

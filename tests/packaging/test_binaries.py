@@ -8,7 +8,7 @@ import pytest
 
 import pyflow
 
-from .conftest import need, run
+from ..building import need, run
 
 PACKAGE = Path(pyflow.__file__).parent
 if not (PACKAGE / "_C.so").exists():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from .conftest import ROOT, build, need, run, shared
+from ..building import ROOT, build, need, run, shared
 
 SOURCES = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
 TARGETS = {"80", "90", "100"}
@@ -24,7 +24,7 @@ def library(tmp_path_factory):
         "PYFLOW_CUDA": "ON", "TORCH_INCLUDE": site / "include", "TORCH_LIB": site / "lib",
         "CMAKE_CUDA_FLAGS": "-Xptxas -v -Xcompiler -Wall,-Wextra,-Werror",
     }  # fmt: skip
-    log = build(folder, "pyflow_CUDA", *(f"-D{name}={value}" for name, value in options.items()))
+    log = build(folder, ["pyflow_CUDA"], *(f"-D{name}={value}" for name, value in options.items()))
     parts = re.split(r"\[\d+/\d+\] (?:Building \w+ object \S*?/csrc/(\w+/\w+)\.\w+\.o|Linking .*)\n", log)
     return SimpleNamespace(path=folder / "_CUDA.so", reports=dict(zip(parts[1::2], parts[2::2], strict=True)))
 

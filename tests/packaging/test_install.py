@@ -13,7 +13,8 @@ import pytest
 
 import pyflow
 
-from .conftest import PATH, ROOT, build_wheel, install, need, run
+from ..building import PATH, ROOT, need, run
+from .conftest import build_wheel, install
 
 USE = """
 import sys, warnings

@@ -6,7 +6,8 @@ import subprocess
 
 import pytest
 
-from .conftest import ROOT, build_kernels, need, run
+from ..building import ROOT, need, run
+from .conftest import build_kernels
 
 # libc only; libm is listed below
 ALLOWED_IMPORTS = {"_GLOBAL_OFFSET_TABLE_", "memcpy", "memset", "memmove", "__stack_chk_fail"}
