@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from pyflow import _backend
+from pyflow._operators import Operator
 from pyflow._schemas import define
 
 LIBRARY = os.environ.get("PYFLOW_TEST_EMULATED")
@@ -18,10 +18,11 @@ LIBRARY = os.environ.get("PYFLOW_TEST_EMULATED")
 def operators():
     schemas = define("pyflow_cuda")  # the operators exist as long as this object
     torch.ops.load_library(LIBRARY)
+    torch.use_deterministic_algorithms(True)  # new tensors start as NaN, so that unwritten results are seen
     return schemas, torch.ops.pyflow_cuda
 
 
 def use(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the CUDA kernels for the backend "triton" until the test ends."""
     _, cuda = operators()
-    monkeypatch.setattr(_backend, "_triton_kernel", lambda op: getattr(cuda, op))
+    monkeypatch.setattr(Operator, "triton_kernel", property(lambda operator: getattr(cuda, operator.name)))

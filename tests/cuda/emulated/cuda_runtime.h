@@ -1,8 +1,9 @@
 // CUDA's words for a C++ compiler, found by csrc/cuda in place of the header of that name: each kernel runs on a CPU, a
 // block's threads as fibers of one thread (emulator.cpp). A fiber runs until its next barrier or warp collective, so
-// shared memory that is read without a barrier is found wrong in one order of the threads or another.
-// It knows no memory model (every store is seen at once), no limit of registers or shared memory, and 32 lanes as the
-// only mask. Shared memory starts as 0xff bytes, which are NaN.
+// a missing barrier gives wrong results in one order of the threads or another.
+// Shared memory starts as 0xff bytes, which are NaN. Not seen here: the memory model (every store is seen at once, and
+// any update is atomic), addresses that are not aligned, limits of registers and of shared memory, streams. Masks other
+// than all 32 lanes are refused.
 #pragma once
 
 #include <cmath>

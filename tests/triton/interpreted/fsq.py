@@ -9,6 +9,7 @@ import torch
 
 import pyflow
 from pyflow import _backend, ops, testing
+from pyflow._operators import OPERATORS
 from pyflow._schemas import FSQ_VARIANTS
 from pyflow.triton_kernels import fsq
 
@@ -119,7 +120,7 @@ def test_fsq_decode(variant):
     # on a GPU the values are not checked: an invalid index decodes to NaN
     number = FSQ_VARIANTS.index(variant)
     for wild in (torch.tensor([-(2**63), -2, 420, 2**31 + 5, 2**63 - 1]), torch.tensor([420, -7]).int()):
-        decode = _backend._triton_kernel("fsq_decode")
+        decode = OPERATORS["fsq_decode"].triton_kernel
         assert decode(wild, levels, number, 1, torch.float32).isnan().all()
 
 
