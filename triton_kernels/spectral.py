@@ -206,6 +206,18 @@ def advance(old, new, to, first, count, norm, stalls, FLAT: tl.constexpr):
 
 
 @triton.jit
+def along(u, y, rows, FLAT: tl.constexpr):
+    """u'y, of all rows."""
+    dtype: tl.constexpr = y.dtype.element_ty
+    acc = tl.zeros((FLAT,), dtype)
+    for first in range(0, rows, FLAT):
+        r = first + tl.arange(0, FLAT)
+        left = tl.load(u + r, mask=r < rows, other=0.0).to(dtype)
+        acc = tl.fma(left, tl.load(y + r, mask=r < rows, other=0.0), acc)
+    return total(acc)
+
+
+@triton.jit
 def scale(
     w, out, sigma, rows, cols, part,
     W_TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -237,7 +249,8 @@ def scale_kernel(
     W_TYPE: tl.constexpr, U_TYPE: tl.constexpr, V_TYPE: tl.constexpr, VECTOR: tl.constexpr, ITERATES: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """New u and v (unchanged where a norm vanishes), which after the last round are results; then sigma, W / sigma."""
+    """New u and v, which after the last round are results; then sigma and W / sigma. If a norm vanishes, u and v stay
+    as they are and sigma is u' W v."""
     # backwards: what the kernel before read last is still in the cache
     layer, part = find(table, pitch, layers, tl.num_programs(0) - 1 - tl.program_id(0), TILE)
     rows, cols = field(table, pitch, layer, SHAPE), field(table, pitch, layer, SHAPE + 1)
@@ -252,24 +265,27 @@ def scale_kernel(
             left = tl.load(norms + layer)
             right = root(sum_of(z_squares + col_block, blocks_of(cols, UNIT)))
             stalls = vanishes(left) | vanishes(right)
-            value = tl.where(vanishes(left), 0.0, right)
+            value = right
             by_left, by_right = tl.where(vanishes(left), 1.0, left), tl.where(vanishes(right), 1.0, right)
         else:
             value = sum_of(squares + row_block, blocks_of(rows, BLOCK_R))
             stalls = part >= 0
             by_left, by_right = constant(1.0, value), constant(1.0, value)
         if not VECTOR:
+            new_u, new_v = y + row_block * BLOCK_R, z + col_block * UNIT
+            held_u, held_v = u_state + row_block * BLOCK_R, v_state + col_block * UNIT
+            if FIRST:
+                u = field(table, pitch, layer, U).to(tl.pointer_type(U_TYPE))
+                v = field(table, pitch, layer, V).to(tl.pointer_type(V_TYPE))
+            else:
+                u, v = held_u, held_v
+            if LAST:
+                held_u = field(table, pitch, layer, NEW_U).to(tl.pointer_type(U_TYPE))
+                held_v = field(table, pitch, layer, NEW_V).to(tl.pointer_type(V_TYPE))
+                if ITERATES:
+                    if stalls:
+                        value = along(u, new_u, rows, BLOCK_C)
             if begins:
-                new_u, new_v = y + row_block * BLOCK_R, z + col_block * UNIT
-                held_u, held_v = u_state + row_block * BLOCK_R, v_state + col_block * UNIT
-                if FIRST:
-                    u = field(table, pitch, layer, U).to(tl.pointer_type(U_TYPE))
-                    v = field(table, pitch, layer, V).to(tl.pointer_type(V_TYPE))
-                else:
-                    u, v = held_u, held_v
-                if LAST:
-                    held_u = field(table, pitch, layer, NEW_U).to(tl.pointer_type(U_TYPE))
-                    held_v = field(table, pitch, layer, NEW_V).to(tl.pointer_type(V_TYPE))
                 advance(u, new_u, held_u, part * BLOCK_C, rows, by_left, stalls, BLOCK_C)
                 advance(v, new_v, held_v, part * BLOCK_C, cols, by_right, stalls, BLOCK_C)
         if LAST:

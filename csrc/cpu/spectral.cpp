@@ -124,14 +124,14 @@ void product_unit(const SpectralArgs& a, const SpectralLayer& l, int64_t unit) {
   }
 }
 
-// Ends a round: sigma and the new u and v from the norms of W v and W' u; writes the results in the last round. u and v
-// stay unchanged if a norm vanishes.
+// Ends a round: sigma and the new u and v from the norms of W v and W' u; writes the results in the last round. If a
+// norm vanishes, u and v stay unchanged and sigma is u' W v.
 template <class T>
 void iterate_layer(const SpectralArgs& a, SpectralLayer& l) {
   double* z = l.partial;
   T* right = (T*)l.right;
   const bool vector = !l.v.data;
-  double sigma = -0.0;
+  double sigma = 0;
   bool moves = false;
   if (a.n_iter > 0 || vector) {
     for (int64_t unit = 1; unit < l.units; ++unit) {
@@ -141,19 +141,21 @@ void iterate_layer(const SpectralArgs& a, SpectralLayer& l) {
     const double left_norm = __builtin_sqrt(square_sum(l.y, l.space.rows));
     const double right_norm = __builtin_sqrt(square_sum(z, l.space.cols));
     moves = !vector && !spectral_vanishes(left_norm) && !spectral_vanishes(right_norm / left_norm);
-    if (vector || moves) sigma = right_norm / left_norm;
+    sigma = right_norm / left_norm;
     if (moves) {
       for (int64_t c = 0; c < l.space.cols; ++c) right[c] = T(z[c] / right_norm);
       for (int64_t r = 0; r < l.space.rows; ++r) l.y[r] /= left_norm;
     }
-  } else {
+  }
+  if (!a.last) return;
+  if (!vector && !moves) {
+    sigma = -0.0;
     for (int64_t r = 0; r < l.space.rows; ++r) {
       T u;
       read_typed(l.u, r * l.u.stride[0], 1, 1, &u);
       sigma = fma_(double(u), l.y[r], sigma);
     }
   }
-  if (!a.last) return;
   const int64_t n = vector ? 0 : l.space.rows;
   for (int64_t r = 0; r < n; ++r) {
     T u = T(l.y[r]);

@@ -59,35 +59,39 @@ struct Finish {
   bool vector, iterates;
 };
 
-// norms of W v and W' u, then new u and v (unchanged where a norm vanishes) and sigma
+// norms of W v and W' u, then sigma and new u and v; if a norm vanishes, u and v are unchanged and sigma is u' W v
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) finish(const __grid_constant__ Finish a) {
-  T acc = T(0), sigma;
+  T acc = T(0), left = T(1), right = T(1);
+  bool stalls = true;
   if (a.iterates) {
-    T left = T(1);
     if (!a.vector) {
       for (int64_t r = threadIdx.x; r < a.rows; r += kThreads) acc = fma_(read<T>(a.y, r), read<T>(a.y, r), acc);
       left = root(total(acc));
     }
-    const bool no_left = spectral_vanishes(double(left));
-    const T by_left = no_left ? T(1) : left;
+    stalls = spectral_vanishes(double(left));
+    if (stalls) left = T(1);
     acc = T(0);
     for (int64_t c = threadIdx.x; c < a.cols; c += kThreads) {
-      const T part = read<T>(a.z, c) / by_left;
+      const T part = read<T>(a.z, c) / left;
       acc = fma_(part, part, acc);
     }
-    const T right = root(total(acc));
-    const bool no_right = spectral_vanishes(double(right)), stalls = no_left || no_right;
-    sigma = no_left ? T(0) : right;
-    for (int64_t r = threadIdx.x; !a.vector && r < a.rows; r += kThreads) {
-      write(a.u_out, r, stalls ? read<T>(a.u, r) : read<T>(a.y, r) / by_left);
-    }
-    for (int64_t c = threadIdx.x; !a.vector && c < a.cols; c += kThreads) {
-      write(a.v_out, c, stalls ? read<T>(a.v, c) : read<T>(a.z, c) / by_left / right);
-    }
-  } else {
+    right = root(total(acc));
+    stalls = !a.vector && (stalls || spectral_vanishes(double(right)));
+  }
+  T sigma = right;
+  if (stalls) {
+    acc = T(0);
     for (int64_t r = threadIdx.x; r < a.rows; r += kThreads) acc = fma_(read<T>(a.y, r), read<T>(a.u, r), acc);
     sigma = total(acc);
+  }
+  if (a.iterates && !a.vector) {
+    for (int64_t r = threadIdx.x; r < a.rows; r += kThreads) {
+      write(a.u_out, r, stalls ? read<T>(a.u, r) : read<T>(a.y, r) / left);
+    }
+    for (int64_t c = threadIdx.x; c < a.cols; c += kThreads) {
+      write(a.v_out, c, stalls ? read<T>(a.v, c) : read<T>(a.z, c) / left / right);
+    }
   }
   if (threadIdx.x == 0) write(a.sigma, 0, T(spectral_floored(double(sigma))));
 }

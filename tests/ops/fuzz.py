@@ -45,6 +45,7 @@ class Call:
     exact: bool = False  # bit for bit
     rounds: Callable[[], Iterator[Call]] | None = None  # calls whose digits count as well, within rounding
     scale: Callable[[], float] | None = None  # what errors are relative to beside the answer; else the largest input
+    unitless: bool = False  # the unit of its inputs cancels, so that gradients are relative to scale / input
 
     def tensors(self) -> list[Tensor]:
         return list(_tensors([self.args, self.options]))
@@ -357,6 +358,7 @@ def hsic(hand: Hand) -> Call:
         "approximate": hand.one(None, None, None, "rff", "nystrom"), "n_features": hand.one(4, 16), "seed": 0,
     }  # fmt: skip
     call.scale = lambda: 1.0 if call.options["normalize"] else hsic_scale(*call.args, call.options)
+    call.unitless = call.options["normalize"]
     return call
 
 
@@ -365,6 +367,7 @@ def cka(hand: Hand) -> Call:
     call = of_samples(hand, "cka")
     call.options["estimator"] = hand.one("biased", "unbiased")
     call.scale = lambda: 1.0
+    call.unitless = True
     return call
 
 
@@ -373,6 +376,7 @@ def nhsic(hand: Hand) -> Call:
     call = of_samples(hand, "nhsic")
     call.options["epsilon"] = hand.one(1e-2, 1e-5)
     call.scale = lambda: float(len(call.args[0]))
+    call.unitless = True
     return call
 
 
@@ -386,6 +390,7 @@ def hsic_matrix(hand: Hand) -> Call:
     call.scale = lambda: 1.0 if options["normalize"] else max(
         (hsic_scale(x, y, {**options}) for x in lists[0] for y in lists[1]), default=1.0
     )  # fmt: skip
+    call.unitless = options["normalize"]
     return call
 
 
@@ -699,23 +704,25 @@ def _compare(call: Call, got: Answer, reference: Answer) -> None:
         # nothing to compare
         return
     exact = answer(doubled(call), "reference")
-    scale = call.scale() if call.scale and not exact.refusal else _largest(call)
+    scale = call.scale() if call.scale and not exact.refusal else _largest(plain(call))
     dtypes = {t.dtype for t in plain(call) if t.is_floating_point()}
     unit = UNIT[torch.float64 if dtypes == {torch.float64} else torch.float32]
-    for kind in ("tensors", "gradients"):
-        for i, (a, b, e) in enumerate(
-            zip(getattr(got, kind), getattr(reference, kind), getattr(exact, kind), strict=False)
+    leaves = [t for t in call.tensors() if t.requires_grad]
+    # gradients are of weights of size 1
+    slopes = [max(scale, 1.0, scale / (_largest([t]) or 1.0) if call.unitless else 0.0) for t in leaves]
+    for kind, scales in (("tensors", [scale] * len(got.tensors)), ("gradients", slopes)):
+        for i, (a, b, e, size) in enumerate(
+            zip(getattr(got, kind), getattr(reference, kind), getattr(exact, kind), scales, strict=False)
         ):
             name = f"{call}: {kind[:-1]} {i}"
             assert (a is None) == (b is None), f"{name}: {'missing' if a is None else 'not in the reference'}"
             if a is not None:
-                # gradients are of weights of size 1
-                _close(name, unit, a, b, e, scale if kind == "tensors" else max(scale, 1.0))
+                _close(name, unit, a, b, e, size)
 
 
-def _largest(call: Call) -> float:
-    """Of the finite numbers that the call is given."""
-    given = [t.detach()[t.detach().isfinite()] for t in plain(call) if t.is_floating_point()]
+def _largest(tensors: list[Tensor]) -> float:
+    """Of their finite numbers."""
+    given = [t.detach()[t.detach().isfinite()] for t in tensors if t.is_floating_point()]
     return max((float(t.abs().max()) for t in given if t.numel()), default=0.0)
 
 

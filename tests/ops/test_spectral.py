@@ -73,6 +73,21 @@ def test_a_start_orthogonal_to_the_singular_vector_stalls():
     torch.testing.assert_close(torch.stack((found, stalled)), exact)
 
 
+# u and v that are no unit vectors: |W v| vanishes, |W'u| vanishes, and both after a layer that moves
+@pytest.mark.parametrize("n_iter", [1, 3])
+@pytest.mark.parametrize(("value", "left", "right"), [(-3e-7, 0.6, 5e-7), (-3e-14, 1e9, 5e3), (1e-13, 50.0, 0.5)])
+def test_a_stalled_round_leaves_u_and_v_and_divides_by_their_product(value, left, right, n_iter):
+    weights = [torch.full((17, 1), value), torch.ones(2, 2)]
+    u, v = [torch.full((17,), left), torch.ones(2)], [torch.full((1,), right), torch.ones(2)]
+    got = ops.spectral_normalize(weights, u, v, n_iter=n_iter)
+    with pyflow.backend("reference"):
+        want = ops.spectral_normalize(*[[x.double() for x in given] for given in (weights, u, v)], n_iter=n_iter)
+    assert torch.equal(got[1][0], u[0]) and torch.equal(got[2][0], v[0])
+    assert float(want[3][0]) == pytest.approx(17 * value * left * right)
+    for a, b in zip(flat(got), flat(want), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_zero_weights_stay_zero_and_nan_propagates(backend):
     weights = [torch.zeros(4, 3), torch.zeros(5), torch.full((4, 3), torch.nan), torch.zeros(0)]

@@ -113,6 +113,18 @@ def test_an_empty_vector():
     assert weights[0].shape == (0,) and sigmas[0].item() == pytest.approx(1e-12)
 
 
+@pytest.mark.parametrize("n_iter", [1, 3])
+@pytest.mark.parametrize(("value", "left", "right"), [(-3e-7, 0.6, 5e-8), (-3e-14, 1e9, 5e3)])
+def test_a_stalled_round_leaves_u_and_v_and_divides_by_their_product(value, left, right, n_iter):
+    weights = [torch.full((700, 1), value), torch.ones(2, 2)]
+    u, v = [torch.full((700,), left), torch.ones(2)], [torch.full((1,), right), torch.ones(2)]
+    got = run("triton", weights, u, v, n_iter)
+    want = run("reference", *[[x.double() for x in given] for given in (weights, u, v)], n_iter)
+    assert float(want[6].abs()) > 2e-12
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
 def test_zero_and_nan():
     zero = torch.zeros(4, 3)
     weights, u, v, sigmas = run_plain([zero, torch.full((4, 3), torch.nan)])
