@@ -85,24 +85,31 @@ $(BUILT): $(READY) pyproject.toml setup.py CMakeLists.txt $(shell find csrc -typ
 	@# without a compiler everything runs on plain torch, and the next make tries again
 	@PYFLOW_NATIVE=1 $(BIN)/python -W ignore setup.py --quiet --version >/dev/null && touch $@ && echo 'built; what runs here: $(BIN)/pyflow info' || echo 'pyflow: going on with plain torch' >&2
 
-# In stages, for machines with a GPU for a short time: each stage has a time limit and writes its file to OUT/CARD before
-# the next one starts. Eight minutes at most, nothing downloaded.
+# For machines with a GPU for a short time: every stage has a time limit and writes its file before the next one starts.
+# Eight minutes at most, nothing downloaded. STAGE=test or bench: the build and that stage; quick: the build, the tests of
+# two families and the cases without torch.compile.
+STAGE ?=
 ask_gpu = $(shell nvidia-smi --query-gpu=$(1) --format=csv,noheader 2>/dev/null | head -1 | tr 'A-Z ' 'a-z-')
 CARD = $(call ask_gpu,name)
 ARCH = $(subst .,,$(call ask_gpu,compute_cap))
 GPU_WORKERS ?= 14
+GPU_TESTS = $(if $(filter quick,$(STAGE)),tests/triton/gpu/test_coupling.py tests/triton/gpu/test_hsic.py,tests/triton/gpu)
+GPU_CASES = --gpu $(if $(filter quick,$(STAGE)),--quick --no-compile)
+GPU_OUT = $(OUT)/$(CARD)$(if $(filter quick,$(STAGE)),-quick)
 
 gpu:
+	@case '$(STAGE)' in ''|test|bench|quick) ;; \
+	  *) echo "pyflow: STAGE must be test, bench or quick, got '$(STAGE)'" >&2; exit 1 ;; esac
 	@test -n '$(PYTHON)' || { echo 'pyflow: Python 3.11 or newer is not on PATH; make gpu PYTHON=/path/to/python' >&2; exit 1; }
 	@test -n '$(CARD)' || { echo 'pyflow: nvidia-smi finds no GPU' >&2; exit 1; }
-	mkdir -p $(OUT)/$(CARD)
-	PYFLOW_NATIVE=1 PYFLOW_CUDA=1 CUDAARCHS=$(ARCH)-real timeout 130 $(PYTHON) setup.py native 2>&1 | tee $(OUT)/$(CARD)/build.txt
-	$(PYTHON) -m pyflow info 2>&1 | tee $(OUT)/$(CARD)/info.txt
+	mkdir -p $(GPU_OUT)
+	PYFLOW_NATIVE=1 PYFLOW_CUDA=1 CUDAARCHS=$(ARCH)-real timeout 130 $(PYTHON) setup.py native 2>&1 | tee $(GPU_OUT)/build.txt
+	$(PYTHON) -m pyflow info 2>&1 | tee $(GPU_OUT)/info.txt
 	failed=0; \
-	timeout -s INT -k 15 170 $(PYTHON) -m pytest -n $(GPU_WORKERS) --dist worksteal -p no:cacheprovider --tb=short \
-	  --durations=15 tests/triton/gpu 2>&1 | tee $(OUT)/$(CARD)/tests.txt || failed=$$?; \
-	timeout -k 15 150 $(PYTHON) -m pyflow bench --gpu --timeout 110 --out $(OUT)/$(CARD) $(ARGS) 2>&1 \
-	  | tee $(OUT)/$(CARD)/bench.txt || failed=$$?; exit $$failed
+	test '$(STAGE)' = bench || timeout -s INT -k 15 170 $(PYTHON) -m pytest -n $(GPU_WORKERS) --dist worksteal \
+	  -p no:cacheprovider --tb=short --durations=15 $(GPU_TESTS) 2>&1 | tee $(GPU_OUT)/tests.txt || failed=$$?; \
+	test '$(STAGE)' = test || timeout -k 15 150 $(PYTHON) -m pyflow bench $(GPU_CASES) --timeout 110 --out $(GPU_OUT) $(ARGS) 2>&1 \
+	  | tee $(GPU_OUT)/bench.txt || failed=$$?; exit $$failed
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .benchmarks $(BUILT) pyflow/*.so

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,15 +11,11 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from .. import _progress
-from ..ops import langevin_step, sde_step
 from ..ops.noise import seed_tensor
-from ._score import Lent, Score, checked, in_micro_batches
-from .equations import SDE, Grid, Row, seeds_for
-
-METHODS = ("euler_maruyama", "reverse_diffusion", "ancestral", "pc", "probability_flow")
-PREDICTORS = ("euler_maruyama", "reverse_diffusion", "ancestral", "probability_flow")
-CORRECTORS = ("langevin", "none")
-NORMS = ("marginal", "sample", "batch")
+from . import _graph
+from ._plan import Plan
+from ._score import Lent, Score
+from .equations import SDE, seeds_for
 
 
 def sample(
@@ -45,6 +40,7 @@ def sample(
     progress: bool = True,
     callback: Callable[[int, float, Tensor], object] | None = None,
     check_finite: bool = False,
+    cuda_graph: bool = False,
 ) -> Tensor:
     """Draw samples from a score model by solving the SDE backwards from its prior.
 
@@ -80,6 +76,9 @@ def sample(
         callback: called as callback(i, t, x) after step i, which starts at time t; x is the new state, or a copy if the
             callback writes into x. Writes do not change the result.
         check_finite: stop when x is not finite. This synchronises with the device after every step.
+        cuda_graph: on an NVIDIA GPU, capture the fourth step as a CUDA graph and replay it for all later ones, without
+            the launch cost of the network. score_fn must then do the same work on the GPU in every step; its Python
+            code runs in the first four only, and must not read values of tensors.
 
     Returns:
         Samples in the given shape and dtype, without a graph.
@@ -88,7 +87,8 @@ def sample(
         TypeError: score_fn is not callable, wrong dtype, or a count is not an integer.
         ValueError: unknown method, predictor, corrector or norm; steps < 1; eps outside (0, T); a method that the SDE
             does not define; a schedule with steps that are not finite; a score_fn or callback that writes into x, but
-            not in its first call.
+            not in its first call; cuda_graph with a callback or without a GPU.
+        RuntimeError: score_fn cannot be captured as a CUDA graph.
         FloatingPointError: check_finite found NaN or an infinity; the text names the step.
 
     Notes:
@@ -113,13 +113,14 @@ def sample(
         >>> bool((x[1] == sample(sde, score, (4, 3), steps=50, seed=0, progress=False)[1]).all())
         True
     """
-    plan = _Plan.checked(
+    plan = Plan.checked(
         "sample", sde, score_fn, method, predictor, corrector, corrector_steps, snr, step_size, norm, steps, eps,
         denoise, micro_batch,
     )  # fmt: skip
     return Step(plan, score_fn, plan.advance(score_fn)).sample(
-        shape, seed=seed, device=device, dtype=dtype, progress=progress, callback=callback, check_finite=check_finite
-    )
+        shape, seed=seed, device=device, dtype=dtype, progress=progress, callback=callback, check_finite=check_finite,
+        cuda_graph=cuda_graph,
+    )  # fmt: skip
 
 
 def make_step(
@@ -162,21 +163,24 @@ def make_step(
         >>> step(torch.zeros(2, 3), 99, torch.zeros(2, dtype=torch.int64)).shape
         torch.Size([2, 3])
     """
-    plan = _Plan.checked(
+    plan = Plan.checked(
         "make_step", sde, score_fn, method, predictor, corrector, corrector_steps, snr, step_size, norm, steps, eps,
         denoise, micro_batch,
     )  # fmt: skip
     if "fullgraph" in compile_options:
         raise TypeError("make_step: fullgraph is always on")
-    return Step(plan, score_fn, torch.compile(plan.advance(score_fn), fullgraph=True, **compile_options))
+    step = Step(plan, score_fn, torch.compile(plan.advance(score_fn), fullgraph=True, **compile_options))
+    step.captures = compile_options.get("mode") in ("reduce-overhead", "max-autotune")
+    return step
 
 
 class Step:
     """One step of a sampler at any of its times, and the loop over all steps; made by `make_step`."""
 
-    def __init__(self, plan: _Plan, score_fn: Score, advance: Callable[..., Tensor]) -> None:
+    def __init__(self, plan: Plan, score_fn: Score, advance: Callable[..., Tensor]) -> None:
         self._plan, self._score_fn, self._advance = plan, score_fn, advance
         self.times = plan.times
+        self.captures = False  # whether the compiled step is a CUDA graph already
         self._rows: dict[torch.device, list[tuple]] = {}
 
     def __call__(self, x: Tensor, i: int, seed: Tensor) -> Tensor:
@@ -208,6 +212,7 @@ class Step:
         progress: bool = True,
         callback: Callable[[int, float, Tensor], object] | None = None,
         check_finite: bool = False,
+        cuda_graph: bool = False,
     ) -> Tensor:
         """Draw samples by taking all steps from the prior; takes the same arguments as `pyflow.sde.sample`."""
         op = "sample"
@@ -215,140 +220,54 @@ class Step:
         if callback is not None and not callable(callback):
             raise TypeError(f"{op}: callback must be callable, got {type(callback).__name__}")
         check_finite = check.flag(op, "check_finite", check_finite)
+        cuda_graph = check.flag(op, "cuda_graph", cuda_graph)
+        if cuda_graph and callback is not None:
+            raise ValueError(f"{op}: cuda_graph and callback exclude each other, got both")
+        if cuda_graph and self.captures:
+            raise ValueError(f"{op}: cuda_graph must be False for a step whose compile mode captures graphs, got True")
         if device is None and not isinstance(seed, Tensor):
             device = _device_of(self._score_fn)
+        place = seed.device if isinstance(seed, Tensor) and device is None else check.device(op, device)
+        if cuda_graph and place.type != "cuda":
+            raise ValueError(f"{op}: cuda_graph needs a device of type cuda, got {place}")
         show = None if callback is None else Lent(op, "callback", lambda x, i, t: callback(i, t, x))
         with torch.inference_mode(False), torch.no_grad():
             seed = seeds_for(op, shape[0], seed, device)
             x = self._plan.sde.prior_sample(shape, seed, dtype=dtype)
             if self._plan.start != 1:
                 x *= self._plan.start
-            steps = len(self.times)
-            for i, t in enumerate(_progress.tracked(self.times, "step", progress, mininterval=0.2)):
-                x = self._take(x, i, seed)
-                if check_finite and not bool(x.isfinite().all()):
-                    raise FloatingPointError(f"{op}: x is not finite after step {i} of {steps}, t = {t:.4g}")
-                if show is not None:
-                    show(x, i, t)
+            if cuda_graph:
+                with _graph.own_stream(x.device):
+                    x = self._all(op, x, seed, self._replay(op, x.device), progress, check_finite)
+                return _graph.given_back(x)
+            return self._all(op, x, seed, self._take, progress, check_finite, show)
+
+    def _all(
+        self,
+        op: str,
+        x: Tensor,
+        seed: Tensor,
+        take: Callable[[Tensor, int, Tensor], Tensor],
+        progress: bool,
+        check_finite: bool,
+        show: Callable[[Tensor, int, float], object] | None = None,
+    ) -> Tensor:
+        steps = len(self.times)
+        for i, t in enumerate(_progress.tracked(self.times, "step", progress, mininterval=0.2)):
+            x = take(x, i, seed)
+            if check_finite and not bool(x.isfinite().all()):
+                raise FloatingPointError(f"{op}: x is not finite after step {i} of {steps}, t = {t:.4g}")
+            if show is not None:
+                show(x, i, t)
         return x
+
+    def _replay(self, op: str, device: torch.device) -> _graph.Replay:
+        rows = self._rows.get(device) or self._load(device)
+        return _graph.Replay(op, self._advance, rows, *self._plan.tables(device), Plan.row_of)
 
     def _load(self, device: torch.device) -> list[tuple]:
         rows = self._rows[device] = self._plan.rows(device)
         return rows
-
-
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """Checked arguments of a sampler, with a, b, c and the corrector's step size of every step."""
-
-    op: str
-    sde: SDE
-    times: tuple[float, ...]
-    start: float  # factor of the prior
-    table: Tensor  # (5, steps): t, a, b, c and the corrector's step size, or its alpha if norms is set
-    noisy: bool
-    corrector_steps: int
-    norms: dict[str, object] | None
-    micro_batch: int | None
-
-    @classmethod
-    @torch.no_grad()
-    def checked(
-        cls, op, sde, score_fn, method, predictor, corrector, corrector_steps, snr, step_size, norm, steps, eps,
-        denoise, micro_batch,
-    ):  # fmt: skip
-        if not isinstance(sde, SDE):
-            raise TypeError(f"{op}: sde must be a pyflow.sde.SDE, got {type(sde).__name__}")
-        if not callable(score_fn):
-            raise TypeError(f"{op}: score_fn must be callable, got {type(score_fn).__name__}")
-        check.at_least(op, "steps", steps, 1)
-        denoise = check.flag(op, "denoise", denoise)
-        if not 0 < check.number(op, "eps", eps) < sde.T:
-            raise ValueError(f"{op}: eps must be in (0, {sde.T:g}), got {eps}")
-        if micro_batch is not None:
-            check.at_least(op, "micro_batch", micro_batch, 1)
-        predictor = _predictor(op, method, predictor)
-        corrected = check.choice(op, "corrector", corrector, CORRECTORS) == 0 and method == "pc"
-        check.choice(op, "norm", norm, NORMS)
-        snr = check.positive(op, "snr", snr)
-        if step_size is not None:
-            step_size = check.positive(op, "step_size", step_size)
-        check.at_least(op, "corrector_steps", corrector_steps, 1)
-        grid = sde.grid(steps, float(eps))
-        a, b, c = _row(sde, method, predictor, grid)
-        if denoise:
-            c = torch.cat((c[:-1], c.new_zeros(1)))
-        # alpha of the corrector's rule
-        size = sde.corrector_alpha(grid) if corrected else torch.ones_like(a)
-        norms = {"snr": snr, "norm": norm} if step_size is None and norm != "marginal" else None
-        if step_size is not None:
-            size = torch.full_like(size, step_size)
-        elif norms is None:
-            size = 2 * size * (snr * sde.marginal(grid.times)[1]) ** 2
-        table = torch.stack((grid.times, a, b, c, size)).float()
-        finite = table.isfinite().all(0)
-        if not bool(finite.all()):
-            t, *row = table[:, ~finite][:, 0].tolist()
-            raise ValueError(f"{op}: the steps of sde must be finite, got a, b, c, size = {row} at t = {t:.4g}")
-        # the first time is below T if the schedule skips times with alpha 0
-        start = sde.marginal(grid.times[0])[1].item() / sde.prior_std if grid.times[0] < sde.T else 1.0
-        noisy = "probability_flow" not in (method, predictor)
-        return cls(
-            op, sde, tuple(grid.times.tolist()), start, table, noisy, corrector_steps * corrected, norms, micro_batch
-        )
-
-    def rows(self, device: torch.device) -> list[tuple]:
-        """Return (t, a, b, c, size, step, (numbers of the corrector's steps)) of every step, as 0-d tensors."""
-        # 16 bytes apart, because compiled code copies inputs that are not aligned
-        scalars = self.table.new_zeros(*self.table.shape, 4)
-        scalars[..., 0] = self.table
-        steps = len(self.times)
-        counters = torch.zeros(steps, 1 + self.corrector_steps, 2, dtype=torch.int64, device="cpu")
-        counters[:, 0, 0] = torch.arange(steps, device="cpu")
-        counters[:, 1:, 0] = torch.arange(steps * self.corrector_steps, device="cpu").view(steps, -1)
-        scalars, counters = scalars.to(device)[..., 0], counters.to(device)[..., 0]
-        columns = [column.unbind() for column in scalars]
-        counts = [row.unbind() for row in counters]
-        return [(*row, step, tuple(rest)) for *row, (step, *rest) in zip(*columns, counts, strict=True)]
-
-    def advance(self, score_fn: Score) -> Callable[..., Tensor]:
-        score_fn = checked(self.op, Lent(self.op, "score_fn", score_fn))
-        if self.micro_batch:
-            score_fn = in_micro_batches(score_fn, self.micro_batch)
-        norms, noisy = self.norms, self.noisy
-
-        def advance(x, seed, t, a, b, c, size, step, corrector_steps):
-            n = x.shape[0]
-            for number in corrector_steps:
-                rule = {"step_size": size} if norms is None else {"alpha": size, **norms}
-                x = langevin_step(x, score_fn(x, t.expand(n).clone()), seed=seed, step=number, **rule)
-            score = score_fn(x, t.expand(n).clone())
-            # c is 0 for a probability flow, so the score stands in for the noise and none is drawn
-            return sde_step(x, score, a, b, c, seed=seed, step=step, noise=None if noisy else score)
-
-        return advance
-
-
-def _predictor(op: str, method: str, predictor: str | None) -> str:
-    check.choice(op, "method", method, METHODS)
-    if predictor is not None:
-        check.choice(op, "predictor", predictor, PREDICTORS)
-    if method == "pc":
-        return predictor or "reverse_diffusion"
-    if method == "probability_flow":
-        if predictor in ("ancestral", "probability_flow"):
-            raise ValueError(f"{op}: predictor of probability_flow must be euler_maruyama or reverse_diffusion, got "
-                             f"{predictor!r}")  # fmt: skip
-        return predictor or "euler_maruyama"
-    if predictor is not None:
-        raise ValueError(f"{op}: predictor goes with pc and probability_flow, got method {method!r}")
-    return method
-
-
-def _row(sde: SDE, method: str, predictor: str, grid: Grid) -> Row:
-    if predictor == "probability_flow":
-        method, predictor = predictor, "euler_maruyama"
-    return sde.probability_flow(grid, predictor) if method == "probability_flow" else getattr(sde, predictor)(grid)
 
 
 def _device_of(score_fn: Score) -> torch.device:

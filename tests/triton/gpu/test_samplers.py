@@ -218,3 +218,35 @@ def test_chains_with_autograd_and_their_own_seeds():
     testing.assert_same_bits(rest.z, whole.z)
     alone = energy.sample(analytic, z[7:8], 0.3, steps=10, seed=own[7:8], progress=False)
     testing.assert_same_bits(alone.z, whole.z[7:8])
+
+
+@needs_cuda
+@pytest.mark.parametrize("method", ["euler_maruyama", "pc", "probability_flow"])
+def test_a_captured_step_gives_the_same_bits(method):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.SiLU(), torch.nn.Linear(64, 3)).to(DEVICE)
+    calls = []
+
+    def score(x, t):
+        calls.append(len(calls))
+        return net(x) - x / (1 + t[:, None])
+
+    options = {"steps": 40, "method": method, "snr": 0.05, "seed": 3, "device": DEVICE, "progress": False}
+    want = sample(VPSDE(), score, (50, 3), **options)
+    calls.clear()
+    got = sample(VPSDE(), score, (50, 3), cuda_graph=True, check_finite=True, **options)
+    # two calls a step with a corrector; three steps before the capture
+    assert len(calls) == 4 * (1 + (method == "pc"))
+    testing.assert_same_bits(got, want)
+    assert torch.equal(got, sample(VPSDE(), score, (50, 3), cuda_graph=True, **options))
+
+
+@needs_cuda
+def test_a_score_that_waits_for_the_gpu_is_refused_and_named():
+    def score(x, t):
+        return -x * float(x.abs().max() > 0)
+
+    options = {"steps": 40, "seed": 3, "device": DEVICE, "progress": False}
+    with pytest.raises(RuntimeError, match="sample: score_fn must run as a CUDA graph"):
+        sample(VPSDE(), score, (50, 3), cuda_graph=True, **options)
+    assert sample(VPSDE(), score, (50, 3), **options).isfinite().all()
