@@ -96,12 +96,14 @@ def uncast(x: Tensor) -> contextlib.AbstractContextManager:
 def tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{op}: {name} must be a dense tensor, got {short(value.layout)}")
+    if value.layout is not torch.strided or value.is_nested:
+        raise TypeError(
+            f"{op}: {name} must be a dense tensor, got {'nested' if value.is_nested else short(value.layout)}"
+        )
 
 
 def float_tensor(op: str, name: str, value: Any) -> None:
-    if isinstance(value, Tensor) and value.dtype in FLOATS and value.layout is torch.strided:
+    if isinstance(value, Tensor) and value.dtype in FLOATS and value.layout is torch.strided and not value.is_nested:
         return
     tensor(op, name, value)
     raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {short(value.dtype)}")
@@ -137,6 +139,8 @@ def number(op: str, name: str, value: object) -> float:
 
 
 def flag(op: str, name: str, value: object) -> bool:
+    if value is True or value is False:
+        return value
     if not isinstance(value, (int, np.bool_)):
         raise TypeError(f"{op}: {name} must be true or false, got {type(value).__name__}")
     return bool(value)

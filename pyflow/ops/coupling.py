@@ -49,9 +49,10 @@ def additive_coupling(x: Tensor, shift: Tensor, *, inverse: bool = False, mask: 
     op = "additive_coupling"
     check.float_tensor(op, "x", x)
     check.like(op, "shift", shift, "x", x.shape, x.device)
+    inverse = check.flag(op, "inverse", inverse)
     if mask is None and shift.dtype == x.dtype:
         # one torch kernel: the same bits, and its autograd is native
-        return x + shift if inverse is False or not check.flag(op, "inverse", inverse) else x - shift
+        return x - shift if inverse else x + shift
     if mask is not None:
         mask = check.mask_for(op, mask, x)
     return _additive.pick(op, x)(x, shift, mask, inverse)
@@ -124,6 +125,7 @@ def affine_coupling(
     event_dims = _event_dims(op, x, event_dims)
     if mask is not None:
         mask = check.mask_for(op, mask, x)
+    shift_first, inverse = check.flag(op, "shift_first", shift_first), check.flag(op, "inverse", inverse)
     return _affine.pick(op, x)(x, shift, scale, mask, index, arg, shift_first, inverse, event_dims)
 
 
@@ -178,6 +180,7 @@ def affine_coupling_packed(
     event_dims = _event_dims(op, x, event_dims)
     if mask is not None:
         mask = check.mask_for(op, mask, x)
+    shift_first, inverse = check.flag(op, "shift_first", shift_first), check.flag(op, "inverse", inverse)
     return _packed.pick(op, x)(x, params, mask, layout, dim, index, arg, shift_first, inverse, event_dims)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._operators import register
+from .._torch import transform
 from .._vmap import flattened
 from ..reference import compute_dtype
 from ..reference import energy as ref
@@ -106,6 +107,7 @@ def energy_and_grad(energy_fn: EnergyFunction, z: Tensor) -> tuple[Tensor, Tenso
         TypeError: energy_fn is not callable or returns something else.
         ValueError: energies that are not (B,); a gradient with another shape; energies without a graph to z (for
             example under `no_grad`) and without a gradient; an energy_fn that modifies z in place.
+        RuntimeError: under vmap and other transforms of torch.func.
 
     Notes:
         May be called in inference mode: it is left while the energy is differentiated.
@@ -123,6 +125,9 @@ def energy_and_grad(energy_fn: EnergyFunction, z: Tensor) -> tuple[Tensor, Tenso
 
 def differentiated(op: str, energy_fn: EnergyFunction, z: Tensor) -> tuple[Tensor, Tensor]:
     traced = torch.compiler.is_compiling()
+    if not traced and transform() is not None:
+        raise RuntimeError(f"{op}: the energy is not differentiated under vmap and other transforms of torch.func; "
+                           "give all chains as rows of z")  # fmt: skip
     # inference mode records no graph
     with contextlib.nullcontext() if traced else torch.inference_mode(False), torch.enable_grad():
         leaf = (z.clone() if not traced and z.is_inference() else z.detach()).requires_grad_()

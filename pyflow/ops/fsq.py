@@ -72,6 +72,7 @@ def fsq(
     op = "fsq"
     check.float_tensor(op, "z", z)
     index = check.choice(op, "variant", variant, FSQ_VARIANTS)
+    return_indices = check.flag(op, "return_indices", return_indices)
     levels = checked_levels(op, levels, variant, return_indices)
     z = _channels_first(op, "z", z, levels, dim)
     codes, indices = _fsq.pick(op, z)(z, levels, index, return_indices)

@@ -503,3 +503,17 @@ def test_an_energy_and_its_gradient_compile_to_one_graph():
         for got, want in zip(compiled(z), ops.energy_and_grad(normal_energy, z), strict=True):
             testing.assert_same_bits(got, want)
     torch._dynamo.reset()
+
+
+def test_energies_are_not_differentiated_under_transforms():
+    z, u, grad = torch.ones(3, 4, 2), torch.ones(3, 4), torch.ones(3, 4, 2)
+    for op, run in (
+        ("energy_and_grad", lambda z, u, g: ops.energy_and_grad(quadratic, z)),
+        ("mala_step", lambda z, u, g: ops.mala_step(z, u, g, quadratic, 0.1, seed=0)[0]),
+    ):
+        with pytest.raises(RuntimeError, match=rf"^{op}: the energy is not differentiated under vmap"):
+            torch.vmap(run)(z, u, grad)
+
+
+def quadratic(z):
+    return z.square().sum(1) / 2
