@@ -113,7 +113,14 @@ def like(
     op: str, name: str, value: Any, other_name: str, shape: torch.Size | tuple[int, ...], device: torch.device
 ) -> None:
     """Require a float tensor with the given shape on the given device."""
-    float_tensor(op, name, value)
+    # the test of float_tensor again, without a call
+    if (
+        not isinstance(value, Tensor)
+        or value.dtype not in FLOATS
+        or value.layout is not torch.strided
+        or value.is_nested
+    ):
+        float_tensor(op, name, value)
     if value.shape != shape:
         raise ValueError(f"{op}: {name} must have the shape of {other_name}, {tuple(shape)}, got {tuple(value.shape)}")
     if value.device != device:

@@ -125,7 +125,8 @@ def affine_coupling(
     event_dims = _event_dims(op, x, event_dims)
     if mask is not None:
         mask = check.mask_for(op, mask, x)
-    shift_first, inverse = check.flag(op, "shift_first", shift_first), check.flag(op, "inverse", inverse)
+    if type(shift_first) is not bool or type(inverse) is not bool:
+        shift_first, inverse = check.flag(op, "shift_first", shift_first), check.flag(op, "inverse", inverse)
     return _affine.pick(op, x)(x, shift, scale, mask, index, arg, shift_first, inverse, event_dims)
 
 
@@ -180,7 +181,8 @@ def affine_coupling_packed(
     event_dims = _event_dims(op, x, event_dims)
     if mask is not None:
         mask = check.mask_for(op, mask, x)
-    shift_first, inverse = check.flag(op, "shift_first", shift_first), check.flag(op, "inverse", inverse)
+    if type(shift_first) is not bool or type(inverse) is not bool:
+        shift_first, inverse = check.flag(op, "shift_first", shift_first), check.flag(op, "inverse", inverse)
     return _packed.pick(op, x)(x, params, mask, layout, dim, index, arg, shift_first, inverse, event_dims)
 
 
@@ -210,14 +212,15 @@ def scale_map_constant(
 
 
 def _event_dims(op: str, x: Tensor, event_dims: int | None) -> int:
+    dims = x.dim()
     if event_dims is None:
-        if x.dim() == 0:
+        if dims == 0:
             raise ValueError(f"{op}: x must have at least one dim, the batch, got a scalar")
-        return x.dim() - 1
+        return dims - 1
     if isinstance(event_dims, bool) or not isinstance(event_dims, int):
         raise TypeError(f"{op}: event_dims must be an integer, got {type(event_dims).__name__}")
-    if not 0 <= event_dims <= x.dim():
-        raise ValueError(f"{op}: event_dims must be in [0, {x.dim()}], got {event_dims}")
+    if not 0 <= event_dims <= dims:
+        raise ValueError(f"{op}: event_dims must be in [0, {dims}], got {event_dims}")
     return event_dims
 
 
