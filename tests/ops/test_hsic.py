@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import pyflow
 from pyflow import ops, testing
 from pyflow._schemas import HSIC_KERNELS
-from pyflow.ops._variables import median_distance
+from pyflow.hsic.median import median_distance
 
 F32, F64 = torch.float32, torch.float64
 KERNELS = ("rbf", "laplacian", "linear", "polynomial")
