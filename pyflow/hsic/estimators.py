@@ -140,7 +140,8 @@ def _terms(
 
 def _of_covariance(x: Variable, y: Variable, estimator: str, same: bool) -> Estimate:
     """Return HSIC of linear kernels from the squared entries of the covariance matrix."""
-    n, over = x.z.shape[-2], divisor(x.z.shape[-2], estimator)
+    n = x.z.shape[-2]
+    over = divisor(n, estimator)
     total = matmul(x.z.mT, y.z).double().square().sum((-2, -1))
     if estimator != "unbiased":
         return Estimate(total / over)
