@@ -61,7 +61,7 @@ format: $(READY)
 # Tests under one of gcc's sanitizers, in a copy of the tree, so that the checkout keeps its release libraries. The first
 # finding ends the tests and is kept in build/asan/found.*. libasan must be loaded before anything allocates, and needs
 # libstdc++ beside it to see exceptions.
-SANITIZED ?= tests/ops tests/cpu -k 'not compiles and not opcheck'
+SANITIZED ?= tests/ops tests/hsic tests/cpu -k 'not compiles and not opcheck'
 asan ubsan: $(READY)
 	@mkdir -p build/$@/tree && rm -f build/$@/found.*
 	@tar c --exclude=./build --exclude=./.venv --exclude=./.git --exclude='*.so' . | tar x -C build/$@/tree

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pyflow import _backend
 
+FOLDER = Path(__file__).parent
 RUN = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("digest", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+import importlib, sys, types
+# a package for this folder, so that test files can import their neighbours
+sys.modules["tests"] = types.ModuleType("tests")
+sys.modules["tests"].__path__ = [sys.argv[1]]
+module = importlib.import_module(sys.argv[2])
 from pyflow import _host
 print(_host.isa(), module.digest())
 """
@@ -30,10 +33,11 @@ def every_instruction_set(request):
     isas = _host.supported_isas().split(",")
     if len(isas) < 2:
         pytest.skip(f"this CPU runs only {isas[0]} of {_host.compiled_isas()}")
+    name = ".".join(("tests", *request.path.relative_to(FOLDER).with_suffix("").parts))
     results = set()
     for isa in isas:
         done = subprocess.run(
-            [sys.executable, "-c", RUN, str(request.path)],
+            [sys.executable, "-c", RUN, str(FOLDER), name],
             env={**os.environ, "PYFLOW_CPU_ISA": isa}, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -49,6 +49,14 @@ def test_cuda_sources_see_no_torch_header():
         assert not re.search(r"#include .*torch", path.read_text()), path.name
 
 
+def test_hsic_needs_nothing_of_the_operations_but_noise():
+    for path in (ROOT / "pyflow/hsic").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 2 and node.module is not None:
+                assert node.module.partition(".")[0] not in ("nn", "stats"), path.name
+                assert node.module == "ops.noise" or node.module.partition(".")[0] != "ops", path.name
+
+
 def test_the_names_of_integer_arguments_are_those_of_the_compiled_kernels():
     host = pytest.importorskip("pyflow._host")
     for name, texts in host.enums().items():

@@ -3,9 +3,10 @@ and spectral and weight normalisation of any model."""
 
 from .coupling import AdditiveCoupling, AffineCoupling
 from .fsq import FSQ
+from .grouped_residual_fsq import GroupedResidualFSQ
 from .hsic import HSICBottleneck, HSICLoss
 from .linear import ActNorm, Invertible1x1Conv, Scale
-from .residual_fsq import GroupedResidualFSQ, ResidualFSQ
+from .residual_fsq import ResidualFSQ
 from .reversible import ReversibleSequential
 from .spectral import apply_spectral_norm, apply_weight_norm, remove_spectral_norm, remove_weight_norm
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
+from ..hsic.estimators import ESTIMATORS, rows_needed
+from ..hsic.inputs import result_dtype, together, variable
+from ..hsic.kernels import KERNELS, Bandwidth, KernelSpec, Variable
+from ..hsic.regularised import regularised
 from ..ops import hsic
-from ..ops._variables import ESTIMATORS, KERNELS, Bandwidth, Variable, result_dtype, rows_needed, together, variable
-from ..ops.nhsic import regularised
 
 
 class _Options(TypedDict):
@@ -178,7 +180,7 @@ class HSICBottleneck(nn.Module):
         """Return Rx - beta Ry; nHSIC is linear in R, so all layers share it."""
         op = type(self).__name__
         labels = isinstance(y, Tensor) and y.dim() == 1 and not y.is_floating_point()
-        pair = [self._variable("x", x), variable(op, "y", y, "delta", 1.0) if labels else self._variable("y", y)]
+        pair = [self._variable("x", x), variable(op, "y", y, KernelSpec("delta")) if labels else self._variable("y", y)]
         pair = together(op, pair)
         rows_needed(op, len(pair[0].z), "biased")
         with torch.no_grad():
@@ -191,7 +193,8 @@ class HSICBottleneck(nn.Module):
 
     def _variable(self, name: str, x: Tensor) -> Variable:
         rows = _rows(type(self).__name__, name, x)
-        return variable(type(self).__name__, name, rows, "rbf", self.sigma * math.sqrt(rows.shape[-1]))
+        spec = KernelSpec("rbf", self.sigma * math.sqrt(rows.shape[-1]))
+        return variable(type(self).__name__, name, rows, spec)
 
     def _step(self, optimizer: torch.optim.Optimizer | None, loss_of: Callable[[], Tensor]) -> Tensor:
         with torch.set_grad_enabled(optimizer is not None):

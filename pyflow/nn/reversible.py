@@ -16,7 +16,7 @@ from .._torch import exporting, forward_mode, is_traceable_wrapper_subclass, tra
 from ..train._collect import innermost
 from ._context import Context
 from ._replay import Replay
-from .spectral import SpectralNorm
+from ._spectral_norm import SpectralNorm
 
 if TYPE_CHECKING:
     from ._typed import InvertibleModule, ModuleListOf

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
 from .._operators import register
-from .._schemas import HSIC_KERNELS
 from .._torch import is_batched_gradient
+from ..hsic.estimators import ratio, rows_needed, values, whole
+from ..hsic.features import approximation
+from ..hsic.inputs import result_dtype, together, variable, variables
+from ..hsic.kernels import KERNEL_OPTIONS, Bandwidth, KernelSpec, Variable, kernel_specs
 from ..reference import hsic as ref
-from ..reference import matmul
-from ._features import approximation
-from ._variables import Bandwidth, Variable, ratio, result_dtype, rows_needed, together, variable, variables, whole
-
-EPS = torch.finfo(torch.float64).eps
-
-
-class Estimate(NamedTuple):
-    """HSIC of two variables, (*batch) float64; for a variable with itself also how reliable it is."""
-
-    value: Tensor
-    lost: Tensor | None = None  # bool: the value may be pure rounding error; None: it is not
-    added: Tensor | None = None  # sum of the absolute values of the terms
 
 
 def hsic(
@@ -96,14 +86,12 @@ def hsic(
         >>> round(hsic(x, x**2, normalize=True).item(), 3), round(hsic(x, x, normalize=True).item(), 3)
         (0.322, 1.0)
     """
-    return _dependence(
-        "hsic", x, y, kernel, bandwidth, kernel_y, bandwidth_y, estimator, normalize, degree, gamma, coef0, allow_tf32,
-        approximate, n_features, seed,
-    )  # fmt: skip
+    specs = kernel_specs(kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
+    return _dependence("hsic", x, y, specs, estimator, normalize, allow_tf32, approximate, n_features, seed)
 
 
 # options of `hsic` and their defaults
-OPTIONS = dict(hsic.__kwdefaults__ or {})
+OPTIONS: dict[str, Any] = dict(hsic.__kwdefaults__ or {})
 
 
 def cka(x: Tensor, y: Tensor, **options: object) -> Tensor:
@@ -128,16 +116,26 @@ def cka(x: Tensor, y: Tensor, **options: object) -> Tensor:
     for name in options:
         if name not in OPTIONS:
             raise TypeError(f"cka: options must be those of hsic, got {name}")
-    return _dependence("cka", x, y, **{**OPTIONS, **options, "normalize": True})
+    rest = {**OPTIONS, **options, "normalize": True}
+    specs = kernel_specs(*[rest.pop(name) for name in KERNEL_OPTIONS])
+    return _dependence("cka", x, y, specs, **rest)
 
 
 def _dependence(
-    op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, estimator, normalize, degree, gamma, coef0, allow_tf32,
-    approximate, n_features, seed,
-):  # fmt: skip
+    op: str,
+    x: Tensor,
+    y: Tensor,
+    specs: tuple[KernelSpec, KernelSpec],
+    estimator: str,
+    normalize: bool,
+    allow_tf32: bool,
+    approximate: str | None,
+    n_features: int,
+    seed: int,
+) -> Tensor:
     """Compute `hsic` for the public function `op`, which appears in error texts."""
     normalize, allow_tf32 = check.flag(op, "normalize", normalize), check.flag(op, "allow_tf32", allow_tf32)
-    pair = variables(op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
+    pair = variables(op, x, y, specs)
     rows_needed(op, pair[0].z.shape[-2], estimator)
     if approximate is not None:
         result, _ = approximation(
@@ -145,10 +143,10 @@ def _dependence(
             seed=seed,
         )  # fmt: skip
     elif normalize:
-        xy, xx, yy = values(op, pair, [(0, 1), (0, 0), (1, 1)], estimator, allow_tf32).unbind(-1)
+        xy, xx, yy = values(op, pair, [(0, 1), (0, 0), (1, 1)], estimator, allow_tf32, sums).unbind(-1)
         result = ratio(xy, xx, yy)
     else:
-        result = whole(values(op, pair, [(0, 1)], estimator, allow_tf32).squeeze(-1), *pair)
+        result = whole(values(op, pair, [(0, 1)], estimator, allow_tf32, sums).squeeze(-1), *pair)
     return result.to(result_dtype(x, y))
 
 
@@ -191,17 +189,15 @@ def hsic_matrix(
     xs, ys = list(xs), list(ys)
     if not xs or not ys:
         raise ValueError(f"{op}: xs and ys must not be empty, got {len(xs)} and {len(ys)} tensors")
-    kernel_y = kernel if kernel_y is None else kernel_y
-    bandwidth_y = bandwidth if bandwidth_y is None else bandwidth_y
-    every = [variable(op, "x", x, kernel, bandwidth, degree, gamma, coef0) for x in xs]
-    every += [variable(op, "y", y, kernel_y, bandwidth_y, degree, gamma, coef0) for y in ys]
+    of_x, of_y = kernel_specs(kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
+    every = [variable(op, "x", x, of_x) for x in xs] + [variable(op, "y", y, of_y) for y in ys]
     every = together(op, every)
     rows_needed(op, every[0].z.shape[-2], estimator)
     p, q = len(xs), len(ys)
     pairs = [(i, p + j) for i in range(p) for j in range(q)]
     if normalize:
         pairs += [(m, m) for m in range(p + q)]
-    result = values(op, every, pairs, estimator, allow_tf32)
+    result = values(op, every, pairs, estimator, allow_tf32, sums)
     if normalize:
         own = result[..., p * q :]
         cross = ratio(result[..., : p * q].unflatten(-1, (p, q)), own[..., :p, None], own[..., None, p:])
@@ -209,84 +205,6 @@ def hsic_matrix(
         parts = [whole(value, every[a], every[b]) for value, (a, b) in zip(result.unbind(-1), pairs, strict=True)]
         cross = torch.stack(parts, -1).unflatten(-1, (p, q))
     return cross.to(result_dtype(*xs, *ys))
-
-
-def values(
-    op: str,
-    every: Sequence[Variable],
-    pairs: Sequence[tuple[int, int]],
-    estimator: str,
-    allow_tf32: bool,
-    visit: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
-) -> Tensor:
-    """Return HSIC of every pair of variables, (*batch, P) float64, for the kernels of z.
-
-    The value is 0 if all rows of a variable are equal, and for a variable with itself if it is not above its rounding
-    error. `visit` replaces `sums`.
-    """
-    result = []
-    for (a, b), (value, lost, _) in zip(pairs, estimates(op, every, pairs, estimator, allow_tf32, visit), strict=True):
-        if lost is not None:
-            value = torch.where(lost, 0.0, value)
-        for m in {a, b}:
-            constant = every[m].constant
-            if constant is not None:
-                value = torch.where(constant, 0.0, value)
-        result.append(value)
-    return torch.stack(result, -1)
-
-
-def estimates(
-    op: str,
-    every: Sequence[Variable],
-    pairs: Sequence[tuple[int, int]],
-    estimator: str,
-    allow_tf32: bool,
-    visit: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
-    with_added: bool = False,
-) -> list[Estimate]:
-    """Return the estimate of every pair of variables, for the kernels of z.
-
-    `added` is None if the covariance form is used (linear kernels). `visit` replaces `sums`.
-    """
-    n = every[0].z.shape[-2]
-    if all(v.linear for v in every):
-        used = [every[m] for pair in pairs for m in pair]
-        widths = [(a.z.shape[-1], b.z.shape[-1]) for a, b in zip(used[::2], used[1::2], strict=True)]
-        if sum(a * b for a, b in widths) < n * sum(v.z.shape[-1] for v in every) / 2:
-            return [_of_covariance(every[a], every[b], estimator, a == b) for a, b in pairs]
-    rows, cross, shift = (visit or sums)(op, every, pairs, allow_tf32)
-    diagonals = [v.diagonal - shift[..., m, None] for m, v in enumerate(every)]
-    result = []
-    for p, (a, b) in enumerate(pairs):
-        more, less, over = _terms(
-            cross[..., p], rows[..., a, :], rows[..., b, :], diagonals[a], diagonals[b], estimator
-        )
-        value = (more - less) / over
-        if a != b:
-            result.append(Estimate(value))
-        else:
-            added = (more + less) / over if with_added else None
-            result.append(Estimate(value, _lost(every[a], more, less, over), added))
-    return result
-
-
-def _lost(v: Variable, more: Tensor, less: Tensor, over: int) -> Tensor:
-    """Whether HSIC of v with itself, (more - less) / over, may be pure rounding error."""
-    n = v.z.shape[-2]
-    # n^2 terms are added in float64; errors of entries have random signs, so that their squares add up
-    entry = (v.degree * torch.finfo(v.z.dtype).eps) ** 2
-    rounding = chain(n) + entry
-    most = more * ((1 - rounding) / (1 + rounding))
-    if HSIC_KERNELS[v.kernel] == "polynomial":
-        # the rounding error of a dot product is relative to the lengths of both rows
-        most = most - entry * over * (v.diagonal.sum(-1) / n).square()
-    return less >= most
-
-
-def chain(n: int) -> float:
-    """Bound the relative rounding error of two float64 sums over n^2 terms, row sums first, with a factor of two."""
-    return 4 * EPS * (2 * n)
 
 
 def sums(
@@ -310,38 +228,6 @@ def sums(
     made = _sums.pick(op, z[0])(z, scale, kernels, degrees, flat, allow_tf32, part, parts)
     rows, cross, shift = (t.reshape(*batch, *t.shape[1:]) for t in made)
     return rows, cross, shift
-
-
-def _terms(
-    cross: Tensor, k: Tensor, m: Tensor, diag_k: Tensor, diag_l: Tensor, estimator: str
-) -> tuple[Tensor, Tensor, int]:
-    """Return (more, less, over) with HSIC = (more - less) / over; all three are positive if K = L.
-
-    `cross` is the sum of K_ij L_ij over i != j, k and m are the row sums of K and L without the diagonals diag_k and
-    diag_l; all float64.
-    """
-    n = k.shape[-1]
-    if estimator == "unbiased":
-        product = k.sum(-1) * m.sum(-1) / ((n - 1) * (n - 2))
-        return cross + product, 2 / (n - 2) * (k * m).sum(-1), n * (n - 3)
-    k, m = k + diag_k, m + diag_l
-    more = cross + (diag_k * diag_l).sum(-1) + k.sum(-1) * m.sum(-1) / n**2
-    return more, 2 / n * (k * m).sum(-1), n**2 if estimator == "biased_n2" else (n - 1) ** 2
-
-
-def _of_covariance(x: Variable, y: Variable, estimator: str, same: bool) -> Estimate:
-    """Return HSIC of linear kernels from the squared entries of the covariance matrix."""
-    n = x.z.shape[-2]
-    total = matmul(x.z.mT, y.z).double().square().sum((-2, -1))
-    if estimator != "unbiased":
-        return Estimate(total / (n**2 if estimator == "biased_n2" else (n - 1) ** 2))
-    a, b = x.diagonal, y.diagonal
-    ab, over = (a * b).sum(-1), n * (n - 3)
-    product, less = a.sum(-1) * b.sum(-1) / ((n - 1) * (n - 2)), 2 / (n - 2) * ab
-    value = (total - ab + product - less) / over
-    # the covariance is computed in the dtype of x
-    eps = torch.finfo(x.z.dtype).eps
-    return Estimate(value, ab + less >= (total + product) * ((1 - eps) / (1 + eps)) if same else None)
 
 
 def permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._schemas import HSIC_KERNELS
-from ..ops._variables import Variable, between, points
+from ..hsic.kernels import Variable, between, points
 from ..reference import hsic as ref
 
 # number of elements in a block

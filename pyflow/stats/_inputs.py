@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import _progress
-from ..ops._variables import KERNELS, comparable
+from ..hsic.inputs import comparable
+from ..hsic.kernels import KERNELS, KernelSpec
 
 # seconds before a bar appears
 PATIENCE = 1.0
@@ -20,10 +21,10 @@ PATIENCE = 1.0
 MISSING = ("NAType", "NaTType")
 
 
-def check_kernels(op: str, kernel: object, kernel_y: object) -> None:
+def check_kernels(op: str, specs: tuple[KernelSpec, KernelSpec]) -> None:
     """Require known kernels, on which the conversion of samples depends."""
-    check.choice(op, "kernel", kernel, KERNELS)
-    check.choice(op, "kernel_y", kernel_y, KERNELS)
+    check.choice(op, "kernel", specs[0].name, KERNELS)
+    check.choice(op, "kernel_y", specs[1].name, KERNELS)
 
 
 def samples(op: str, name: str, value: object, kernel: str) -> Tensor:

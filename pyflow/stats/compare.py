@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..ops._variables import ratio, times_two_to, variable
+from ..hsic.estimators import ratio
+from ..hsic.inputs import variable
+from ..hsic.kernels import KernelSpec
+from ..hsic.powers import times_two_to
 from ._grams import CentredGram
 from ._inputs import bar, same
 
@@ -131,7 +134,7 @@ def compare_representations(
         if not isinstance(model, nn.Module):
             raise TypeError(f"{OP}: {name} must be a module, got {type(model).__name__}")
     chosen = [_names("layers1", model1, layers1), _names("layers2", model2, layers2)]
-    gram = _gram(kernel, bandwidth)
+    gram = _gram(KernelSpec(kernel, bandwidth))
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
         raise TypeError(f"{OP}: loader must be an iterable of batches, got {type(loader).__name__}")
     layers: list[tuple[str, ...]] | None = None
@@ -201,7 +204,7 @@ def _names(argument: str, model: nn.Module, names: Sequence[str] | None) -> list
     return names
 
 
-def _gram(kernel: str, bandwidth: float | str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _gram(spec: KernelSpec) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Return a function from outputs (n, ...) to their U-centred Gram matrix and an exponent e, both on the CPU.
 
     The matrix is (n * n,) float64, in units of 2**e.
@@ -209,7 +212,7 @@ def _gram(kernel: str, bandwidth: float | str) -> Callable[[Tensor], tuple[Tenso
 
     def gram(output: Tensor) -> tuple[Tensor, Tensor]:
         rows = output.reshape(len(output), -1)
-        v = variable(OP, "x", rows, kernel, bandwidth)
+        v = variable(OP, "x", rows, spec)
         centred = CentredGram(v, True)
         matrix = centred.above_rounding(torch.cat([centred.block(start) for start in centred.starts]))
         exponent = torch.zeros((), dtype=torch.int64, device="cpu") if v.exponent is None else v.exponent.cpu()

@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _checks as check
-from ..ops._features import approximation
-from ..ops._variables import Bandwidth, Variable, ratio, rows_needed, variables, whole
-from ..ops.hsic import sums, values
+from ..hsic.estimators import TileSums, ratio, rows_needed, values, whole
+from ..hsic.features import approximation
+from ..hsic.inputs import variables
+from ..hsic.kernels import Bandwidth, Variable, kernel_specs
+from ..ops.hsic import sums
 from ._inputs import bar, check_kernels, samples
 
 # number of parts that the tiles are split into; powers of 2, so that 1, 2, 4, ... processes sum over the same tree
@@ -80,17 +82,17 @@ def hsic(
         (0.322, 0.0)
     """
     op = "hsic"
-    kernel_y = kernel if kernel_y is None else kernel_y
-    check_kernels(op, kernel, kernel_y)
+    specs = of_x, of_y = kernel_specs(kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
+    check_kernels(op, specs)
     normalize, allow_tf32 = check.flag(op, "normalize", normalize), check.flag(op, "allow_tf32", allow_tf32)
-    x, y = samples(op, "x", x, kernel), samples(op, "y", y, kernel_y)
+    x, y = samples(op, "x", x, of_x.name), samples(op, "y", y, of_y.name)
     if group is not None:
         if approximate is not None:
             raise ValueError(f"{op}: group must be None with approximate, got {approximate!r}")
-        if "precomputed" in (kernel, kernel_y):
+        if "precomputed" in (of_x.name, of_y.name):
             raise ValueError(f"{op}: group must be None with a precomputed kernel, whose rows need all columns")
         x, y = gathered(op, x, y, group)
-    pair = variables(op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
+    pair = variables(op, x, y, specs)
     rows_needed(op, len(pair[0].z), estimator)
     with torch.no_grad():
         if approximate is not None:
@@ -104,7 +106,7 @@ def hsic(
     return HSIC((ratio(*estimates) if normalize else whole(estimates[0], *pair)).item(), 0.0)
 
 
-def visitor(group: dist.ProcessGroup | None, progress: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def visitor(group: dist.ProcessGroup | None, progress: bool) -> TileSums:
     """Return a function like `sums` that visits the tiles in parts with a progress bar, divided over the processes."""
     rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS, PURPOSES
+from ..hsic.estimators import ESTIMATORS, chain, divisor, estimates, ratio, rows_needed, values, whole
+from ..hsic.inputs import variables
+from ..hsic.kernels import Bandwidth, Variable, kernel_of, kernel_specs
 from ..ops import noise
-from ..ops._variables import ESTIMATORS, Bandwidth, Variable, ratio, rows_needed, variables, whole
-from ..ops.hsic import chain, estimates, permuted, values
+from ..ops.hsic import permuted, sums
 from ..reference.noise import MASK
 from ._grams import CentredGram, blocks
 from ._inputs import bar, check_kernels, same, samples
@@ -127,11 +129,10 @@ def hsic_test(
     check.choice(op, "estimator", estimator, ESTIMATORS)
     permutations = check.at_least(op, "permutations", permutations, 1)
     normalize = check.flag(op, "normalize", normalize)
-    kernel_y = kernel if kernel_y is None else kernel_y
-    check_kernels(op, kernel, kernel_y)
-    x = samples(op, "x", x, kernel)
-    y = samples(op, "y", y, kernel_y)
-    pair = variables(op, x, y, kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
+    specs = kernel_specs(kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
+    check_kernels(op, specs)
+    x, y = (samples(op, name, value, spec.name) for name, value, spec in zip("xy", (x, y), specs, strict=True))
+    pair = variables(op, x, y, specs)
     n = len(pair[0].z)
     rows_needed(op, n, estimator)
     if method == "gamma":
@@ -191,7 +192,7 @@ def _of_grams(
     n = len(pair[0].z)
     (k, k_scale), (m, m_scale) = (CentredGram(v, estimator == "unbiased").matrix() for v in pair)
     diagonals = k.diagonal().double(), m.diagonal().double()
-    over = _over(n, estimator)
+    over = divisor(n, estimator)
     # a part takes about a second, and at most 16 MiB of words
     part = max(1, min(2**21 // n, max(32, 2**28 // n**2)))
     statistics, identity = [], torch.arange(n, dtype=torch.int32, device=key.device).unsqueeze(0)
@@ -219,7 +220,7 @@ def _of_tiles(
         pair = [v._replace(z=v.z.double(), scale=v.scale.double()) for v in pair]
     x, y = pair
     n = len(x.z)
-    own = values(op, pair, [(0, 0), (1, 1)], estimator, False)
+    own = values(op, pair, [(0, 0), (1, 1)], estimator, False, sums)
     added = torch.stack([_added(op, v, estimator) for v in pair])
     statistics, identity = [], torch.arange(n, device=key.device).unsqueeze(0)
     with bar(count, "permutation", progress) as done:
@@ -230,7 +231,7 @@ def _of_tiles(
                 index = torch.cat((identity, index))
             others = [y._replace(z=y.z[row], diagonal=y.diagonal[row]) for row in index]
             pairs = [(0, 1 + m) for m in range(len(others))]
-            statistics.append(values(op, [x, *others], pairs, estimator, False))
+            statistics.append(values(op, [x, *others], pairs, estimator, False, sums))
             done(new)
     return torch.cat(statistics), own, added
 
@@ -244,13 +245,8 @@ def _added(op: str, v: Variable, estimator: str) -> Tensor:
     """Return the sum of absolute values in HSIC of v with itself."""
     if v.linear:
         # the squared covariances
-        return v.diagonal.sum().square() / _over(len(v.z), estimator)
-    return cast(Tensor, estimates(op, [v], [(0, 0)], estimator, False, with_added=True)[0].added)
-
-
-def _over(n: int, estimator: str) -> int:
-    """Return the divisor of the sum of products of centred matrices."""
-    return {"biased": (n - 1) ** 2, "biased_n2": n**2, "unbiased": n * (n - 3)}[estimator]
+        return v.diagonal.sum().square() / divisor(len(v.z), estimator)
+    return cast(Tensor, estimates(op, [v], [(0, 0)], estimator, False, sums, with_added=True)[0].added)
 
 
 def _gamma_test(op: str, pair: list[Variable], estimator: str, normalize: bool, progress: bool) -> HSICTest:
@@ -258,27 +254,26 @@ def _gamma_test(op: str, pair: list[Variable], estimator: str, normalize: bool, 
         raise ValueError(f"{op}: the gamma method must have a biased estimator, got unbiased")
     for v in pair:
         if HSIC_KERNELS[v.kernel] not in ("rbf", "laplacian", "delta"):
-            name = "linear" if v.linear else HSIC_KERNELS[v.kernel]
-            raise ValueError(f"{op}: the gamma method must have kernels rbf, laplacian or delta, got {name}")
+            raise ValueError(f"{op}: the gamma method must have kernels rbf, laplacian or delta, got {kernel_of(v)}")
     n = len(pair[0].z)
     if n < GAMMA_ROWS:
         raise ValueError(f"{op}: the gamma method needs at least {GAMMA_ROWS} rows, got {n}")
     x, y = (CentredGram(v, False) for v in pair)
-    sums = [torch.zeros(4, dtype=torch.float64, device=pair[0].z.device)]
+    parts = [torch.zeros(4, dtype=torch.float64, device=pair[0].z.device)]
     with bar(n, "row", progress) as done:
         for start, k, m in blocks(x, y):
             product = k * m
             total = product.sum()
             variance = product.square().sum() - product.diagonal(start).square().sum()
-            sums.append(torch.stack((total, k.square().sum(), m.square().sum(), variance)))
+            parts.append(torch.stack((total, k.square().sum(), m.square().sum(), variance)))
             done(len(k))
-    xy, xx, yy, squares = torch.stack(sums).sum(0)
+    xy, xx, yy, squares = torch.stack(parts).sum(0)
     # mean over all permutations: tr(H K H) tr(H L H) / (n^2 (n - 1))
     mean = (x.mean_distance() * y.mean_distance() * (n - 1) / n**2).item()
     factor = 72 * (n - 4) * (n - 5) / (n * (n - 1) * (n - 2) * (n - 3))
     variance = factor * squares.item() / 36 / (n * (n - 1))
     # mean and variance describe the sum divided by n^2; unit converts them to the statistic
-    over = _over(n, estimator)
+    over = divisor(n, estimator)
     if normalize:
         unit, statistic = (ratio(v, xx, yy) for v in (torch.full_like(xy, n**2), xy))
     else:

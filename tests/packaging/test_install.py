@@ -33,7 +33,7 @@ def test_the_sdist_has_all_files_of_a_build(sdist):
     for path in (
         "CMakeLists.txt", "LICENSE", "setup.py", "pyproject.toml", "CHANGELOG.md", "Makefile", "csrc/cpu/dispatch.cpp",
         "csrc/cpu/tile.h", "csrc/torch/coupling.cpp", "csrc/host/module.cpp", "csrc/math/exp.h", "csrc/ops/coupling.h",
-        "pyflow/py.typed", "pyflow/__init__.py", "pyflow/reference/coupling.py", "triton_kernels/__init__.py",
+        "pyflow/py.typed", "pyflow/__init__.py", "pyflow/reference/coupling.py", "pyflow/hsic/kernels.py", "triton_kernels/__init__.py",
         "benchmarks/__init__.py", "tests/cpu/kernel_bits/main.cpp",
     ):  # fmt: skip
         assert (sdist / path).is_file(), path

@@ -143,7 +143,7 @@ def test_values_beyond_float32():
 
 @pytest.mark.parametrize("approximate", ["rff", "nystrom"])
 def test_approximations_in_the_operator(approximate, monkeypatch):
-    from pyflow.ops import _features
+    from pyflow.hsic import features
 
     x, y = data(60, torch.float64)
     options = {"approximate": approximate, "n_features": 20}
@@ -152,7 +152,7 @@ def test_approximations_in_the_operator(approximate, monkeypatch):
     # a batch is its samples, and chunks of rows are the whole
     batch = pyflow.ops.hsic(torch.stack((x, y @ torch.ones(2, 3, dtype=y.dtype))), y, **options)
     assert batch.shape == (2,) and batch[0].item() == pytest.approx(single.item(), rel=1e-9)
-    monkeypatch.setattr(_features, "HELD", 20 * 7)
+    monkeypatch.setattr(features, "HELD", 20 * 7)
     assert pyflow.ops.hsic(x, y, **options).item() == pytest.approx(single.item(), rel=1e-9)
     x, sigma = x[:12].clone().requires_grad_(), torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
     for estimator in ("biased", "unbiased"):

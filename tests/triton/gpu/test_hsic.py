@@ -10,7 +10,7 @@ import torch
 
 import pyflow
 from pyflow import ops, testing
-from pyflow.ops._variables import median_distance
+from pyflow.hsic.median import median_distance
 from pyflow.ops.hsic import permuted
 from pyflow.reference import hsic as reference
 

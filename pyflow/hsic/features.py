@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS
+from ..ops.noise import normal, seed_tensor, uniform
 from ..reference import matmul
-from ._variables import Variable, between, points, ratio, whole
-from .noise import normal, seed_tensor, uniform
+from .estimators import divisor, ratio, whole
+from .kernels import Variable, between, kernel_of, points
 
 APPROXIMATIONS = ("rff", "nystrom")
 # number of feature elements per chunk of rows
@@ -109,9 +110,7 @@ def _fourier(op: str, v: Variable, n_features: int, seed: Tensor, step: int) -> 
     """Random Fourier features: cos and sin of n_features / 2 random frequencies."""
     name = HSIC_KERNELS[v.kernel]
     if name not in ("rbf", "laplacian"):
-        raise ValueError(
-            f"{op}: approximate 'rff' must have kernels rbf or laplacian, got {'linear' if v.linear else name}"
-        )
+        raise ValueError(f"{op}: approximate 'rff' must have kernels rbf or laplacian, got {kernel_of(v)}")
     shape = (v.z.shape[-1], n_features // 2)
     draw: dict[str, Any] = {
         "seed": seed,
@@ -207,10 +206,10 @@ def _sums(
 def _table(s: Sums, n: int, estimator: str) -> Tensor:
     """(..., gx, gy) HSIC for every pair of feature groups of x and y."""
     if estimator != "unbiased":
-        return s.products / (n**2 if estimator == "biased_n2" else (n - 1) ** 2)
+        return s.products / divisor(n, estimator)
     assert s.norms is not None and s.x is not None and s.y is not None
     means = s.x.unsqueeze(-1) * s.y.unsqueeze(-2) / ((n - 1) * (n - 2))
-    return (s.products - s.norms + means - 2 / (n - 2) * s.norms) / (n * (n - 3))
+    return (s.products - s.norms + means - 2 / (n - 2) * s.norms) / divisor(n, estimator)
 
 
 def _standard_error(table: Tensor) -> Tensor:

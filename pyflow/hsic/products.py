@@ -1,0 +1,74 @@
+"""Rows of kernels of dot products (linear, polynomial): scaling so that products stay in range.
+
+The factors of the kernel are multiplied into z, so that autograd computes their gradients.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._schemas import HSIC_KERNELS
+from .kernels import KernelSpec, Variable, all_rows_equal
+from .powers import ORDINARY, exponent_of, reduced, times_two_to
+
+# the operators compute powers by repeated multiplication; larger degrees leave the range of float32 anyway
+MOST_DEGREE = 100
+
+
+def product_variable(op: str, x: Tensor, sizes: tuple[float, float] | None, spec: KernelSpec) -> Variable:
+    """Variable of a linear or polynomial kernel."""
+    linear = spec.name == "linear"
+    if linear:
+        degree, gamma, coef0 = 1, 1.0, 0.0
+    else:
+        degree = check.at_least(op, "degree", spec.degree, 1)
+        if degree > MOST_DEGREE:
+            raise ValueError(f"{op}: degree must be at most {MOST_DEGREE}, got {degree}")
+        gamma = 1 / x.shape[-1] if spec.gamma is None else check.positive(op, "gamma", spec.gamma)
+        coef0 = check.number(op, "coef0", spec.coef0)
+        if not 0 <= coef0 < math.inf:
+            raise ValueError(f"{op}: coef0 must be at least 0 and finite, got {coef0}")
+    constant, exponent = all_rows_equal(x), None
+    if sizes is None or not _ordinary_products(sizes, x.shape[-1], degree, gamma, coef0):
+        x, exponent = reduced(x)
+    if linear:
+        z = x - x.mean(-2, keepdim=True)
+    else:
+        factor, more = math.sqrt(gamma), math.sqrt(coef0)
+        if exponent is None:
+            rows, column = x * factor, x.new_full((*x.shape[:-1], 1), more)
+        else:
+            factors, exponent = _together_reduced(exponent, factor, more, x)
+            rows, column = x * factors[0], factors[1].expand(*x.shape[:-1], 1)
+        # an extra column of sqrt(coef0) adds coef0 to every dot product
+        z = torch.cat((rows, column), -1)
+    if exponent is not None:
+        exponent = 2 * degree * exponent
+    diagonal = z.double().square().sum(-1)
+    diagonal = diagonal if degree == 1 else diagonal**degree
+    return Variable(z, z.new_ones(()), HSIC_KERNELS.index("polynomial"), degree, diagonal, linear, exponent, constant)
+
+
+def _ordinary_products(sizes: tuple[float, float], d: int, degree: int, gamma: float, coef0: float) -> bool:
+    """Whether kernel values of the largest rows are in range."""
+    limit = 2.0 ** (ORDINARY / degree)
+    return 1 / limit <= gamma * sizes[0] * sizes[0] + coef0 and gamma * d * sizes[1] * sizes[1] + coef0 <= limit
+
+
+def _together_reduced(exponent: Tensor, factor: float, column: float, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Rescale factor and column of a polynomial kernel so that no row is longer than 1.
+
+    `exponent` is the exponent that the rows were reduced by. Return the factor of the reduced rows and the value of the
+    extra column, and the total exponent that both are divided by.
+    """
+    given = [torch.full((), v, dtype=torch.float64, device=x.device) for v in (factor, column, x.shape[-1] + 1)]
+    factor_exponent, column_exponent, width_exponent = (exponent_of(v) + 1 for v in given)
+    total = torch.maximum(exponent + 1 + factor_exponent, column_exponent) + (width_exponent + 1) // 2
+    factors = [
+        times_two_to(v, e).to(x.dtype)[..., None, None] for v, e in zip(given, (exponent - total, -total), strict=False)
+    ]
+    return factors, total
