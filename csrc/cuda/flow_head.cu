@@ -100,22 +100,19 @@ __global__ void __launch_bounds__(kThreads, 2) sum_blocks(const __grid_constant_
 }  // namespace
 
 void flow_head_forward(const FlowHeadForward& a, Stream stream) {
-  const bool whole = whole_vectors(a.space, a.h, a.log_scale);
   as_constant(a.prior, [&](auto prior) {
-    constexpr Prior P = prior.value;
-    const auto kernel = a.f64 ? forward<P, 1, double> : whole ? forward<P, kEach, float> : forward<P, 1, float>;
-    launch(kernel, a.plan.units, stream, a, kPriorConstant<P> * double(a.space.cols));
+    const double constant = kPriorConstant<prior.value> * double(a.space.cols);
+    with_types(a, whole_vectors(a.space, a.h, a.log_scale), [&](auto n, auto zero) {
+      launch(forward<prior.value, n.value, decltype(zero)>, a.plan.units, stream, a, constant);
+    });
   });
 }
 
 void flow_head_backward(const FlowHeadBackward& a, Stream stream) {
-  const bool whole = whole_vectors(a.space, a.h, a.log_scale, a.gh);
   as_constant(a.prior, [&](auto prior) {
-    constexpr Prior P = prior.value;
-    launch(a.f64   ? backward<P, 1, double>
-           : whole ? backward<P, kEach, float>
-                   : backward<P, 1, float>,
-           a.plan.units, stream, a);
+    with_types(a, whole_vectors(a.space, a.h, a.log_scale, a.gh), [&](auto n, auto zero) {
+      launch(backward<prior.value, n.value, decltype(zero)>, a.plan.units, stream, a);
+    });
   });
   if (!a.partial) return;
   launch(a.f64 ? sum_blocks<double> : sum_blocks<float>, ceil_div(a.space.cols, kBlockWide), stream, a,

@@ -50,6 +50,11 @@ Layout::Entry& Layout::entry(View& view, const Tensor& t) {
 
 void Layout::add(View& view, const Tensor& t) { add_slice(view, t, 0, 0, 1); }
 
+void Layout::add_output(View& view, const Tensor& t) {
+  add(view, t);
+  view.stream = streams(t);
+}
+
 void Layout::add_slice(View& view, const Tensor& t, int64_t dim, int64_t offset, int64_t step) {
   Entry& e = entry(view, t);
   e.whole = true;
