@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kScales = 1056;  // most distinct scales for any levels, see scales_of
 
-// The arrays of the arguments, which are in host memory, go to the kernel by value as parameters of their own.
+// The arguments' arrays are in host memory: their contents are passed as kernel parameters.
 struct Table {
   float constants[kFsqFields][kFsqChannels];
   int64_t basis[kFsqChannels];

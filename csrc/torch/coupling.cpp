@@ -14,7 +14,7 @@ struct Map {
 };
 
 // adds x and sets what all affine operators share
-void begin(CouplingArgs& a, Layout& layout, const Map& m, const Tensor& x) {
+void set_affine(CouplingArgs& a, Layout& layout, const Map& m, const Tensor& x) {
   layout.add(a.x, x);
   a.f64 = is_f64(x);
   a.affine = true;
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor shift, Tensor scale,
                                            double map_arg, bool shift_first, bool inverse, int64_t event_dims) {
   CouplingForward a{};
   Layout layout(x, event_dims);
-  begin(a, layout, {scale_map, map_arg, shift_first, inverse}, x);
+  set_affine(a, layout, {scale_map, map_arg, shift_first, inverse}, x);
   layout.add(a.shift, shift);
   layout.add(a.scale, scale);
   return run_affine(a, layout, x, mask, event_dims);
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> affine_coupling_packed(Tensor x, Tensor params, Optio
                                                   int64_t event_dims) {
   CouplingForward a{};
   Layout layout(x, event_dims);
-  begin(a, layout, {scale_map, map_arg, shift_first, inverse}, x);
+  set_affine(a, layout, {scale_map, map_arg, shift_first, inverse}, x);
   add_packed(layout, a.shift, a.scale, params, packing, dim);
   return run_affine(a, layout, x, mask, event_dims);
 }
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Optional gy, Optiona
                                                             int64_t event_dims, std::optional<ScalarType> shift_dtype) {
   CouplingBackward a{};
   Layout layout(x, event_dims);
-  begin(a, layout, {scale_map, map_arg, shift_first, inverse}, x);
+  set_affine(a, layout, {scale_map, map_arg, shift_first, inverse}, x);
   Tensor gshift = shift_dtype ? new_empty(x, x.sizes().data(), x.dim(), *shift_dtype) : new_none(x, x.scalar_type());
   Tensor gscale = new_like(scale);
   if (shift) layout.add(a.shift, *shift);
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor> affine_coupling_packed_backward(Optional gy, Optional
                                                            bool inverse, int64_t event_dims) {
   CouplingBackward a{};
   Layout layout(x, event_dims);
-  begin(a, layout, {scale_map, map_arg, shift_first, inverse}, x);
+  set_affine(a, layout, {scale_map, map_arg, shift_first, inverse}, x);
   Tensor gparams = new_like(params);
   add_packed(layout, a.shift, a.scale, params, packing, dim);
   // not read where the gradient does not contain it

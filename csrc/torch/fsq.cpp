@@ -35,7 +35,7 @@ bool is_wide(const Levels& levels) { return product(levels, levels.size()) > uin
 
 ScalarType index_dtype(bool wide) { return wide ? ScalarType::Long : ScalarType::Int; }
 
-// owns the memory that the pointers of a call's arguments point to
+// owns the arrays that a call's arguments point to
 class Tables {
  public:
   Tables(FsqArgs& a, const Levels& levels) {
@@ -96,7 +96,7 @@ void flatten(FsqArgs& a, std::initializer_list<View*> views, int64_t index_step)
   a.indices.stride[1] = index_step;
 }
 
-// how a tile of a CPU kernel holds the channels of its positions
+// whether a tile of a CPU kernel holds one channel of its positions or all of them
 enum class Channels { apart, together, together_if_flat };
 
 // Merges the layout and splits the positions into tiles. `views`: every tensor but the indices, which advance by
@@ -151,7 +151,7 @@ void for_each_part(const Levels& levels, int64_t dims, bool return_indices, F f)
 
 // a layout with z, channels first; sets what the operators that read z share
 template <class Args>
-Layout begin(Args& a, const Tensor& z, int64_t position_dims, int64_t variant) {
+Layout layout_of(Args& a, const Tensor& z, int64_t position_dims, int64_t variant) {
   Layout layout(z, position_dims);
   layout.add(a.z, z);
   a.f64 = is_f64(z);
@@ -166,7 +166,7 @@ std::tuple<Tensor, Tensor> fsq(Tensor z, Levels levels, int64_t variant, bool re
                                   : new_none(z, ScalarType::Int);
   for_each_part(levels, z.dim(), return_indices, [&](const Part& part) {
     FsqForward a{};
-    Layout layout = begin(a, part.of(z), part.position_dims, variant);
+    Layout layout = layout_of(a, part.of(z), part.position_dims, variant);
     layout.add_output(a.codes, part.of(codes));
     if (return_indices) layout.add_event(a.indices, indices);
     a.wide = wide;
@@ -181,7 +181,7 @@ Tensor fsq_backward(Tensor grad, Tensor z, Levels levels, int64_t variant) {
   Tensor gz = new_like(z);
   for_each_part(levels, z.dim(), false, [&](const Part& part) {
     FsqBackward a{};
-    Layout layout = begin(a, part.of(z), part.position_dims, variant);
+    Layout layout = layout_of(a, part.of(z), part.position_dims, variant);
     layout.add(a.grad, part.of(grad));
     layout.add_output(a.gz, part.of(gz));
     plan(a, layout, Channels::together_if_flat, {&a.z, &a.grad, &a.gz});
@@ -233,7 +233,7 @@ void set_stages(FsqStages& a, const Levels& levels, int64_t stages, const std::o
 std::tuple<Tensor, Tensor> residual_fsq(Tensor x, Levels levels, int64_t variant, int64_t stages,
                                         std::optional<Tensor> active) {
   ResidualFsqForward a{};
-  Layout layout = begin(a, x, x.dim() - 1, variant);
+  Layout layout = layout_of(a, x, x.dim() - 1, variant);
   Tensor out = new_like(x);
   a.wide = active || is_wide(levels);
   std::vector<int64_t> sizes(x.sizes().begin() + 1, x.sizes().end());
@@ -251,7 +251,7 @@ std::tuple<Tensor, Tensor> residual_fsq(Tensor x, Levels levels, int64_t variant
 Tensor residual_fsq_backward(Tensor grad, Tensor x, Levels levels, int64_t variant, int64_t stages,
                              std::optional<Tensor> active) {
   ResidualFsqBackward a{};
-  Layout layout = begin(a, x, x.dim() - 1, variant);
+  Layout layout = layout_of(a, x, x.dim() - 1, variant);
   Tensor gx = new_like(x);
   layout.add(a.grad, grad);
   layout.add_output(a.gz, gx);

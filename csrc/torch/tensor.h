@@ -59,6 +59,8 @@ class Layout {
   };
   static constexpr int kMaxViews = 12;
   Entry& entry(View& view, const Tensor& t);
+  void order_dims(int* order) const;
+  int merge_dims(Space& space, int merged, const int* order, int begin, int end, int64_t unit_stride);
   int dims_, row_dims_;
   int64_t size_[64];
   Entry entries_[kMaxViews];
