@@ -1,4 +1,4 @@
-// What the kernels that centre Gram matrices are given.
+// Arguments of the kernels that centre Gram matrices.
 #pragma once
 
 #include "../tiles/plan.h"

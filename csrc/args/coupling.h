@@ -1,4 +1,4 @@
-// What the coupling kernels are given.
+// Arguments of the coupling kernels.
 #pragma once
 
 #include "../cuda/shared.h"

@@ -1,4 +1,4 @@
-// What the energy kernels are given.
+// Arguments of the energy kernels.
 #pragma once
 
 #include "../ops/energy.h"

@@ -1,4 +1,4 @@
-// What the flow-head kernels are given.
+// Arguments of the flow-head kernels.
 #pragma once
 
 #include "../cuda/shared.h"
@@ -33,6 +33,7 @@ constexpr int64_t kHeadSegment = 4 * kChunk;  // its buffers stay in L1
 inline Plan cpu_head_plan(const Space& s) {
   Plan p{};
   p.tile_rows = kHeadRows;
+  p.segment = kHeadSegment;
   p.segments = s.cols > kHeadSegment ? ceil_div(s.cols, kHeadSegment) : 1;
   p.units = ceil_div(s.rows, kHeadRows) * p.segments;
   p.grain = grain_of(kHeadRows * s.cols);

@@ -1,4 +1,4 @@
-// What the quantisation kernels are given.
+// Arguments of the quantisation kernels.
 #pragma once
 
 #include "../cuda/shared.h"
@@ -27,7 +27,7 @@ struct FsqArgs {
   const int64_t* levels;  // (channels), in host memory
   int64_t channels, positions;
   int64_t tile;  // CPU: at most kChunk positions, or values if flat or residual; GPU: at most kTile values
-  bool flat;     // channels run faster than positions; CPU: and all are adjacent in memory
+  bool flat;     // channels are the faster index; CPU: and all values are adjacent in memory
   bool f64;
   bool wide;  // indices are int64
   FsqVariant variant;
@@ -47,7 +47,7 @@ struct FsqDecode : FsqArgs {
   uint64_t size;  // entries of the codebook
 };
 
-// the scale of stage q and entry i is scales[q * period + i]; stages >= active are dropped: index -1, nothing added
+// the scale of stage q and entry i is scales[q * period + i]; stages >= active have index -1 and add nothing
 struct FsqStages {
   const char* scales;            // like FsqTable::constants
   int64_t stages, active;        // the indices of a position are adjacent

@@ -1,4 +1,4 @@
-// What the GAN-QP kernels are given.
+// Arguments of the GAN-QP kernels.
 #pragma once
 
 #include "../cuda/shared.h"

@@ -8,19 +8,20 @@ namespace pyflow {
 
 // Rows are split into blocks, and a tile is a pair of blocks. Gram matrices are symmetric, so each pair is visited
 // once. Tiles are scheduled as a round-robin tournament: no two tiles of a round share a block. Threads never add to
-// the same row, and the sums of a row grow in the order of the rounds, whatever the thread count and the batch.
+// the same row, and a row's terms are added in the order of the rounds, whatever the thread count and the batch.
 constexpr int64_t kBlock = 128;  // largest number of rows in a block; a multiple of every strip width
 constexpr int64_t kPad = 32;     // largest strip width
 
 struct Tournament {
-  int64_t n, block, blocks, seats;  // seats: blocks, rounded up to even
+  int64_t n, block, blocks;  // block: rows of a block
+  int64_t seats;             // blocks, rounded up to even
 };
 
 PYFLOW_FN Tournament tournament_of(int64_t n) {
   // a multiple of four blocks: two cores share a round evenly
-  const int64_t parts = n <= kBlock ? 1 : 4 * ((n + 4 * kBlock - 1) / (4 * kBlock));
-  const int64_t block = ((n + parts - 1) / parts + kPad - 1) / kPad * kPad;
-  const int64_t blocks = n > 0 ? (n + block - 1) / block : 0;
+  const int64_t parts = n <= kBlock ? 1 : 4 * ceil_div(n, 4 * kBlock);
+  const int64_t block = round_up(ceil_div(n, parts), kPad);
+  const int64_t blocks = n > 0 ? ceil_div(n, block) : 0;
   return {n, block, blocks, blocks + blocks % 2};
 }
 
@@ -31,7 +32,7 @@ PYFLOW_FN int64_t first_tile(const Tournament& t, int64_t round) {
 }
 
 struct Pairing {
-  int64_t first, second;  // first <= second; second == blocks: bye, no partner block
+  int64_t first, second;  // first <= second; second == blocks: `first` has no partner in this round
 };
 
 PYFLOW_FN Pairing pairing(const Tournament& t, int64_t round, int64_t tile) {
@@ -42,8 +43,8 @@ PYFLOW_FN Pairing pairing(const Tournament& t, int64_t round, int64_t tile) {
 }
 
 // How a batch is split into groups of items, whose workspace stays in the caches from round to round. In a large batch
-// each thread is a team of its own and processes whole items, without barriers between rounds; else one team of all
-// threads shares the tiles of a group. The order of an item's sums is the same in both.
+// a team is one thread, which processes whole items without barriers between rounds; else one team of all threads
+// shares the tiles of a group. The order of an item's sums is the same in both.
 struct GramSchedule {
   int64_t batch, teams, items;  // items: of a group
 };

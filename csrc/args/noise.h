@@ -1,4 +1,4 @@
-// What the noise kernels are given.
+// Arguments of the noise kernels.
 #pragma once
 
 #include "../cuda/shared.h"
@@ -7,8 +7,8 @@
 
 namespace pyflow {
 
-// a seed or a step. A single number in CPU memory is passed by value, so that a CPU kernel finds only seeds per row
-// here.
+// a seed or a step. A single number in host memory is passed by value; a CPU kernel reads only seeds per row through
+// `data`.
 struct Number {
   const int64_t* data;  // on the kernel's device; null: use `value`
   int64_t value;

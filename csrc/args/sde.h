@@ -1,4 +1,4 @@
-// What the kernels of SDE steps are given.
+// Arguments of the kernels of SDE steps.
 #pragma once
 
 #include "../ops/sde.h"

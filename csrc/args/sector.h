@@ -1,4 +1,4 @@
-// What the sector kernels are given.
+// Arguments of the sector kernels.
 #pragma once
 
 #include "../ops/sector.h"

@@ -1,4 +1,4 @@
-// What the spectral kernels are given.
+// Arguments of the spectral kernels.
 #pragma once
 
 #include "../cuda/shared.h"

@@ -16,15 +16,15 @@ void center_sums_block(const CenterArgs& a, int64_t unit) {
   alignas(64) T buffer[kChunk];
   for (int64_t r = row; r < smaller(row + kCenterRows, a.n); ++r) {
     double total = 0;
-    for (int64_t c = 0; c < a.n; c += kChunk) {
-      const int64_t count = smaller(kChunk, a.n - c), whole = count / 16 * 16;
-      const T* values = load(a.space, a.gram, {first + r, 1, c, count}, buffer);
-      total += add_row(values, column + c, whole);
-      for (int64_t k = whole; k < count; ++k) {
+    for_each_chunk({first + r, 1, 0, a.n}, [&](const Tile& t, const Tile&) {
+      const int64_t whole = t.cols / 16 * 16;
+      const T* values = load(a.space, a.gram, t, buffer);
+      total += add_row(values, column + t.col, whole);
+      for (int64_t k = whole; k < t.cols; ++k) {
         total += double(values[k]);
-        column[c + k] += double(values[k]);
+        column[t.col + k] += double(values[k]);
       }
-    }
+    });
     a.row_means[first + r] = total / double(a.n);
   }
 }
@@ -36,17 +36,16 @@ void center_block(const CenterArgs& a, int64_t unit) {
   alignas(64) T buffer[kChunk], out[kChunk];
   for (int64_t r = row; r < smaller(row + kCenterRows, a.n); ++r) {
     const double own = a.row_means[first + r] - a.means[matrix];
-    for (int64_t c = 0; c < a.n; c += kChunk) {
-      const Tile t{first + r, 1, c, smaller(kChunk, a.n - c)};
+    for_each_chunk({first + r, 1, 0, a.n}, [&](const Tile& t, const Tile&) {
       // no __restrict: gram and out may be the same memory
       const T* values = load(a.space, a.gram, t, buffer);
       T* to = target(a.space, a.out, t, out);
 #pragma omp simd
       for (int64_t k = 0; k < t.cols; ++k) {
-        to[k] = T(double(values[k]) - (own + column[c + k]));
+        to[k] = T(double(values[k]) - (own + column[t.col + k]));
       }
       store(a.space, a.out, t, to);
-    }
+    });
   }
 }
 

@@ -39,7 +39,7 @@ void map_chunk(const Chunk<T>& c, const CouplingArgs& a) {
   as_constant(a.scale_map, [&](auto map) { map_chunk<Slope, map.value>(c, T(a.map_arg)); });
 }
 
-// e = exp(+-g) has a loop apart from g: together with the constants of the map, the registers would run out
+// e = exp(+-g) is computed in a second loop: in one loop with g, the constants of both would not fit the registers
 template <bool Inverse, bool ShiftFirst, class T>
 void couple_chunk(const Chunk<T>& c) {
   const T* __restrict x = c.x;
@@ -180,12 +180,11 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
     // without gy only the gradient of logdet counts: zeros replace x and shift, which may hold inf or NaN
     c.gy = a.gy.data ? load(s, a.gy, t, gy) : gy;
     c.x = a.gy.data ? load(s, a.x, t, x) : gy;
-    // shift is absent where the gradient does not need it; any valid pointer will do
+    // shift is absent where the gradient does not need it: its values do not matter then
     c.shift = a.gy.data && a.shift.data ? load(s, a.shift, t, shift) : c.x;
     c.scale = load(s, a.scale, t, scale);
     for (int64_t r = 0; r < t.rows; ++r) {
-      gl[r] = T(0);
-      if (a.gl.data) read_typed(a.gl, row_offset(s, a.gl, t.row + r), 1, 1, gl + r);
+      gl[r] = a.gl.data ? read<T>(a.gl, row_offset(s, a.gl, t.row + r)) : T(0);
     }
     c.gl = gl;
     c.g = g;

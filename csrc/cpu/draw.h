@@ -134,7 +134,7 @@ template <NoiseKind K>
 void draw_rows(const RandomStream& s, const Tile& t, DrawBuffer& b, float* out) {
   const int64_t each = (t.cols + 3) / 4;
   for (int64_t r = 0; r < t.rows;) {
-    const int64_t last = r + kBlocks / each < t.rows ? r + kBlocks / each : t.rows;
+    const int64_t last = smaller(r + kBlocks / each, t.rows);
     int n = 0;
     for (int64_t row = r; row < last; ++row) {
       const uint64_t seed = seed_of(s, t.row + row);

@@ -67,7 +67,7 @@ void decide(const MalaArgs& a, const Tile& unit, const T* ratios, DrawBuffer& dr
     accepted[r] = accepts(u, u_new, ratios[r], uniforms[r]);
     if (unit.col > 0) continue;
     a.accepted[row] = accepted[r];
-    write_typed(a.u_out.view, row * a.u_out.view.stride[0], 1, 1, accepted[r] ? &u_new : &u);
+    write_row_value(a.u_out, row, accepted[r] ? u_new : u);
   }
 }
 

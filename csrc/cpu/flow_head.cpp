@@ -7,31 +7,21 @@
 namespace pyflow::PYFLOW_ISA {
 namespace {
 
-// a unit's rows and columns
-Tile block_of(const FlowHeadArgs& a, int64_t unit) {
-  const int64_t row = unit / a.plan.segments * kHeadRows;
-  const int64_t col = unit % a.plan.segments * kHeadSegment;
-  return {row, a.space.rows - row < kHeadRows ? a.space.rows - row : kHeadRows, col,
-          a.space.cols - col < kHeadSegment ? a.space.cols - col : kHeadSegment};
-}
-
-// e = exp(log_scale) for the columns of a block, shared by its rows; returns the sum of log_scale
+// e = exp(log_scale) for the columns of a unit, shared by its rows; returns the sum of log_scale
 template <class T>
-double exp_columns(const FlowHeadArgs& a, const Tile& b, T* __restrict e) {
+double exp_columns(const FlowHeadArgs& a, const Tile& unit, T* __restrict e) {
   if (!a.log_scale.data) {
-    for (int64_t i = 0; i < b.cols; ++i) e[i] = T(1);
+    fill(e, T(1), unit.cols);
     return -0.0;
   }
   alignas(64) T buffer[kHeadSegment];
-  const T* __restrict log_scale = load(a.space, a.log_scale, {b.row, 1, b.col, b.cols}, buffer);
+  const T* __restrict log_scale = load(a.space, a.log_scale, {unit.row, 1, unit.col, unit.cols}, buffer);
 #pragma omp simd
-  for (int64_t i = 0; i < b.cols; ++i) {
+  for (int64_t i = 0; i < unit.cols; ++i) {
     e[i] = exp_(log_scale[i]);
   }
   double total = -0.0;
-  for (int64_t i = 0; i < b.cols; i += kChunk) {
-    total += double(lane_sum(log_scale + i, b.cols - i < kChunk ? b.cols - i : kChunk));
-  }
+  for_each_chunk(0, unit.cols, [&](int64_t i, int64_t n) { total += double(lane_sum(log_scale + i, n)); });
   return total;
 }
 
@@ -63,47 +53,43 @@ void score_row(const T* __restrict h, const T* __restrict e, T grad, T* __restri
 }
 
 template <Prior P, class T>
-void forward_block(const FlowHeadForward& a, const Tile& b, int64_t segment) {
+void forward_unit(const FlowHeadForward& a, const Tile& unit, int64_t segment) {
   alignas(64) T buffer[kHeadSegment], e[kHeadSegment];
-  const double constant = exp_columns(a, b, e) + double(b.cols) * kPriorConstant<P>;
-  for (int64_t r = b.row; r < b.row + b.rows; ++r) {
-    prefetch(a.space, a.h, {r + 1, 1, b.col, b.cols});
-    const T* h = load(a.space, a.h, {r, 1, b.col, b.cols}, buffer);
+  const double constant = exp_columns(a, unit, e) + double(unit.cols) * kPriorConstant<P>;
+  for (int64_t r = unit.row; r < unit.row + unit.rows; ++r) {
+    prefetch(a.space, a.h, {r + 1, 1, unit.col, unit.cols});
+    const T* h = load(a.space, a.h, {r, 1, unit.col, unit.cols}, buffer);
     double total = constant;
-    for (int64_t i = 0; i < b.cols; i += kChunk) {
-      total += double(sum_density<P>(h + i, e + i, b.cols - i < kChunk ? b.cols - i : kChunk));
-    }
+    for_each_chunk(0, unit.cols, [&](int64_t i, int64_t n) { total += double(sum_density<P>(h + i, e + i, n)); });
     write_row_sum<T>(a.log_prob, a.plan, r, segment, total);
   }
 }
 
 template <Prior P, class T>
-void backward_block(const FlowHeadBackward& a, const Tile& b) {
+void backward_unit(const FlowHeadBackward& a, const Tile& unit) {
   alignas(64) T h[kHeadSegment], e[kHeadSegment], gh[kHeadSegment], sum[kHeadSegment];
-  exp_columns(a, b, e);
-  for (int64_t i = 0; i < b.cols; ++i) sum[i] = T(0);
-  for (int64_t r = b.row; r < b.row + b.rows; ++r) {
-    const Tile t{r, 1, b.col, b.cols}, next{r + 1, 1, b.col, b.cols};
+  exp_columns(a, unit, e);
+  fill(sum, T(0), unit.cols);
+  for (int64_t r = unit.row; r < unit.row + unit.rows; ++r) {
+    const Tile t{r, 1, unit.col, unit.cols}, next{r + 1, 1, unit.col, unit.cols};
     prefetch(a.space, a.h, next);
     prefetch<true>(a.space, a.gh, next);
-    T grad;
-    read_typed(a.grad, row_offset(a.space, a.grad, r), 1, 1, &grad);
+    const T grad = read<T>(a.grad, row_offset(a.space, a.grad, r));
     T* out = target(a.space, a.gh, t, gh);
-    score_row<P>(load(a.space, a.h, t, h), e, grad, out, sum, b.cols);
+    score_row<P>(load(a.space, a.h, t, h), e, grad, out, sum, unit.cols);
     store(a.space, a.gh, t, out);
   }
   if (!a.partial) return;
-  T* partial = (T*)a.partial + b.row / kHeadRows * a.space.cols + b.col;
-  for (int64_t i = 0; i < b.cols; ++i) partial[i] = sum[i];
+  T* partial = (T*)a.partial + unit.row / kHeadRows * a.space.cols + unit.col;
+  for (int64_t i = 0; i < unit.cols; ++i) partial[i] = sum[i];
 }
 
 // adds the partial sums of all row blocks in double and in order, for columns [begin, end)
 template <class T>
 void reduce_columns(const FlowHeadBackward& a, int64_t begin, int64_t end) {
   alignas(64) T out[kChunk];
-  const int64_t blocks = (a.space.rows + kHeadRows - 1) / kHeadRows;
-  for (int64_t c = begin; c < end; c += kChunk) {
-    const int64_t n = end - c < kChunk ? end - c : kChunk;
+  const int64_t blocks = ceil_div(a.space.rows, kHeadRows);
+  for_each_chunk(begin, end, [&](int64_t c, int64_t n) {
     double total[kChunk] = {};
     for (int64_t b = 0; b < blocks; ++b) {
       const T* partial = (const T*)a.partial + b * a.space.cols + c;
@@ -114,30 +100,21 @@ void reduce_columns(const FlowHeadBackward& a, int64_t begin, int64_t end) {
     T* values = target(a.space, a.glog_scale, t, out);
     for (int64_t i = 0; values != out && i < n; ++i) values[i] = out[i];
     store(a.space, a.glog_scale, t, values);
-  }
-}
-
-// calls f(prior, T()) with the prior as a compile-time constant and T the compute type
-template <class F>
-PYFLOW_FN void with_types(const FlowHeadArgs& a, F f) {
-  as_constant(a.prior, [&](auto prior) { a.f64 ? f(prior, double()) : f(prior, float()); });
+  });
 }
 
 }  // namespace
 
 void flow_head_forward(const FlowHeadForward& a, int64_t begin, int64_t end) {
-  with_types(a, [&](auto prior, auto zero) {
-    for (int64_t u = begin; u < end; ++u) {
-      forward_block<prior.value, decltype(zero)>(a, block_of(a, u), u % a.plan.segments);
-    }
+  for_each_unit(a, begin, end, [&](const Tile& unit, int64_t segment, auto zero) {
+    as_constant(a.prior, [&](auto prior) { forward_unit<prior.value, decltype(zero)>(a, unit, segment); });
   });
 }
 
 void flow_head_backward(const FlowHeadBackward& a, int64_t begin, int64_t end) {
-  with_types(a, [&](auto prior, auto zero) {
-    for (int64_t u = begin; u < end; ++u) backward_block<prior.value, decltype(zero)>(a, block_of(a, u));
+  for_each_unit(a, begin, end, [&](const Tile& unit, int64_t, auto zero) {
+    as_constant(a.prior, [&](auto prior) { backward_unit<prior.value, decltype(zero)>(a, unit); });
   });
-  stream_fence();
 }
 
 void flow_head_reduce(const FlowHeadBackward& a, int64_t begin, int64_t end) {

@@ -95,14 +95,11 @@ void add_channel(const T* __restrict digits, I basis, int64_t n, I* __restrict i
   }
 }
 
-// the tile that follows t: the next positions of the same channels
-PYFLOW_FN Tile following(const Tile& t) { return {t.row, t.rows, t.col + t.cols, t.cols}; }
-
 template <FsqVariant V, class I, class T>
 void forward_flat(const FsqForward& a, int64_t position, int64_t n) {
   alignas(64) T z[kChunk], codes[kChunk], digits[kChunk];
   const Tile t{0, 1, position * a.channels, n * a.channels};
-  prefetch(a.space, a.z, following(t));
+  prefetch(a.space, a.z, next_tile(t));
   T* out = target(a.space, a.codes, t, codes);
   quantize<V>(load(a.space, a.z, t, z), each_element<T>(a.table), out, digits, t.cols);
   store(a.space, a.codes, t, out);
@@ -116,7 +113,7 @@ void forward_by_channel(const FsqForward& a, int64_t position, int64_t n) {
   alignas(64) int32_t unknown[kChunk] = {};
   for (int64_t c = 0; c < a.channels; ++c) {
     const Tile t{c, 1, position, n};
-    prefetch(a.space, a.z, following(t));
+    prefetch(a.space, a.z, next_tile(t));
     T* out = target(a.space, a.codes, t, codes);
     quantize<V>(load(a.space, a.z, t, z), one_channel<T>(a.table, c), out, digits, n);
     store(a.space, a.codes, t, out);
@@ -138,8 +135,8 @@ void slopes(const T* __restrict z, const T* __restrict grad, C constants, T* __r
 template <FsqVariant V, class T, class C>
 void backward_tile(const FsqBackward& a, const Tile& t, C constants) {
   alignas(64) T z[kChunk], grad[kChunk], gz[kChunk];
-  prefetch(a.space, a.z, following(t));
-  prefetch(a.space, a.grad, following(t));
+  prefetch(a.space, a.z, next_tile(t));
+  prefetch(a.space, a.grad, next_tile(t));
   T* out = target(a.space, a.gz, t, gz);
   slopes<V>(load(a.space, a.z, t, z), load(a.space, a.grad, t, grad), constants, out, t.cols);
   store(a.space, a.gz, t, out);
@@ -303,7 +300,7 @@ void decode_tile(const FsqDecode& a, int64_t position, int64_t n) {
 template <class F>
 void for_each_tile(const FsqArgs& a, int64_t begin, int64_t end, F f) {
   for (int64_t position = begin * a.tile; position < end * a.tile && position < a.positions; position += a.tile) {
-    f(position, a.positions - position < a.tile ? a.positions - position : a.tile);
+    f(position, smaller(a.positions - position, a.tile));
   }
   stream_fence();
 }

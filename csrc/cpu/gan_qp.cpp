@@ -25,13 +25,6 @@ void add_deviations(const T* __restrict real, const T* __restrict fake, int64_t 
   for (int j = 0; j < kLanes; ++j) lanes[j] += double(lane[j]);
 }
 
-PYFLOW_FN double fold(double* lanes) {
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-  }
-  return lanes[0];
-}
-
 template <Distance D, class T>
 void sums_unit(const GanQpSums& a, const Tile& unit, int64_t segment) {
   alignas(64) T reals[kChunk], fakes[kChunk];
@@ -44,7 +37,7 @@ void sums_unit(const GanQpSums& a, const Tile& unit, int64_t segment) {
       if (t.col == unit.col) fill(lanes, 0.0, kLanes);
       add_deviations<D>(real + r * t.cols, fake + r * t.cols, t.cols, lanes);
       if (t.col + t.cols < unit.col + unit.cols) continue;
-      write_row_sum<double>(a.sums, a.plan, t.row + r, segment, fold(lanes));
+      write_row_sum<double>(a.sums, a.plan, t.row + r, segment, fold<kLanes>(lanes));
     }
   });
 }
@@ -117,17 +110,14 @@ void gan_qp_sums(const GanQpSums& a, int64_t begin, int64_t end) {
 }
 
 void gan_qp_loss(const GanQpLoss& a, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += kChunk) {
-    const int64_t n = end - i < kChunk ? end - i : kChunk;
-    a.f64 ? loss_chunk<double>(a, i, n) : loss_chunk<float>(a, i, n);
-  }
+  for_each_chunk(begin, end,
+                 [&](int64_t row, int64_t n) { a.f64 ? loss_chunk<double>(a, row, n) : loss_chunk<float>(a, row, n); });
 }
 
 void gan_qp_loss_backward(const GanQpLossBackward& a, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += kChunk) {
-    const int64_t n = end - i < kChunk ? end - i : kChunk;
-    a.f64 ? backward_chunk<double>(a, i, n) : backward_chunk<float>(a, i, n);
-  }
+  for_each_chunk(begin, end, [&](int64_t row, int64_t n) {
+    a.f64 ? backward_chunk<double>(a, row, n) : backward_chunk<float>(a, row, n);
+  });
 }
 
 }  // namespace pyflow::PYFLOW_ISA

@@ -54,8 +54,7 @@ void item_stats(const GramArgs& a, int64_t slot, int64_t m) {
   const T* z = (const T*)v.z + item * n * v.dim;
   T* centres = (T*)a.centres + slot * a.columns + v.first;
   double spread = 0;
-  for (int64_t k = 0; k < v.dim; k += kChunk) {
-    const int64_t count = smaller(kChunk, v.dim - k);
+  for_each_chunk(0, v.dim, [&](int64_t k, int64_t count) {
     // moments of the differences to the first row: a common offset costs no digits
     double sum[kChunk] = {}, square[kChunk] = {};
     const T* first = z + k;
@@ -67,17 +66,16 @@ void item_stats(const GramArgs& a, int64_t slot, int64_t m) {
       const double variance = (square[c] - mean * sum[c]) / double(n > 1 ? n - 1 : 1);
       spread += v.kernel == GramKernel::rbf ? variance : __builtin_sqrt(variance > 0 ? variance : 0);
     }
-  }
+  });
   // the centre is the median of five rows: a few outliers do not move it
   T five[5 * kChunk];
-  for (int64_t k = 0; k < v.dim; k += kChunk) {
-    const int64_t count = smaller(kChunk, v.dim - k);
+  for_each_chunk(0, v.dim, [&](int64_t k, int64_t count) {
     for (int64_t i = 0; i < 5; ++i) {
       const T* row = z + i * (n - 1) / 4 * v.dim + k;
       for (int64_t c = 0; c < count; ++c) five[i * kChunk + c] = row[c];
     }
     for (int64_t c = 0; c < count; ++c) centres[k + c] = middle(five + c, kChunk);
-  }
+  });
   shift = v.kernel == GramKernel::rbf ? spread * scale * scale <= kWideVariance : spread * scale <= kWideDeviation;
 }
 
@@ -94,7 +92,7 @@ PYFLOW_FN V pick(V x, V y) {
 // transposes four rows of n values, kChunk apart, into four columns of a strip. By 4 x 4 blocks: gcc does not vectorise
 // the plain loop.
 template <class T>
-void side_by_side(const T* __restrict rows, T* __restrict strip, int64_t n) {
+void transpose_rows(const T* __restrict rows, T* __restrict strip, int64_t n) {
   typedef T Four __attribute__((vector_size(4 * sizeof(T))));
   int64_t k = 0;
   for (; k + 4 <= n; k += 4) {
@@ -128,8 +126,8 @@ void pack_strip(const GramArgs& a, int64_t slot, int64_t m, int64_t strip) {
   alignas(64) T rows[4][kChunk];
   for (int64_t c = 0; c < kCols<T>; c += 4) {
     const T* z = (const T*)v.z + (item * n + begin + c) * v.dim;
-    for (int64_t first = 0; first < v.width; first += kChunk) {
-      const int64_t padded = smaller(kChunk, v.width - first), dims = smaller(padded, v.dim - first);
+    for_each_chunk(0, v.width, [&](int64_t first, int64_t padded) {
+      const int64_t dims = smaller(padded, v.dim - first);
       for (int64_t r = 0; r < 4; ++r) {
         const int64_t count = begin + c + r < n ? dims : 0;
         const T* __restrict value = z + r * v.dim + first;
@@ -140,8 +138,8 @@ void pack_strip(const GramArgs& a, int64_t slot, int64_t m, int64_t strip) {
         T* __restrict kept = workspace + v.rows + (begin + c + r) * v.width + first;
         for (int64_t k = 0; v.rows >= 0 && k < padded; ++k) kept[k] = row[k];
       }
-      side_by_side(rows[0], out + first * kCols<T> + c, dims);
-    }
+      transpose_rows(rows[0], out + first * kCols<T> + c, dims);
+    });
   }
   if (!centred) return;
   double square[kCols<T>] = {};
@@ -171,12 +169,12 @@ void clear_strip(const GramBackward& a, int64_t slot, int64_t m, int64_t strip) 
   }
 }
 
-// calls f(slot, variable, strip); a unit is kPad rows of an (item, variable)
+// calls f(slot, variable, strip) for every strip of the units [begin, end); a unit is kPad rows of an (item, variable)
 template <class F>
-PYFLOW_FN void each_strip(const GramArgs& a, int64_t begin, int64_t end, F f) {
-  const int64_t groups = a.padded / kPad, strips = kPad / (a.f64 ? kCols<double> : kCols<float>);
+PYFLOW_FN void for_each_strip(const GramArgs& a, int64_t begin, int64_t end, F f) {
+  const int64_t units = a.padded / kPad, strips = kPad / (a.f64 ? kCols<double> : kCols<float>);
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t row = u / groups, first = u % groups * strips;
+    const int64_t row = u / units, first = u % units * strips;
     for (int64_t s = first; s < first + strips; ++s) f(row / a.variables, row % a.variables, s);
   }
 }
@@ -192,13 +190,13 @@ void gram_stats(const GramArgs& a, int64_t begin, int64_t end) {
 }
 
 void gram_pack(const GramArgs& a, int64_t begin, int64_t end) {
-  each_strip(a, begin, end, [&](int64_t slot, int64_t m, int64_t strip) {
+  for_each_strip(a, begin, end, [&](int64_t slot, int64_t m, int64_t strip) {
     a.f64 ? pack_strip<double>(a, slot, m, strip) : pack_strip<float>(a, slot, m, strip);
   });
 }
 
 void gram_clear(const GramBackward& a, int64_t begin, int64_t end) {
-  each_strip(a, begin, end, [&](int64_t slot, int64_t m, int64_t strip) {
+  for_each_strip(a, begin, end, [&](int64_t slot, int64_t m, int64_t strip) {
     a.f64 ? clear_strip<double>(a, slot, m, strip) : clear_strip<float>(a, slot, m, strip);
   });
 }

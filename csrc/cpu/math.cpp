@@ -11,7 +11,7 @@ namespace pyflow::PYFLOW_ISA {
 namespace {
 
 template <class F>
-PYFLOW_FN void each(const MathArgs& a, int64_t begin, int64_t end, F f) {
+PYFLOW_FN void for_each_element(const MathArgs& a, int64_t begin, int64_t end, F f) {
   const float* __restrict in = a.in;
   float* __restrict out = a.out;
 #pragma omp simd
@@ -22,23 +22,27 @@ PYFLOW_FN void each(const MathArgs& a, int64_t begin, int64_t end, F f) {
 
 void math_evaluate(const MathArgs& a, int64_t begin, int64_t end) {
   switch (a.function) {
-    case MathFunction::exp: return each(a, begin, end, [](float x) { return exp_(x); });
-    case MathFunction::exp_unfused: return each(a, begin, end, [](float x) { return exp_unfused(x); });
-    case MathFunction::tanh: return each(a, begin, end, [](float x) { return tanh_(x); });
-    case MathFunction::tanh_unfused: return each(a, begin, end, [](float x) { return tanh_unfused(x); });
-    case MathFunction::log: return each(a, begin, end, [](float x) { return log_(x); });
-    case MathFunction::log1p01: return each(a, begin, end, [](float x) { return log1p01(x); });
-    case MathFunction::softplus: return each(a, begin, end, [](float x) { return softplus(x); });
-    case MathFunction::sigmoid: return each(a, begin, end, [](float x) { return sigmoid(x); });
-    case MathFunction::atan: return each(a, begin, end, [](float x) { return atan_(x); });
-    case MathFunction::log_plain: return each(a, begin, end, [](float x) { return log_plain(x); });
+    case MathFunction::exp: return for_each_element(a, begin, end, [](float x) { return exp_(x); });
+    case MathFunction::exp_unfused: return for_each_element(a, begin, end, [](float x) { return exp_unfused(x); });
+    case MathFunction::tanh: return for_each_element(a, begin, end, [](float x) { return tanh_(x); });
+    case MathFunction::tanh_unfused: return for_each_element(a, begin, end, [](float x) { return tanh_unfused(x); });
+    case MathFunction::log: return for_each_element(a, begin, end, [](float x) { return log_(x); });
+    case MathFunction::log1p01: return for_each_element(a, begin, end, [](float x) { return log1p01(x); });
+    case MathFunction::softplus: return for_each_element(a, begin, end, [](float x) { return softplus(x); });
+    case MathFunction::sigmoid: return for_each_element(a, begin, end, [](float x) { return sigmoid(x); });
+    case MathFunction::atan: return for_each_element(a, begin, end, [](float x) { return atan_(x); });
+    case MathFunction::log_plain: return for_each_element(a, begin, end, [](float x) { return log_plain(x); });
     // functions of a random word: the bits of x
-    case MathFunction::radius: return each(a, begin, end, [](float x) { return radius(bits_of(x)); });
-    case MathFunction::sin_turns: return each(a, begin, end, [](float x) { return sincos_turns(bits_of(x) >> 8).sin; });
-    case MathFunction::cos_turns: return each(a, begin, end, [](float x) { return sincos_turns(bits_of(x) >> 8).cos; });
+    case MathFunction::radius: return for_each_element(a, begin, end, [](float x) { return radius(bits_of(x)); });
+    case MathFunction::sin_turns:
+      return for_each_element(a, begin, end, [](float x) { return sincos_turns(bits_of(x) >> 8).sin; });
+    case MathFunction::cos_turns:
+      return for_each_element(a, begin, end, [](float x) { return sincos_turns(bits_of(x) >> 8).cos; });
     // evaluated at -|x|
-    case MathFunction::exp_minus: return each(a, begin, end, [](float x) { return exp_less(-abs_(x), 0.f); });
-    case MathFunction::expm1_minus: return each(a, begin, end, [](float x) { return exp_less(-abs_(x), 1.f); });
+    case MathFunction::exp_minus:
+      return for_each_element(a, begin, end, [](float x) { return exp_less(-abs_(x), 0.f); });
+    case MathFunction::expm1_minus:
+      return for_each_element(a, begin, end, [](float x) { return exp_less(-abs_(x), 1.f); });
   }
 }
 

@@ -33,7 +33,7 @@ inline Scaled spline(int64_t n, const DoubleDouble& t, double* a) {
   a[0] = 1;
   a[1] = 0;
   for (int64_t m = 2; m <= n;) {
-    const int64_t stop = m + kLevels < n + 1 ? m + kLevels : n + 1;
+    const int64_t stop = smaller(m + kLevels, n + 1);
     const double here = centre(path, double(m)), width = half_width(path, double(m));
     // the window moves towards j = 0
     const int64_t high = int64_t(centre(path, double(stop)) + width) + 1, low = int64_t(here - width);
@@ -82,7 +82,7 @@ inline Probabilities probabilities(int64_t n, double theta, double* work) {
   return {{{1 - rounded(outside), 0}, 0}, outside};
 }
 
-constexpr int kTrials = 128;  // trials at a time, one per lane
+constexpr int kTrials = 128;  // trials at a time
 
 struct TrialBuffer {
   DrawBuffer draw;
@@ -93,7 +93,7 @@ struct TrialBuffer {
 };
 
 // adds one block of every trial; its words are in the buffer
-PYFLOW_FN void take_block(TrialBuffer& b) {
+PYFLOW_FN void add_block(TrialBuffer& b) {
   const uint32_t* __restrict w0 = b.draw.word[0];
   const uint32_t* __restrict w1 = b.draw.word[1];
   const uint32_t* __restrict w2 = b.draw.word[2];
@@ -113,7 +113,7 @@ PYFLOW_FN void take_block(TrialBuffer& b) {
 }
 
 // runs kTrials trials from number `first` on
-inline void play(const SectorTrials& a, uint64_t first, TrialBuffer& b) {
+inline void run_trials(const SectorTrials& a, uint64_t first, TrialBuffer& b) {
   const uint64_t blocks = uint64_t(a.points + 3) / 4;
   for (int i = 0; i < kTrials; ++i) b.low[i] = kNoWord;
   for (int i = 0; i < kTrials; ++i) b.sum[i] = 0;
@@ -122,7 +122,7 @@ inline void play(const SectorTrials& a, uint64_t first, TrialBuffer& b) {
     for (int64_t word = a.points - int64_t(4 * block); word < 4; ++word) {
       for (int i = 0; i < kTrials; ++i) b.draw.word[word][i] = kNoWord;
     }
-    take_block(b);
+    add_block(b);
   }
 #pragma omp simd
   for (int i = 0; i < kTrials; ++i) b.part[i] = fixed_log(positive_uniform(b.low[i]));
@@ -141,8 +141,8 @@ void sector_formula(const SectorFormula& a, int64_t begin, int64_t end) {
 void sector_trials(const SectorTrials& a, int64_t begin, int64_t end) {
   TrialBuffer b;
   for (int64_t first = begin; first < end; first += kTrials) {
-    const int live = int(end - first < kTrials ? end - first : kTrials);
-    play(a, uint64_t(first), b);
+    const int live = int(smaller(end - first, kTrials));
+    run_trials(a, uint64_t(first), b);
     for (int64_t k = 0; k < a.count; ++k) {
       const double x = a.thresholds[k];
       int64_t hits = 0;

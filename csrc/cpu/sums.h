@@ -3,13 +3,7 @@
 
 #include "tile.h"
 
-#if !defined(PYFLOW_ISA)
-#error "compiled once per instruction set: PYFLOW_ISA names it"
-#endif
-
 namespace pyflow::PYFLOW_ISA {
-
-PYFLOW_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // returns the sum of n values, and adds each value to its column sum; n is a multiple of 16
 template <class T>

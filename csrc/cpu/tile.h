@@ -20,16 +20,18 @@ struct Tile {
 
 // rows and columns of a unit of the plan
 PYFLOW_FN Tile unit_tile(const Space& s, const Plan& p, int64_t unit) {
-  const int64_t row = unit / p.segments * p.tile_rows, col = unit % p.segments * kSegment;
-  const int64_t rows = s.rows - row < p.tile_rows ? s.rows - row : p.tile_rows;
-  return {row, rows, col, s.cols - col < kSegment ? s.cols - col : kSegment};
+  const int64_t row = unit / p.segments * p.tile_rows, col = unit % p.segments * p.segment;
+  return {row, smaller(s.rows - row, p.tile_rows), col, smaller(s.cols - col, p.segment)};
 }
 
-// the chunk that follows t, for prefetching: the next one of the same rows, or the first one of the rows below
-PYFLOW_FN Tile after(const Tile& unit, const Tile& t) {
+// the tile of the same size to the right of t, for prefetching
+PYFLOW_FN Tile next_tile(const Tile& t) { return {t.row, t.rows, t.col + t.cols, t.cols}; }
+
+// the chunk after t in a unit, for prefetching: the next one of the same rows, or the first one of the rows below
+PYFLOW_FN Tile next_tile(const Tile& unit, const Tile& t) {
   const int64_t end = unit.col + unit.cols, col = t.col + t.cols;
-  if (col < end) return {t.row, t.rows, col, end - col < kChunk ? end - col : kChunk};
-  return {t.row + t.rows, t.rows, unit.col, unit.cols < kChunk ? unit.cols : kChunk};
+  if (col < end) return {t.row, t.rows, col, smaller(end - col, kChunk)};
+  return {t.row + t.rows, t.rows, unit.col, smaller(unit.cols, kChunk)};
 }
 
 // calls f(unit, its segment of the row, T()) for units [begin, end) of the plan, where T is the compute type
@@ -42,13 +44,19 @@ PYFLOW_FN void for_each_unit(const Args& a, int64_t begin, int64_t end, F f) {
   stream_fence();
 }
 
-// calls f(chunk, the chunk that follows it) for every chunk of a unit
+// calls f(first, count) for every chunk of [begin, end)
+template <class F>
+PYFLOW_FN void for_each_chunk(int64_t begin, int64_t end, F f) {
+  for (int64_t i = begin; i < end; i += kChunk) f(i, smaller(end - i, kChunk));
+}
+
+// calls f(chunk, the chunk after it) for every chunk of a unit
 template <class F>
 PYFLOW_FN void for_each_chunk(const Tile& unit, F f) {
-  for (int64_t c = 0; c < unit.cols; c += kChunk) {
-    const Tile t{unit.row, unit.rows, unit.col + c, unit.cols - c < kChunk ? unit.cols - c : kChunk};
-    f(t, after(unit, t));
-  }
+  for_each_chunk(0, unit.cols, [&](int64_t c, int64_t count) {
+    const Tile t{unit.row, unit.rows, unit.col + c, count};
+    f(t, next_tile(unit, t));
+  });
 }
 
 template <class T>
@@ -110,24 +118,6 @@ void read_typed(const View& v, int64_t offset, int64_t stride, int64_t n, T* dst
 }
 
 template <class T>
-PYFLOW_FN T row_value(const RowView& v, int64_t row) {
-  if (!v.view.data) return T(v.value);
-  T value;
-  read_typed(v.view, row * v.view.stride[0], 1, 1, &value);
-  return value;
-}
-
-// stores the sum of a row over one segment; `row` counts the rows of all sums
-template <class T>
-PYFLOW_FN void write_row_sum(const RowSums& sums, const Plan& p, int64_t row, int64_t segment, double sum) {
-  if (sums.partial) {
-    ((double*)sums.partial)[row * p.segments + segment] = sum;
-  } else {
-    ((T*)sums.out)[row] = T(sum);
-  }
-}
-
-template <class T>
 void write_typed(const View& v, int64_t offset, int64_t stride, int64_t n, const T* src) {
   switch (v.dtype) {
     case DType::f32: write_run(src, stride, n, (float*)v.data + offset, [](T x) { return float(x); }); break;
@@ -142,6 +132,33 @@ void write_typed(const View& v, int64_t offset, int64_t stride, int64_t n, const
   }
 }
 
+template <class T>
+PYFLOW_FN T read(const View& v, int64_t at) {
+  T value = T(0);
+  read_typed(v, at, 1, 1, &value);
+  return value;
+}
+
+template <class T>
+PYFLOW_FN T row_value(const RowView& v, int64_t row) {
+  return v.view.data ? read<T>(v.view, row * v.view.stride[0]) : T(v.value);
+}
+
+template <class T>
+PYFLOW_FN void write_row_value(const RowView& v, int64_t row, T value) {
+  write_typed(v.view, row * v.view.stride[0], 1, 1, &value);
+}
+
+// stores the sum of a row over one segment; `row` counts the rows of all sums
+template <class T>
+PYFLOW_FN void write_row_sum(const RowSums& sums, const Plan& p, int64_t row, int64_t segment, double sum) {
+  if (sums.partial) {
+    ((double*)sums.partial)[row * p.segments + segment] = sum;
+  } else {
+    ((T*)sums.out)[row] = T(sum);
+  }
+}
+
 PYFLOW_FN int64_t size_of(DType d) { return d == DType::f64 ? 8 : d == DType::f32 ? 4 : d == DType::u8 ? 1 : 2; }
 
 // calls run(offset in v, offset in the tile, length, stride) for every innermost run of the tile
@@ -152,7 +169,7 @@ PYFLOW_FN void for_each_run(const Space& s, const View& v, const Tile& t, F run)
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t base = row_offset(s, v, t.row + r);
     for (int64_t c = 0; c < t.cols;) {
-      const int64_t left = inner - (t.col + c) % inner, n = left < t.cols - c ? left : t.cols - c;
+      const int64_t n = smaller(inner - (t.col + c) % inner, t.cols - c);
       run(base + col_offset(s, v, t.col + c), r * t.cols + c, n, v.stride[last]);
       c += n;
     }
@@ -240,6 +257,15 @@ void store_pair(const Space& s, const View& a, const Tile& t, const T* va, const
   });
 }
 
+// the sum of N lanes by halves, in place; N is a power of two
+template <int N, class T>
+PYFLOW_FN T fold(T* lane) {
+  for (int width = N / 2; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+  }
+  return lane[0];
+}
+
 // Sum of n <= kChunk values in sixteen lanes and a fixed fold: the same bits for every vector width. Error at most
 // (n / 16 + 4) ulp / 2, relative to the sum of the magnitudes.
 template <class T>
@@ -250,10 +276,7 @@ PYFLOW_FN T lane_sum(const T* v, int64_t n) {
     for (int j = 0; j < 16; ++j) lane[j] += v[i + j];
   }
   for (int j = 0; i + j < n; ++j) lane[j] += v[i + j];
-  for (int width = 8; width > 0; width /= 2) {
-    for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
-  }
-  return lane[0];
+  return fold<16>(lane);
 }
 
 }  // namespace pyflow::PYFLOW_ISA

@@ -21,28 +21,18 @@ __device__ CouplingGrad<T> couple_backward_as(const CouplingArgs& a, T gy, T gl,
                        : couple_backward<false, false>(gy, gl, x, shift, e, slope);
 }
 
-constexpr int kAnyMap = -1;  // map selected at run time, for cases where binary size matters more than speed
-
 template <int M, class T>
 __device__ T log_scale_of(const CouplingArgs& a, T s) {
-  if constexpr (M != kAnyMap) {
-    return log_scale<ScaleMap(M)>(s, T(a.map_arg));
-  } else {
-    T g;
-    as_constant(a.scale_map, [&](auto map) { g = log_scale<decltype(map)::value>(s, T(a.map_arg)); });
-    return g;
-  }
+  T g;
+  as_known<M>(a.scale_map, [&](auto map) { g = log_scale<decltype(map)::value>(s, T(a.map_arg)); });
+  return g;
 }
 
 template <int M, class T>
 __device__ LogScale<T> log_scale_slope_of(const CouplingArgs& a, T s) {
-  if constexpr (M != kAnyMap) {
-    return log_scale_slope<ScaleMap(M)>(s, T(a.map_arg));
-  } else {
-    LogScale<T> l;
-    as_constant(a.scale_map, [&](auto map) { l = log_scale_slope<decltype(map)::value>(s, T(a.map_arg)); });
-    return l;
-  }
+  LogScale<T> l;
+  as_known<M>(a.scale_map, [&](auto map) { l = log_scale_slope<decltype(map)::value>(s, T(a.map_arg)); });
+  return l;
 }
 
 template <int N, class T>
@@ -116,21 +106,22 @@ __global__ void __launch_bounds__(kThreads, 2) backward(const __grid_constant__ 
 }  // namespace
 
 void coupling_forward(const CouplingForward& a, Stream stream) {
-  const bool whole = !a.f64 && whole_vectors(a.space, a.x, a.shift, a.scale, a.y);
-  if (!a.affine) {
-    const auto kernel = a.f64 ? additive<1, double> : whole ? additive<kEach, float> : additive<1, float>;
-    return launch(kernel, a.plan.units, stream, a);
+  const bool whole = whole_vectors(a.space, a.x, a.shift, a.scale, a.y);
+  if (a.affine) {
+    with_types(a, a.scale_map, whole, [&](auto map, auto n, auto zero) {
+      launch(forward<map.value, n.value, decltype(zero)>, a.plan.units, stream, a);
+    });
+  } else {
+    with_types(a, whole,
+               [&](auto n, auto zero) { launch(additive<n.value, decltype(zero)>, a.plan.units, stream, a); });
   }
-  if (!whole) return launch(a.f64 ? forward<kAnyMap, 1, double> : forward<kAnyMap, 1, float>, a.plan.units, stream, a);
-  as_constant(a.scale_map, [&](auto map) { launch(forward<int(map.value), kEach, float>, a.plan.units, stream, a); });
 }
 
 void coupling_backward(const CouplingBackward& a, Stream stream) {
-  if (a.f64) return launch(backward<kAnyMap, 1, double>, a.plan.units, stream, a);
-  if (!whole_vectors(a.space, a.x, a.shift, a.scale, a.gy, a.gx, a.gshift, a.gscale)) {
-    return launch(backward<kAnyMap, 1, float>, a.plan.units, stream, a);
-  }
-  as_constant(a.scale_map, [&](auto map) { launch(backward<int(map.value), kEach, float>, a.plan.units, stream, a); });
+  const bool whole = whole_vectors(a.space, a.x, a.shift, a.scale, a.gy, a.gx, a.gshift, a.gscale);
+  with_types(a, a.scale_map, whole, [&](auto map, auto n, auto zero) {
+    launch(backward<map.value, n.value, decltype(zero)>, a.plan.units, stream, a);
+  });
 }
 
 }  // namespace pyflow::cuda

@@ -76,27 +76,18 @@ bool whole_vectors(const MalaArgs& a) {
 
 // rows of several segments
 void mala_sums(const MalaArgs& a, Stream stream) {
-  const bool whole = whole_vectors(a);
-  launch(a.f64   ? sums_kernel<1, double>
-         : whole ? sums_kernel<kEach, float>
-                 : sums_kernel<1, float>,
-         a.plan.units, stream, a);
+  with_types(a, whole_vectors(a),
+             [&](auto n, auto zero) { launch(sums_kernel<n.value, decltype(zero)>, a.plan.units, stream, a); });
 }
 
 void mala_accept(const MalaArgs& a, Stream stream) {
-  const bool whole = whole_vectors(a);
-  launch(a.f64   ? accept_kernel<1, double>
-         : whole ? accept_kernel<kEach, float>
-                 : accept_kernel<1, float>,
-         a.plan.units, stream, a);
+  with_types(a, whole_vectors(a),
+             [&](auto n, auto zero) { launch(accept_kernel<n.value, decltype(zero)>, a.plan.units, stream, a); });
 }
 
 void row_squares(const SquaresArgs& a, Stream stream) {
-  const bool whole = whole_vectors(a.space, a.x);
-  launch(a.f64   ? squares_kernel<1, double>
-         : whole ? squares_kernel<kEach, float>
-                 : squares_kernel<1, float>,
-         a.plan.units, stream, a);
+  with_types(a, whole_vectors(a.space, a.x),
+             [&](auto n, auto zero) { launch(squares_kernel<n.value, decltype(zero)>, a.plan.units, stream, a); });
 }
 
 }  // namespace pyflow::cuda

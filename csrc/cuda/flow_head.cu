@@ -26,6 +26,28 @@ __global__ void __launch_bounds__(kThreads, 2) forward(const __grid_constant__ F
   write_row_sum(a, a.log_prob, 0, blockIdx.x % a.plan.segments == 0 ? sum + T(constant) : sum);
 }
 
+// Sums a tile by pairs of neighbouring rows, and stores the partial sums of the block's columns. All threads of the
+// block must call it.
+template <class T>
+__device__ void write_column_sums(const FlowHeadBackward& a, const Group<T, kEach>& own, int64_t block,
+                                  int64_t first_col) {
+  const int width = int(a.plan.tile_cols) / kEach, row = threadIdx.x / width;
+  __shared__ Group<T, kEach> tile[kThreads];
+  tile[threadIdx.x] = own;
+  for (int d = 1; d < int(a.plan.tile_rows); d *= 2) {
+    __syncthreads();
+    if (row % (2 * d) != 0) continue;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) tile[threadIdx.x].v[i] += tile[threadIdx.x + d * width].v[i];
+  }
+  if (row != 0) return;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int64_t col = first_col + threadIdx.x * kEach + i;
+    if (col < a.space.cols) ((T*)a.partial)[block * a.space.cols + col] = tile[threadIdx.x].v[i];
+  }
+}
+
 // a unit is a block of rows of one tile's width
 template <Prior P, int N, class T>
 __global__ void __launch_bounds__(kThreads, 2) backward(const __grid_constant__ FlowHeadBackward a) {
@@ -57,23 +79,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward(const __grid_constant__ 
       store(a.space, a.gh, p, gh);
     }
   }
-  if (!a.partial) return;
-  // sum the tile's rows by pairs of neighbours
-  const int width = int(a.plan.tile_cols) / kEach, row = threadIdx.x / width;
-  __shared__ Group<T, kEach> tile[kThreads];
-  tile[threadIdx.x] = acc;
-  for (int d = 1; d < int(a.plan.tile_rows); d *= 2) {
-    __syncthreads();
-    if (row % (2 * d) != 0) continue;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) tile[threadIdx.x].v[i] += tile[threadIdx.x + d * width].v[i];
-  }
-  if (row != 0) return;
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int64_t col = first + threadIdx.x * kEach + i;
-    if (col < a.space.cols) ((T*)a.partial)[block * a.space.cols + col] = tile[threadIdx.x].v[i];
-  }
+  if (a.partial) write_column_sums(a, acc, block, first);
 }
 
 // sums partial (row blocks, cols) to (cols,); a tile of kBlockTall x kBlockWide steps down the row blocks
@@ -100,22 +106,19 @@ __global__ void __launch_bounds__(kThreads, 2) sum_blocks(const __grid_constant_
 }  // namespace
 
 void flow_head_forward(const FlowHeadForward& a, Stream stream) {
-  const bool whole = whole_vectors(a.space, a.h, a.log_scale);
   as_constant(a.prior, [&](auto prior) {
-    constexpr Prior P = prior.value;
-    const auto kernel = a.f64 ? forward<P, 1, double> : whole ? forward<P, kEach, float> : forward<P, 1, float>;
-    launch(kernel, a.plan.units, stream, a, kPriorConstant<P> * double(a.space.cols));
+    const double constant = kPriorConstant<prior.value> * double(a.space.cols);
+    with_types(a, whole_vectors(a.space, a.h, a.log_scale), [&](auto n, auto zero) {
+      launch(forward<prior.value, n.value, decltype(zero)>, a.plan.units, stream, a, constant);
+    });
   });
 }
 
 void flow_head_backward(const FlowHeadBackward& a, Stream stream) {
-  const bool whole = whole_vectors(a.space, a.h, a.log_scale, a.gh);
   as_constant(a.prior, [&](auto prior) {
-    constexpr Prior P = prior.value;
-    launch(a.f64   ? backward<P, 1, double>
-           : whole ? backward<P, kEach, float>
-                   : backward<P, 1, float>,
-           a.plan.units, stream, a);
+    with_types(a, whole_vectors(a.space, a.h, a.log_scale, a.gh), [&](auto n, auto zero) {
+      launch(backward<prior.value, n.value, decltype(zero)>, a.plan.units, stream, a);
+    });
   });
   if (!a.partial) return;
   launch(a.f64 ? sum_blocks<double> : sum_blocks<float>, ceil_div(a.space.cols, kBlockWide), stream, a,

@@ -7,9 +7,8 @@ namespace pyflow::cuda {
 namespace {
 
 constexpr int kScales = 1056;  // most distinct scales for any levels, see scales_of
-constexpr int kAny = -1;       // variant selected at run time, for cases where binary size matters more than speed
 
-// The arrays of the arguments, which are in host memory, go to the kernel by value as parameters of their own.
+// The arguments' arrays are in host memory: their contents are passed as kernel parameters.
 struct Table {
   float constants[kFsqFields][kFsqChannels];
   int64_t basis[kFsqChannels];
@@ -57,16 +56,6 @@ Scales scales_of(const Residual& a) {
     s.last[c] = count - 1 - s.first[c];
   }
   return s;
-}
-
-// calls f with the variant as a compile-time constant
-template <int V, class F>
-__device__ void for_variant(FsqVariant variant, F f) {
-  if constexpr (V == kAny) {
-    as_constant(variant, f);
-  } else {
-    f(std::integral_constant<FsqVariant, FsqVariant(V)>{});
-  }
 }
 
 // the table in shared memory, in the compute type
@@ -185,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int k = 0; k < kEach; ++k) {
     const auto c = constants.at(place<N>(a, k).channel);
-    for_variant<V>(a.variant, [&](auto variant) {
+    as_known<V>(a.variant, [&](auto variant) {
       digits.v[k] = fsq_digit<variant.value>(z.v[k], c);
       codes.v[k] = fsq_code<variant.value>(digits.v[k], c);
     });
@@ -204,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int k = 0; k < kEach; ++k) {
     const auto c = constants.at(place<N>(a, k).channel);
-    for_variant<V>(a.variant, [&](auto variant) {
+    as_known<V>(a.variant, [&](auto variant) {
       gz.v[k] = fsq_gradient<variant.value>(grad.v[k], fsq_slope<variant.value>(z.v[k], c));
     });
   }
@@ -307,7 +296,7 @@ bool whole_vectors(const FsqArgs& a, const View& v) {
 
 template <class... Views>
 bool whole_vectors(const FsqArgs& a, const View& first, const Views&... others) {
-  return !a.f64 && (whole_vectors(a, first) && ... && whole_vectors(a, others));
+  return (whole_vectors(a, first) && ... && whole_vectors(a, others));
 }
 
 // the residual operators have the two symmetric variants only
@@ -321,50 +310,39 @@ void as_symmetric(FsqVariant variant, F f) {
 }  // namespace
 
 void fsq_forward(const FsqForward& a, Stream stream) {
-  const Table table = table_of(a);
-  if (whole_vectors(a, a.z, a.codes)) {
-    as_constant(a.variant,
-                [&](auto v) { launch(forward<int(v.value), kEach, float>, a.plan.units, stream, a, table); });
-  } else {
-    launch(a.f64 ? forward<kAny, 1, double> : forward<kAny, 1, float>, a.plan.units, stream, a, table);
-  }
+  with_types(a, a.variant, whole_vectors(a, a.z, a.codes), [&](auto v, auto n, auto zero) {
+    launch(forward<v.value, n.value, decltype(zero)>, a.plan.units, stream, a, table_of(a));
+  });
 }
 
 void fsq_backward(const FsqBackward& a, Stream stream) {
-  const Table table = table_of(a);
-  if (whole_vectors(a, a.z, a.grad, a.gz)) {
-    as_constant(a.variant,
-                [&](auto v) { launch(backward<int(v.value), kEach, float>, a.plan.units, stream, a, table); });
-  } else {
-    launch(a.f64 ? backward<kAny, 1, double> : backward<kAny, 1, float>, a.plan.units, stream, a, table);
-  }
+  with_types(a, a.variant, whole_vectors(a, a.z, a.grad, a.gz), [&](auto v, auto n, auto zero) {
+    launch(backward<v.value, n.value, decltype(zero)>, a.plan.units, stream, a, table_of(a));
+  });
 }
 
 void fsq_decode(const FsqDecode& a, Stream stream) {
   Levels levels{};
   for (int64_t c = 0; c < a.channels; ++c) levels.level[c] = a.levels[c];
-  const bool whole = whole_vectors(a, a.codes);
-  const auto kernel = a.f64 ? decode<1, double> : whole ? decode<kEach, float> : decode<1, float>;
-  launch(kernel, a.plan.units, stream, a, table_of(a), levels);
+  with_types(a, whole_vectors(a, a.codes), [&](auto n, auto zero) {
+    launch(decode<n.value, decltype(zero)>, a.plan.units, stream, a, table_of(a), levels);
+  });
 }
 
 void residual_fsq_forward(const ResidualFsqForward& a, Stream stream) {
-  const bool whole = whole_vectors(a, a.z, a.codes);
   as_symmetric(a.variant, [&](auto v) {
-    constexpr FsqVariant V = decltype(v)::value;
-    const auto kernel = a.f64 ? residual<V, 1, double> : whole ? residual<V, kEach, float> : residual<V, 1, float>;
-    launch(kernel, a.plan.units, stream, a, table_of(a), scales_of(a));
+    with_types(a, whole_vectors(a, a.z, a.codes), [&](auto n, auto zero) {
+      launch(residual<decltype(v)::value, n.value, decltype(zero)>, a.plan.units, stream, a, table_of(a), scales_of(a));
+    });
   });
 }
 
 void residual_fsq_backward(const ResidualFsqBackward& a, Stream stream) {
-  const bool whole = whole_vectors(a, a.z, a.grad, a.gz);
   as_symmetric(a.variant, [&](auto v) {
-    constexpr FsqVariant V = decltype(v)::value;
-    const auto kernel = a.f64   ? residual_backward<V, 1, double>
-                        : whole ? residual_backward<V, kEach, float>
-                                : residual_backward<V, 1, float>;
-    launch(kernel, a.plan.units, stream, a, table_of(a), scales_of(a));
+    with_types(a, whole_vectors(a, a.z, a.grad, a.gz), [&](auto n, auto zero) {
+      launch(residual_backward<decltype(v)::value, n.value, decltype(zero)>, a.plan.units, stream, a, table_of(a),
+             scales_of(a));
+    });
   });
 }
 

@@ -25,7 +25,7 @@ __device__ T row_distance(const GanQpDistance& d, Distance distance, int64_t row
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) loss(const __grid_constant__ GanQpLoss a) {
-  const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t row = global_thread();
   if (row >= a.plan.units) return;
   T d = row_distance<T>(a.x, a.distance, row);
   if (a.z.sums) d += row_distance<T>(a.z, a.distance, row);
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, 2) loss(const __grid_constant__ GanQ
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) loss_backward(const __grid_constant__ GanQpLossBackward a) {
-  const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t row = global_thread();
   if (row >= a.plan.units) return;
   const T delta = row_value<T>(a.t_real, row) - row_value<T>(a.t_fake, row);
   const T slope = quadratic_slope(delta, width_of(row_value<T>(a.d, row), T(a.lam2), T(a.eps)));
@@ -48,10 +48,10 @@ __global__ void __launch_bounds__(kThreads, 2) loss_backward(const __grid_consta
 }  // namespace
 
 void gan_qp_sums(const GanQpSums& a, Stream stream) {
-  const bool whole = whole_vectors(a.space, a.real, a.fake);
   as_constant(a.distance, [&](auto distance) {
-    constexpr Distance D = distance.value;
-    launch(a.f64 ? sums<D, 1, double> : whole ? sums<D, kEach, float> : sums<D, 1, float>, a.plan.units, stream, a);
+    with_types(a, whole_vectors(a.space, a.real, a.fake), [&](auto n, auto zero) {
+      launch(sums<distance.value, n.value, decltype(zero)>, a.plan.units, stream, a);
+    });
   });
 }
 

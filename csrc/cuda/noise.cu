@@ -6,24 +6,15 @@ namespace {
 
 template <NoiseKind K, int N>
 __global__ void __launch_bounds__(kThreads, 2) noise_kernel(const __grid_constant__ NoiseArgs a) {
-  const int64_t row_block = blockIdx.x / a.plan.segments, first = blockIdx.x % a.plan.segments * a.plan.segment;
-  for (int64_t c = 0; c < a.plan.segment; c += a.plan.tile_cols) {
-    const Spot whole = spot(a.space, a.plan, row_block, first + c, 0);
-    if (!whole.inside) continue;
-    const Four z = draw<K>(a.stream, a.space, whole.row, whole.col);
-    if constexpr (N == kEach) {
-      store(a.space, a.out, whole, Group<float, kEach>{{z.v[0], z.v[1], z.v[2], z.v[3]}});
-    } else {
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        store(a.space, a.out, spot(a.space, a.plan, row_block, first + c, i), Group<float, 1>{{z.v[i]}});
-      }
-    }
-  }
+  for_each_group<kEach>(a, [&](const Spot& p, int) {
+    if (!p.inside) return;
+    const Four z = draw<K>(a.stream, a.space, p.row, p.col);
+    store_four<N>(a.space, a.out, p, Group<float, kEach>{{z.v[0], z.v[1], z.v[2], z.v[3]}});
+  });
 }
 
 __global__ void __launch_bounds__(kThreads, 2) philox_kernel(const __grid_constant__ PhiloxArgs a) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t i = global_thread();
   if (i >= a.plan.units) return;
   const int64_t* c = a.counter + 4 * i;
   const Words w = philox4x32({{uint32_t(c[0]), uint32_t(c[1]), uint32_t(c[2]), uint32_t(c[3])}}, uint32_t(a.key[2 * i]),

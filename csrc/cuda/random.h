@@ -26,4 +26,32 @@ __device__ Four draw(const RandomStream& s, const Space& space, int64_t row, int
   return {{z.v[3], next.v[0], next.v[1], next.v[2]}};
 }
 
+// the single column of element i of a group of kEach
+__device__ inline Spot column(const Space& s, const Spot& p, int i) {
+  return {p.row, p.col + i, p.row < s.rows && p.col + i < s.cols};
+}
+
+// loads the kEach elements of a draw, as one vector if N == kEach, else one by one
+template <int N, class T>
+__device__ Group<T, kEach> load_four(const Space& s, const View& v, const Spot& p) {
+  if constexpr (N == kEach) {
+    return load<kEach, T>(s, v, p);
+  } else {
+    Group<T, kEach> out{};
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) out.v[i] = load<1, T>(s, v, column(s, p, i)).v[0];
+    return out;
+  }
+}
+
+template <int N, class T>
+__device__ void store_four(const Space& s, const View& v, const Spot& p, const Group<T, kEach>& values) {
+  if constexpr (N == kEach) {
+    store(s, v, p, values);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) store(s, v, column(s, p, i), Group<T, 1>{{values.v[i]}});
+  }
+}
+
 }  // namespace pyflow::cuda

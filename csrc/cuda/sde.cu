@@ -5,48 +5,11 @@
 namespace pyflow::cuda {
 namespace {
 
-// loads four neighbours of a row, as one vector if N == kEach, else one by one
 template <int N, class T>
-__device__ Group<T, kEach> load_group(const SdeArgs& a, const View& v, const Spot& p) {
-  Group<T, kEach> out{};
-  if constexpr (N == kEach) {
-    return load<kEach, T>(a.space, v, p);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      out.v[i] = load<1, T>(a.space, v, {p.row, p.col + i, p.inside && p.col + i < a.space.cols}).v[0];
-    }
-    return out;
-  }
-}
-
-template <int N, class T>
-__device__ void store_group(const SdeArgs& a, const View& v, const Spot& p, const Group<T, kEach>& values) {
-  if constexpr (N == kEach) {
-    store(a.space, v, p, values);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const Spot q{p.row, p.col + i, p.inside && p.col + i < a.space.cols};
-      store(a.space, v, q, Group<T, 1>{{values.v[i]}});
-    }
-  }
-}
-
-template <int N, class T>
-__device__ Group<T, kEach> noise_group(const SdeArgs& a, const Spot& p) {
-  if (a.noise.data) return load_group<N, T>(a, a.noise, p);
+__device__ Group<T, kEach> noise_four(const SdeArgs& a, const Spot& p) {
+  if (a.noise.data) return load_four<N, T>(a.space, a.noise, p);
   const Four z = draw<NoiseKind::normal>(a.stream, a.space, p.row, p.col);
   return {{T(z.v[0]), T(z.v[1]), T(z.v[2]), T(z.v[3])}};
-}
-
-// calls f(spot) for each group of four columns of this thread; spot is the first
-template <class F>
-__device__ void for_each_four(const SdeArgs& a, F f) {
-  const int64_t first = blockIdx.x % a.plan.segments * a.plan.segment;
-  for (int64_t c = 0; c < a.plan.segment; c += a.plan.tile_cols) {
-    f(spot(a.space, a.plan, blockIdx.x / a.plan.segments, first + c, 0));
-  }
 }
 
 // columns outside the row add 0
@@ -66,25 +29,25 @@ __device__ void put(const SdeArgs& a, int which, const Group<T, kEach>& acc) {
 
 template <int N, class T>
 __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant__ SdeArgs a) {
-  for_each_four(a, [&](const Spot& p) {
+  for_each_tile(a, [&](const Spot& p) {
     if (!p.inside) return;
     const T of_x = row_value<T>(a.a, p.row), of_z = row_value<T>(a.c, p.row);
-    const auto x = load_group<N, T>(a, a.x, p);
+    const auto x = load_four<N, T>(a.space, a.x, p);
     Group<T, kEach> mean, y;
     if (a.score.data) {
       const T of_score = row_value<T>(a.b, p.row);
-      const auto score = load_group<N, T>(a, a.score, p);
+      const auto score = load_four<N, T>(a.space, a.score, p);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) mean.v[i] = drift(x.v[i], score.v[i], of_x, of_score);
     } else {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) mean.v[i] = of_x * x.v[i];
     }
-    const auto z = noise_group<N, T>(a, p);
+    const auto z = noise_four<N, T>(a, p);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) y.v[i] = diffuse(mean.v[i], of_z, z.v[i]);
-    if (a.mean.data) store_group<N>(a, a.mean, p, mean);
-    store_group<N>(a, a.y, p, y);
+    if (a.mean.data) store_four<N>(a.space, a.mean, p, mean);
+    store_four<N>(a.space, a.y, p, y);
   });
 }
 
@@ -96,22 +59,22 @@ __device__ Group<T, kEach> scaled(const Group<T, kEach>& v, T by) {
 template <int N, class T>
 __global__ void __launch_bounds__(kThreads, 2) step_backward_kernel(const __grid_constant__ SdeArgs a) {
   Group<T, kEach> of_a{}, of_b{}, of_c{};
-  for_each_four(a, [&](const Spot& p) {
+  for_each_tile(a, [&](const Spot& p) {
     if (!p.inside) return;
     Group<T, kEach> gy{}, total{};
-    if (a.gy.data) total = gy = load_group<N, T>(a, a.gy, p);
+    if (a.gy.data) total = gy = load_four<N, T>(a.space, a.gy, p);
     if (a.gmean.data) {
-      const auto gmean = load_group<N, T>(a, a.gmean, p);
+      const auto gmean = load_four<N, T>(a.space, a.gmean, p);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) total.v[i] += gmean.v[i];
     }
-    if (a.gx.data) store_group<N>(a, a.gx, p, scaled(total, row_value<T>(a.a, p.row)));
-    if (a.gscore.data) store_group<N>(a, a.gscore, p, scaled(total, row_value<T>(a.b, p.row)));
-    if (a.gnoise.data) store_group<N>(a, a.gnoise, p, scaled(gy, row_value<T>(a.c, p.row)));
+    if (a.gx.data) store_four<N>(a.space, a.gx, p, scaled(total, row_value<T>(a.a, p.row)));
+    if (a.gscore.data) store_four<N>(a.space, a.gscore, p, scaled(total, row_value<T>(a.b, p.row)));
+    if (a.gnoise.data) store_four<N>(a.space, a.gnoise, p, scaled(gy, row_value<T>(a.c, p.row)));
     if (!a.sums.out) return;
-    add_products(a, p, total, load_group<N, T>(a, a.x, p), of_a);
-    if (a.score.data) add_products(a, p, total, load_group<N, T>(a, a.score, p), of_b);
-    if (a.gy.data) add_products(a, p, gy, noise_group<N, T>(a, p), of_c);
+    add_products(a, p, total, load_four<N, T>(a.space, a.x, p), of_a);
+    if (a.score.data) add_products(a, p, total, load_four<N, T>(a.space, a.score, p), of_b);
+    if (a.gy.data) add_products(a, p, gy, noise_four<N, T>(a, p), of_c);
   });
   if (!a.sums.out) return;
   put(a, 0, of_a);
@@ -123,9 +86,9 @@ __global__ void __launch_bounds__(kThreads, 2) step_backward_kernel(const __grid
 template <int N, class T>
 __global__ void __launch_bounds__(kThreads, 2) loss_kernel(const __grid_constant__ SdeArgs a) {
   Group<T, kEach> acc{};
-  for_each_four(a, [&](const Spot& p) {
+  for_each_tile(a, [&](const Spot& p) {
     if (!p.inside) return;
-    const auto pred = load_group<N, T>(a, a.x, p);
+    const auto pred = load_four<N, T>(a.space, a.x, p);
     const Four z = draw<NoiseKind::normal>(a.stream, a.space, p.row, p.col);
     const T std = a.score_given ? row_value<T>(a.c, p.row) : T(1);
     Group<T, kEach> r;
@@ -135,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 2) loss_kernel(const __grid_constant
     }
     if (!a.gx.data) return add_products(a, p, scaled(r, T(0.5)), r, acc);
     const T grad = row_value<T>(a.a, p.row);
-    store_group<N>(a, a.gx, p, scaled(r, grad * std));
+    store_four<N>(a.space, a.gx, p, scaled(r, grad * std));
     add_products(a, p, scaled(pred, grad), r, acc);
   });
   put(a, 0, acc);
@@ -144,10 +107,10 @@ __global__ void __launch_bounds__(kThreads, 2) loss_kernel(const __grid_constant
 template <int N, class T>
 __global__ void __launch_bounds__(kThreads, 2) squares_kernel(const __grid_constant__ SdeArgs a) {
   Group<T, kEach> of_score{}, of_noise{};
-  for_each_four(a, [&](const Spot& p) {
+  for_each_tile(a, [&](const Spot& p) {
     if (!p.inside) return;
-    const auto score = load_group<N, T>(a, a.score, p);
-    const auto z = noise_group<N, T>(a, p);
+    const auto score = load_four<N, T>(a.space, a.score, p);
+    const auto z = noise_four<N, T>(a, p);
     add_products(a, p, score, score, of_score);
     add_products(a, p, z, z, of_noise);
   });
@@ -159,30 +122,28 @@ bool whole_vectors(const SdeArgs& a) {
   return cuda::whole_vectors(a.space, a.x, a.score, a.noise, a.y, a.mean, a.gy, a.gmean, a.gx, a.gscore, a.gnoise);
 }
 
-using Kernel = void (*)(const SdeArgs);
-
-void launch_sde(const SdeArgs& a, Stream stream, Kernel f64, Kernel whole, Kernel strided) {
-  launch(a.f64 ? f64 : whole_vectors(a) ? whole : strided, a.plan.units, stream, a);
-}
-
 }  // namespace
 
 void sde_step(const SdeArgs& a, Stream stream) {
-  launch_sde(a, stream, step_kernel<1, double>, step_kernel<kEach, float>, step_kernel<1, float>);
+  with_types(a, whole_vectors(a),
+             [&](auto n, auto zero) { launch(step_kernel<n.value, decltype(zero)>, a.plan.units, stream, a); });
 }
 
 void sde_step_backward(const SdeArgs& a, Stream stream) {
-  launch_sde(a, stream, step_backward_kernel<1, double>, step_backward_kernel<kEach, float>,
-             step_backward_kernel<1, float>);
+  with_types(a, whole_vectors(a), [&](auto n, auto zero) {
+    launch(step_backward_kernel<n.value, decltype(zero)>, a.plan.units, stream, a);
+  });
 }
 
 // forward; backward if gx is present
 void denoising_loss(const SdeArgs& a, Stream stream) {
-  launch_sde(a, stream, loss_kernel<1, double>, loss_kernel<kEach, float>, loss_kernel<1, float>);
+  with_types(a, whole_vectors(a),
+             [&](auto n, auto zero) { launch(loss_kernel<n.value, decltype(zero)>, a.plan.units, stream, a); });
 }
 
 void langevin_squares(const SdeArgs& a, Stream stream) {
-  launch_sde(a, stream, squares_kernel<1, double>, squares_kernel<kEach, float>, squares_kernel<1, float>);
+  with_types(a, whole_vectors(a),
+             [&](auto n, auto zero) { launch(squares_kernel<n.value, decltype(zero)>, a.plan.units, stream, a); });
 }
 
 }  // namespace pyflow::cuda

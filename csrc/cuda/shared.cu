@@ -1,4 +1,4 @@
-// What csrc/torch needs of csrc/cuda besides the kernels of the families.
+// Launch errors and sums of partial sums, for csrc/torch.
 #include "shared.h"
 #include "tile.h"
 

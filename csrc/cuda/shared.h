@@ -1,4 +1,4 @@
-// What csrc/torch needs of csrc/cuda besides the kernels of the families. No CUDA header.
+// What csrc/torch calls in csrc/cuda besides the functions of the families. Needs no CUDA header.
 #pragma once
 
 #include "../tiles/view.h"

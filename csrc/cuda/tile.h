@@ -5,6 +5,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "../math/half.h"
 #include "../tiles/plan.h"
 #include "shared.h"
@@ -23,6 +25,49 @@ inline bool whole_vectors(const Space& s, const View& v) {
 template <class... Views>
 bool whole_vectors(const Space& s, const View& first, const Views&... others) {
   return (whole_vectors(s, first) && ... && whole_vectors(s, others));
+}
+
+// Calls f(columns per access as a constant, T()), which choose the variant of a kernel: one double at a time; kEach
+// float32 at a time if `whole`; else one at a time, of any dtype and stride, computed in float32.
+template <class Args, class F>
+void with_types(const Args& a, bool whole, F f) {
+  using One = std::integral_constant<int, 1>;
+  if (a.f64) {
+    f(One{}, double());
+  } else if (whole) {
+    f(std::integral_constant<int, kEach>{}, float());
+  } else {
+    f(One{}, float());
+  }
+}
+
+constexpr int kAny = -1;  // an enum's value selected at run time, where binary size matters more than speed
+
+// with_types for kernels that depend on an enum's value: it is the first argument of f, as an int constant for whole
+// vectors and kAny for the others
+template <class Args, class Enum, class F>
+void with_types(const Args& a, Enum value, bool whole, F f) {
+  using One = std::integral_constant<int, 1>;
+  using Any = std::integral_constant<int, kAny>;
+  if (a.f64) {
+    f(Any{}, One{}, double());
+  } else if (whole) {
+    as_constant(value, [&](auto v) {
+      f(std::integral_constant<int, int(v.value)>{}, std::integral_constant<int, kEach>{}, float());
+    });
+  } else {
+    f(Any{}, One{}, float());
+  }
+}
+
+// calls f with the value as a compile-time constant: V, or if that is kAny, `value` by a switch
+template <int V, class Enum, class F>
+__device__ void as_known(Enum value, F f) {
+  if constexpr (V == kAny) {
+    as_constant(value, f);
+  } else {
+    f(std::integral_constant<Enum, Enum(V)>{});
+  }
 }
 
 // errors are found by launch_error
@@ -68,6 +113,9 @@ __device__ void write_row_value(const RowView& v, int64_t row, T value) {
   write(v.view, row * v.view.stride[0], value);
 }
 
+// number of this thread in a grid of one thread per element
+__device__ inline int64_t global_thread() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }
+
 template <class T, int N>
 struct alignas(N == kEach ? 16 : sizeof(T)) Group {
   T v[N];
@@ -94,6 +142,15 @@ __device__ void for_each_group(const Args& a, F f) {
   for (int64_t c = 0; c < a.plan.segment; c += a.plan.tile_cols) {
 #pragma unroll 1
     for (int i = 0; i < kEach; i += N) f(spot(a.space, a.plan, row_block, first + c, i), i);
+  }
+}
+
+// calls f(spot) for the first of this thread's kEach columns in each tile
+template <class Args, class F>
+__device__ void for_each_tile(const Args& a, F f) {
+  const int64_t first = blockIdx.x % a.plan.segments * a.plan.segment;
+  for (int64_t c = 0; c < a.plan.segment; c += a.plan.tile_cols) {
+    f(spot(a.space, a.plan, blockIdx.x / a.plan.segments, first + c, 0));
   }
 }
 

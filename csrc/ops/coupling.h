@@ -33,7 +33,7 @@ namespace pyflow {
 PYFLOW_ENUM(ScaleMap, PYFLOW_SCALE_MAPS)
 PYFLOW_ENUM(Packing, PYFLOW_PACKINGS)
 
-// sigmoid and softplus with eps > 0 have formulas of their own, which no caller names
+// sigmoid and softplus with eps > 0 have separate formulas, which callers do not select by name
 PYFLOW_FN ScaleMap resolve(int64_t scale_map, double arg) {
   const ScaleMap m = ScaleMap(scale_map);
   if (m == ScaleMap::sigmoid && arg > 0) return ScaleMap::sigmoid_eps;
@@ -88,7 +88,7 @@ PYFLOW_FN LogScale<T> log_scale_slope(T s, T arg) {
   }
 }
 
-// without the slope, whose terms the compiler drops
+// without the slope: the compiler removes its terms
 template <ScaleMap M, class T>
 PYFLOW_FN T log_scale(T s, T arg) {
   return log_scale_slope<M>(s, arg).g;

@@ -114,7 +114,7 @@ PYFLOW_FN int32_t block_sum(uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3) 
   return fixed_log(p > 1.17549435e-38f ? p : 1.17549435e-38f);
 }
 
-// padding word: adds 0 to the sum and is never below another word
+// padding word: adds 0 to the sum and never is the smallest word
 constexpr uint32_t kNoWord = 0xffffffffu;
 
 PYFLOW_FN bool gap_reaches(double largest, double sum, double x) { return largest >= x * sum; }

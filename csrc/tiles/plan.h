@@ -12,10 +12,12 @@ struct Plan {
   int64_t units;
   int64_t grain;      // CPU: smallest number of units per thread
   int64_t tile_cols;  // GPU: columns of a tile; tile_cols / kEach threads share a row
-  int64_t segment;    // GPU: columns of a unit, which is one or more tiles wide
+  int64_t segment;    // columns of a unit; GPU: one or more tiles
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+PYFLOW_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+PYFLOW_FN int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+PYFLOW_FN int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
 inline int64_t next_power_of_two(int64_t n) {
   int64_t p = 1;
@@ -35,9 +37,10 @@ inline Plan cpu_plan(const Space& s, bool flat) {
   Plan p{};
   const bool row_by_row = s.cols > kChunk / 2 || (!flat && s.cols >= 128);
   p.tile_rows = row_by_row ? 1 : kChunk / (s.cols > 0 ? s.cols : 1);
+  p.segment = kSegment;
   p.segments = s.cols > kSegment ? ceil_div(s.cols, kSegment) : 1;
   p.units = ceil_div(s.rows, p.tile_rows) * p.segments;
-  p.grain = grain_of(p.tile_rows * (s.cols < kSegment ? s.cols : kSegment));
+  p.grain = grain_of(p.tile_rows * smaller(s.cols, kSegment));
   return p;
 }
 
@@ -55,7 +58,7 @@ inline Plan gpu_plan(const Space& s) {
   p.tile_rows = kTile / p.tile_cols;
   // a row without columns is one unit too: its sums are 0
   const int64_t tiles = s.cols > 0 ? ceil_div(s.cols, p.tile_cols) : 1;
-  p.segment = p.tile_cols * tiles < kLongest ? p.tile_cols * tiles : kLongest;
+  p.segment = smaller(p.tile_cols * tiles, kLongest);
   p.segments = s.cols > 0 ? ceil_div(s.cols, p.segment) : 1;
   p.units = ceil_div(s.rows, p.tile_rows) * p.segments;
   return p;

@@ -13,11 +13,10 @@ void center_into(const Tensor& gram, Tensor& out) {
   a.f64 = is_f64(gram);
   Layout layout(gram, 1, true);
   layout.add(a.gram, gram);
-  layout.add(a.out, out);
+  layout.add_output(a.out, out);
   a.space = layout.merge();
   a.n = a.space.cols;
   a.blocks = ceil_div(a.n, kCenterRows);
-  a.out.stream = streams(out);
   const int64_t matrices = a.space.rows / a.n;
   Tensor rows = new_rows(gram, matrices * a.n, ScalarType::Double),
          means = new_rows(gram, matrices, ScalarType::Double);

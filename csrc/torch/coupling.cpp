@@ -13,7 +13,9 @@ struct Map {
   bool shift_first, inverse;
 };
 
-void set_map(CouplingArgs& a, const Map& m, const Tensor& x) {
+// adds x and sets what all affine operators share
+void set_affine(CouplingArgs& a, Layout& layout, const Map& m, const Tensor& x) {
+  layout.add(a.x, x);
   a.f64 = is_f64(x);
   a.affine = true;
   a.scale_map = resolve(m.scale_map, m.arg);
@@ -34,11 +36,9 @@ void add_packed(Layout& layout, View& shift, View& scale, const Tensor& params, 
 // expects x and the parameters in `layout`; adds y and mask and plans the call
 Tensor plan_forward(CouplingForward& a, Layout& layout, const Tensor& x, const Optional& mask) {
   Tensor y = new_like(x);
-  layout.add(a.y, y);
-  a.y.stream = streams(y);
+  layout.add_output(a.y, y);
   if (mask) layout.add(a.mask, *mask);
-  a.space = layout.merge();
-  a.plan = plan_of(a.space, layout.flat());
+  plan(a, layout);
   return y;
 }
 
@@ -68,8 +68,7 @@ std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor shift, Tensor scale,
                                            double map_arg, bool shift_first, bool inverse, int64_t event_dims) {
   CouplingForward a{};
   Layout layout(x, event_dims);
-  set_map(a, {scale_map, map_arg, shift_first, inverse}, x);
-  layout.add(a.x, x);
+  set_affine(a, layout, {scale_map, map_arg, shift_first, inverse}, x);
   layout.add(a.shift, shift);
   layout.add(a.scale, scale);
   return run_affine(a, layout, x, mask, event_dims);
@@ -80,8 +79,7 @@ std::tuple<Tensor, Tensor> affine_coupling_packed(Tensor x, Tensor params, Optio
                                                   int64_t event_dims) {
   CouplingForward a{};
   Layout layout(x, event_dims);
-  set_map(a, {scale_map, map_arg, shift_first, inverse}, x);
-  layout.add(a.x, x);
+  set_affine(a, layout, {scale_map, map_arg, shift_first, inverse}, x);
   add_packed(layout, a.shift, a.scale, params, packing, dim);
   return run_affine(a, layout, x, mask, event_dims);
 }
@@ -90,13 +88,11 @@ std::tuple<Tensor, Tensor> affine_coupling_packed(Tensor x, Tensor params, Optio
 Tensor run_backward(CouplingBackward& a, Layout& layout, const Optional& gy, const Optional& gl, const Tensor& x,
                     const Optional& mask) {
   Tensor gx = new_like(x);
-  layout.add(a.gx, gx);
-  a.gx.stream = streams(gx);
+  layout.add_output(a.gx, gx);
   if (gy) layout.add(a.gy, *gy);
   if (gl) layout.add_rows(a.gl, *gl);
   if (mask) layout.add(a.mask, *mask);
-  a.space = layout.merge();
-  a.plan = plan_of(a.space, layout.flat());
+  plan(a, layout);
   if (x.numel() > 0) PYFLOW_RUN(coupling_backward, a, x);
   return gx;
 }
@@ -107,16 +103,13 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(Optional gy, Optiona
                                                             int64_t event_dims, std::optional<ScalarType> shift_dtype) {
   CouplingBackward a{};
   Layout layout(x, event_dims);
-  set_map(a, {scale_map, map_arg, shift_first, inverse}, x);
+  set_affine(a, layout, {scale_map, map_arg, shift_first, inverse}, x);
   Tensor gshift = shift_dtype ? new_empty(x, x.sizes().data(), x.dim(), *shift_dtype) : new_none(x, x.scalar_type());
   Tensor gscale = new_like(scale);
-  layout.add(a.x, x);
   if (shift) layout.add(a.shift, *shift);
   layout.add(a.scale, scale);
-  if (shift_dtype) layout.add(a.gshift, gshift);
-  layout.add(a.gscale, gscale);
-  a.gshift.stream = streams(gshift);
-  a.gscale.stream = streams(gscale);
+  if (shift_dtype) layout.add_output(a.gshift, gshift);
+  layout.add_output(a.gscale, gscale);
   Tensor gx = run_backward(a, layout, gy, gl, x, mask);
   return {gx, gshift, gscale};
 }
@@ -127,9 +120,8 @@ std::tuple<Tensor, Tensor> affine_coupling_packed_backward(Optional gy, Optional
                                                            bool inverse, int64_t event_dims) {
   CouplingBackward a{};
   Layout layout(x, event_dims);
-  set_map(a, {scale_map, map_arg, shift_first, inverse}, x);
+  set_affine(a, layout, {scale_map, map_arg, shift_first, inverse}, x);
   Tensor gparams = new_like(params);
-  layout.add(a.x, x);
   add_packed(layout, a.shift, a.scale, params, packing, dim);
   // not read where the gradient does not contain it
   if (shift_first == inverse) a.shift.data = nullptr;

@@ -88,6 +88,13 @@ inline bool is_host_number(const Tensor& t) {
 
 inline Plan plan_of(const Space& s, bool flat) { return kCuda ? gpu_plan(s) : cpu_plan(s, flat); }
 
+// call after every view was added to the layout
+template <class Args>
+void plan(Args& a, Layout& layout) {
+  a.space = layout.merge();
+  a.plan = plan_of(a.space, layout.flat());
+}
+
 inline ScalarType compute_type(bool f64) { return f64 ? ScalarType::Double : ScalarType::Float; }
 
 // float64 x is computed in float64, everything else in float32

@@ -5,11 +5,6 @@
 namespace pyflow {
 namespace {
 
-void add_output(View& view, Layout& layout, const Tensor& out) {
-  layout.add(view, out);
-  view.stream = streams(out);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> mala_accept(Tensor z, Tensor z_new, Tensor u, Tensor u_new, Tensor grad,
                                                        Tensor grad_new, Tensor alpha, Tensor seed, Tensor step) {
   MalaArgs a{};
@@ -23,24 +18,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mala_accept(Tensor z, Tensor z_new, T
   layout.add(a.z_new, z_new);
   layout.add(a.grad, grad);
   layout.add(a.grad_new, grad_new);
-  add_output(a.z_out, layout, z_out);
-  add_output(a.grad_out, layout, grad_out);
+  layout.add_output(a.z_out, z_out);
+  layout.add_output(a.grad_out, grad_out);
   a.alpha = row_view(alpha);
   a.u = row_view(u);
   a.u_new = row_view(u_new);
   a.u_out = row_view(u_out);
   a.accepted = (uint8_t*)accepted.data_ptr();
   a.stream = random_stream(seed, step, Purpose::accept);
-  a.space = layout.merge();
-  a.plan = plan_of(a.space, layout.flat());
+  plan(a, layout);
+  std::optional<SumTensors> log_ratio;
   if (a.plan.segments > 1) {
-    SumTensors log_ratio(a.log_ratio, z, &rows, 1, a.space, a.plan, compute_type(a.f64));
+    log_ratio.emplace(a.log_ratio, z, &rows, 1, a.space, a.plan, compute_type(a.f64));
     PYFLOW_RUN(mala_sums, a, z);
-    log_ratio.finish();
-    PYFLOW_RUN(mala_accept, a, z);
-  } else {
-    PYFLOW_RUN(mala_accept, a, z);
+    log_ratio->finish();
   }
+  PYFLOW_RUN(mala_accept, a, z);
   return {z_out, u_out, grad_out, accepted};
 }
 
@@ -49,8 +42,7 @@ Tensor grad_norm_penalty(Tensor grad) {
   Layout layout(grad, grad.dim() - 1);
   a.f64 = is_f64(grad);
   layout.add(a.x, grad);
-  a.space = layout.merge();
-  a.plan = plan_of(a.space, layout.flat());
+  plan(a, layout);
   SumTensors squares(a.squares, grad, &a.space.rows, 1, a.space, a.plan, compute_type(a.f64));
   if (grad.numel() > 0) PYFLOW_RUN(row_squares, a, grad);
   squares.finish();

@@ -33,8 +33,7 @@ std::tuple<Tensor, Tensor> flow_log_prob_backward(Tensor grad, Tensor h, Optiona
   Tensor gh = new_like(h);
   Tensor glog_scale = log_scale ? new_like(*log_scale) : new_none(h, h.scalar_type());
   layout.add(a.h, h);
-  layout.add(a.gh, gh);
-  a.gh.stream = streams(gh);
+  layout.add_output(a.gh, gh);
   layout.add_rows(a.grad, grad);
   if (log_scale) layout.add_event(a.log_scale, *log_scale);
   if (log_scale) layout.add_event(a.glog_scale, glog_scale);

@@ -35,7 +35,7 @@ bool is_wide(const Levels& levels) { return product(levels, levels.size()) > uin
 
 ScalarType index_dtype(bool wide) { return wide ? ScalarType::Long : ScalarType::Int; }
 
-// owns the memory that the pointers of a call's arguments point to
+// owns the arrays that a call's arguments point to
 class Tables {
  public:
   Tables(FsqArgs& a, const Levels& levels) {
@@ -52,9 +52,8 @@ class Tables {
     a.table.basis = kCuda || a.wide ? fill<int64_t>(basis_, a, 1, basis) : fill<int32_t>(basis_, a, 1, basis);
   }
 
-  template <class Residual>
-  void add_scales(Residual& a) {
-    a.scales = fill_real(scales_, a, a.stages, [&](int64_t stage, int64_t c) { return scale_of(a.levels[c], stage); });
+  Tables(FsqArgs& a, const Levels& levels, FsqStages& s) : Tables(a, levels) {
+    s.scales = fill_real(scales_, a, s.stages, [&](int64_t stage, int64_t c) { return scale_of(levels[c], stage); });
   }
 
  private:
@@ -97,7 +96,7 @@ void flatten(FsqArgs& a, std::initializer_list<View*> views, int64_t index_step)
   a.indices.stride[1] = index_step;
 }
 
-// how a tile of a CPU kernel holds the channels of its positions
+// whether a tile of a CPU kernel holds one channel of its positions or all of them
 enum class Channels { apart, together, together_if_flat };
 
 // Merges the layout and splits the positions into tiles. `views`: every tensor but the indices, which advance by
@@ -150,6 +149,16 @@ void for_each_part(const Levels& levels, int64_t dims, bool return_indices, F f)
   }
 }
 
+// a layout with z, channels first; sets what the operators that read z share
+template <class Args>
+Layout layout_of(Args& a, const Tensor& z, int64_t position_dims, int64_t variant) {
+  Layout layout(z, position_dims);
+  layout.add(a.z, z);
+  a.f64 = is_f64(z);
+  a.variant = FsqVariant(variant);
+  return layout;
+}
+
 std::tuple<Tensor, Tensor> fsq(Tensor z, Levels levels, int64_t variant, bool return_indices) {
   const bool wide = return_indices && is_wide(levels);
   Tensor codes = new_like(z);
@@ -157,15 +166,10 @@ std::tuple<Tensor, Tensor> fsq(Tensor z, Levels levels, int64_t variant, bool re
                                   : new_none(z, ScalarType::Int);
   for_each_part(levels, z.dim(), return_indices, [&](const Part& part) {
     FsqForward a{};
-    const Tensor& z_part = part.of(z);
-    Layout layout(z_part, part.position_dims);
-    layout.add(a.z, z_part);
-    layout.add(a.codes, part.of(codes));
+    Layout layout = layout_of(a, part.of(z), part.position_dims, variant);
+    layout.add_output(a.codes, part.of(codes));
     if (return_indices) layout.add_event(a.indices, indices);
-    a.codes.stream = streams(codes);
-    a.f64 = is_f64(z);
     a.wide = wide;
-    a.variant = FsqVariant(variant);
     plan(a, layout, Channels::together_if_flat, {&a.z, &a.codes});
     const Tables tables(a, part.levels);
     if (a.positions > 0) PYFLOW_RUN(fsq_forward, a, z);
@@ -177,14 +181,9 @@ Tensor fsq_backward(Tensor grad, Tensor z, Levels levels, int64_t variant) {
   Tensor gz = new_like(z);
   for_each_part(levels, z.dim(), false, [&](const Part& part) {
     FsqBackward a{};
-    const Tensor& z_part = part.of(z);
-    Layout layout(z_part, part.position_dims);
-    layout.add(a.z, z_part);
+    Layout layout = layout_of(a, part.of(z), part.position_dims, variant);
     layout.add(a.grad, part.of(grad));
-    layout.add(a.gz, part.of(gz));
-    a.gz.stream = streams(gz);
-    a.f64 = is_f64(z);
-    a.variant = FsqVariant(variant);
+    layout.add_output(a.gz, part.of(gz));
     plan(a, layout, Channels::together_if_flat, {&a.z, &a.grad, &a.gz});
     const Tables tables(a, part.levels);
     if (a.positions > 0) PYFLOW_RUN(fsq_backward, a, z);
@@ -234,22 +233,17 @@ void set_stages(FsqStages& a, const Levels& levels, int64_t stages, const std::o
 std::tuple<Tensor, Tensor> residual_fsq(Tensor x, Levels levels, int64_t variant, int64_t stages,
                                         std::optional<Tensor> active) {
   ResidualFsqForward a{};
-  Layout layout(x, x.dim() - 1);
+  Layout layout = layout_of(a, x, x.dim() - 1, variant);
   Tensor out = new_like(x);
   a.wide = active || is_wide(levels);
   std::vector<int64_t> sizes(x.sizes().begin() + 1, x.sizes().end());
   sizes.push_back(stages);
   Tensor indices = new_empty(x, sizes.data(), int64_t(sizes.size()), index_dtype(a.wide));
-  layout.add(a.z, x);
-  layout.add(a.codes, out);
+  layout.add_output(a.codes, out);
   layout.add_event(a.indices, indices);
-  a.codes.stream = streams(out);
-  a.f64 = is_f64(x);
-  a.variant = FsqVariant(variant);
   set_stages(a, levels, stages, active);
   plan(a, layout, Channels::together, {&a.z, &a.codes}, stages);
-  Tables tables(a, levels);
-  tables.add_scales(a);
+  const Tables tables(a, levels, a);
   if (a.positions > 0) PYFLOW_RUN(residual_fsq_forward, a, x);
   return {out, indices};
 }
@@ -257,18 +251,13 @@ std::tuple<Tensor, Tensor> residual_fsq(Tensor x, Levels levels, int64_t variant
 Tensor residual_fsq_backward(Tensor grad, Tensor x, Levels levels, int64_t variant, int64_t stages,
                              std::optional<Tensor> active) {
   ResidualFsqBackward a{};
-  Layout layout(x, x.dim() - 1);
+  Layout layout = layout_of(a, x, x.dim() - 1, variant);
   Tensor gx = new_like(x);
-  layout.add(a.z, x);
   layout.add(a.grad, grad);
-  layout.add(a.gz, gx);
-  a.gz.stream = streams(gx);
-  a.f64 = is_f64(x);
-  a.variant = FsqVariant(variant);
+  layout.add_output(a.gz, gx);
   set_stages(a, levels, stages, active);
   plan(a, layout, Channels::together, {&a.z, &a.grad, &a.gz});
-  Tables tables(a, levels);
-  tables.add_scales(a);
+  const Tables tables(a, levels, a);
   if (a.positions > 0) PYFLOW_RUN(residual_fsq_backward, a, x);
   return gx;
 }

@@ -9,6 +9,7 @@ using Optional = std::optional<Tensor>;
 
 void set_values(GanQpArgs& a, const Tensor& t_real, const Tensor& t_fake, double lam, double eps, bool f64) {
   a.plan.units = t_real.size(0);
+  a.plan.grain = grain_of(1);
   a.f64 = f64;
   a.t_real = row_view(t_real);
   a.t_fake = row_view(t_fake);
@@ -22,8 +23,7 @@ Tensor sum(GanQpDistance& d, const Tensor& real, const Tensor& fake, int64_t dis
   Layout layout(real, real.dim() - 1);
   layout.add(a.real, real);
   layout.add(a.fake, fake);
-  a.space = layout.merge();
-  a.plan = plan_of(a.space, layout.flat());
+  plan(a, layout);
   a.f64 = f64;
   a.distance = Distance(distance);
   SumTensors sums(a.sums, real, &a.space.rows, 1, a.space, a.plan, kCuda ? compute_type(f64) : ScalarType::Double);
@@ -43,7 +43,6 @@ std::tuple<Tensor, Tensor> gan_qp_loss(Tensor t_real, Tensor t_fake, Tensor x_re
   Tensor loss = new_rows(x_real, rows, compute_type(f64)), d = new_rows(x_real, rows, compute_type(f64));
   if (rows == 0) return {loss, d};
   set_values(a, t_real, t_fake, lam, eps, f64);
-  a.plan.grain = grain_of(1);
   a.distance = Distance(distance);
   const Tensor of_x = sum(a.x, x_real, x_fake, distance, f64);
   Optional of_z;
@@ -59,7 +58,6 @@ std::tuple<Tensor, Tensor> gan_qp_loss_backward(Tensor grad, Tensor t_real, Tens
   GanQpLossBackward a{};
   Tensor g_real = new_like(t_real), g_fake = new_like(t_fake);
   set_values(a, t_real, t_fake, lam, eps, is_f64(d));
-  a.plan.grain = grain_of(1);
   a.grad = row_view(grad);
   a.d = row_view(d);
   a.g_real = row_view(g_real);

@@ -8,9 +8,9 @@
 namespace pyflow {
 namespace {
 
-// runs inline when already inside a parallel region
+// runs the kernel on [0, units); inline when already inside a parallel region
 template <class Args>
-void run_some(void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int64_t units, int64_t grain) {
+void run_if_any(void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int64_t units, int64_t grain) {
   if (units > 0) run_units(kernel, a, 0, units, grain);
 }
 
@@ -32,7 +32,7 @@ struct Variables {
     const int64_t n = given[0].size(1);
     a.f64 = is_f64(scale);
     a.tournament = tournament_of(n);
-    a.padded = ceil_div(n, kPad) * kPad;
+    a.padded = round_up(n, kPad);
     a.variables = int64_t(given.size());
     a.pairs = int64_t(pairs.size()) / 2;
     a.pair = pairs.data();
@@ -48,7 +48,7 @@ struct Variables {
       v.z = (const char*)z[m].data_ptr();
       a.columns += v.dim;
       if (v.kernel != GramKernel::precomputed) {
-        v.width = ceil_div(v.dim, 8) * 8;
+        v.width = round_up(v.dim, 8);
         a.workspace_size += a.padded * v.dim;
         if (backward) {
           v.rows = a.workspace_size;
@@ -69,7 +69,7 @@ struct Workspace {
   int64_t scratch_bytes;
 
   Workspace(GramArgs& a, const Tensor& scale, const GramSchedule& s, bool backward)
-      : scratch_bytes(ceil_div(scratch_of(a, backward), 64) * 64) {
+      : scratch_bytes(round_up(scratch_of(a, backward), 64)) {
     const int64_t sizes[] = {s.batch, a.variables}, items = s.teams * s.items;
     const ScalarType dtype = scale.scalar_type();
     shift = new_empty(scale, sizes, 2, ScalarType::Double);
@@ -115,15 +115,15 @@ int64_t strip_grain(const GramArgs& a) { return grain_of(kPad * a.columns / (a.v
 
 void pack(const GramArgs& a) {
   const CpuTable& cpu = *cpu_table();
-  run_some(cpu.gram_stats, a, a.items * a.variables, grain_of(a.tournament.n * a.columns / (a.variables + 1)));
-  run_some(cpu.gram_pack, a, strips(a), strip_grain(a));
+  run_if_any(cpu.gram_stats, a, a.items * a.variables, grain_of(a.tournament.n * a.columns / (a.variables + 1)));
+  run_if_any(cpu.gram_pack, a, strips(a), strip_grain(a));
 }
 
 // runs the kernel on every tile of a group, round by round, with scratch per thread; with several teams a team is one
 // thread
 template <class Args>
-void play_rounds(Args& a, const GramSchedule& s, const Workspace& workspace, int64_t team,
-                 void (*kernel)(const Args&, int64_t, int64_t)) {
+void run_rounds(Args& a, const GramSchedule& s, const Workspace& workspace, int64_t team,
+                void (*kernel)(const Args&, int64_t, int64_t)) {
   const int64_t grain = grain_of(a.tournament.block * a.tournament.block * (a.columns + 16));
   for (a.round = 0; a.round < a.tournament.seats; ++a.round) {
     const int64_t tiles = a.items * tiles_of(a.tournament, a.round);
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> hsic_sums(std::vector<Tensor> z, Tensor scale
     a.cross = (double*)partial.data_ptr() + team * group;
     fill_zero(a.cross, group);
     pack(a);
-    play_rounds(a, schedule, workspace, team, cpu_table()->gram_sums);
+    run_rounds(a, schedule, workspace, team, cpu_table()->gram_sums);
     for (int64_t i = 0; i < a.items; ++i) {
       for (int64_t k = 0; k < a.pairs; ++k) {
         double total = 0;
@@ -198,9 +198,9 @@ std::vector<Tensor> hsic_sums_backward(Tensor grad_rows, Tensor grad_cross, std:
     a.weight_sums = (double*)sums.data_ptr() + team * sums_size;
     a.grad_workspace = (char*)grad_workspace.data_ptr() + team * size * int64_t(scale.element_size());
     pack(a);
-    run_some(cpu.gram_clear, a, strips(a), strip_grain(a));
-    play_rounds(a, schedule, workspace, team, cpu.gram_backward);
-    run_some(cpu.gram_finish, a, a.items * a.tournament.n, grain_of(a.columns));
+    run_if_any(cpu.gram_clear, a, strips(a), strip_grain(a));
+    run_rounds(a, schedule, workspace, team, cpu.gram_backward);
+    run_if_any(cpu.gram_finish, a, a.items * a.tournament.n, grain_of(a.columns));
   });
   return grads;
 }
@@ -215,7 +215,7 @@ Tensor hsic_permuted(Tensor gram_x, Tensor gram_y, Tensor permutations) {
                        (const int32_t*)p.data_ptr(),
                        (double*)out.data_ptr(),
                        is_f64(x)};
-  run_some(cpu_table()->gram_permuted, a, p.size(0), grain_of(a.n * a.n));
+  run_if_any(cpu_table()->gram_permuted, a, p.size(0), grain_of(a.n * a.n));
   return out;
 }
 

@@ -29,10 +29,8 @@ Tensor noise(std::vector<int64_t> size, Tensor seed, Tensor step, int64_t kind, 
   a.stream = random_stream(seed, step, Purpose(purpose));
   // one shared stream: a single row; one stream per sample: the sample is the row
   Layout layout(out, a.stream.per_row ? out.dim() - 1 : out.dim());
-  layout.add(a.out, out);
-  a.out.stream = streams(out);
-  a.space = layout.merge();
-  a.plan = plan_of(a.space, layout.flat());
+  layout.add_output(a.out, out);
+  plan(a, layout);
   if (out.numel() > 0) PYFLOW_RUN(noise, a, out);
   return out;
 }

@@ -31,16 +31,8 @@ void set_noise(SdeArgs& a, Layout& layout, const Optional& seed, const Optional&
 Tensor add_output(View& view, Layout& layout, const Tensor& like, const OptionalType& dtype) {
   if (!dtype) return new_none(like, like.scalar_type());
   Tensor out = *dtype == like.scalar_type() ? new_like(like) : new_empty(like, like.sizes().data(), like.dim(), *dtype);
-  layout.add(view, out);
-  view.stream = streams(out);
+  layout.add_output(view, out);
   return out;
-}
-
-// call after every view was added to the layout; returns whether there are elements
-bool plan(SdeArgs& a, Layout& layout) {
-  a.space = layout.merge();
-  a.plan = plan_of(a.space, layout.flat());
-  return a.space.rows * a.space.cols > 0;
 }
 
 std::tuple<Tensor, Tensor> sde_step(Tensor x, Optional score, Tensor a, Optional b, Tensor c, Optional seed,
@@ -55,7 +47,8 @@ std::tuple<Tensor, Tensor> sde_step(Tensor x, Optional score, Tensor a, Optional
   const ScalarType dtype = x.scalar_type();
   Tensor y = add_output(args.y, layout, x, dtype);
   Tensor mean = add_output(args.mean, layout, x, return_mean ? OptionalType(dtype) : std::nullopt);
-  if (plan(args, layout)) PYFLOW_RUN(sde_step, args, x);
+  plan(args, layout);
+  if (x.numel() > 0) PYFLOW_RUN(sde_step, args, x);
   return {y, mean};
 }
 
@@ -79,15 +72,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sde_step_backward(Optional gy, Option
   Tensor gx = add_output(args.gx, layout, lead, x_dtype);
   Tensor gscore = add_output(args.gscore, layout, lead, score_dtype);
   Tensor gnoise = add_output(args.gnoise, layout, lead, noise_dtype);
-  const bool any = plan(args, layout);
-  if (!x) {
-    if (any) PYFLOW_RUN(sde_step_backward, args, lead);
-    return {gx, gscore, gnoise, new_none(lead, compute_type(f64))};
-  }
-  SumTensors sums(args.sums, lead, args.space, args.plan, compute_type(f64), 3);
-  if (any) PYFLOW_RUN(sde_step_backward, args, lead);
-  sums.finish();
-  return {gx, gscore, gnoise, sums.out};
+  plan(args, layout);
+  std::optional<SumTensors> sums;
+  if (x) sums.emplace(args.sums, lead, args.space, args.plan, compute_type(f64), 3);
+  if (lead.numel() > 0) PYFLOW_RUN(sde_step_backward, args, lead);
+  if (sums) sums->finish();
+  return {gx, gscore, gnoise, sums ? sums->out : new_none(lead, compute_type(f64))};
 }
 
 // returns the losses, or with a.gx the gradients of std
@@ -98,9 +88,9 @@ Tensor run_loss(SdeArgs& a, Layout& layout, const Tensor& pred, const Optional& 
   a.score_given = std.has_value();
   if (std) a.c = row_view(*std);
   a.stream = random_stream(seed, step, Purpose::noise);
-  const bool any = plan(a, layout);
+  plan(a, layout);
   SumTensors sums(a.sums, pred, &a.space.rows, 1, a.space, a.plan, compute_type(a.f64));
-  if (any) PYFLOW_RUN(denoising_loss, a, pred);
+  if (pred.numel() > 0) PYFLOW_RUN(denoising_loss, a, pred);
   sums.finish();
   return sums.out;
 }
@@ -126,9 +116,9 @@ Tensor langevin_squares(Tensor score, Optional seed, Optional step, Optional noi
   a.f64 = is_f64(score);
   layout.add(a.score, score);
   set_noise(a, layout, seed, step, noise, purpose);
-  const bool any = plan(a, layout);
+  plan(a, layout);
   SumTensors sums(a.sums, score, a.space, a.plan, compute_type(a.f64), 2);
-  if (any) PYFLOW_RUN(langevin_squares, a, score);
+  if (score.numel() > 0) PYFLOW_RUN(langevin_squares, a, score);
   sums.finish();
   return sums.out;
 }

@@ -7,7 +7,7 @@
 namespace pyflow {
 namespace {
 
-// CPU: every share of the trials is counted apart
+// CPU: every range of trials has its own counts, which are then added
 void run_trials(const SectorTrials& shared) {
   torch::stable::parallel_for(0, shared.trials, grain_of(shared.points), [&](int64_t begin, int64_t end) {
     std::vector<int64_t> own(shared.count);

@@ -1,5 +1,7 @@
 #include "tensor.h"
 
+#include <utility>
+
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -50,6 +52,11 @@ Layout::Entry& Layout::entry(View& view, const Tensor& t) {
 
 void Layout::add(View& view, const Tensor& t) { add_slice(view, t, 0, 0, 1); }
 
+void Layout::add_output(View& view, const Tensor& t) {
+  add(view, t);
+  view.stream = streams(t);
+}
+
 void Layout::add_slice(View& view, const Tensor& t, int64_t dim, int64_t offset, int64_t step) {
   Entry& e = entry(view, t);
   e.whole = true;
@@ -79,58 +86,53 @@ void Layout::add_event(View& view, const Tensor& t) {
   for (int d = row_dims_; d < dims_; ++d) e.stride[d] = strides[d - row_dims_];
 }
 
-Space Layout::merge() {
-  // event dims in the memory order of the first tensor, for cache locality
-  int order[64];
+// the order in which dims are visited: event dims in the memory order of the first tensor, for cache locality
+void Layout::order_dims(int* order) const {
   for (int d = 0; d < dims_; ++d) order[d] = d;
   const int64_t* lead = entries_[0].stride;
   for (int i = row_dims_ + 1; !c_order_ && i < dims_; ++i) {
-    for (int j = i; j > row_dims_ && lead[order[j]] > lead[order[j - 1]]; --j) {
-      const int swapped = order[j];
-      order[j] = order[j - 1];
-      order[j - 1] = swapped;
-    }
+    for (int j = i; j > row_dims_ && lead[order[j]] > lead[order[j - 1]]; --j) std::swap(order[j], order[j - 1]);
   }
+}
 
+// Appends dims [begin, end) of the order, the rows or the event, to the space, of which `merged` dims are set: drops
+// size 1 and joins neighbours that are contiguous with each other in every tensor. Returns the number of dims set.
+int Layout::merge_dims(Space& space, int merged, const int* order, int begin, int end, int64_t unit_stride) {
+  const int first = merged;
+  int64_t count = 1;
+  for (int i = begin; i < end; ++i) count *= size_[order[i]];
+  // without elements there is one dim of size 0, because offsets divide by the sizes of inner dims
+  for (int i = begin; count > 0 && i < end; ++i) {
+    const int d = order[i];
+    if (size_[d] == 1) continue;
+    bool joins = merged > first;
+    for (int k = 0; joins && k < count_; ++k) {
+      joins = entries_[k].view->stride[merged - 1] == entries_[k].stride[d] * size_[d];
+    }
+    if (!joins) {
+      STD_TORCH_CHECK(merged < kMaxDims - 1, "pyflow: more than ", kMaxDims - 1,
+                      " dims that cannot be merged; make the tensors contiguous");
+      space.size[merged++] = 1;
+    }
+    space.size[merged - 1] *= size_[d];
+    for (int k = 0; k < count_; ++k) entries_[k].view->stride[merged - 1] = entries_[k].stride[d];
+  }
+  if (merged == first) {
+    space.size[merged] = count;
+    for (int k = 0; k < count_; ++k) entries_[k].view->stride[merged] = unit_stride;
+    ++merged;
+  }
+  return merged;
+}
+
+Space Layout::merge() {
+  int order[64];
+  order_dims(order);
   Space space;
-  int merged = 0;
-  // one group of dims: drop size 1, join neighbours that are contiguous with each other in every tensor
-  const auto merge_group = [&](int begin, int end, int64_t unit_stride) {
-    const int first = merged;
-    int64_t count = 1;
-    for (int i = begin; i < end; ++i) count *= size_[order[i]];
-    // a group without elements becomes one dim of size 0, because offsets divide by the sizes of inner dims
-    for (int i = begin; count > 0 && i < end; ++i) {
-      const int d = order[i];
-      if (size_[d] == 1) continue;
-      bool joins = merged > first;
-      for (int k = 0; joins && k < count_; ++k) {
-        joins = entries_[k].view->stride[merged - 1] == entries_[k].stride[d] * size_[d];
-      }
-      if (!joins) {
-        STD_TORCH_CHECK(merged < kMaxDims - 1, "pyflow: more than ", kMaxDims - 1,
-                        " dims that cannot be merged; make the tensors contiguous");
-        space.size[merged++] = 1;
-      }
-      space.size[merged - 1] *= size_[d];
-      for (int k = 0; k < count_; ++k) entries_[k].view->stride[merged - 1] = entries_[k].stride[d];
-    }
-    if (merged == first) {
-      space.size[merged] = count;
-      for (int k = 0; k < count_; ++k) entries_[k].view->stride[merged] = unit_stride;
-      ++merged;
-    }
-    return count;
-  };
-
-  // stride of a single row, computed from the sizes because the event is merged after the rows
-  int64_t cols = 1;
-  for (int d = row_dims_; d < dims_; ++d) cols *= size_[d];
-  space.rows = merge_group(0, row_dims_, cols);
-  space.row_dims = merged;
-  space.cols = merge_group(row_dims_, dims_, 1);
-  space.col_dims = merged - space.row_dims;
-
+  for (int d = 0; d < row_dims_; ++d) space.rows *= size_[d];
+  for (int d = row_dims_; d < dims_; ++d) space.cols *= size_[d];
+  space.row_dims = merge_dims(space, 0, order, 0, row_dims_, space.cols);
+  space.col_dims = merge_dims(space, space.row_dims, order, row_dims_, dims_, 1) - space.row_dims;
   for (int k = 0; k < count_; ++k) {
     if (!entries_[k].whole) continue;
     const int64_t* stride = entries_[k].view->stride;

@@ -38,6 +38,8 @@ class Layout {
   Layout(int64_t rows, const Tensor& event);
   // `t` has the sizes of `like`; `offset` and `step` pick a slice along `dim` without a copy
   void add(View& view, const Tensor& t);
+  // a result, written with streaming stores if it is too large for the caches
+  void add_output(View& view, const Tensor& t);
   void add_slice(View& view, const Tensor& t, int64_t dim, int64_t offset, int64_t step);
   // the single row dim of the space is dim `dim` of `t`
   void add_moved(View& view, const Tensor& t, int64_t dim);
@@ -57,6 +59,8 @@ class Layout {
   };
   static constexpr int kMaxViews = 12;
   Entry& entry(View& view, const Tensor& t);
+  void order_dims(int* order) const;
+  int merge_dims(Space& space, int merged, const int* order, int begin, int end, int64_t unit_stride);
   int dims_, row_dims_;
   int64_t size_[64];
   Entry entries_[kMaxViews];

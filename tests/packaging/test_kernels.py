@@ -28,7 +28,7 @@ def test_objects_share_nothing_between_instruction_sets(kernels):
             where = f"{isa}/{name}: {kind} {symbol}"
             assert "std::" not in symbol and "__gnu_cxx" not in symbol, where
             if kind == "U":
-                assert symbol in ALLOWED_IMPORTS | LIBM, where
+                assert symbol in ALLOWED_IMPORTS | LIBM or symbol.startswith(f"pyflow::{isa}::"), where
             elif kind not in "r":
                 assert f"pyflow::{isa}::" in symbol, where
             assert kind not in "BbDd", f"{where}: a variable"
@@ -49,9 +49,9 @@ def test_instructions_stay_within_their_set(kernels):
     assert not re.search(r"\sv[a-z0-9]+\s+.*%[xyz]mm", dispatch)
 
 
-def simd_loops(name):
-    """Return the (first, last) lines of all loops marked `#pragma omp simd`."""
-    lines = (ROOT / f"csrc/cpu/{name}.cpp").read_text().splitlines()
+def simd_loops(file):
+    """Return the (first, last) lines of all loops of csrc/cpu/<file> marked `#pragma omp simd`."""
+    lines = (ROOT / "csrc/cpu" / file).read_text().splitlines()
     spans = []
     for start, line in enumerate(lines, 1):
         if line.strip() != "#pragma omp simd":
@@ -63,28 +63,50 @@ def simd_loops(name):
     return spans
 
 
+def loop_messages(report, file, loops):
+    """Yield (loop, message, the message with the two that follow it) for what the vectoriser says of these loops."""
+    messages = report.splitlines()
+    for index, message in enumerate(messages):
+        found = re.match(rf"\S*csrc/cpu/{re.escape(file)}:(\d+):\d+: (.*)", message)
+        loop = found and next((span for span in loops if span[0] < int(found[1]) < span[1]), None)
+        if loop is not None:
+            yield loop, found[2], " ".join(messages[index : index + 3])
+
+
+def is_full_width(message, isa):
+    return message == f"optimized: loop vectorized using {WIDTH.get(isa, 16)} byte vectors"
+
+
 def test_every_simd_loop_is_vectorised(kernels):
     if not any("optimized: loop vectorized" in report for report in kernels.reports.values()):
         pytest.skip("this compiler does not report what it vectorises")
     checked = 0
     for (isa, name), report in kernels.reports.items():
-        loops = simd_loops(name)
-        full, messages = set(), report.splitlines()
-        for index, message in enumerate(messages):
-            found = re.match(rf"\S*csrc/cpu/{name}\.cpp:(\d+):\d+: (.*)", message)
-            loop = found and next((span for span in loops if span[0] < int(found[1]) < span[1]), None)
-            if loop is None:
-                continue
-            if found[2] == f"optimized: loop vectorized using {WIDTH.get(isa, 16)} byte vectors":
+        file = f"{name}.cpp"
+        loops, full = simd_loops(file), set()
+        for loop, message, reason in loop_messages(report, file, loops):
+            if is_full_width(message, isa):
                 full.add(loop)
             # float64 loops may call libm, which is not vectorised
-            reason = " ".join(messages[index : index + 3])
             if "couldn't vectorize loop" in message and "double" not in reason:
                 pytest.fail(f"{isa}: {reason}")
         missing = [span for span in loops if span not in full]
-        assert not missing, f"{isa}/{name}.cpp: loops not vectorised at full width at lines {missing}"
+        assert not missing, f"{isa}/{file}: loops not vectorised at full width at lines {missing}"
         checked += len(loops)
     assert checked >= 10
+
+
+@pytest.mark.parametrize("header", sorted(path.name for path in (ROOT / "csrc/cpu").glob("*.h")))
+def test_every_simd_loop_of_a_header_is_vectorised_somewhere(kernels, header):
+    loops = simd_loops(header)
+    for isa in {isa for isa, _ in kernels.reports}:
+        seen, full = set(), set()
+        for report in (text for (other, _), text in kernels.reports.items() if other == isa):
+            for loop, message, _ in loop_messages(report, header, loops):
+                seen.add(loop)  # not a loop for other processors
+                if is_full_width(message, isa):
+                    full.add(loop)
+        assert seen == full, f"{isa}/{header}: loops not vectorised at full width at lines {sorted(seen - full)}"
 
 
 def test_coupling_maps_use_packed_instructions(kernels):
