@@ -23,10 +23,8 @@ struct Rows {
 
 Rows rows_of(const SpectralLayer& l, int64_t unit) {
   const int64_t begin = unit * l.unit_rows, rest = l.space.rows - begin;
-  return {begin, begin + (rest < l.unit_rows ? rest : l.unit_rows)};
+  return {begin, begin + smaller(rest, l.unit_rows)};
 }
-
-int64_t chunk_of(const SpectralLayer& l, int64_t c) { return l.space.cols - c < kChunk ? l.space.cols - c : kChunk; }
 
 // sum of n <= kChunk products in 32 lanes, folded by lane_sum
 template <class T>
@@ -79,16 +77,15 @@ void add_four_rows(const T* __restrict a, const T* __restrict b, const T* __rest
 template <class T>
 void add_rows(const SpectralLayer& l, int64_t r, int64_t n, const T* y, T* sum) {
   alignas(64) T buffer[4][kChunk];
-  for (int64_t c = 0; c < l.space.cols; c += kChunk) {
-    const int64_t width = chunk_of(l, c);
+  for_each_chunk(0, l.space.cols, [&](int64_t c, int64_t width) {
     const T* w[4];
     for (int64_t i = 0; i < n; ++i) w[i] = load(l.space, l.w, {r + i, 1, c, width}, buffer[i]);
     if (n == 4) {
       add_four_rows(w[0], w[1], w[2], w[3], y, sum + c, width);
-      continue;
+    } else {
+      for (int64_t i = 0; i < n; ++i) add_row(w[i], y[i], sum + c, width);
     }
-    for (int64_t i = 0; i < n; ++i) add_row(w[i], y[i], sum + c, width);
-  }
+  });
 }
 
 // y = W v for the rows of a unit, and their partial sums of W' y while the rows are in the cache; a vector has y = 1
@@ -104,14 +101,13 @@ void product_unit(const SpectralArgs& a, const SpectralLayer& l, int64_t unit) {
   }
   int64_t added = 0;
   for (int64_t r = rows.begin; r < rows.end; r += 4) {
-    const int64_t n = rows.end - r < 4 ? rows.end - r : 4;
+    const int64_t n = smaller(rows.end - r, 4);
     T y[4];
     for (int64_t i = 0; i < n; ++i) {
       double total = vector ? 1.0 : -0.0;
-      for (int64_t c = 0; !vector && c < l.space.cols; c += kChunk) {
-        const int64_t width = chunk_of(l, c);
+      for_each_chunk(0, vector ? 0 : l.space.cols, [&](int64_t c, int64_t width) {
         total += double(dot_chunk(load(l.space, l.w, {r + i, 1, c, width}, buffer), (const T*)l.right + c, width));
-      }
+      });
       l.y[r + i] = total;
       y[i] = T(total);
     }
@@ -176,8 +172,8 @@ void scale_unit(const SpectralLayer& l, int64_t unit) {
   const T sigma = T(l.divisor);
   const Rows rows = rows_of(l, unit);
   for (int64_t r = rows.begin; r < rows.end; ++r) {
-    for (int64_t c = 0; c < l.space.cols; c += kChunk) {
-      const Tile t{r, 1, c, chunk_of(l, c)};
+    for_each_chunk(0, l.space.cols, [&](int64_t c, int64_t width) {
+      const Tile t{r, 1, c, width};
       const T* __restrict w = load(l.space, l.w, t, in);
       T* __restrict to = target(l.space, l.out, t, out);
 #pragma omp simd
@@ -185,7 +181,7 @@ void scale_unit(const SpectralLayer& l, int64_t unit) {
         to[i] = w[i] / sigma;
       }
       store(l.space, l.out, t, to);
-    }
+    });
   }
 }
 
@@ -196,10 +192,10 @@ void dot_unit(const SpectralLayer& l, int64_t unit) {
   const Rows rows = rows_of(l, unit);
   double total = -0.0;
   for (int64_t r = rows.begin; r < rows.end; ++r) {
-    for (int64_t c = 0; c < l.space.cols; c += kChunk) {
-      const Tile t{r, 1, c, chunk_of(l, c)};
+    for_each_chunk(0, l.space.cols, [&](int64_t c, int64_t width) {
+      const Tile t{r, 1, c, width};
       total += double(dot_chunk(load(l.space, l.grad, t, first), load(l.space, l.w, t, second), t.cols));
-    }
+    });
   }
   l.partial[unit] = total;
 }
@@ -222,8 +218,8 @@ void gradient_unit(const SpectralLayer& l, int64_t unit) {
     T u = inverse;
     if (!vector) read_typed(l.u, r * l.u.stride[0], 1, 1, &u);
     const T of_row = T(slope * double(u));
-    for (int64_t c = 0; c < l.space.cols; c += kChunk) {
-      const Tile t{r, 1, c, chunk_of(l, c)};
+    for_each_chunk(0, l.space.cols, [&](int64_t c, int64_t width) {
+      const Tile t{r, 1, c, width};
       const T* __restrict g = load(l.space, l.grad, t, in);
       const T* __restrict v = along;
       if (vector) {
@@ -237,7 +233,7 @@ void gradient_unit(const SpectralLayer& l, int64_t unit) {
         to[i] = spectral_gradient_of(g[i], inverse, of_row, v[i]);
       }
       store(l.space, l.out, t, to);
-    }
+    });
   }
 }
 
