@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-all test bench lint format gpu asan ubsan build clean
+.PHONY: help demo demo-all test bench lint format gpu asan ubsan new-op build clean
 
 # the first Python 3.11 or newer
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -28,6 +28,7 @@ help:
 	@echo 'make bench  runs the benchmarks'
 	@echo 'make lint   checks the source: ruff, clang-format, mypy; make format rewrites what ruff and clang-format can'
 	@echo 'make asan   tests the C++ kernels under the address sanitizer; make ubsan for undefined behaviour'
+	@echo 'make new-op NAME=my_op  lays the files of a new family of operations, with an example that works'
 	@echo 'make gpu    on a machine with a GPU: builds with CUDA, tests and measures in eight minutes, with the installed torch'
 	@echo 'make build  makes .venv and builds the native modules; make clean removes build products'
 
@@ -44,7 +45,7 @@ bench: $(BUILT)
 	$(BIN)/python -m pyflow bench $(ARGS)
 
 # the C++ and CUDA files; their style is in .clang-format
-CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CXX_FILES = $(shell find csrc tests docs -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 lint: $(READY)
 	@for tool in ruff clang-format mypy; do test -x $(BIN)/$$tool || { echo "pyflow: $$tool is not in .venv:" \
@@ -71,6 +72,11 @@ asan ubsan: $(READY)
 	  LD_PRELOAD="$(if $(filter asan,$@),$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so))" \
 	  $(CURDIR)/$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -p no:cacheprovider $(SANITIZED) $(ARGS) || \
 	  { cat $$found.* 2>/dev/null; exit 1; }
+
+# NAME is in the environment of the recipe, which needs no quotes for it
+new-op:
+	@test -n '$(PYTHON)' || { echo 'pyflow: Python 3.11 or newer is not on PATH; make new-op PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@$(PYTHON) .ci/new_op.py "$${NAME-}"
 
 build: $(BUILT)
 

@@ -1,6 +1,7 @@
 // Arguments of the kernels that centre Gram matrices.
 #pragma once
 
+#include "../cpu/dispatch.h"
 #include "../tiles/plan.h"
 
 namespace pyflow {
@@ -17,9 +18,8 @@ struct CenterArgs {
   bool f64;
 };
 
-#define PYFLOW_CENTER_KERNELS(F) \
-  F(center_sums, CenterArgs)     \
-  F(center_means, CenterArgs)    \
-  F(center_apply, CenterArgs)
+PYFLOW_CPU_KERNEL(center_sums, CenterArgs)
+PYFLOW_CPU_KERNEL(center_means, CenterArgs)
+PYFLOW_CPU_KERNEL(center_apply, CenterArgs)
 
 }  // namespace pyflow

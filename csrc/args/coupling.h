@@ -1,6 +1,7 @@
 // Arguments of the coupling kernels.
 #pragma once
 
+#include "../cpu/dispatch.h"
 #include "../cuda/shared.h"
 #include "../ops/coupling.h"
 #include "../tiles/plan.h"
@@ -29,9 +30,8 @@ struct CouplingBackward : CouplingArgs {
   View gx, gshift, gscale;  // gshift may be absent
 };
 
-#define PYFLOW_COUPLING_KERNELS(F)     \
-  F(coupling_forward, CouplingForward) \
-  F(coupling_backward, CouplingBackward)
+PYFLOW_CPU_KERNEL(coupling_forward, CouplingForward)
+PYFLOW_CPU_KERNEL(coupling_backward, CouplingBackward)
 
 namespace cuda {
 void coupling_forward(const CouplingForward&, Stream);

@@ -1,6 +1,7 @@
 // Arguments of the energy kernels.
 #pragma once
 
+#include "../cpu/dispatch.h"
 #include "../ops/energy.h"
 #include "noise.h"
 
@@ -27,10 +28,9 @@ struct SquaresArgs {
   RowSums squares;
 };
 
-#define PYFLOW_ENERGY_KERNELS(F) \
-  F(mala_sums, MalaArgs)         \
-  F(mala_accept, MalaArgs)       \
-  F(row_squares, SquaresArgs)
+PYFLOW_CPU_KERNEL(mala_sums, MalaArgs)
+PYFLOW_CPU_KERNEL(mala_accept, MalaArgs)
+PYFLOW_CPU_KERNEL(row_squares, SquaresArgs)
 
 namespace cuda {
 void mala_sums(const MalaArgs&, Stream);

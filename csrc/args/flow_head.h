@@ -1,6 +1,7 @@
 // Arguments of the flow-head kernels.
 #pragma once
 
+#include "../cpu/dispatch.h"
 #include "../cuda/shared.h"
 #include "../ops/flow_head.h"
 #include "../tiles/plan.h"
@@ -55,10 +56,9 @@ inline Plan gpu_head_backward_plan(const Space& s) {
   return p;
 }
 
-#define PYFLOW_FLOW_HEAD_KERNELS(F)       \
-  F(flow_head_forward, FlowHeadForward)   \
-  F(flow_head_backward, FlowHeadBackward) \
-  F(flow_head_reduce, FlowHeadBackward)
+PYFLOW_CPU_KERNEL(flow_head_forward, FlowHeadForward)
+PYFLOW_CPU_KERNEL(flow_head_backward, FlowHeadBackward)
+PYFLOW_CPU_KERNEL(flow_head_reduce, FlowHeadBackward)
 
 namespace cuda {
 void flow_head_forward(const FlowHeadForward&, Stream);

@@ -1,6 +1,7 @@
 // Arguments of the quantisation kernels.
 #pragma once
 
+#include "../cpu/dispatch.h"
 #include "../cuda/shared.h"
 #include "../ops/fsq.h"
 #include "../tiles/plan.h"
@@ -57,12 +58,11 @@ struct FsqStages {
 struct ResidualFsqForward : FsqForward, FsqStages {};
 struct ResidualFsqBackward : FsqBackward, FsqStages {};
 
-#define PYFLOW_FSQ_KERNELS(F)                 \
-  F(fsq_forward, FsqForward)                  \
-  F(fsq_backward, FsqBackward)                \
-  F(fsq_decode, FsqDecode)                    \
-  F(residual_fsq_forward, ResidualFsqForward) \
-  F(residual_fsq_backward, ResidualFsqBackward)
+PYFLOW_CPU_KERNEL(fsq_forward, FsqForward)
+PYFLOW_CPU_KERNEL(fsq_backward, FsqBackward)
+PYFLOW_CPU_KERNEL(fsq_decode, FsqDecode)
+PYFLOW_CPU_KERNEL(residual_fsq_forward, ResidualFsqForward)
+PYFLOW_CPU_KERNEL(residual_fsq_backward, ResidualFsqBackward)
 
 namespace cuda {
 void fsq_forward(const FsqForward&, Stream);

@@ -1,6 +1,7 @@
 // Arguments of the GAN-QP kernels.
 #pragma once
 
+#include "../cpu/dispatch.h"
 #include "../cuda/shared.h"
 #include "../ops/gan_qp.h"
 #include "../tiles/plan.h"
@@ -41,10 +42,9 @@ struct GanQpLossBackward : GanQpArgs {
   RowView g_real, g_fake;
 };
 
-#define PYFLOW_GAN_QP_KERNELS(F) \
-  F(gan_qp_sums, GanQpSums)      \
-  F(gan_qp_loss, GanQpLoss)      \
-  F(gan_qp_loss_backward, GanQpLossBackward)
+PYFLOW_CPU_KERNEL(gan_qp_sums, GanQpSums)
+PYFLOW_CPU_KERNEL(gan_qp_loss, GanQpLoss)
+PYFLOW_CPU_KERNEL(gan_qp_loss_backward, GanQpLossBackward)
 
 namespace cuda {
 void gan_qp_sums(const GanQpSums&, Stream);

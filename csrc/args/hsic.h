@@ -1,6 +1,7 @@
 // Arguments of the Gram matrix kernels of HSIC and CKA.
 #pragma once
 
+#include "../cpu/dispatch.h"
 #include "../ops/hsic.h"
 #include "../tiles/plan.h"
 
@@ -118,13 +119,12 @@ struct PermutedArgs {
   bool f64;
 };
 
-#define PYFLOW_HSIC_KERNELS(F)   \
-  F(gram_stats, GramArgs)        \
-  F(gram_pack, GramArgs)         \
-  F(gram_sums, GramSums)         \
-  F(gram_clear, GramBackward)    \
-  F(gram_backward, GramBackward) \
-  F(gram_finish, GramBackward)   \
-  F(gram_permuted, PermutedArgs)
+PYFLOW_CPU_KERNEL(gram_stats, GramArgs)
+PYFLOW_CPU_KERNEL(gram_pack, GramArgs)
+PYFLOW_CPU_KERNEL(gram_sums, GramSums)
+PYFLOW_CPU_KERNEL(gram_clear, GramBackward)
+PYFLOW_CPU_KERNEL(gram_backward, GramBackward)
+PYFLOW_CPU_KERNEL(gram_finish, GramBackward)
+PYFLOW_CPU_KERNEL(gram_permuted, PermutedArgs)
 
 }  // namespace pyflow

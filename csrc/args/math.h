@@ -1,6 +1,7 @@
 // Elementary functions over an array, for the tests of their stated error.
 #pragma once
 
+#include "../cpu/dispatch.h"
 #include "../tiles/enum.h"
 
 #define PYFLOW_MATH_FUNCTIONS(F) \
@@ -30,6 +31,6 @@ struct MathArgs {
   float* out;
 };
 
-#define PYFLOW_MATH_KERNELS(F) F(math_evaluate, MathArgs)
+PYFLOW_CPU_KERNEL(math_evaluate, MathArgs)
 
 }  // namespace pyflow

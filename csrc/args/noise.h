@@ -1,6 +1,7 @@
 // Arguments of the noise kernels.
 #pragma once
 
+#include "../cpu/dispatch.h"
 #include "../cuda/shared.h"
 #include "../ops/noise.h"
 #include "../tiles/plan.h"
@@ -41,9 +42,8 @@ struct PhiloxArgs {
   int64_t* out;
 };
 
-#define PYFLOW_NOISE_KERNELS(F) \
-  F(noise, NoiseArgs)           \
-  F(philox, PhiloxArgs)
+PYFLOW_CPU_KERNEL(noise, NoiseArgs)
+PYFLOW_CPU_KERNEL(philox, PhiloxArgs)
 
 namespace cuda {
 void noise(const NoiseArgs&, Stream);

@@ -1,6 +1,7 @@
 // Arguments of the kernels of SDE steps.
 #pragma once
 
+#include "../cpu/dispatch.h"
 #include "../ops/sde.h"
 #include "noise.h"
 
@@ -20,11 +21,10 @@ struct SdeArgs {
   RowSums sums;             // backward: gradients of a, b and c; absent if not needed
 };
 
-#define PYFLOW_SDE_KERNELS(F)   \
-  F(sde_step, SdeArgs)          \
-  F(sde_step_backward, SdeArgs) \
-  F(denoising_loss, SdeArgs)    \
-  F(langevin_squares, SdeArgs)
+PYFLOW_CPU_KERNEL(sde_step, SdeArgs)
+PYFLOW_CPU_KERNEL(sde_step_backward, SdeArgs)
+PYFLOW_CPU_KERNEL(denoising_loss, SdeArgs)
+PYFLOW_CPU_KERNEL(langevin_squares, SdeArgs)
 
 namespace cuda {
 void sde_step(const SdeArgs&, Stream);

@@ -1,6 +1,7 @@
 // Arguments of the sector kernels.
 #pragma once
 
+#include "../cpu/dispatch.h"
 #include "../ops/sector.h"
 #include "noise.h"
 
@@ -24,9 +25,8 @@ struct SectorTrials {
   int64_t* counts;
 };
 
-#define PYFLOW_SECTOR_KERNELS(F)   \
-  F(sector_formula, SectorFormula) \
-  F(sector_trials, SectorTrials)
+PYFLOW_CPU_KERNEL(sector_formula, SectorFormula)
+PYFLOW_CPU_KERNEL(sector_trials, SectorTrials)
 
 namespace cuda {
 void sector_trials(const SectorTrials&, Stream);

@@ -1,6 +1,7 @@
 // Arguments of the spectral kernels.
 #pragma once
 
+#include "../cpu/dispatch.h"
 #include "../cuda/shared.h"
 #include "../ops/spectral.h"
 #include "../tiles/plan.h"
@@ -47,13 +48,12 @@ inline int64_t gpu_scratch_forward(const SpectralLayer& l) {
 inline int64_t gpu_tiles(const SpectralLayer& l) { return ceil_div(l.space.rows * l.space.cols, kTile); }
 inline int64_t gpu_scratch_backward(const SpectralLayer& l) { return gpu_tiles(l) + 1; }
 
-#define PYFLOW_SPECTRAL_KERNELS(F)  \
-  F(spectral_start, SpectralArgs)   \
-  F(spectral_product, SpectralArgs) \
-  F(spectral_iterate, SpectralArgs) \
-  F(spectral_scale, SpectralArgs)   \
-  F(spectral_dot, SpectralArgs)     \
-  F(spectral_gradient, SpectralArgs)
+PYFLOW_CPU_KERNEL(spectral_start, SpectralArgs)
+PYFLOW_CPU_KERNEL(spectral_product, SpectralArgs)
+PYFLOW_CPU_KERNEL(spectral_iterate, SpectralArgs)
+PYFLOW_CPU_KERNEL(spectral_scale, SpectralArgs)
+PYFLOW_CPU_KERNEL(spectral_dot, SpectralArgs)
+PYFLOW_CPU_KERNEL(spectral_gradient, SpectralArgs)
 
 namespace cuda {
 void spectral_normalize(const SpectralArgs&, Stream);

@@ -1,32 +1,18 @@
-// Builds one kernel table per compiled instruction set and chooses the first that this CPU supports, widest first.
+// Chooses the first compiled instruction set that this CPU supports, widest first.
 #include "dispatch.h"
 
 #include <cstdlib>
 #include <cstring>
 
-#define PYFLOW_DECLARE_KERNEL(name, Args) void name(const Args&, int64_t, int64_t);
-#define PYFLOW_ENTER_KERNEL(name, Args) , name
-#define PYFLOW_INSTRUCTION_SET(isa, text)                                \
-  namespace pyflow::isa {                                                \
-  PYFLOW_KERNELS(PYFLOW_DECLARE_KERNEL)                                  \
-  static const CpuTable table{text PYFLOW_KERNELS(PYFLOW_ENTER_KERNEL)}; \
-  }
-
-#if defined(__x86_64__)
-PYFLOW_INSTRUCTION_SET(v4, "x86-64-v4")
-PYFLOW_INSTRUCTION_SET(v3, "x86-64-v3")
-#elif defined(__aarch64__)
-PYFLOW_INSTRUCTION_SET(neon, "neon")
-#endif
-
 namespace pyflow {
 namespace {
 
 struct Candidate {
-  const CpuTable& table;
+  const char* name;
   bool (*supported)();
 };
 
+// in the order of PYFLOW_ISAS
 #if defined(__x86_64__)
 bool has_v3() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
@@ -36,32 +22,33 @@ bool has_v4() {
   return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-const Candidate kCandidates[] = {
-    {v4::table, has_v4},
-    {v3::table, has_v3},
-};
+const Candidate kCandidates[] = {{"x86-64-v4", has_v4}, {"x86-64-v3", has_v3}};
 const char kCompiled[] = "x86-64-v4,x86-64-v3";
 #elif defined(__aarch64__)
 bool has_neon() { return true; }
-const Candidate kCandidates[] = {{neon::table, has_neon}};
+const Candidate kCandidates[] = {{"neon", has_neon}};
 const char kCompiled[] = "neon";
 #endif
 
-const CpuTable* choose() {
+int choose() {
   const char* wanted = std::getenv("PYFLOW_CPU_ISA");
+  int index = 0;
   for (const Candidate& c : kCandidates) {
-    const bool named = wanted == nullptr || *wanted == 0 || std::strcmp(wanted, c.table.isa) == 0;
-    if (named && c.supported()) return &c.table;
+    const bool named = wanted == nullptr || *wanted == 0 || std::strcmp(wanted, c.name) == 0;
+    if (named && c.supported()) return index;
+    ++index;
   }
-  return nullptr;
+  return -1;
 }
 
 }  // namespace
 
-const CpuTable* cpu_table() {
-  static const CpuTable* table = choose();
-  return table;
+int cpu_isa() {
+  static const int index = choose();
+  return index;
 }
+
+const char* cpu_isa_name() { return cpu_isa() < 0 ? nullptr : kCandidates[cpu_isa()].name; }
 
 const char* cpu_features() {
   static char text[128] = "";
@@ -92,7 +79,7 @@ const char* supported_isas() {
   for (const Candidate& c : kCandidates) {
     if (!c.supported()) continue;
     if (text[0]) std::strcat(text, ",");
-    std::strcat(text, c.table.isa);
+    std::strcat(text, c.name);
   }
   return text;
 }

@@ -6,8 +6,14 @@
 #include <string>
 #include <vector>
 
+#include "../args/coupling.h"
+#include "../args/flow_head.h"
+#include "../args/fsq.h"
+#include "../args/gan_qp.h"
+#include "../args/hsic.h"
+#include "../args/math.h"
+#include "../args/sector.h"
 #include "../cpu/dispatch.h"
-#include "../ops/fsq.h"
 
 namespace py = pybind11;
 
@@ -17,19 +23,18 @@ template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 using FloatArray = Array<float>;
 
-const pyflow::CpuTable* table_for(const std::string& function) {
-  const pyflow::CpuTable* table = pyflow::cpu_table();
-  if (!table) throw std::runtime_error(function + ": none of the compiled instruction sets runs on this CPU");
-  return table;
+void need_kernels(const std::string& function) {
+  if (pyflow::cpu_isa() >= 0) return;
+  throw std::runtime_error(function + ": none of the compiled instruction sets runs on this CPU");
 }
 
 FloatArray evaluate(const std::string& name, const FloatArray& x) {
-  const pyflow::CpuTable* table = table_for("evaluate");
+  need_kernels("evaluate");
   int index = 0;
   for (const char* known : pyflow::kMathFunctionNames) {
     if (name == known) {
       FloatArray y(x.size());
-      table->math_evaluate({pyflow::MathFunction(index), x.data(), y.mutable_data()}, 0, x.size());
+      pyflow::cpu::math_evaluate({pyflow::MathFunction(index), x.data(), y.mutable_data()}, 0, x.size());
       return y;
     }
     ++index;
@@ -38,7 +43,7 @@ FloatArray evaluate(const std::string& name, const FloatArray& x) {
 }
 
 Array<double> sector_probability(const Array<int64_t>& n, const Array<double>& theta, bool complement, bool log) {
-  const pyflow::CpuTable* table = table_for("sector_probability");
+  need_kernels("sector_probability");
   const int64_t size = n.size();
   if (theta.size() != size) throw py::value_error("sector_probability: n and theta must have the same size");
   Array<double> out(size);
@@ -46,7 +51,7 @@ Array<double> sector_probability(const Array<int64_t>& n, const Array<double>& t
   const py::gil_scoped_release release;
   std::vector<double> work(size ? pyflow::path_room(*std::max_element(a.n, a.n + size)) : 0);
   a.work = work.data();
-  table->sector_formula(a, 0, size);
+  pyflow::cpu::sector_formula(a, 0, size);
   return out;
 }
 
@@ -99,8 +104,8 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "isa",
       []() -> py::object {
-        const pyflow::CpuTable* table = pyflow::cpu_table();
-        return table ? py::object(py::str(table->isa)) : py::object(py::none());
+        const char* name = pyflow::cpu_isa_name();
+        return name ? py::object(py::str(name)) : py::object(py::none());
       },
       "The instruction set in use, or None where none of this build runs on this CPU.");
   m.def("evaluate", &evaluate, py::arg("name"), py::arg("x"),

@@ -24,15 +24,14 @@ void center_into(const Tensor& gram, Tensor& out) {
   a.row_means = (double*)rows.data_ptr();
   a.columns = (double*)columns.data_ptr();
   a.means = (double*)means.data_ptr();
-  const CpuTable& cpu = *cpu_table();
   // a group of matrices fits the caches, so that the second pass reads from them
   const int64_t group = 1 + kCenterBytes / (a.n * a.n * int64_t(gram.element_size()));
   for (int64_t first = 0; first < matrices; first += group) {
     const int64_t last = first + group < matrices ? first + group : matrices;
     const int64_t grain = grain_of(kCenterRows * a.n);
-    run_units(cpu.center_sums, a, first * a.blocks, last * a.blocks, grain);
-    run_units(cpu.center_means, a, first, last, grain_of(a.blocks * a.n));
-    run_units(cpu.center_apply, a, first * a.blocks, last * a.blocks, grain);
+    run_units(cpu::center_sums, a, first * a.blocks, last * a.blocks, grain);
+    run_units(cpu::center_means, a, first, last, grain_of(a.blocks * a.n));
+    run_units(cpu::center_apply, a, first * a.blocks, last * a.blocks, grain);
   }
 }
 

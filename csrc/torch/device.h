@@ -33,13 +33,13 @@ constexpr bool kCuda = false;
 
 // PYFLOW_RUN(kernel, args, on) runs the kernel of that name over all units of args.plan, on the device of the tensor
 // `on`
-#define PYFLOW_RUN(kernel, args, on)                                                 \
-  do {                                                                               \
-    if constexpr (kCuda) {                                                           \
-      launch(on, [&](cuda::Stream stream) { cuda::kernel(args, stream); });          \
-    } else {                                                                         \
-      run_units(cpu_table()->kernel, args, 0, (args).plan.units, (args).plan.grain); \
-    }                                                                                \
+#define PYFLOW_RUN(kernel, args, on)                                         \
+  do {                                                                       \
+    if constexpr (kCuda) {                                                   \
+      launch(on, [&](cuda::Stream stream) { cuda::kernel(args, stream); });  \
+    } else {                                                                 \
+      run_units(cpu::kernel, args, 0, (args).plan.units, (args).plan.grain); \
+    }                                                                        \
   } while (0)
 
 // CPU: splits the units [first, last) among torch's threads

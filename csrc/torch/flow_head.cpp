@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> flow_log_prob_backward(Tensor grad, Tensor h, Optiona
   a.partial = log_scale ? partial.data_ptr() : nullptr;
   PYFLOW_RUN(flow_head_backward, a, h);
   // the CUDA function does both
-  if (!kCuda && log_scale) run_units(cpu_table()->flow_head_reduce, a, 0, a.space.cols, grain_of(blocks));
+  if (!kCuda && log_scale) run_units(cpu::flow_head_reduce, a, 0, a.space.cols, grain_of(blocks));
   return {gh, glog_scale};
 }
 

@@ -114,9 +114,8 @@ int64_t strips(const GramArgs& a) { return a.items * a.variables * (a.padded / k
 int64_t strip_grain(const GramArgs& a) { return grain_of(kPad * a.columns / (a.variables + 1)); }
 
 void pack(const GramArgs& a) {
-  const CpuTable& cpu = *cpu_table();
-  run_if_any(cpu.gram_stats, a, a.items * a.variables, grain_of(a.tournament.n * a.columns / (a.variables + 1)));
-  run_if_any(cpu.gram_pack, a, strips(a), strip_grain(a));
+  run_if_any(cpu::gram_stats, a, a.items * a.variables, grain_of(a.tournament.n * a.columns / (a.variables + 1)));
+  run_if_any(cpu::gram_pack, a, strips(a), strip_grain(a));
 }
 
 // runs the kernel on every tile of a group, round by round, with scratch per thread; with several teams a team is one
@@ -163,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor> hsic_sums(std::vector<Tensor> z, Tensor scale
     a.cross = (double*)partial.data_ptr() + team * group;
     fill_zero(a.cross, group);
     pack(a);
-    run_rounds(a, schedule, workspace, team, cpu_table()->gram_sums);
+    run_rounds(a, schedule, workspace, team, cpu::gram_sums);
     for (int64_t i = 0; i < a.items; ++i) {
       for (int64_t k = 0; k < a.pairs; ++k) {
         double total = 0;
@@ -193,14 +192,13 @@ std::vector<Tensor> hsic_sums_backward(Tensor grad_rows, Tensor grad_cross, std:
   Tensor grad_workspace = new_rows(scale, schedule.teams * size, scale.scalar_type());
   args.grad_rows = (const double*)rows.data_ptr();
   args.grad_cross = (const double*)cross.data_ptr();
-  const CpuTable& cpu = *cpu_table();
   for_each_item_group(args, schedule, [&](GramBackward& a, int64_t team) {
     a.weight_sums = (double*)sums.data_ptr() + team * sums_size;
     a.grad_workspace = (char*)grad_workspace.data_ptr() + team * size * int64_t(scale.element_size());
     pack(a);
-    run_if_any(cpu.gram_clear, a, strips(a), strip_grain(a));
-    run_rounds(a, schedule, workspace, team, cpu.gram_backward);
-    run_if_any(cpu.gram_finish, a, a.items * a.tournament.n, grain_of(a.columns));
+    run_if_any(cpu::gram_clear, a, strips(a), strip_grain(a));
+    run_rounds(a, schedule, workspace, team, cpu::gram_backward);
+    run_if_any(cpu::gram_finish, a, a.items * a.tournament.n, grain_of(a.columns));
   });
   return grads;
 }
@@ -215,7 +213,7 @@ Tensor hsic_permuted(Tensor gram_x, Tensor gram_y, Tensor permutations) {
                        (const int32_t*)p.data_ptr(),
                        (double*)out.data_ptr(),
                        is_f64(x)};
-  run_if_any(cpu_table()->gram_permuted, a, p.size(0), grain_of(a.n * a.n));
+  run_if_any(cpu::gram_permuted, a, p.size(0), grain_of(a.n * a.n));
   return out;
 }
 

@@ -13,7 +13,7 @@ void run_trials(const SectorTrials& shared) {
     std::vector<int64_t> own(shared.count);
     SectorTrials a = shared;
     a.counts = own.data();
-    cpu_table()->sector_trials(a, begin, end);
+    cpu::sector_trials(a, begin, end);
     // integer sums: the order of the threads does not matter
     for (int64_t k = 0; k < a.count; ++k) __atomic_fetch_add(shared.counts + k, own[k], __ATOMIC_RELAXED);
   });

@@ -192,16 +192,15 @@ Tensors spectral_normalize(Tensors weights, Tensors u, Tensors v, int64_t n_iter
   if constexpr (kCuda) {
     layers.run_all(cuda::spectral_normalize);
   } else {
-    const CpuTable& cpu = *cpu_table();
     layers.stream(out);
     layers.for_each_group([&](SpectralArgs a, int64_t first, int64_t last) {
-      run(cpu.spectral_start, a, 0, a.count);
+      run(cpu::spectral_start, a, 0, a.count);
       for (int64_t round = 0; !a.last; ++round) {
         a.last = round + 1 >= a.n_iter;
-        run(cpu.spectral_product, a, first, last);
-        run(cpu.spectral_iterate, a, 0, a.count);
+        run(cpu::spectral_product, a, first, last);
+        run(cpu::spectral_iterate, a, 0, a.count);
       }
-      run(cpu.spectral_scale, a, first, last);
+      run(cpu::spectral_scale, a, first, last);
     });
   }
   return out;
@@ -226,11 +225,10 @@ Tensors spectral_normalize_backward(Tensors grads, Tensors grad_sigmas, Tensors 
   if constexpr (kCuda) {
     layers.run_all(cuda::spectral_normalize_backward);
   } else {
-    const CpuTable& cpu = *cpu_table();
     layers.stream(out);
     layers.for_each_group([&](const SpectralArgs& a, int64_t first, int64_t last) {
-      run(cpu.spectral_dot, a, first, last);
-      run(cpu.spectral_gradient, a, first, last);
+      run(cpu::spectral_dot, a, first, last);
+      run(cpu::spectral_gradient, a, first, last);
     });
   }
   return out;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -293,3 +295,16 @@ _packed = register(
     "affine_coupling_packed", "coupling", reference=ref.affine_coupling_packed, fake=_fake, vmap=leading,
     backward=_packed_backward,
 )  # fmt: skip
+
+
+def warmup(x: Tensor, *, scale_maps: Sequence[str], **other: Any) -> list[Tensor]:
+    """Outputs of every operation for inputs like x, as in every file of a family; see `pyflow.warmup`."""
+    params = x.new_zeros(len(x), 2 * x.shape[1]).requires_grad_()
+    outputs = [additive_coupling(x, x)]
+    for inverse in (False, True):
+        for scale_map in scale_maps:
+            outputs += affine_coupling(x, x, x, scale_map=scale_map, inverse=inverse)
+            for packing in PACKINGS:
+                options: dict[str, Any] = dict(packing=packing, scale_map=scale_map, inverse=inverse)
+                outputs += affine_coupling_packed(x, params, **options)
+    return outputs

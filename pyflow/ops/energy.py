@@ -16,6 +16,7 @@ from .._vmap import flattened
 from ..reference import compute_dtype
 from ..reference import energy as ref
 from ..reference import sde as sde_ref
+from .noise import sample_seeds
 from .sde import Scalar, Stream, advance, coefficient, stream_of
 
 KINDS = ("linear", "hinge", "ebgan")
@@ -367,3 +368,11 @@ _penalty = register(
     "grad_norm_penalty", "energy", reference=ref.grad_norm_penalty, vmap=flattened, backward=_penalty_backward,
     fake=lambda grad: grad.new_empty(grad.shape[:1], dtype=compute_dtype(grad.dtype)),
 )  # fmt: skip
+
+
+def warmup(x: Tensor, **other: Any) -> list[Tensor]:
+    scale = torch.ones(len(x), device=x.device, requires_grad=True)
+    for seed in (0, sample_seeds(torch.tensor(0, device=x.device), len(x))):
+        for alpha in (1.0, scale):
+            mala_accept(x, x, scale, scale, x, x, alpha, seed=seed)
+    return [grad_norm_penalty(x)]

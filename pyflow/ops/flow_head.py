@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,3 +67,7 @@ _log_prob = register(
     "flow_log_prob", "flow_head", reference=ref.flow_log_prob, backward=_backward,
     fake=lambda h, log_scale, prior: h.new_empty(h.shape[:1], dtype=compute_dtype(h.dtype)),
 )  # fmt: skip
+
+
+def warmup(x: Tensor, **other: Any) -> list[Tensor]:
+    return [flow_log_prob(x, x[0], prior=prior) for prior in PRIORS]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -317,3 +317,17 @@ _residual = register(
     "residual_fsq", "fsq", reference=ref.residual_fsq, fake=_residual_fake, vmap=after_channels,
     backward=_residual_backward,
 )  # fmt: skip
+
+
+def warmup(x: Tensor, *, levels: Sequence[tuple[int, ...]], **other: Any) -> list[Tensor]:
+    outputs = []
+    for each in levels:
+        z = x.new_zeros(len(x), len(each)).requires_grad_()
+        for variant in FSQ_VARIANTS:
+            if min(each) == 2 and variant in ("vqp", "hard"):
+                continue
+            codes, indices = fsq(z, each, variant=variant)
+            outputs.append(codes)
+            fsq_decode(indices, each, variant=variant, dtype=x.dtype)
+        outputs += [residual_fsq(z, each, 2, variant=variant)[0] for variant in ("symmetric", "symmetric_hard")]
+    return outputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -265,3 +266,10 @@ _draw = register(
     "noise", "noise", reference=ref.noise,
     fake=lambda size, seed, step, kind, purpose, dtype: seed.new_empty(size, dtype=dtype),
 )  # fmt: skip
+
+
+def warmup(x: Tensor, **other: Any) -> list[Tensor]:
+    for seed in (0, sample_seeds(torch.tensor(0, device=x.device), len(x))):
+        for draw in (normal, uniform):
+            draw(x.shape, seed=seed, dtype=x.dtype, device=x.device)
+    return []

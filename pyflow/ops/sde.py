@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .._operators import register
 from .._schemas import PURPOSES
 from ..reference import compute_dtype
 from ..reference import sde as ref
-from .noise import CPU, seed_tensor, step_tensor
+from .noise import CPU, sample_seeds, seed_tensor, step_tensor
 
 PARAMETERIZATIONS = ("score", "epsilon")
 REDUCTIONS = ("sum", "mean")
@@ -492,3 +492,14 @@ def _squares_gradients(grad, score, noise):
 _langevin_squares = register(
     "langevin_squares", "sde", reference=_squares_reference, fake=_squares_fake, backward=_squares_gradients
 )  # fmt: skip
+
+
+def warmup(x: Tensor, **other: Any) -> list[Tensor]:
+    outputs: list[Any] = []
+    scale = torch.ones(len(x), device=x.device, requires_grad=True)
+    for seed in (0, sample_seeds(torch.tensor(0, device=x.device), len(x))):
+        outputs += [sde_step(x, x, *values, seed=seed) for values in ((1.0, 1.0, 1.0), (scale,) * 3)]
+        outputs += [perturb(x, 1.0, 1.0, seed=seed), langevin_step(x, x, snr=0.1, norm="sample", seed=seed)]
+        outputs.append(denoising_loss(x, 1.0, seed=seed))
+        outputs.append(denoising_loss(x, seed=seed, parameterization="epsilon"))
+    return outputs

@@ -89,3 +89,8 @@ _counts = register(
     "sector_counts", "sector", reference=_reference,
     fake=lambda thresholds, *rest: thresholds.new_empty(thresholds.shape, dtype=torch.int64),
 )  # fmt: skip
+
+
+def warmup(x: Tensor, **other: Any) -> list[Tensor]:
+    sector_counts(torch.zeros(1, dtype=torch.float64, device=x.device), 4, 1, seed=0)
+    return []

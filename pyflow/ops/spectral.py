@@ -159,3 +159,9 @@ _normalize = register(
     keep=lambda inputs, lists: (inputs[0], lists[len(inputs[0]) :]),
     constant=lambda lists: lists[len(lists) // 4 : 3 * len(lists) // 4],
 )  # fmt: skip
+
+
+def warmup(x: Tensor, **other: Any) -> list[Tensor]:
+    u, v = x.detach()[:, 0], x.detach()[0]
+    layers = [x, x[0]], [u, None], [v, None]
+    return [w for n_iter in (0, 2) for w in spectral_normalize(*layers, n_iter=n_iter)[0]]

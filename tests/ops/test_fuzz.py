@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("hypothesis")
@@ -12,9 +15,14 @@ from hypothesis import strategies as st
 import pyflow
 from pyflow import _backend
 
-from . import fuzz
+from .answers import check
+from .calls import DRAWERS, by_signature, calls
 
 pytestmark = pytest.mark.skipif(bool(_backend.cpu_missing), reason=str(_backend.cpu_missing))
+
+for path in sorted(Path(__file__).with_name("fuzz").glob("*.py")):
+    importlib.import_module(f".fuzz.{path.stem}", __package__)
+DRAWERS |= {op: drawn for op in {*pyflow.ops.__all__} - set(DRAWERS) if (drawn := by_signature(op))}
 
 PLAIN = settings(
     deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False,
@@ -22,7 +30,7 @@ PLAIN = settings(
 
 
 def test_every_operation_is_drawn():
-    assert sorted(fuzz.DRAWERS) == sorted(pyflow.ops.__all__)
+    assert sorted(DRAWERS) == sorted(pyflow.ops.__all__)
 
 
 def run(op: str, examples: int, seeded: bool) -> None:
@@ -31,7 +39,7 @@ def run(op: str, examples: int, seeded: bool) -> None:
     @settings(PLAIN, max_examples=examples, derandomize=seeded)
     @given(st.data())
     def drawn(data: st.DataObject) -> None:
-        answered.append(fuzz.check(data.draw(fuzz.calls(op))))
+        answered.append(check(data.draw(calls(op))))
 
     drawn()
     # right ones among them, or nothing was compared
@@ -41,6 +49,16 @@ def run(op: str, examples: int, seeded: bool) -> None:
 @pytest.mark.parametrize("op", pyflow.ops.__all__)
 def test_drawn_calls(op):
     run(op, 30, seeded=True)
+
+
+@pytest.mark.parametrize("op", ["grad_norm_penalty", "additive_coupling"])
+def test_calls_drawn_from_a_signature(op, monkeypatch):
+    monkeypatch.setitem(DRAWERS, op, by_signature(op))
+    run(op, 30, seeded=True)
+
+
+def test_arguments_of_other_kinds_need_a_drawer():
+    assert by_signature("fsq") is None and by_signature("hsic") is None
 
 
 @pytest.mark.slow

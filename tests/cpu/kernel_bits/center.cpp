@@ -1,3 +1,5 @@
+#include "../../../csrc/args/center.h"
+
 #include "common.h"
 
 namespace pyflow {
@@ -17,15 +19,15 @@ void center(int64_t n) {
   a.row_means = row_means.data();
   a.columns = columns.data();
   a.means = means.data();
-  table->center_sums(a, 0, matrices * a.blocks);
-  table->center_means(a, 0, matrices);
-  table->center_apply(a, 0, matrices * a.blocks);
+  cpu::center_sums(a, 0, matrices * a.blocks);
+  cpu::center_means(a, 0, matrices);
+  cpu::center_apply(a, 0, matrices * a.blocks);
   print("center", out);
 }
 
 }  // namespace
 
-void center_bits() {
+PYFLOW_BITS(center) {
   for (int64_t n : {1, 63, 200}) center(n);
 }
 

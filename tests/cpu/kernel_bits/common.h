@@ -4,13 +4,26 @@
 #include <cmath>
 #include <cstdio>
 #include <limits>
+#include <map>
+#include <string>
 #include <vector>
 
-#include "../../../csrc/cpu/dispatch.h"
+#include "../../../csrc/args/noise.h"
 
 namespace pyflow {
 
-inline const CpuTable* table;
+// family -> the function that prints the results of its kernels; main calls all, in alphabetical order
+inline std::map<std::string, void (*)()>& families() {
+  static std::map<std::string, void (*)()> all;
+  return all;
+}
+
+// PYFLOW_BITS(family) { ... } prints the results of a family's kernels
+#define PYFLOW_BITS(family)                                                              \
+  static void family##_bits();                                                           \
+  static const bool family##_listed = families().emplace(#family, family##_bits).second; \
+  static void family##_bits()
+
 inline uint32_t state = 1;
 
 inline float uniform() {  // [-1, 1)

@@ -1,3 +1,5 @@
+#include "../../../csrc/args/coupling.h"
+
 #include "../../../csrc/math/half.h"
 #include "common.h"
 
@@ -25,7 +27,7 @@ void coupling(int64_t rows, int64_t cols, ScaleMap map, bool inverse, bool shift
   f.y = view(y, DType::f32, cols);
   std::vector<double> partial;
   f.logdet = row_sums(logdet, partial, rows, f.plan);
-  table->coupling_forward(f, 0, f.plan.units);
+  cpu::coupling_forward(f, 0, f.plan.units);
   if (f.logdet.partial) {
     for (int64_t r = 0; r < rows; ++r) {
       double total = 0;
@@ -38,7 +40,7 @@ void coupling(int64_t rows, int64_t cols, ScaleMap map, bool inverse, bool shift
   b.gx = view(gx, DType::f32, cols);
   b.gshift = view(gshift, DType::f32, cols);
   b.gscale = view(gscale, DType::f32, cols);
-  table->coupling_backward(b, 0, b.plan.units);
+  cpu::coupling_backward(b, 0, b.plan.units);
   char name[96];
   const auto show = [&](const char* what, const std::vector<float>& v) {
     std::snprintf(name, sizeof name, "%s[map=%d,inverse=%d,shift_first=%d,%dx%d]", what, int(map), inverse, shift_first,
@@ -65,7 +67,7 @@ void additive(DType dtype, const char* name) {
   f.x = view(hx, dtype, cols);
   f.shift = view(hshift, dtype, cols);
   f.y = view(y, dtype, cols);
-  table->coupling_forward(f, 0, f.plan.units);
+  cpu::coupling_forward(f, 0, f.plan.units);
   std::vector<float> widened;
   for (uint16_t v : y) widened.push_back(dtype == DType::bf16 ? bf16_to_float(v) : half_to_float(v));
   print(name, widened);
@@ -73,7 +75,7 @@ void additive(DType dtype, const char* name) {
 
 }  // namespace
 
-void coupling_bits() {
+PYFLOW_BITS(coupling) {
   for (const auto& s : kShapes) {
     for (int map = 0; map <= int(ScaleMap::softplus_eps); ++map) {
       for (int flags = 0; flags < 4; ++flags) coupling(s[0], s[1], ScaleMap(map), flags & 1, flags & 2);

@@ -1,3 +1,5 @@
+#include "../../../csrc/args/energy.h"
+
 #include "common.h"
 
 namespace pyflow {
@@ -31,14 +33,14 @@ void mala(int64_t rows, int64_t cols) {
   std::vector<double> partial;
   if (m.plan.segments > 1) {
     m.log_ratio = row_sums(totals, partial, rows, m.plan);
-    table->mala_sums(m, 0, m.plan.units);
+    cpu::mala_sums(m, 0, m.plan.units);
     for (int64_t r = 0; r < rows; ++r) {
       double total = 0;
       for (int64_t i = 0; i < m.plan.segments; ++i) total += partial[r * m.plan.segments + i];
       totals[r] = float(total);
     }
   }
-  table->mala_accept(m, 0, m.plan.units);
+  cpu::mala_accept(m, 0, m.plan.units);
   print("mala_z", z_out);
   print("mala_grad", grad_out);
   print("mala_u", u_out);
@@ -48,13 +50,13 @@ void mala(int64_t rows, int64_t cols) {
   q.plan = m.plan;
   q.x = m.z;
   q.squares = row_sums(totals, partial, rows, q.plan);
-  table->row_squares(q, 0, q.plan.units);
+  cpu::row_squares(q, 0, q.plan.units);
   print_sums("row_squares", totals, partial);
 }
 
 }  // namespace
 
-void energy_bits() {
+PYFLOW_BITS(energy) {
   for (const auto& s : kShapes) mala(s[0], s[1]);
 }
 

@@ -1,3 +1,5 @@
+#include "../../../csrc/args/flow_head.h"
+
 #include "common.h"
 
 namespace pyflow {
@@ -18,7 +20,7 @@ void flow_head(int64_t rows, int64_t cols, Prior prior) {
   FlowHeadBackward b{};
   static_cast<FlowHeadArgs&>(b) = f;
   f.log_prob = row_sums(log_prob, partial, rows, f.plan);
-  table->flow_head_forward(f, 0, f.plan.units);
+  cpu::flow_head_forward(f, 0, f.plan.units);
   print_sums("flow_log_prob", log_prob, partial);
   b.grad = view(grad, DType::f32, 1);
   b.gh = view(gh, DType::f32, cols);
@@ -26,15 +28,15 @@ void flow_head(int64_t rows, int64_t cols, Prior prior) {
   b.block_rows = kHeadRows;
   std::vector<float> blocks(ceil_div(rows, kHeadRows) * cols);
   b.partial = blocks.data();
-  table->flow_head_backward(b, 0, b.plan.units);
-  table->flow_head_reduce(b, 0, cols);
+  cpu::flow_head_backward(b, 0, b.plan.units);
+  cpu::flow_head_reduce(b, 0, cols);
   print("flow_log_prob_grad_h", gh);
   print("flow_log_prob_grad_log_scale", glog_scale);
 }
 
 }  // namespace
 
-void flow_head_bits() {
+PYFLOW_BITS(flow_head) {
   for (const auto& s : kShapes) {
     for (int prior = 0; prior < 2; ++prior) flow_head(s[0], s[1], Prior(prior));
   }

@@ -1,3 +1,5 @@
+#include "../../../csrc/args/fsq.h"
+
 #include "common.h"
 
 namespace pyflow {
@@ -54,19 +56,19 @@ void fsq(FsqVariant variant, bool flat) {
     print(name, numbers);
     print(name, gz);
   };
-  table->fsq_forward(f, 0, 1);
-  table->fsq_backward(b, 0, 1);
+  cpu::fsq_forward(f, 0, 1);
+  cpu::fsq_backward(b, 0, 1);
   show("fsq");
   if (!is_symmetric(variant)) return;
   f.indices.stride[1] = stages;
-  table->residual_fsq_forward(f, 0, 1);
-  table->residual_fsq_backward(b, 0, 1);
+  cpu::residual_fsq_forward(f, 0, 1);
+  cpu::residual_fsq_backward(b, 0, 1);
   show("residual_fsq");
 }
 
 }  // namespace
 
-void fsq_bits() {
+PYFLOW_BITS(fsq) {
   for (int variant = 0; variant <= int(FsqVariant::symmetric_hard); ++variant) {
     for (int flat = 0; flat < 2; ++flat) fsq(FsqVariant(variant), flat);
   }

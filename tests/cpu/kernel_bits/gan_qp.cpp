@@ -1,3 +1,5 @@
+#include "../../../csrc/args/gan_qp.h"
+
 #include "common.h"
 
 namespace pyflow {
@@ -19,7 +21,7 @@ void gan_qp(int64_t rows, int64_t cols, Distance distance) {
     s.fake = view(fake, DType::f32, width);
     std::vector<double> partial;
     s.sums = row_sums(totals, partial, rows, s.plan);
-    table->gan_qp_sums(s, 0, s.plan.units);
+    cpu::gan_qp_sums(s, 0, s.plan.units);
     for (int64_t i = 0; i < int64_t(partial.size()); ++i) totals[i / s.plan.segments] += partial[i];
     return GanQpDistance{totals.data(), width};
   };
@@ -36,12 +38,12 @@ void gan_qp(int64_t rows, int64_t cols, Distance distance) {
   static_cast<GanQpArgs&>(b) = f;
   f.loss = loss.data();
   f.d = d.data();
-  table->gan_qp_loss(f, 0, rows);
+  cpu::gan_qp_loss(f, 0, rows);
   b.grad = row_view(grad);
   b.d = row_view(d);
   b.g_real = row_view(g_real);
   b.g_fake = row_view(g_fake);
-  table->gan_qp_loss_backward(b, 0, rows);
+  cpu::gan_qp_loss_backward(b, 0, rows);
   char name[64];
   std::snprintf(name, sizeof name, "gan_qp[distance=%d,%dx%d]", int(distance), int(rows), int(cols));
   for (const auto* v : {&loss, &d, &g_real, &g_fake}) print(name, *v);
@@ -49,7 +51,7 @@ void gan_qp(int64_t rows, int64_t cols, Distance distance) {
 
 }  // namespace
 
-void gan_qp_bits() {
+PYFLOW_BITS(gan_qp) {
   for (const auto& s : kShapes) {
     for (int distance = 0; distance < 2; ++distance) gan_qp(s[0], s[1], Distance(distance));
   }

@@ -1,3 +1,5 @@
+#include "../../../csrc/args/hsic.h"
+
 #include "common.h"
 
 namespace pyflow {
@@ -50,15 +52,15 @@ void grams(int64_t n, GramKernel kernel, int64_t dim, float scale) {
   std::vector<double> rows(2 * n), cross(tiles);
   s.rows = rows.data();
   s.cross = cross.data();
-  table->gram_stats(s, 0, 2);
-  table->gram_pack(s, 0, 2 * (s.padded / kPad));
-  table->gram_clear(b, 0, 2 * (s.padded / kPad));
+  cpu::gram_stats(s, 0, 2);
+  cpu::gram_pack(s, 0, 2 * (s.padded / kPad));
+  cpu::gram_clear(b, 0, 2 * (s.padded / kPad));
   for (int64_t round = 0; round < s.tournament.seats; ++round) {
     s.round = b.round = round;
-    table->gram_sums(s, 0, tiles_of(s.tournament, round));
-    table->gram_backward(b, 0, tiles_of(s.tournament, round));
+    cpu::gram_sums(s, 0, tiles_of(s.tournament, round));
+    cpu::gram_backward(b, 0, tiles_of(s.tournament, round));
   }
-  table->gram_finish(b, 0, n);
+  cpu::gram_finish(b, 0, n);
   char name[64];
   std::snprintf(name, sizeof name, "grams[kernel=%d,dim=%d,n=%d]", int(kernel), int(dim), int(n));
   std::vector<float> narrow(rows.begin(), rows.end());
@@ -70,7 +72,7 @@ void grams(int64_t n, GramKernel kernel, int64_t dim, float scale) {
 
 }  // namespace
 
-void hsic_bits() {
+PYFLOW_BITS(hsic) {
   for (int kernel = 0; kernel <= int(GramKernel::delta); ++kernel) {
     for (const int64_t dim : {3, 21}) {
       for (const int64_t n : {37, 200}) grams(n, GramKernel(kernel), dim, kernel % 2 ? 1.f : 0.05f);

@@ -1,3 +1,5 @@
+#include "../../../csrc/args/noise.h"
+
 #include "common.h"
 
 namespace pyflow {
@@ -12,7 +14,7 @@ void noise(int64_t rows, int64_t cols, NoiseKind kind, bool per_row) {
   a.kind = kind;
   a.stream = stream(seeds, per_row);
   a.out = view(out, DType::f32, cols);
-  table->noise(a, 0, a.plan.units);
+  cpu::noise(a, 0, a.plan.units);
   char name[64];
   std::snprintf(name, sizeof name, "noise[kind=%d,per_row=%d,%dx%d]", int(kind), per_row, int(rows), int(cols));
   print(name, out);
@@ -20,7 +22,7 @@ void noise(int64_t rows, int64_t cols, NoiseKind kind, bool per_row) {
 
 }  // namespace
 
-void noise_bits() {
+PYFLOW_BITS(noise) {
   for (const auto& s : kShapes) {
     for (int flags = 0; flags < 4; ++flags) noise(s[0], s[1], NoiseKind(flags & 1), flags & 2);
   }

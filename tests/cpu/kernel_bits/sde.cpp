@@ -1,3 +1,5 @@
+#include "../../../csrc/args/sde.h"
+
 #include "common.h"
 
 namespace pyflow {
@@ -19,20 +21,20 @@ void sde(int64_t rows, int64_t cols) {
   s.c = row_view(c);
   s.y = view(y, DType::f32, cols);
   s.mean = view(mean, DType::f32, cols);
-  table->sde_step(s, 0, s.plan.units);
+  cpu::sde_step(s, 0, s.plan.units);
   print("sde_step", y);
   print("sde_step_mean", mean);
   std::vector<float> losses;
   std::vector<double> partial;
   s.score_given = true;
   s.sums = row_sums(losses, partial, rows, s.plan);
-  table->denoising_loss(s, 0, s.plan.units);
+  cpu::denoising_loss(s, 0, s.plan.units);
   print_sums("denoising_loss", losses, partial);
 }
 
 }  // namespace
 
-void sde_bits() {
+PYFLOW_BITS(sde) {
   for (const auto& s : kShapes) sde(s[0], s[1]);
 }
 

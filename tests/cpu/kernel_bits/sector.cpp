@@ -1,3 +1,5 @@
+#include "../../../csrc/args/sector.h"
+
 #include <cstring>
 
 #include "common.h"
@@ -11,8 +13,8 @@ void sector(int64_t points, int64_t trials) {
   for (int k = 0; k < 16; ++k) thresholds.push_back(double(k * k) / 256);
   std::vector<int64_t> counts(thresholds.size()), seeds(1);
   const int64_t begin = int64_t(1) << 33;  // blocks beyond 32 bits
-  table->sector_trials({thresholds.data(), 16, points, trials, stream(seeds, false), counts.data()}, begin,
-                       begin + trials);
+  cpu::sector_trials({thresholds.data(), 16, points, trials, stream(seeds, false), counts.data()}, begin,
+                     begin + trials);
   print("sector_trials", std::vector<float>(counts.begin(), counts.end()));
 }
 
@@ -28,7 +30,7 @@ void sector_formula() {
   }
   std::vector<double> work(path_room(3000)), out(n.size());
   for (int flags = 0; flags < 2; ++flags) {
-    table->sector_formula({n.data(), theta.data(), flags == 1, false, work.data(), out.data()}, 0, int64_t(n.size()));
+    cpu::sector_formula({n.data(), theta.data(), flags == 1, false, work.data(), out.data()}, 0, int64_t(n.size()));
     std::printf("sector_formula");
     for (double v : out) {
       uint64_t bits;
@@ -41,7 +43,7 @@ void sector_formula() {
 
 }  // namespace
 
-void sector_bits() {
+PYFLOW_BITS(sector) {
   for (int64_t points : {1, 4, 7, 33}) sector(points, 1000);
   sector_formula();
 }

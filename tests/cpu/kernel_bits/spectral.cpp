@@ -1,3 +1,5 @@
+#include "../../../csrc/args/spectral.h"
+
 #include "common.h"
 
 namespace pyflow {
@@ -54,19 +56,19 @@ void spectral(int64_t rows, int64_t cols) {
     layers.push_back(l);
   }
   SpectralArgs a{layers.data(), 2, true, false};
-  table->spectral_start(a, 0, 2);
+  cpu::spectral_start(a, 0, 2);
   for (int round = 0; round < 2; ++round) {
     a.last = round == 1;
-    table->spectral_product(a, 0, units);
-    table->spectral_iterate(a, 0, 2);
+    cpu::spectral_product(a, 0, units);
+    cpu::spectral_iterate(a, 0, 2);
   }
-  table->spectral_scale(a, 0, units);
+  cpu::spectral_scale(a, 0, units);
   for (size_t i = 0; i < 2; ++i) {
     layers[i].out = view(memory[i].gw, DType::f32, cols);
     if (layers[i].v.data) layers[i].u = layers[i].u_out, layers[i].v = layers[i].v_out;
   }
-  table->spectral_dot(a, 0, units);
-  table->spectral_gradient(a, 0, units);
+  cpu::spectral_dot(a, 0, units);
+  cpu::spectral_gradient(a, 0, units);
   for (Layer& m : memory) {
     for (auto* x : {&m.out, &m.u_out, &m.v_out, &m.sigma, &m.gw}) print("spectral", *x);
   }
@@ -74,7 +76,7 @@ void spectral(int64_t rows, int64_t cols) {
 
 }  // namespace
 
-void spectral_bits() {
+PYFLOW_BITS(spectral) {
   for (int64_t cols : {31, 1037}) spectral(70, cols);
 }
 

@@ -1,6 +1,7 @@
 """Kernels on a GPU, one file per family of ops, and the modules built on them; skipped without a GPU.
 
-PYFLOW_TEST_GPU=interpreter pytest -n 1 tests/triton/gpu runs them on a CPU: small sizes, Triton's interpreter.
+PYFLOW_TEST_GPU=interpreter pytest -n 1 tests/triton/gpu runs them on a CPU: small sizes, Triton's interpreter. A family
+without a file in interpreted/ is tested so.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 
 import pyflow
 from pyflow import _backend
+
+from .. import emulated
 
 # has no tests, and importing it without a GPU skips the importing module
 collect_ignore = ["common.py"]
@@ -43,7 +46,9 @@ def shared_machine():
 @pytest.fixture(autouse=True)
 def exact_arithmetic(monkeypatch):
     """No TF32 and deterministic convolutions on a GPU; exact fma and bfloat16 in the interpreter."""
-    if INTERPRETED:
+    if INTERPRETED and emulated.LIBRARY:
+        emulated.use(monkeypatch)
+    elif INTERPRETED:
         from ..interpreter import round_as_a_gpu
 
         round_as_a_gpu(monkeypatch)
