@@ -42,8 +42,15 @@ class Checked:
 def normal(launch):
     """What decides a launch: the compiled kernel, grid, stream, function, metadata and arguments."""
     source, x, y, z, stream, function, metadata, _, _, _, *args = launch
-    pointers = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
-    return id(source), (x, y, z), stream, function, metadata, pointers, [type(a) for a in pointers]
+    return id(source), (x, y, z), stream, function, metadata, *map(pointers, args)
+
+
+def pointers(value):
+    """The value with addresses in place of tensors, and its type."""
+    if isinstance(value, tuple):
+        return tuple, *map(pointers, value)
+    value = value.data_ptr() if isinstance(value, torch.Tensor) else value
+    return type(value), value
 
 
 @pytest.fixture
@@ -179,8 +186,8 @@ def test_another_driver_gets_its_own_plans(driver):
 
 def test_tensors_of_another_device_are_left_to_triton():
     x = torch.randn(4, 8)
-    assert _plans._describe((x, 1), [False, False], x.get_device(), [], [])
-    assert not _plans._describe((x, 1), [False, False], 0, [], [])
+    assert _plans._describe((x, 1), [0, 0], x.get_device(), [], [])
+    assert not _plans._describe((x, 1), [0, 0], 0, [], [])
 
 
 def test_plans_are_bounded(driver, monkeypatch):
