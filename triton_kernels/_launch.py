@@ -212,12 +212,12 @@ def by_value(tensor: Tensor) -> bool:
     return tensor.is_cpu and tensor.dim() == 0
 
 
-def row_view(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, int | None] | _plans.Words:
+def row_view(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor] | tuple[Tensor, int] | _plans.Words:
     """Return one value per row, or one number for all rows, as kernels that compute in `dtype` read it."""
     if by_value(tensor):
         value: Any = tensor.item()
         return _plans.words(value) if dtype == torch.int64 else number(value, dtype)
-    return tensor, tensor.stride(0) if tensor.dim() else None
+    return (tensor, tensor.stride(0)) if tensor.dim() else (tensor,)
 
 
 def over_space(

@@ -119,9 +119,9 @@ def words_at(block, stream, r, rows):
 
 
 @triton.constexpr_function
-def per_row(seed, stride):
-    """Whether each row has a stream of its own; the arguments are a row view (no tuple, for Triton 3.6)."""
-    return seed.dtype.is_ptr() and stride is not None
+def per_row(seed):
+    """Whether each row has a stream of its own: whether a row view has a stride."""
+    return seed[0].dtype.is_ptr() and len(seed) == 2
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def draw(stream, r, c0, rows, cols, KIND: tl.constexpr, ALIGNED: tl.constexpr, B
 
     ALIGNED: in every row the tile starts at a Philox block, so that each block is drawn once for its four elements.
     """
-    PER_ROW: tl.constexpr = per_row(stream.seed[0], stream.seed[1])
+    PER_ROW: tl.constexpr = per_row(stream.seed)
     if ALIGNED:
         block = ((c0 >> 2) + tl.arange(0, BLOCK_C // 4)).to(tl.int64)[None, :]
         block = r.to(tl.int64) * 0 + block if PER_ROW else r.to(tl.int64) * (cols >> 2) + block

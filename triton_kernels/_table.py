@@ -18,12 +18,11 @@ from torch import Tensor
 from . import _launch
 from ._plans import Kept, Words
 
-MARK = (1 << 62) + 1  # makes an address one of `_plans.Words`
+MARK = tl.constexpr((1 << 61) + 1)  # makes the address of a float one of `_plans.Words`
 # entries of a launch: 56 of six addresses and six numbers are 4 032 bytes of arguments, whose limit is 4 KB
 MOST = 56
 PADDED = 8  # numbers of entries are multiples of it, so that few lengths are compiled
 SHARE = 2  # entries that a program writes
-ADDRESS = tl.constexpr((1 << 61) - 1)
 SEARCH = tl.constexpr(64)  # entries that a program compares at once to find its own
 
 
@@ -36,7 +35,7 @@ def fill_kernel(table, pitch, first, addresses, numbers, COUNT: tl.constexpr, SH
                 to = table + first + group * SHARE + i
                 for field in tl.static_range(len(addresses) // COUNT):
                     value = addresses[field * COUNT + group * SHARE + i]
-                    tl.store(to + field * pitch, (value >> 1) & ADDRESS)
+                    tl.store(to + field * pitch, value - MARK)
                 for field in tl.static_range(len(numbers) // COUNT):
                     value = numbers[field * COUNT + group * SHARE + i] + tl.zeros([], tl.int64)
                     tl.store(to + (len(addresses) // COUNT + field) * pitch, (value - 3) >> 1)
@@ -80,7 +79,7 @@ class Layout:
         for first, real, pad, numbers in self.parts:
             addresses: list[int] = []
             for field in tensors:
-                addresses += [tensor.data_ptr() << 1 | MARK for tensor in field[first : first + real]]
+                addresses += [tensor.data_ptr() + MARK.value for tensor in field[first : first + real]]
                 addresses += addresses[-1:] * pad
             _launch.launch(
                 fill_kernel, (real + pad) // SHARE, device, table, self.pitch, first, Words(addresses), numbers,

@@ -5,7 +5,8 @@ What a kernel is given, in the words of csrc/tiles/view.h:
 view: (tensor, (row strides, column strides)) over the merged dims of `_launch.collapse`; None if the tensor is absent.
     Row strides, outer column strides and the innermost column size are in units of TILE.vec elements, which tells the
     compiler that these neighbours are contiguous and aligned.
-row view: (tensor, stride), one value per row; stride None: one value for all rows; or a number passed by value.
+row view: (tensor, stride), one value per row; or (tensor,), one value for all rows; or a number passed by value.
+    There is no None in a tuple, which Triton 3.6 does not compare with None.
 number: the two words of its bits, see `_plans.Words`.
 sizes: (row sizes, column sizes) of the merged dims. Those of leading dims are not needed and not passed.
 TILE: how a program goes over the rows and columns, see `TileShape`.
@@ -177,7 +178,8 @@ def store_as(pointer, value, mask):
 @triton.jit
 def word(value):
     """One of `_plans.Words`, uint32."""
-    return (value >> 32).to(tl.uint32)
+    # the interpreter holds numbers below 2**32 in 32 bits, which the sum widens
+    return ((value + tl.zeros([], tl.int64)) >> 32).to(tl.uint32)
 
 
 @triton.jit
@@ -202,7 +204,7 @@ def row_value(view, r, rows, dtype: tl.constexpr):
 @triton.jit
 def load_rows(view, r, rows):
     """Values in memory for rows r."""
-    if view[1] is None:
+    if len(view) == 1:
         return tl.load(view[0])
     else:
         return tl.load(view[0] + r.to(tl.int64) * view[1], mask=r < rows, other=0)

@@ -69,7 +69,7 @@ def accept_kernel(
     else:
         ratio = tl.load(total + at, mask=row < rows, other=0.0)
     # element `row` of the shared stream, or element 0 of the row's own stream
-    k = at * 0 if per_row(stream.seed[0], stream.seed[1]) else at
+    k = at * 0 if per_row(stream.seed) else at
     w0, w1, w2, w3 = words_at(k >> 2, stream, row, rows)
     low, high = tl.where((k & 1) == 0, w0, w1), tl.where((k & 1) == 0, w2, w3)
     draw = uniform(tl.where((k & 2) == 0, low, high))

@@ -13,6 +13,8 @@ if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
     pytest.skip("the interpreter has no launches", allow_module_level=True)
 
 from triton import knobs
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import BaseBackend
 
 from pyflow.triton_kernels import _launch, _plans, coupling, energy, flow_head, fsq, gan_qp, hsic, noise, sde, spectral
 
@@ -150,6 +152,35 @@ def test_specialised_integers(checked):
         w = torch.randn(rows, cols)
         spectral.spectral_normalize([w, w[0].clone()], [w[:, 0].clone(), w[0, :0]], [w[0].clone(), w[0, :0]], 2)
     assert checked.hits >= checked.launches / 2
+
+
+def test_addresses_in_a_table_are_filled_in(checked):
+    """The table of addresses is written anew in each call, and its launch is planned too."""
+    kept = []  # so that each call has tensors at other addresses
+    for _ in range(3):
+        w, u, v = [torch.randn(17, 48)], [torch.randn(17)], [torch.randn(48)]
+        results = spectral.spectral_normalize(w, u, v, 2)
+        spectral.spectral_normalize_backward(w, results[-1:], w, u, v, results[-1:])
+        kept += [w, u, v, results]
+    assert checked.hits >= checked.launches * 2 // 3
+
+
+@pytest.mark.parametrize("high", [0, 1, 2**31 - 1, 2**31, 2**32 - 1])
+def test_words_have_one_specialisation(high):
+    lows = (0, 1, 15, 16, 2**31 - 1, 2**31, 2**32 - 16, 2**32 - 1)
+    kinds = {native_specialize_impl(BaseBackend, _plans.words(high << 32 | low), False, True, True) for low in lows}
+    assert kinds == {(("i64", "i64"), ("", ""))}
+    assert _plans.words(high << 32 | 7)[1] >> 32 & 0xFFFFFFFF == high
+
+
+def test_strides_and_presence_of_views_are_part_of_a_plan(checked):
+    """Neither the numbers in a tuple nor its form may be mistaken for those of another."""
+    x = torch.randn(64, 32)
+    for value in (x, x.t().contiguous().t(), torch.randn(64, 33)[:, :32], torch.randn(64, 64)[:, ::2], x.to(F64)):
+        for seeds in (torch.tensor(5), torch.arange(64), torch.arange(128)[::2], torch.arange(64)[:1].expand(64)):
+            for coefficient in (scalar(0.5), torch.rand(64), torch.rand(65)[1:], torch.rand(1).expand(64)):
+                sde.sde_step(value, None, coefficient, None, scalar(0.1), seeds, torch.tensor(3), None, 0, False)
+    assert checked.launches == len(_plans._plans) + checked.hits
 
 
 def test_the_stream_is_read_at_each_launch(driver):
