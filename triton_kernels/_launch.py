@@ -263,7 +263,8 @@ View = tuple[Tensor, object]  # the tensor and its strides, see _tiles
 
 def views(tensors: Sequence[Tensor | None], at: Sequence[object]) -> list[View | None]:
     """Return the views of tensors over a space: `at` are its strides; None: absent."""
-    return [None if tensor is None else (tensor, strides) for tensor, strides in zip(tensors, at, strict=False)]
+    pairs: Any = list(zip(tensors, at, strict=False))
+    return [None if pair[0] is None else pair for pair in pairs] if None in at else pairs
 
 
 def sum_segments(partial: Tensor, out: Tensor) -> None:

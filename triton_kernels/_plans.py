@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction, KernelParam
 
 MOST = 4096  # plans; all are dropped before there are more
 LONGEST = 16  # tuple that is compared by value
+TENSORS = (Tensor, Parameter)
 PLAIN, LOOSE, CONSTANT = range(3)  # how Triton specialises a parameter: on its kind, on its type alone, on its value
 
 _plans: dict[tuple, Plan] = {}
@@ -43,12 +44,12 @@ class Kept(tuple):
 
 def words(value: int) -> Words:
     """Return the low and the high 32 bits of an integer, see `_tiles.word`."""
-    return Words((_word(value & 0xFFFFFFFF), _word(value >> 32 & 0xFFFFFFFF)))
-
-
-def _word(bits: int) -> int:
-    """Shift by 32 bits, so that a kernel takes one register of the two, and fill up so that no word fits 32 bits."""
-    return (bits << 32) + 0x80000003 if bits < 2**31 else ((bits - 2**32) << 32) + 3
+    # shifted by 32 bits, so that a kernel takes one register of the two, and filled up so that no word fits 32 bits
+    low, high = value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF
+    return Words((
+        (low << 32) + 0x80000003 if low < 0x80000000 else (low - 0x100000000 << 32) + 3,
+        (high << 32) + 0x80000003 if high < 0x80000000 else (high - 0x100000000 << 32) + 3,
+    ))  # fmt: skip
 
 
 class Plan(NamedTuple):
@@ -130,12 +131,12 @@ def _describe(values: tuple, kinds: list[int], index: int, key: list, filled: li
     for value, kind in zip(values, kinds, strict=True):
         form = type(value)
         if form is tuple and value and isinstance(value[0], Tensor):
-            if len(value) != 2 or isinstance(value[1], Tensor):
+            tensor, at = value[0], value[-1]
+            if len(value) != 2 or type(tensor) not in TENSORS or not (type(at) is tuple or type(at) is int):
                 if not _describe_fields(value, index, key, filled):
                     return False
                 continue
             # a view: the tensor and its strides
-            tensor, at = value
             if tensor.get_device() != index:
                 return False
             pointer = tensor.data_ptr()
