@@ -3,10 +3,10 @@
     python -m pyflow.benchmarks.instructions [part of a case's name ...]
 
 Needs a checkout (run it in its root) and no GPU: kernels are compiled ahead of time for sm_90, recorded and specialised
-as tests/triton/test_aot.py does. A thread's instructions are those outside loops once, and those of a loop body times
-its trips (SEGMENT / BLOCK_C, block_rows / BLOCK_R, or the tiles of an fsq program; one for any other loop). Slow paths
-after the last exit do not count. Issue time assumes one instruction per cycle and scheduler, so half-rate ones are
-underestimated.
+as tests/triton/aot does. A thread's instructions are those outside loops once, and those of a loop body times
+its trips (TILE.segment / TILE.cols, block_rows / TILE.rows, or the tiles of an fsq program; one for any other loop).
+Slow paths after the last exit do not count. Issue time assumes one instruction per cycle and scheduler, so half-rate
+ones are underestimated.
 """
 
 from __future__ import annotations
@@ -36,37 +36,39 @@ class Row(NamedTuple):
 def cases() -> dict[str, Callable[[], Any]]:
     """Map names to functions that return one recorded launch."""
     from pyflow._schemas import SCALE_MAPS
-    from tests.triton import test_aot as aot
+    from tests.triton import aot
+
+    families = aot.families()
 
     def coupling(scale_map: str, index: int, dtype: torch.dtype = F32) -> Callable[[], Any]:
         options = (SCALE_MAPS.index(scale_map), 2.0)
         x, shift, scale = (torch.empty(SHAPE, dtype=dtype, device="meta") for _ in range(3))
-        return lambda: aot.affine(x, shift, scale, scale_map=options)[index]
+        return lambda: families["coupling"].affine(x, shift, scale, scale_map=options)[index]
 
     def interleaved(index: int) -> Any:
-        return aot.packed(torch.empty(SHAPE), torch.empty(SHAPE[0], 2 * SHAPE[1]), 2, 1)[index]
+        return families["coupling"].packed(torch.empty(SHAPE), torch.empty(SHAPE[0], 2 * SHAPE[1]), 2, 1)[index]
 
     def noise(kind: int) -> Any:
         # a seed in memory is known only to the kernel
-        return aot.drawn(IMAGES, torch.empty((), dtype=torch.int64), F32, kind)[-1]
+        return families["noise"].drawn(IMAGES, torch.empty((), dtype=torch.int64), F32, kind)[-1]
 
     def sde(name: str, index: int = 0) -> Any:
         x, scalars, seed = torch.empty(IMAGES), [torch.empty(64)] * 3, torch.empty((), dtype=torch.int64)
-        return [one for one in aot.stepped(x, x, seed, scalars) if one.name == f"sde.{name}"][index]
+        return [one for one in families["sde"].stepped(x, x, seed, scalars) if one.name == f"sde.{name}"][index]
 
     def fsq(levels: tuple[int, ...], index: int, first: bool = False, dtype: torch.dtype = F32) -> Any:
         d = len(levels)
         shape = (64, d, POSITIONS // 64) if first else (POSITIONS, d)
-        return aot.quantizer(torch.empty(shape, dtype=dtype).movedim(1, 0), levels, "vqp")[index]
+        return families["fsq"].quantizer(torch.empty(shape, dtype=dtype).movedim(1, 0), levels, "vqp")[index]
 
     named: dict[str, Callable[[], Any]] = {}
     for scale_map in ("exp", "tanh", "sigmoid"):
         named[f"coupling {scale_map} forward"] = coupling(scale_map, 0)
         named[f"coupling {scale_map} backward"] = coupling(scale_map, 1)
     four, five = (8, 5, 5, 5), (7, 5, 5, 5, 5)
-    critic = lambda: aot.critic(torch.empty(512, 3, 256, 256), None, torch.empty(512))
-    head = lambda: aot.head(torch.empty(SHAPE), torch.empty(SHAPE[1]), 0)
-    chain = lambda: aot.chained(SHAPE, F32, torch.empty((), dtype=torch.int64), torch.empty(()))
+    critic = lambda: families["gan_qp"].critic(torch.empty(512, 3, 256, 256), None, torch.empty(512))
+    head = lambda: families["flow_head"].head(torch.empty(SHAPE), torch.empty(SHAPE[1]), 0)
+    chain = lambda: families["energy"].chained(SHAPE, F32, torch.empty((), dtype=torch.int64), torch.empty(()))
     return named | {
         "coupling tanh forward bf16": coupling("tanh", 0, BF16),
         "coupling tanh backward bf16": coupling("tanh", 1, BF16),
@@ -92,12 +94,11 @@ def cases() -> dict[str, Callable[[], Any]]:
 
 def elements_of(constants: dict[str, Any]) -> tuple[int, int]:
     """Return the elements of a program and the trips of its loop, over columns or, with `block_rows`, over rows."""
-    if "TILE" in constants:
-        tile = constants["TILE"]
+    tile = constants["TILE"]
+    if hasattr(tile, "positions"):
         return tile.positions * tile.channels * tile.steps, tile.steps
-    segment = constants.get("SEGMENT", constants["BLOCK_C"])
-    rows = constants.get("block_rows", constants["BLOCK_R"])
-    return rows * segment, rows // constants["BLOCK_R"] * (segment // constants["BLOCK_C"])
+    rows = constants.get("block_rows", tile.rows)
+    return rows * tile.segment, rows // tile.rows * (tile.segment // tile.cols)
 
 
 def per_thread(code: list[Any], trips: int) -> int:
@@ -109,9 +110,8 @@ def per_thread(code: list[Any], trips: int) -> int:
 
 def bytes_of(launch: Any) -> int:
     """Count the bytes of all tensors once; an expanded dim is read once."""
-    tensors = [a for a in (*launch.args, *launch.constants.values()) if isinstance(a, torch.Tensor)]
-    unique = {id(t): math.prod(n for n, s in zip(t.shape, t.stride(), strict=True) if s) for t in tensors}
-    return sum(unique[id(t)] * t.element_size() for t in {id(t): t for t in tensors}.values())
+    unique = {id(t): t for t in launch.tensors}.values()
+    return sum(t.element_size() * math.prod(n for n, s in zip(t.shape, t.stride(), strict=True) if s) for t in unique)
 
 
 def measured(case: str, launch: Any) -> Row:
@@ -121,7 +121,7 @@ def measured(case: str, launch: Any) -> Row:
     elements, trips = elements_of(launch.constants)
     used = aot.resources(kernel)
     each = per_thread(aot.sass(kernel), trips) * 32 * kernel.metadata.num_warps / elements
-    largest = max(math.prod(a.shape) for a in launch.args if isinstance(a, torch.Tensor))
+    largest = max(t.numel() for t in launch.tensors)
     issue = largest * each / 32 / (SCHEDULERS * CLOCK)
     return Row(case, each, used.registers, used.stack + used.local, issue, bytes_of(launch) / BANDWIDTH)
 

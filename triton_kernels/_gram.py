@@ -7,6 +7,7 @@ most 2^-22 of the rows' lengths, is left out.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +31,38 @@ SQUARES_UP_TO = tl.constexpr(8)  # features: see csrc/ops/hsic.h
 MOST_VARIANCE = tl.constexpr(WIDE_VARIANCE)
 HIGH_BITS, HALF_BITS = -(1 << 13), 1 << 12  # bits of a float32 that TF32 keeps, and half of the last one
 HIGH, HALF = tl.constexpr(HIGH_BITS), tl.constexpr(HALF_BITS)
-DEPTH = 32  # features per product
+DEPTH = tl.constexpr(32)  # features per product
 ROWS, FEATURES = 32, 64  # tile of `prepare_kernel`
+
+
+class Variable(NamedTuple):
+    """A variable as kernels read it, see `Gram`; after `item_of` one item of the batch, and its shift as a number."""
+
+    z: Any
+    low: Any  # z if there are no low parts
+    halves: Any
+    shift: Any
+    dim: Any
+
+
+class Kind(NamedTuple):
+    kernel: int
+    degree: int
+    squares: bool
+    split: bool  # the rows have low parts
+
+
+@functools.lru_cache(maxsize=256)
+def kind(kernel: int, degree: int, squares: bool, split: bool) -> Kind:
+    """Return one object for each value, as launch plans know constants by identity."""
+    return Kind(kernel, degree, squares, split)
+
+
+@triton.jit
+def item_of(x, item, n, dtype: tl.constexpr):
+    """One item of a batch."""
+    start = item * n * x.dim
+    return Variable(x.z + start, x.low + start, x.halves + item * n, tl.load(x.shift + item).to(dtype), x.dim)
 
 
 @triton.jit
@@ -43,47 +74,45 @@ def power(x, DEGREE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(z, i, n, dim, k0, DEPTH: tl.constexpr):
-    k = k0 + tl.arange(0, DEPTH)
+def load_rows(z, i, n, dim, k0, COUNT: tl.constexpr):
+    k = k0 + tl.arange(0, COUNT)
     at = i.to(tl.int64)[:, None] * dim + k[None, :]
     return tl.load(z + at, mask=(i < n)[:, None] & (k < dim)[None, :], other=0.0)
 
 
 @triton.jit
-def products(high, low, i, j, n, dim, PRECISION: tl.constexpr, DEPTH: tl.constexpr):
-    """Dot products of rows i and j; `low` is None if TF32 is enough."""
+def products(x, i, j, n, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Dot products of rows i and j."""
     total = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
-    for k0 in range(0, dim, DEPTH):
-        a = load_rows(high, i, n, dim, k0, DEPTH)
-        b = tl.trans(load_rows(high, j, n, dim, k0, DEPTH))
-        if low is not None:
+    for k0 in range(0, x.dim, DEPTH):
+        a = load_rows(x.z, i, n, x.dim, k0, DEPTH)
+        b = tl.trans(load_rows(x.z, j, n, x.dim, k0, DEPTH))
+        if SPLIT:
             # small terms first
-            total = tl.dot(load_rows(low, i, n, dim, k0, DEPTH), b, total, input_precision=PRECISION)
-            b_low = tl.trans(load_rows(low, j, n, dim, k0, DEPTH))
+            total = tl.dot(load_rows(x.low, i, n, x.dim, k0, DEPTH), b, total, input_precision=PRECISION)
+            b_low = tl.trans(load_rows(x.low, j, n, x.dim, k0, DEPTH))
             total = tl.dot(a, b_low, total, input_precision=PRECISION)
         total = tl.dot(a, b, total, input_precision=PRECISION)
     return total
 
 
 @triton.jit
-def raw_tile(
-    z, low, i, j, n, dim, KERNEL: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr
-):
+def raw_tile(x, i, j, n, KIND: tl.constexpr, PRECISION: tl.constexpr):
     """Argument of the kernel function: dot product, sum of squared or absolute differences, or number of mismatches."""
-    dtype: tl.constexpr = z.dtype.element_ty
-    if (KERNEL == POLYNOMIAL or (KERNEL == RBF and not SQUARES)) and dtype == tl.float32:
-        total = products(z, low, i, j, n, dim, PRECISION, DEPTH)
+    dtype: tl.constexpr = x.z.dtype.element_ty
+    if (KIND.kernel == POLYNOMIAL or (KIND.kernel == RBF and not KIND.squares)) and dtype == tl.float32:
+        total = products(x, i, j, n, KIND.split, PRECISION)
     else:
-        rows, columns = z + i.to(tl.int64) * dim, z + j.to(tl.int64) * dim
+        rows, columns = x.z + i.to(tl.int64) * x.dim, x.z + j.to(tl.int64) * x.dim
         total = tl.zeros((i.shape[0], j.shape[0]), dtype)
-        for k in range(dim):
+        for k in range(x.dim):
             a = tl.load(rows + k, mask=i < n, other=0.0)[:, None]
             b = tl.load(columns + k, mask=j < n, other=0.0)[None, :]
-            if KERNEL == RBF and SQUARES:
+            if KIND.kernel == RBF and KIND.squares:
                 total = tl.fma(a - b, a - b, total)
-            elif KERNEL == LAPLACIAN:
+            elif KIND.kernel == LAPLACIAN:
                 total += tl.abs(a - b)
-            elif KERNEL == DELTA:
+            elif KIND.kernel == DELTA:
                 total += tl.where(a != b, 1.0, 0.0)
             else:
                 total = tl.fma(a, b, total)
@@ -91,38 +120,35 @@ def raw_tile(
 
 
 @triton.jit
-def gram_tile(
-    z, low, halves, shift, i, j, n, dim,
-    KERNEL: tl.constexpr, DEGREE: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+def gram_tile(x, i, j, n, KIND: tl.constexpr, PRECISION: tl.constexpr):
     """K - shift and the slope: dK / d(dot product), or K itself for kernels of distances."""
-    if KERNEL == PRECOMPUTED:
+    if KIND.kernel == PRECOMPUTED:
         inside = (i < n)[:, None] & (j < n)[None, :]
-        value = tl.load(z + i.to(tl.int64)[:, None] * n + j[None, :], mask=inside, other=0.0)
+        value = tl.load(x.z + i.to(tl.int64)[:, None] * n + j[None, :], mask=inside, other=0.0)
         slope = value
     else:
-        raw = raw_tile(z, low, i, j, n, dim, KERNEL, SQUARES, PRECISION, DEPTH)
-        if KERNEL == POLYNOMIAL:
-            value = power(raw, DEGREE)
-            if DEGREE == 1:
+        raw = raw_tile(x, i, j, n, KIND, PRECISION)
+        if KIND.kernel == POLYNOMIAL:
+            value = power(raw, KIND.degree)
+            if KIND.degree == 1:
                 slope = tl.full(raw.shape, 1.0, raw.dtype)
             else:
-                slope = power(raw, DEGREE - 1) * DEGREE
-        elif KERNEL == DELTA:
+                slope = power(raw, KIND.degree - 1) * KIND.degree
+        elif KIND.kernel == DELTA:
             value = tl.where(raw == 0.0, 1.0, 0.0).to(raw.dtype)
             slope = value
         else:
-            if KERNEL == LAPLACIAN:
+            if KIND.kernel == LAPLACIAN:
                 exponent = raw * -1.0
-            elif SQUARES:
+            elif KIND.squares:
                 exponent = raw * -0.5
             else:
-                both = tl.load(halves + i, mask=i < n, other=0.0)[:, None] + tl.load(halves + j, mask=j < n, other=0.0)
-                exponent = raw - both
+                at_i = tl.load(x.halves + i, mask=i < n, other=0.0)[:, None]
+                exponent = raw - (at_i + tl.load(x.halves + j, mask=j < n, other=0.0))
                 # rounding may make a distance negative
                 exponent = tl.where(exponent > 0.0, 0.0, exponent)
-            value = exp_less(exponent, shift)
-            slope = value + shift
+            value = exp_less(exponent, x.shift)
+            slope = value + x.shift
     return value, slope
 
 
@@ -232,11 +258,12 @@ class Gram(NamedTuple):
         return self.kernel in kernels and not self.squares and self.z.dtype == torch.float32
 
     @property
-    def arguments(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, int]:
-        return self.z, self.low, self.halves, self.shift, self.dim
+    def variable(self) -> Variable:
+        return Variable(self.z, self.z if self.low is None else self.low, self.halves, self.shift, self.dim)
 
-    def constants(self, name: str) -> dict[str, Any]:
-        return {name: self.kernel, f"{name}_DEGREE": self.degree, f"{name}_SQUARES": self.squares}
+    @property
+    def kind(self) -> Kind:
+        return kind(self.kernel, self.degree, self.squares, self.low is not None)
 
 
 def split(z: Tensor) -> tuple[Tensor, Tensor]:

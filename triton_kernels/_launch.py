@@ -193,7 +193,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def bits(value: float, dtype: torch.dtype) -> int:
-    """Return the bit pattern of a float as an integer: a float launch argument is rounded to float32."""
+    """Return the bit pattern of a float as an integer."""
     form, integer = ("<d", "<q") if dtype == torch.float64 else ("<f", "<i")
     try:
         packed = struct.pack(form, value)
@@ -202,18 +202,37 @@ def bits(value: float, dtype: torch.dtype) -> int:
     return struct.unpack(integer, packed)[0]
 
 
+def number(value: float, dtype: torch.dtype) -> _plans.Words:
+    """Return a float by value: a float launch argument would be rounded to float32."""
+    return _plans.words(bits(value, dtype))
+
+
+def by_value(tensor: Tensor) -> bool:
+    """Whether a scalar is passed by value: a 0-d CPU tensor, made from the caller's number."""
+    return tensor.is_cpu and tensor.dim() == 0
+
+
+def row_view(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor] | tuple[Tensor, int] | _plans.Words:
+    """Return one value per row, or one number for all rows, as kernels that compute in `dtype` read it."""
+    if by_value(tensor):
+        value: Any = tensor.item()
+        return _plans.words(value) if dtype == torch.int64 else number(value, dtype)
+    return (tensor, tensor.stride(0)) if tensor.dim() else (tensor,)
+
+
 def over_space(
     kernel: Any, space: Space, x: Tensor, *args: object, blocks: Blocks | None = None,
     num_warps: int | None = None, **constants: object,
 ) -> None:  # fmt: skip
-    """Launch a kernel whose signature ends with sizes, rows, cols, segments and block shapes, on the device of x."""
+    """Launch a kernel with parameters sizes, rows, cols, segments and TILE, see _tiles, on the device of x."""
     blocks = blocks or space.blocks
     of_space = space.constants.get(blocks)
     if of_space is None:
         of_space = space.constants[blocks] = {
             "sizes": space.sizes, "rows": space.rows, "cols": space.cols // space.vec, "segments": blocks.segments,
-            "INDEX": tl.int64 if space.wide else tl.int32, "VEC": space.vec, "BLOCK_R": blocks.rows,
-            "BLOCK_C": blocks.cols, "SEGMENT": blocks.segment,
+            "TILE": _tiles.TileShape(
+                tl.int64 if space.wide else tl.int32, space.vec, blocks.rows, blocks.cols, blocks.segment
+            ),
         }  # fmt: skip
     # float64: twice the warps halve the elements per thread, to lower register pressure
     num_warps = num_warps or (8 if x.dtype == torch.float64 else 4)
@@ -239,9 +258,13 @@ def _on_device(device: torch.device, kernel: Any, count: int, num_warps: int, *a
             _plans.launch(kernel, count, index, num_warps, *arguments)
 
 
-def with_strides(tensors: Sequence[Tensor | None], at: Sequence[object]) -> list[object]:
-    """Return [tensor, strides, tensor, strides, ...], the argument order of the kernels."""
-    return [value for pair in zip(tensors, at, strict=False) for value in pair]
+View = tuple[Tensor, object]  # the tensor and its strides, see _tiles
+
+
+def views(tensors: Sequence[Tensor | None], at: Sequence[object]) -> list[View | None]:
+    """Return the views of tensors over a space: `at` are its strides; None: absent."""
+    pairs: Any = list(zip(tensors, at, strict=False))
+    return [None if pair[0] is None else pair for pair in pairs] if None in at else pairs
 
 
 def sum_segments(partial: Tensor, out: Tensor) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import row_view
 from ._math import LN2_HI, LN2_LO, SQRT_HALF_BITS, bits, from_bits, neg, sqrt_normal
+from ._plans import Words, words
+from ._tiles import load_rows, word
 
 UNIFORM = tl.constexpr(0)
 NORMAL = tl.constexpr(1)
@@ -96,44 +100,41 @@ def halves(value):
 
 
 @triton.jit
-def key_of(seed, seed_at, seed_low, seed_high, r, inside):
-    """Philox key of rows r: loaded from `seed`, or the two words passed by value."""
-    if seed is None:
-        return seed_low.to(tl.uint32), seed_high.to(tl.uint32)
+def number_at(view, r, rows):
+    """(low, high) words of an integer: by value, or in memory for rows r."""
+    if view[0].dtype.is_ptr():
+        return halves(load_rows(view, r, rows))
     else:
-        return halves(tl.load(seed + r.to(tl.int64) * seed_at, mask=inside, other=0))
+        return word(view[0]), word(view[1])
 
 
 @triton.jit
-def words_at(block, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, inside):
+def words_at(block, stream, r, rows):
     """Philox words of the blocks (int64) of four elements."""
-    low, high = key_of(seed, seed_at, seed_low, seed_high, r, inside)
-    if step is None:
-        s0 = step_low.to(tl.uint32)
-        s1 = step_high.to(tl.uint32)
-    else:
-        s0, s1 = halves(tl.load(step))
-    s1 = (s1 & 0xFFFFFF) | (purpose.to(tl.uint32) << 24)
+    low, high = number_at(stream.seed, r, rows)
+    s0, s1 = number_at(stream.step, r, rows)
+    s1 = (s1 & 0xFFFFFF) | (word(stream.purpose[0]) << 24)
     b0, b1 = halves(block)
     return philox(b0, b1, s0, s1, low, high)
 
 
+@triton.constexpr_function
+def per_row(seed):
+    """Whether each row has a stream of its own: whether a row view has a stride."""
+    return seed[0].dtype.is_ptr() and len(seed) == 2
+
+
 @triton.jit
-def draw(
-    seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, c0, rows, cols,
-    KIND: tl.constexpr, PER_ROW: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+def draw(stream, r, c0, rows, cols, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_C: tl.constexpr):
     """Noise for rows r (R, 1) and columns c0 to c0 + BLOCK_C; a row has `cols` elements.
 
     ALIGNED: in every row the tile starts at a Philox block, so that each block is drawn once for its four elements.
     """
-    inside = r < rows
+    PER_ROW: tl.constexpr = per_row(stream.seed)
     if ALIGNED:
         block = ((c0 >> 2) + tl.arange(0, BLOCK_C // 4)).to(tl.int64)[None, :]
         block = r.to(tl.int64) * 0 + block if PER_ROW else r.to(tl.int64) * (cols >> 2) + block
-        w0, w1, w2, w3 = words_at(
-            block, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, inside
-        )  # fmt: skip
+        w0, w1, w2, w3 = words_at(block, stream, r, rows)
         if KIND == NORMAL:
             z0, z1 = box_muller(w0, w1)
             z2, z3 = box_muller(w2, w3)
@@ -143,9 +144,7 @@ def draw(
     else:
         k = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)[None, :]
         k = r.to(tl.int64) * 0 + k if PER_ROW else r.to(tl.int64) * cols + k
-        w0, w1, w2, w3 = words_at(
-            k >> 2, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, inside
-        )  # fmt: skip
+        w0, w1, w2, w3 = words_at(k >> 2, stream, r, rows)
         odd = (k & 1) != 0
         even, after = tl.where((k & 2) == 0, w0, w2), tl.where((k & 2) == 0, w1, w3)
         if KIND == NORMAL:
@@ -155,40 +154,18 @@ def draw(
             return uniform(tl.where(odd, after, even))
 
 
-def _signed(word: int) -> int:
-    """Reinterpret a 32-bit word as int32, so that the launch argument has the same type for every value."""
-    return word - 2**32 if word >= 2**31 else word
+class Stream(NamedTuple):
+    """Noise stream of a call: one over all elements in C order, or one per row."""
+
+    seed: Any  # row view
+    step: Any  # row view, one value for all rows
+    purpose: Words
 
 
-def by_value(tensor: Tensor) -> bool:
-    """Whether a scalar is passed by value: a 0-d CPU tensor, made from the caller's number."""
-    return tensor.is_cpu and tensor.dim() == 0
-
-
-def number(value: Tensor) -> tuple[Tensor | None, int, int]:
-    """Return (tensor, 0, 0), or (None, low word, high word) of an int64 passed by value."""
-    if not by_value(value):
-        return value, 0, 0
-    signed: Any = value.item()
-    whole = signed & (2**64 - 1)
-    return None, _signed(whole & 0xFFFFFFFF), _signed(whole >> 32)
-
-
-def stream(seed: Tensor, step: Tensor, purpose: int) -> dict[str, Any]:
-    """Return the keyword arguments that select the noise stream in a kernel."""
-    of_seed, seed_low, seed_high = number(seed)
-    of_step, step_low, step_high = number(step)
-    return {
-        "seed": of_seed, "seed_at": seed.stride(0) if seed.dim() else 0, "seed_low": seed_low,
-        "seed_high": seed_high, "step": of_step, "step_low": step_low, "step_high": step_high, "purpose": purpose,
-        "PER_ROW": seed.dim() > 0,
-    }  # fmt: skip
+def stream(seed: Tensor, step: Tensor, purpose: int) -> Stream:
+    return Stream(row_view(seed, torch.int64), row_view(step, torch.int64), words(purpose))
 
 
 def aligned(seed: Tensor, rows: int, cols: int, block_cols: int) -> bool:
     """Whether every row of every tile starts at a Philox block."""
     return block_cols % 4 == 0 and (seed.dim() > 0 or rows == 1 or cols % 4 == 0)
-
-
-# arguments that change from call to call: kernels are not specialised on their values
-SCALARS = ["rows", "cols", "segments", "seed_at", "seed_low", "seed_high", "step_low", "step_high", "purpose"]

@@ -16,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
+from ._plans import Kept, Words
 
+MARK = tl.constexpr((1 << 61) + 1)  # makes the address of a float one of `_plans.Words`
 # entries of a launch: 56 of six addresses and six numbers are 4 032 bytes of arguments, whose limit is 4 KB
 MOST = 56
 PADDED = 8  # numbers of entries are multiples of it, so that few lengths are compiled
@@ -32,8 +34,8 @@ def fill_kernel(table, pitch, first, addresses, numbers, COUNT: tl.constexpr, SH
             for i in tl.static_range(SHARE):
                 to = table + first + group * SHARE + i
                 for field in tl.static_range(len(addresses) // COUNT):
-                    value = addresses[field * COUNT + group * SHARE + i] + tl.zeros([], tl.int64)
-                    tl.store(to + field * pitch, value - 1)
+                    value = addresses[field * COUNT + group * SHARE + i]
+                    tl.store(to + field * pitch, value - MARK)
                 for field in tl.static_range(len(numbers) // COUNT):
                     value = numbers[field * COUNT + group * SHARE + i] + tl.zeros([], tl.int64)
                     tl.store(to + (len(addresses) // COUNT + field) * pitch, (value - 3) >> 1)
@@ -66,7 +68,7 @@ class Layout:
             real = min(MOST, self.entries - first)
             pad = -real % PADDED
             values = [encoded([*field[first : first + real], *[0] * pad]) for field in numbers]
-            self.parts.append((first, real, pad, tuple(chain.from_iterable(values))))
+            self.parts.append((first, real, pad, Kept(chain.from_iterable(values))))
         self.pitch = self.parts[-1][0] + self.parts[-1][1] + self.parts[-1][2]
 
     def table(self, tensors: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -75,13 +77,12 @@ class Layout:
         fields = len(tensors) + len(self.parts[0][3]) // (self.parts[0][1] + self.parts[0][2])
         table = torch.empty((fields, self.pitch), dtype=torch.int64, device=device)
         for first, real, pad, numbers in self.parts:
-            # odd, like the numbers
             addresses: list[int] = []
             for field in tensors:
-                addresses += [tensor.data_ptr() + 1 for tensor in field[first : first + real]]
+                addresses += [tensor.data_ptr() + MARK.value for tensor in field[first : first + real]]
                 addresses += addresses[-1:] * pad
             _launch.launch(
-                fill_kernel, (real + pad) // SHARE, device, table, self.pitch, first, tuple(addresses), numbers,
+                fill_kernel, (real + pad) // SHARE, device, table, self.pitch, first, Words(addresses), numbers,
                 num_warps=1, COUNT=real + pad, SHARE=SHARE,
             )  # fmt: skip
         return table

@@ -1,16 +1,44 @@
 """Device functions of the kernels: strided tiles of rows x columns, and sums in a fixed order.
 
-Each tensor comes with `at = (row strides, column strides)` over the merged dims of `_launch.collapse`. Row strides,
-outer column strides and the innermost column size are in units of VEC elements, which tells the compiler that VEC
-neighbours are contiguous and aligned. Sizes of leading dims are not needed and not passed.
+What a kernel is given, in the words of csrc/tiles/view.h:
+
+view: (tensor, (row strides, column strides)) over the merged dims of `_launch.collapse`; None if the tensor is absent.
+    Row strides, outer column strides and the innermost column size are in units of TILE.vec elements, which tells the
+    compiler that these neighbours are contiguous and aligned.
+row view: (tensor, stride), one value per row; or (tensor,), one value for all rows; or a number passed by value.
+    There is no None in a tuple, which Triton 3.6 does not compare with None.
+number: the two words of its bits, see `_plans.Words`.
+sizes: (row sizes, column sizes) of the merged dims. Those of leading dims are not needed and not passed.
+TILE: how a program goes over the rows and columns, see `TileShape`.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 MAX_LEVELS = tl.constexpr(10)  # log2 of the longest tile, _launch.TILE
+
+
+class TileShape(NamedTuple):
+    """Compile-time part of `_launch.Blocks`: a program takes tiles of rows x cols from `segment` columns."""
+
+    index: Any  # type of row and column numbers
+    vec: int  # contiguous and aligned neighbours, in all tensors
+    rows: int
+    cols: int
+    segment: int
+
+
+class Tile(NamedTuple):
+    """Row numbers (R, 1) and column numbers (1, C) of a tile, and which elements are inside."""
+
+    sizes: Any
+    r: Any
+    c: Any
+    inside: Any
 
 
 @triton.constexpr_function
@@ -19,11 +47,37 @@ def static(value):
     return value
 
 
+@triton.constexpr_function
+def compute_type(tensor):
+    """float64 for a pointer to float64, else float32."""
+    return tl.float64 if tensor.dtype.element_ty == tl.float64 else tl.float32
+
+
 @triton.jit
-def place(segments, INDEX: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The program's rows (BLOCK_R,) and the number of its segment."""
+def place(segments, TILE: tl.constexpr):
+    """The program's rows (R,) and the number of its segment."""
     program = tl.program_id(0)
-    return (program // segments).to(INDEX) * BLOCK_R + tl.arange(0, BLOCK_R), (program % segments).to(INDEX)
+    return (program // segments).to(TILE.index) * TILE.rows + tl.arange(0, TILE.rows), (program % segments).to(
+        TILE.index
+    )
+
+
+@triton.jit
+def tile_at(sizes, row, first, rows, cols, TILE: tl.constexpr):
+    """The tile of rows `row` (R,) and of columns from `first` on."""
+    r, c = row[:, None], (first + tl.arange(0, TILE.cols))[None, :]
+    return Tile(sizes, r, c, (r < rows) & (c < width(cols, c, TILE.vec)))
+
+
+@triton.jit
+def only(tile, mask):
+    """The tile without the elements outside of the mask."""
+    return Tile(tile.sizes, tile.r, tile.c, tile.inside & mask)
+
+
+@triton.jit
+def zeros(TILE: tl.constexpr, dtype: tl.constexpr):
+    return tl.full((TILE.rows, TILE.cols), 0.0, dtype)
 
 
 @triton.jit
@@ -57,20 +111,35 @@ def col_offset(c, sizes, strides, VEC: tl.constexpr):
 
 
 @triton.jit
-def pointers(tensor, at, sizes, r, c, VEC: tl.constexpr):
-    """(R, C) pointers for rows r (R, 1) and columns c (1, C)."""
-    return tensor + (row_offset(r, sizes[0], at[0]) * VEC + col_offset(c, sizes[1], at[1], VEC))
+def row_pointers(view, sizes, r):
+    """Pointers for rows r; a view of row dims alone has no column strides."""
+    tensor, strides = view
+    return tensor + row_offset(r, sizes[0], strides)
 
 
 @triton.jit
-def load(tensor, at, sizes, r, c, inside, VEC: tl.constexpr, dtype: tl.constexpr):
-    return tl.load(pointers(tensor, at, sizes, r, c, VEC), mask=inside).to(dtype)
+def column_pointers(view, sizes, c, VEC: tl.constexpr):
+    """Pointers for columns c of a view whose rows are all the same."""
+    tensor, strides = view
+    return tensor + col_offset(c, sizes[1], strides[1], VEC)
 
 
 @triton.jit
-def load_pair(tensor, at, sizes, r, c, inside, VEC: tl.constexpr, HALF: tl.constexpr, dtype: tl.constexpr):
+def pointers(view, tile, VEC: tl.constexpr):
+    tensor, strides = view
+    offset = row_offset(tile.r, tile.sizes[0], strides[0]) * VEC + col_offset(tile.c, tile.sizes[1], strides[1], VEC)
+    return tensor + offset
+
+
+@triton.jit
+def load(view, tile, TILE: tl.constexpr, dtype: tl.constexpr):
+    return tl.load(pointers(view, tile, TILE.vec), mask=tile.inside).to(dtype)
+
+
+@triton.jit
+def load_pair(view, tile, TILE: tl.constexpr, HALF: tl.constexpr, dtype: tl.constexpr):
     """Two neighbours of type HALF stored as one integer: whole vectors instead of two loads of stride 2."""
-    both = tl.load(pointers(tensor, at, sizes, r, c, VEC), mask=inside)
+    both = tl.load(pointers(view, tile, TILE.vec), mask=tile.inside)
     size: tl.constexpr = HALF.primitive_bitwidth
     half: tl.constexpr = tl.int32 if size == 32 else tl.int16
     first, second = both.to(half), (both >> size).to(half)
@@ -78,7 +147,7 @@ def load_pair(tensor, at, sizes, r, c, inside, VEC: tl.constexpr, HALF: tl.const
 
 
 @triton.jit
-def store_pair(tensor, at, sizes, r, c, inside, VEC: tl.constexpr, HALF: tl.constexpr, first, second):
+def store_pair(view, tile, TILE: tl.constexpr, HALF: tl.constexpr, first, second):
     size: tl.constexpr = HALF.primitive_bitwidth
     half: tl.constexpr = tl.uint32 if size == 32 else tl.uint16
     whole: tl.constexpr = tl.uint64 if size == 32 else tl.uint32
@@ -87,8 +156,13 @@ def store_pair(tensor, at, sizes, r, c, inside, VEC: tl.constexpr, HALF: tl.cons
         first, second = first.to(tl.float32), second.to(tl.float32)
     low = first.to(HALF).to(half, bitcast=True).to(whole)
     high = second.to(HALF).to(half, bitcast=True).to(whole)
-    both = (high << size) | low
-    tl.store(pointers(tensor, at, sizes, r, c, VEC), both.to(tensor.dtype.element_ty, bitcast=True), mask=inside)
+    both = ((high << size) | low).to(view[0].dtype.element_ty, bitcast=True)
+    tl.store(pointers(view, tile, TILE.vec), both, mask=tile.inside)
+
+
+@triton.jit
+def store(view, tile, TILE: tl.constexpr, value):
+    store_as(pointers(view, tile, TILE.vec), value, tile.inside)
 
 
 @triton.jit
@@ -102,17 +176,38 @@ def store_as(pointer, value, mask):
 
 
 @triton.jit
-def store(tensor, at, sizes, r, c, inside, VEC: tl.constexpr, value):
-    store_as(pointers(tensor, at, sizes, r, c, VEC), value, inside)
+def word(value):
+    """One of `_plans.Words`, uint32."""
+    # the interpreter holds numbers below 2**32 in 32 bits, which the sum widens
+    return ((value + tl.zeros([], tl.int64)) >> 32).to(tl.uint32)
 
 
 @triton.jit
-def scalar(bits, dtype: tl.constexpr):
-    """Float from its bit pattern (a float launch argument would be rounded to float32)."""
+def scalar(number, dtype: tl.constexpr):
+    """A float passed by value (a float launch argument would be rounded to float32)."""
+    low = word(number[0])
     if dtype == tl.float64:
-        return bits.to(tl.int64).to(tl.float64, bitcast=True)
+        return (word(number[1]).to(tl.uint64) << 32 | low.to(tl.uint64)).to(tl.float64, bitcast=True)
     else:
-        return bits.to(tl.int32).to(tl.float32, bitcast=True)
+        return low.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def row_value(view, r, rows, dtype: tl.constexpr):
+    """The value of a row view for rows r."""
+    if view[0].dtype.is_ptr():
+        return load_rows(view, r, rows).to(dtype)
+    else:
+        return scalar(view, dtype)
+
+
+@triton.jit
+def load_rows(view, r, rows):
+    """Values in memory for rows r."""
+    if len(view) == 1:
+        return tl.load(view[0])
+    else:
+        return tl.load(view[0] + r.to(tl.int64) * view[1], mask=r < rows, other=0)
 
 
 @triton.jit

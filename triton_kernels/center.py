@@ -21,9 +21,15 @@ WIDTH = 128  # columns of a program of `means_kernel`
 
 
 @triton.jit
-def values_at(gram, at, item, i, c, inside, VEC: tl.constexpr):
-    where = (item * at[0] + i.to(tl.int64) * at[1]) * VEC + c.to(tl.int64) * at[2]
-    values = tl.load(gram + where, mask=inside, other=0.0)
+def pointers(view, item, i, c, VEC: tl.constexpr):
+    """Pointers to entries of a matrix; the strides of matrices and rows are in units of VEC entries."""
+    tensor, at = view
+    return tensor + ((item * at[0] + i.to(tl.int64) * at[1]) * VEC + c.to(tl.int64) * at[2])
+
+
+@triton.jit
+def values_at(gram, item, i, c, inside, VEC: tl.constexpr):
+    values = tl.load(pointers(gram, item, i, c, VEC), mask=inside, other=0.0)
     if values.dtype != tl.float64:
         values = values.to(tl.float32)
     return values.to(tl.float64)
@@ -31,7 +37,7 @@ def values_at(gram, at, item, i, c, inside, VEC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "blocks", "chunks"])
 def sums_kernel(
-    gram, at, row_parts, column_parts, n, blocks, chunks,
+    gram, row_parts, column_parts, n, blocks, chunks,
     VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Sums of a block of rows in a chunk of columns; row_parts (batch, chunks, n), column_parts (batch, blocks, n)."""
@@ -45,7 +51,7 @@ def sums_kernel(
     for c0 in range(0, CHUNK, BLOCK_C):
         c = chunk * CHUNK + c0 + tl.arange(0, BLOCK_C)
         inside = (i < size)[:, None] & (c < size)[None, :]
-        values = values_at(gram, at, item, i[:, None], c[None, :], inside, VEC)
+        values = values_at(gram, item, i[:, None], c[None, :], inside, VEC)
         total += tl.sum(tl.reshape(values, (BLOCK_R, BLOCK_C // VEC, VEC)), 2)
         tl.store(column_parts + (item * blocks + block) * size + c, tl.sum(values, 0), mask=c < size)
     tl.store(row_parts + (item * chunks + chunk) * size + i, tl.sum(total, 1), mask=i < size)
@@ -79,7 +85,7 @@ def means_kernel(
 
 @triton.jit(do_not_specialize=["n", "blocks", "chunks", "tiles"])
 def subtract_kernel(
-    gram, at, out, out_at, row_means, column_means, totals, n, blocks, chunks, tiles,
+    gram, out, row_means, column_means, totals, n, blocks, chunks, tiles,
     VEC: tl.constexpr, BLOCK_R: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Subtract row means and column means, add the mean of all entries."""
@@ -99,10 +105,9 @@ def subtract_kernel(
         i = block * ROWS + r0 + tl.arange(0, BLOCK_R)
         row = tl.load(row_means + item * size + i, mask=i < size, other=0.0)
         inside = (i < size)[:, None] & (c < size)[None, :]
-        values = values_at(gram, at, item, i[:, None], c[None, :], inside, VEC)
+        values = values_at(gram, item, i[:, None], c[None, :], inside, VEC)
         result = values - ((row - mean)[:, None] + column)
-        where = (item * out_at[0] + i.to(tl.int64)[:, None] * out_at[1]) * VEC + c.to(tl.int64)[None, :] * out_at[2]
-        store_as(out + where, result, inside)
+        store_as(pointers(out, item, i[:, None], c[None, :], VEC), result, inside)
 
 
 def center_into(gram: Tensor, out: Tensor) -> None:
@@ -121,7 +126,7 @@ def center_into(gram: Tensor, out: Tensor) -> None:
     batch, n, _ = flat.shape
     bytes_each = source.element_size()
     vec = math.gcd(16 // bytes_each, n, *source.stride()[:2], *flat.stride()[:2])
-    at, out_at = ((s[0] // vec, s[1] // vec, s[2]) for s in (source.stride(), flat.stride()))
+    views = [(t, (t.stride(0) // vec, t.stride(1) // vec, t.stride(2))) for t in (source, flat)]
     chunk = COLUMNS // bytes_each
     rows = 32 if bytes_each == 2 else 64
     blocks, chunks, tiles = -(-n // rows), -(-n // chunk), -(-n // WIDTH)
@@ -129,7 +134,7 @@ def center_into(gram: Tensor, out: Tensor) -> None:
     row_parts, column_parts, totals = new(batch, chunks, n), new(batch, blocks, n), new(batch, tiles)
     row_means, column_means = new(batch, n), new(batch, n)
     _launch.launch(
-        sums_kernel, batch * blocks * chunks, gram.device, source, at, row_parts, column_parts, n // vec, blocks,
+        sums_kernel, batch * blocks * chunks, gram.device, views[0], row_parts, column_parts, n // vec, blocks,
         chunks, VEC=vec, BLOCK_R=rows, BLOCK_C=LINE // bytes_each, CHUNK=chunk, num_warps=8,
     )  # fmt: skip
     _launch.launch(
@@ -137,7 +142,7 @@ def center_into(gram: Tensor, out: Tensor) -> None:
         chunks, tiles, WIDTH=WIDTH,
     )  # fmt: skip
     _launch.launch(
-        subtract_kernel, batch * blocks * chunks, gram.device, source, at, flat, out_at, row_means, column_means,
+        subtract_kernel, batch * blocks * chunks, gram.device, *views, row_means, column_means,
         totals, n // vec, blocks, chunks, tiles, VEC=vec, BLOCK_R=8, ROWS=rows, CHUNK=chunk,
     )  # fmt: skip
 

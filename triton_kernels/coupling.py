@@ -12,7 +12,7 @@ from torch import Tensor
 from .._schemas import PACKINGS, SCALE_MAPS
 from . import _launch
 from ._math import atan, constant, div, exp, log, neg, sigmoid, softplus, tanh
-from ._tiles import fold, load, load_pair, place, row_offset, scalar, store, store_pair, width
+from ._tiles import compute_type, fold, load, load_pair, place, row_pointers, scalar, store, store_pair, tile_at, zeros
 
 # shift, scale and None; or None, an integer view of interleaved pairs, and the type of its halves
 Params = tuple[Tensor | None, Tensor, Any]
@@ -77,93 +77,82 @@ def couple(x, shift, e, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "cols", "segments"])
 def additive_kernel(
-    x, x_at, shift, shift_at, mask, mask_at, y, y_at, sizes, rows, cols, segments,
-    INVERSE: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
+    x, shift, mask, y, sizes, rows, cols, segments, INVERSE: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    row, segment = place(segments, INDEX, BLOCK_R)
-    r = row[:, None]
-    for c0 in range(0, SEGMENT, BLOCK_C):
-        c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (c < width(cols, c, VEC))
-        a = load(x, x_at, sizes, r, c, inside, VEC, dtype)
-        t = load(shift, shift_at, sizes, r, c, inside, VEC, dtype)
+    dtype: tl.constexpr = compute_type(x[0])
+    row, segment = place(segments, TILE)
+    for c0 in range(0, TILE.segment, TILE.cols):
+        tile = tile_at(sizes, row, segment * TILE.segment + c0, rows, cols, TILE)
+        a = load(x, tile, TILE, dtype)
+        t = load(shift, tile, TILE, dtype)
         b = a - t if INVERSE else a + t
         if mask is not None:
-            b = tl.where(load(mask, mask_at, sizes, r, c, inside, VEC, tl.int1), a, b)
-        store(y, y_at, sizes, r, c, inside, VEC, b)
+            b = tl.where(load(mask, tile, TILE, tl.int1), a, b)
+        store(y, tile, TILE, b)
 
 
-@triton.jit(do_not_specialize=["rows", "cols", "segments", "arg"])
+@triton.jit(do_not_specialize=["rows", "cols", "segments"])
 def forward_kernel(
-    x, x_at, shift, shift_at, scale, scale_at, mask, mask_at, y, y_at, logdet, sizes, rows, cols, segments, arg,
-    PAIR: tl.constexpr, MAP: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr,
-    INDEX: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
+    x, shift, scale, mask, y, logdet, arg, sizes, rows, cols, segments,
+    PAIR: tl.constexpr, MAP: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """PAIR: None, or the type of shift and scale, which interleave in `scale`."""
-    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = compute_type(x[0])
     arg = scalar(arg, dtype)
-    row, segment = place(segments, INDEX, BLOCK_R)
-    r = row[:, None]
-    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype)
-    for c0 in range(0, SEGMENT, BLOCK_C):
-        c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (c < width(cols, c, VEC))
-        a = load(x, x_at, sizes, r, c, inside, VEC, dtype)
+    row, segment = place(segments, TILE)
+    acc = zeros(TILE, dtype)
+    for c0 in range(0, TILE.segment, TILE.cols):
+        tile = tile_at(sizes, row, segment * TILE.segment + c0, rows, cols, TILE)
+        a = load(x, tile, TILE, dtype)
         if PAIR is None:
-            t = load(shift, shift_at, sizes, r, c, inside, VEC, dtype)
-            s = load(scale, scale_at, sizes, r, c, inside, VEC, dtype)
+            t = load(shift, tile, TILE, dtype)
+            s = load(scale, tile, TILE, dtype)
         else:
-            t, s = load_pair(scale, scale_at, sizes, r, c, inside, VEC, PAIR, dtype)
+            t, s = load_pair(scale, tile, TILE, PAIR, dtype)
         g, _ = log_scale_slope(s, arg, MAP)
         if INVERSE:
             g = neg(g)
         b = couple(a, t, exp(g), SHIFT_FIRST, INVERSE)
-        counts = inside
+        counts = tile.inside
         if mask is not None:
-            passes = load(mask, mask_at, sizes, r, c, inside, VEC, tl.int1)
+            passes = load(mask, tile, TILE, tl.int1)
             b = tl.where(passes, a, b)
-            counts = inside & (passes == 0)
-        store(y, y_at, sizes, r, c, inside, VEC, b)
+            counts = tile.inside & (passes == 0)
+        store(y, tile, TILE, b)
         acc += tl.where(counts, g, 0.0)
     tl.store(logdet + row.to(tl.int64) * segments + segment, fold(acc), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows", "cols", "segments", "arg"])
+@triton.jit(do_not_specialize=["rows", "cols", "segments"])
 def backward_kernel(
-    gl, gl_at, x, x_at, gy, gy_at, shift, shift_at, scale, scale_at, mask, mask_at,
-    gx, gx_at, gshift, gshift_at, gscale, gscale_at, sizes, rows, cols, segments, arg,
-    PAIR: tl.constexpr, MAP: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr,
-    INDEX: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
+    gl, x, gy, shift, scale, mask, gx, gshift, gscale, arg, sizes, rows, cols, segments,
+    PAIR: tl.constexpr, MAP: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """PAIR: None, or the type of shift and scale, which interleave in `scale`."""
-    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = compute_type(x[0])
     arg = scalar(arg, dtype)
-    row, segment = place(segments, INDEX, BLOCK_R)
-    r = row[:, None]
-    dlogdet = tl.zeros((BLOCK_R, 1), dtype)
+    row, segment = place(segments, TILE)
+    dlogdet = tl.full((TILE.rows, 1), 0.0, dtype)
     if gl is not None:
-        dlogdet = tl.load(gl + row_offset(row, sizes[0], gl_at), mask=row < rows).to(dtype)[:, None]
-    for c0 in range(0, SEGMENT, BLOCK_C):
-        c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (c < width(cols, c, VEC))
+        dlogdet = tl.load(row_pointers(gl, sizes, row), mask=row < rows).to(dtype)[:, None]
+    for c0 in range(0, TILE.segment, TILE.cols):
+        tile = tile_at(sizes, row, segment * TILE.segment + c0, rows, cols, TILE)
         if PAIR is None:
-            s = load(scale, scale_at, sizes, r, c, inside, VEC, dtype)
+            s = load(scale, tile, TILE, dtype)
         else:
-            t, s = load_pair(scale, scale_at, sizes, r, c, inside, VEC, PAIR, dtype)
+            t, s = load_pair(scale, tile, TILE, PAIR, dtype)
         g, slope = log_scale_slope(s, arg, MAP)
         # without gy only gl contributes; x and shift are not read, so their NaN or inf reaches no gradient
-        dy = tl.zeros((BLOCK_R, BLOCK_C), dtype)
+        dy = zeros(TILE, dtype)
         dx = dy
         moved = dy
         if gy is not None:
-            dy = load(gy, gy_at, sizes, r, c, inside, VEC, dtype)
+            dy = load(gy, tile, TILE, dtype)
             dx = dy * exp(neg(g) if INVERSE else g)
-            moved = load(x, x_at, sizes, r, c, inside, VEC, dtype)
+            moved = load(x, tile, TILE, dtype)
             if SHIFT_FIRST != INVERSE:
                 if PAIR is None:
-                    t = load(shift, shift_at, sizes, r, c, inside, VEC, dtype)
+                    t = load(shift, tile, TILE, dtype)
                 moved = moved - t if INVERSE else moved + t
         dscale = tl.fma(dx, moved, dlogdet)
         if INVERSE:
@@ -173,17 +162,17 @@ def backward_kernel(
             dshift = dx if SHIFT_FIRST else dy
             dscale = dscale * slope
         if mask is not None:
-            passes = load(mask, mask_at, sizes, r, c, inside, VEC, tl.int1)
+            passes = load(mask, tile, TILE, tl.int1)
             dx = tl.where(passes, dy, dx)
             dshift = tl.where(passes, 0.0, dshift)
             dscale = tl.where(passes, 0.0, dscale)
-        store(gx, gx_at, sizes, r, c, inside, VEC, dx)
+        store(gx, tile, TILE, dx)
         if PAIR is None:
             if gshift is not None:
-                store(gshift, gshift_at, sizes, r, c, inside, VEC, dshift)
-            store(gscale, gscale_at, sizes, r, c, inside, VEC, dscale)
+                store(gshift, tile, TILE, dshift)
+            store(gscale, tile, TILE, dscale)
         else:
-            store_pair(gscale, gscale_at, sizes, r, c, inside, VEC, PAIR, dshift, dscale)
+            store_pair(gscale, tile, TILE, PAIR, dshift, dscale)
 
 
 def additive_coupling(x: Tensor, shift: Tensor, mask: Tensor | None, inverse: bool) -> Tensor:
@@ -193,7 +182,7 @@ def additive_coupling(x: Tensor, shift: Tensor, mask: Tensor | None, inverse: bo
     tensors = (x, shift, mask, y)
     space = _launch.collapse(_launch.any_event_dims(tensors), tensors)
     _launch.over_space(
-        additive_kernel, space, x, *_launch.with_strides(tensors, space.at), blocks=space.spread, INVERSE=inverse
+        additive_kernel, space, x, *_launch.views(tensors, space.at), blocks=space.spread, INVERSE=inverse
     )
     return y
 
@@ -226,8 +215,8 @@ def _forward(
     segments = space.blocks.segments
     partial = logdet if segments == 1 else x.new_empty((space.rows, segments), dtype=sum_dtype)
     _launch.over_space(
-        forward_kernel, space, x, *_launch.with_strides(tensors, space.at), partial,
-        blocks=space.spread, arg=_launch.bits(map_arg, sum_dtype), PAIR=pair, MAP=resolve(scale_map, map_arg),
+        forward_kernel, space, x, *_launch.views(tensors, space.at), partial, _launch.number(map_arg, sum_dtype),
+        blocks=space.spread, PAIR=pair, MAP=resolve(scale_map, map_arg),
         SHIFT_FIRST=shift_first, INVERSE=inverse,
     )  # fmt: skip
     if segments > 1:
@@ -303,8 +292,8 @@ def _backward(
     tensors = (x, gy, shift if shift_first != inverse else None, scale, mask, gx, gshift, gscale)
     space = _launch.collapse(event_dims, tensors, (gl,))
     _launch.over_space(
-        backward_kernel, space, x, gl, space.row_at[0], *_launch.with_strides(tensors, space.at),
-        blocks=space.spread, arg=_launch.bits(map_arg, _launch.compute_dtype(x)), PAIR=pair,
+        backward_kernel, space, x, *_launch.views((gl,), space.row_at), *_launch.views(tensors, space.at),
+        _launch.number(map_arg, _launch.compute_dtype(x)), blocks=space.spread, PAIR=pair,
         MAP=resolve(scale_map, map_arg), SHIFT_FIRST=shift_first, INVERSE=inverse,
     )  # fmt: skip
     return gx

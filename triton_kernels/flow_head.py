@@ -12,7 +12,21 @@ from torch import Tensor
 from .._schemas import PRIORS
 from . import _launch
 from ._math import constant, exp, log1p01, neg, tanh
-from ._tiles import col_offset, fold, fold_rows, load, place, row_offset, scalar, store, store_as, width
+from ._tiles import (
+    column_pointers,
+    compute_type,
+    fold,
+    fold_rows,
+    load,
+    place,
+    row_pointers,
+    scalar,
+    store,
+    store_as,
+    tile_at,
+    width,
+    zeros,
+)
 
 GAUSSIAN = tl.constexpr(PRIORS.index("gaussian"))
 LOGISTIC = tl.constexpr(PRIORS.index("logistic"))
@@ -38,66 +52,62 @@ def score(z, PRIOR: tl.constexpr):
         return neg(tanh(0.5 * z))
 
 
-@triton.jit(do_not_specialize=["rows", "cols", "segments", "offset"])
+@triton.jit(do_not_specialize=["rows", "cols", "segments"])
 def forward_kernel(
-    h, h_at, log_scale, log_scale_at, out, sizes, rows, cols, segments, offset,
-    PRIOR: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
+    h, log_scale, out, offset, sizes, rows, cols, segments, PRIOR: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    dtype: tl.constexpr = tl.float64 if h.dtype.element_ty == tl.float64 else tl.float32
-    row, segment = place(segments, INDEX, BLOCK_R)
-    r = row[:, None]
-    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype)
-    for c0 in range(0, SEGMENT, BLOCK_C):
-        c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (c < width(cols, c, VEC))
-        z = load(h, h_at, sizes, r, c, inside, VEC, dtype)
+    dtype: tl.constexpr = compute_type(h[0])
+    row, segment = place(segments, TILE)
+    acc = zeros(TILE, dtype)
+    for c0 in range(0, TILE.segment, TILE.cols):
+        tile = tile_at(sizes, row, segment * TILE.segment + c0, rows, cols, TILE)
+        z = load(h, tile, TILE, dtype)
         if log_scale is not None:
-            at = log_scale + col_offset(c, sizes[1], log_scale_at[1], VEC)
-            s = tl.load(at, mask=c < width(cols, c, VEC)).to(dtype)
+            at = column_pointers(log_scale, sizes, tile.c, TILE.vec)
+            s = tl.load(at, mask=tile.c < width(cols, tile.c, TILE.vec)).to(dtype)
             term = log_density(z * exp(s), PRIOR) + s
         else:
             term = log_density(z, PRIOR)
-        acc += tl.where(inside, term, 0.0)
+        acc += tl.where(tile.inside, term, 0.0)
     total = fold(acc) + tl.where(segment == 0, scalar(offset, dtype), 0.0)
     tl.store(out + row.to(tl.int64) * segments + segment, total, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["rows", "cols", "segments", "block_rows"])
 def backward_kernel(
-    grad, grad_at, h, h_at, log_scale, log_scale_at, gh, gh_at, partial, sizes, rows, cols, segments, block_rows,
-    PRIOR: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
+    grad, h, log_scale, gh, partial, block_rows, sizes, rows, cols, segments,
+    PRIOR: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows x BLOCK_C columns; its part of grad_log_scale goes to partial (row blocks, columns)."""
-    dtype: tl.constexpr = tl.float64 if h.dtype.element_ty == tl.float64 else tl.float32
+    """One block of rows x TILE.cols columns; its part of grad_log_scale goes to partial (row blocks, columns)."""
+    dtype: tl.constexpr = compute_type(h[0])
     program = tl.program_id(0)
-    block = (program // segments).to(INDEX)
-    col = (program % segments).to(INDEX) * BLOCK_C + tl.arange(0, BLOCK_C)
+    block = (program // segments).to(TILE.index)
+    first = (program % segments).to(TILE.index) * TILE.cols
+    col = first + tl.arange(0, TILE.cols)
     c = col[None, :]
-    in_row = c < width(cols, c, VEC)
-    e = tl.full((1, BLOCK_C), 1.0, dtype)
+    e = tl.full((1, TILE.cols), 1.0, dtype)
     if log_scale is not None:
-        e = exp(tl.load(log_scale + col_offset(c, sizes[1], log_scale_at[1], VEC), mask=in_row).to(dtype))
-    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype)
-    for r0 in range(0, block_rows, BLOCK_R):
-        row = block * block_rows + r0 + tl.arange(0, BLOCK_R)
-        r = row[:, None]
-        inside = (r < rows) & in_row
-        g = tl.load(grad + row_offset(row, sizes[0], grad_at), mask=row < rows).to(dtype)[:, None]
-        z = load(h, h_at, sizes, r, c, inside, VEC, dtype) * e
+        at = column_pointers(log_scale, sizes, c, TILE.vec)
+        e = exp(tl.load(at, mask=c < width(cols, c, TILE.vec)).to(dtype))
+    acc = zeros(TILE, dtype)
+    for r0 in range(0, block_rows, TILE.rows):
+        row = block * block_rows + r0 + tl.arange(0, TILE.rows)
+        tile = tile_at(sizes, row, first, rows, cols, TILE)
+        g = tl.load(row_pointers(grad, sizes, row), mask=row < rows).to(dtype)[:, None]
+        z = load(h, tile, TILE, dtype) * e
         d = score(z, PRIOR)
-        store(gh, gh_at, sizes, r, c, inside, VEC, g * e * d)
+        store(gh, tile, TILE, g * e * d)
         if log_scale is not None:
-            acc = tl.where(inside, tl.fma(g, tl.fma(d, z, constant(1.0, z)), acc), acc)
+            acc = tl.where(tile.inside, tl.fma(g, tl.fma(d, z, constant(1.0, z)), acc), acc)
     if log_scale is not None:
-        tl.store(partial + block.to(tl.int64) * cols * VEC + col, fold_rows(acc), mask=col < width(cols, col, VEC))
+        at = partial + block.to(tl.int64) * cols * TILE.vec + col
+        tl.store(at, fold_rows(acc), mask=col < width(cols, col, TILE.vec))
 
 
 @triton.jit(do_not_specialize=["blocks", "cols"])
 def sum_blocks(
-    partial, out, out_at, sizes, blocks, cols, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
+    partial, out, sizes, blocks, cols, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
     """Sum partial (blocks, columns) to out (columns,)."""
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = tl.zeros((BLOCK_R, BLOCK_C), partial.dtype.element_ty)
@@ -105,7 +115,7 @@ def sum_blocks(
         r = first + tl.arange(0, BLOCK_R)
         inside = (r < blocks)[:, None] & (c < width(cols, c, VEC))[None, :]
         acc += tl.load(partial + (r.to(tl.int64) * cols * VEC)[:, None] + c[None, :], mask=inside, other=0.0)
-    store_as(out + col_offset(c, sizes[1], out_at[1], VEC), fold_rows(acc), c < width(cols, c, VEC))
+    store_as(column_pointers(out, sizes, c, VEC), fold_rows(acc), c < width(cols, c, VEC))
 
 
 def flow_log_prob(h: Tensor, log_scale: Tensor | None, prior: int) -> Tensor:
@@ -119,8 +129,8 @@ def flow_log_prob(h: Tensor, log_scale: Tensor | None, prior: int) -> Tensor:
     partial = out if segments == 1 else h.new_empty((space.rows, segments), dtype=dtype)
     offset = -0.5 * math.log(2 * math.pi) * space.cols if prior == GAUSSIAN.value else 0.0
     _launch.over_space(
-        forward_kernel, space, h, *_launch.with_strides(tensors, space.at), partial,
-        offset=_launch.bits(offset, dtype), PRIOR=prior,
+        forward_kernel, space, h, *_launch.views(tensors, space.at), partial, _launch.number(offset, dtype),
+        PRIOR=prior,
     )  # fmt: skip
     if segments > 1:
         _launch.sum_segments(partial, out)
@@ -140,12 +150,12 @@ def flow_log_prob_backward(grad: Tensor, h: Tensor, log_scale: Tensor | None, pr
     count = -(-space.rows // block_rows)
     partial = None if log_scale is None else h.new_empty((count, space.cols), dtype=_launch.compute_dtype(h))
     _launch.over_space(
-        backward_kernel, space, h, grad, space.row_at[0], *_launch.with_strides(tensors[:3], space.at), partial,
+        backward_kernel, space, h, (grad, space.row_at[0]), *_launch.views(tensors[:3], space.at), partial,
         blocks=blocks.by_rows(space, block_rows), block_rows=block_rows, PRIOR=prior,
     )  # fmt: skip
     if log_scale is not None:
         _launch.launch(
-            sum_blocks, -(-space.cols // 64), h.device, partial, glog_scale, space.at[3], space.sizes, count,
+            sum_blocks, -(-space.cols // 64), h.device, partial, (glog_scale, space.at[3]), space.sizes, count,
             space.cols // space.vec, VEC=space.vec, BLOCK_R=16, BLOCK_C=64,
         )  # fmt: skip
     return gh, glog_scale

@@ -22,7 +22,7 @@ from .._schemas import FSQ_VARIANTS
 from ..reference import fsq as ref
 from . import _launch
 from ._math import constant, div, div_normal, exp_unfused, floor, neg, round_even, tanh_unfused
-from ._tiles import col_offset, row_offset, static, store_as, width
+from ._tiles import col_offset, column_pointers, compute_type, row_offset, static, store_as, width
 
 SIGMOID = tl.constexpr(FSQ_VARIANTS.index("sigmoid"))
 SYMMETRIC = tl.constexpr(FSQ_VARIANTS.index("symmetric"))
@@ -205,8 +205,9 @@ def is_inside(i, first, cols, TILE: tl.constexpr):
 
 
 @triton.jit
-def elements(tensor, at, sizes, i, first, TILE: tl.constexpr):
+def elements(view, sizes, i, first, TILE: tl.constexpr):
     """Pointers to a tile's elements."""
+    tensor, at = view
     if TILE.dense:
         return tensor + first.to(tl.int64) * TILE.channels + i
     else:
@@ -250,48 +251,49 @@ def number(digit, c, DIGITS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def store_indices(indices, at, sizes, values, first, cols, TILE: tl.constexpr):
+def store_indices(indices, stage: tl.constexpr, sizes, values, first, cols, TILE: tl.constexpr):
+    """Store a stage's indices; the stages of a position are contiguous."""
     q = tl.arange(0, TILE.padded[1])
     p = first + q
     inside = (q < TILE.positions) & (p < width(cols, first, TILE.vec))
-    values = values.to(indices.dtype.element_ty)
-    tl.store(indices + col_offset(p, sizes[1], at[1], TILE.vec), values, mask=inside)
+    values = values.to(indices[0].dtype.element_ty)
+    tl.store(column_pointers(indices, sizes, p, TILE.vec) + stage, values, mask=inside)
 
 
 @triton.jit(do_not_specialize=["cols"])
 def forward_kernel(
-    z, z_at, codes, codes_at, indices, indices_at, sizes, cols,
+    z, codes, indices, sizes, cols,
     CHANNELS: tl.constexpr, DIGITS: tl.constexpr, VARIANT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = compute_type(z[0])
     i = tl.arange(0, TILE.elements)
     c = channel_of(i, TILE)
     for step in range(TILE.steps):
         first = first_position(step, TILE)
         inside = is_inside(i, first, cols, TILE)
-        value = tl.load(elements(z, z_at, sizes, i, first, TILE), mask=inside).to(dtype)
+        value = tl.load(elements(z, sizes, i, first, TILE), mask=inside).to(dtype)
         digit = digit_of(value, c, CHANNELS, VARIANT)
-        store_as(elements(codes, codes_at, sizes, i, first, TILE), code_of(digit, c, CHANNELS, VARIANT), inside)
+        store_as(elements(codes, sizes, i, first, TILE), code_of(digit, c, CHANNELS, VARIANT), inside)
         if indices is not None:
             index = number(digit, c, DIGITS, TILE)
-            store_indices(indices, indices_at, sizes, index, first, cols, TILE)
+            store_indices(indices, 0, sizes, index, first, cols, TILE)
 
 
 @triton.jit(do_not_specialize=["cols"])
 def backward_kernel(
-    z, z_at, grad, grad_at, gz, gz_at, sizes, cols,
+    z, grad, gz, sizes, cols,
     CHANNELS: tl.constexpr, VARIANT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = tl.float64 if z.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = compute_type(z[0])
     i = tl.arange(0, TILE.elements)
     c = channel_of(i, TILE)
     for step in range(TILE.steps):
         first = first_position(step, TILE)
         inside = is_inside(i, first, cols, TILE)
-        value = tl.load(elements(z, z_at, sizes, i, first, TILE), mask=inside).to(dtype)
-        g = tl.load(elements(grad, grad_at, sizes, i, first, TILE), mask=inside).to(dtype)
+        value = tl.load(elements(z, sizes, i, first, TILE), mask=inside).to(dtype)
+        g = tl.load(elements(grad, sizes, i, first, TILE), mask=inside).to(dtype)
         value = gradient(g, slope_of(value, c, CHANNELS, VARIANT), VARIANT)
-        store_as(elements(gz, gz_at, sizes, i, first, TILE), value, inside)
+        store_as(elements(gz, sizes, i, first, TILE), value, inside)
 
 
 @triton.jit
@@ -301,17 +303,17 @@ def quotient(n, factor: tl.constexpr, shift: tl.constexpr, c):
 
 @triton.jit(do_not_specialize=["cols"])
 def decode_kernel(
-    codes, codes_at, indices, indices_at, sizes, cols,
+    codes, indices, sizes, cols,
     CHANNELS: tl.constexpr, DIGITS: tl.constexpr, VARIANT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = tl.float64 if codes.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = compute_type(codes[0])
     i = tl.arange(0, TILE.elements)
     c = channel_of(i, TILE)
     for step in range(TILE.steps):
         first = first_position(step, TILE)
         inside = is_inside(i, first, cols, TILE)
         p = first + position_of(i, TILE)
-        index = tl.load(indices + col_offset(p, sizes[1], indices_at[1], TILE.vec), mask=inside)
+        index = tl.load(column_pointers(indices, sizes, p, TILE.vec), mask=inside)
         if DIGITS.wide:
             index = index.to(tl.int64)
         known = (index >= 0) & (index <= DIGITS.last)
@@ -321,21 +323,21 @@ def decode_kernel(
         digit = rest - turns * pick(static(DIGITS.levels), c, rest.dtype)
         code = code_of(digit.to(tl.int32).to(dtype), c, CHANNELS, VARIANT)
         code = tl.where(known, code, float("nan"))
-        store_as(elements(codes, codes_at, sizes, i, first, TILE), code, inside)
+        store_as(elements(codes, sizes, i, first, TILE), code, inside)
 
 
 @triton.jit(do_not_specialize=["cols"])
 def residual_kernel(
-    x, x_at, out, out_at, indices, indices_at, active, sizes, cols,
+    x, out, indices, active, sizes, cols,
     CHANNELS: tl.constexpr, SCALES: tl.constexpr, DIGITS: tl.constexpr, VARIANT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """`indices` is the view of stage 0; the stages of a position are contiguous."""
-    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    """`indices` is the view of stage 0."""
+    dtype: tl.constexpr = compute_type(x[0])
     i = tl.arange(0, TILE.elements)
     c = channel_of(i, TILE)
     first = first_position(0, TILE)
     inside = is_inside(i, first, cols, TILE)
-    rest = tl.load(elements(x, x_at, sizes, i, first, TILE), mask=inside).to(dtype)
+    rest = tl.load(elements(x, sizes, i, first, TILE), mask=inside).to(dtype)
     total = tl.full((TILE.elements,), 0.0, dtype)
     count = len(SCALES)
     if active is not None:
@@ -349,22 +351,22 @@ def residual_kernel(
             rest -= part
             total += part
             index = number(digit, c, DIGITS, TILE)
-        store_indices(indices + stage, indices_at, sizes, index, first, cols, TILE)
-    store_as(elements(out, out_at, sizes, i, first, TILE), total, inside)
+        store_indices(indices, stage, sizes, index, first, cols, TILE)
+    store_as(elements(out, sizes, i, first, TILE), total, inside)
 
 
 @triton.jit(do_not_specialize=["cols"])
 def residual_backward_kernel(
-    x, x_at, grad, grad_at, gx, gx_at, active, sizes, cols,
+    x, grad, gx, active, sizes, cols,
     CHANNELS: tl.constexpr, SCALES: tl.constexpr, VARIANT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = compute_type(x[0])
     i = tl.arange(0, TILE.elements)
     c = channel_of(i, TILE)
     first = first_position(0, TILE)
     inside = is_inside(i, first, cols, TILE)
-    rest = tl.load(elements(x, x_at, sizes, i, first, TILE), mask=inside).to(dtype)
-    g = tl.load(elements(grad, grad_at, sizes, i, first, TILE), mask=inside).to(dtype)
+    rest = tl.load(elements(x, sizes, i, first, TILE), mask=inside).to(dtype)
+    g = tl.load(elements(grad, sizes, i, first, TILE), mask=inside).to(dtype)
     total = tl.full((TILE.elements,), 0.0, dtype)
     count = len(SCALES)
     if active is not None:
@@ -376,7 +378,7 @@ def residual_backward_kernel(
             total += slope_of(scaled, c, CHANNELS, VARIANT)
             code = code_of(digit_of(scaled, c, CHANNELS, VARIANT), c, CHANNELS, VARIANT)
             rest -= code * pick(static(scale.values), c, dtype)
-    store_as(elements(gx, gx_at, sizes, i, first, TILE), gradient(g, total, VARIANT), inside)
+    store_as(elements(gx, sizes, i, first, TILE), gradient(g, total, VARIANT), inside)
 
 
 def fsq(z: Tensor, levels: Sequence[int], variant: int, return_indices: bool) -> tuple[Tensor, Tensor]:
@@ -463,7 +465,7 @@ def _over(
     floats = tuple([t is not None and t.is_floating_point() for t in views])
     tile = _tile(space, floats, most_steps)
     _launch.launch(
-        kernel, -(-space.cols // (tile.positions * tile.steps)), lead.device, *_launch.with_strides(views, space.at),
+        kernel, -(-space.cols // (tile.positions * tile.steps)), lead.device, *_launch.views(views, space.at),
         *more, num_warps=_warps(tile, lead.dtype), sizes=space.sizes, cols=space.cols // tile.vec,
         CHANNELS=_channels(tuple(levels), variant, f64), VARIANT=variant, TILE=tile, **constants,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._schemas import DISTANCES
 from . import _launch
 from ._math import div, neg
-from ._tiles import fold, load, place, row_sums, scalar, store_as, width
+from ._tiles import fold, load, load_rows, place, row_sums, scalar, store_as, tile_at, zeros
 
 L1 = tl.constexpr(DISTANCES.index("l1"))
 L2 = tl.constexpr(DISTANCES.index("l2"))
@@ -18,26 +18,21 @@ L2 = tl.constexpr(DISTANCES.index("l2"))
 
 @triton.jit(do_not_specialize=["rows", "cols", "segments"])
 def sums_kernel(
-    real, real_at, fake, fake_at, out, sizes, rows, cols, segments,
-    DISTANCE: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
+    real, fake, out, sizes, rows, cols, segments, DISTANCE: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """Sums of |real - fake| or of its square: (rows, segments)."""
     dtype: tl.constexpr = out.dtype.element_ty
-    row, segment = place(segments, INDEX, BLOCK_R)
-    r = row[:, None]
-    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype)
-    for c0 in range(0, SEGMENT, BLOCK_C):
-        c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (c < width(cols, c, VEC))
-        x = load(real, real_at, sizes, r, c, inside, VEC, dtype)
-        difference = x - load(fake, fake_at, sizes, r, c, inside, VEC, dtype)
+    row, segment = place(segments, TILE)
+    acc = zeros(TILE, dtype)
+    for c0 in range(0, TILE.segment, TILE.cols):
+        tile = tile_at(sizes, row, segment * TILE.segment + c0, rows, cols, TILE)
+        difference = load(real, tile, TILE, dtype) - load(fake, tile, TILE, dtype)
         if DISTANCE == L1:
             term = tl.abs(difference)
         else:
             tl.static_assert(DISTANCE == L2)
             term = difference * difference
-        acc += tl.where(inside, term, 0.0)
+        acc += tl.where(tile.inside, term, 0.0)
     tl.store(out + row.to(tl.int64) * segments + segment, fold(acc), mask=row < rows)
 
 
@@ -57,46 +52,32 @@ def quotient(delta, d, lam2, eps):
     return div(delta, width), width == 0.0
 
 
-@triton.jit(
-    do_not_specialize=[
-        "t_real_at", "t_fake_at", "rows", "x_segments", "x_count", "z_segments", "z_count", "lam2", "eps",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["rows", "x_segments", "z_segments"])
 def loss_kernel(
-    t_real, t_real_at, t_fake, t_fake_at, x_sums, x_segments, x_count, z_sums, z_segments, z_count, loss, d, rows,
-    lam2, eps, DISTANCE: tl.constexpr, BLOCK_R: tl.constexpr, X_BLOCK: tl.constexpr, Z_BLOCK: tl.constexpr,
+    t_real, t_fake, x_sums, x_segments, x_count, z_sums, z_segments, z_count, loss, d, rows, lam2, eps,
+    DISTANCE: tl.constexpr, BLOCK_R: tl.constexpr, X_BLOCK: tl.constexpr, Z_BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = loss.dtype.element_ty
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     distance = mean_distance(x_sums, r, rows, x_segments, x_count, DISTANCE, X_BLOCK)
     if z_sums is not None:
         distance += mean_distance(z_sums, r, rows, z_segments, z_count, DISTANCE, Z_BLOCK)
-    delta = tl.load(t_real + r * t_real_at, mask=r < rows).to(dtype)
-    delta = delta - tl.load(t_fake + r * t_fake_at, mask=r < rows).to(dtype)
+    delta = load_rows(t_real, r, rows).to(dtype) - load_rows(t_fake, r, rows).to(dtype)
     q, still = quotient(delta, distance, lam2, eps)
     tl.store(loss + r, tl.where(still, 0.0, delta * q - delta), mask=r < rows)
     tl.store(d + r, distance, mask=r < rows)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "grad_at", "t_real_at", "t_fake_at", "d_at", "g_real_at", "g_fake_at", "rows", "lam2", "eps",
-    ]
-)  # fmt: skip
-def backward_kernel(
-    grad, grad_at, t_real, t_real_at, t_fake, t_fake_at, d, d_at, g_real, g_real_at, g_fake, g_fake_at, rows, lam2,
-    eps, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    dtype: tl.constexpr = d.dtype.element_ty
+@triton.jit(do_not_specialize=["rows"])
+def backward_kernel(grad, t_real, t_fake, d, g_real, g_fake, rows, lam2, eps, BLOCK_R: tl.constexpr):
+    dtype: tl.constexpr = d[0].dtype.element_ty
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside = r < rows
-    delta = tl.load(t_real + r * t_real_at, mask=inside).to(dtype)
-    delta = delta - tl.load(t_fake + r * t_fake_at, mask=inside).to(dtype)
-    q, still = quotient(delta, tl.load(d + r * d_at, mask=inside), lam2, eps)
+    delta = load_rows(t_real, r, rows).to(dtype) - load_rows(t_fake, r, rows).to(dtype)
+    q, still = quotient(delta, load_rows(d, r, rows), lam2, eps)
     slope = tl.where(still, 0.0, 2.0 * q - 1.0)
-    g = tl.load(grad + r * grad_at, mask=inside).to(dtype) * slope
-    store_as(g_real + r * g_real_at, g, inside)
-    store_as(g_fake + r * g_fake_at, neg(g), inside)
+    g = load_rows(grad, r, rows).to(dtype) * slope
+    store_as(g_real[0] + r * g_real[1], g, r < rows)
+    store_as(g_fake[0] + r * g_fake[1], neg(g), r < rows)
 
 
 def gan_qp_loss(
@@ -122,11 +103,11 @@ def gan_qp_loss(
     blocks = [min(_launch.TILE, _launch.power_of_two(n)) for n in segments]
     # rows per program: the wider of the two tiles has TILE elements
     block = _launch.TILE // max(blocks)
+    numbers = (_launch.number(value, dtype) for value in (x_count, z_count, 2 * lam, eps))
+    of_x, of_z, lam2, safe = numbers
     _launch.launch(
-        loss_kernel, -(-rows // block), x_real.device, t_real, t_real.stride(0), t_fake, t_fake.stride(0), x,
-        segments[0], _launch.bits(x_count, dtype), z, segments[1], _launch.bits(z_count, dtype), loss, d, rows,
-        _launch.bits(2 * lam, dtype), _launch.bits(eps, dtype), DISTANCE=distance, BLOCK_R=block, X_BLOCK=blocks[0],
-        Z_BLOCK=blocks[1],
+        loss_kernel, -(-rows // block), x_real.device, *_of_rows(t_real, t_fake), x, segments[0], of_x, z, segments[1],
+        of_z, loss, d, rows, lam2, safe, DISTANCE=distance, BLOCK_R=block, X_BLOCK=blocks[0], Z_BLOCK=blocks[1],
     )  # fmt: skip
     return loss, d
 
@@ -137,20 +118,22 @@ def gan_qp_loss_backward(
     g_real, g_fake = torch.empty_like(t_real), torch.empty_like(t_fake)
     rows, dtype = t_real.shape[0], d.dtype
     if rows:
-        tensors = (grad, t_real, t_fake, d, g_real, g_fake)
+        views = _of_rows(grad, t_real, t_fake, d, g_real, g_fake)
         _launch.launch(
-            backward_kernel, -(-rows // _launch.TILE), d.device,
-            *_launch.with_strides(tensors, [t.stride(0) for t in tensors]), rows, _launch.bits(2 * lam, dtype),
-            _launch.bits(eps, dtype), BLOCK_R=_launch.TILE,
+            backward_kernel, -(-rows // _launch.TILE), d.device, *views, rows, _launch.number(2 * lam, dtype),
+            _launch.number(eps, dtype), BLOCK_R=_launch.TILE,
         )  # fmt: skip
     return g_real, g_fake
+
+
+def _of_rows(*tensors: Tensor) -> list[tuple[Tensor, int]]:
+    """Row views of tensors (rows,)."""
+    return [(t, t.stride(0)) for t in tensors]
 
 
 def _sums(real: Tensor, fake: Tensor, distance: int, dtype: torch.dtype) -> tuple[Tensor, int]:
     """Return sums of deviations (rows, segments) and the number of elements of a sample."""
     space = _launch.collapse(real.dim() - 1, (real, fake))
     sums = real.new_empty((space.rows, space.blocks.segments), dtype=dtype)
-    _launch.over_space(
-        sums_kernel, space, sums, *_launch.with_strides((real, fake), space.at), sums, DISTANCE=distance
-    )  # fmt: skip
+    _launch.over_space(sums_kernel, space, sums, *_launch.views((real, fake), space.at), sums, DISTANCE=distance)
     return sums, space.cols

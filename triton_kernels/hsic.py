@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._gram import DELTA, DEPTH, LAPLACIAN, POLYNOMIAL, PRECOMPUTED, RBF, Gram, counted, gram_tile, grams_of
+from ._gram import DELTA, LAPLACIAN, POLYNOMIAL, PRECOMPUTED, RBF, Gram, counted, gram_tile, grams_of, item_of
 
 GRID = tl.constexpr(1.5 * 2.0**7)  # adding it rounds to a multiple of 2^-16
 MOST_PARTIAL = 1 << 21  # most partial row sums of a launch per variable: above this, offsets take several launches
@@ -77,11 +77,9 @@ def add_tile(sums, columns, k, j, n, diagonal, BOUNDED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "blocks", "part", "parts", "own", "first", "offsets", "size"])
 def sums_kernel(
-    x, x_low, x_halves, x_shift, x_dim, y, y_low, y_halves, y_shift, y_dim, x_partial, y_partial, cross,
-    n, blocks, part, parts, own, first, offsets, size,
-    X: tl.constexpr, X_DEGREE: tl.constexpr, X_SQUARES: tl.constexpr,
-    Y: tl.constexpr, Y_DEGREE: tl.constexpr, Y_SQUARES: tl.constexpr,
-    SAME: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, DEPTH: tl.constexpr,
+    x, y, x_partial, y_partial, cross, n, blocks, part, parts, own, first, offsets, size,
+    X: tl.constexpr, Y: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One pair of blocks of a pair of variables: cross (batch, own, offsets), and if requested partial row sums
     (2 offsets, batch n = size): of the rows, then of the columns.
@@ -97,16 +95,10 @@ def sums_kernel(
     # half a turn: the pair of blocks is met from both sides
     met = (2 * distance == blocks) & (row_block > column_block)
     i = row_block * BLOCK + tl.arange(0, BLOCK)
-    dtype: tl.constexpr = x.dtype.element_ty
-    x += item * n * x_dim
-    y += item * n * y_dim
-    if x_low is not None:
-        x_low += item * n * x_dim
-    if y_low is not None:
-        y_low += item * n * y_dim
-    sx, sy = tl.load(x_shift + item).to(dtype), tl.load(y_shift + item).to(dtype)
-    X_BOUNDED: tl.constexpr = X != POLYNOMIAL and X != PRECOMPUTED
-    Y_BOUNDED: tl.constexpr = Y != POLYNOMIAL and Y != PRECOMPUTED
+    dtype: tl.constexpr = x.z.dtype.element_ty
+    x, y = item_of(x, item, n, dtype), item_of(y, item, n, dtype)
+    X_BOUNDED: tl.constexpr = X.kernel != POLYNOMIAL and X.kernel != PRECOMPUTED
+    Y_BOUNDED: tl.constexpr = Y.kernel != POLYNOMIAL and Y.kernel != PRECOMPUTED
     sum_x, sum_y = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     products = tl.zeros((BLOCK,), tl.float64)
     at_rows = offset.to(tl.int64) * size + item * n
@@ -119,17 +111,13 @@ def sums_kernel(
     for step in range(0, BLOCK, STEP):
         j = column_block * BLOCK + step + tl.arange(0, STEP)
         inside = counted(i, j, n) & (met == 0)
-        k, _ = gram_tile(
-            x, x_low, x_halves + item * n, sx, i, j, n, x_dim, X, X_DEGREE, X_SQUARES, PRECISION, DEPTH
-        )  # fmt: skip
+        k, _ = gram_tile(x, i, j, n, X, PRECISION)
         k = tl.where(inside, k, 0.0)
         sum_x = add_tile(sum_x, x_columns, k, j, n, distance == 0, X_BOUNDED)
         if SAME:
             m = k
         else:
-            m, _ = gram_tile(
-                y, y_low, y_halves + item * n, sy, i, j, n, y_dim, Y, Y_DEGREE, Y_SQUARES, PRECISION, DEPTH
-            )  # fmt: skip
+            m, _ = gram_tile(y, i, j, n, Y, PRECISION)
             m = tl.where(inside, m, 0.0)
         sum_y = add_tile(sum_y, y_columns, m, j, n, distance == 0, Y_BOUNDED)
         products += exact_sum(k * m, 1, X_BOUNDED and Y_BOUNDED)
@@ -152,28 +140,25 @@ def weight_tile(inside, i, j, n, rows, factor, other, slope):
 
 
 @triton.jit
-def own_features(z, low, i, f, n, dim):
+def own_features(x, i, f, n, SPLIT: tl.constexpr):
     """Features f of rows i."""
-    inside = (i < n)[:, None] & (f < dim)[None, :]
-    at = i.to(tl.int64)[:, None] * dim + f[None, :]
-    value = tl.load(z + at, mask=inside, other=0.0)
-    if low is not None:
-        value += tl.load(low + at, mask=inside, other=0.0)
+    inside = (i < n)[:, None] & (f < x.dim)[None, :]
+    at = i.to(tl.int64)[:, None] * x.dim + f[None, :]
+    value = tl.load(x.z + at, mask=inside, other=0.0)
+    if SPLIT:
+        value += tl.load(x.low + at, mask=inside, other=0.0)
     return value
 
 
 @triton.jit(do_not_specialize=["n", "blocks", "chunks", "splits", "steps"])
 def backward_kernel(
-    x, x_low, x_halves, x_shift, x_dim, y, y_low, y_halves, y_shift, y_dim, rows, factor, partial,
-    n, blocks, chunks, splits, steps,
-    X: tl.constexpr, X_DEGREE: tl.constexpr, X_SQUARES: tl.constexpr,
-    Y: tl.constexpr, Y_DEGREE: tl.constexpr, Y_SQUARES: tl.constexpr,
-    SAME: tl.constexpr, PRECISION: tl.constexpr, WEIGHTS: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr, DEPTH: tl.constexpr, FEATURES: tl.constexpr,
+    x, y, rows, factor, partial, n, blocks, chunks, splits, steps,
+    X: tl.constexpr, Y: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr, WEIGHTS: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of x from one pair of variables: a block of rows x FEATURES features, from `steps` steps of columns.
 
-    partial is (splits, batch, n, x_dim).
+    partial is (splits, batch, n, x.dim).
     """
     program = tl.program_id(0)
     chunk = program % chunks
@@ -182,14 +167,8 @@ def backward_kernel(
     i = program // chunks // splits % blocks * BLOCK + tl.arange(0, BLOCK)
     f = chunk * FEATURES + tl.arange(0, FEATURES)
     batch = (tl.num_programs(0) // chunks // splits // blocks).to(tl.int64)
-    dtype: tl.constexpr = x.dtype.element_ty
-    x += item * n * x_dim
-    y += item * n * y_dim
-    if x_low is not None:
-        x_low += item * n * x_dim
-    if y_low is not None:
-        y_low += item * n * y_dim
-    sx, sy = tl.load(x_shift + item).to(dtype), tl.load(y_shift + item).to(dtype)
+    dtype: tl.constexpr = x.z.dtype.element_ty
+    x, y = item_of(x, item, n, dtype), item_of(y, item, n, dtype)
     if rows is not None:
         rows += item * n
     by = tl.load(factor + item).to(dtype)
@@ -199,22 +178,16 @@ def backward_kernel(
         j = step * STEP + tl.arange(0, STEP)
         inside = counted(i, j, n)
         if SAME:
-            k, slope = gram_tile(
-                x, x_low, x_halves + item * n, sx, i, j, n, x_dim, X, X_DEGREE, X_SQUARES, PRECISION, DEPTH
-            )  # fmt: skip
+            k, slope = gram_tile(x, i, j, n, X, PRECISION)
             w = weight_tile(inside, i, j, n, rows, by, k, slope)
         else:
             # y first: fewer registers than with the slope of x beside it
-            other, _ = gram_tile(
-                y, y_low, y_halves + item * n, sy, i, j, n, y_dim, Y, Y_DEGREE, Y_SQUARES, PRECISION, DEPTH
-            )  # fmt: skip
-            _, slope = gram_tile(
-                x, x_low, x_halves + item * n, sx, i, j, n, x_dim, X, X_DEGREE, X_SQUARES, PRECISION, DEPTH
-            )  # fmt: skip
+            other, _ = gram_tile(y, i, j, n, Y, PRECISION)
+            _, slope = gram_tile(x, i, j, n, X, PRECISION)
             w = weight_tile(inside, i, j, n, rows, by, other, slope)
-        zj = own_features(x, x_low, j, f, n, x_dim)
-        if X == LAPLACIAN:
-            more = own_features(x, x_low, i, f, n, x_dim)[:, None, :] - zj[None, :, :]
+        zj = own_features(x, j, f, n, X.split)
+        if X.kernel == LAPLACIAN:
+            more = own_features(x, i, f, n, X.split)[:, None, :] - zj[None, :, :]
             sign = tl.where(more > 0.0, 1.0, tl.where(more < 0.0, -1.0, 0.0)).to(dtype)
             total -= tl.sum(w[:, :, None] * sign, 1)
         elif dtype == tl.float32:
@@ -222,33 +195,26 @@ def backward_kernel(
         else:
             total += tl.sum(w[:, :, None] * zj[None, :, :], 1)
         weights += tl.sum(w, 1)
-    if X == RBF:
+    if X.kernel == RBF:
         # sum over j of w_ij (z_j - z_i)
-        total -= weights[:, None] * own_features(x, x_low, i, f, n, x_dim)
-    at = ((split * batch + item) * n + i)[:, None] * x_dim + f[None, :]
-    tl.store(partial + at, total, mask=(i < n)[:, None] & (f < x_dim)[None, :])
+        total -= weights[:, None] * own_features(x, i, f, n, X.split)
+    at = ((split * batch + item) * n + i)[:, None] * x.dim + f[None, :]
+    tl.store(partial + at, total, mask=(i < n)[:, None] & (f < x.dim)[None, :])
 
 
 @triton.jit(do_not_specialize=["n", "blocks"])
 def matrix_kernel(
-    y, y_low, y_halves, y_shift, y_dim, rows, factor, grad, n, blocks,
-    Y: tl.constexpr, Y_DEGREE: tl.constexpr, Y_SQUARES: tl.constexpr,
-    ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    y, rows, factor, grad, n, blocks,
+    Y: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a precomputed matrix from one pair of variables: one tile."""
     program = tl.program_id(0)
     item = (program // (blocks * blocks)).to(tl.int64)
     i = program // blocks % blocks * BLOCK + tl.arange(0, BLOCK)
     j = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    dtype: tl.constexpr = y.dtype.element_ty
-    shift, by = tl.load(y_shift + item).to(dtype), tl.load(factor + item).to(dtype)
-    y += item * n * y_dim
-    if y_low is not None:
-        y_low += item * n * y_dim
-    value, _ = gram_tile(
-        y, y_low, y_halves + item * n, shift, i, j, n, y_dim, Y, Y_DEGREE, Y_SQUARES, PRECISION, DEPTH
-    )  # fmt: skip
-    total = value * by
+    dtype: tl.constexpr = y.z.dtype.element_ty
+    value, _ = gram_tile(item_of(y, item, n, dtype), i, j, n, Y, PRECISION)
+    total = value * tl.load(factor + item).to(dtype)
     if rows is not None:
         total += tl.load(rows + item * n + i, mask=i < n, other=0.0)[:, None].to(dtype)
     total = tl.where(counted(i, j, n), total, 0.0)
@@ -357,9 +323,9 @@ def _pair_sums(
         partials = [None if rows is None else new((2 * offsets, batch, n)) for rows in (x_rows, y_rows)]
         products = scratch.new_empty((batch, own * offsets))
         _launch.launch(
-            sums_kernel, batch * own * offsets, x.z.device, *x.arguments, *y.arguments, *partials, products, n, blocks,
-            part, parts, own, first, offsets, batch * n, **x.constants("X"), **y.constants("Y"), SAME=same,
-            PRECISION=_precision("tf32"), BLOCK=tile.rows, STEP=tile.step, DEPTH=DEPTH, **tile.options(),
+            sums_kernel, batch * own * offsets, x.z.device, x.variable, y.variable, *partials, products, n, blocks,
+            part, parts, own, first, offsets, batch * n, X=x.kind, Y=y.kind, SAME=same,
+            PRECISION=_precision("tf32"), BLOCK=tile.rows, STEP=tile.step, **tile.options(),
         )  # fmt: skip
         for partial, rows in zip(partials, (x_rows, y_rows), strict=True):
             if partial is not None and rows is not None:
@@ -400,8 +366,8 @@ def _matrix_gradient(y: Gram, rows: Tensor | None, factor: Tensor, grad: Tensor,
     batch, n, _ = grad.shape
     blocks = -(-n // 32)
     _launch.launch(
-        matrix_kernel, batch * blocks * blocks, grad.device, *y.arguments, rows, factor, grad, n, blocks, ADD=add,
-        PRECISION=_precision("tf32"), BLOCK=32, DEPTH=DEPTH, num_warps=8, **y.constants("Y"),
+        matrix_kernel, batch * blocks * blocks, grad.device, y.variable, rows, factor, grad, n, blocks, ADD=add,
+        PRECISION=_precision("tf32"), BLOCK=32, num_warps=8, Y=y.kind,
     )  # fmt: skip
 
 
@@ -417,11 +383,10 @@ def _add_gradient(
     chunks = -(-dim // features)
     partial = grad.new_empty((splits, *grad.shape))
     _launch.launch(
-        backward_kernel, batch * blocks * splits * chunks, grad.device, *x.arguments, *y.arguments, rows, factor,
+        backward_kernel, batch * blocks * splits * chunks, grad.device, x.variable, y.variable, rows, factor,
         partial, n, blocks, chunks, splits, -(-steps // splits), SAME=same, FEATURES=features, BLOCK=tile.rows,
-        STEP=tile.step, DEPTH=DEPTH, PRECISION=_precision("tf32"),
-        WEIGHTS=_precision("tf32" if allow_tf32 else "tf32x3"), **tile.options(), **x.constants("X"),
-        **y.constants("Y"),
+        STEP=tile.step, PRECISION=_precision("tf32"), WEIGHTS=_precision("tf32" if allow_tf32 else "tf32x3"),
+        X=x.kind, Y=y.kind, **tile.options(),
     )  # fmt: skip
     _accumulate(partial, grad)
 

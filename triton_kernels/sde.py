@@ -11,35 +11,19 @@ from torch import Tensor
 
 from . import _launch, _random
 from ._random import NORMAL, draw
-from ._tiles import fold, load, place, scalar, store, width
+from ._tiles import compute_type, fold, load, place, row_value, store, tile_at, width, zeros
 
 ZERO = torch.zeros((), dtype=torch.int64, device="cpu")
-SCALARS = [*_random.SCALARS, "a_at", "a_bits", "b_at", "b_bits", "c_at", "c_bits"]
 
 
 @triton.jit
-def coefficient(tensor, at, bits, r, inside, dtype: tl.constexpr):
-    """Coefficient of rows r: loaded from the tensor, or passed by value as bits."""
-    if tensor is None:
-        return scalar(bits, dtype)
-    else:
-        return tl.load(tensor + r.to(tl.int64) * at, mask=inside, other=0.0).to(dtype)
-
-
-@triton.jit
-def noise_tile(
-    noise, noise_at, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, sizes, r, c, first,
-    inside, rows, cols, PER_ROW: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_C: tl.constexpr,
-    dtype: tl.constexpr,
-):  # fmt: skip
+def noise_of(noise, stream, tile, first, rows, cols, ALIGNED: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
     """Noise of a tile: loaded from `noise` if given, else drawn."""
     if noise is not None:
-        return load(noise, noise_at, sizes, r, c, inside, VEC, dtype)
+        return load(noise, tile, TILE, dtype)
     else:
-        return draw(
-            seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, first, rows, cols, NORMAL,
-            PER_ROW, ALIGNED, BLOCK_C,
-        ).to(dtype)  # fmt: skip
+        elements = width(cols, first, TILE.vec)
+        return draw(stream, tile.r, first, rows, elements, NORMAL, ALIGNED, TILE.cols).to(dtype)
 
 
 @triton.jit
@@ -49,168 +33,127 @@ def put(partial, which: tl.constexpr, rows, segments, row, segment, acc):
     tl.store(partial + at, fold(acc), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=SCALARS)
+@triton.jit(do_not_specialize=["rows", "cols", "segments"])
 def step_kernel(
-    x, x_at, score, score_at, noise, noise_at, y, y_at, mean, mean_at, a, a_at, a_bits, b, b_at, b_bits, c, c_at,
-    c_bits, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, sizes, rows, cols, segments,
-    PER_ROW: tl.constexpr, ALIGNED: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
+    x, score, noise, y, mean, a, b, c, stream, sizes, rows, cols, segments,
+    ALIGNED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    row, segment = place(segments, INDEX, BLOCK_R)
-    r = row[:, None]
-    of_x = coefficient(a, a_at, a_bits, r, r < rows, dtype)
-    of_z = coefficient(c, c_at, c_bits, r, r < rows, dtype)
-    for c0 in range(0, SEGMENT, BLOCK_C):
-        first = segment * SEGMENT + c0
-        col = (first + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (col < width(cols, col, VEC))
-        m = of_x * load(x, x_at, sizes, r, col, inside, VEC, dtype)
+    dtype: tl.constexpr = compute_type(x[0])
+    row, segment = place(segments, TILE)
+    of_x = row_value(a, row[:, None], rows, dtype)
+    of_z = row_value(c, row[:, None], rows, dtype)
+    for c0 in range(0, TILE.segment, TILE.cols):
+        first = segment * TILE.segment + c0
+        tile = tile_at(sizes, row, first, rows, cols, TILE)
+        m = of_x * load(x, tile, TILE, dtype)
         if score is not None:
-            of_score = coefficient(b, b_at, b_bits, r, r < rows, dtype)
-            m = m + of_score * load(score, score_at, sizes, r, col, inside, VEC, dtype)
-        z = noise_tile(
-            noise, noise_at, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, sizes, r, col,
-            first, inside, rows, width(cols, first, VEC), PER_ROW, ALIGNED, VEC, BLOCK_C, dtype,
-        )  # fmt: skip
+            m = m + row_value(b, tile.r, rows, dtype) * load(score, tile, TILE, dtype)
+        z = noise_of(noise, stream, tile, first, rows, cols, ALIGNED, TILE, dtype)
         if mean is not None:
-            store(mean, mean_at, sizes, r, col, inside, VEC, m)
+            store(mean, tile, TILE, m)
         # + 0.0 turns -0 into +0, so that for c = 0 the sign of the noise does not change the bits
-        store(y, y_at, sizes, r, col, inside, VEC, m + (of_z * z + 0.0))
+        store(y, tile, TILE, m + (of_z * z + 0.0))
 
 
-@triton.jit(do_not_specialize=SCALARS)
+@triton.jit(do_not_specialize=["rows", "cols", "segments"])
 def step_backward_kernel(
-    gy, gy_at, gmean, gmean_at, x, x_at, score, score_at, noise, noise_at, gx, gx_at, gscore,
-    gscore_at, gnoise, gnoise_at, partial, a, a_at, a_bits, b, b_at, b_bits, c, c_at, c_bits, seed, seed_at,
-    seed_low, seed_high, step, step_low, step_high, purpose, sizes, rows, cols, segments,
-    F64: tl.constexpr, PER_ROW: tl.constexpr, ALIGNED: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
+    gy, gmean, x, score, noise, gx, gscore, gnoise, partial, a, b, c, stream, sizes, rows, cols, segments,
+    ALIGNED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = tl.float64 if F64 else tl.float32
-    row, segment = place(segments, INDEX, BLOCK_R)
-    r = row[:, None]
-    of_a = tl.zeros((BLOCK_R, BLOCK_C), dtype)
-    of_b = tl.zeros((BLOCK_R, BLOCK_C), dtype)
-    of_c = tl.zeros((BLOCK_R, BLOCK_C), dtype)
-    for c0 in range(0, SEGMENT, BLOCK_C):
-        first = segment * SEGMENT + c0
-        col = (first + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (col < width(cols, col, VEC))
-        total = tl.zeros((BLOCK_R, BLOCK_C), dtype)
-        dy = tl.zeros((BLOCK_R, BLOCK_C), dtype)
+    dtype: tl.constexpr = partial.dtype.element_ty
+    row, segment = place(segments, TILE)
+    of_a = zeros(TILE, dtype)
+    of_b = zeros(TILE, dtype)
+    of_c = zeros(TILE, dtype)
+    for c0 in range(0, TILE.segment, TILE.cols):
+        first = segment * TILE.segment + c0
+        tile = tile_at(sizes, row, first, rows, cols, TILE)
+        total = zeros(TILE, dtype)
+        dy = zeros(TILE, dtype)
         if gy is not None:
-            dy = load(gy, gy_at, sizes, r, col, inside, VEC, dtype)
+            dy = load(gy, tile, TILE, dtype)
             total += dy
         if gmean is not None:
-            total += load(gmean, gmean_at, sizes, r, col, inside, VEC, dtype)
+            total += load(gmean, tile, TILE, dtype)
         if gx is not None:
-            store(gx, gx_at, sizes, r, col, inside, VEC, coefficient(a, a_at, a_bits, r, r < rows, dtype) * total)
+            store(gx, tile, TILE, row_value(a, tile.r, rows, dtype) * total)
         if gscore is not None:
-            by = coefficient(b, b_at, b_bits, r, r < rows, dtype)
-            store(gscore, gscore_at, sizes, r, col, inside, VEC, by * total)
+            store(gscore, tile, TILE, row_value(b, tile.r, rows, dtype) * total)
         if gnoise is not None:
-            store(gnoise, gnoise_at, sizes, r, col, inside, VEC, coefficient(c, c_at, c_bits, r, r < rows, dtype) * dy)
-        if partial is not None:
-            term = total * load(x, x_at, sizes, r, col, inside, VEC, dtype)
-            of_a += tl.where(inside, term, 0.0)
+            store(gnoise, tile, TILE, row_value(c, tile.r, rows, dtype) * dy)
+        if x is not None:
+            of_a += tl.where(tile.inside, total * load(x, tile, TILE, dtype), 0.0)
             if score is not None:
-                term = total * load(score, score_at, sizes, r, col, inside, VEC, dtype)
-                of_b += tl.where(inside, term, 0.0)
+                of_b += tl.where(tile.inside, total * load(score, tile, TILE, dtype), 0.0)
             if gy is not None:
-                z = noise_tile(
-                    noise, noise_at, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, sizes,
-                    r, col, first, inside, rows, width(cols, first, VEC), PER_ROW, ALIGNED, VEC, BLOCK_C, dtype,
-                )  # fmt: skip
-                of_c += tl.where(inside, dy * z, 0.0)
-    if partial is not None:
+                z = noise_of(noise, stream, tile, first, rows, cols, ALIGNED, TILE, dtype)
+                of_c += tl.where(tile.inside, dy * z, 0.0)
+    if x is not None:
         put(partial, 0, rows, segments, row, segment, of_a)
         put(partial, 1, rows, segments, row, segment, of_b)
         put(partial, 2, rows, segments, row, segment, of_c)
 
 
-@triton.jit(do_not_specialize=SCALARS)
+@triton.jit(do_not_specialize=["rows", "cols", "segments"])
 def loss_kernel(
-    pred, pred_at, gpred, gpred_at, partial, a, a_at, a_bits, c, c_at, c_bits, seed, seed_at, seed_low, seed_high,
-    step, step_low, step_high, purpose, sizes, rows, cols, segments,
-    SCORE: tl.constexpr, PER_ROW: tl.constexpr, ALIGNED: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
-):  # fmt: skip
-    """Loss; with gpred its backward: a is the gradient of the loss, and the sums are the gradient of std (c)."""
-    dtype: tl.constexpr = tl.float64 if pred.dtype.element_ty == tl.float64 else tl.float32
-    row, segment = place(segments, INDEX, BLOCK_R)
-    r = row[:, None]
-    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype)
-    for c0 in range(0, SEGMENT, BLOCK_C):
-        first = segment * SEGMENT + c0
-        col = (first + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (col < width(cols, col, VEC))
-        p = load(pred, pred_at, sizes, r, col, inside, VEC, dtype)
-        z = draw(
-            seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, r, first, rows,
-            width(cols, first, VEC), NORMAL, PER_ROW, ALIGNED, BLOCK_C,
-        ).to(dtype)  # fmt: skip
-        if SCORE:
-            std = coefficient(c, c_at, c_bits, r, r < rows, dtype)
-            residual = std * p + z
+    pred, gpred, partial, grad, std, stream, sizes, rows, cols, segments, ALIGNED: tl.constexpr, TILE: tl.constexpr
+):
+    """Loss; with gpred its backward: grad is the gradient of the loss, and the sums are the gradient of std.
+
+    Without std the prediction is of the noise, not of the score.
+    """
+    dtype: tl.constexpr = compute_type(pred[0])
+    row, segment = place(segments, TILE)
+    acc = zeros(TILE, dtype)
+    for c0 in range(0, TILE.segment, TILE.cols):
+        first = segment * TILE.segment + c0
+        tile = tile_at(sizes, row, first, rows, cols, TILE)
+        p = load(pred, tile, TILE, dtype)
+        z = noise_of(None, stream, tile, first, rows, cols, ALIGNED, TILE, dtype)
+        if std is not None:
+            by = row_value(std, tile.r, rows, dtype)
+            residual = by * p + z
         else:
             residual = p - z
         if gpred is not None:
-            grad = coefficient(a, a_at, a_bits, r, r < rows, dtype)
-            slope = grad * std if SCORE else grad
-            store(gpred, gpred_at, sizes, r, col, inside, VEC, slope * residual)
-            acc += tl.where(inside, grad * (p * residual), 0.0)
+            g = row_value(grad, tile.r, rows, dtype)
+            slope = g * by if std is not None else g
+            store(gpred, tile, TILE, slope * residual)
+            acc += tl.where(tile.inside, g * (p * residual), 0.0)
         else:
-            acc += tl.where(inside, 0.5 * (residual * residual), 0.0)
+            acc += tl.where(tile.inside, 0.5 * (residual * residual), 0.0)
     put(partial, 0, rows, segments, row, segment, acc)
 
 
-@triton.jit(do_not_specialize=SCALARS)
+@triton.jit(do_not_specialize=["rows", "cols", "segments"])
 def squares_kernel(
-    score, score_at, noise, noise_at, partial, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose,
-    sizes, rows, cols, segments,
-    PER_ROW: tl.constexpr, ALIGNED: tl.constexpr, INDEX: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
-):  # fmt: skip
-    dtype: tl.constexpr = tl.float64 if score.dtype.element_ty == tl.float64 else tl.float32
-    row, segment = place(segments, INDEX, BLOCK_R)
-    r = row[:, None]
-    of_score = tl.zeros((BLOCK_R, BLOCK_C), dtype)
-    of_noise = tl.zeros((BLOCK_R, BLOCK_C), dtype)
-    for c0 in range(0, SEGMENT, BLOCK_C):
-        first = segment * SEGMENT + c0
-        col = (first + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (col < width(cols, col, VEC))
-        s = load(score, score_at, sizes, r, col, inside, VEC, dtype)
-        z = noise_tile(
-            noise, noise_at, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, sizes, r, col,
-            first, inside, rows, width(cols, first, VEC), PER_ROW, ALIGNED, VEC, BLOCK_C, dtype,
-        )  # fmt: skip
-        of_score += tl.where(inside, s * s, 0.0)
-        of_noise += tl.where(inside, z * z, 0.0)
+    score, noise, partial, stream, sizes, rows, cols, segments, ALIGNED: tl.constexpr, TILE: tl.constexpr
+):
+    dtype: tl.constexpr = compute_type(score[0])
+    row, segment = place(segments, TILE)
+    of_score = zeros(TILE, dtype)
+    of_noise = zeros(TILE, dtype)
+    for c0 in range(0, TILE.segment, TILE.cols):
+        first = segment * TILE.segment + c0
+        tile = tile_at(sizes, row, first, rows, cols, TILE)
+        s = load(score, tile, TILE, dtype)
+        z = noise_of(noise, stream, tile, first, rows, cols, ALIGNED, TILE, dtype)
+        of_score += tl.where(tile.inside, s * s, 0.0)
+        of_noise += tl.where(tile.inside, z * z, 0.0)
     put(partial, 0, rows, segments, row, segment, of_score)
     put(partial, 1, rows, segments, row, segment, of_noise)
 
 
-def _coefficients(dtype: torch.dtype, **values: Tensor | None) -> dict[str, Any]:
-    """Return the arguments of `coefficient` by name."""
-    arguments: dict[str, Any] = {}
-    for name, value in values.items():
-        tensor, at, number = value, 0, 0
-        if value is not None and _random.by_value(value):
-            tensor, number = None, _launch.bits(value.item(), dtype)
-        elif value is not None and value.dim():
-            at = value.stride(0)
-        arguments[name], arguments[f"{name}_at"], arguments[f"{name}_bits"] = tensor, at, number
-    return arguments
+def _coefficients(dtype: torch.dtype, *values: Tensor | None) -> list[Any]:
+    """Return the row views; None: absent."""
+    return [None if value is None else _launch.row_view(value, dtype) for value in values]
 
 
-def _stream(seed: Tensor | None, step: Any, purpose: int, space: _launch.Space) -> dict[str, Any]:
-    """Return the keyword arguments that select the noise; unused zeros if the noise is given (seed None)."""
+def _stream(seed: Tensor | None, step: Any, purpose: int, space: _launch.Space) -> tuple[_random.Stream, bool]:
+    """Return the stream and whether it is aligned with the tiles; unused zeros if the noise is given (seed None)."""
     if seed is None:
         seed = step = ZERO
-    aligned = _random.aligned(seed, space.rows, space.cols, space.blocks.cols)
-    return {**_random.stream(seed, step, purpose), "ALIGNED": aligned}
+    return _random.stream(seed, step, purpose), _random.aligned(seed, space.rows, space.cols, space.blocks.cols)
 
 
 def _space(tensors: list[Tensor | None]) -> _launch.Space:
@@ -260,9 +203,10 @@ def sde_step(
         return y, mean
     tensors = [x, score, noise, y, mean if return_mean else None]
     space = _space(tensors)
+    stream, aligned = _stream(seed, step, purpose, space)
     _launch.over_space(
-        step_kernel, space, x, *_launch.with_strides(tensors, space.at),
-        **_coefficients(_launch.compute_dtype(x), a=a, b=b, c=c), **_stream(seed, step, purpose, space),
+        step_kernel, space, x, *_launch.views(tensors, space.at),
+        *_coefficients(_launch.compute_dtype(x), a, b, c), stream, ALIGNED=aligned,
     )  # fmt: skip
     return y, mean
 
@@ -295,12 +239,14 @@ def sde_step_backward(
     outputs = (g if d else None for g, d in zip((gx, gscore, gnoise), dtypes, strict=True))
     tensors = [grad, grad_mean, x, score, noise, *outputs]
     space = _space(tensors)
-    partial: Any = None if x is None else _partial(space, 3, lead, dtype)
+    # without x there are no sums, and the partial sums are a dtype alone
+    partial = lead.new_empty(0, dtype=dtype) if x is None else _partial(space, 3, lead, dtype)
+    stream, aligned = _stream(seed, step, purpose, space)
     _launch.over_space(
-        step_backward_kernel, space, lead.new_empty(0, dtype=dtype), *_launch.with_strides(tensors, space.at),
-        partial, **_coefficients(dtype, a=a, b=b, c=c), **_stream(seed, step, purpose, space), F64=f64,
+        step_backward_kernel, space, partial, *_launch.views(tensors, space.at), partial,
+        *_coefficients(dtype, a, b, c), stream, ALIGNED=aligned,
     )  # fmt: skip
-    return gx, gscore, gnoise, lead.new_empty(0, dtype=dtype) if x is None else _total(partial)
+    return gx, gscore, gnoise, partial if x is None else _total(partial)
 
 
 def _loss(
@@ -312,9 +258,10 @@ def _loss(
     tensors = [pred, gpred]
     space = _space(tensors)
     partial = _partial(space, 1, pred, dtype)
+    stream, aligned = _stream(seed, step, 0, space)
     _launch.over_space(
-        loss_kernel, space, pred, *_launch.with_strides(tensors, space.at), partial,
-        **_coefficients(dtype, a=grad, c=std), **_stream(seed, step, 0, space), SCORE=std is not None,
+        loss_kernel, space, pred, *_launch.views(tensors, space.at), partial, *_coefficients(dtype, grad, std),
+        stream, ALIGNED=aligned,
     )  # fmt: skip
     return _total(partial)[0]
 
@@ -339,8 +286,8 @@ def langevin_squares(
     tensors = [score, noise]
     space = _space(tensors)
     partial = _partial(space, 2, score, dtype)
+    stream, aligned = _stream(seed, step, purpose, space)
     _launch.over_space(
-        squares_kernel, space, score, *_launch.with_strides(tensors, space.at), partial,
-        **_stream(seed, step, purpose, space),
-    )  # fmt: skip
+        squares_kernel, space, score, *_launch.views(tensors, space.at), partial, stream, ALIGNED=aligned
+    )
     return _total(partial)

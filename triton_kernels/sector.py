@@ -32,11 +32,8 @@ def used(word, at, points):
     return tl.where(at < points, word, tl.full([], 0xFFFFFFFF, tl.uint32))
 
 
-@triton.jit(do_not_specialize=["count", "points", "trials", "rounds", *_random.SCALARS])
-def counts_kernel(
-    thresholds, counts, count, points, trials, rounds, seed, seed_at, seed_low, seed_high, step, step_low, step_high,
-    purpose, PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["count", "points", "trials", "rounds"])
+def counts_kernel(thresholds, counts, count, points, trials, rounds, stream, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     blocks = (points + 3) // 4
     for i in range(0, rounds):
@@ -45,10 +42,7 @@ def counts_kernel(
         low = tl.full([BLOCK], 0xFFFFFFFF, tl.uint32)
         total = tl.zeros([BLOCK], tl.int64)
         for block in range(0, blocks):
-            w0, w1, w2, w3 = words_at(
-                trial * blocks + block, seed, seed_at, seed_low, seed_high, step, step_low, step_high, purpose, lane,
-                inside,
-            )  # fmt: skip
+            w0, w1, w2, w3 = words_at(trial * blocks + block, stream, lane, BLOCK)
             w1 = used(w1, 4 * block + 1, points)
             w2 = used(w2, 4 * block + 2, points)
             w3 = used(w3, 4 * block + 3, points)
@@ -70,6 +64,6 @@ def sector_counts(thresholds: Tensor, points: int, trials: int, seed: Tensor, st
     programs = min(-(-trials // BLOCK), PROGRAMS)
     _launch.launch(
         counts_kernel, programs, counts.device, thresholds, counts, counts.numel(), points, trials,
-        -(-trials // (BLOCK * programs)), BLOCK=BLOCK, **_random.stream(seed, step, purpose),
+        -(-trials // (BLOCK * programs)), _random.stream(seed, step, purpose), BLOCK=BLOCK,
     )  # fmt: skip
     return counts

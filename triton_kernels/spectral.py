@@ -10,7 +10,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -104,13 +104,13 @@ def width(cols, ALIGNED: tl.constexpr):
 @triton.jit
 def product(
     w, v, weighted, y, squares, partial, rows, cols, block, padded,
-    W_TYPE: tl.constexpr, V_TYPE: tl.constexpr, U_TYPE: tl.constexpr, VECTOR: tl.constexpr, ITERATES: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    TYPES: tl.constexpr, VECTOR: tl.constexpr, ITERATES: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = y.dtype.element_ty
-    cols, v = width(cols, ALIGNED), at(v, V_TYPE, ALIGNED)
+    cols, v = width(cols, ALIGNED), at(v, TYPES.v, ALIGNED)
     r = block.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    start = at(w, W_TYPE, ALIGNED) + (r * cols)[:, None]
+    start = at(w, TYPES.w, ALIGNED) + (r * cols)[:, None]
     if VECTOR:
         sums = tl.full((BLOCK_R,), 1.0, dtype)
     else:
@@ -135,15 +135,15 @@ def product(
             terms = tl.load(start + c[None, :], mask=inside, other=0.0).to(dtype) * sums[:, None]
             tl.store(partial + block * padded + c, fold_rows(terms), mask=c < cols)
     else:
-        other = tl.load(weighted.to(tl.pointer_type(U_TYPE)) + r, mask=r < rows, other=0.0).to(dtype)
+        other = tl.load(at(weighted, TYPES.u, False) + r, mask=r < rows, other=0.0).to(dtype)
         tl.store(squares + program, total(sums * other))
 
 
 @triton.jit(do_not_specialize=["pitch", "layers"])
 def product_kernel(
     table, pitch, layers, state, y, squares, partial,
-    W_TYPE: tl.constexpr, U_TYPE: tl.constexpr, V_TYPE: tl.constexpr, VECTOR: tl.constexpr, ITERATES: tl.constexpr,
-    FIRST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr,
+    TYPES: tl.constexpr, VECTOR: tl.constexpr, ITERATES: tl.constexpr, FIRST: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """y = W v for one block of rows, the block's part of W' y, and of |y|^2; of u'y instead if not ITERATES."""
     layer, block = find(table, pitch, layers, tl.program_id(0), ROW_BLOCK)
@@ -158,12 +158,12 @@ def product_kernel(
     if aligned(w | v, cols):
         product(
             w, v, u, y, squares, partial, rows, cols, block, padded,
-            W_TYPE, V_TYPE, U_TYPE, VECTOR, ITERATES, True, BLOCK_R, BLOCK_C,
+            TYPES, VECTOR, ITERATES, True, BLOCK_R, BLOCK_C,
         )  # fmt: skip
     else:
         product(
             w, v, u, y, squares, partial, rows, cols, block, padded,
-            W_TYPE, V_TYPE, U_TYPE, VECTOR, ITERATES, False, BLOCK_R, BLOCK_C,
+            TYPES, VECTOR, ITERATES, False, BLOCK_R, BLOCK_C,
         )  # fmt: skip
 
 
@@ -246,8 +246,8 @@ def tile(rows, cols, part, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
 @triton.jit(do_not_specialize=["pitch", "layers"])
 def scale_kernel(
     table, pitch, layers, u_state, v_state, y, squares, z, z_squares, norms, sigmas,
-    W_TYPE: tl.constexpr, U_TYPE: tl.constexpr, V_TYPE: tl.constexpr, VECTOR: tl.constexpr, ITERATES: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr,
+    TYPES: tl.constexpr, VECTOR: tl.constexpr, ITERATES: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """New u and v, which after the last round are results; then sigma and W / sigma. If a norm vanishes, u and v stay
     as they are and sigma is u' W v."""
@@ -275,13 +275,13 @@ def scale_kernel(
             new_u, new_v = y + row_block * BLOCK_R, z + col_block * UNIT
             held_u, held_v = u_state + row_block * BLOCK_R, v_state + col_block * UNIT
             if FIRST:
-                u = field(table, pitch, layer, U).to(tl.pointer_type(U_TYPE))
-                v = field(table, pitch, layer, V).to(tl.pointer_type(V_TYPE))
+                u = field(table, pitch, layer, U).to(tl.pointer_type(TYPES.u))
+                v = field(table, pitch, layer, V).to(tl.pointer_type(TYPES.v))
             else:
                 u, v = held_u, held_v
             if LAST:
-                held_u = field(table, pitch, layer, NEW_U).to(tl.pointer_type(U_TYPE))
-                held_v = field(table, pitch, layer, NEW_V).to(tl.pointer_type(V_TYPE))
+                held_u = field(table, pitch, layer, NEW_U).to(tl.pointer_type(TYPES.u))
+                held_v = field(table, pitch, layer, NEW_V).to(tl.pointer_type(TYPES.v))
                 if ITERATES:
                     if stalls:
                         value = along(u, new_u, rows, BLOCK_C)
@@ -294,24 +294,24 @@ def scale_kernel(
                 tl.store(sigmas + layer, sigma)
             w, out = field(table, pitch, layer, W), field(table, pitch, layer, OUT)
             if aligned(w | out, cols):
-                scale(w, out, sigma, rows, cols, part, W_TYPE, True, BLOCK_R, BLOCK_C)
+                scale(w, out, sigma, rows, cols, part, TYPES.w, True, BLOCK_R, BLOCK_C)
             else:
-                scale(w, out, sigma, rows, cols, part, W_TYPE, False, BLOCK_R, BLOCK_C)
+                scale(w, out, sigma, rows, cols, part, TYPES.w, False, BLOCK_R, BLOCK_C)
 
 
 @triton.jit
-def dot(g, w, partial, program, rows, cols, part, G_TYPE: tl.constexpr, W_TYPE: tl.constexpr,
+def dot(g, w, partial, program, rows, cols, part, TYPES: tl.constexpr,
         ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     offset, inside = tile(rows, width(cols, ALIGNED), part, BLOCK_R, BLOCK_C)
-    a = tl.load(at(g, G_TYPE, ALIGNED) + offset, mask=inside, other=0.0).to(partial.dtype.element_ty)
-    b = tl.load(at(w, W_TYPE, ALIGNED) + offset, mask=inside, other=0.0, eviction_policy="evict_first")
+    a = tl.load(at(g, TYPES.g, ALIGNED) + offset, mask=inside, other=0.0).to(partial.dtype.element_ty)
+    b = tl.load(at(w, TYPES.w, ALIGNED) + offset, mask=inside, other=0.0, eviction_policy="evict_first")
     tl.store(partial + program, total(fold_rows(a * b.to(a.dtype))))
 
 
 @triton.jit(do_not_specialize=["pitch", "layers"])
 def dot_kernel(
     table, pitch, layers, partial,
-    W_TYPE: tl.constexpr, G_TYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    TYPES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One tile's part of sum(grad * W)."""
     program = tl.program_id(0)
@@ -319,38 +319,36 @@ def dot_kernel(
     rows, cols = field(table, pitch, layer, B_SHAPE), field(table, pitch, layer, B_SHAPE + 1)
     w, g = field(table, pitch, layer, W), field(table, pitch, layer, GRAD)
     if aligned(w | g, cols):
-        dot(g, w, partial, program, rows, cols, part, G_TYPE, W_TYPE, True, BLOCK_R, BLOCK_C)
+        dot(g, w, partial, program, rows, cols, part, TYPES, True, BLOCK_R, BLOCK_C)
     else:
-        dot(g, w, partial, program, rows, cols, part, G_TYPE, W_TYPE, False, BLOCK_R, BLOCK_C)
+        dot(g, w, partial, program, rows, cols, part, TYPES, False, BLOCK_R, BLOCK_C)
 
 
 @triton.jit
 def gradient(
     g, w, u, v, out, sigma, slope, rows, cols, part,
-    G_TYPE: tl.constexpr, W_TYPE: tl.constexpr, U_TYPE: tl.constexpr, V_TYPE: tl.constexpr, VECTOR: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    TYPES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     cols = width(cols, ALIGNED)
     offset, inside = tile(rows, cols, part, BLOCK_R, BLOCK_C)
-    a = tl.load(at(g, G_TYPE, ALIGNED) + offset, mask=inside, other=0.0).to(sigma.dtype)
+    a = tl.load(at(g, TYPES.g, ALIGNED) + offset, mask=inside, other=0.0).to(sigma.dtype)
     a = div(a, sigma + tl.zeros_like(a))
     if VECTOR:
-        b = tl.load(at(w, W_TYPE, ALIGNED) + offset, mask=inside, other=0.0).to(sigma.dtype)
+        b = tl.load(at(w, TYPES.w, ALIGNED) + offset, mask=inside, other=0.0).to(sigma.dtype)
         outer = div(b, sigma + tl.zeros_like(b))
     else:
         row, col = corner(cols, part, BLOCK_R, BLOCK_C)
         r, c = row + tl.arange(0, BLOCK_R), col + tl.arange(0, BLOCK_C)
-        left = tl.load(at(u, U_TYPE, False) + r, mask=r < rows, other=0.0).to(sigma.dtype)
-        right = tl.load(at(v, V_TYPE, ALIGNED) + c, mask=c < cols, other=0.0).to(sigma.dtype)
+        left = tl.load(at(u, TYPES.u, False) + r, mask=r < rows, other=0.0).to(sigma.dtype)
+        right = tl.load(at(v, TYPES.v, ALIGNED) + c, mask=c < cols, other=0.0).to(sigma.dtype)
         outer = left[:, None] * right[None, :]
-    store_as(at(out, W_TYPE, ALIGNED) + offset, tl.fma(slope + tl.zeros_like(a), outer, a), inside)
+    store_as(at(out, TYPES.w, ALIGNED) + offset, tl.fma(slope + tl.zeros_like(a), outer, a), inside)
 
 
 @triton.jit(do_not_specialize=["pitch", "layers"])
 def gradient_kernel(
     table, pitch, layers, partial,
-    W_TYPE: tl.constexpr, U_TYPE: tl.constexpr, V_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
-    GRAD_SIGMA_TYPE: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    TYPES: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """grad / sigma + slope u v'; for a vector, u v' is W / sigma. slope: grad_sigma - sum(grad * W) / sigma^2."""
     dtype: tl.constexpr = partial.dtype.element_ty
@@ -359,25 +357,40 @@ def gradient_kernel(
     w, out, g = field(table, pitch, layer, W), field(table, pitch, layer, OUT), field(table, pitch, layer, GRAD)
     u, v = field(table, pitch, layer, U), field(table, pitch, layer, V)
     s = tl.load(field(table, pitch, layer, SIGMA).to(tl.pointer_type(dtype)))
-    slope = tl.load(field(table, pitch, layer, GRAD_SIGMA).to(tl.pointer_type(GRAD_SIGMA_TYPE))).to(dtype)
+    slope = tl.load(field(table, pitch, layer, GRAD_SIGMA).to(tl.pointer_type(TYPES.grad_sigma))).to(dtype)
     tiles = blocks_of(rows, BLOCK_R) * tl.maximum(blocks_of(cols, BLOCK_C), 1)
     slope -= div(div(sum_of(partial + field(table, pitch, layer, B_TILE), tiles), s), s)
     slope = tl.where(vanishes(s), 0.0, slope)
     if aligned(w | v | g | out, cols):
         gradient(
             g, w, u, v, out, s, slope, rows, cols, part,
-            G_TYPE, W_TYPE, U_TYPE, V_TYPE, VECTOR, True, BLOCK_R, BLOCK_C,
+            TYPES, VECTOR, True, BLOCK_R, BLOCK_C,
         )  # fmt: skip
     else:
         gradient(
             g, w, u, v, out, s, slope, rows, cols, part,
-            G_TYPE, W_TYPE, U_TYPE, V_TYPE, VECTOR, False, BLOCK_R, BLOCK_C,
+            TYPES, VECTOR, False, BLOCK_R, BLOCK_C,
         )  # fmt: skip
 
 
 ELEMENT = {
     torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
 }  # fmt: skip
+
+
+class Types(NamedTuple):
+    """Types of the elements behind the addresses in the table."""
+
+    w: Any
+    u: Any
+    v: Any
+    g: Any = None
+    grad_sigma: Any = None
+
+
+@lru_cache(maxsize=64)
+def _types(*dtypes: torch.dtype) -> Types:
+    return Types(*(ELEMENT[dtype] for dtype in dtypes))
 
 
 class Plan(NamedTuple):
@@ -441,31 +454,30 @@ def _normalized(weights: list[Tensor], u: list[Tensor], v: list[Tensor], n_iter:
     results = [[torch.empty_like(t) for t in tensors[0]], *([copy(t) for t in values] for values in tensors[1:])]
     table = plan.forward.table([[values[i] for i in plan.order] for values in (*tensors, *results)])
     # of every row block: rows of y, |y|^2; of every column block: columns of z, |z|^2; and the norms |y|
-    sizes = [plan.row_blocks * ROWS, plan.col_blocks * Z_COLS, plan.partials * Z_COLS * iterates]
-    sizes += [-(-n // Z_COLS) * Z_COLS for n in (plan.row_blocks, plan.col_blocks, len(weights))]
-    sizes += [n * (rounds > 1) for n in sizes[:2]]
-    work = torch.empty(sum(sizes), dtype=dtype, device=device)
-    y, z, partial, squares, z_squares, norms, u_state, v_state = work.split(sizes)
+    counts = [plan.row_blocks * ROWS, plan.col_blocks * Z_COLS, plan.partials * Z_COLS * iterates]
+    counts += [-(-n // Z_COLS) * Z_COLS for n in (plan.row_blocks, plan.col_blocks, len(weights))]
+    counts += [n * (rounds > 1) for n in counts[:2]]
+    work = torch.empty(sum(counts), dtype=dtype, device=device)
+    y, z, partial, squares, z_squares, norms, u_state, v_state = work.split(counts)
     sigmas = torch.empty(len(weights), dtype=dtype, device=device)
     head = (table, plan.forward.pitch, len(weights))
-    types = dict(VECTOR=vector, BLOCK_R=ROWS, UNIT=Z_COLS, num_warps=8 if dtype == torch.float64 else 4)
-    element = [ELEMENT[values[0].dtype] for values in tensors]
+    sizes = dict(VECTOR=vector, BLOCK_R=ROWS, UNIT=Z_COLS, num_warps=8 if dtype == torch.float64 else 4)
+    elements = [values[0].dtype for values in tensors]
     for i in range(rounds):
         first, last = i == 0, i + 1 == rounds
-        held = ELEMENT[dtype]
-        kinds = dict(W_TYPE=element[0], FIRST=first, ITERATES=iterates, BLOCK_C=COLS, **types)
+        kinds = dict(FIRST=first, ITERATES=iterates, BLOCK_C=COLS, **sizes)
         _launch.launch(
             product_kernel, plan.row_blocks, device, *head, v_state, y, squares, partial,
-            U_TYPE=element[1], V_TYPE=element[2] if first else held, **kinds,
+            TYPES=_types(*elements[:2], elements[2] if first else dtype), **kinds,
         )  # fmt: skip
         if iterates:
             _launch.launch(
                 reduce_kernel, plan.col_blocks, device, *head, partial, squares, z, z_squares, norms,
-                MOST=Z_ROWS, **types,
+                MOST=Z_ROWS, **sizes,
             )  # fmt: skip
         _launch.launch(
             scale_kernel, plan.tiles, device, *head, u_state, v_state, y, squares, z, z_squares, norms, sigmas,
-            U_TYPE=element[1], V_TYPE=element[2], LAST=last, **kinds,
+            TYPES=_types(*elements), LAST=last, **kinds,
         )  # fmt: skip
     # tensors over one buffer, not views: autograd forbids changes in place of one of several views
     storage, back = sigmas.untyped_storage(), [sigmas] * len(weights)
@@ -501,15 +513,13 @@ def _gradients(
     table = plan.backward.table([[values[i] for i in plan.order] for values in fields])
     partial = sigmas[0].new_empty(plan.tiles)
     head = (table, plan.backward.pitch, len(w), partial)
-    element = [ELEMENT[values[0].dtype] for values in fields]
-    types = dict(
-        W_TYPE=element[0], G_TYPE=element[4], BLOCK_R=ROWS, BLOCK_C=COLS,
-        num_warps=8 if partial.dtype == torch.float64 else 4,
-    )  # fmt: skip
-    _launch.launch(dot_kernel, plan.tiles, partial.device, *head, **types)
+    types = _types(*(values[0].dtype for values in (w, u, v, g, grad_sigmas)))
+    common: dict[str, Any] = dict(
+        TYPES=types, BLOCK_R=ROWS, BLOCK_C=COLS, num_warps=8 if partial.dtype == torch.float64 else 4
+    )
+    _launch.launch(dot_kernel, plan.tiles, partial.device, *head, **common)
     _launch.launch(
-        gradient_kernel, plan.tiles, partial.device, *head, U_TYPE=element[1], V_TYPE=element[2],
-        GRAD_SIGMA_TYPE=element[5], VECTOR=weights[0].dim() == 1, **types,
+        gradient_kernel, plan.tiles, partial.device, *head, VECTOR=weights[0].dim() == 1, **common
     )  # fmt: skip
     return [_as(a, b) for a, b in zip(weights, out, strict=True)]
 

@@ -33,12 +33,12 @@ def test_uniform_numbers():
 
 
 def test_interleaved_parameters_and_indices_are_counted_once():
-    from tests.triton import test_aot as aot
+    from tests.triton.aot import fsq
 
     (coupling,) = instructions.rows(["interleaved forward"])
     batch, width = instructions.SHAPE
     assert coupling.memory == pytest.approx((4 * 4 * width + 4) * batch / instructions.BANDWIDTH)
-    launch = aot.quantizer(aot.positions(aot.F32, 64, 4), (8, 5, 5, 5), "vqp")[0]
+    launch = fsq.quantizer(fsq.positions(instructions.F32, 64, 4), (8, 5, 5, 5), "vqp")[0]
     assert instructions.bytes_of(launch) == 64 * (4 + 4 + 1) * 4
     assert instructions.elements_of(launch.constants) == (1024, 1)
 
@@ -47,8 +47,9 @@ def test_a_program_of_the_backward_of_the_flow_head_loops_over_rows():
     launch = instructions.cases()["flow head backward"]()
     constants, (rows, columns) = launch.constants, instructions.SHAPE
     elements, trips = instructions.elements_of(constants)
-    assert trips * constants["BLOCK_R"] == constants["block_rows"] == rows // 512
-    assert rows * columns // elements == 512 * columns // constants["BLOCK_C"]
+    tile = constants["TILE"]
+    assert trips * tile.rows == constants["block_rows"] == rows // 512
+    assert rows * columns // elements == 512 * columns // tile.cols
 
 
 def test_every_family_of_elementwise_kernels_has_a_case():

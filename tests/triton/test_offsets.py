@@ -13,54 +13,19 @@ import torch
 pytest.importorskip("triton")
 
 from . import aot
-from . import test_aot as cases
 
-F32, BF16 = torch.float32, torch.bfloat16
 LARGE = 2**31 + 4096
 # one long row, a few long rows, many short rows
 SHAPES = [(1, LARGE), (3, LARGE), (LARGE, 3)]
 
 # kernels whose int32 products stay small for every tensor that fits memory, with the reason
-BOUNDED = {
-    "hsic.sums_kernel": "n: its n x n pairs take years", "hsic.backward_kernel": "n: likewise",
-    "hsic.accumulate_kernel": "no products: pointers advance by the count",
-    "_gram.prepare_kernel": "n: as in the sums", "_gram.wide_kernel": "n: likewise",
-    "hsic.matrix_kernel": "n: an n x n matrix is among the inputs", "hsic.permuted_kernel": "n: likewise",
-    "center.sums_kernel": "n: likewise", "center.means_kernel": "n: likewise", "center.subtract_kernel": "n: likewise",
-    "sector.counts_kernel": "trials are counted in int64, points of one trial are few",
-    "_table.fill_kernel": "entries: a layer each",
-    "_tiles.sum_segments": "segments: of 4096 columns each", "flow_head.sum_blocks": "blocks: at most 512",
-}  # fmt: skip
+BOUNDED = {name: why for family in aot.families().values() for name, why in getattr(family, "BOUNDED", {}).items()}
 
 
 def launches_of(shape):
     """Launches of every kernel that loops over rows and columns, for tensors of this shape."""
-    rows, dense = shape[0], cases.dense
-    found = []
     with torch.device("meta"):
-        found += cases.affine(*dense(F32, 3, shape)) + cases.affine(*dense(F32, 3, shape), event_dims=0)
-        found += cases.affine(*(torch.empty(rows, 2 * shape[1])[:, i::2] for i in (0, 0, 1)))
-        found += cases.packed(dense(BF16, 1, shape)[0], torch.empty(rows, 2 * shape[1], dtype=BF16), 0, 1)
-        found += cases.head(dense(F32, 1, shape)[0], torch.empty(shape[1]), 0)
-        found += cases.critic(dense(F32, 1, shape)[0], None, torch.empty(rows))
-        seed, number = torch.empty((), dtype=torch.int64), torch.empty(())
-        for stream in (seed, torch.empty(rows, dtype=torch.int64)):
-            found += cases.stepped(*dense(F32, 2, shape), stream, [number] * 3)
-            found += cases.chained(shape, F32, stream, number)
-            with aot.recorded() as launches:
-                cases.noise.noise(shape, stream, seed, 1, 0, F32)
-            found += launches
-        for variant in ("vqp", "symmetric"):
-            found += cases.quantizer(torch.empty(*shape, 4).movedim(-1, 0), (8, 5, 5, 5), variant)
-            found += cases.quantizer(torch.empty(4, *shape), (8, 5, 5, 5), variant)
-        with aot.recorded() as launches:
-            cases.noise.philox(torch.empty(LARGE, 4, dtype=torch.int64), torch.empty(LARGE, 2, dtype=torch.int64))
-            weight = torch.empty(shape)
-            u, v, sigma = torch.empty(rows), torch.empty(shape[1]), torch.empty(())
-            scaled = cases.spectral.spectral_normalize([weight], [u], [v], 1)
-            cases.spectral.spectral_normalize_backward([weight], [sigma], [weight], [u], [v], scaled[-1:])
-        found += launches
-    return found
+        return [one for family in aot.families().values() if hasattr(family, "large") for one in family.large(shape)]
 
 
 def overflows(text):

@@ -13,6 +13,8 @@ if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
     pytest.skip("the interpreter has no launches", allow_module_level=True)
 
 from triton import knobs
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import BaseBackend
 
 from pyflow.triton_kernels import _launch, _plans, coupling, energy, flow_head, fsq, gan_qp, hsic, noise, sde, spectral
 
@@ -42,8 +44,15 @@ class Checked:
 def normal(launch):
     """What decides a launch: the compiled kernel, grid, stream, function, metadata and arguments."""
     source, x, y, z, stream, function, metadata, _, _, _, *args = launch
-    pointers = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
-    return id(source), (x, y, z), stream, function, metadata, pointers, [type(a) for a in pointers]
+    return id(source), (x, y, z), stream, function, metadata, *map(pointers, args)
+
+
+def pointers(value):
+    """The value with addresses in place of tensors, and its type."""
+    if isinstance(value, tuple):
+        return tuple, *map(pointers, value)
+    value = value.data_ptr() if isinstance(value, torch.Tensor) else value
+    return type(value), value
 
 
 @pytest.fixture
@@ -145,6 +154,35 @@ def test_specialised_integers(checked):
     assert checked.hits >= checked.launches / 2
 
 
+def test_addresses_in_a_table_are_filled_in(checked):
+    """The table of addresses is written anew in each call, and its launch is planned too."""
+    kept = []  # so that each call has tensors at other addresses
+    for _ in range(3):
+        w, u, v = [torch.randn(17, 48)], [torch.randn(17)], [torch.randn(48)]
+        results = spectral.spectral_normalize(w, u, v, 2)
+        spectral.spectral_normalize_backward(w, results[-1:], w, u, v, results[-1:])
+        kept += [w, u, v, results]
+    assert checked.hits >= checked.launches * 2 // 3
+
+
+@pytest.mark.parametrize("high", [0, 1, 2**31 - 1, 2**31, 2**32 - 1])
+def test_words_have_one_specialisation(high):
+    lows = (0, 1, 15, 16, 2**31 - 1, 2**31, 2**32 - 16, 2**32 - 1)
+    kinds = {native_specialize_impl(BaseBackend, _plans.words(high << 32 | low), False, True, True) for low in lows}
+    assert kinds == {(("i64", "i64"), ("", ""))}
+    assert _plans.words(high << 32 | 7)[1] >> 32 & 0xFFFFFFFF == high
+
+
+def test_strides_and_presence_of_views_are_part_of_a_plan(checked):
+    """Neither the numbers in a tuple nor its form may be mistaken for those of another."""
+    x = torch.randn(64, 32)
+    for value in (x, x.t().contiguous().t(), torch.randn(64, 33)[:, :32], torch.randn(64, 64)[:, ::2], x.to(F64)):
+        for seeds in (torch.tensor(5), torch.arange(64), torch.arange(128)[::2], torch.arange(64)[:1].expand(64)):
+            for coefficient in (scalar(0.5), torch.rand(64), torch.rand(65)[1:], torch.rand(1).expand(64)):
+                sde.sde_step(value, None, coefficient, None, scalar(0.1), seeds, torch.tensor(3), None, 0, False)
+    assert checked.launches == len(_plans._plans) + checked.hits
+
+
 def test_the_stream_is_read_at_each_launch(driver):
     x = torch.randn(4, 8)
     for driver.stream in (0, 7, 9):
@@ -179,8 +217,8 @@ def test_another_driver_gets_its_own_plans(driver):
 
 def test_tensors_of_another_device_are_left_to_triton():
     x = torch.randn(4, 8)
-    assert _plans._describe((x, 1), [False, False], x.get_device(), [], [])
-    assert not _plans._describe((x, 1), [False, False], 0, [], [])
+    assert _plans._describe((x, 1), [0, 0], x.get_device(), [], [])
+    assert not _plans._describe((x, 1), [0, 0], 0, [], [])
 
 
 def test_plans_are_bounded(driver, monkeypatch):

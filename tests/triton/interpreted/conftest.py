@@ -9,7 +9,7 @@ import pytest
 
 import pyflow
 from pyflow import _backend
-from pyflow.triton_kernels import _random
+from pyflow.triton_kernels import _launch
 
 from .. import emulated
 from ..interpreter import round_as_a_gpu
@@ -30,5 +30,5 @@ def triton_backend(monkeypatch):
 def scalars(request, monkeypatch):
     """Pass 0-d tensors by value, as for CPU tensors, or by pointer, as for GPU tensors."""
     if request.param == "on the device":
-        monkeypatch.setattr(_random, "by_value", lambda tensor: False)
+        monkeypatch.setattr(_launch, "by_value", lambda tensor: False)
         monkeypatch.setenv("PYFLOW_EMULATED_NUMBERS_IN_MEMORY", "1")

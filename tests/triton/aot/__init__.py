@@ -2,19 +2,28 @@
 
 A launcher is called with CPU tensors while a recorder replaces the launch. Triton then specialises and compiles each
 recorded launch for a target. Does not work under TRITON_INTERPRET.
+
+<family>.py in this folder has the launches of triton_kernels/<family>.py: `cases()` maps names, which start with the
+target, to launches that are compiled; `large(shape)` returns launches for tensors of more than 2**31 elements, whose
+products of integers are searched for overflows; BOUNDED names the kernels without, with the reason; DTYPES maps kernels
+to the dtypes of their tensors where these are not all four.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import functools
+import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.backends.nvidia
 from triton._C.libtriton import ir
@@ -25,6 +34,9 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import pyflow.triton_kernels
 from pyflow.triton_kernels import _launch
 
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+SHAPE = (64, 392)
+KERNELS = Path(pyflow.triton_kernels.__path__[0])
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -42,6 +54,44 @@ class Launch(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.kernel.fn.__module__.rpartition('.')[2]}.{self.kernel.fn.__name__}"
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return list(_tensors((*self.args, *self.constants.values())))
+
+
+def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)
+
+
+@functools.cache
+def families() -> dict[str, ModuleType]:
+    """Return the modules of this folder, one per family."""
+    names = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
+    return {name: importlib.import_module(f"{__name__}.{name}") for name in names}
+
+
+def dense(dtype, count, shape=SHAPE):
+    return [torch.empty(shape, dtype=dtype) for _ in range(count)]
+
+
+def dtypes_of(target: str, others: int) -> tuple[torch.dtype, ...]:
+    """Every dtype for sm_90, the first ones for other targets."""
+    return (F32, F64, BF16, F16)[: 4 if target == "sm_90" else others]
+
+
+@contextlib.contextmanager
+def scalars_on_the_device() -> Iterator[None]:
+    """Treat 0-d CPU tensors as tensors in GPU memory, not as numbers."""
+    real, _launch.by_value = _launch.by_value, lambda tensor: False
+    try:
+        yield
+    finally:
+        _launch.by_value = real
 
 
 @contextlib.contextmanager
@@ -88,13 +138,24 @@ def ttir(launch: Launch, target: str) -> str:
 
 def launched_kernels() -> set[str]:
     """Return "module.name" of every @triton.jit function that only launchers call, not other kernels."""
-    defined, called = set(), set()
-    for path in Path(pyflow.triton_kernels.__path__[0]).glob("*.py"):
+    called = {
+        name.id
+        for _, node in jit_functions()
+        for name in ast.walk(node)
+        if isinstance(name, ast.Name) and name.id != node.name
+    }
+    return {f"{module}.{node.name}" for module, node in jit_functions() if node.name not in called}
+
+
+@functools.cache
+def jit_functions() -> list[tuple[str, ast.FunctionDef]]:
+    """Return the module and the source of every @triton.jit function, of kernels and of what they call."""
+    found = []
+    for path in sorted(KERNELS.glob("*.py")):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
-                defined.add((path.stem, node.name))
-                called |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id != node.name}
-    return {f"{module}.{name}" for module, name in defined if name not in called}
+                found.append((path.stem, node))
+    return found
 
 
 class Resources(NamedTuple):
