@@ -11,42 +11,28 @@ from torch import Tensor
 
 from . import _launch
 from ._math import sigmoid, softplus
-from ._tiles import load, place, scalar, store, width
-
-SCALARS = ["scale", "rows", "cols", "segments"]
+from ._tiles import compute_type, load, place, scalar, store, tile_at
 
 
-@triton.jit(do_not_specialize=SCALARS)
-def forward_kernel(
-    x, x_at, y, y_at, scale, sizes, rows, cols, segments, INDEX: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
-):  # fmt: skip
-    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    row, segment = place(segments, INDEX, BLOCK_R)
-    r = row[:, None]
-    factor = scalar(scale, dtype)
-    for c0 in range(0, SEGMENT, BLOCK_C):
-        c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (c < width(cols, c, VEC))
-        v = load(x, x_at, sizes, r, c, inside, VEC, dtype)
-        store(y, y_at, sizes, r, c, inside, VEC, factor * softplus(v))
+@triton.jit(do_not_specialize=["rows", "cols", "segments"])
+def forward_kernel(x, y, scale, sizes, rows, cols, segments, TILE: tl.constexpr):
+    dtype: tl.constexpr = compute_type(x[0])
+    row, segment = place(segments, TILE)
+    for c0 in range(0, TILE.segment, TILE.cols):
+        tile = tile_at(sizes, row, segment * TILE.segment + c0, rows, cols, TILE)
+        v = load(x, tile, TILE, dtype)
+        store(y, tile, TILE, scalar(scale, dtype) * softplus(v))
 
 
-@triton.jit(do_not_specialize=SCALARS)
-def backward_kernel(
-    gy, gy_at, x, x_at, gx, gx_at, scale, sizes, rows, cols, segments, INDEX: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SEGMENT: tl.constexpr,
-):  # fmt: skip
-    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    row, segment = place(segments, INDEX, BLOCK_R)
-    r = row[:, None]
-    factor = scalar(scale, dtype)
-    for c0 in range(0, SEGMENT, BLOCK_C):
-        c = (segment * SEGMENT + c0 + tl.arange(0, BLOCK_C))[None, :]
-        inside = (r < rows) & (c < width(cols, c, VEC))
-        grad = load(gy, gy_at, sizes, r, c, inside, VEC, dtype)
-        v = load(x, x_at, sizes, r, c, inside, VEC, dtype)
-        store(gx, gx_at, sizes, r, c, inside, VEC, grad * (factor * sigmoid(v)))
+@triton.jit(do_not_specialize=["rows", "cols", "segments"])
+def backward_kernel(gy, x, gx, scale, sizes, rows, cols, segments, TILE: tl.constexpr):
+    dtype: tl.constexpr = compute_type(x[0])
+    row, segment = place(segments, TILE)
+    for c0 in range(0, TILE.segment, TILE.cols):
+        tile = tile_at(sizes, row, segment * TILE.segment + c0, rows, cols, TILE)
+        grad = load(gy, tile, TILE, dtype)
+        v = load(x, tile, TILE, dtype)
+        store(gx, tile, TILE, grad * (scalar(scale, dtype) * sigmoid(v)))
 
 
 def demo_op(x: Tensor, scale: float) -> Tensor:
@@ -66,5 +52,5 @@ def demo_op_backward(grad: Tensor, x: Tensor, scale: float) -> Tensor:
 def _run(kernel: Any, scale: float, *tensors: Tensor) -> None:
     like = tensors[-1]
     space = _launch.collapse(_launch.any_event_dims(tensors), tensors)
-    bits = _launch.bits(scale, _launch.compute_dtype(like))
-    _launch.over_space(kernel, space, like, *_launch.with_strides(tensors, space.at), bits, blocks=space.spread)
+    number = _launch.number(scale, _launch.compute_dtype(like))
+    _launch.over_space(kernel, space, like, *_launch.views(tensors, space.at), number, blocks=space.spread)
