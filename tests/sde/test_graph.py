@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyflow.ops import sample_seeds
-from pyflow.sde import VPSDE, _graph, make_step, sample
+from pyflow.sde import VPSDE, Step, _graph, make_step, sample
 from pyflow.testing import assert_same_bits
 
 
@@ -42,9 +42,9 @@ def test_replayed_steps_are_those_taken_one_by_one(captured, options, steps):
     if options["method"] == "pc":
         options["predictor"] = "euler_maruyama"
     sde = VPSDE(beta_max=0.9)
-    step = make_step(sde, score, **options, backend="eager")
+    plan = make_step(sde, score, **options)._plan
     seed = sample_seeds(5, 6)
-    take = step._replay("sample", torch.device("cpu"))
+    take = Step(plan, score, plan.advance(score))._replay("sample", torch.device("cpu"))
     x = sde.prior_sample((6, 3), seed)
     with torch.no_grad():
         for i in range(steps):
