@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._schemas import HSIC_KERNELS
-from ..reference.hsic import WIDE_VARIANCE, centred, wide
+from ..reference.hsic import WIDE_VARIANCE, centred, shift_of
 from . import _launch
 from ._math import bits, exp_less, from_bits
 from ._tiles import fold, fold_rows
@@ -129,7 +129,7 @@ def gram_tile(x, i, j, n, KIND: tl.constexpr, PRECISION: tl.constexpr):
     else:
         raw = raw_tile(x, i, j, n, KIND, PRECISION)
         if KIND.kernel == POLYNOMIAL:
-            value = power(raw, KIND.degree)
+            value = power(raw, KIND.degree) - x.shift
             if KIND.degree == 1:
                 slope = tl.full(raw.shape, 1.0, raw.dtype)
             else:
@@ -280,7 +280,7 @@ def _gram(z: Tensor, scale: Tensor, kernel: int, degree: int, allow_tf32: bool) 
     name, low = HSIC_KERNELS[kernel], None
     if name == "rbf" and z.dtype == torch.float32 and z.numel():
         return _prepared(z.contiguous(), scale, degree, allow_tf32)
-    shift = wide(z, scale, name).double()
+    shift = shift_of(z, scale, name).double()
     if name in ("rbf", "laplacian"):
         z = centred(z) * scale[:, None, None]
     z = z.contiguous()

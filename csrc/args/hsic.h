@@ -76,8 +76,9 @@ struct GramArgs {
   int64_t variables, pairs, columns;  // columns: features of all variables
   const GramVariable* variable;
   const int64_t* pair;     // two variables each
-  const char* scale;       // (B, variables): factor of the centred rows of distance kernels (rbf, laplacian)
-  double* shift;           // (B, variables): 1 if K - 1 is used instead of K, else 0
+  const char* scale;       // (B, variables): factor of the centred rows of distance kernels (rbf, laplacian); polynomial:
+                           // the shift
+  double* shift;           // (B, variables): what is subtracted from K
   char* centres;           // (items, columns)
   char* workspace;         // strips and padded rows, centred and scaled
   int64_t workspace_size;  // elements per item

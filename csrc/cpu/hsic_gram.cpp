@@ -105,11 +105,14 @@ void gram_panel_as(const GramArgs& a, int64_t m, int64_t slot, const Panel& p, b
         const T* __restrict halves = (const T*)a.halves + (slot * a.variables + m) * a.padded;
         const T *rows = halves + p.row, *cols = halves + p.col;
         for_each_value(p, out, [=](T x, int64_t r, int64_t c) { return rbf_of_product(x, rows[r] + cols[c], shift); });
-      } else if (v.degree != 1) {
+        break;
+      }
+      if (v.degree != 1) {
         T once[kPanel * kBlock];
         for (int64_t i = 0; i < (p.rows - 1) * p.stride + p.cols; ++i) once[i] = out[i];
         multiply_panel(p, once, v.degree - 1, out);
       }
+      if (shift != T(0)) for_each_value(p, out, [=](T x, int64_t, int64_t) { return x - shift; });
       break;
     }
     case RawSum::square:

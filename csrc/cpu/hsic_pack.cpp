@@ -42,15 +42,16 @@ PYFLOW_FN T middle(const T* x, int64_t step) {
   return more(less(low, high), less(more(low, high), e));
 }
 
-// centres of a variable's features, and from their variances the shift, 0 or 1, that is subtracted from the kernel
+// the shift that is subtracted from the kernel, and for kernels of distances, whose shift follows from the variances of
+// the features, the centres of the features
 template <class T>
 void item_stats(const GramArgs& a, int64_t slot, int64_t m) {
   const GramVariable& v = a.variable[m];
   const int64_t n = a.tournament.n, item = a.item + slot;
   double& shift = a.shift[item * a.variables + m];
-  shift = 0;
-  if (!of_distances(v.kernel)) return;
   const double scale = double(((const T*)a.scale)[item * a.variables + m]);
+  shift = v.kernel == GramKernel::polynomial ? scale : 0;
+  if (!of_distances(v.kernel)) return;
   const T* z = (const T*)v.z + item * n * v.dim;
   T* centres = (T*)a.centres + slot * a.columns + v.first;
   double spread = 0;

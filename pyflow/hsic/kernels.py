@@ -64,7 +64,7 @@ class Variable(NamedTuple):
     """
 
     z: Tensor  # (*batch, n, d)
-    scale: Tensor  # (*batch) 1 / bandwidth
+    scale: Tensor  # (*batch) 1 / bandwidth; polynomial: the kernel of zeros, which is subtracted from K
     kernel: int  # index into HSIC_KERNELS
     degree: int
     diagonal: Tensor  # (*batch, n) diagonal of the kernel matrix of z, float64
@@ -101,13 +101,14 @@ def points(v: Variable) -> Tensor:
 def between(v: Variable, a: Tensor, b: Tensor, shift: Tensor | None = None, direct: bool = False) -> Tensor:
     """Return the kernel (..., m, n) between `points` a (..., m, d) and b (..., n, d) minus shift (...), in float64.
 
-    Not for precomputed kernels; `shift` is 0 or 1. `direct` computes distances from differences instead of dot
+    Not for precomputed kernels; `shift` is that of `reference.hsic.shift_of`. `direct` computes distances from differences instead of dot
     products, which is accurate for close rows far from the others, but not twice differentiable.
     """
     a, b = a.double(), b.double()
     name = HSIC_KERNELS[v.kernel]
     if name == "polynomial":
-        return (a @ b.mT) ** v.degree
+        value = (a @ b.mT) ** v.degree
+        return value if shift is None else value - shift[..., None, None]
     if name == "delta":
         return (torch.cdist(a, b, p=0) == 0).double()
     if name == "laplacian":

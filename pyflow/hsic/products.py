@@ -36,21 +36,22 @@ def product_variable(op: str, x: Tensor, sizes: tuple[float, float] | None, spec
     if sizes is None or not _ordinary_products(sizes, x.shape[-1], degree, gamma, coef0):
         x, exponent = reduced(x)
     if linear:
-        z = x - x.mean(-2, keepdim=True)
+        z, at_zero = x - x.mean(-2, keepdim=True), x.new_zeros(())
     else:
         factor, more = math.sqrt(gamma), math.sqrt(coef0)
         if exponent is None:
-            rows, column = x * factor, x.new_full((*x.shape[:-1], 1), more)
+            rows, root = x * factor, x.new_full((1, 1), more)
         else:
             factors, exponent = _together_reduced(exponent, factor, more, x)
-            rows, column = x * factors[0], factors[1].expand(*x.shape[:-1], 1)
+            rows, root = x * factors[0], factors[1]
         # an extra column of sqrt(coef0) adds coef0 to every dot product
-        z = torch.cat((rows, column), -1)
+        z = torch.cat((rows, root.expand(*x.shape[:-1], 1)), -1)
+        at_zero = (root[..., 0, 0].double().square() ** degree).to(x.dtype)
     if exponent is not None:
         exponent = 2 * degree * exponent
     diagonal = z.double().square().sum(-1)
     diagonal = diagonal if degree == 1 else diagonal**degree
-    return Variable(z, z.new_ones(()), HSIC_KERNELS.index("polynomial"), degree, diagonal, linear, exponent, constant)
+    return Variable(z, at_zero, HSIC_KERNELS.index("polynomial"), degree, diagonal, linear, exponent, constant)
 
 
 def _ordinary_products(sizes: tuple[float, float], d: int, degree: int, gamma: float, coef0: float) -> bool:

@@ -278,7 +278,8 @@ def _of_scale(grads, z, scale):
     """Return the gradient of the scales, sum(grad_z * z) / scale, because the kernel depends on z * scale only."""
     # distances do not change if all rows are translated; centred rows give a smaller rounding error
     dots = [(grad * ref.centred(part)).sum((-2, -1)) for grad, part in zip(grads, z, strict=True)]
-    return torch.stack(dots, -1) / scale
+    # that of a linear kernel is 0
+    return torch.stack(dots, -1) / torch.where(scale == 0, 1, scale)
 
 
 _sums = register(

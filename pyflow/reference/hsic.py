@@ -59,8 +59,13 @@ def middle_row(z: Tensor) -> Tensor:
     return few.sort(-2).values.narrow(-2, few.shape[-2] // 2, 1)
 
 
-def wide(z: Tensor, scale: Tensor, kernel: str, middle: Tensor | None = None) -> Tensor:
-    """(...) 1 if the bandwidth is so wide that K - 1 is stored in place of K, else 0."""
+def shift_of(z: Tensor, scale: Tensor, kernel: str, middle: Tensor | None = None) -> Tensor:
+    """Return what is subtracted from K, (...): entries that hardly differ keep more digits without their common part.
+
+    1 for kernels of distances with a wide bandwidth, `scale` for polynomial kernels, else 0.
+    """
+    if kernel == "polynomial":
+        return scale.detach().expand(z.shape[:-2])
     if kernel not in ("rbf", "laplacian"):
         return z.new_zeros(z.shape[:-2])
     middle = middle_row(z) if middle is None else middle
@@ -72,14 +77,14 @@ def wide(z: Tensor, scale: Tensor, kernel: str, middle: Tensor | None = None) ->
 
 
 def gram(z: Tensor, scale: Tensor, kernel: str, degree: int) -> tuple[Tensor, Tensor]:
-    """Return the kernel matrix minus its shift, (..., n, n) with a zero diagonal, and the shift, (...) 0 or 1."""
+    """Return the kernel matrix minus its shift, (..., n, n) with a zero diagonal, and the shift, (...)."""
     middle = middle_row(z) if kernel in ("rbf", "laplacian") else None
-    value, shift = raw(z, scale, kernel, middle), wide(z, scale, kernel, middle)
+    value, shift = raw(z, scale, kernel, middle), shift_of(z, scale, kernel, middle)
     if kernel in ("rbf", "laplacian"):
         exponent = value if kernel == "rbf" else -value
         value = torch.where(shift[..., None, None] != 0, exponent.expm1(), exponent.exp())
     elif kernel == "polynomial":
-        value = value**degree
+        value = value**degree - shift[..., None, None]
     elif kernel == "delta":
         value = (value == 0).to(z.dtype)
     return value.masked_fill(torch.eye(z.shape[-2], dtype=torch.bool, device=z.device), 0), shift
@@ -95,7 +100,7 @@ def hsic_sums(
     """Return row sums (B, M, n), sums of products of pairs (B, P) and shifts (B, M), all float64.
 
     The matrices are kernel matrices minus their shifts, with a zero diagonal. Variables are (B, n, d_m); `scale` (B, M)
-    is one over the bandwidths; `pairs` is flat, two variable indices per product.
+    is one over the bandwidths, and the shifts of polynomial kernels; `pairs` is flat, two variable indices per product.
     """
     made = [gram(variable, scale[:, m], HSIC_KERNELS[kernels[m]], degrees[m]) for m, variable in enumerate(z)]
     grams = [matrix.double() for matrix, _ in made]

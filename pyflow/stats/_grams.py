@@ -43,7 +43,7 @@ class CentredGram:
         self.direct = kernel == "rbf" and (
             self.points.shape[-1] <= DIRECT_UP_TO or bool(self.points.square().sum(-1).amax() > FAR)
         )
-        self.shift = ref.wide(v.z, v.scale, kernel).double()
+        self.shift = ref.shift_of(v.z, v.scale, kernel).double()
         self.diagonal = v.diagonal - self.shift
         # the centred matrix of a constant variable is rounding error only
         self.constant = bool((v.z == v.z[:1]).all())

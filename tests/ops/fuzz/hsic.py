@@ -41,7 +41,7 @@ def of_samples(hand: Hand, op: str) -> Call:
 
 
 def hsic_scale(x: Tensor, y: Tensor, options: dict[str, object]) -> float:
-    """The geometric mean of both variables' own HSIC."""
+    """The size of both variables."""
     plain = {
         name: value for name, value in options.items() if name not in ("normalize", "approximate", "n_features", "seed")
     }
@@ -52,9 +52,20 @@ def hsic_scale(x: Tensor, y: Tensor, options: dict[str, object]) -> float:
             kernel=options["kernel_y"] or options["kernel"],
             bandwidth=options["bandwidth_y"] or options["bandwidth"],
         )
-        return math.sqrt(
-            abs(pyflow.ops.hsic(x.double(), x.double(), **own) * pyflow.ops.hsic(y.double(), y.double(), **other))
-        )
+        return _size(x, own) * _size(y, other)
+
+
+def _size(z: Tensor, options: dict[str, object]) -> float:
+    """The root of a variable's own HSIC, or what 512 roundings of its kernel matrix amount to if that is more: a
+    polynomial of tiny rows is 1 + 1e-12, and float64 keeps four digits of what differs.
+    """
+    size = math.sqrt(abs(pyflow.ops.hsic(z.double(), z.double(), **options)))
+    if options["kernel"] != "polynomial" or not z.numel():
+        return size
+    rows = z.detach().double().reshape(len(z), -1)
+    gamma = options["gamma"] or 1 / rows.shape[1]
+    largest = (gamma * float(rows.square().sum(1).max()) + options["coef0"]) ** options["degree"]
+    return max(size, largest / 512)
 
 
 @drawer

@@ -18,6 +18,6 @@ def spectral_normalize(hand: Hand) -> Call:
         rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (None, None)
         us.append(None if rows is None else hand.tensor((rows,), weights[-1].dtype, grad=False))
         vs.append(None if rows is None else hand.tensor((columns,), weights[-1].dtype, grad=False))
-    return Call(
-        "spectral_normalize", [weights, us, vs], {"n_iter": hand.one(1, 0, 3), "through_iteration": hand.maybe()}
-    )
+    options = {"n_iter": hand.one(1, 0, 3), "through_iteration": hand.maybe()}
+    # a normalised weight does not depend on the unit of the weight
+    return Call("spectral_normalize", [weights, us, vs], options, unitless=True)

@@ -92,7 +92,9 @@ def check_value(kernel, x, y, error=None, **options):
 def test_matches_the_reference(gpu, kernel, n, d):
     x, y = data(kernel, n, d, batch=(2,))
     for estimator in ESTIMATORS:
-        check_value(kernel, x, y, estimator=estimator, bandwidth=1.2 * d**0.5)
+        # a cube has three times the relative error of its product
+        error = 3e-5 if kernel == "polynomial" else None
+        check_value(kernel, x, y, error, estimator=estimator, bandwidth=1.2 * d**0.5)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
