@@ -50,8 +50,9 @@ HSIC:
 
 - hsic_sums: M variables z, each (B, n, d_m), and scale (B, M), one over the bandwidths, or the shifts of
   polynomial kernels, whose degrees are in `degrees`; `pairs` is a flat list of variable indices, two per product. K is
-  a kernel matrix minus its shift (0 or 1 for kernels of distances), with a zero diagonal. -> row sums of every K (B, M, n), sums of elementwise products of the pairs (B, P), and the
-  shifts (B, M), all float64. `part` of `parts` restricts the tiles; the sums of all parts add up.
+  a kernel matrix minus its shift (0 or 1 for kernels of distances), with a zero diagonal. -> row sums of every K
+  (B, M, n), sums of elementwise products of the pairs (B, P), and the shifts (B, M), all float64. `part` of `parts`
+  restricts the tiles; the sums of all parts add up.
 - hsic_sums_backward -> one gradient per variable, computed for all tiles.
 - hsic_permuted: two symmetric (n, n) matrices and permutations (R, n) -> (R,) float64 sums over i != j of
   K[i, j] L[p[i], p[j]].

@@ -101,8 +101,9 @@ def points(v: Variable) -> Tensor:
 def between(v: Variable, a: Tensor, b: Tensor, shift: Tensor | None = None, direct: bool = False) -> Tensor:
     """Return the kernel (..., m, n) between `points` a (..., m, d) and b (..., n, d) minus shift (...), in float64.
 
-    Not for precomputed kernels; `shift` is that of `reference.hsic.shift_of`. `direct` computes distances from differences instead of dot
-    products, which is accurate for close rows far from the others, but not twice differentiable.
+    Not for precomputed kernels; `shift` is that of `reference.hsic.shift_of`. `direct` computes distances from
+    differences instead of dot products, which is accurate for close rows far from the others, but not twice
+    differentiable.
     """
     a, b = a.double(), b.double()
     name = HSIC_KERNELS[v.kernel]

@@ -40,32 +40,50 @@ def of_samples(hand: Hand, op: str) -> Call:
     return Call(op, [samples(hand, n, kernel) for kernel in kernels], options)
 
 
+def own(call_options: dict[str, object]) -> tuple[dict[str, object], dict[str, object]]:
+    """Options of each variable's HSIC with itself."""
+    other = {"normalize", "approximate", "n_features", "seed"}
+    of_x = {name: value for name, value in call_options.items() if name not in other}
+    of_x |= {"kernel_y": None, "bandwidth_y": None}
+    kernel, bandwidth = call_options["kernel_y"], call_options["bandwidth_y"]
+    return of_x, of_x | {"kernel": kernel or of_x["kernel"], "bandwidth": bandwidth or of_x["bandwidth"]}
+
+
 def hsic_scale(x: Tensor, y: Tensor, options: dict[str, object]) -> float:
     """The size of both variables."""
-    plain = {
-        name: value for name, value in options.items() if name not in ("normalize", "approximate", "n_features", "seed")
-    }
-    with pyflow.backend("reference"):
-        own = dict(plain, kernel_y=None, bandwidth_y=None)
-        other = dict(
-            own,
-            kernel=options["kernel_y"] or options["kernel"],
-            bandwidth=options["bandwidth_y"] or options["bandwidth"],
-        )
-        return _size(x, own) * _size(y, other)
+    return math.prod(_size(z, of) for z, of in zip((x, y), own(options), strict=True))
 
 
 def _size(z: Tensor, options: dict[str, object]) -> float:
     """The root of a variable's own HSIC, or what 512 roundings of its kernel matrix amount to if that is more: a
     polynomial of tiny rows is 1 + 1e-12, and float64 keeps four digits of what differs.
     """
-    size = math.sqrt(abs(pyflow.ops.hsic(z.double(), z.double(), **options)))
+    size = math.sqrt(abs(_own(z, options)))
     if options["kernel"] != "polynomial" or not z.numel():
         return size
     rows = z.detach().double().reshape(len(z), -1)
     gamma = options["gamma"] or 1 / rows.shape[1]
     largest = (gamma * float(rows.square().sum(1).max()) + options["coef0"]) ** options["degree"]
     return max(size, largest / 512)
+
+
+def _own(z: Tensor, options: dict[str, object]) -> float:
+    with pyflow.backend("reference"):
+        return float(pyflow.ops.hsic(z.double(), z.double(), **options))
+
+
+def ratio_scale(x: Tensor, y: Tensor, options: dict[str, object]) -> float:
+    """How much rounding of each variable's own HSIC, of which terms cancel if it is unbiased, moves their ratio.
+
+    Infinite where entries of a kernel matrix are below the range of float32.
+    """
+    scale = 1.0
+    for z, of in zip((x, y), own(options), strict=True):
+        value, terms = abs(_own(z, of)), abs(_own(z, {**of, "estimator": "biased"}))
+        if 0 < value < torch.finfo(torch.float32).tiny ** 2:
+            return math.inf
+        scale = max(scale, terms / value if value else 1.0)
+    return scale
 
 
 @drawer
@@ -75,7 +93,7 @@ def hsic(hand: Hand) -> Call:
         "estimator": hand.one("biased", "unbiased", "biased_n2"), "normalize": hand.one(False, False, True),
         "approximate": hand.one(None, None, None, "rff", "nystrom"), "n_features": hand.one(4, 16), "seed": 0,
     }  # fmt: skip
-    call.scale = lambda: 1.0 if call.options["normalize"] else hsic_scale(*call.args, call.options)
+    call.scale = lambda: (ratio_scale if call.options["normalize"] else hsic_scale)(*call.args, call.options)
     call.unitless = call.options["normalize"]
     return call
 
@@ -84,7 +102,7 @@ def hsic(hand: Hand) -> Call:
 def cka(hand: Hand) -> Call:
     call = of_samples(hand, "cka")
     call.options["estimator"] = hand.one("biased", "unbiased")
-    call.scale = lambda: 1.0
+    call.scale = lambda: ratio_scale(*call.args, call.options)
     call.unitless = True
     return call
 
@@ -105,8 +123,7 @@ def hsic_matrix(hand: Hand) -> Call:
     kernels = options["kernel"], options["kernel_y"] or options["kernel"]
     lists = [[samples(hand, n, kernel) for _ in range(hand.number(1, 3))] for kernel in kernels]
     call = Call("hsic_matrix", lists, options)
-    call.scale = lambda: 1.0 if options["normalize"] else max(
-        (hsic_scale(x, y, {**options}) for x in lists[0] for y in lists[1]), default=1.0
-    )  # fmt: skip
+    scale = ratio_scale if options["normalize"] else hsic_scale
+    call.scale = lambda: max((scale(x, y, options) for x in lists[0] for y in lists[1]), default=1.0)
     call.unitless = options["normalize"]
     return call
