@@ -174,14 +174,32 @@ std::tuple<Tensor, Tensor, Tensor> hsic_sums(std::vector<Tensor> z, Tensor scale
   return {rows, cross, workspace.shift};
 }
 
+// whether a gradient leaves the range in which float32 can hold its products with kernel values and their slopes
+bool beyond_float(const Tensor& contiguous) {
+  const double* v = (const double*)contiguous.data_ptr();
+  bool beyond = false;
+  for (int64_t i = 0; i < contiguous.numel(); ++i) beyond |= __builtin_fabs(v[i]) > 0x1p100;
+  return beyond;
+}
+
 std::vector<Tensor> hsic_sums_backward(Tensor grad_rows, Tensor grad_cross, std::vector<Tensor> z, Tensor scale,
                                        std::vector<int64_t> kernels, std::vector<int64_t> degrees,
                                        std::vector<int64_t> pairs, bool) {
+  const Tensor rows = torch::stable::contiguous(grad_rows), cross = torch::stable::contiguous(grad_cross);
+  if (!is_f64(scale) && (beyond_float(rows) || beyond_float(cross))) {
+    // ratios of sums over rows that are all far apart: kernel values of 1e-20, gradients of their sums of 1e60
+    const auto cast = [](std::vector<Tensor> list, ScalarType dtype) {
+      for (Tensor& t : list) t = torch::stable::to(t, dtype);
+      return list;
+    };
+    const Tensor scale64 = torch::stable::to(scale, ScalarType::Double);
+    return cast(hsic_sums_backward(rows, cross, cast(z, ScalarType::Double), scale64, kernels, degrees, pairs, false),
+                scale.scalar_type());
+  }
   GramBackward args{};
   Variables variables(args, z, scale, kernels, degrees, pairs, true);
   const GramSchedule schedule = schedule_of(args, scale);
   const Workspace workspace(args, scale, schedule, true);
-  const Tensor rows = torch::stable::contiguous(grad_rows), cross = torch::stable::contiguous(grad_cross);
   const int64_t sums_size = schedule.items * args.variables * args.padded, size = schedule.items * args.workspace_size;
   std::vector<Tensor> grads;
   for (size_t m = 0; m < z.size(); ++m) {
