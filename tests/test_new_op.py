@@ -195,6 +195,7 @@ def test_what_is_laid_works_without_a_build(tree):
         tree,
         "tests/ops/test_my_op.py",
         "tests/test_rooms.py",
+        "tests/test_schemas.py",
         "pyflow/ops/my_op.py",
         "-k",
         "my_op and not compiles and not transforms",

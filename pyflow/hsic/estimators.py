@@ -21,6 +21,17 @@ EPS = torch.finfo(torch.float64).eps
 TileSums = Callable[[str, Sequence[Variable], Sequence[tuple[int, int]], bool], tuple[Tensor, Tensor, Tensor]]
 
 
+class Pairs(NamedTuple):
+    """Pairs of variables, and how their HSIC is estimated."""
+
+    op: str  # public function that errors come from
+    every: Sequence[Variable]
+    pairs: Sequence[tuple[int, int]]  # indices of variables
+    estimator: str
+    allow_tf32: bool
+    sums: TileSums
+
+
 class Estimate(NamedTuple):
     """HSIC of two variables, (*batch) float64; for a variable with itself also how reliable it is."""
 
@@ -43,44 +54,30 @@ def divisor(n: int, estimator: str) -> int:
     return n**2 if estimator == "biased_n2" else (n - 1) ** 2
 
 
-def values(
-    op: str,
-    every: Sequence[Variable],
-    pairs: Sequence[tuple[int, int]],
-    estimator: str,
-    allow_tf32: bool,
-    sums: TileSums,
-) -> Tensor:
+def values(of: Pairs) -> Tensor:
     """Return HSIC of every pair of variables, (*batch, P) float64, for the kernels of z.
 
     The value is 0 if all rows of a variable are equal, and for a variable with itself if it is not above its rounding
     error.
     """
     result = []
-    for (a, b), (value, lost, _) in zip(pairs, estimates(op, every, pairs, estimator, allow_tf32, sums), strict=True):
+    for (a, b), (value, lost, _) in zip(of.pairs, estimates(of), strict=True):
         if lost is not None:
             value = torch.where(lost, 0.0, value)
         for m in {a, b}:
-            constant = every[m].constant
+            constant = of.every[m].constant
             if constant is not None:
                 value = torch.where(constant, 0.0, value)
         result.append(value)
     return torch.stack(result, -1)
 
 
-def estimates(
-    op: str,
-    every: Sequence[Variable],
-    pairs: Sequence[tuple[int, int]],
-    estimator: str,
-    allow_tf32: bool,
-    sums: TileSums,
-    with_added: bool = False,
-) -> list[Estimate]:
+def estimates(of: Pairs, *, with_added: bool = False) -> list[Estimate]:
     """Return the estimate of every pair of variables, for the kernels of z.
 
     `added` is None if the covariance form is used (linear kernels).
     """
+    op, every, pairs, estimator, allow_tf32, sums = of
     n = every[0].z.shape[-2]
     if all(v.linear for v in every):
         used = [every[m] for pair in pairs for m in pair]

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._operators import register
 from .._torch import is_batched_gradient
-from ..hsic.estimators import ratio, rows_needed, values, whole
+from ..hsic.estimators import Pairs, ratio, rows_needed, values, whole
 from ..hsic.features import approximation
 from ..hsic.inputs import result_dtype, together, variable, variables
 from ..hsic.kernels import KERNEL_OPTIONS, Bandwidth, KernelSpec, Variable, kernel_specs
@@ -143,10 +143,11 @@ def _dependence(
             seed=seed,
         )  # fmt: skip
     elif normalize:
-        xy, xx, yy = values(op, pair, [(0, 1), (0, 0), (1, 1)], estimator, allow_tf32, sums).unbind(-1)
+        three = Pairs(op, pair, [(0, 1), (0, 0), (1, 1)], estimator, allow_tf32, sums)
+        xy, xx, yy = values(three).unbind(-1)
         result = ratio(xy, xx, yy)
     else:
-        result = whole(values(op, pair, [(0, 1)], estimator, allow_tf32, sums).squeeze(-1), *pair)
+        result = whole(values(Pairs(op, pair, [(0, 1)], estimator, allow_tf32, sums)).squeeze(-1), *pair)
     return result.to(result_dtype(x, y))
 
 
@@ -197,7 +198,7 @@ def hsic_matrix(
     pairs = [(i, p + j) for i in range(p) for j in range(q)]
     if normalize:
         pairs += [(m, m) for m in range(p + q)]
-    result = values(op, every, pairs, estimator, allow_tf32, sums)
+    result = values(Pairs(op, every, pairs, estimator, allow_tf32, sums))
     if normalize:
         own = result[..., p * q :]
         cross = ratio(result[..., : p * q].unflatten(-1, (p, q)), own[..., :p, None], own[..., None, p:])

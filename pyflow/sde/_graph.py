@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -47,26 +47,25 @@ class Replay:
     Args:
         op: name of the function that errors come from.
         advance: (x, seed, *row) -> x'.
-        rows: of every step, the 0-d tensors that advance takes.
-        scalars, counters: the same numbers as tensors, with a first dim of the steps; row_of makes a row of one entry.
+        scalars, counters: the numbers of all steps, with a first dim of the steps.
+        row_of: makes of one entry of both the row, 0-d tensors.
     """
 
     def __init__(
         self,
         op: str,
         advance: Callable[..., Tensor],
-        rows: Sequence[tuple],
         scalars: Tensor,
         counters: Tensor,
         row_of: Callable[[Tensor, Tensor], tuple],
     ) -> None:
-        self.op, self.advance, self.rows, self.row_of = op, advance, rows, row_of
+        self.op, self.advance, self.row_of = op, advance, row_of
         self.scalars, self.counters = scalars, counters
         self.replay: Callable[[], None] | None = None
 
     def __call__(self, x: Tensor, i: int, seed: Tensor) -> Tensor:
         if i < WARM_UP:
-            return self.advance(x, seed, *self.rows[i])
+            return self.advance(x, seed, *self.row_of(self.scalars[i], self.counters[i]))
         if self.replay is None:
             self.x, self.seed = x, seed
             self.index = torch.full((1,), i, dtype=torch.int64, device=x.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -169,18 +169,24 @@ def make_step(
     )  # fmt: skip
     if "fullgraph" in compile_options:
         raise TypeError("make_step: fullgraph is always on")
-    step = Step(plan, score_fn, torch.compile(plan.advance(score_fn), fullgraph=True, **compile_options))
-    step.captures = compile_options.get("mode") in ("reduce-overhead", "max-autotune")
-    return step
+    advance = torch.compile(plan.advance(score_fn), fullgraph=True, **compile_options)
+    return Step(plan, score_fn, advance, captures=_captures(**compile_options))
+
+
+def _captures(mode: str | None = None, options: Mapping[str, Any] | None = None, **other: Any) -> bool:
+    """Whether torch.compile with these options makes CUDA graphs."""
+    return mode in ("reduce-overhead", "max-autotune") or bool((options or {}).get("triton.cudagraphs"))
 
 
 class Step:
-    """One step of a sampler at any of its times, and the loop over all steps; made by `make_step`."""
+    """One step of a sampler at any of its times, and the loop over all steps; made by `make_step`.
 
-    def __init__(self, plan: Plan, score_fn: Score, advance: Callable[..., Tensor]) -> None:
+    `captures`: whether `advance` is a CUDA graph already.
+    """
+
+    def __init__(self, plan: Plan, score_fn: Score, advance: Callable[..., Tensor], *, captures: bool = False) -> None:
         self._plan, self._score_fn, self._advance = plan, score_fn, advance
-        self.times = plan.times
-        self.captures = False  # whether the compiled step is a CUDA graph already
+        self.times, self.captures = plan.times, captures
         self._rows: dict[torch.device, list[tuple]] = {}
 
     def __call__(self, x: Tensor, i: int, seed: Tensor) -> Tensor:
@@ -224,7 +230,7 @@ class Step:
         if cuda_graph and callback is not None:
             raise ValueError(f"{op}: cuda_graph and callback exclude each other, got both")
         if cuda_graph and self.captures:
-            raise ValueError(f"{op}: cuda_graph must be False for a step whose compile mode captures graphs, got True")
+            raise ValueError(f"{op}: cuda_graph must be False for a step whose compiled code captures graphs, got True")
         if device is None and not isinstance(seed, Tensor):
             device = _device_of(self._score_fn)
         place = seed.device if isinstance(seed, Tensor) and device is None else check.device(op, device)
@@ -262,8 +268,7 @@ class Step:
         return x
 
     def _replay(self, op: str, device: torch.device) -> _graph.Replay:
-        rows = self._rows.get(device) or self._load(device)
-        return _graph.Replay(op, self._advance, rows, *self._plan.tables(device), Plan.row_of)
+        return _graph.Replay(op, self._advance, *self._plan.tables(device), Plan.row_of)
 
     def _load(self, device: torch.device) -> list[tuple]:
         rows = self._rows[device] = self._plan.rows(device)

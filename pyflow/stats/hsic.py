@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _checks as check
-from ..hsic.estimators import TileSums, ratio, rows_needed, values, whole
+from ..hsic.estimators import Pairs, TileSums, ratio, rows_needed, values, whole
 from ..hsic.features import approximation
 from ..hsic.inputs import variables
 from ..hsic.kernels import Bandwidth, Variable, kernel_specs
@@ -102,7 +102,7 @@ def hsic(
             )  # fmt: skip
             return HSIC(value.item(), 0.0 if error is None else error.item())
         pairs = [(0, 1), (0, 0), (1, 1)] if normalize else [(0, 1)]
-        estimates = values(op, pair, pairs, estimator, allow_tf32, visitor(group, progress))
+        estimates = values(Pairs(op, pair, pairs, estimator, allow_tf32, visitor(group, progress)))
     return HSIC((ratio(*estimates) if normalize else whole(estimates[0], *pair)).item(), 0.0)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS, PURPOSES
-from ..hsic.estimators import ESTIMATORS, chain, divisor, estimates, ratio, rows_needed, values, whole
+from ..hsic.estimators import ESTIMATORS, Pairs, chain, divisor, estimates, ratio, rows_needed, values, whole
 from ..hsic.inputs import variables
 from ..hsic.kernels import Bandwidth, Variable, kernel_of, kernel_specs
 from ..ops import noise
@@ -220,7 +220,7 @@ def _of_tiles(
         pair = [v._replace(z=v.z.double(), scale=v.scale.double()) for v in pair]
     x, y = pair
     n = len(x.z)
-    own = values(op, pair, [(0, 0), (1, 1)], estimator, False, sums)
+    own = values(Pairs(op, pair, [(0, 0), (1, 1)], estimator, False, sums))
     added = torch.stack([_added(op, v, estimator) for v in pair])
     statistics, identity = [], torch.arange(n, device=key.device).unsqueeze(0)
     with bar(count, "permutation", progress) as done:
@@ -231,7 +231,7 @@ def _of_tiles(
                 index = torch.cat((identity, index))
             others = [y._replace(z=y.z[row], diagonal=y.diagonal[row]) for row in index]
             pairs = [(0, 1 + m) for m in range(len(others))]
-            statistics.append(values(op, [x, *others], pairs, estimator, False, sums))
+            statistics.append(values(Pairs(op, [x, *others], pairs, estimator, False, sums)))
             done(new)
     return torch.cat(statistics), own, added
 
@@ -246,7 +246,8 @@ def _added(op: str, v: Variable, estimator: str) -> Tensor:
     if v.linear:
         # the squared covariances
         return v.diagonal.sum().square() / divisor(len(v.z), estimator)
-    return cast(Tensor, estimates(op, [v], [(0, 0)], estimator, False, sums, with_added=True)[0].added)
+    of = Pairs(op, [v], [(0, 0)], estimator, False, sums)
+    return cast(Tensor, estimates(of, with_added=True)[0].added)
 
 
 def _gamma_test(op: str, pair: list[Variable], estimator: str, normalize: bool, progress: bool) -> HSICTest:

@@ -132,6 +132,10 @@ def test_noise_uses_packed_instructions(kernels):
             assert len(re.findall(rf"vsqrtps .*%{register}", text)) >= 2, f"{isa}/{name}: the radius of the normals"
 
 
+# as kernel_bits prints them: float and double
+NOT_FINITE = {"7fc00000", "7f800000", "ff800000", "7ff8000000000000", "7ff0000000000000", "fff0000000000000"}
+
+
 def bits(command, **environment):
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env={**os.environ, **environment})
     return done.stdout.splitlines() if done.returncode == 0 else None
@@ -154,6 +158,21 @@ def test_same_bits_on_avx2_and_avx512(kernels):
     if missing:
         pytest.skip(f"this CPU cannot run {', '.join(missing)}")
     assert_same_bits(results["v3"], results["v4"])
+
+
+def test_no_nan_hides_a_sum(kernels):
+    lines = bits([kernels.program])
+    if lines is None:
+        pytest.skip("this CPU has none of the compiled instruction sets")
+    cases = [line.split() for line in lines]
+    ordinary = {name.partition(":")[2]: words for name, *words in cases if name.startswith("ordinary:")}
+    # what is printed with special values is printed without
+    assert {"logdet_partial", "gan_qp", "flow_log_prob", "denoising_loss"} <= {
+        name.partition("[")[0] for name in ordinary
+    }
+    for name, words in ordinary.items():
+        # half the values that the logarithm is given are negative
+        assert name == "log" or not NOT_FINITE & {*words}, name
 
 
 def test_same_bits_on_neon(kernels, tmp_path):

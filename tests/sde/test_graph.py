@@ -7,6 +7,7 @@ import torch
 
 from pyflow.ops import sample_seeds
 from pyflow.sde import VPSDE, Step, _graph, make_step, sample
+from pyflow.sde._plan import Plan
 from pyflow.testing import assert_same_bits
 
 
@@ -70,10 +71,37 @@ def test_bad_input_gets_one_sentence(options, text):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_step_that_captures_itself_is_not_captured_again():
-    step = make_step(VPSDE(), score, steps=30, mode="reduce-overhead")
-    with pytest.raises(ValueError, match="sample: cuda_graph must be False for a step whose compile mode captures"):
+@pytest.mark.parametrize(
+    "options",
+    [{"mode": "reduce-overhead"}, {"mode": "max-autotune"}, {"options": {"triton.cudagraphs": True}}],
+    ids=str,
+)
+def test_a_step_that_captures_itself_is_not_captured_again(options):
+    step = make_step(VPSDE(), score, steps=30, **options)
+    text = "sample: cuda_graph must be False for a step whose compiled code captures graphs, got True"
+    with pytest.raises(ValueError, match=f"^{text}$"):
         step.sample((2, 3), cuda_graph=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mode": "max-autotune-no-cudagraphs"}, {"options": {"triton.cudagraphs": False}}, {"options": None}],
+)
+def test_a_step_that_captures_nothing_can_be_captured(options):
+    assert not make_step(VPSDE(), score, steps=30, **options).captures
+    with pytest.raises(ValueError, match=r"^sample: cuda_graph needs a device of type cuda, got cpu$"):
+        make_step(VPSDE(), score, steps=30, **options).sample((2, 3), cuda_graph=True)
+
+
+def test_a_run_reads_the_tables_once(captured, monkeypatch):
+    built, tables = [], Plan.tables
+    monkeypatch.setattr(Plan, "tables", lambda self, device: built.append(device) or tables(self, device))
+    plan = make_step(VPSDE(), score, steps=30)._plan
+    take = Step(plan, score, plan.advance(score))._replay("sample", torch.device("cpu"))
+    x = torch.zeros(2, 3)
+    for i in range(30):
+        x = take(x, i, sample_seeds(0, 2))
+    assert len(built) == len(captured) == 1
 
 
 def test_a_score_that_cannot_be_captured_is_named(monkeypatch):

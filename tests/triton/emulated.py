@@ -22,7 +22,14 @@ def operators():
     return schemas, torch.ops.pyflow_cuda
 
 
-def use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the CUDA kernels for the backend "triton" until the test ends."""
+def use(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Run the CUDA kernels for the backend "triton" until the test ends; return the set of operators called so far."""
     _, cuda = operators()
-    monkeypatch.setattr(Operator, "triton_kernel", property(lambda operator: getattr(cuda, operator.name)))
+    called = set()
+
+    def kernel(operator):
+        called.add(operator.name)
+        return getattr(cuda, operator.name)
+
+    monkeypatch.setattr(Operator, "triton_kernel", property(kernel))
+    return called

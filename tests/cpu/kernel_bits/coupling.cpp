@@ -42,13 +42,14 @@ void coupling(int64_t rows, int64_t cols, ScaleMap map, bool inverse, bool shift
   b.gscale = view(gscale, DType::f32, cols);
   cpu::coupling_backward(b, 0, b.plan.units);
   char name[96];
-  const auto show = [&](const char* what, const std::vector<float>& v) {
+  const auto show = [&](const char* what, const auto& v) {
     std::snprintf(name, sizeof name, "%s[map=%d,inverse=%d,shift_first=%d,%dx%d]", what, int(map), inverse, shift_first,
                   int(rows), int(cols));
     print(name, v);
   };
   show("y", y);
   show("logdet", logdet);
+  if (!partial.empty()) show("logdet_partial", partial);
   show("gx", gx);
   show("gshift", gshift);
   show("gscale", gscale);

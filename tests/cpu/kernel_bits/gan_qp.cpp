@@ -46,6 +46,7 @@ void gan_qp(int64_t rows, int64_t cols, Distance distance) {
   cpu::gan_qp_loss_backward(b, 0, rows);
   char name[64];
   std::snprintf(name, sizeof name, "gan_qp[distance=%d,%dx%d]", int(distance), int(rows), int(cols));
+  print(name, of_x);
   for (const auto* v : {&loss, &d, &g_real, &g_fake}) print(name, *v);
 }
 

@@ -63,10 +63,10 @@ void grams(int64_t n, GramKernel kernel, int64_t dim, float scale) {
   cpu::gram_finish(b, 0, n);
   char name[64];
   std::snprintf(name, sizeof name, "grams[kernel=%d,dim=%d,n=%d]", int(kernel), int(dim), int(n));
-  std::vector<float> narrow(rows.begin(), rows.end());
-  narrow.insert(narrow.end(), cross.begin(), cross.end());
-  narrow.insert(narrow.end(), shift.begin(), shift.end());
-  print(name, narrow);
+  std::vector<double> all(rows.begin(), rows.end());
+  all.insert(all.end(), cross.begin(), cross.end());
+  all.insert(all.end(), shift.begin(), shift.end());
+  print(name, all);
   print(name, grad);
 }
 

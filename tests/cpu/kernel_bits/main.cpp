@@ -9,8 +9,13 @@ int main() {
   }
   std::fprintf(stderr, "%s\n", cpu_isa_name());
   for (const auto& [family, bits] : families()) {
-    state = 1;
-    bits();
+    used_values = false;
+    for (const bool with : {true, false}) {
+      if (!with && !used_values) continue;
+      specials = with;
+      state = 1;
+      bits();
+    }
   }
   return 0;
 }

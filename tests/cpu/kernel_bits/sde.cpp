@@ -30,6 +30,23 @@ void sde(int64_t rows, int64_t cols) {
   s.sums = row_sums(losses, partial, rows, s.plan);
   cpu::denoising_loss(s, 0, s.plan.units);
   print_sums("denoising_loss", losses, partial);
+  std::vector<float> gx(n), gscore(n), sums;
+  s.gx = view(gx, DType::f32, cols);
+  s.sums = row_sums(sums, partial, rows, s.plan);
+  cpu::denoising_loss(s, 0, s.plan.units);
+  print("denoising_loss_grad_pred", gx);
+  print_sums("denoising_loss_grad_std", sums, partial);
+  s.sums = row_sums(sums, partial, 2 * rows, s.plan);
+  cpu::langevin_squares(s, 0, s.plan.units);
+  print_sums("langevin_squares", sums, partial);
+  s.gy = view(score, DType::f32, cols);
+  s.gmean = view(x, DType::f32, cols);
+  s.gscore = view(gscore, DType::f32, cols);
+  s.sums = row_sums(sums, partial, 3 * rows, s.plan);
+  cpu::sde_step_backward(s, 0, s.plan.units);
+  print("sde_step_grad_x", gx);
+  print("sde_step_grad_score", gscore);
+  print_sums("sde_step_grad_abc", sums, partial);
 }
 
 }  // namespace
