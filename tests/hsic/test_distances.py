@@ -12,7 +12,7 @@ import pyflow
 from pyflow import ops, testing
 from pyflow.hsic.median import median_distance
 
-from .dense import ESTIMATORS, F32, F64, definition, dependent, matrix, scale_of, scattered
+from .dense import ESTIMATORS, F32, F64, definition, dependent, draw, matrix, scale_of, scattered
 
 
 @pytest.mark.parametrize("estimator", ["biased", "unbiased"])
@@ -112,3 +112,17 @@ def test_bandwidths_may_be_numbers_of_any_type():
     x, y = dependent(12, 2)
     for one, same in ((2**70, 2.0**70), (Fraction(1, 4), 0.25)):
         assert ops.cka(x, y, bandwidth=one).equal(ops.cka(x, y, bandwidth=same))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_gradients_where_all_rows_are_far_apart(backend):
+    # kernel values of 1e-28: the gradients of their sums leave the range of float32
+    x, y = draw((8, 1)), (8 * torch.eye(8) + draw((8, 8), seed=1) / 20).requires_grad_()
+    options = dict(kernel="rbf", bandwidth=1.0, estimator="unbiased")
+    with pyflow.backend("reference"):
+        leaf = y.detach().double().requires_grad_()
+        want = torch.autograd.grad(ops.cka(x.double(), leaf, **options), leaf)[0]
+    with pyflow.backend(backend):
+        got = torch.autograd.grad(ops.cka(x, y, **options), y)[0]
+    assert want.abs().max() > 1e-3
+    testing.assert_within(got, want, 1e-4 * want.abs().max())

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 import pyflow
+from pyflow.hsic.estimators import Pairs, estimates, whole
+from pyflow.hsic.inputs import variable
+from pyflow.hsic.kernels import KernelSpec
+from pyflow.ops.hsic import sums
 
 from ..calls import Call, Hand, drawer
 
@@ -79,11 +83,24 @@ def ratio_scale(x: Tensor, y: Tensor, options: dict[str, object]) -> float:
     """
     scale = 1.0
     for z, of in zip((x, y), own(options), strict=True):
-        value, terms = abs(_own(z, of)), abs(_own(z, {**of, "estimator": "biased"}))
+        value = abs(_own(z, of))
         if 0 < value < torch.finfo(torch.float32).tiny ** 2:
             return math.inf
-        scale = max(scale, terms / value if value else 1.0)
+        if value and options["estimator"] == "unbiased":
+            scale = max(scale, _terms(z, of) / value)
     return scale
+
+
+def _terms(z: Tensor, options: dict[str, object]) -> float:
+    """The absolute values of the terms of a variable's own HSIC; of linear kernels those of the biased one."""
+    spec = KernelSpec(*(options[name] for name in ("kernel", "bandwidth", "degree", "gamma", "coef0")))
+    with pyflow.backend("reference"):
+        made = variable("hsic", "x", z.detach().double(), spec)
+        of = Pairs("hsic", [made], [(0, 0)], options["estimator"], False, sums)
+        (estimate,) = estimates(of, with_added=True)
+    if estimate.added is None:
+        return _own(z, {**options, "estimator": "biased"})
+    return float(whole(estimate.added, made, made))
 
 
 @drawer
