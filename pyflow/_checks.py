@@ -187,6 +187,20 @@ def event_shape(op: str, value: object) -> tuple[int, ...]:
     return tuple(int(at_least(op, "shape", n, 0)) for n in sizes)
 
 
+def event_dims(op: str, x: Tensor, event_dims: int | None) -> int:
+    """Return how many trailing dims are one event: all but the first where `event_dims` is None."""
+    dims = x.dim()
+    if event_dims is None:
+        if dims == 0:
+            raise ValueError(f"{op}: x must have at least one dim, the batch, got a scalar")
+        return dims - 1
+    if isinstance(event_dims, bool) or not isinstance(event_dims, int):
+        raise TypeError(f"{op}: event_dims must be an integer, got {type(event_dims).__name__}")
+    if not 0 <= event_dims <= dims:
+        raise ValueError(f"{op}: event_dims must be in [0, {dims}], got {event_dims}")
+    return event_dims
+
+
 def at_least(op: str, name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
     if type(value) is int and least <= value <= most:
         return value
