@@ -160,10 +160,12 @@ def positive(op: str, name: str, value: object) -> float:
     return result
 
 
-def moderate(op: str, name: str, value: float, dtype: torch.dtype | None, least: float = 2.0**-100) -> None:
+def moderate(
+    op: str, name: str, value: float, dtype: torch.dtype | None, least: float = 2.0**-100, most: float = 2.0**100
+) -> None:
     """Require a constant whose products with data are in the range of float32, unless the data are float64."""
-    if dtype not in (None, torch.float64) and not least <= value <= 2.0**100:
-        rule = f"from {least:.3g} to {2.0**100:.3g}" if least else f"at most {2.0**100:.3g}"
+    if dtype not in (None, torch.float64) and not least <= value <= most:
+        rule = f"from {least:.3g} to {most:.3g}" if least else f"at most {most:.3g}"
         raise ValueError(f"{op}: {name} must be {rule} in float32, got {value}")
 
 
