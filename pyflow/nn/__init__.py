@@ -1,6 +1,7 @@
 """Modules: invertible layers with `forward(x) -> (y, logdet)` and `inverse(y) -> (x, logdet)`, quantisers, HSIC losses,
 and spectral and weight normalisation of any model."""
 
+from .autoregressive import MaskedAutoregressive
 from .coupling import AdditiveCoupling, AffineCoupling, SplineCoupling
 from .fsq import FSQ
 from .grouped_residual_fsq import GroupedResidualFSQ
@@ -19,6 +20,7 @@ __all__ = [
     "HSICBottleneck",
     "HSICLoss",
     "Invertible1x1Conv",
+    "MaskedAutoregressive",
     "ResidualFSQ",
     "ReversibleSequential",
     "Scale",
