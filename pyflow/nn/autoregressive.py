@@ -145,8 +145,11 @@ class MaskedAutoregressive(nn.Module):
         check.float_tensor(name, label, x)
         if x.dim() == 0 or x.shape[-1] != self.features:
             raise ValueError(f"{name}: {label} must have the shape (..., {self.features}), got {tuple(x.shape)}")
-        context = check.context(name, context, self.context_features, x.shape[:-1])
-        if context is None or context.shape[:-1] == x.shape[:-1]:
+        context = check.context(name, context, self.context_features, x.shape[:-1], x.device)
+        if context is None:
+            return x, None
+        context = context.to(x.dtype)
+        if context.shape[:-1] == x.shape[:-1]:
             return x, context
         return x.expand(*torch.broadcast_shapes(x.shape[:-1], context.shape[:-1]), -1), context
 
