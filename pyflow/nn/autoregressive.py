@@ -100,14 +100,11 @@ class MaskedAutoregressive(nn.Module):
         )  # fmt: skip
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Reset to the identity."""
         self.net.reset_parameters()
         if self.transform == "rq_spline":
-            bias = self.net.layers[-1].bias.view(self.features, -1)
-            # softplus of this is a slope of 1
-            bias[:, 2 * self.bins :] = math.log(math.expm1(1 - _SLOPE))
+            identity_slopes(self.net.layers[-1].bias, self.bins)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, context = self._given("x", x, context)
@@ -156,6 +153,13 @@ class MaskedAutoregressive(nn.Module):
     def extra_repr(self) -> str:
         spline = f", bins={self.bins}, bound={self.bound}" if self.transform == "rq_spline" else ""
         return f"features={self.features}, transform={self.transform!r}{spline}"
+
+
+@torch.no_grad()
+def identity_slopes(bias: Tensor, bins: int) -> None:
+    """Set the slopes to 1 in the bias of a layer whose other numbers are 0, so that its splines are the identity."""
+    # min_slope + softplus of this is 1
+    bias.view(-1, 3 * bins - 1)[:, 2 * bins :] = math.log(math.expm1(1 - _SLOPE))
 
 
 def _places(name: str, order: object, features: int) -> list[int]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyflow.flows import NICE, Glow, RealNVP
+from pyflow.flows import IAF, MAF, NICE, NSF, Glow, RealNVP
+from pyflow.flows.vectors import VectorFlow
 
 MAKERS = {
     "nice": (lambda c=0: NICE(5, hidden=(16,), context_features=c), (5,)),
@@ -16,6 +17,13 @@ MAKERS = {
     "realnvp": (lambda c=0: RealNVP(5, couplings=3, hidden=(16,), context_features=c), (5,)),
     "realnvp_images": (lambda c=0: RealNVP((1, 4, 4), hidden=6, prior="logistic", context_features=c), (1, 4, 4)),
     "realnvp_reversible": (lambda c=0: RealNVP((1, 4, 4), hidden=6, reversible=True, context_features=c), (1, 4, 4)),
+    "maf": (lambda c=0: MAF(5, layers=3, hidden=(16,), context_features=c), (5,)),
+    "maf_reversible": (lambda c=0: MAF(4, layers=2, hidden=(8,), context_features=c, reversible=True), (4,)),
+    "iaf": (lambda c=0: IAF(5, layers=2, hidden=(16, 8), context_features=c), (5,)),
+    "nsf": (lambda c=0: NSF(5, layers=4, hidden=(16,), bins=4, context_features=c), (5,)),
+    "nsf_reversible": (lambda c=0: NSF(4, layers=2, hidden=(8,), bins=3, context_features=c, reversible=True), (4,)),
+    "nsf_autoregressive": (lambda c=0: NSF(4, layers=2, hidden=(16,), context_features=c, autoregressive=True), (4,)),
+    "nsf_scalar": (lambda c=0: NSF(1, layers=2, hidden=(8,), context_features=c), (1,)),
     "glow": (lambda c=0: Glow((1, 4, 4), steps=2, levels=2, hidden=6, context_features=c), (1, 4, 4)),
 }
 
@@ -121,6 +129,7 @@ def test_gradients_of_samples(name):
 @pytest.mark.parametrize("name", [name for name in MAKERS if "reversible" not in name])
 def test_compiles_with_a_context(name):
     flow, x, context = started(name)
+    torch.compiler.reset()
     compiled = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, context), flow.log_prob(x, context))
 
@@ -174,7 +183,11 @@ def test_wrong_contexts(name):
             call(x, context[:, :2])
         with pytest.raises(TypeError, match=rf"^{kind}: context must be a tensor, got float$"):
             call(x, 0.5)
-    for wrong in (context[:2], context[None]):
+    if isinstance(flow, VectorFlow):
+        with pytest.raises(ValueError, match=rf"^{kind}: context must have leading dims that .*, \(4,\), got \(2,\)$"):
+            flow(x, context[:2])
+        assert flow(x, context[None])[0].shape == (1, *x.shape)
+    for wrong in () if isinstance(flow, VectorFlow) else (context[:2], context[None]):
         with pytest.raises(ValueError, match=rf"^{kind}: context must have the shape \(4, 3\) or \(3,\), got "):
             flow(x, wrong)
     for call in (plain, plain.log_prob, lambda v, c: plain.sample(2, c)):
