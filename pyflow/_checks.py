@@ -232,6 +232,36 @@ def mask_for(op: str, mask: Any, x: Tensor) -> Tensor:
     return mask.expand(x.shape)
 
 
+def context(
+    op: str,
+    value: Any,
+    features: int,
+    lead: tuple[int, ...] | torch.Size = (),
+    device: torch.device | None = None,
+) -> Tensor | None:
+    """Return the context of a conditional layer or flow, checked, or None where it takes none.
+
+    The leading dims must broadcast with `lead`, those of the input, which is on `device`.
+    """
+    if value is None and not features:
+        return None
+    if not features:
+        raise ValueError(f"{op}: context must be None with context_features=0, got {type(value).__name__}")
+    if value is None:
+        raise ValueError(f"{op}: context must be a tensor (..., {features}), got None")
+    float_tensor(op, "context", value)
+    if value.dim() == 0 or value.shape[-1] != features:
+        raise ValueError(f"{op}: context must have the shape (..., {features}), got {tuple(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{op}: context must be on the device of the input, {device}, got {value.device}")
+    if any(m != n and m != 1 and n != 1 for m, n in zip(reversed(value.shape[:-1]), reversed(lead), strict=False)):
+        raise ValueError(
+            f"{op}: context must have leading dims that broadcast with those of the input, {tuple(lead)}, got "
+            f"{tuple(value.shape[:-1])}"
+        )
+    return value
+
+
 def shown(value: object) -> str:
     """Return the repr of a value for an error text, or its type's name if the repr is long."""
     text = repr(value)

@@ -1,7 +1,8 @@
 """Modules: invertible layers with `forward(x) -> (y, logdet)` and `inverse(y) -> (x, logdet)`, quantisers, HSIC losses,
 and spectral and weight normalisation of any model."""
 
-from .coupling import AdditiveCoupling, AffineCoupling
+from .autoregressive import MaskedAutoregressive
+from .coupling import AdditiveCoupling, AffineCoupling, SplineCoupling
 from .fsq import FSQ
 from .grouped_residual_fsq import GroupedResidualFSQ
 from .hsic import HSICBottleneck, HSICLoss
@@ -19,9 +20,11 @@ __all__ = [
     "HSICBottleneck",
     "HSICLoss",
     "Invertible1x1Conv",
+    "MaskedAutoregressive",
     "ResidualFSQ",
     "ReversibleSequential",
     "Scale",
+    "SplineCoupling",
     "apply_spectral_norm",
     "apply_weight_norm",
     "remove_spectral_norm",
