@@ -12,7 +12,7 @@ from torch import Tensor
 from ._launch import row_view
 from ._math import LN2_HI, LN2_LO, SQRT_HALF_BITS, bits, from_bits, neg, sqrt_normal
 from ._plans import Words, words
-from ._tiles import load_rows, word
+from ._tiles import load_rows, width, word
 
 UNIFORM = tl.constexpr(0)
 NORMAL = tl.constexpr(1)
@@ -125,14 +125,16 @@ def per_row(seed):
 
 
 @triton.jit
-def draw(stream, r, c0, rows, cols, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Noise for rows r (R, 1) and columns c0 to c0 + BLOCK_C; a row has `cols` elements.
+def draw(stream, tile, rows, cols, KIND: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr):
+    """Noise of a tile.
 
     ALIGNED: in every row the tile starts at a Philox block, so that each block is drawn once for its four elements.
     """
+    r, c0 = tile.r, tile.first
+    cols = width(cols, c0, TILE.vec)
     PER_ROW: tl.constexpr = per_row(stream.seed)
     if ALIGNED:
-        block = ((c0 >> 2) + tl.arange(0, BLOCK_C // 4)).to(tl.int64)[None, :]
+        block = ((c0 >> 2) + tl.arange(0, TILE.cols // 4)).to(tl.int64)[None, :]
         block = r.to(tl.int64) * 0 + block if PER_ROW else r.to(tl.int64) * (cols >> 2) + block
         w0, w1, w2, w3 = words_at(block, stream, r, rows)
         if KIND == NORMAL:
@@ -142,7 +144,7 @@ def draw(stream, r, c0, rows, cols, KIND: tl.constexpr, ALIGNED: tl.constexpr, B
             z0, z1, z2, z3 = uniform(w0), uniform(w1), uniform(w2), uniform(w3)
         return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
     else:
-        k = (c0 + tl.arange(0, BLOCK_C)).to(tl.int64)[None, :]
+        k = (c0 + tl.arange(0, TILE.cols)).to(tl.int64)[None, :]
         k = r.to(tl.int64) * 0 + k if PER_ROW else r.to(tl.int64) * cols + k
         w0, w1, w2, w3 = words_at(k >> 2, stream, r, rows)
         odd = (k & 1) != 0

@@ -33,10 +33,11 @@ class TileShape(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Row numbers (R, 1) and column numbers (1, C) of a tile, and which elements are inside."""
+    """Row numbers (R, 1), the first column and column numbers (1, C) of a tile, and which elements are inside."""
 
     sizes: Any
     r: Any
+    first: Any
     c: Any
     inside: Any
 
@@ -66,13 +67,13 @@ def place(segments, TILE: tl.constexpr):
 def tile_at(sizes, row, first, rows, cols, TILE: tl.constexpr):
     """The tile of rows `row` (R,) and of columns from `first` on."""
     r, c = row[:, None], (first + tl.arange(0, TILE.cols))[None, :]
-    return Tile(sizes, r, c, (r < rows) & (c < width(cols, c, TILE.vec)))
+    return Tile(sizes, r, first, c, (r < rows) & (c < width(cols, c, TILE.vec)))
 
 
 @triton.jit
 def only(tile, mask):
     """The tile without the elements outside of the mask."""
-    return Tile(tile.sizes, tile.r, tile.c, tile.inside & mask)
+    return Tile(tile.sizes, tile.r, tile.first, tile.c, tile.inside & mask)
 
 
 @triton.jit

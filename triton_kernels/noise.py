@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _launch, _random
 from ._random import draw
 from ._random import philox as philox_block
-from ._tiles import place, store, tile_at, width
+from ._tiles import place, store, tile_at
 
 
 @triton.jit(do_not_specialize=["rows", "cols", "segments"])
@@ -21,10 +21,8 @@ def noise_kernel(
 ):  # fmt: skip
     row, segment = place(segments, TILE)
     for c0 in range(0, TILE.segment, TILE.cols):
-        first = segment * TILE.segment + c0
-        tile = tile_at(sizes, row, first, rows, cols, TILE)
-        z = draw(stream, tile.r, first, rows, width(cols, first, TILE.vec), KIND, ALIGNED, TILE.cols)
-        store(out, tile, TILE, z)
+        tile = tile_at(sizes, row, segment * TILE.segment + c0, rows, cols, TILE)
+        store(out, tile, TILE, draw(stream, tile, rows, cols, KIND, ALIGNED, TILE))
 
 
 @triton.jit(do_not_specialize=["count"])

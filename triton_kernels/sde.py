@@ -11,19 +11,18 @@ from torch import Tensor
 
 from . import _launch, _random
 from ._random import NORMAL, draw
-from ._tiles import compute_type, fold, load, place, row_value, store, tile_at, width, zeros
+from ._tiles import compute_type, fold, load, place, row_value, store, tile_at, zeros
 
 ZERO = torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 @triton.jit
-def noise_of(noise, stream, tile, first, rows, cols, ALIGNED: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
+def noise_of(noise, stream, tile, rows, cols, ALIGNED: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
     """Noise of a tile: loaded from `noise` if given, else drawn."""
     if noise is not None:
         return load(noise, tile, TILE, dtype)
     else:
-        elements = width(cols, first, TILE.vec)
-        return draw(stream, tile.r, first, rows, elements, NORMAL, ALIGNED, TILE.cols).to(dtype)
+        return draw(stream, tile, rows, cols, NORMAL, ALIGNED, TILE).to(dtype)
 
 
 @triton.jit
@@ -43,12 +42,11 @@ def step_kernel(
     of_x = row_value(a, row[:, None], rows, dtype)
     of_z = row_value(c, row[:, None], rows, dtype)
     for c0 in range(0, TILE.segment, TILE.cols):
-        first = segment * TILE.segment + c0
-        tile = tile_at(sizes, row, first, rows, cols, TILE)
+        tile = tile_at(sizes, row, segment * TILE.segment + c0, rows, cols, TILE)
         m = of_x * load(x, tile, TILE, dtype)
         if score is not None:
             m = m + row_value(b, tile.r, rows, dtype) * load(score, tile, TILE, dtype)
-        z = noise_of(noise, stream, tile, first, rows, cols, ALIGNED, TILE, dtype)
+        z = noise_of(noise, stream, tile, rows, cols, ALIGNED, TILE, dtype)
         if mean is not None:
             store(mean, tile, TILE, m)
         # + 0.0 turns -0 into +0, so that for c = 0 the sign of the noise does not change the bits
@@ -66,8 +64,7 @@ def step_backward_kernel(
     of_b = zeros(TILE, dtype)
     of_c = zeros(TILE, dtype)
     for c0 in range(0, TILE.segment, TILE.cols):
-        first = segment * TILE.segment + c0
-        tile = tile_at(sizes, row, first, rows, cols, TILE)
+        tile = tile_at(sizes, row, segment * TILE.segment + c0, rows, cols, TILE)
         total = zeros(TILE, dtype)
         dy = zeros(TILE, dtype)
         if gy is not None:
@@ -86,7 +83,7 @@ def step_backward_kernel(
             if score is not None:
                 of_b += tl.where(tile.inside, total * load(score, tile, TILE, dtype), 0.0)
             if gy is not None:
-                z = noise_of(noise, stream, tile, first, rows, cols, ALIGNED, TILE, dtype)
+                z = noise_of(noise, stream, tile, rows, cols, ALIGNED, TILE, dtype)
                 of_c += tl.where(tile.inside, dy * z, 0.0)
     if x is not None:
         put(partial, 0, rows, segments, row, segment, of_a)
@@ -106,10 +103,9 @@ def loss_kernel(
     row, segment = place(segments, TILE)
     acc = zeros(TILE, dtype)
     for c0 in range(0, TILE.segment, TILE.cols):
-        first = segment * TILE.segment + c0
-        tile = tile_at(sizes, row, first, rows, cols, TILE)
+        tile = tile_at(sizes, row, segment * TILE.segment + c0, rows, cols, TILE)
         p = load(pred, tile, TILE, dtype)
-        z = noise_of(None, stream, tile, first, rows, cols, ALIGNED, TILE, dtype)
+        z = noise_of(None, stream, tile, rows, cols, ALIGNED, TILE, dtype)
         if std is not None:
             by = row_value(std, tile.r, rows, dtype)
             residual = by * p + z
@@ -134,10 +130,9 @@ def squares_kernel(
     of_score = zeros(TILE, dtype)
     of_noise = zeros(TILE, dtype)
     for c0 in range(0, TILE.segment, TILE.cols):
-        first = segment * TILE.segment + c0
-        tile = tile_at(sizes, row, first, rows, cols, TILE)
+        tile = tile_at(sizes, row, segment * TILE.segment + c0, rows, cols, TILE)
         s = load(score, tile, TILE, dtype)
-        z = noise_of(noise, stream, tile, first, rows, cols, ALIGNED, TILE, dtype)
+        z = noise_of(noise, stream, tile, rows, cols, ALIGNED, TILE, dtype)
         of_score += tl.where(tile.inside, s * s, 0.0)
         of_noise += tl.where(tile.inside, z * z, 0.0)
     put(partial, 0, rows, segments, row, segment, of_score)
