@@ -126,7 +126,14 @@ def test_gradients_of_samples(name):
     torch.testing.assert_close(above - below, 2 * (grads[p] * step).sum(), atol=1e-12, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in MAKERS if "reversible" not in name])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("realnvp_images", "glow") else name
+        for name in MAKERS
+        if "reversible" not in name
+    ],
+)
 def test_compiles_with_a_context(name):
     flow, x, context = started(name)
     torch.compiler.reset()

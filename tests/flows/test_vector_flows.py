@@ -168,7 +168,9 @@ def test_layers():
     assert orders == [[0, 1, 2], [2, 1, 0], [0, 1, 2]]
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name.endswith(("_one", "_two")) else name for name in MAKERS]
+)
 def test_compiles_without_graph_breaks(name):
     flow, x = started(name)
     torch.compiler.reset()
