@@ -32,9 +32,14 @@ CPP_KEYWORDS = """
 # what the files that get lines get; pyflow/ops/__init__.py gets an import and a name
 EDITED = ("pyflow/_schemas.py", "pyflow/ops/__init__.py", "CHANGELOG.md")
 SCHEMAS = (
-    '    "demo_op": "(Tensor x, float scale) -> Tensor y",\n'
-    '    "demo_op_backward": "(Tensor grad, Tensor x, float scale) -> Tensor grad_x",\n'
+    '    "demo_op": "(Tensor x, float scale, int event_dims) -> (Tensor y, Tensor logdet)",\n'
+    '    "demo_op_backward": (\n'
+    '        "(Tensor? grad_y, Tensor? grad_logdet, Tensor x, float scale, int event_dims) -> Tensor grad_x"\n'
+    "    ),\n"
 )
+# where tests of a family are, beside its doctest, and names of those that hold every family to a rule
+TESTS = "tests/test_{rooms,schemas,operators,warmup}.py tests/{ops,triton,cuda,benchmarks,packaging}"
+CHECKS = "every_ or sums_have or hides_a_sum or same_lines or same_bits_on"
 CHANGE = "- `demo_op`: as plain-torch reference, C++, Triton and CUDA.\n"
 
 
@@ -101,7 +106,7 @@ def check(root: Path, name: str) -> None:
         raise Refused(f"NAME must have at most {LONGEST} characters, got {name!r}")
     if name in {*CPP_KEYWORDS.split(), *keyword.kwlist, *keyword.softkwlist, *dir(builtins)}:
         raise Refused(f"NAME must not be a keyword of C++ or Python nor a built-in function, got {name!r}")
-    names = {name, *(f"{name}_{what}" for what in ("forward", "backward", "value", "slope"))}
+    names = {name, *(f"{name}_{what}" for what in ("forward", "backward", "value", "log_slope", "gradient"))}
     # what is visible in the new files: all that headers declare, and what the example uses itself
     headers = sorted((root / "csrc").rglob("*.h"))
     for path in [*headers, root / "pyflow/_schemas.py", root / "pyflow/ops/__init__.py", *example(root)]:
@@ -183,8 +188,9 @@ def main(arguments: list[str]) -> int:
     missing = [tool for tool in ("ruff", "clang-format") if tool_of(ROOT, tool) is None]
     if missing:
         print(f"not formatted, for want of {' and '.join(missing)}: make format")
-    print(f"{len(texts)} files. It computes scale * softplus(x); see that it works, then replace the mathematics:")
-    print(f"  make build && make test ARGS='tests/test_rooms.py tests/ops tests/triton tests/cuda -k {name}'")
+    print(f"{len(texts)} files. It computes scale * softplus(x) and its log-determinant. See that it works:")
+    print(f"  make build && make test ARGS='{TESTS} pyflow/ops/{name}.py -k \"{name} or {CHECKS}\"'")
+    print("Then replace the mathematics; see Add an operation in CONTRIBUTING.md.")
     return 0
 
 

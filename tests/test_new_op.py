@@ -207,6 +207,31 @@ def test_what_is_laid_works_without_a_build(tree):
     assert int(re.search(r"(\d+) passed", passed)[1]) > 10 and "skipped" not in passed
 
 
+def test_the_command_that_is_printed_selects_the_tests_of_every_room(tree):
+    arguments = re.search(r"make test ARGS='(.*)'", lay(tree, "my_op").stdout)[1]
+    command = f"{sys.executable} -m pytest -q --collect-only -p no:cacheprovider {arguments}"
+    selected = run("bash", "-c", command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}).stdout
+    for test in (
+        "pyflow/ops/my_op.py::pyflow.ops.my_op.my_op",
+        "tests/test_rooms.py::test_every_operator_has_a_kernel_in_every_native_directory[my_op-my_op]",
+        "tests/test_schemas.py::test_types_of_schema_and_function_agree[my_op_backward]",
+        "tests/test_operators.py::test_a_backward_shares_names_with_its_forward[my_op_backward]",
+        "tests/test_warmup.py::test_every_operator_runs",
+        "tests/ops/test_my_op.py::test_gradcheck_twice",
+        "tests/ops/test_fuzz.py::test_drawn_calls[my_op]",
+        "tests/triton/test_aot.py::test_compiles_to_the_expected_instructions_and_resources[sm_90-my_op-float32]",
+        "tests/triton/test_aot.py::test_every_kernel_has_a_case",
+        "tests/triton/test_interpreter.py::test_kernels_under_the_interpreter[my_op]",
+        "tests/cuda/test_emulated.py::test_kernels_have_the_bits_of_a_cpu[my_op-1]",
+        "tests/cuda/test_emulated.py::test_sums_have_the_bits_of_triton[1]",
+        "tests/benchmarks/test_cases.py::test_contenders_agree_on_a_tiny_input[my_op/forward]",
+        "tests/packaging/test_kernels.py::test_every_simd_loop_is_vectorised",
+        "tests/packaging/test_kernels.py::test_same_bits_on_avx2_and_avx512",
+        "tests/packaging/test_repeated_lines.py::test_no_two_places_of_csrc_hold_the_same_lines",
+    ):
+        assert f"\n{test}" in f"\n{selected}", test
+
+
 def test_what_is_laid_compiles(tree):
     import torch
 
@@ -249,4 +274,6 @@ def test_what_is_laid_passes_every_test_once_built(tree):
     build, bits = tree / "build/native", "kernel_bits"
     run("cmake", "--build", build, "--target", bits, env=native)
     lines = run(build / bits).stdout.splitlines()
-    assert sum(line.startswith("my_op") for line in lines) == 6
+    # three results of three shapes
+    for name in ("my_op", "ordinary:my_op"):
+        assert sum(line.startswith(name) for line in lines) == 9

@@ -1,8 +1,14 @@
-"""Sums of the CUDA kernels have the bits of Triton's. test_emulated.py runs this file with TRITON_INTERPRET=1."""
+"""Sums of the CUDA kernels have the bits of Triton's. test_emulated.py runs this file with TRITON_INTERPRET=1.
+
+Cases are those below, and SUMS in the file of a family in tests/triton/gpu.
+"""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +89,15 @@ CASES = [
     Case(("gan_qp_loss",), gan_qp, [ROWS, ROWS]),
     Case(("mala_accept",), accepted, [(64,)]),
     Case(("grad_norm_penalty",), ops.grad_norm_penalty, [SHAPE]),
+]
+# files of gpu/ can be imported under the interpreter, but not where doctests are looked for
+INTERPRETED = os.environ.get("PYFLOW_TEST_GPU") == "interpreter"
+GPU = sorted((ROOT / "tests/triton/gpu").glob("test_*.py")) if INTERPRETED else []
+CASES += [
+    Case(*case)
+    for path in GPU
+    if re.search(r"^SUMS = ", path.read_text(), re.MULTILINE)
+    for case in importlib.import_module(f"..triton.gpu.{path.stem}", __package__).SUMS
 ]
 
 

@@ -1,7 +1,7 @@
 """Calls of the public operations with drawn shapes, strides, dtypes, options and wrong arguments.
 
 `calls(op)` is a hypothesis strategy. The file of a family in fuzz/ draws the calls of its operations; those of an
-operation whose arguments are tensors of one shape, flags and numbers are drawn from its signature.
+operation whose arguments are tensors of one shape, flags, numbers and event_dims are drawn from its signature.
 """
 
 from __future__ import annotations
@@ -190,6 +190,8 @@ KINDS: dict[str, Callable[[Hand, tuple[int, ...]], object]] = {
     "Tensor | None": lambda hand, shape: None if hand.maybe() else hand.tensor(shape),
     "bool": lambda hand, shape: hand.maybe(),
     "float": lambda hand, shape: hand.one(1.0, 0.5, 2, 30.0),
+    # event_dims
+    "int | None": lambda hand, shape: hand.one(None, *range(len(shape) + 1)),
 }
 
 

@@ -119,7 +119,7 @@ def check_ptx(ptx, launch, where):
     assert ".f64" not in ptx, where
     # the fma of sqrt_normal and div_normal make these two results IEEE
     roots, quotients = (len(re.findall(rf"\b{name}\.approx\.ftz\.f32", ptx)) for name in ("rsqrt", "rcp"))
-    if launch.name.startswith(("fsq.", "noise.")):
+    if launch.name.startswith(("_fsq.", "noise.")):
         # a packed instruction of sm_100 computes one or two
         least = len(re.findall(r"\bfma\.", ptx))
         most = least + len(re.findall(r"\bfma\.\S*f32x2", ptx))
@@ -145,11 +145,11 @@ def test_unit_stride_data_moves_in_128_bit_vectors(dtype, target):
         stores = sum(n for (op, width), n in widths.items() if op == "st.global" and width in full)
         size = 16 // torch.empty((), dtype=dtype).element_size()
         # decode loads an index once per channel, not in vectors
-        assert loads or launch.name == "fsq.decode_kernel", f"{launch.name}: {widths}"
+        assert loads or launch.name == "_fsq.decode_kernel", f"{launch.name}: {widths}"
         # narrow accesses are allowed only for one value per row: logdet, its gradient, sums, indices
         narrow = {k: n for k, n in widths.items() if k[1] not in full}
         # channel first, a thread has 16 elements of several positions, each with its indices
-        most = 16 if launch.name.startswith("fsq.") else 8
+        most = 16 if launch.name.startswith("_fsq.") else 8
         assert sum(narrow.values()) <= most, f"{launch.name}, {size} a vector: {narrow}"
         sums = ("flow_head.forward_kernel", "flow_head.sum_blocks", "gan_qp.sums_kernel")
         assert stores or launch.name in sums, f"{launch.name}: {widths}"

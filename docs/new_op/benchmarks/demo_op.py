@@ -15,13 +15,13 @@ from .registry import Case, Outputs, Problem, bind, compiled, normals, wide
 
 def _problem(shape: tuple[int, ...], device: torch.device, *, backward: bool) -> Problem:
     inputs = normals(shape, device, 1)
-    cotangents = normals(shape, device, 1) if backward else None
+    cotangents = (*normals(shape, device, 1), *normals(shape[:1], device, 1)) if backward else None
 
     def eager(x: Tensor) -> Outputs:
-        return (ref.demo_op(x, 2.0),)
+        return ref.demo_op(x, 2.0, 1)
 
     def op(x: Tensor) -> Outputs:
-        return (pyflow.ops.demo_op(x, scale=2.0),)
+        return pyflow.ops.demo_op(x, scale=2.0)
 
     functions = {"eager": eager, "compile": compiled(eager), "pyflow": op}
     calls = {name: bind(function, inputs, cotangents) for name, function in functions.items()}

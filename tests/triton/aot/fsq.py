@@ -11,7 +11,7 @@ from pyflow.triton_kernels import fsq
 from . import BF16, F16, F32, F64, TARGETS, recorded
 
 # bytes of stack: with Triton 3.6 ptxas puts a constant of the 39 float64 channels on the stack
-STACK = {("sm_80-fsq-wide-float64", "fsq.residual_kernel"): 8} if triton.__version__.startswith("3.6.") else {}
+STACK = {("sm_80-fsq-wide-float64", "_fsq.residual_kernel"): 8} if triton.__version__.startswith("3.6.") else {}
 
 
 def quantizer(z, levels, variant, stages=2):

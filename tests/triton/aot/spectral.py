@@ -9,7 +9,7 @@ from pyflow.triton_kernels import spectral
 from . import F32, F64, TARGETS, dtypes_of, recorded
 
 BOUNDED = {"_table.fill_kernel": "entries: a layer each"}
-DTYPES = {"spectral.reduce_kernel": {F32, F64}, "_table.fill_kernel": {torch.int64}}
+DTYPES = {"_spectral.reduce_kernel": {F32, F64}, "_table.fill_kernel": {torch.int64}}
 
 
 def normalised(dtype, layers=1):

@@ -12,18 +12,26 @@ struct DemoOpArgs {
   Space space;
   Plan plan;
   bool f64;  // compute type: double for float64 x, float for everything else
-  double scale;
+  double scale, log_scale;
   View x;
-  View y;       // forward
-  View gy, gx;  // backward
 };
 
-PYFLOW_CPU_KERNEL(demo_op_forward, DemoOpArgs)
-PYFLOW_CPU_KERNEL(demo_op_backward, DemoOpArgs)
+struct DemoOpForward : DemoOpArgs {
+  View y;
+  RowSums logdet;
+};
+
+struct DemoOpBackward : DemoOpArgs {
+  View gy, gl;  // gl has row dims only; absent: zero
+  View gx;
+};
+
+PYFLOW_CPU_KERNEL(demo_op_forward, DemoOpForward)
+PYFLOW_CPU_KERNEL(demo_op_backward, DemoOpBackward)
 
 namespace cuda {
-void demo_op_forward(const DemoOpArgs&, Stream);
-void demo_op_backward(const DemoOpArgs&, Stream);
+void demo_op_forward(const DemoOpForward&, Stream);
+void demo_op_backward(const DemoOpBackward&, Stream);
 }  // namespace cuda
 
 }  // namespace pyflow

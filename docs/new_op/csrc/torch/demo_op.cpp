@@ -1,39 +1,44 @@
 #include "../args/demo_op.h"
 
+#include <cmath>
+
 #include "device.h"
 
 namespace pyflow {
 namespace {
 
-// rows are split on a CPU, columns on a GPU
-Layout layout_of(const Tensor& x) { return Layout(x, x.dim() > 1 ? x.dim() - 1 : kCuda ? x.dim() : 0); }
+using Optional = std::optional<Tensor>;
 
-// adds the result, which is like x, and plans the call
-Tensor plan(DemoOpArgs& a, Layout& layout, View& view, const Tensor& x, double scale) {
-  Tensor out = new_like(x);
+// adds x and sets what both operators share
+void set_arguments(DemoOpArgs& a, Layout& layout, const Tensor& x, double scale) {
   layout.add(a.x, x);
-  layout.add(view, out);
-  view.stream = streams(out);
   a.f64 = is_f64(x);
   a.scale = scale;
-  a.space = layout.merge();
-  a.plan = plan_of(a.space, layout.flat());
-  return out;
+  a.log_scale = std::log(scale);
 }
 
-Tensor demo_op(Tensor x, double scale) {
-  DemoOpArgs a{};
-  Layout layout = layout_of(x);
-  Tensor y = plan(a, layout, a.y, x, scale);
+std::tuple<Tensor, Tensor> demo_op(Tensor x, double scale, int64_t event_dims) {
+  DemoOpForward a{};
+  Layout layout(x, event_dims);
+  set_arguments(a, layout, x, scale);
+  Tensor y = new_like(x);
+  layout.add_output(a.y, y);
+  plan(a, layout);
+  SumTensors logdet(a.logdet, x, x.sizes().data(), x.dim() - event_dims, a.space, a.plan, compute_type(a.f64));
   if (x.numel() > 0) PYFLOW_RUN(demo_op_forward, a, x);
-  return y;
+  logdet.finish();
+  return {y, logdet.out};
 }
 
-Tensor demo_op_backward(Tensor grad, Tensor x, double scale) {
-  DemoOpArgs a{};
-  Layout layout = layout_of(x);
-  layout.add(a.gy, grad);
-  Tensor gx = plan(a, layout, a.gx, x, scale);
+Tensor demo_op_backward(Optional gy, Optional gl, Tensor x, double scale, int64_t event_dims) {
+  DemoOpBackward a{};
+  Layout layout(x, event_dims);
+  set_arguments(a, layout, x, scale);
+  Tensor gx = new_like(x);
+  if (gy) layout.add(a.gy, *gy);
+  if (gl) layout.add_rows(a.gl, *gl);
+  layout.add_output(a.gx, gx);
+  plan(a, layout);
   if (x.numel() > 0) PYFLOW_RUN(demo_op_backward, a, x);
   return gx;
 }

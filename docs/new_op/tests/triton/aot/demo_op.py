@@ -11,8 +11,8 @@ from . import F32, SHAPE, TARGETS, dense, dtypes_of, recorded
 
 def both(x):
     with recorded() as launches:
-        demo_op.demo_op(x, 2.0)
-        demo_op.demo_op_backward(torch.empty_like(x), x, 2.0)
+        demo_op.demo_op(x, 2.0, 1)
+        demo_op.demo_op_backward(torch.empty_like(x), torch.empty(x.shape[0]), x, 2.0, 1)
     return launches
 
 
