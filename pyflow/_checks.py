@@ -160,10 +160,12 @@ def positive(op: str, name: str, value: object) -> float:
     return result
 
 
-def moderate(op: str, name: str, value: float, dtype: torch.dtype | None, least: float = 2.0**-100) -> None:
+def moderate(
+    op: str, name: str, value: float, dtype: torch.dtype | None, least: float = 2.0**-100, most: float = 2.0**100
+) -> None:
     """Require a constant whose products with data are in the range of float32, unless the data are float64."""
-    if dtype not in (None, torch.float64) and not least <= value <= 2.0**100:
-        rule = f"from {least:.3g} to {2.0**100:.3g}" if least else f"at most {2.0**100:.3g}"
+    if dtype not in (None, torch.float64) and not least <= value <= most:
+        rule = f"from {least:.3g} to {most:.3g}" if least else f"at most {most:.3g}"
         raise ValueError(f"{op}: {name} must be {rule} in float32, got {value}")
 
 
@@ -185,6 +187,20 @@ def event_shape(op: str, value: object) -> tuple[int, ...]:
         raise TypeError(f"{op}: shape must be an integer or a tuple of integers, got {type(value).__name__}")
     sizes = value if isinstance(value, (tuple, list)) else (value,)
     return tuple(int(at_least(op, "shape", n, 0)) for n in sizes)
+
+
+def event_dims(op: str, x: Tensor, event_dims: int | None) -> int:
+    """Return how many trailing dims are one event: all but the first where `event_dims` is None."""
+    dims = x.dim()
+    if event_dims is None:
+        if dims == 0:
+            raise ValueError(f"{op}: x must have at least one dim, the batch, got a scalar")
+        return dims - 1
+    if isinstance(event_dims, bool) or not isinstance(event_dims, int):
+        raise TypeError(f"{op}: event_dims must be an integer, got {type(event_dims).__name__}")
+    if not 0 <= event_dims <= dims:
+        raise ValueError(f"{op}: event_dims must be in [0, {dims}], got {event_dims}")
+    return event_dims
 
 
 def at_least(op: str, name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:

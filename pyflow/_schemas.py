@@ -23,6 +23,13 @@ Couplings (formulas: `pyflow.ops.affine_coupling`):
 - affine_coupling_packed: params holds shift and scale in its dim `dim` -> y, logdet; backward -> grad_x, grad_params.
 - flow_log_prob: h (B, ...) and log_scale of shape h.shape[1:] -> (B,) prior log-density plus log-determinant.
 
+Splines (formulas: `pyflow.ops.rq_spline`):
+
+- rq_spline: x and params of shape x.shape + (P,), widths, heights and slopes of `bins` bins -> y like x, and logdet as
+  affine_coupling. `tails` holds indices into TAILS: none (the domain is [0, 1], P = 3 bins + 1), one for all features
+  (P = 3 bins - 1 or 3 bins), or one per feature of the last dim of x (P = 3 bins + 1). `bounds` (D,), in the compute
+  dtype, replaces `bound`. `form` is the variant. backward -> grad_x, grad_params.
+
 Noise and steps of SDEs:
 
 - philox: counter (..., 4) and key (..., 2), int64 words -> (..., 4) random words.
@@ -71,6 +78,8 @@ import torch
 
 SCALE_MAPS = ("exp", "sigmoid", "sigmoid_inv", "softplus", "tanh", "atan", "softsign", "softplus_clamp")
 PACKINGS = ("shift_scale", "scale_shift", "interleaved")
+SPLINE_VARIANTS = ("nflows", "normflows", "zuko")
+TAILS = ("linear", "circular")
 PRIORS = ("gaussian", "logistic")
 NOISES = ("uniform", "normal")
 # the purpose of a draw is the top byte of the last counter word, so that draws of two purposes share no words
@@ -84,10 +93,14 @@ HSIC_KERNELS = ("rbf", "laplacian", "polynomial", "delta", "precomputed")
 # integer arguments of operators -> what their values stand for
 NAMED = {
     "scale_map": SCALE_MAPS, "packing": PACKINGS, "prior": PRIORS, "kind": NOISES, "purpose": PURPOSES,
-    "distance": DISTANCES, "variant": FSQ_VARIANTS,
+    "distance": DISTANCES, "variant": FSQ_VARIANTS, "form": SPLINE_VARIANTS,
 }  # fmt: skip
 
 _MAP = "int scale_map, float map_arg, bool shift_first, bool inverse, int event_dims"
+_SPLINE = (
+    "Tensor x, Tensor params, Tensor? bounds, Tensor? mask, float bound, int bins, int[] tails, int form, "
+    "float param_scale, float min_bin, float min_slope, bool inverse, int event_dims"
+)
 _GRAMS = "int[] kernels, int[] degrees, int[] pairs, bool allow_tf32"
 
 SCHEMAS = {
@@ -104,6 +117,8 @@ SCHEMAS = {
         "(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor params, Tensor? mask, "
         f"int packing, int dim, {_MAP}) -> (Tensor grad_x, Tensor grad_params)"
     ),
+    "rq_spline": f"({_SPLINE}) -> (Tensor y, Tensor logdet)",
+    "rq_spline_backward": (f"(Tensor? grad_y, Tensor? grad_logdet, {_SPLINE}) -> (Tensor grad_x, Tensor grad_params)"),
     "flow_log_prob": "(Tensor h, Tensor? log_scale, int prior) -> Tensor log_prob",
     "flow_log_prob_backward": (
         "(Tensor grad, Tensor h, Tensor? log_scale, int prior) -> (Tensor grad_h, Tensor grad_log_scale)"

@@ -13,6 +13,7 @@
 #include "../args/hsic.h"
 #include "../args/math.h"
 #include "../args/sector.h"
+#include "../args/spline.h"
 #include "../cpu/dispatch.h"
 
 namespace py = pybind11;
@@ -65,6 +66,7 @@ py::dict enums() {
   };
   add("SCALE_MAPS", pyflow::kScaleMapNames);
   add("PACKINGS", pyflow::kPackingNames);
+  add("SPLINE_VARIANTS", pyflow::kSplineVariantNames);
   add("PRIORS", pyflow::kPriorNames);
   add("NOISES", pyflow::kNoiseKindNames);
   add("PURPOSES", pyflow::kPurposeNames);

@@ -12,6 +12,7 @@ from .noise import normal, philox, sample_seeds, uniform
 from .sde import denoising_loss, langevin_step, perturb, sde_step
 from .sector import sector_counts
 from .spectral import spectral_normalize
+from .spline import rq_spline
 
 __all__ = [
     "additive_coupling",
@@ -40,6 +41,7 @@ __all__ = [
     "perturb",
     "philox",
     "residual_fsq",
+    "rq_spline",
     "sample_seeds",
     "sde_step",
     "sector_counts",

@@ -124,7 +124,7 @@ def affine_coupling(
     check.like(op, "shift", shift, "x", shape, device)
     check.like(op, "scale", scale, "x", shape, device)
     index, arg = scale_map_constant(op, scale_map, clamp, eps, slope, x.dtype)
-    event_dims = _event_dims(op, x, event_dims)
+    event_dims = check.event_dims(op, x, event_dims)
     if mask is not None:
         mask = check.mask_for(op, mask, x)
     if type(shift_first) is not bool or type(inverse) is not bool:
@@ -180,7 +180,7 @@ def affine_coupling_packed(
     check.like(op, "params", params, "x doubled along dim", (*shape[:dim], 2 * shape[dim], *shape[dim + 1 :]), x.device)
     layout = check.choice(op, "packing", packing, PACKINGS)
     index, arg = scale_map_constant(op, scale_map, clamp, eps, slope, x.dtype)
-    event_dims = _event_dims(op, x, event_dims)
+    event_dims = check.event_dims(op, x, event_dims)
     if mask is not None:
         mask = check.mask_for(op, mask, x)
     if type(shift_first) is not bool or type(inverse) is not bool:
@@ -211,19 +211,6 @@ def scale_map_constant(
             check.moderate(op, "eps", eps, dtype, 0.0)
         return index, eps
     return index, -math.log(slope) if scale_map == "softsign" else 0.0
-
-
-def _event_dims(op: str, x: Tensor, event_dims: int | None) -> int:
-    dims = x.dim()
-    if event_dims is None:
-        if dims == 0:
-            raise ValueError(f"{op}: x must have at least one dim, the batch, got a scalar")
-        return dims - 1
-    if isinstance(event_dims, bool) or not isinstance(event_dims, int):
-        raise TypeError(f"{op}: event_dims must be an integer, got {type(event_dims).__name__}")
-    if not 0 <= event_dims <= dims:
-        raise ValueError(f"{op}: event_dims must be in [0, {dims}], got {event_dims}")
-    return event_dims
 
 
 # registration with torch

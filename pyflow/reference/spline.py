@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .._schemas import TAILS
 from . import compute_dtype
 from .coupling import softplus
 
 
 class Options(NamedTuple):
-    """How parameters become knots; the fields are those of the operator."""
+    """How parameters become knots: arguments of the operator by their names, `form` that of the variant."""
 
+    bound: float
     bins: int
-    tails: Sequence[str]  # none; one name for all features; or one per feature of the last dim of x
-    variant: str
+    tails: Sequence[int]  # none; one for all features; or one per feature of the last dim of x
+    form: str
     param_scale: float
     min_bin: float
     min_slope: float
@@ -48,11 +50,12 @@ class Place(NamedTuple):
 
 
 def rq_spline(
-    x: Tensor, params: Tensor, bound: Tensor | None, mask: Tensor | None, *, inverse: bool, event_dims: int, **options
-) -> tuple[Tensor, Tensor]:
-    """Return (y, logdet); bound is 0-d or of shape (x.shape[-1],), or None without tails: the domain is [0, 1]."""
+    x: Tensor, params: Tensor, bounds: Tensor | None, mask: Tensor | None, *, inverse: bool, event_dims: int,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return (y, logdet)."""
     o = Options(**options)
-    low, high = _ends(x, bound)
+    low, high = _ends(x, bounds, o)
     used, outside = _used(x, low, high, mask, o)
     x_, p = _seen(x, params, used, low, high)
     spline = _spline(p, low, high, o)
@@ -70,13 +73,13 @@ def rq_spline(
 
 
 def rq_spline_backward(
-    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, params: Tensor, bound: Tensor | None,
-    mask: Tensor | None, *, inverse: bool, event_dims: int, **options,
+    grad_y: Tensor | None, grad_logdet: Tensor | None, x: Tensor, params: Tensor, bounds: Tensor | None,
+    mask: Tensor | None, *, inverse: bool, event_dims: int, **options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradients of x and params."""
     o = Options(**options)
     dtype = compute_dtype(x.dtype)
-    low, high = _ends(x, bound)
+    low, high = _ends(x, bounds, o)
     used, outside = _used(x, low, high, mask, o)
     x_, p = _seen(x, params, used, low, high)
     spline = _spline(p, low, high, o)
@@ -117,18 +120,20 @@ def rq_spline_backward(
     return gx.to(x.dtype), torch.where(outside[..., None], math.nan, g_params).to(params.dtype)
 
 
-def _ends(x: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
+def _ends(x: Tensor, bounds: Tensor | None, o: Options) -> tuple[Tensor, Tensor]:
     """Return the ends of the domain, which are those of the range too."""
     dtype = compute_dtype(x.dtype)
-    high = torch.ones((), dtype=dtype, device=x.device) if bound is None else bound.to(x.device, dtype)
-    return torch.zeros_like(high) if bound is None else -high, high
+    if bounds is None:
+        bounds = torch.full((), o.bound if o.tails else 1.0, dtype=dtype, device=x.device)
+    bounds = bounds.to(dtype)
+    return -bounds if o.tails else torch.zeros_like(bounds), bounds
 
 
 def _used(x: Tensor, low: Tensor, high: Tensor, mask: Tensor | None, o: Options) -> tuple[Tensor, Tensor]:
     """Return which elements the spline transforms, and which have no result: outside the domain without tails."""
     x_ = x.to(low.dtype)
     # zuko's domain does not contain its lower end
-    inside = (x_ > low if o.variant == "zuko" and o.tails else x_ >= low) & (x_ <= high)
+    inside = (x_ > low if o.form == "zuko" and o.tails else x_ >= low) & (x_ <= high)
     open_ = torch.ones_like(inside) if mask is None else ~mask
     return inside & open_, torch.zeros_like(inside) if o.tails else ~inside & open_
 
@@ -141,7 +146,7 @@ def _seen(x: Tensor, params: Tensor, used: Tensor, low: Tensor, high: Tensor) ->
 
 def _spline(p: Tensor, low: Tensor, high: Tensor, o: Options) -> Spline:
     widths, heights, slopes = p.split((o.bins, o.bins, p.shape[-1] - 2 * o.bins), -1)
-    parts = tuple(_squeezed(logits, o).softmax(-1) for logits in (widths, heights))
+    parts = _squeezed(widths, o).softmax(-1), _squeezed(heights, o).softmax(-1)
     xs, ys = (_knots(part, low, high, o) for part in parts)
     return Spline(xs, ys, _slopes(slopes, o), parts)
 
@@ -149,7 +154,7 @@ def _spline(p: Tensor, low: Tensor, high: Tensor, o: Options) -> Spline:
 def _place(x: Tensor, spline: Spline, inverse: bool, o: Options) -> Place:
     knots = (spline.ys if inverse else spline.xs)[..., 1:-1]
     # a knot belongs to the bin on its right, in zuko to the one on its left
-    below = x[..., None] > knots if o.variant == "zuko" else x[..., None] >= knots
+    below = x[..., None] > knots if o.form == "zuko" else x[..., None] >= knots
     k = below.sum(-1, keepdim=True)
     x0, x1, y0, y1, d0, d1 = (v.gather(-1, k + i).squeeze(-1) for v in spline[:3] for i in (0, 1))
     w, h = x1 - x0, y1 - y0
@@ -172,7 +177,7 @@ def _root(u: Tensor, h: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
 
 
 def _squeezed(logits: Tensor, o: Options) -> Tensor:
-    return _saturated(logits, math.log(o.min_slope) / 2) if o.variant == "zuko" else logits * o.param_scale
+    return _saturated(logits, math.log(o.min_slope) / 2) if o.form == "zuko" else logits * o.param_scale
 
 
 def _saturated(logits: Tensor, limit: float) -> Tensor:
@@ -180,7 +185,7 @@ def _saturated(logits: Tensor, limit: float) -> Tensor:
 
 
 def _min_bin(o: Options) -> float:
-    return 0.0 if o.variant == "zuko" else o.min_bin
+    return 0.0 if o.form == "zuko" else o.min_bin
 
 
 def _knots(part: Tensor, low: Tensor, high: Tensor, o: Options) -> Tensor:
@@ -203,17 +208,15 @@ def _of_logits(
     grad = torch.where(i < k, left + right, torch.where(i == k, right, 0))
     grad = grad * (1 - o.bins * _min_bin(o)) * length[..., None]
     grad = part * (grad - (part * grad).sum(-1, keepdim=True))
-    if o.variant != "zuko":
+    if o.form != "zuko":
         return grad * o.param_scale
     return grad / (1 + (2 * logits / math.log(o.min_slope)).abs()).square()
 
 
 def _slopes(logits: Tensor, o: Options) -> Tensor:
     """Return the slopes at the K + 1 knots, from K - 1, K or K + 1 numbers."""
-    if o.variant == "zuko":
-        slopes = _saturated(logits, math.log(o.min_slope)).exp()
-    else:
-        slopes = o.min_slope + softplus(logits)
+    zuko = o.form == "zuko"
+    slopes = _saturated(logits, math.log(o.min_slope)).exp() if zuko else o.min_slope + softplus(logits)
     count = logits.shape[-1]
     if count == o.bins - 1:
         return pad(slopes, (1, 1), value=1.0)
@@ -240,11 +243,11 @@ def _of_slopes(g_d0: Tensor, g_d1: Tensor, k: Tensor, logits: Tensor, o: Options
         # the last number is not used
         both = torch.where(_linear_features(o, logits), 0, first + last)
         grad = torch.cat((both, inner, torch.zeros_like(last)), -1)
-    if o.variant != "zuko":
+    if o.form != "zuko":
         return grad * torch.sigmoid(logits)
     rest = 1 + (logits / math.log(o.min_slope)).abs()
     return grad * (logits / rest).exp() / rest.square()
 
 
 def _linear_features(o: Options, like: Tensor) -> Tensor:
-    return torch.tensor([name == "linear" for name in o.tails], device=like.device)[:, None]
+    return torch.tensor([TAILS[tail] == "linear" for tail in o.tails], device=like.device)[:, None]

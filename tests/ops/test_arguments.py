@@ -52,6 +52,7 @@ CALLS = {
     "perturb": lambda t: ops.perturb(t, 1.0, 1.0, seed=0),
     "philox": lambda t: ops.philox(t.long(), t.long()),
     "residual_fsq": lambda t: ops.residual_fsq(t, (3, 3, 3, 3), 2),
+    "rq_spline": lambda t: ops.rq_spline(t, t, bins=2),
     "sample_seeds": lambda t: ops.sample_seeds(t.long(), 4),
     "sde_step": lambda t: ops.sde_step(t, t, 1.0, 1.0, 1.0, seed=0),
     "sector_counts": lambda t: ops.sector_counts(t, 8, 8, seed=0),
