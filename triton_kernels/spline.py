@@ -55,7 +55,7 @@ class Spline(NamedTuple):
     ends: int  # LINEAR: outer slopes 1; CIRCULAR: the last slope is the first; FREE: of their own; MIXED: by feature
     tails: bool  # outside the bounds is the identity; without, nothing is
     features: int
-    circular: tuple[int, ...]  # MIXED: a bit per feature, 31 in a word
+    linear: tuple[int, ...]  # MIXED: a bit per feature, 31 in a word
     by_row: bool  # MIXED: the feature is the row's, not the column's
     inverse: bool
     span: int  # tiles side by side that make a tile of _launch.cut
@@ -120,20 +120,33 @@ class Slope(NamedTuple):
     value: Any
 
 
+@triton.constexpr_function
+def is_kept(spline, dtype):
+    """Whether a backward keeps exponentials in registers."""
+    words = 2 * spline.bins * (2 if dtype == tl.float64 else 1)
+    return spline.variant != ZUKO.value and words <= MOST_KEPT
+
+
 @triton.jit
 def saturated(v, limit):
     return div(v, 1.0 + div(tl.abs(v), limit))
 
 
 @triton.jit
-def logits_of(element, first, numbers, SPLINE: tl.constexpr, dtype: tl.constexpr):
-    """The logits of widths (first = 0) or heights, as the softmax takes them: a tuple of tiles."""
-    j = tl.arange(0, SPLINE.padded)[None, None, :]
+def numbers_at(element, first, SPLINE: tl.constexpr, dtype: tl.constexpr):
+    """The numbers behind widths (first = 0) or heights (first = bins): a tuple of tiles."""
+    j = tl.arange(0, static(SPLINE.padded))[None, None, :]
     at = element.at[:, :, None] + (j + first) * element.step
-    numbers_of = unpack(tl.load(at, mask=element.inside[:, :, None] & (j < SPLINE.bins)), SPLINE.bins)
+    return unpack(tl.load(at, mask=element.inside[:, :, None] & (j < SPLINE.bins)).to(dtype), static(SPLINE.bins))
+
+
+@triton.jit
+def logits_of(element, first, numbers, SPLINE: tl.constexpr, dtype: tl.constexpr):
+    """The logits of widths or heights as the softmax takes them."""
+    raw = numbers_at(element, first, SPLINE, dtype)
     logits = ()
-    for i in tl.static_range(SPLINE.bins):
-        v = numbers_of[i].to(dtype)
+    for i in tl.static_range(static(SPLINE.bins)):
+        v = raw[i]
         if SPLINE.variant == ZUKO:
             v = saturated(v, scalar(numbers.limit, dtype) * 0.5)
         else:
@@ -155,11 +168,11 @@ def axis_of(element, first, numbers, SPLINE: tl.constexpr, dtype: tl.constexpr):
     """The softmax of widths or heights: the axis, and exponentials."""
     logits = logits_of(element, first, numbers, SPLINE, dtype)
     most = logits[0]
-    for i in tl.static_range(1, SPLINE.bins):
+    for i in tl.static_range(1, static(SPLINE.bins)):
         most = tl.where(logits[i] > most, logits[i], most)
     parts = exponentials(logits, most)
     total = parts[0]
-    for i in tl.static_range(1, SPLINE.bins):
+    for i in tl.static_range(1, static(SPLINE.bins)):
         total = total + parts[i]
     return Axis(most, total, div(scalar(numbers.rest, dtype), total)), parts
 
@@ -178,7 +191,7 @@ def search(value, element, axis, parts, numbers, SPLINE: tl.constexpr, dtype: tl
     total = tl.full(value.shape, 0.0, dtype)
     left, right = element.low + total, element.high + total
     passed = total == 0.0
-    for i in tl.static_range(SPLINE.bins - 1):
+    for i in tl.static_range(static(SPLINE.bins - 1)):
         total = total + tl.fma(parts[i], axis.unit, least)
         knot = tl.fma(element.length, total, element.low)
         # the first knot that is not passed
@@ -195,7 +208,7 @@ def ends_of(k, element, axis, parts, numbers, SPLINE: tl.constexpr, dtype: tl.co
     least = scalar(numbers.least, dtype)
     total = tl.full(k.shape, 0.0, dtype)
     left, right = element.low + total, element.high + total
-    for i in tl.static_range(SPLINE.bins - 1):
+    for i in tl.static_range(static(SPLINE.bins - 1)):
         total = total + tl.fma(parts[i], axis.unit, least)
         knot = tl.fma(element.length, total, element.low)
         left = tl.where(k > i, knot, left)
@@ -224,10 +237,10 @@ def word_at(table, k):
 def linear_features(tile, SPLINE: tl.constexpr):
     """Whether the tails of each element are linear, for MIXED."""
     feature = (tile.r if SPLINE.by_row else tile.c) % SPLINE.features
-    word = tl.full(feature.shape, word_at(SPLINE.circular, 0), tl.int32)
-    for i in tl.static_range(1, len(SPLINE.circular)):
-        word = tl.where(feature >= 31 * i, word_at(SPLINE.circular, i), word)
-    return (word >> (feature % 31).to(tl.int32)) & 1 == 0
+    word = tl.full(feature.shape, word_at(SPLINE.linear, 0), tl.int32)
+    for i in tl.static_range(1, len(SPLINE.linear)):
+        word = tl.where(feature >= 31 * i, word_at(SPLINE.linear, i), word)
+    return (word >> (feature % 31).to(tl.int32)) & 1 == 1
 
 
 @triton.jit
@@ -281,14 +294,14 @@ def rise_of(p):
 
 
 @triton.jit
-def element_of(params, step, bounds, numbers, tile, SPLINE: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
-    at = pointers(params, tile, TILE.vec)
-    if SPLINE.tails:
-        high = scalar(numbers.bound, dtype) if bounds is None else load(bounds, tile, TILE, dtype)
-        return Element(at, step, tile.inside, neg(high), high - neg(high), high)
+def element_of(parameters, step, bounds, numbers, tile, SPLINE: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
+    at = pointers(parameters, tile, TILE.vec)
+    if bounds is not None:
+        high = load(bounds, tile, TILE, dtype)
     else:
-        zero, one = tl.full([], 0.0, dtype), tl.full([], 1.0, dtype)
-        return Element(at, step, tile.inside, zero, one, one)
+        high = scalar(numbers.bound, dtype) if SPLINE.tails else tl.full([], 1.0, dtype)
+    low = neg(high) if SPLINE.tails else high * 0.0
+    return Element(at, step, tile.inside, low, high - low, high)
 
 
 @triton.jit
@@ -329,7 +342,7 @@ def bin_of(value, element, tile, numbers, SPLINE: tl.constexpr, dtype: tl.conste
 
 @triton.jit(do_not_specialize=["rows", "cols", "segments"])
 def forward_kernel(
-    x, params, bounds, mask, y, logdet, step, numbers, sizes, rows, cols, segments,
+    x, parameters, bounds, mask, y, logdet, step, numbers, sizes, rows, cols, segments,
     SPLINE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = compute_type(x[0])
@@ -338,7 +351,7 @@ def forward_kernel(
     for trip in range(0, TILE.segment, TILE.cols):
         tile = tile_at(sizes, row, column_of(segment, trip, SPLINE, TILE), rows, cols, TILE)
         value = load(x, tile, TILE, dtype)
-        element = element_of(params, step, bounds, numbers, tile, SPLINE, TILE, dtype)
+        element = element_of(parameters, step, bounds, numbers, tile, SPLINE, TILE, dtype)
         used, outside = used_of(value, element, mask, tile, SPLINE, TILE)
         b, _, _, _, _, _ = bin_of(value, element, tile, numbers, SPLINE, dtype)
         p = place_of(value, b, SPLINE.inverse)
@@ -397,41 +410,218 @@ def gradient_of(gy, gl, p, b, INVERSE: tl.constexpr):
 
 
 @triton.jit
-def chosen(value, used, outside, SPLINE: tl.constexpr):
-    """The gradient of a parameter: by selection, so that no NaN of an element that is not transformed reaches it."""
-    value = tl.where(used, value, 0.0)
-    return value if SPLINE.tails else tl.where(outside, float("nan"), value)
-
-
-@triton.jit
 def store_params(values, first, to, step, used, outside, inside, SPLINE: tl.constexpr):
-    """Store a tuple of tiles as neighbouring parameters from `first` on."""
-    kept = ()
+    """Store the gradients of parameters from `first` on, a tuple of tiles.
+
+    By selection: no NaN of an element that is not transformed reaches them.
+    """
+    chosen = ()
     for i in tl.static_range(len(values)):
-        kept = kept + (chosen(values[i], used, outside, SPLINE),)
-    packed = pack(kept)
+        value = tl.where(used, values[i], 0.0)
+        if not SPLINE.tails:
+            value = tl.where(outside, float("nan"), value)
+        chosen = chosen + (value,)
+    packed = pack(chosen)
     j = tl.arange(0, packed.shape[2])[None, None, :]
     store_as(to[:, :, None] + (j + first) * step, packed, inside[:, :, None] & (j < len(values)))
 
 
 @triton.jit
 def of_logits(g0, g1, k, element, first, axis, parts, numbers, SPLINE: tl.constexpr, dtype: tl.constexpr):
-    """Gradients of widths or heights, from those of the ends of bin k."""
-    rest = scalar(numbers.rest, dtype)
-    # knots 0 and K are fixed
+    """Gradients of widths or heights from those of the ends of bin k."""
+    if not is_kept(SPLINE, dtype):
+        parts = exponentials(logits_of(element, first, numbers, SPLINE, dtype), axis.most)
+    # knots 0 and bins are fixed
     right = tl.where(k < SPLINE.bins - 1, g1, 0.0)
     both = tl.where(k > 0, g0, 0.0) + right
-    gain = rest * element.length
-    logits = ()
-    if kept(SPLINE, dtype):
+    gain = axis.unit * element.length
+    if SPLINE.variant != ZUKO:
         gain = gain * scalar(numbers.scale, dtype)
-    else:
-        logits = 
-    right, both = right * gain, both * gain
-    by_total = div(constant(1.0, axis.total), axis.total)
     before = tl.full(k.shape, 0.0, dtype)
     own = before
-    for i in tl.static_range(SPLINE.bins):
+    for i in tl.static_range(static(SPLINE.bins)):
         before = before + tl.where(k > i, parts[i], 0.0)
         own = tl.where(k == i, parts[i], own)
-    mean = (before * both + own * right) * by_total
+    mean = div(tl.fma(before, both, own * right), axis.total)
+    of_before, of_own, of_after = gain * (both - mean), gain * (right - mean), neg(gain) * mean
+    out = ()
+    for i in tl.static_range(static(SPLINE.bins)):
+        out = out + (parts[i] * tl.where(k > i, of_before, tl.where(k == i, of_own, of_after)),)
+    if SPLINE.variant == ZUKO:
+        raw = numbers_at(element, first, SPLINE, dtype)
+        shrunk = ()
+        for i in tl.static_range(static(SPLINE.bins)):
+            shrunk = shrunk + (div(out[i], squared(1.0 + div(tl.abs(raw[i]), scalar(numbers.limit, dtype) * 0.5))),)
+        out = shrunk
+    return out
+
+
+@triton.jit
+def squared(v):
+    return v * v
+
+
+@triton.jit
+def of_slope(g, slope, numbers, SPLINE: tl.constexpr, dtype: tl.constexpr):
+    """Gradient of the number behind a slope."""
+    if SPLINE.variant == ZUKO:
+        return div(g * slope.value, squared(1.0 + div(tl.abs(slope.number), scalar(numbers.limit, dtype))))
+    else:
+        return g * sigmoid(slope.number)
+
+
+@triton.jit
+def of_slopes(g0, g1, at0, at1, numbers, SPLINE: tl.constexpr, dtype: tl.constexpr):
+    """Gradients of the numbers behind all slopes from those of the two slopes of the bin, which have other numbers."""
+    g0, g1 = of_slope(g0, at0, numbers, SPLINE, dtype), of_slope(g1, at1, numbers, SPLINE, dtype)
+    out = ()
+    for i in tl.static_range(static(SPLINE.slopes)):
+        of1 = tl.where(at1.given & (at1.index == i), g1, 0.0)
+        out = out + (tl.where(at0.given & (at0.index == i), g0, of1),)
+    return out
+
+
+@triton.jit(do_not_specialize=["rows", "cols", "segments"])
+def backward_kernel(
+    gl, x, parameters, bounds, mask, gy, gx, gparameters, steps, numbers, sizes, rows, cols, segments,
+    SPLINE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = compute_type(x[0])
+    row, segment = place(segments, TILE)
+    dlogdet = tl.full((TILE.rows, 1), 0.0, dtype)
+    if gl is not None:
+        dlogdet = tl.load(row_pointers(gl, sizes, row), mask=row < rows).to(dtype)[:, None]
+    for trip in range(0, TILE.segment, TILE.cols):
+        tile = tile_at(sizes, row, column_of(segment, trip, SPLINE, TILE), rows, cols, TILE)
+        value = load(x, tile, TILE, dtype)
+        element = element_of(parameters, steps[0], bounds, numbers, tile, SPLINE, TILE, dtype)
+        used, outside = used_of(value, element, mask, tile, SPLINE, TILE)
+        b, k, wide, tall, at0, at1 = bin_of(value, element, tile, numbers, SPLINE, dtype)
+        dy = zeros(TILE, dtype)
+        if gy is not None:
+            dy = load(gy, tile, TILE, dtype)
+        g = gradient_of(dy, dlogdet, place_of(value, b, SPLINE.inverse), b, SPLINE.inverse)
+        dx = tl.where(used, g.value, dy)
+        if not SPLINE.tails:
+            dx = tl.where(outside, float("nan"), dx)
+        store(gx, tile, TILE, dx)
+        to = pointers(gparameters, tile, TILE.vec)
+        of_w = of_logits(g.x0, g.x1, k, element, 0, wide[0], wide[1], numbers, SPLINE, dtype)
+        store_params(of_w, 0, to, steps[1], used, outside, tile.inside, SPLINE)
+        of_h = of_logits(g.y0, g.y1, k, element, SPLINE.bins, tall[0], tall[1], numbers, SPLINE, dtype)
+        store_params(of_h, SPLINE.bins, to, steps[1], used, outside, tile.inside, SPLINE)
+        of_d = of_slopes(g.d0, g.d1, at0, at1, numbers, SPLINE, dtype)
+        store_params(of_d, 2 * SPLINE.bins, to, steps[1], used, outside, tile.inside, SPLINE)
+
+
+class Call(NamedTuple):
+    """What forward and backward launch with."""
+
+    space: _launch.Space
+    blocks: _launch.Blocks
+    numbers: Numbers
+    spline: Spline
+
+
+def _call(
+    x: Tensor,
+    params: Tensor,
+    tensors: Sequence[Tensor | None],
+    row_tensors: Sequence[Tensor | None],
+    bound: float,
+    bins: int,
+    tails: Sequence[int],
+    form: int,
+    param_scale: float,
+    min_bin: float,
+    min_slope: float,
+    inverse: bool,
+    event_dims: int,
+) -> Call:
+    dtype = _launch.compute_dtype(x)
+    slopes = params.shape[-1] - 2 * bins
+    ends = (LINEAR, CIRCULAR, MIXED if tails else FREE)[slopes - bins + 1].value
+    features, linear = (x.shape[-1], _words(tuple(tails), x.shape[-1])) if ends == MIXED.value else (1, ())
+    # features are counted in C order
+    space = _launch.collapse(event_dims, tensors, row_tensors, c_order=ends == MIXED.value)
+    blocks, span = _split(space)
+    least = 0.0 if form == ZUKO.value else min_bin
+    limit = -math.log(min_slope) if form == ZUKO.value else 1.0
+    numbers = (bound, param_scale, limit, least, 1.0 - bins * least, min_slope)
+    return Call(space, blocks, Numbers(*(_launch.number(v, dtype) for v in numbers)), _spline(
+        bins, _launch.power_of_two(bins), slopes, form, ends, bool(tails), features, linear, event_dims == 0, inverse,
+        span,
+    ))  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _spline(*fields: Any) -> Spline:
+    # the same object for the same fields, by which plans know it
+    return Spline(*fields)
+
+
+@functools.lru_cache(maxsize=1024)
+def _words(tails: tuple[int, ...], features: int) -> tuple[int, ...]:
+    """Return a bit for each feature that is linear, 31 of them in a word."""
+    is_linear = [TAILS[tail] == "linear" for tail in tails] * (features // len(tails))
+    return tuple(
+        sum(bit << i for i, bit in enumerate(is_linear[first : first + 31])) for first in range(0, features, 31)
+    )
+
+
+def _split(space: _launch.Space) -> tuple[_launch.Blocks, int]:
+    """Return `space.blocks` in tiles of `ELEMENTS`, and how many of these are a tile of the space side by side.
+
+    Each of them has a program of its own: sums over columns have the order and the bits of `space.blocks`.
+    """
+    whole = space.blocks
+    span = max(1, whole.cols // ELEMENTS)
+    cols = whole.cols // span
+    rows, segments = ELEMENTS // cols, whole.segments * span
+    return _launch.Blocks(rows, cols, whole.segment // span, segments, -(-space.rows // rows) * segments), span
+
+
+def rq_spline(
+    x: Tensor, params: Tensor, bounds: Tensor | None, mask: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x)
+    event_dims = options[-1]
+    batch = x.shape[: x.dim() - event_dims]
+    sum_dtype = _launch.compute_dtype(x)
+    if x.numel() == 0:
+        return y, x.new_zeros(batch, dtype=sum_dtype)
+    logdet = x.new_empty(batch, dtype=sum_dtype)
+    tensors = (x, params[..., 0], None if bounds is None else bounds.expand(x.shape), mask, y)
+    call = _call(x, params, tensors, (), *options)
+    rows, segments = call.space.rows, call.blocks.segments
+    partial = logdet if segments == 1 else x.new_empty((rows, segments), dtype=sum_dtype)
+    _launch.over_space(
+        forward_kernel, call.space, x, *_launch.views(tensors, call.space.at), partial, params.stride(-1),
+        call.numbers, blocks=call.blocks, num_warps=4, SPLINE=call.spline,
+    )  # fmt: skip
+    if segments > 1:
+        _launch.sum_segments(partial, logdet)
+    return y, logdet
+
+
+def rq_spline_backward(
+    grad_y: Tensor | None,
+    grad_logdet: Tensor | None,
+    x: Tensor,
+    params: Tensor,
+    bounds: Tensor | None,
+    mask: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_params = torch.empty_like(x), torch.empty_like(params)
+    if x.numel() == 0:
+        return grad_x, grad_params
+    bounds = None if bounds is None else bounds.expand(x.shape)
+    tensors = (x, params[..., 0], bounds, mask, grad_y, grad_x, grad_params[..., 0])
+    call = _call(x, params, tensors, (grad_logdet,), *options)
+    _launch.over_space(
+        backward_kernel, call.space, x, *_launch.views((grad_logdet,), call.space.row_at),
+        *_launch.views(tensors, call.space.at), (params.stride(-1), grad_params.stride(-1)), call.numbers,
+        blocks=call.blocks, num_warps=4, SPLINE=call.spline,
+    )  # fmt: skip
+    return grad_x, grad_params
