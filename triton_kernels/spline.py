@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._schemas import SPLINE_VARIANTS, TAILS
 from . import _launch
-from ._math import constant, div, exp, log, neg, sigmoid, softplus, sqrt
+from ._math import constant, div, exp, exp_less, log, neg, sigmoid, softplus, sqrt
 from ._plans import Words
 from ._tiles import (
     compute_type,
@@ -159,7 +159,7 @@ def logits_of(element, first, numbers, SPLINE: tl.constexpr, dtype: tl.constexpr
 def exponentials(logits, most):
     out = ()
     for i in tl.static_range(len(logits)):
-        out = out + (exp(logits[i] - most),)
+        out = out + (exp_less(logits[i] - most, 0.0),)
     return out
 
 
@@ -431,41 +431,43 @@ def of_logits(g0, g1, k, element, first, axis, parts, numbers, SPLINE: tl.conste
     """Gradients of widths or heights from those of the ends of bin k."""
     if not is_kept(SPLINE, dtype):
         parts = exponentials(logits_of(element, first, numbers, SPLINE, dtype), axis.most)
-    # knots 0 and bins are fixed
+    # knots 0 and bins are fixed; knot j moves with all parts before it
     right = tl.where(k < SPLINE.bins - 1, g1, 0.0)
     both = tl.where(k > 0, g0, 0.0) + right
-    gain = axis.unit * element.length
-    if SPLINE.variant != ZUKO:
-        gain = gain * scalar(numbers.scale, dtype)
-    before = tl.full(k.shape, 0.0, dtype)
-    own = before
+    mean = tl.full(k.shape, 0.0, dtype)
     for i in tl.static_range(static(SPLINE.bins)):
-        before = before + tl.where(k > i, parts[i], 0.0)
-        own = tl.where(k == i, parts[i], own)
-    mean = div(tl.fma(before, both, own * right), axis.total)
-    of_before, of_own, of_after = gain * (both - mean), gain * (right - mean), neg(gain) * mean
+        mean = tl.fma(parts[i], tl.where(k > i, both, tl.where(k == i, right, 0.0)), mean)
+    mean = div(mean, axis.total)
+    factor = div(scalar(numbers.rest, dtype) * element.length, axis.total)
+    before, own, after = both - mean, right - mean, 0.0 - mean
+    rates = rates_of(element, first, numbers, SPLINE, dtype)
     out = ()
     for i in tl.static_range(static(SPLINE.bins)):
-        out = out + (parts[i] * tl.where(k > i, of_before, tl.where(k == i, of_own, of_after)),)
-    if SPLINE.variant == ZUKO:
-        raw = numbers_at(element, first, SPLINE, dtype)
-        shrunk = ()
-        for i in tl.static_range(static(SPLINE.bins)):
-            shrunk = shrunk + (div(out[i], squared(1.0 + div(tl.abs(raw[i]), scalar(numbers.limit, dtype) * 0.5))),)
-        out = shrunk
+        grad = tl.where(k > i, before, tl.where(k == i, own, after))
+        out = out + (parts[i] * factor * grad * rates[i % len(rates)],)
     return out
 
 
 @triton.jit
-def squared(v):
-    return v * v
+def rates_of(element, first, numbers, SPLINE: tl.constexpr, dtype: tl.constexpr):
+    """Derivatives of `logits_of`, or the one of all."""
+    if SPLINE.variant == ZUKO:
+        raw = numbers_at(element, first, SPLINE, dtype)
+        rates = ()
+        for i in tl.static_range(static(SPLINE.bins)):
+            rest = 1.0 + div(tl.abs(raw[i]), scalar(numbers.limit, dtype) * 0.5)
+            rates = rates + (div(constant(1.0, rest), rest * rest),)
+        return rates
+    else:
+        return (scalar(numbers.scale, dtype),)
 
 
 @triton.jit
 def of_slope(g, slope, numbers, SPLINE: tl.constexpr, dtype: tl.constexpr):
     """Gradient of the number behind a slope."""
     if SPLINE.variant == ZUKO:
-        return div(g * slope.value, squared(1.0 + div(tl.abs(slope.number), scalar(numbers.limit, dtype))))
+        rest = 1.0 + div(tl.abs(slope.number), scalar(numbers.limit, dtype))
+        return g * div(slope.value, rest * rest)
     else:
         return g * sigmoid(slope.number)
 

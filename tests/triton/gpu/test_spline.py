@@ -168,7 +168,9 @@ def test_params_of_any_stride(gpu):
             testing.assert_same_bits(a, b)
     # one spline per feature, as flows without a conditioner have
     shared = params[:1].expand_as(params)
-    for a, b in zip(run(gpu, DEVICE, function, [x, shared]), run(gpu, DEVICE, function, [x, shared.clone()]), strict=True):
+    for a, b in zip(
+        run(gpu, DEVICE, function, [x, shared]), run(gpu, DEVICE, function, [x, shared.clone()]), strict=True
+    ):
         testing.assert_same_bits(a, b)
 
 
