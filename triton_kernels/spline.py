@@ -39,6 +39,7 @@ from ._tiles import (
 )  # fmt: skip
 
 ELEMENTS = 128  # of a tile: one per thread
+CHUNK = tl.constexpr(8)  # neighbouring parameters of a tile
 MOST_KEPT = 32  # words of exponentials that a backward keeps in registers; more are computed twice
 
 LINEAR, CIRCULAR, FREE, MIXED = (tl.constexpr(i) for i in range(4))
@@ -132,12 +133,22 @@ def saturated(v, limit):
     return div(v, 1.0 + div(tl.abs(v), limit))
 
 
+@triton.constexpr_function
+def chunk_of(count):
+    """How many parameters a tile has when `count` are left."""
+    return min(CHUNK.value, 1 << (count - 1).bit_length())
+
+
 @triton.jit
 def numbers_at(element, first, SPLINE: tl.constexpr, dtype: tl.constexpr):
     """The numbers behind widths (first = 0) or heights (first = bins): a tuple of tiles."""
-    j = tl.arange(0, static(SPLINE.padded))[None, None, :]
-    at = element.at[:, :, None] + (j + first) * element.step
-    return unpack(tl.load(at, mask=element.inside[:, :, None] & (j < SPLINE.bins)).to(dtype), static(SPLINE.bins))
+    numbers = ()
+    for i in tl.static_range(0, static(SPLINE.bins), CHUNK):
+        j = i + tl.arange(0, static(chunk_of(SPLINE.bins - i)))[None, None, :]
+        at = element.at[:, :, None] + (j + first) * element.step
+        chunk = tl.load(at, mask=element.inside[:, :, None] & (j < SPLINE.bins)).to(dtype)
+        numbers = numbers + unpack(chunk, static(min(CHUNK, SPLINE.bins - i)))
+    return numbers
 
 
 @triton.jit
@@ -415,15 +426,16 @@ def store_params(values, first, to, step, used, outside, inside, SPLINE: tl.cons
 
     By selection: no NaN of an element that is not transformed reaches them.
     """
-    chosen = ()
-    for i in tl.static_range(len(values)):
-        value = tl.where(used, values[i], 0.0)
-        if not SPLINE.tails:
-            value = tl.where(outside, float("nan"), value)
-        chosen = chosen + (value,)
-    packed = pack(chosen)
-    j = tl.arange(0, packed.shape[2])[None, None, :]
-    store_as(to[:, :, None] + (j + first) * step, packed, inside[:, :, None] & (j < len(values)))
+    for i in tl.static_range(0, len(values), CHUNK):
+        chunk = ()
+        for n in tl.static_range(i, static(min(i + CHUNK, len(values)))):
+            value = tl.where(used, values[n], 0.0)
+            if not SPLINE.tails:
+                value = tl.where(outside, float("nan"), value)
+            chunk = chunk + (value,)
+        packed = pack(chunk)
+        j = i + tl.arange(0, packed.shape[2])[None, None, :]
+        store_as(to[:, :, None] + (j + first) * step, packed, inside[:, :, None] & (j < len(values)))
 
 
 @triton.jit
