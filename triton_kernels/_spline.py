@@ -17,9 +17,6 @@ from ._math import constant, div, exp, exp_less, neg, sigmoid, softplus, sqrt
 from ._plans import Words
 from ._tiles import load, pack, pointers, scalar, static, store_as, unpack
 
-CHUNK = tl.constexpr(8)  # neighbouring parameters of a tile
-MOST_KEPT = 16  # words of the exponentials of an axis that stay in registers
-
 LINEAR, CIRCULAR, FREE, MIXED = (tl.constexpr(i) for i in range(4))
 ZUKO = tl.constexpr(SPLINE_VARIANTS.index("zuko"))
 
@@ -36,6 +33,8 @@ class Spline(NamedTuple):
     linear: tuple[int, ...]  # MIXED: a bit per feature, 31 in a word
     by_row: bool  # MIXED: the feature is the row's, not the column's
     inverse: bool
+    rolled: bool  # too many bins for registers: loops over chunks of bins compute exponentials again
+    chunk: int  # neighbouring parameters of a tile
     span: int  # tiles side by side that make a tile of _launch.cut
 
 
@@ -100,13 +99,6 @@ class Slope(NamedTuple):
 
 
 @triton.constexpr_function
-def is_rolled(spline, dtype):
-    """Whether there are too many bins for registers: loops over chunks of bins compute exponentials again."""
-    words = (2 if dtype == tl.float64 else 1) * (2 if spline.variant == ZUKO.value else 1)
-    return spline.bins * words > MOST_KEPT
-
-
-@triton.constexpr_function
 def padded(count):
     """The next power of two."""
     return 1 << (count - 1).bit_length()
@@ -128,8 +120,8 @@ def numbers_at(element, first, i0, COUNT: tl.constexpr, SPLINE: tl.constexpr, dt
 @triton.jit
 def all_numbers(element, first, SPLINE: tl.constexpr, dtype: tl.constexpr):
     numbers = ()
-    for i in tl.static_range(0, static(SPLINE.bins), CHUNK):
-        numbers = numbers + numbers_at(element, first, i, static(min(CHUNK, SPLINE.bins - i)), SPLINE, dtype)
+    for i in tl.static_range(0, static(SPLINE.bins), static(SPLINE.chunk)):
+        numbers = numbers + numbers_at(element, first, i, static(min(SPLINE.chunk, SPLINE.bins - i)), SPLINE, dtype)
     return numbers
 
 
@@ -167,7 +159,7 @@ def exponentials(logits, i0, most, SPLINE: tl.constexpr):
     out = ()
     for i in tl.static_range(len(logits)):
         e = exp_less(logits[i] - most, 0.0)
-        if is_rolled(SPLINE, e.dtype):
+        if SPLINE.rolled:
             e = tl.where(i0 + i < SPLINE.bins, e, 0.0)
         out = out + (e,)
     return out
@@ -175,7 +167,7 @@ def exponentials(logits, i0, most, SPLINE: tl.constexpr):
 
 @triton.jit
 def exponentials_at(element, first, i0, most, numbers, SPLINE: tl.constexpr, dtype: tl.constexpr):
-    raw = numbers_at(element, first, i0, CHUNK, SPLINE, dtype)
+    raw = numbers_at(element, first, i0, static(SPLINE.chunk), SPLINE, dtype)
     return exponentials(logits_of(raw, numbers, SPLINE), i0, most, SPLINE), raw
 
 
@@ -183,7 +175,7 @@ def exponentials_at(element, first, i0, most, numbers, SPLINE: tl.constexpr, dty
 def largest(logits, i0, most, SPLINE: tl.constexpr):
     for i in tl.static_range(len(logits)):
         above = logits[i] > most
-        if is_rolled(SPLINE, most.dtype):
+        if SPLINE.rolled:
             above = above & (i0 + i < SPLINE.bins)
         most = tl.where(above, logits[i], most)
     return most
@@ -202,11 +194,11 @@ def axis_of(element, first, numbers, SPLINE: tl.constexpr, dtype: tl.constexpr):
     most = tl.full(element.at.shape, float("-inf"), dtype)
     total = tl.full(element.at.shape, 0.0, dtype)
     parts = ()
-    if is_rolled(SPLINE, dtype):
-        for i in range(0, SPLINE.bins, CHUNK):
-            raw = numbers_at(element, first, i, CHUNK, SPLINE, dtype)
+    if SPLINE.rolled:
+        for i in range(0, SPLINE.bins, SPLINE.chunk):
+            raw = numbers_at(element, first, i, static(SPLINE.chunk), SPLINE, dtype)
             most = largest(logits_of(raw, numbers, SPLINE), i, most, SPLINE)
-        for i in range(0, SPLINE.bins, CHUNK):
+        for i in range(0, SPLINE.bins, SPLINE.chunk):
             some, _ = exponentials_at(element, first, i, most, numbers, SPLINE, dtype)
             total = added(some, total)
     else:
@@ -240,8 +232,8 @@ def search(value, element, axis, parts, numbers, SPLINE: tl.constexpr, dtype: tl
     k = tl.full(value.shape, 0, tl.int32)
     total = tl.full(value.shape, 0.0, dtype)
     left, right, passed = element.low + total, element.high + total, k == 0
-    if is_rolled(SPLINE, dtype):
-        for i in range(0, SPLINE.bins, CHUNK):
+    if SPLINE.rolled:
+        for i in range(0, SPLINE.bins, SPLINE.chunk):
             some, _ = exponentials_at(element, axis.first, i, axis.most, numbers, SPLINE, dtype)
             state = k, left, right, total, passed
             k, left, right, total, passed = search_in(some, i, state, value, element, axis, numbers, SPLINE)
@@ -267,8 +259,8 @@ def ends_of(k, element, axis, parts, numbers, SPLINE: tl.constexpr, dtype: tl.co
     """The ends of bin k."""
     total = tl.full(k.shape, 0.0, dtype)
     left, right = element.low + total, element.high + total
-    if is_rolled(SPLINE, dtype):
-        for i in range(0, SPLINE.bins, CHUNK):
+    if SPLINE.rolled:
+        for i in range(0, SPLINE.bins, SPLINE.chunk):
             some, _ = exponentials_at(element, axis.first, i, axis.most, numbers, SPLINE, dtype)
             left, right, total = ends_in(some, i, (left, right, total), k, element, axis, numbers, SPLINE)
     else:
@@ -465,13 +457,13 @@ def store_logits(g0, g1, k, element, axis, parts, to, numbers, SPLINE: tl.conste
     both = tl.where(k > 0, g0, 0.0) + right
     mean = tl.full(k.shape, 0.0, dtype)
     factor = div(scalar(numbers.rest, dtype) * element.length, axis.total)
-    if is_rolled(SPLINE, dtype):
-        for i in range(0, SPLINE.bins, CHUNK):
+    if SPLINE.rolled:
+        for i in range(0, SPLINE.bins, SPLINE.chunk):
             some, _ = exponentials_at(element, axis.first, i, axis.most, numbers, SPLINE, dtype)
             mean = mean_in(some, i, k, both, right, mean)
         mean = div(mean, axis.total)
         pulls = both - mean, right - mean, 0.0 - mean
-        for i in range(0, SPLINE.bins, CHUNK):
+        for i in range(0, SPLINE.bins, SPLINE.chunk):
             some, raw = exponentials_at(element, axis.first, i, axis.most, numbers, SPLINE, dtype)
             values = logits_in(some, raw, i, k, pulls, factor, numbers, SPLINE)
             store_chunk(values, i + axis.first, SPLINE.bins + axis.first, to, SPLINE)
@@ -514,9 +506,9 @@ def store_chunk(values, first, end, to, SPLINE: tl.constexpr):
 @triton.jit
 def store_params(values, first, to, SPLINE: tl.constexpr):
     """Store a tuple of gradients, chunk by chunk."""
-    for i in tl.static_range(0, len(values), CHUNK):
+    for i in tl.static_range(0, len(values), static(SPLINE.chunk)):
         chunk = ()
-        for n in tl.static_range(i, static(min(i + CHUNK, len(values)))):
+        for n in tl.static_range(i, static(min(i + SPLINE.chunk, len(values)))):
             chunk = chunk + (values[n],)
         store_chunk(chunk, first + i, first + len(values), to, SPLINE)
 

@@ -37,6 +37,7 @@ from ._spline import (
 from ._tiles import compute_type, fold, load, place, pointers, row_pointers, store, tile_at, zeros
 
 ELEMENTS = 128  # of a tile: one per thread
+MOST_KEPT = 16  # words of the exponentials of an axis that stay in registers
 
 
 @triton.jit
@@ -119,6 +120,7 @@ def _call(
     params: Tensor,
     tensors: Sequence[Tensor | None],
     row_tensors: Sequence[Tensor | None],
+    again: bool,
     bound: float,
     bins: int,
     tails: Sequence[int],
@@ -138,10 +140,15 @@ def _call(
     blocks, span = _split(space)
     least = 0.0 if form == ZUKO.value else min_bin
     limit = -math.log(min_slope) if form == ZUKO.value else 1.0
+    # a backward of zuko needs the numbers again
+    words = bins * (2 if dtype == torch.float64 else 1) * (2 if again and form == ZUKO.value else 1)
+    rolled = words > MOST_KEPT
+    # divisions and float64 take more registers
+    chunk = 8 if not rolled else 2 if dtype == torch.float64 or form == ZUKO.value else 4
     numbers = (bound, param_scale, limit, least, 1.0 - bins * least, min_slope)
     return Call(space, blocks, Numbers(*(_launch.number(v, dtype) for v in numbers)), _spline(
         bins, slopes, form, ends, bool(tails), features, linear, event_dims == 0, inverse,
-        span,
+        rolled, chunk, span,
     ))  # fmt: skip
 
 
@@ -183,7 +190,7 @@ def rq_spline(
         return y, x.new_zeros(batch, dtype=sum_dtype)
     logdet = x.new_empty(batch, dtype=sum_dtype)
     tensors = (x, params[..., 0], None if bounds is None else bounds.expand(x.shape), mask, y)
-    call = _call(x, params, tensors, (), *options)
+    call = _call(x, params, tensors, (), False, *options)
     rows, segments = call.space.rows, call.blocks.segments
     partial = logdet if segments == 1 else x.new_empty((rows, segments), dtype=sum_dtype)
     _launch.over_space(
@@ -209,7 +216,7 @@ def rq_spline_backward(
         return grad_x, grad_params
     bounds = None if bounds is None else bounds.expand(x.shape)
     tensors = (x, params[..., 0], bounds, mask, grad_y, grad_x, grad_params[..., 0])
-    call = _call(x, params, tensors, (grad_logdet,), *options)
+    call = _call(x, params, tensors, (grad_logdet,), True, *options)
     _launch.over_space(
         backward_kernel, call.space, x, *_launch.views((grad_logdet,), call.space.row_at),
         *_launch.views(tensors, call.space.at), (params.stride(-1), grad_params.stride(-1)), call.numbers,

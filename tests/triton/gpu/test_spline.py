@@ -27,7 +27,7 @@ from .common import (
 
 F32, F64, BF16, F16 = DTYPES
 SLOPES = {"linear": -1, "circular": 0, None: 1, "mixed": 1}
-SHAPES = few(sized([(3, 1), (65, 3), (16, 8), (5, 127), (2, 600), (4, 130), (7, 1000), (65, 9001)]), 2)
+SHAPES = few(sized([(3, 1), (65, 3), (5, 127), (16, 8), (2, 600), (4, 130), (7, 1000), (65, 9001)]), 4)
 NAMES = ("y", "logdet", "grad_x", "grad_params")
 
 
@@ -36,14 +36,14 @@ def named_tails(tails, features):
     return [("linear", "circular")[f % 3 % 2] for f in range(features)] if tails == "mixed" else tails
 
 
-def leaves_of(shape, bins=8, tails="linear", dtype=F32, param_dtype=None, seed=0, spread=1.0):
+def leaves_of(shape, bins=3, tails="linear", dtype=F32, param_dtype=None, seed=0, spread=1.0):
     """x, a few of which are outside the bounds, and params."""
     x = draw(shape, F64, seed)
     x = (torch.special.ndtr(x) if tails is None else 1.5 * x).to(dtype)
     return [x, draw((*shape, 3 * bins + SLOPES[tails]), param_dtype or dtype, seed + 1, spread)]
 
 
-def spline(shape, bins=8, tails="linear", **options):
+def spline(shape, bins=3, tails="linear", **options):
     """The public function of x, params and perhaps a mask and bounds."""
     options = {"bound": 3.0, **options, "bins": bins, "tails": named_tails(tails, shape[-1] if shape else 1)}
     return lambda x, params, mask=None, **more: ops.rq_spline(x, params, mask=mask, **{**options, **more})
@@ -108,14 +108,14 @@ def check(gpu, function, leaves, *given):
 @pytest.mark.parametrize("variant", SPLINE_VARIANTS)
 def test_variants_and_tails(gpu, variant, tails, inverse):
     shape = (9, 5)
-    function = spline(shape, 5, tails, variant=variant, inverse=inverse, min_slope=1e-2, param_scale=0.6)
-    check(gpu, function, leaves_of(shape, 5, tails, spread=2.0))
+    function = spline(shape, 4, tails, variant=variant, inverse=inverse, min_slope=1e-2, param_scale=0.6)
+    check(gpu, function, leaves_of(shape, 4, tails, spread=2.0))
 
 
 @pytest.mark.parametrize("bins", [2, 3, 8, 10, 16, 31, 32])
 def test_bins(gpu, bins):
     tails = list(SLOPES)[bins % 4]
-    for number, inverse in enumerate((False, True)):
+    for number, inverse in enumerate(few((False, True), 1 + (bins > 10))):
         function = spline((7, 6), bins, tails, variant=SPLINE_VARIANTS[(bins + number) % 3], inverse=inverse)
         check(gpu, function, leaves_of((7, 6), bins, tails, spread=1.5))
 
@@ -138,18 +138,20 @@ def test_empty_tensors(gpu, shape, event_dims):
 def test_dtypes(gpu, dtype, param_dtype):
     mask = draw((9, 7), seed=3) > 0.5
     for number, tails in enumerate(("circular", None)):
-        function = spline((9, 7), 4, tails, inverse=bool(number))
-        check(gpu, function, leaves_of((9, 7), 4, tails, dtype, param_dtype), mask)
+        function = spline((9, 7), 3, tails, inverse=bool(number))
+        check(gpu, function, leaves_of((9, 7), 3, tails, dtype, param_dtype), mask)
 
 
-@pytest.mark.parametrize("event_dims", [0, 1, 3])
-@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize(
+    "layout, event_dims", [(name, 3) for name in testing.LAYOUTS]
+    + [("half", 1), ("transposed", 1), ("channels_last", 1), ("stepped", 0), ("channels_last", 0)],
+)  # fmt: skip
 def test_layouts(gpu, layout, event_dims):
     shape = (2, 3, 4, 5)
     for tails in ("linear", "mixed"):
-        leaves = leaves_of(shape, 3, tails)
+        leaves = leaves_of(shape, 2, tails)
         bounds = draw((5,), seed=7).abs() + 1
-        function = spline(shape, 3, tails, event_dims=event_dims)
+        function = spline(shape, 2, tails, event_dims=event_dims)
         on = lambda x, p: function(x, p, bound=bounds.to(x.device))
         plain = check(gpu, on, leaves)
         viewed = check(gpu, on, [testing.laid_out(v, layout) for v in leaves])
@@ -162,8 +164,8 @@ def test_layouts(gpu, layout, event_dims):
 
 
 def test_params_of_any_stride(gpu):
-    shape, function = (6, 7), spline((6, 7), 4)
-    x, params = leaves_of(shape, 4)
+    shape, function = (6, 7), spline((6, 7))
+    x, params = leaves_of(shape)
     plain = run(gpu, DEVICE, function, [x, params])
     for order in [(2, 0, 1), (2, 1, 0), (1, 2, 0), (1, 0, 2)]:
         other = params.permute(order).contiguous().permute([order.index(d) for d in range(3)])
@@ -243,7 +245,7 @@ def test_ends_and_knots(gpu, variant, inverse):
     x = torch.cat((knots, knots * (1 - 2**-20), knots * (1 + 2**-20)))[:, None]
     params = torch.cat((torch.zeros(27, 1, 16), draw((1, 1, 7)).expand(27, 1, 7)), -1)
     options = dict(variant=variant, inverse=inverse, event_dims=0, min_bin=0.0)
-    y, logdet, *_ = check(gpu, spline((27, 1), **options), [x, params])
+    y, logdet, *_ = check(gpu, spline((27, 1), 8, **options), [x, params])
     assert (y.abs() <= 3.001).all() and y[9:18].flatten().diff().gt(0).all()
     ends = torch.tensor([-3.0, 3.0])[:, None]
     testing.assert_same_bits(y[[0, 8]], ends)
@@ -313,7 +315,7 @@ def test_the_inverse_undoes_the_forward(gpu):
 
 
 def test_same_bits_in_every_run_and_batch(gpu):
-    for _, cols in sized([(40, n) for n in (3, 37, 130, 392, 3000)]):
+    for _, cols in sized([(40, n) for n in (3, 13, 130, 392, 3000)]):
         x, params = moved(leaves_of((40, cols), 3))
         function = spline((40, cols), 3)
         whole = function(x, params)
@@ -326,8 +328,8 @@ def test_same_bits_in_every_run_and_batch(gpu):
 
 def test_works_in_a_cuda_graph_and_never_waits(gpu):
     (shape,) = sized([(64, 1024)]) or [(6, 20)]
-    x, params = moved(leaves_of(shape, 8, "mixed"))
-    function = spline(shape, 8, "mixed")
+    x, params = moved(leaves_of(shape, tails="mixed"))
+    function = spline(shape, tails="mixed")
 
     def step():
         y, logdet = function(x, params)
