@@ -1,4 +1,4 @@
-"""Rational-quadratic splines: values and inverse with log-determinant, and backward; see _spline.py."""
+"""Rational-quadratic splines: values and inverse with log-determinant, and backward; elements are in _spline.py."""
 
 from __future__ import annotations
 
@@ -23,17 +23,13 @@ from ._spline import (
     ZUKO,
     Numbers,
     Spline,
-    Target,
     bin_of,
     element_of,
-    gradient_of,
-    of_slopes,
     place_of,
     rise_of,
-    store_logits,
-    store_params,
     used_of,
 )  # fmt: skip
+from ._spline_grad import Target, gradient_of, of_slopes, store_logits, store_params
 from ._tiles import compute_type, fold, load, place, pointers, row_pointers, store, tile_at, zeros
 
 ELEMENTS = 128  # of a tile: one per thread

@@ -22,6 +22,10 @@ def affine(x, shift, scale):
     return ops.affine_coupling(x, shift, scale, scale_map="tanh")
 
 
+def spline(x, params):
+    return ops.rq_spline(x, params, bins=2)
+
+
 def gan_qp(real, fake):
     samples = [draw(SHAPE, seed=i) for i in (2, 3)]
     return ops.gan_qp_loss(real, fake, *samples, reduction="none")
@@ -29,6 +33,7 @@ def gan_qp(real, fake):
 
 CASES = {
     "coupling": (affine, [SHAPE, SHAPE, SHAPE]),
+    "spline": (spline, [SHAPE, (*SHAPE, 5)]),
     "flow_head": (ops.flow_log_prob, [SHAPE, SHAPE[1:]]),
     "sde": (
         lambda x, s, a, b, c: ops.sde_step(x, s, a, b, c.abs(), seed=SEED, return_mean=True),

@@ -59,7 +59,7 @@ def large(shape):
     rows, cols = shape
     found = splines(*of(2, shape=shape)) + splines(*of(2, shape=shape), event_dims=0)
     # the feature of an element is its column or its row
-    for event_dims in (0, 1):
+    for event_dims in (0, None):
         x, params, *rest = of(20, "mixed", shape=(rows, cols // 3, 3) if cols > 3 else shape)
         found += splines(x, params, *rest, inverse=True, event_dims=event_dims)
     return found

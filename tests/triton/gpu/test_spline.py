@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -103,16 +104,16 @@ def check(gpu, function, leaves, *given):
     return got
 
 
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("tails", SLOPES)
-@pytest.mark.parametrize("variant", SPLINE_VARIANTS)
+@pytest.mark.parametrize(
+    "variant, tails, inverse", few(list(itertools.product(("zuko", "nflows", "normflows"), SLOPES, (False, True))))
+)
 def test_variants_and_tails(gpu, variant, tails, inverse):
     shape = (9, 5)
-    function = spline(shape, 4, tails, variant=variant, inverse=inverse, min_slope=1e-2, param_scale=0.6)
-    check(gpu, function, leaves_of(shape, 4, tails, spread=2.0))
+    function = spline(shape, 3, tails, variant=variant, inverse=inverse, min_slope=1e-2, param_scale=0.6)
+    check(gpu, function, leaves_of(shape, 3, tails, spread=2.0))
 
 
-@pytest.mark.parametrize("bins", [2, 3, 8, 10, 16, 31, 32])
+@pytest.mark.parametrize("bins", few([2, 3, 10, 16, 17, 31, 32, 8], 3))
 def test_bins(gpu, bins):
     tails = list(SLOPES)[bins % 4]
     for number, inverse in enumerate(few((False, True), 1 + (bins > 10))):
@@ -133,7 +134,7 @@ def test_empty_tensors(gpu, shape, event_dims):
 
 
 @pytest.mark.parametrize(
-    "dtype, param_dtype", [(d, d) for d in DTYPES[1:]] + [(F32, BF16), (BF16, F32), (F16, F64), (F64, F32)]
+    "dtype, param_dtype", few([(d, d) for d in DTYPES[1:]] + [(F32, BF16), (BF16, F32), (F16, F64), (F64, F32)], 2)
 )
 def test_dtypes(gpu, dtype, param_dtype):
     mask = draw((9, 7), seed=3) > 0.5
@@ -148,7 +149,7 @@ def test_dtypes(gpu, dtype, param_dtype):
 )  # fmt: skip
 def test_layouts(gpu, layout, event_dims):
     shape = (2, 3, 4, 5)
-    for tails in ("linear", "mixed"):
+    for tails in few(("mixed", "linear"), 2):
         leaves = leaves_of(shape, 2, tails)
         bounds = draw((5,), seed=7).abs() + 1
         function = spline(shape, 2, tails, event_dims=event_dims)
@@ -167,7 +168,7 @@ def test_params_of_any_stride(gpu):
     shape, function = (6, 7), spline((6, 7))
     x, params = leaves_of(shape)
     plain = run(gpu, DEVICE, function, [x, params])
-    for order in [(2, 0, 1), (2, 1, 0), (1, 2, 0), (1, 0, 2)]:
+    for order in few([(2, 0, 1), (2, 1, 0), (1, 2, 0), (1, 0, 2)], 2):
         other = params.permute(order).contiguous().permute([order.index(d) for d in range(3)])
         assert not other.is_contiguous()
         for a, b in zip(check(gpu, function, [x, other]), plain, strict=True):
@@ -203,8 +204,7 @@ def test_one_gradient_is_the_sum_of_its_parts(gpu, inverse):
         testing.assert_within(whole, sum(p.double() for p in parts), 1e-4 * (size + size.amax()))
 
 
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("tails", SLOPES)
+@pytest.mark.parametrize("tails, inverse", few(list(itertools.product(SLOPES, (False, True)))))
 def test_masked_and_outside_elements_pass_through(gpu, tails, inverse):
     shape, function = (8, 6), spline((8, 6), 3, tails, inverse=inverse)
     x, params = leaves_of(shape, 3, tails)
@@ -215,7 +215,7 @@ def test_masked_and_outside_elements_pass_through(gpu, tails, inverse):
         x[1, 1] = math.nan
     clean = run(gpu, DEVICE, function, [x, params], passes)
     skipped = passes | (False if tails is None else ~(x.abs() <= 3))
-    for hidden in (math.nan, math.inf):
+    for hidden in few((math.nan, math.inf), 2):
         hostile = torch.where(skipped[..., None], hidden, params)
         for name, a, b in zip(NAMES, run(gpu, DEVICE, function, [x, hostile], passes), clean, strict=True):
             testing.assert_same_bits(a, b, name)
