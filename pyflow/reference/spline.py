@@ -126,7 +126,7 @@ def rq_spline_backward(
 def _ends(x: Tensor, bounds: Tensor | None, o: Options) -> tuple[Tensor, Tensor]:
     """Return the ends of the domain, which are those of the range too."""
     dtype = compute_dtype(x.dtype)
-    if bounds is None:
+    if bounds is None or not o.tails:
         bounds = torch.full((), o.bound if o.tails else 1.0, dtype=dtype, device=x.device)
     bounds = bounds.to(dtype)
     return -bounds if o.tails else torch.zeros_like(bounds), bounds
