@@ -483,6 +483,16 @@ def test_backward_through_one_output(which, inverse):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_inverse_has_a_gradient_at_both_ends(backend):
+    params = inputs((200, 2), 8, None, torch.float64)[1]
+    x = torch.tensor([0.0, 1.0], dtype=torch.float64).repeat(200, 1).requires_grad_()
+    options = dict(bins=8, tails=None, inverse=True, event_dims=0)
+    with pyflow.backend(backend):
+        y, each = ops.rq_spline(x, params, **options)
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], each.detach().exp())
+
+
 @pytest.mark.parametrize("variant, tails, inverse", FORMS)
 def test_gradcheck_twice(variant, tails, inverse):
     leaves = [v.requires_grad_() for v in inputs((2, 3), 3, tails, torch.float64)]
