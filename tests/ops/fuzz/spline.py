@@ -31,4 +31,5 @@ def rq_spline(hand: Hand) -> Call:
         "bound": hand.one(1.0, 3, torch.linspace(0.5, 4.0, shape[-1], dtype=hand.dtype())),
         "event_dims": hand.one(None, *range(len(shape) + 1)),
     }  # fmt: skip
-    return Call("rq_spline", [x, params], options)
+    # a knot's error counts 1 / width times in a place within its bin, and as often again in a gradient
+    return Call("rq_spline", [x, params], options, scale=lambda: float(bins**2))
