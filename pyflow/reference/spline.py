@@ -68,7 +68,10 @@ def rq_spline(
     g = 2 * s.log() + slope.log() - 2 * over.log()
     y = place.x0 + theta * w if inverse else place.y0 + h * (s * theta.square() + d0 * rest) / over
     y, g = torch.where(used, y.to(x.dtype), x), torch.where(used, -g if inverse else g, 0)
-    y, g = torch.where(outside, math.nan, y), torch.where(outside, math.nan, g)
+    if not o.tails:
+        # NaN in the gradients too
+        nan = (x.to(g.dtype) + params.to(g.dtype).sum(-1)) * torch.where(outside, math.nan, 1)
+        y, g = torch.where(outside, nan.to(x.dtype), y), torch.where(outside, nan, g)
     return y, g.sum(tuple(range(x.dim() - event_dims, x.dim()))) if event_dims else g
 
 
@@ -123,7 +126,7 @@ def rq_spline_backward(
 def _ends(x: Tensor, bounds: Tensor | None, o: Options) -> tuple[Tensor, Tensor]:
     """Return the ends of the domain, which are those of the range too."""
     dtype = compute_dtype(x.dtype)
-    if bounds is None:
+    if bounds is None or not o.tails:
         bounds = torch.full((), o.bound if o.tails else 1.0, dtype=dtype, device=x.device)
     bounds = bounds.to(dtype)
     return -bounds if o.tails else torch.zeros_like(bounds), bounds
@@ -173,7 +176,9 @@ def _root(u: Tensor, h: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
     # a + b = h s > 0: without b, a is not 0
     under = torch.where(falls, -b - r, -1)
     under = torch.where(under == 0, -1, under)
-    return torch.where(falls, 2 * c / under, (r - b) / torch.where(falls, 1, 2 * a)).clamp(0, 1)
+    theta = torch.where(falls, 2 * c / under, (r - b) / torch.where(falls, 1, 2 * a))
+    # the gradient of a place that rounding has put past the end of its bin is that of the end
+    return theta + (theta.clamp(0, 1) - theta).detach()
 
 
 def _squeezed(logits: Tensor, o: Options) -> Tensor:
