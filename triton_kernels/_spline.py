@@ -346,10 +346,12 @@ def rise_of(p):
 @triton.jit
 def element_of(parameters, step, bounds, numbers, tile, SPLINE: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
     at = pointers(parameters, tile, TILE.vec)
-    if bounds is not None:
-        high = load(bounds, tile, TILE, dtype)
+    if not SPLINE.tails:
+        high = tl.full([], 1.0, dtype)
+    elif bounds is None:
+        high = scalar(numbers.bound, dtype)
     else:
-        high = scalar(numbers.bound, dtype) if SPLINE.tails else tl.full([], 1.0, dtype)
+        high = load(bounds, tile, TILE, dtype)
     low = neg(high) if SPLINE.tails else high * 0.0
     return Element(at, step, tile.inside, low, high - low, high)
 
