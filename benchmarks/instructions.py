@@ -61,6 +61,9 @@ def cases() -> dict[str, Callable[[], Any]]:
         shape = (64, d, POSITIONS // 64) if first else (POSITIONS, d)
         return families["fsq"].quantizer(torch.empty(shape, dtype=dtype).movedim(1, 0), levels, "vqp")[index]
 
+    def spline(index: int, bins: int = 8, **options: Any) -> Any:
+        return families["spline"].splines(*families["spline"].of(bins, shape=(2**20, 8)), **options)[index]
+
     named: dict[str, Callable[[], Any]] = {}
     for scale_map in ("exp", "tanh", "sigmoid"):
         named[f"coupling {scale_map} forward"] = coupling(scale_map, 0)
@@ -88,6 +91,11 @@ def cases() -> dict[str, Callable[[], Any]]:
         "flow head forward": lambda: head()[0],
         "flow head backward": lambda: next(one for one in head() if "backward" in one.name),
         "gan_qp distances": lambda: next(one for one in critic() if one.name == "gan_qp.sums_kernel"),
+        "spline 8 forward": lambda: spline(0),
+        "spline 8 inverse": lambda: spline(0, inverse=True),
+        "spline 8 backward": lambda: spline(1),
+        "spline 16 forward": lambda: spline(0, 16),
+        "spline 32 forward": lambda: spline(0, 32),
         "mala accept": lambda: chain()[0],
     }
 

@@ -57,6 +57,15 @@ def div(a, b):
 
 
 @triton.jit
+def sqrt(x):
+    """IEEE square root."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
 def div_normal(a, b):
     """IEEE division for 1 <= b < 2**32 and a, a / b of at least 2**-60; or b = 1 or 2 and any a >= +0.0.
 

@@ -212,6 +212,46 @@ def load_rows(view, r, rows):
 
 
 @triton.jit
+def unpack(v, count: tl.constexpr):
+    """The first `count` of the (R, C) tiles v[:, :, i] of an (R, C, N) tile, as a tuple in registers.
+
+    Neighbours along the last dim, which neighbouring threads load, come to one thread through shared memory, once.
+    """
+    parts = (v,)
+    for _ in tl.static_range(MAX_LEVELS):
+        if parts[0].shape[2] > 1:
+            halves = ()
+            for i in tl.static_range(len(parts)):
+                whole = parts[i]
+                halved = tl.reshape(whole, (whole.shape[0], whole.shape[1], 2, whole.shape[2] // 2))
+                first, second = tl.split(tl.permute(halved, (0, 1, 3, 2)))
+                halves = halves + (first, second)
+            parts = halves
+    out = ()
+    for i in tl.static_range(count):
+        out = out + (tl.reshape(parts[i], (v.shape[0], v.shape[1])),)
+    return out
+
+
+@triton.jit
+def pack(tiles):
+    """The inverse of `unpack`: an (R, C, N) tile, N the next power of two, filled up with zeros."""
+    parts = ()
+    for i in tl.static_range(len(tiles)):
+        parts = parts + (tl.reshape(tiles[i], (tiles[i].shape[0], tiles[i].shape[1], 1)),)
+    for _ in tl.static_range(MAX_LEVELS):
+        if len(parts) > 1:
+            pairs = ()
+            for i in tl.static_range(0, len(parts), 2):
+                first = parts[i]
+                second = parts[i + 1] if i + 1 < len(parts) else first * 0
+                both = tl.permute(tl.join(first, second), (0, 1, 3, 2))
+                pairs = pairs + (tl.reshape(both, (first.shape[0], first.shape[1], 2 * first.shape[2])),)
+            parts = pairs
+    return parts[0]
+
+
+@triton.jit
 def fold(v):
     """Sum (R, C) over columns to (R,) by pairs of neighbours: the bits depend on neither layout nor batch."""
     for _ in tl.static_range(MAX_LEVELS):

@@ -34,7 +34,7 @@ SplineConstants<double> constants_of(const Options& o, SplineVariant v) {
 }
 
 // features are counted in C order
-bool by_feature(const Tails& tails, const Optional& bounds) { return bounds || tails.size() > 1; }
+bool by_feature(const Tails& tails, const Optional& bounds) { return (bounds && !tails.empty()) || tails.size() > 1; }
 
 // adds x, parameters and mask, and sets what forward and backward share
 void set(SplineArgs& a, Layout& layout, const Options& o, const Tensor& x, const Tensor& params, const Optional& bounds,
@@ -54,7 +54,7 @@ void set(SplineArgs& a, Layout& layout, const Options& o, const Tensor& x, const
   a.low = a.tails == SplineTails::none ? 0 : -o.bound;
   a.high = a.tails == SplineTails::none ? 1 : o.bound;
   a.features = by_feature(o.tails, bounds) && x.dim() > 0 ? x.size(x.dim() - 1) : 1;
-  if (bounds) {
+  if (bounds && !o.tails.empty()) {
     a.bounds.data = (char*)bounds->data_ptr();
     a.bounds.dtype = dtype_of(*bounds);
     a.bounds.stride[0] = bounds->stride(0);

@@ -47,6 +47,7 @@ def rq_spline(
             outer slopes are equal), 3 K + 1 without tails or with a list of them.
         bins: number of bins K, at least 2.
         bound: > 0, B: bins cover [-B, B] in x and y; a number, or (D,) with one per feature, where D = x.shape[-1].
+            Not used without tails.
         tails: what holds outside [-B, B]: "linear" or "circular" (both the identity; nothing wraps around), or a list
             of D of these, one per feature, where linear features ignore their outer slopes and circular ones the last.
             None: x must lie in [0, 1], which is the domain and the range.
@@ -102,6 +103,8 @@ def rq_spline(
     check.like(op, "params", params, f"x with {text} numbers per element", (*shape, 2 * bins + count), x.device)
     param_scale, min_bin, min_slope = _constants(op, bins, variant, param_scale, min_bin, min_slope, dtype)
     bounds, bound = _bounds(op, bound, features, x)
+    if tails is None:
+        bounds, bound = None, 1.0
     event_dims = check.event_dims(op, x, event_dims)
     if mask is not None:
         mask = check.mask_for(op, mask, x)

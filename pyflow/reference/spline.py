@@ -126,7 +126,7 @@ def rq_spline_backward(
 def _ends(x: Tensor, bounds: Tensor | None, o: Options) -> tuple[Tensor, Tensor]:
     """Return the ends of the domain, which are those of the range too."""
     dtype = compute_dtype(x.dtype)
-    if bounds is None:
+    if bounds is None or not o.tails:
         bounds = torch.full((), o.bound if o.tails else 1.0, dtype=dtype, device=x.device)
     bounds = bounds.to(dtype)
     return -bounds if o.tails else torch.zeros_like(bounds), bounds
@@ -176,7 +176,9 @@ def _root(u: Tensor, h: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
     # a + b = h s > 0: without b, a is not 0
     under = torch.where(falls, -b - r, -1)
     under = torch.where(under == 0, -1, under)
-    return torch.where(falls, 2 * c / under, (r - b) / torch.where(falls, 1, 2 * a)).clamp(0, 1)
+    theta = torch.where(falls, 2 * c / under, (r - b) / torch.where(falls, 1, 2 * a))
+    # the gradient of a place that rounding has put past the end of its bin is that of the end
+    return theta + (theta.clamp(0, 1) - theta).detach()
 
 
 def _squeezed(logits: Tensor, o: Options) -> Tensor:

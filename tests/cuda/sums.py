@@ -42,6 +42,10 @@ def affine(x, shift, scale):
     return ops.affine_coupling(x, shift, scale, scale_map="tanh")
 
 
+def spline(x, params):
+    return ops.rq_spline(x, params, bins=2)
+
+
 def gan_qp(real, fake):
     samples = [draw(SHAPE, seed=i) for i in (2, 3)]
     return ops.gan_qp_loss(real, fake, *samples, reduction="none")
@@ -70,6 +74,7 @@ class Case(NamedTuple):
 CASES = [
     Case(("affine_coupling",), affine, [SHAPE, SHAPE, SHAPE]),
     Case(("affine_coupling_packed",), ops.affine_coupling_packed, [SHAPE, (SHAPE[0], 2 * SHAPE[1])]),
+    Case(("rq_spline",), spline, [SHAPE, (*SHAPE, 5)]),
     Case(("flow_log_prob", "flow_log_prob_backward"), ops.flow_log_prob, [SHAPE, SHAPE[1:]]),
     Case(
         ("sde_step_backward",),

@@ -16,7 +16,20 @@ from triton import knobs
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import BaseBackend
 
-from pyflow.triton_kernels import _launch, _plans, coupling, energy, flow_head, fsq, gan_qp, hsic, noise, sde, spectral
+from pyflow.triton_kernels import (
+    _launch,
+    _plans,
+    coupling,
+    energy,
+    flow_head,
+    fsq,
+    gan_qp,
+    hsic,
+    noise,
+    sde,
+    spectral,
+    spline,
+)
 
 from .fake import fake_driver
 
@@ -90,6 +103,18 @@ def test_coupling(checked):
         coupling.affine_coupling_backward(s, None, s, s, x, None, 0, 2.0, False, False, 1, F32)
     # views of allocations at other addresses repeat the kinds of arguments
     assert checked.hits > checked.launches / 2
+
+
+def test_spline(checked):
+    # the bound and the scale are numbers that change from call to call
+    for x, bound, (bounds, tails) in itertools.product(
+        list(views(shape=(8, 4)))[:2], (1.0, 3.0, 1.0), ((None, [0]), (torch.rand(4) + 1, [0, 1] * 2))
+    ):
+        params = torch.randn(8, 4, 5 + 2 * (len(tails) > 1))
+        options = (bounds, None, bound, 2, tails, 0, bound, 1e-3, 1e-3, False, 1)
+        y, logdet = spline.rq_spline(x, params, *options)
+        spline.rq_spline_backward(y, logdet, x, params, *options)
+    assert checked.hits == 2 * checked.launches / 3
 
 
 def test_shapes_and_presence(checked):
