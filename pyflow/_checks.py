@@ -232,10 +232,16 @@ def mask_for(op: str, mask: Any, x: Tensor) -> Tensor:
     return mask.expand(x.shape)
 
 
-def context(op: str, value: Any, features: int, lead: tuple[int, ...] | torch.Size) -> Tensor | None:
+def context(
+    op: str,
+    value: Any,
+    features: int,
+    lead: tuple[int, ...] | torch.Size = (),
+    device: torch.device | None = None,
+) -> Tensor | None:
     """Return the context of a conditional layer or flow, checked, or None where it takes none.
 
-    The leading dims must broadcast with `lead`, those of the input.
+    The leading dims must broadcast with `lead`, those of the input, which is on `device`.
     """
     if value is None and not features:
         return None
@@ -246,6 +252,8 @@ def context(op: str, value: Any, features: int, lead: tuple[int, ...] | torch.Si
     float_tensor(op, "context", value)
     if value.dim() == 0 or value.shape[-1] != features:
         raise ValueError(f"{op}: context must have the shape (..., {features}), got {tuple(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{op}: context must be on the device of the input, {device}, got {value.device}")
     if any(m != n and m != 1 and n != 1 for m, n in zip(reversed(value.shape[:-1]), reversed(lead), strict=False)):
         raise ValueError(
             f"{op}: context must have leading dims that broadcast with those of the input, {tuple(lead)}, got "

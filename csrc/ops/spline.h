@@ -2,6 +2,9 @@
 // (x0, y0, w, h) with the slopes d0 and d1 at its ends, with s = h / w, theta = (x - x0) / w, rest = theta (1 - theta):
 //   y = y0 + h (s theta^2 + d0 rest) / over          over = s + (d0 + d1 - 2 s) rest
 //   y' = slope (s / over)^2                          slope = d1 theta^2 + 2 s rest + d0 (1 - theta)^2
+// The knots, with sums in the order of j and the outer ones exactly low and high:
+//   part_j = fma(e_j, rest / sum e, least)   e_j = spline_exp(logit_j, largest logit)
+//   knot_j+1 = fma(high - low, part_0 + ... + part_j, low)
 #pragma once
 
 #include "../math/exp.h"
@@ -45,6 +48,23 @@ PYFLOW_FN T spline_logit(T v, const SplineConstants<T>& c) {
   }
 }
 
+// derivative of spline_logit
+template <SplineVariant V, class T>
+PYFLOW_FN T spline_logit_rate(T v, const SplineConstants<T>& c) {
+  if constexpr (V == SplineVariant::zuko) {
+    const T rest = T(1) + abs_(v) / (c.limit * T(0.5));
+    return T(1) / (rest * rest);
+  } else {
+    return c.scale;
+  }
+}
+
+// v <= most
+template <class T>
+PYFLOW_FN T spline_exp(T v, T most) {
+  return exp_less(v - most, T(0));
+}
+
 template <SplineVariant V, class T>
 PYFLOW_FN T spline_slope(T v, const SplineConstants<T>& c) {
   if constexpr (V == SplineVariant::zuko) {
@@ -52,6 +72,23 @@ PYFLOW_FN T spline_slope(T v, const SplineConstants<T>& c) {
   } else {
     return c.min_slope + softplus(v);
   }
+}
+
+// derivative of spline_slope
+template <SplineVariant V, class T>
+PYFLOW_FN T spline_slope_rate(T v, const SplineConstants<T>& c) {
+  if constexpr (V == SplineVariant::zuko) {
+    const T rest = T(1) + abs_(v) / c.limit;
+    return exp_(v / rest) / (rest * rest);
+  } else {
+    return sigmoid(v);
+  }
+}
+
+// `closed`: the domain contains its lower end, in zuko only without tails
+template <class T>
+PYFLOW_FN bool spline_inside(T x, T low, T high, bool closed) {
+  return (closed ? x >= low : x > low) && x <= high;
 }
 
 // whether a value belongs to the bins right of a knot

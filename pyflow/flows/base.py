@@ -1,62 +1,139 @@
-"""Base class of the flows: prior on z, log-likelihood and sampling."""
+"""Base class of the flows: prior on z, log-likelihood and sampling, with or without a context."""
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
 from .._schemas import PRIORS
-from ..ops import flow_log_prob
+from ..ops import flow_log_prob, normal, uniform
 
 
 class Flow(nn.Module):
-    """An invertible map x <-> z with `forward(x) -> (z, logdet)` and `inverse(z) -> (x, logdet)`.
+    """An invertible map x <-> z with `forward(x, context=None) -> (z, logdet)` and `inverse(z, context=None)`.
 
     Args:
         latent_shape: shape of one z.
         prior: distribution of every element of z, "gaussian" or "logistic", with location 0 and scale 1.
+        context_features: size of the context that the density of x is conditioned on, 0 for none. The layers get it
+            as their first argument after x.
 
     Notes:
         Hooks of the flow run in `forward` and `log_prob`. For `sample` and `inverse` of a flow under fully_shard, call
         torch's register_fsdp_forward_method.
     """
 
-    inverse: Callable[[Tensor], tuple[Tensor, Tensor]]
+    inverse: Callable[..., tuple[Tensor, Tensor]]
 
-    def __init__(self, latent_shape: tuple[int, ...], prior: str) -> None:
+    def __init__(self, latent_shape: tuple[int, ...], prior: str, context_features: int = 0) -> None:
         super().__init__()
-        check.choice(type(self).__name__, "prior", prior, PRIORS)
+        name = type(self).__name__
+        check.choice(name, "prior", prior, PRIORS)
         self.latent_shape, self.prior = latent_shape, prior
+        self.context_features = check.at_least(name, "context_features", context_features, 0)
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Return the log-density of each x in nats, (B,)."""
-        z, logdet = self(x)
-        return flow_log_prob(z, prior=self.prior) + logdet
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the log-density of each x in nats, given its context (B, context_features)."""
+        # hooks of a flow without context see one argument
+        z, logdet = self(x) if context is None else self(x, context)
+        return self._prior_log_prob(z) + logdet
 
     def draw_latent(self, n: int, temperature: float = 1.0, seed: int | None = None) -> Tensor:
-        """Return n draws of z, scaled by `temperature`; a seed gives the same draws on every device."""
+        """Return n draws of z, scaled by `temperature`; a seed gives the same draws on every device and for every n."""
         name = type(self).__name__
         n = check.at_least(name, "n", n, 0)
         if not 0 <= check.number(name, "temperature", temperature) < float("inf"):
             rule = "finite" if temperature > 0 else "at least 0"
             raise ValueError(f"{name}: temperature must be {rule}, got {temperature}")
-        generator = None if seed is None else torch.Generator("cpu").manual_seed(_seed(name, seed))
-        # float64 on the CPU: together with the clamp below it keeps the logistic's inverse CDF finite
-        draw = torch.randn if self.prior == "gaussian" else torch.rand
-        z = draw(n, *self.latent_shape, generator=generator, dtype=torch.float64, device="cpu")
-        if self.prior == "logistic":
-            z = z.clamp_(min=2.0**-54).logit_()
         like = next(self.parameters())
-        return z.mul_(temperature).to(like.dtype).to(like.device)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        number = None if seed is None else _seed(name, seed)
+        draw = normal if self.prior == "gaussian" else uniform
+        z = draw((n, *self.latent_shape), seed=number, purpose="prior", dtype=dtype, device=like.device)
+        if self.prior == "logistic":
+            # u is a multiple of 2**-24 below 1: the middle of its step, and 1 less it, are neither 0 nor rounded to 1
+            half, last = 2.0**-25, 1 - 2.0**-24
+            z = (z + half).log() - (last - z + half).log()
+        return z.mul(temperature).to(like.dtype)
 
     @torch.no_grad()
-    def sample(self, n: int, temperature: float = 1.0, seed: int | None = None) -> Tensor:
-        """Return n samples, inverse(temperature * z) with z from the prior."""
-        return self.inverse(self.draw_latent(n, temperature, seed))[0]
+    def sample(
+        self, n: int, context: Tensor | None = None, temperature: float = 1.0, seed: int | None = None
+    ) -> Tensor:
+        """Return n samples, inverse(temperature * z) with z from the prior.
+
+        Args:
+            n: number of samples, of each context if there is one.
+            context: (..., context_features) for a flow with a context.
+            temperature: >= 0, factor of z.
+            seed: integer; None draws one from torch's default generator.
+
+        Returns:
+            (n, shape of x), or (n, ..., shape of x) with the leading dims of the context.
+        """
+        return self.rsample(n, context, temperature, seed)
+
+    @torch.no_grad()
+    def sample_and_log_prob(
+        self, n: int, context: Tensor | None = None, temperature: float = 1.0, seed: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return samples as `sample` does, and log_prob of each (in nats, of temperature 1), in one pass."""
+        return self.rsample_and_log_prob(n, context, temperature, seed)
+
+    def rsample(
+        self, n: int, context: Tensor | None = None, temperature: float = 1.0, seed: int | None = None
+    ) -> Tensor:
+        """Return samples as `sample` does, differentiable in the parameters and the context."""
+        z, given, lead = self._drawn(n, context, temperature, seed)
+        x = self.inverse(z, *given)[0]
+        return x.reshape(*lead, *x.shape[1:])
+
+    def rsample_and_log_prob(
+        self, n: int, context: Tensor | None = None, temperature: float = 1.0, seed: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `sample_and_log_prob` does, differentiable in the parameters and the context."""
+        z, given, lead = self._drawn(n, context, temperature, seed)
+        x, logdet = self.inverse(z, *given)
+        nats = self._prior_log_prob(z) - logdet
+        return x.reshape(*lead, *x.shape[1:]), nats.reshape(lead)
+
+    def _drawn(
+        self, n: int, context: Any, temperature: float, seed: int | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[int, ...]]:
+        """Return z (N, ...), the arguments after z, (N, context_features) if any, and the dims that N stands for."""
+        n = check.at_least(type(self).__name__, "n", n, 0)
+        device = next(self.parameters()).device
+        context = check.context(type(self).__name__, context, self.context_features, device=device)
+        if context is None:
+            return self.draw_latent(n, temperature, seed), (), (n,)
+        lead = (n, *context.shape[:-1])
+        rows = context.expand(*lead, -1).reshape(math.prod(lead), self.context_features)
+        return self.draw_latent(math.prod(lead), temperature, seed), (rows,), lead
+
+    def _prior_log_prob(self, z: Tensor) -> Tensor:
+        """Return the log-density of z (..., D), the sum over its last dim."""
+        nats = flow_log_prob(z if z.dim() == 2 else z.reshape(-1, z.shape[-1]), prior=self.prior)
+        return nats if z.dim() == 2 else nats.view(z.shape[:-1])
+
+    def _given(self, context: Any, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the arguments of the layers after x (B, ...): nothing, or the context as (B, context_features)."""
+        name, size = type(self).__name__, self.context_features
+        context = check.context(name, context, size, device=x.device)
+        if context is None:
+            return ()
+        batch, lead = x.shape[0], context.shape[:-1]
+        # dynamo takes `in` for symbolic sizes to be false
+        if len(lead) > 1 or (len(lead) == 1 and lead[0] != 1 and lead[0] != batch):
+            raise ValueError(
+                f"{name}: context must have the shape ({batch}, {size}) or ({size},), got {tuple(context.shape)}"
+            )
+        return (context.to(x.dtype).expand(batch, size),)
 
 
 def _seed(op: str, seed: object) -> int:

@@ -7,7 +7,7 @@ from torch import nn
 from .. import _checks as check
 from ..nn import ActNorm, AffineCoupling, Invertible1x1Conv, ReversibleSequential
 from .multiscale import MultiScale, Squeeze, check_images
-from .nets import conv_net, counts, zero_conv
+from .nets import Conditional, conv_net, counts, zero_conv
 
 
 class Glow(MultiScale):
@@ -23,13 +23,18 @@ class Glow(MultiScale):
         levels: number of scales.
         hidden: channels inside the coupling networks.
         reversible: recompute activations in backward (`pyflow.nn.ReversibleSequential`).
+        context_features: size of a context (B, context_features) that the density is conditioned on, 0 for none; its
+            entries are further channels of what the networks see, those of the splits too.
 
     Returns:
-        `log_prob(x)` in nats, (B,); `forward(x) -> (z, logdet)` with z (B, C * H * W), standard normal under the model;
-        `inverse(z) -> (x, logdet)`; `sample(n, temperature=1.0, seed=None)`.
+        `log_prob(x, context=None)` in nats, (B,); `forward(x, context=None) -> (z, logdet)` with z (B, C * H * W),
+        standard normal under the model; `inverse(z, context=None) -> (x, logdet)`;
+        `sample(n, context=None, temperature=1.0, seed=None)` and `sample_and_log_prob`, with gradients `rsample` and
+        `rsample_and_log_prob`.
 
     Raises:
-        ValueError: shape is not (C, H, W) or not divisible, steps, levels or hidden < 1, or x has another shape.
+        ValueError: shape is not (C, H, W) or not divisible, steps, levels or hidden < 1, or x has another shape; the
+            context is missing, has another width, or is given to a flow without.
 
     Notes:
         The first training batch initialises the ActNorms. The prior of a split is the inverse of an affine coupling,
@@ -53,7 +58,9 @@ class Glow(MultiScale):
         levels: int = 3,
         hidden: int = 128,
         reversible: bool = False,
+        context_features: int = 0,
     ) -> None:
+        seen = check.at_least("Glow", "context_features", context_features, 0)
         counts("Glow", steps=steps, levels=levels)
         event = check.event_shape("Glow", shape)
         check_images("Glow", event, 2**levels)
@@ -61,14 +68,15 @@ class Glow(MultiScale):
         stages, splits = [], []
         for level in range(levels):
             channels = 4 * event[0] * 2**level
-            layers = [layer for _ in range(steps) for layer in _step(channels, hidden)]
+            layers = [layer for _ in range(steps) for layer in _step(channels, hidden, seen)]
             stages.append(ReversibleSequential(Squeeze(), *layers, recompute=reversible))
             if level < levels - 1:
-                splits.append(AffineCoupling(zero_conv(channels // 2, channels), split="channel"))
-        super().__init__(event, stages, splits, "gaussian")
+                last = zero_conv(channels // 2 + seen, channels)
+                splits.append(AffineCoupling(Conditional(last) if seen else last, split="channel"))
+        super().__init__(event, stages, splits, "gaussian", seen)
 
 
-def _step(channels: int, hidden: int) -> tuple[nn.Module, nn.Module, nn.Module]:
-    net = conv_net(channels // 2, hidden, channels)
+def _step(channels: int, hidden: int, context: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+    net = conv_net(channels // 2, hidden, channels, context)
     coupling = AffineCoupling(net, split="channel", scale_map="sigmoid", shift_first=True)
     return ActNorm(channels), Invertible1x1Conv(channels), coupling

@@ -22,12 +22,18 @@ class MultiScale(Flow):
         splits: empty, or one affine coupling for each scale but the last. Its inverse standardises the half that leaves
             by a mean and scale predicted from the half that goes on: a learned prior.
         prior: prior of z.
+        context_features: size of the context that every layer gets after x, 0 for none.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], stages: Sequence[nn.Module], splits: Sequence[nn.Module], prior: str
+        self,
+        shape: tuple[int, ...],
+        stages: Sequence[nn.Module],
+        splits: Sequence[nn.Module],
+        prior: str,
+        context_features: int,
     ) -> None:
-        super().__init__((math.prod(shape),), prior)
+        super().__init__((math.prod(shape),), prior, context_features)
         self.shape = shape
         self.stages, self.splits = nn.ModuleList(stages), nn.ModuleList(splits)
         self._parts: list[tuple[int, ...]] = []  # shapes of the parts of z
@@ -37,33 +43,35 @@ class MultiScale(Flow):
         last = stages[-1]
         self._parts.append((4 * shape[0], shape[1] // 2, shape[2] // 2) if _squeezes(last) else shape)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         name = type(self).__name__
         check.float_tensor(name, "x", x)
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"{name}: x must have the shape {_batched(self.shape)}, got {tuple(x.shape)}")
+        given = self._given(context, x)
         stage: Any
         split: Any
         total: Any = 0
         parts = []
         for level, stage in enumerate(self.stages):
-            x, logdet = stage(x)
+            x, logdet = stage(x, *given)
             total = logdet + total
             if level == len(self.stages) - 1:
                 break
             if self.splits:
                 split = self.splits[level]
-                x, logdet = split.inverse(x)
+                x, logdet = split.inverse(x, *given)
                 total = logdet + total
             x, done = x.chunk(2, 1)
             parts.append(done.flatten(1))
         return torch.cat((*parts, x.flatten(1)), 1), total
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         name = type(self).__name__
         check.float_tensor(name, "z", z)
         if tuple(z.shape[1:]) != self.latent_shape:
             raise ValueError(f"{name}: z must have the shape {_batched(self.latent_shape)}, got {tuple(z.shape)}")
+        given = self._given(context, z)
         *parts, x = (
             part.unflatten(1, shape)
             for part, shape in zip(z.split([math.prod(s) for s in self._parts], 1), self._parts, strict=True)
@@ -74,9 +82,9 @@ class MultiScale(Flow):
             if level < len(parts):
                 x = torch.cat((x, parts[level]), 1)
                 if self.splits:
-                    x, logdet = self.splits[level](x)
+                    x, logdet = self.splits[level](x, *given)
                     total = logdet + total
-            x, logdet = stage.inverse(x)
+            x, logdet = stage.inverse(x, *given)
             total = logdet + total
         return x, total
 

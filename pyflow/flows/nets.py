@@ -7,24 +7,35 @@ import numbers
 from collections.abc import Sequence
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .. import _checks as check
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
-def mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
-    """Return linear layers with ReLU between them and none after the last."""
-    widths = (inputs, *hidden, outputs)
+class Conditional(nn.Sequential):
+    """Layers that get x and the context (B, C) side by side along dim 1; every pixel of an image gets the same one."""
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]
+        pixels = x.shape[2:]
+        spread = context.reshape(*context.shape, *(1 for _ in pixels)).expand(-1, -1, *pixels)
+        return super().forward(torch.cat((x, spread), 1))
+
+
+def mlp(inputs: int, hidden: tuple[int, ...], outputs: int, context: int = 0) -> nn.Sequential:
+    """Return linear layers with ReLU between them and none after the last; the first sees the context too."""
+    widths = (inputs + context, *hidden, outputs)
     layers = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
+    return (Conditional if context else nn.Sequential)(*layers[:-1])
 
 
-def conv_net(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+def conv_net(inputs: int, hidden: int, outputs: int, context: int = 0) -> nn.Sequential:
     """Return 3x3, 1x1, 3x3 convolutions with ReLU between them; the last is initialised to 0."""
-    first, middle = nn.Conv2d(inputs, hidden, 3, padding=1), nn.Conv2d(hidden, hidden, 1)
-    return nn.Sequential(first, nn.ReLU(), middle, nn.ReLU(), zero_conv(hidden, outputs))
+    first, middle = nn.Conv2d(inputs + context, hidden, 3, padding=1), nn.Conv2d(hidden, hidden, 1)
+    kind = Conditional if context else nn.Sequential
+    return kind(first, nn.ReLU(), middle, nn.ReLU(), zero_conv(hidden, outputs))
 
 
 def zero_conv(inputs: int, outputs: int) -> nn.Conv2d:

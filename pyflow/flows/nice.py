@@ -33,13 +33,16 @@ class NICE(Flow):
             one element more than b.
         data_init: initialise log_scale so that z of the first training batch has the prior's standard deviation;
             else log_scale starts at 0.
+        context_features: size of a context (B, context_features) that the density is conditioned on, 0 for none.
 
     Returns:
-        `log_prob(x)` in nats, (B,); `forward(x) -> (z, logdet)` with z = [a, b]; `inverse(z) -> (x, logdet)`;
-        `sample(n, temperature=1.0, seed=None)`.
+        `log_prob(x, context=None)` in nats, (B,); `forward(x, context=None) -> (z, logdet)` with z = [a, b];
+        `inverse(z, context=None) -> (x, logdet)`; `sample(n, context=None, temperature=1.0, seed=None)` and
+        `sample_and_log_prob`, with gradients `rsample` and `rsample_and_log_prob`.
 
     Raises:
-        ValueError: dim < 2, couplings < 1, an unknown prior or split, or x has another shape.
+        ValueError: dim < 2, couplings < 1, an unknown prior or split, or x has another shape; the context is missing,
+            has another width, or is given to a flow without.
 
     Notes:
         The usual description permutes x between couplings. Updating two fixed halves in turn gives the same family of
@@ -65,48 +68,53 @@ class NICE(Flow):
         prior: str = "logistic",
         split: str = "interleave",
         data_init: bool = False,
+        context_features: int = 0,
     ) -> None:
         dim, couplings = integer("NICE", "dim", dim), integer("NICE", "couplings", couplings)
-        super().__init__((dim,), prior)
+        super().__init__((dim,), prior, context_features)
         check.choice("NICE", "split", split, _SPLITS)
         if dim < 2 or couplings < 1:
             raise ValueError(f"NICE: dim must be at least 2 and couplings at least 1, got {dim} and {couplings}")
         self.dim, self.split = dim, split
         hidden = widths("NICE", hidden)
         sizes = dim - dim // 2, dim // 2
-        self.nets = nn.ModuleList(mlp(sizes[i % 2], hidden, sizes[1 - i % 2]) for i in range(couplings))
+        self.nets = nn.ModuleList(
+            mlp(sizes[i % 2], hidden, sizes[1 - i % 2], self.context_features) for i in range(couplings)
+        )
         self.scale = Scale(dim, data_init=data_init, std=_SPREAD[prior])
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.scale(torch.cat(self._couple(x), 1))
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.scale(torch.cat(self._couple(x, context), 1))
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         h, logdet = self.scale.inverse(z)
+        given = self._given(context, z)
         halves = list(h.split(self._sizes(), 1))
         for i, net in reversed(list(enumerate(self.nets))):
             kept, changed = i % 2, 1 - i % 2
-            halves[changed] = additive_coupling(halves[changed], net(halves[kept]), inverse=True)
+            halves[changed] = additive_coupling(halves[changed], net(halves[kept], *given), inverse=True)
         return join(halves[0], halves[1], self.split, False), logdet
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if self._forward_pre_hooks or self._forward_hooks:
             # hooks run only when the module is called: fully_shard gathers the parameters in one
-            return super().log_prob(x)
-        halves = self._couple(x)
+            return super().log_prob(x, context)
+        halves = self._couple(x, context)
         if self.scale.may_start:
             self.scale.start(torch.cat(halves, 1))
         log_scales = self.scale.log_scale.split(self._sizes())
         a, b = (flow_log_prob(h, s, prior=self.prior) for h, s in zip(halves, log_scales, strict=True))
         return a + b
 
-    def _couple(self, x: Tensor) -> list[Tensor]:
+    def _couple(self, x: Tensor, context: Tensor | None) -> list[Tensor]:
         check.float_tensor("NICE", "x", x)
         if x.dim() != 2 or x.shape[1] != self.dim:
             raise ValueError(f"NICE: x must have the shape (B, {self.dim}), got {tuple(x.shape)}")
+        given = self._given(context, x)
         halves = list(divide("NICE", x, self.split, False, None)[:2])
         for i, net in enumerate(self.nets):
             kept, changed = i % 2, 1 - i % 2
-            halves[changed] = additive_coupling(halves[changed], net(halves[kept]))
+            halves[changed] = additive_coupling(halves[changed], net(halves[kept], *given))
         return halves
 
     def _sizes(self) -> tuple[int, int]:

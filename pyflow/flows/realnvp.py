@@ -29,13 +29,17 @@ class RealNVP(MultiScale):
         scale_map, clamp: map of the log-scale, as in `pyflow.ops.affine_coupling`.
         prior: "gaussian" or "logistic".
         reversible: recompute activations in backward (`pyflow.nn.ReversibleSequential`).
+        context_features: size of a context (B, context_features) that the density is conditioned on, 0 for none; its
+            entries are further channels of what the networks see.
 
     Returns:
-        `log_prob(x)` in nats, (B,); `forward(x) -> (z, logdet)` with z (B, elements of x); `inverse(z) -> (x, logdet)`;
-        `sample(n, temperature=1.0, seed=None)`.
+        `log_prob(x, context=None)` in nats, (B,); `forward(x, context=None) -> (z, logdet)` with z (B, elements of x);
+        `inverse(z, context=None) -> (x, logdet)`; `sample(n, context=None, temperature=1.0, seed=None)` and
+        `sample_and_log_prob`, with gradients `rsample` and `rsample_and_log_prob`.
 
     Raises:
-        ValueError: shape is neither of the two, couplings or levels < 1, or x has another shape.
+        ValueError: shape is neither of the two, couplings or levels < 1, or x has another shape; the context is
+            missing, has another width, or is given to a flow without.
 
     Notes:
         The paper uses batch normalisation. ActNorm, initialised by the first training batch, replaces it here, so
@@ -62,7 +66,9 @@ class RealNVP(MultiScale):
         clamp: float = 2.0,
         prior: str = "gaussian",
         reversible: bool = False,
+        context_features: int = 0,
     ) -> None:
+        seen = check.at_least("RealNVP", "context_features", context_features, 0)
         event = check.event_shape("RealNVP", shape)
         counts("RealNVP", couplings=couplings, levels=levels)
         options = {"scale_map": scale_map, "clamp": clamp}
@@ -70,29 +76,29 @@ class RealNVP(MultiScale):
             if event[0] < 2:
                 raise ValueError(f"RealNVP: a vector must have at least 2 elements, got {event[0]}")
             layer_widths = widths("RealNVP", (64, 64) if hidden is None else hidden)
-            stages = [_vector_stage(event[0], couplings, layer_widths, options)]
+            stages = [_vector_stage(event[0], couplings, layer_widths, seen, options)]
         else:
             check_images("RealNVP", event, 2 ** (levels - 1))
             width = check.at_least("RealNVP", "hidden", 64 if hidden is None else hidden, 1)
-            stages = _image_stages(event[0], levels, width, options)
+            stages = _image_stages(event[0], levels, width, seen, options)
         reversible_stages = [ReversibleSequential(*layers, recompute=reversible) for layers in stages]
-        super().__init__(event, reversible_stages, (), prior)
+        super().__init__(event, reversible_stages, (), prior, seen)
 
 
-def _vector_stage(dim: int, couplings: int, hidden: tuple[int, ...], options: dict) -> list[nn.Module]:
+def _vector_stage(dim: int, couplings: int, hidden: tuple[int, ...], context: int, options: dict) -> list[nn.Module]:
     layers = []
     for i in range(couplings):
         sizes = dim - dim // 2, dim // 2
-        net = mlp(sizes[i % 2], hidden, 2 * sizes[1 - i % 2])
+        net = mlp(sizes[i % 2], hidden, 2 * sizes[1 - i % 2], context)
         start_at_zero(cast("nn.Linear", net[-1]))
         layers += [ActNorm(dim), AffineCoupling(net, swap=i % 2 == 1, **options)]
     return layers
 
 
-def _image_stages(channels: int, levels: int, hidden: int, options: dict) -> list[list[nn.Module]]:
+def _image_stages(channels: int, levels: int, hidden: int, context: int, options: dict) -> list[list[nn.Module]]:
     def couplings(n: int, split: str, seen: int) -> list[nn.Module]:
         # the net maps whole images for a checkerboard split, half of the channels for a channel split
-        nets = [conv_net(seen, hidden, 2 * seen) for _ in range(n)]
+        nets = [conv_net(seen, hidden, 2 * seen, context) for _ in range(n)]
         layers = [AffineCoupling(net, split=split, swap=i % 2 == 1, **options) for i, net in enumerate(nets)]
         return [part for layer in layers for part in (ActNorm(seen if split == "checkerboard" else 2 * seen), layer)]
 

@@ -100,14 +100,11 @@ class MaskedAutoregressive(nn.Module):
         )  # fmt: skip
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Reset to the identity."""
         self.net.reset_parameters()
         if self.transform == "rq_spline":
-            bias = self.net.layers[-1].bias.view(self.features, -1)
-            # softplus of this is a slope of 1
-            bias[:, 2 * self.bins :] = math.log(math.expm1(1 - _SLOPE))
+            identity_slopes(self.net.layers[-1].bias, self.bins)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, context = self._given("x", x, context)
@@ -145,14 +142,24 @@ class MaskedAutoregressive(nn.Module):
         check.float_tensor(name, label, x)
         if x.dim() == 0 or x.shape[-1] != self.features:
             raise ValueError(f"{name}: {label} must have the shape (..., {self.features}), got {tuple(x.shape)}")
-        context = check.context(name, context, self.context_features, x.shape[:-1])
-        if context is None or context.shape[:-1] == x.shape[:-1]:
+        context = check.context(name, context, self.context_features, x.shape[:-1], x.device)
+        if context is None:
+            return x, None
+        context = context.to(x.dtype)
+        if context.shape[:-1] == x.shape[:-1]:
             return x, context
         return x.expand(*torch.broadcast_shapes(x.shape[:-1], context.shape[:-1]), -1), context
 
     def extra_repr(self) -> str:
         spline = f", bins={self.bins}, bound={self.bound}" if self.transform == "rq_spline" else ""
         return f"features={self.features}, transform={self.transform!r}{spline}"
+
+
+@torch.no_grad()
+def identity_slopes(bias: Tensor, bins: int) -> None:
+    """Set the slopes to 1 in the bias of a layer whose other numbers are 0, so that its splines are the identity."""
+    # min_slope + softplus of this is 1
+    bias.view(-1, 3 * bins - 1)[:, 2 * bins :] = math.log(math.expm1(1 - _SLOPE))
 
 
 def _places(name: str, order: object, features: int) -> list[int]:

@@ -223,7 +223,7 @@ def picture(
 ) -> float:
     """Draw samples, reconstructions and interpolations; returns the largest reconstruction error."""
     across = 12
-    samples = torch.stack([flow.sample(across, t, seed=args.seed + 1) for t in TEMPERATURES])
+    samples = torch.stack([flow.sample(across, temperature=t, seed=args.seed + 1) for t in TEMPERATURES])
     x = noisy(images.test, images.levels, device, seed=2)[: len(images.test)]
     z, _ = flow(x)
     back, _ = flow.inverse(z)

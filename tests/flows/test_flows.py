@@ -104,7 +104,7 @@ def test_sampling(model):
     free = flow.sample(3)
     torch.manual_seed(1)
     assert free.equal(flow.sample(3)) and not free.equal(flow.sample(3))
-    torch.testing.assert_close(flow(flow.sample(3, 0.5, seed=5))[0], 0.5 * flow(once)[0])
+    torch.testing.assert_close(flow(flow.sample(3, temperature=0.5, seed=5))[0], 0.5 * flow(once)[0])
     assert flow.sample(2, temperature=0.0).diff(dim=0).abs().max() == 0
     assert flow.sample(0).shape == (0, *x.shape[1:])
 
@@ -420,9 +420,9 @@ def test_wrong_types(call, text):
         (lambda: NICE(4, split="channel"), "NICE: split must be one of half, interleave, got 'channel'"),
         (lambda: NICE(4)(torch.zeros(2, 5)), r"NICE: x must have the shape \(B, 4\), got \(2, 5\)"),
         (lambda: NICE(4).sample(-1), "NICE: n must be at least 0, got -1"),
-        (lambda: NICE(4).sample(1, -0.5), "NICE: temperature must be at least 0, got -0.5"),
-        (lambda: NICE(4).sample(1, math.nan), "NICE: temperature must be at least 0, got nan"),
-        (lambda: NICE(4).sample(1, math.inf), "NICE: temperature must be finite, got inf"),
+        (lambda: NICE(4).sample(1, temperature=-0.5), "NICE: temperature must be at least 0, got -0.5"),
+        (lambda: NICE(4).sample(1, temperature=math.nan), "NICE: temperature must be at least 0, got nan"),
+        (lambda: NICE(4).sample(1, temperature=math.inf), "NICE: temperature must be finite, got inf"),
         (lambda: bits_per_dim(torch.zeros(1), 0), "bits_per_dim: dim must be at least 1, got 0"),
         (lambda: RealNVP(1), "RealNVP: a vector must have at least 2 elements, got 1"),
         (lambda: RealNVP(4, couplings=0), "RealNVP: couplings and levels must be at least 1, got 0 and 2"),

@@ -1,0 +1,55 @@
+"""Base class of the flows of vectors: a stack of layers, any leading dims."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from ..nn import ReversibleSequential
+from .base import Flow
+
+
+class VectorFlow(Flow):
+    """Invertible layers of (B, dim), for x (..., dim) with a Gaussian prior.
+
+    Args:
+        dim: size of x.
+        layers: invertible layers; each gets the context as its first argument after x.
+        context_features: size of the context, 0 for none.
+        reversible: recompute activations in backward.
+    """
+
+    def __init__(self, dim: int, layers: Sequence[nn.Module], context_features: int, reversible: bool) -> None:
+        super().__init__((dim,), "gaussian", context_features)
+        self.dim = dim
+        self.stack = ReversibleSequential(*layers, recompute=reversible)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        rows, given, lead = self._rows("x", x, context)
+        z, logdet = self.stack(rows, *given)
+        return z.reshape(*lead, self.dim), logdet.reshape(lead)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        rows, given, lead = self._rows("z", z, context)
+        x, logdet = self.stack.inverse(rows, *given)
+        return x.reshape(*lead, self.dim), logdet.reshape(lead)
+
+    def _rows(self, label: str, x: Any, context: Any) -> tuple[Tensor, tuple[Tensor, ...], tuple[int, ...]]:
+        """Return x (B, dim), the arguments after it, (B, context_features) if any, and the dims that B stands for."""
+        name = type(self).__name__
+        check.float_tensor(name, label, x)
+        if x.dim() == 0 or x.shape[-1] != self.dim:
+            raise ValueError(f"{name}: {label} must have the shape (..., {self.dim}), got {tuple(x.shape)}")
+        lead = x.shape[:-1]
+        context = check.context(name, context, self.context_features, lead, x.device)
+        if context is None:
+            return x.reshape(math.prod(lead), self.dim), (), lead
+        lead = torch.broadcast_shapes(lead, context.shape[:-1])
+        rows = (v.expand(*lead, -1).reshape(math.prod(lead), v.shape[-1]) for v in (x, context.to(x.dtype)))
+        x, context = rows
+        return x, (context,), lead
