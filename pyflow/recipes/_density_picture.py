@@ -50,37 +50,38 @@ class Report:
     seconds: Mapping[Key, tuple[float, float]]
 
 
-def draw(out: Path, reports: Sequence[Report], seed: int) -> None:
-    """Write the picture."""
+def draw(out: Path, reports: Sequence[Report], count: int, seed: int) -> None:
+    """Write the picture; `count` samples were timed."""
     rows = len(reports)
     height = 0.75 + 4.3 * rows + 2.9
     figure = plt.figure(figsize=(15, height), facecolor="white")
     figure.text(0.02, 1 - 0.3 / height, "Densities of real tables", fontsize=15, fontweight="bold", va="center")
     splits = len(reports[0].nats[GAUSSIAN])
     figure.text(
-        0.02, 1 - 0.6 / height, f"{splits} splits; every number is of rows that were not seen in training; seed {seed}",
+        0.02, 1 - 0.6 / height, f"{splits} splits; every score is of rows that training did not see; seed {seed}",
         fontsize=10, color="0.35", va="center",
     )  # fmt: skip
-    top = 1 - 1.25 / height
+    top = 1 - 1.4 / height
     for number, report in enumerate(reports):
         upper = top - 4.3 * number / height
-        grid = GridSpec(
-            1, 4, figure, left=0.055, right=0.985, top=upper, bottom=upper - 3.25 / height, wspace=0.26,
-            width_ratios=(1, 1, 1.05, 1.15),
-        )  # fmt: skip
-        if report.table.context is None:
-            samples([figure.add_subplot(grid[0, k]) for k in (0, 1)], report, seed)
+        lower = upper - 3.15 / height
+        figure.text(0.02, upper + 0.42 / height, f"{report.table.name}: {report.table.title}", fontsize=12, va="center")
+        joint = report.table.context is None
+        left = GridSpec(1, 2 if joint else 1, figure, left=0.05, right=0.45, top=upper, bottom=lower, wspace=0.12)
+        if joint:
+            samples([figure.add_subplot(left[0, k]) for k in (0, 1)], report, seed)
         else:
-            ridges(figure.add_subplot(grid[0, :2]), report)
-        scores(figure.add_subplot(grid[0, 2]), report)
-        calibration(figure.add_subplot(grid[0, 3]), report)
-        figure.text(
-            0.02, upper + 0.36 / height, f"{report.table.name}: {report.table.title}", fontsize=11.5, va="center"
-        )
-    lower = GridSpec(1, 2, figure, left=0.115, right=0.985, top=2.3 / height, bottom=0.55 / height, wspace=0.2)
-    titles = "training, milliseconds per epoch", "milliseconds for 10,000 samples"
+            ridges(figure.add_subplot(left[0, 0]), report)
+        middle = GridSpec(1, 1, figure, left=0.53, right=0.725, top=upper, bottom=lower)
+        scores(figure.add_subplot(middle[0, 0]), report)
+        right = GridSpec(1, 1, figure, left=0.79, right=0.985, top=upper, bottom=lower)
+        calibration(figure.add_subplot(right[0, 0]), report)
+    below = GridSpec(1, 2, figure, left=0.11, right=0.985, top=2.05 / height, bottom=0.4 / height, wspace=0.24)
+    titles = "milliseconds for an epoch of training", f"milliseconds for {count:,} samples"
+    if any(report.table.context is not None for report in reports):
+        titles = titles[0], f"{titles[1]} (diabetes: of one patient)"
     for number, title in enumerate(titles):
-        times(figure.add_subplot(lower[0, number]), reports, number, title)
+        times(figure.add_subplot(below[0, number]), reports, number, title)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
     plt.close(figure)
@@ -104,7 +105,7 @@ def ridges(axes: Axes, report: Report) -> None:
     for kind in (*KINDS, "Gaussian"):
         curves[kind] = [density(report, kind, y[:, None], test.context[row]).exp() for row in chosen]
     tallest = max(curve.max().item() for kind in curves for curve in curves[kind])
-    step = 0.62 * tallest
+    step = 0.5 * tallest
     for number, row in enumerate(chosen):
         base, front = number * step, 3 * (PATIENTS - number)
         for kind in ("Gaussian", "MAF", "NSF"):
@@ -124,8 +125,8 @@ def ridges(axes: Axes, report: Report) -> None:
     axes.set_xlim(y[0].item(), y[-1].item())
     axes.set_xlabel(report.table.columns[0], fontsize=9)
     axes.set_title(f"predicted densities of {PATIENTS} held-out rows", fontsize=10)
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles, labels, loc="upper left", frameon=False, fontsize=8)
+    axes.set_ylim(-0.12 * tallest, (PATIENTS - 1) * step + 1.15 * tallest)
+    axes.legend(loc="upper right", frameon=False, fontsize=8, ncols=4)
     _clean(axes)
     axes.spines["left"].set_visible(False)
 
@@ -181,7 +182,7 @@ def scores(axes: Axes, report: Report) -> None:
     axes.axvline(0, color=COLOURS["Gaussian"], lw=1, ls="--")
     axes.set_yticks(range(len(keys)), [" ".join(key) for key in keys], fontsize=8.5)
     axes.set_ylim(len(keys) - 0.5, -0.5)
-    axes.set_xlabel(f"nats over the Gaussian's {statistics.fmean(base):.2f}", fontsize=9)
+    axes.set_xlabel(f"nats over the Gaussian's {statistics.fmean(base):.2f}".replace("-", "−"), fontsize=9)
     axes.set_title("held-out log-likelihood", fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     _clean(axes)
@@ -192,8 +193,10 @@ def calibration(axes: Axes, report: Report) -> None:
     shown: list[Key] = [GAUSSIAN, *((kind, "pyflow") for kind in reversed(KINDS))]
     width = band(report.latents[GAUSSIAN].numel(), GRID)
     axes.fill_between(GRID, -width, width, color="0.9", lw=0, label="95 % band")
+    tallest = width.max().item()
     for key in shown:
         off = deviation(report.latents[key], GRID)
+        tallest = max(tallest, off.abs().max().item())
         axes.plot(
             GRID, off, color=COLOURS[key[0]], lw=1.6 if key[0] == "NSF" else 1.2, label=key[0],
             ls="--" if key == GAUSSIAN else "-",
@@ -203,7 +206,8 @@ def calibration(axes: Axes, report: Report) -> None:
     axes.set_xlabel("probability u", fontsize=9)
     axes.set_ylabel("share of rows with Φ(z) ≤ u, less u", fontsize=9)
     axes.set_title("calibration", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    axes.set_ylim(-1.12 * tallest, 1.35 * tallest)
+    axes.legend(loc="upper center", frameon=False, fontsize=7.5, ncols=4, columnspacing=1, handlelength=1.5)
     _clean(axes)
 
 
@@ -221,13 +225,20 @@ def times(axes: Axes, reports: Sequence[Report], number: int, title: str) -> Non
                 value = 1e3 * report.seconds[key][number]
                 label = None if key[1] in seen else key[1]
                 axes.barh(at, value, height=0.9, color=LIBRARY_COLOURS[key[1]], label=label)
-                axes.text(value + 0.008 * longest, at, f"{value:.3g}", va="center", fontsize=7)
+                axes.text(
+                    value + 0.008 * longest,
+                    at,
+                    f"{value:.1f}" if value < 100 else f"{value:,.0f}",
+                    va="center",
+                    fontsize=7,
+                )
                 seen.add(key[1])
                 at += 1
             at += 0.7
     axes.set_yticks(ticks, names, fontsize=8.5)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.08 * longest)
-    axes.set_title(title, fontsize=10)
-    axes.legend(loc="lower right", frameon=False, fontsize=8)
+    axes.set_title(title, fontsize=10, loc="left")
+    if number == 0:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), frameon=False, fontsize=8, ncols=3)
     _clean(axes)

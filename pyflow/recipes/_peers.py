@@ -1,4 +1,8 @@
-"""The same flows built by pyflow, nflows and zuko, behind one interface; all start as the identity."""
+"""The same flows built by pyflow, nflows and zuko, behind one interface.
+
+All start as the identity. Those of pyflow and nflows have an ActNorm before every layer, zuko has no such layer. The
+conditioners of pyflow and nflows have as many weights; zuko's couplings are masked autoregressive layers in two passes.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +114,7 @@ def _pyflow(kind: str, dim: int, context: int, layers: int, hidden: tuple[int, .
 def _nflows(kind: str, dim: int, context: int, layers: int, hidden: tuple[int, ...]) -> Density:
     from nflows.distributions.normal import StandardNormal
     from nflows.flows.base import Flow
-    from nflows.transforms import autoregressive, base, coupling, permutations
+    from nflows.transforms import autoregressive, base, coupling, normalization, permutations
 
     # nflows warns of splines whose numbers are not scaled down, which start at 0 here
     warnings.filterwarnings("ignore", "Inputs to the softmax are not scaled down", module="nflows")
@@ -130,13 +134,17 @@ def _nflows(kind: str, dim: int, context: int, layers: int, hidden: tuple[int, .
             layer = autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(**made, **spline)
             _identity(layer.autoregressive_net.final_layer, 3 * BINS - 1, slice(2 * BINS, None), unit)
         else:
-            # the halves take turns
-            changed = (torch.arange(dim) >= (dim + 1) // 2) ^ (number % 2 == 1)
+            # as pyflow.flows.NSF does: first or second half, then even or odd columns
+            place = torch.arange(dim)
+            second = place % 2 == 1 if number % 4 > 1 else place >= (dim + 1) // 2
+            changed = second ^ (number % 2 == 1)
             layer = coupling.PiecewiseRationalQuadraticCouplingTransform(
                 changed.int(), lambda kept, numbers: Unconditional(mlp(kept, hidden, numbers)), **spline
             )
             _identity(layer.transform_net.net[-1], 3 * BINS - 1, slice(2 * BINS, None), unit)
-        parts += [layer, permutations.ReversePermutation(dim)] if kind == "MAF" else [layer]
+        parts += [normalization.ActNorm(dim), layer]
+        if kind == "MAF":
+            parts.append(permutations.ReversePermutation(dim))
     return Nflows(Flow(base.CompositeTransform(parts), StandardNormal([dim])))
 
 

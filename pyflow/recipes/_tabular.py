@@ -75,7 +75,7 @@ def load(name: str) -> Table:
     wine = name == "wine"
     data = load_wine() if wine else load_breast_cancer()
     columns = [str(column).replace("_", " ") for column in data.feature_names]
-    first, second = ("flavanoids", "color intensity") if wine else ("mean area", "mean concavity")
+    first, second = ("malic acid", "flavanoids") if wine else ("mean area", "mean concavity")
     title = f"{len(data.data)} {'wines' if wine else 'tumours'}: joint density of {len(columns)} measurements"
     shown = columns.index(first), columns.index(second)
     return Table(name, title, columns, shown, torch.from_numpy(data.data).double())
