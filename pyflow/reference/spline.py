@@ -68,7 +68,10 @@ def rq_spline(
     g = 2 * s.log() + slope.log() - 2 * over.log()
     y = place.x0 + theta * w if inverse else place.y0 + h * (s * theta.square() + d0 * rest) / over
     y, g = torch.where(used, y.to(x.dtype), x), torch.where(used, -g if inverse else g, 0)
-    y, g = torch.where(outside, math.nan, y), torch.where(outside, math.nan, g)
+    if not o.tails:
+        # NaN in the gradients too
+        nan = (x.to(g.dtype) + params.to(g.dtype).sum(-1)) * torch.where(outside, math.nan, 1)
+        y, g = torch.where(outside, nan.to(x.dtype), y), torch.where(outside, nan, g)
     return y, g.sum(tuple(range(x.dim() - event_dims, x.dim()))) if event_dims else g
 
 
