@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
 }  # fmt: skip
 
-# (y, parameters) -> (x, logdet) of some features, all with one row per feature or parameter: (k, N), (k * P, N)
+# (y, numbers) -> (x, logdet) of k features: (k, N) and (k * P, N) -> (k, N) and (k, N)
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -120,41 +120,40 @@ class MADE(HoldsNumbers):
         no unit is evaluated twice.
         """
         sorting = self.sorting.long().split([ends[-1] for ends in self._ends])
-        # rows are features and units: those known at any time are one contiguous block
-        y_rows = y.t().index_select(0, sorting[0])
+        # the batch is the last dim: the units known at any time are one contiguous block
+        sorted_y = y.t().index_select(0, sorting[0])
         numbers = (sorting[0][:, None] * self.count + torch.arange(self.count, device=y.device)).flatten()
         *hidden, last = (
-            _Rows(layer, rows, columns, context)
-            for layer, columns, rows in zip(self.layers, sorting, (*sorting[1:], numbers), strict=True)
+            _Sorted(layer, units, inputs, context)
+            for layer, inputs, units in zip(self.layers, sorting, (*sorting[1:], numbers), strict=True)
         )
         in_place = not (
             torch.is_grad_enabled() or torch.compiler.is_compiling() or transform() is not None or forward_mode()
         )
-        x = _Known(self.features, y_rows, in_place)
-        # what a layer has computed, and the same as the next layer reads it
-        raw, read = [x], [x]
-        for layer in list(self.layers)[1:]:
-            raw.append(_Known(layer.in_features, y_rows, in_place))
-            read.append(_Known(layer.in_features, y_rows, in_place) if layer.active else raw[-1])
+        # the values of each layer as the next one reads them, and before the activation where a block adds them later
+        widths = [layer.in_features for layer in self.layers]
+        read = [_Known(width, sorted_y, in_place) for width in widths]
+        added = {k - 1: _Known(widths[k - 1], sorted_y, in_place) for k, layer in enumerate(self.layers) if layer.skip}
         act, ends, logdets = ACTIVATIONS[self.activation], self._ends, []
         for g in range(len(ends[0])):
             if g:
-                rows = slice(ends[0][g - 1], ends[0][g])
+                some = slice(ends[0][g - 1], ends[0][g])
                 known = read[-1].first(ends[-1][g - 1])
-                x_rows, logdet = step(y_rows[rows], last(known, rows.start * self.count, rows.stop * self.count))
-                x.add(x_rows)
+                x, logdet = step(sorted_y[some], last(known, some.start * self.count, some.stop * self.count))
+                read[0].add(x)
                 logdets.append(logdet)
             for k, units in enumerate(hidden, 1):
-                rows = slice(ends[k][g - 1] if g else 0, ends[k][g])
-                if rows.start == rows.stop:
+                some = slice(ends[k][g - 1] if g else 0, ends[k][g])
+                if some.start == some.stop:
                     continue
-                v = units(read[k - 1].first(ends[k - 1][g]), rows.start, rows.stop)
+                v = units(read[k - 1].first(ends[k - 1][g]), some.start, some.stop)
                 if self.layers[k - 1].skip:
-                    v = v + raw[k - 2].rows[rows]
-                if read[k] is not raw[k]:
-                    read[k].add(act(v))
-                raw[k].add(v)
-        return x.rows.index_select(0, sorting[0].argsort()).t().contiguous(), torch.cat(logdets).sum(0)
+                    # a block does not change the levels, so the units are in the same places
+                    v = v + added[k - 2].values[some]
+                if k in added:
+                    added[k].add(v)
+                read[k].add(act(v) if self.layers[k].active else v)
+        return read[0].values.index_select(0, sorting[0].argsort()).t().contiguous(), torch.cat(logdets).sum(0)
 
     @torch.no_grad()
     def _arrange(self, order: Sequence[float]) -> None:
@@ -186,15 +185,15 @@ class MADE(HoldsNumbers):
             self._arrange(self.order.tolist())
 
 
-class _Rows:
-    """A layer with its units and inputs in the order of their levels, for values with a row per unit."""
+class _Sorted:
+    """A layer with its units and inputs in the order of their levels, for values (units, N)."""
 
-    def __init__(self, layer: MaskedLinear, rows: Tensor, columns: Tensor, context: Tensor | None) -> None:
-        self.weight = layer.masked()[rows[:, None], columns]
-        self.start = layer.bias[rows][:, None]
+    def __init__(self, layer: MaskedLinear, units: Tensor, inputs: Tensor, context: Tensor | None) -> None:
+        self.weight = layer.masked()[units[:, None], inputs]
+        self.start = layer.bias[units][:, None]
         if layer.context is not None:
             assert context is not None
-            self.start = torch.addmm(self.start, layer.context.weight[rows], context.t())
+            self.start = torch.addmm(self.start, layer.context.weight[units], context.t())
 
     def __call__(self, h: Tensor, first: int, end: int) -> Tensor:
         """Return units first to end - 1 from the inputs in h, which are all that they see."""
@@ -202,19 +201,19 @@ class _Rows:
 
 
 class _Known:
-    """Rows known so far: written in place, or concatenated where a gradient or a transform needs the old ones."""
+    """Values of the first units: written in place, or concatenated where a gradient or transform needs the old ones."""
 
     def __init__(self, total: int, like: Tensor, in_place: bool) -> None:
         self.in_place, self.count = in_place, 0
-        self.rows = like.new_empty(total if in_place else 0, like.shape[1])
+        self.values = like.new_empty(total if in_place else 0, like.shape[1])
 
-    def add(self, rows: Tensor) -> None:
-        end = self.count + rows.shape[0]
+    def add(self, new: Tensor) -> None:
+        end = self.count + new.shape[0]
         if self.in_place:
-            self.rows[self.count : end] = rows
+            self.values[self.count : end] = new
         else:
-            self.rows = torch.cat((self.rows, rows)) if self.count else rows
+            self.values = torch.cat((self.values, new)) if self.count else new
         self.count = end
 
     def first(self, n: int) -> Tensor:
-        return self.rows[:n]
+        return self.values[:n]
