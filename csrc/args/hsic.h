@@ -75,12 +75,11 @@ struct GramArgs {
   Tournament tournament;
   int64_t variables, pairs, columns;  // columns: features of all variables
   const GramVariable* variable;
-  const int64_t* pair;  // two variables each
-  const char* scale;    // (B, variables): factor of the centred rows of distance kernels (rbf, laplacian); polynomial:
-                        // the shift
-  double* shift;        // (B, variables): what is subtracted from K
-  char* centres;        // (items, columns)
-  char* workspace;      // strips and padded rows, centred and scaled
+  const int64_t* pair;     // two variables each
+  const char* scale;       // (B, variables): factor of the centred rows (rbf, laplacian), or the shift (polynomial)
+  double* shift;           // (B, variables): what is subtracted from K
+  char* centres;           // (items, columns)
+  char* workspace;         // strips and padded rows, centred and scaled
   int64_t workspace_size;  // elements per item
   char* halves;            // (items, variables, padded): |row|^2 / 2 for distance kernels
   int64_t padded;          // n, rounded up to a multiple of kPad
