@@ -43,6 +43,12 @@ def test_interleaved_parameters_and_indices_are_counted_once():
     assert instructions.elements_of(launch.constants) == (1024, 1)
 
 
+def test_all_parameters_of_a_spline_are_counted():
+    with instructions.torch.device("meta"):
+        launch = instructions.cases()["spline 8 forward"]()
+    assert instructions.bytes_of(launch) == 2**20 * (8 * 4 * (1 + 23 + 1) + 4)
+
+
 def test_a_program_of_the_backward_of_the_flow_head_loops_over_rows():
     launch = instructions.cases()["flow head backward"]()
     constants, (rows, columns) = launch.constants, instructions.SHAPE
@@ -54,4 +60,15 @@ def test_a_program_of_the_backward_of_the_flow_head_loops_over_rows():
 
 def test_every_family_of_elementwise_kernels_has_a_case():
     names = {name.partition(" ")[0] for name in instructions.cases()}
-    assert {"coupling", "sde_step", "normal", "uniform", "denoising", "fsq", "flow", "gan_qp", "mala"} <= names
+    assert {
+        "coupling",
+        "sde_step",
+        "normal",
+        "uniform",
+        "denoising",
+        "fsq",
+        "flow",
+        "gan_qp",
+        "mala",
+        "spline",
+    } <= names
