@@ -110,7 +110,7 @@ def _case(name: str, shape: tuple[int, ...] = MAIN, variant: str = "nflows", **o
 
 CASES = [
     _case("forward", quick=True, gpu=LARGE),
-    _case("inverse", inverse=True, quick=True, gpu=LARGE),
+    _case("inverse", inverse=True, quick=True),
     _case("forward+backward", backward=True, quick=True, gpu=LARGE),
     _case("inverse+backward", inverse=True, backward=True),
     _case("16 bins forward", bins=16),
