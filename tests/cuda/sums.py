@@ -138,7 +138,8 @@ def summing(family: str) -> set[str]:
     def sums(name: str, seen: set[str]) -> bool:
         seen.add(name)
         nodes = list(ast.walk(known[name]))
-        names = {n.id for n in nodes if isinstance(n, ast.Name)} | {
+        # `sum` alone is Python's
+        names = {n.id for n in nodes if isinstance(n, ast.Name) and n.id != "sum"} | {
             n.attr for n in nodes if isinstance(n, ast.Attribute)
         }
         return bool(names & SUMS) or any(sums(other, seen) for other in names & known.keys() - seen)

@@ -1,5 +1,7 @@
 #include "../../../csrc/args/spline.h"
 
+#include <cmath>
+
 #include "../../../csrc/math/half.h"
 #include "common.h"
 
@@ -28,6 +30,8 @@ void set_kind(SplineArgs& a, const Kind& kind, int bins, int64_t cols) {
 void spline(int64_t rows, int64_t cols, const Kind& kind, int bins, bool half) {
   const int64_t n = rows * cols, count = spline_params(bins, kind.tails);
   auto x = values(n, 3), params = values(n * count, 4), gy = values(n, 1), gl = values(rows, 1);
+  // without tails a value outside [0, 1] has no result
+  for (float& v : x) v = kind.tails == SplineTails::none ? v - std::floor(v) : v;
   std::vector<uint16_t> narrow;
   for (float v : params) narrow.push_back(float_to_bf16(v));
   std::vector<float> y(n), logdet(rows), gx(n), gparams(n * count);

@@ -73,7 +73,7 @@ def _size(z: Tensor, options: dict[str, object]) -> float:
 
 def _own(z: Tensor, options: dict[str, object]) -> float:
     with pyflow.backend("reference"):
-        return float(pyflow.ops.hsic(z.double(), z.double(), **options))
+        return float(pyflow.ops.hsic(z.detach().double(), z.detach().double(), **options))
 
 
 def ratio_scale(x: Tensor, y: Tensor, options: dict[str, object]) -> float:
