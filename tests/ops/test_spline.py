@@ -515,7 +515,7 @@ def operator_calls():
     yield "rq_spline", (stepped, listed, *mixed)
     yield "rq_spline_backward", (gy, gl, x, params, *plain)
     yield "rq_spline_backward", (None, gl, stepped, listed, *mixed)
-    yield "rq_spline_backward", (gy, None, x, listed, *mixed)
+    yield pytest.param("rq_spline_backward", (gy, None, x, listed, *mixed), marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name, args", list(operator_calls()))

@@ -81,7 +81,11 @@ PYFLOW_BITS(spline) {
   for (const SplineVariant variant : {SplineVariant::nflows, SplineVariant::zuko}) {
     for (int tails = 0; tails < 4; ++tails) {
       for (const bool inverse : {false, true}) {
-        for (const int bins : {2, 8, 32}) spline(9, 33, {variant, SplineTails(tails), inverse}, bins, bins == 2);
+        const Kind kind{variant, SplineTails(tails), inverse};
+        spline(9, 33, kind, 8, false);
+        if (variant == SplineVariant::zuko) continue;
+        spline(9, 33, kind, 2, true);
+        spline(9, 33, kind, 32, false);
       }
     }
   }
