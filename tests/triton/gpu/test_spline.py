@@ -16,6 +16,7 @@ from pyflow.reference import spline as ref
 from .common import (
     DEVICE,
     DTYPES,
+    INTERPRETED,
     check_compiled,
     check_graph,
     draw,
@@ -316,13 +317,13 @@ def test_the_inverse_undoes_the_forward(gpu):
 
 
 def test_same_bits_in_every_run_and_batch(gpu):
-    for _, cols in sized([(40, n) for n in (3, 13, 130, 392, 3000)]):
+    for _, cols in few(sized([(40, n) for n in (3, 13, 130, 392, 3000)]), 2):
         x, params = moved(leaves_of((40, cols), 3))
         function = spline((40, cols), 3)
         whole = function(x, params)
         for a, b in zip(whole, function(x, params), strict=True):
             testing.assert_same_bits(a, b)
-        for rows in few((slice(0, 1), slice(0, 7), slice(12, 20), slice(1, None)), 2):
+        for rows in few((slice(0, 7), slice(0, 1), slice(12, 20), slice(1, None)), 4):
             for a, b in zip(whole, function(x[rows], params[rows]), strict=True):
                 testing.assert_same_bits(a[rows], b)
 
@@ -373,10 +374,11 @@ def test_unwritten_memory_is_never_read(gpu):
                 assert not v.isnan().any(), shape
 
 
-@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("inverse", few((False, True), 2))
 def test_second_derivatives(gpu, inverse):
-    leaves = [v.to(DEVICE).requires_grad_() for v in leaves_of((2, 3), 3, dtype=F64)]
-    assert torch.autograd.gradgradcheck(spline((2, 3), 3, inverse=inverse), leaves)
+    shape, bins = ((1, 2), 2) if INTERPRETED else ((2, 3), 3)
+    leaves = [v.to(DEVICE).requires_grad_() for v in leaves_of(shape, bins, dtype=F64)]
+    assert torch.autograd.gradgradcheck(spline(shape, bins, inverse=inverse), leaves)
 
 
 @pytest.mark.slow
