@@ -95,6 +95,15 @@ RowSums row_sums(std::vector<T>& out, std::vector<double>& partial, int64_t rows
   return {out.data(), partial.empty() ? nullptr : partial.data()};
 }
 
+// the sums of all segments, where there are several
+inline void add_segments(const std::vector<double>& partial, int64_t segments, std::vector<float>& out) {
+  for (int64_t r = 0; r * segments < int64_t(partial.size()); ++r) {
+    double total = 0;
+    for (int64_t i = 0; i < segments; ++i) total += partial[r * segments + i];
+    out[r] = float(total);
+  }
+}
+
 inline void print_sums(const char* name, const std::vector<float>& out, const std::vector<double>& partial) {
   partial.empty() ? print(name, out) : print(name, partial);
 }

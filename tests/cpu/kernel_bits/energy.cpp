@@ -34,11 +34,7 @@ void mala(int64_t rows, int64_t cols) {
   if (m.plan.segments > 1) {
     m.log_ratio = row_sums(totals, partial, rows, m.plan);
     cpu::mala_sums(m, 0, m.plan.units);
-    for (int64_t r = 0; r < rows; ++r) {
-      double total = 0;
-      for (int64_t i = 0; i < m.plan.segments; ++i) total += partial[r * m.plan.segments + i];
-      totals[r] = float(total);
-    }
+    add_segments(partial, m.plan.segments, totals);
   }
   cpu::mala_accept(m, 0, m.plan.units);
   print("mala_z", z_out);

@@ -49,13 +49,7 @@ void spline(int64_t rows, int64_t cols, const Kind& kind, int bins, bool half) {
   std::vector<double> partial;
   f.logdet = row_sums(logdet, partial, rows, f.plan);
   cpu::spline_forward(f, 0, f.plan.units);
-  if (f.logdet.partial) {
-    for (int64_t r = 0; r < rows; ++r) {
-      double total = 0;
-      for (int64_t i = 0; i < f.plan.segments; ++i) total += partial[r * f.plan.segments + i];
-      logdet[r] = float(total);
-    }
-  }
+  add_segments(partial, f.plan.segments, logdet);
   b.gy = view(gy, DType::f32, cols);
   b.gl = view(gl, DType::f32, 1);
   b.gx = view(gx, DType::f32, cols);
