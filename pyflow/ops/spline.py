@@ -56,7 +56,7 @@ def rq_spline(
             slope = exp(s / (1 + |s / log min_slope|)); a knot belongs to the bin on its left.
         param_scale: > 0, factor of widths and heights; not used by "zuko".
         min_bin: >= 0 and < 1 / K, least part of the domain that a bin takes; not used by "zuko".
-        min_slope: >= 0, least slope; in (0, 1) for "zuko".
+        min_slope: in [0, 1], least slope; in (0, 1) for "zuko".
         inverse: undo the step; logdet is then -sum log dy/dx.
         mask: broadcastable to x, bool or 0/1; elements where it is true pass through and add nothing to logdet.
         event_dims: how many trailing dims one logdet sums over; default all but the first.
@@ -152,8 +152,9 @@ def _constants(
         if not 0 < min_slope < 1:
             raise ValueError(f"{op}: min_slope must be in (0, 1) for zuko, got {min_slope}")
         check.moderate(op, "min_slope", min_slope, dtype)
-    elif not 0 <= min_slope < float("inf"):
-        raise ValueError(f"{op}: min_slope must be at least 0 and finite, got {min_slope}")
+    elif not 0 <= min_slope <= 1:
+        # the slope of a spline as a whole
+        raise ValueError(f"{op}: min_slope must be in [0, 1], got {min_slope}")
     check.moderate(op, "min_slope", min_slope, dtype, 0.0)
     return param_scale, min_bin, min_slope
 

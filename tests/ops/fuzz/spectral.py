@@ -19,5 +19,5 @@ def spectral_normalize(hand: Hand) -> Call:
         us.append(None if rows is None else hand.tensor((rows,), weights[-1].dtype, grad=False))
         vs.append(None if rows is None else hand.tensor((columns,), weights[-1].dtype, grad=False))
     options = {"n_iter": hand.one(1, 0, 3), "through_iteration": hand.maybe()}
-    # a normalised weight does not depend on the unit of the weight
-    return Call("spectral_normalize", [weights, us, vs], options, unitless=True)
+    # a normalised weight is of size 1, whatever the unit of the weight
+    return Call("spectral_normalize", [weights, us, vs], options, scale=lambda: 1.0, unitless=True)
