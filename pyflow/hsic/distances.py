@@ -25,8 +25,6 @@ def distance_variable(op: str, name: str, x: Tensor, sizes: tuple[float, float] 
     p, exponent, ordinary = (1 if spec.name == "laplacian" else 2), None, is_ordinary(sizes)
     bandwidth = spec.bandwidth
     if isinstance(bandwidth, str):
-        if bandwidth != "median":
-            raise ValueError(f"{op}: bandwidth must be a number, a tensor or 'median', got {bandwidth!r}")
         level, unit = (x, None) if ordinary or sizes is None else levelled(x)
         if not ordinary:
             x, exponent_of_x = reduced(x)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS
-from ..ops.noise import normal, seed_tensor, uniform
+from ..ops.noise import normal, seed_number, seed_tensor, uniform
 from ..reference import matmul
 from .estimators import divisor, ratio, whole
 from .kernels import Variable, between, kernel_of, points
@@ -41,6 +41,17 @@ class Sums(NamedTuple):
     y: Tensor | None  # (..., gy) likewise
 
 
+def check_options(op: str, approximate: str | None, n_features: int, seed: int | Tensor | None) -> None:
+    """Check the options of an approximation, also where there is none."""
+    if approximate is not None:
+        check.choice(op, "approximate", approximate, APPROXIMATIONS)
+    check.at_least(op, "n_features", n_features, 2)
+    if isinstance(seed, Tensor):
+        check.int64_tensor(op, "seed", seed)
+    elif seed is not None:
+        seed_number(op, seed)
+
+
 def approximation(
     op: str,
     every: Sequence[Variable],
@@ -56,10 +67,8 @@ def approximation(
 
     "rff": the error is the standard error over the draw of frequencies. "nystrom": the exact biased value is at most
     `error` above the approximation; for the unbiased estimator this is an estimate. With `normalize`, the error covers
-    the numerator only.
+    the numerator only. The options are checked.
     """
-    check.choice(op, "approximate", approximate, APPROXIMATIONS)
-    n_features = check.at_least(op, "n_features", n_features, 2)
     if with_error and approximate == "rff" and n_features < 4:
         raise ValueError(f"{op}: n_features must be at least 4 for the error of 'rff', got {n_features}")
     x, y = every

@@ -12,7 +12,7 @@ from .. import _checks as check
 from .._schemas import HSIC_KERNELS
 from ..reference import compute_dtype
 from .distances import distance_variable
-from .kernels import KERNELS, KernelSpec, Variable, all_rows_equal, unit_diagonal
+from .kernels import KernelSpec, Variable, all_rows_equal, unit_diagonal
 from .powers import is_ordinary, reduced, sizes_of
 from .products import product_variable
 
@@ -20,7 +20,7 @@ from .products import product_variable
 def variable(op: str, name: str, x: Tensor, spec: KernelSpec) -> Variable:
     """Check one input and its kernel, and convert it."""
     kernel = spec.name
-    check.choice(op, "kernel" if name == "x" else "kernel_y", kernel, KERNELS)
+    spec.check(op, name)
     if kernel == "delta":
         return _label_variable(op, name, x)
     check.float_tensor(op, name, x)
@@ -35,7 +35,7 @@ def variable(op: str, name: str, x: Tensor, spec: KernelSpec) -> Variable:
     if kernel == "precomputed":
         return _matrix_variable(op, name, x, sizes)
     if kernel in ("linear", "polynomial"):
-        return product_variable(op, x, sizes, spec)
+        return product_variable(x, sizes, spec)
     return distance_variable(op, name, x, sizes, spec)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from .. import _checks as check
 from .._schemas import HSIC_KERNELS
 from ..reference import hsic as ref
 
+# powers are repeated products; larger degrees leave the range of float32 anyway
+MOST_DEGREE = 100
 KERNELS = ("rbf", "laplacian", "linear", "polynomial", "delta", "precomputed")
 
 Bandwidth = float | Tensor | str
@@ -19,7 +22,7 @@ Bandwidth = float | Tensor | str
 
 @dataclass(frozen=True, eq=False)
 class KernelSpec:
-    """The kernel of one variable and its parameters, as the user gave them: not checked yet.
+    """The kernel of one variable and its parameters, as the user gave them.
 
     Attributes:
         name: one of KERNELS.
@@ -32,6 +35,23 @@ class KernelSpec:
     degree: int = 3
     gamma: float | None = None
     coef0: float = 1.0
+
+    def check(self, op: str, name: str) -> None:
+        """Check what does not depend on the rows, parameters that this kernel does not use included."""
+        suffix = "" if name == "x" else "_y"
+        check.choice(op, f"kernel{suffix}", self.name, KERNELS)
+        if isinstance(self.bandwidth, str):
+            if self.bandwidth != "median":
+                raise ValueError(f"{op}: bandwidth must be a number, a tensor or 'median', got {self.bandwidth!r}")
+        elif isinstance(self.bandwidth, Tensor):
+            check.float_tensor(op, f"bandwidth{suffix}", self.bandwidth)
+        else:
+            check.positive(op, f"bandwidth{suffix}", self.bandwidth)
+        check.at_least(op, "degree", self.degree, 1, MOST_DEGREE)
+        if self.gamma is not None:
+            check.positive(op, "gamma", self.gamma)
+        if not 0 <= check.number(op, "coef0", self.coef0) < math.inf:
+            raise ValueError(f"{op}: coef0 must be at least 0 and finite, got {self.coef0}")
 
 
 # the arguments of `kernel_specs`, which public functions take by these names

@@ -12,7 +12,7 @@ from .. import _checks as check
 from .._operators import register
 from .._torch import is_batched_gradient
 from ..hsic.estimators import Pairs, ratio, rows_needed, values, whole
-from ..hsic.features import approximation
+from ..hsic.features import approximation, check_options
 from ..hsic.inputs import result_dtype, together, variable, variables
 from ..hsic.kernels import KERNEL_OPTIONS, Bandwidth, KernelSpec, Variable, kernel_specs
 from ..reference import hsic as ref
@@ -135,6 +135,7 @@ def _dependence(
 ) -> Tensor:
     """Compute `hsic` for the public function `op`, which appears in error texts."""
     normalize, allow_tf32 = check.flag(op, "normalize", normalize), check.flag(op, "allow_tf32", allow_tf32)
+    check_options(op, approximate, n_features, seed)
     pair = variables(op, x, y, specs)
     rows_needed(op, pair[0].z.shape[-2], estimator)
     if approximate is not None:

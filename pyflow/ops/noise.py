@@ -208,13 +208,18 @@ def seed_tensor(
             samples = "()" if not shape else f"() or ({shape[0]},)"
             raise ValueError(f"{op}: seed must have the shape {samples}, got {tuple(seed.shape)}")
         return seed
-    if type(seed) is not int and (isinstance(seed, bool) or not isinstance(seed, (numbers.Integral, torch.SymInt))):
+    number = seed if isinstance(seed, torch.SymInt) else seed_number(op, seed)
+    return torch.full((), number, dtype=torch.int64, device=number_device or device)
+
+
+def seed_number(op: str, seed: Any) -> int:
+    """Return a seed that is a number as an int64."""
+    if type(seed) is not int and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
         raise TypeError(f"{op}: seed must be an integer or an int64 tensor, got {type(seed).__name__}")
-    if not isinstance(seed, torch.SymInt):
-        if not -(2**63) <= seed < 2**64:
-            raise ValueError(f"{op}: seed must fit 64 bits, got {seed}")
-        seed = int(seed) - (2**64 if seed >= 2**63 else 0)
-    return torch.full((), seed, dtype=torch.int64, device=number_device or device)
+    number = int(seed)
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"{op}: seed must fit 64 bits, got {seed}")
+    return number - (2**64 if number >= 2**63 else 0)
 
 
 def step_tensor(op: str, step: int | Tensor, device: torch.device | None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _checks as check
 from .. import _progress
 from ..hsic.inputs import comparable
-from ..hsic.kernels import KERNELS, KernelSpec
+from ..hsic.kernels import KernelSpec
 
 # seconds before a bar appears
 PATIENCE = 1.0
@@ -22,9 +22,9 @@ MISSING = ("NAType", "NaTType")
 
 
 def check_kernels(op: str, specs: tuple[KernelSpec, KernelSpec]) -> None:
-    """Require known kernels, on which the conversion of samples depends."""
-    check.choice(op, "kernel", specs[0].name, KERNELS)
-    check.choice(op, "kernel_y", specs[1].name, KERNELS)
+    """Check the kernels before samples are converted, which depends on them."""
+    for name, spec in zip("xy", specs, strict=True):
+        spec.check(op, name)
 
 
 def samples(op: str, name: str, value: object, kernel: str) -> Tensor:

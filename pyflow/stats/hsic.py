@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..hsic.estimators import Pairs, TileSums, ratio, rows_needed, values, whole
-from ..hsic.features import approximation
+from ..hsic.features import approximation, check_options
 from ..hsic.inputs import variables
 from ..hsic.kernels import Bandwidth, Variable, kernel_specs
 from ..ops.hsic import sums
@@ -85,6 +85,7 @@ def hsic(
     specs = of_x, of_y = kernel_specs(kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
     check_kernels(op, specs)
     normalize, allow_tf32 = check.flag(op, "normalize", normalize), check.flag(op, "allow_tf32", allow_tf32)
+    check_options(op, approximate, n_features, seed)
     x, y = samples(op, "x", x, of_x.name), samples(op, "y", y, of_y.name)
     if group is not None:
         if approximate is not None:

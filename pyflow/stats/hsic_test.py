@@ -135,9 +135,9 @@ def hsic_test(
     pair = variables(op, x, y, specs)
     n = len(pair[0].z)
     rows_needed(op, n, estimator)
+    key = _key(op, seed, pair[0].z.device)
     if method == "gamma":
         return _gamma_test(op, pair, estimator, normalize, progress)
-    key = _key(op, seed, pair[0].z.device)
     held = n <= GRAM_ROWS or any(HSIC_KERNELS[v.kernel] == "precomputed" for v in pair)
     statistics, own, added = (_of_grams if held else _of_tiles)(pair, permutations, key, estimator, progress)
     tolerance = chain(n) * added.sqrt().prod()

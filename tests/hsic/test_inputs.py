@@ -106,6 +106,11 @@ X = torch.zeros(6, 2)
             r"bandwidth must broadcast to the batch dims \(\), got shape \(3,\)",
         ),
         (lambda f: f(X, X, kernel="polynomial", degree=0), ValueError, "degree must be at least 1, got 0"),
+        # what this kernel does not use
+        (lambda f: f(X, X, degree=0), ValueError, "degree must be at least 1, got 0"),
+        (lambda f: f(X, X, gamma="scale"), TypeError, "gamma must be a number, got str"),
+        (lambda f: f(X, X, kernel="linear", coef0=-1), ValueError, "coef0 must be at least 0 and finite, got -1"),
+        (lambda f: f(X, X, kernel="linear", bandwidth=0), ValueError, "bandwidth must be positive and finite, got 0"),
         (lambda f: f(X, X, kernel="polynomial", degree=10**9), ValueError, "degree must be at most 100, got 1000000000"),
         (
             lambda f: f(X, X, kernel="polynomial", coef0=10**400),

@@ -60,7 +60,8 @@ def doubled(call: Call, change: Callable[[Tensor], Tensor] = lambda values: valu
 
     def double(value: object) -> object:
         if isinstance(value, Tensor) and value.is_floating_point():
-            return change(value.detach().double()).requires_grad_(value.requires_grad)
+            values = value.detach().double()
+            return (values if value.is_meta else change(values)).requires_grad_(value.requires_grad)
         return [double(each) for each in value] if isinstance(value, list) else value
 
     return Call(call.op, double(call.args), {name: double(value) for name, value in call.options.items()})

@@ -174,6 +174,8 @@ def test_approximations_in_the_operator(approximate, monkeypatch):
     [
         ("hsic: approximate must be one of rff, nystrom, got 'svd'", {"approximate": "svd"}),
         ("hsic: n_features must be at least 2, got 1", {"approximate": "rff", "n_features": 1}),
+        ("hsic: n_features must be at least 2, got 1", {"n_features": 1}),
+        ("hsic: seed must fit 64 bits, got 18446744073709551616", {"seed": 2**64}),
         ("hsic: approximate 'rff' must have kernels rbf or laplacian, got linear",
          {"approximate": "rff", "kernel": "linear"}),
         ("hsic: the unbiased estimator needs at least 4 rows, got 3", {"approximate": "rff", "estimator": "unbiased"}),

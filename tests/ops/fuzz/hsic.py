@@ -138,7 +138,7 @@ def hsic_matrix(hand: Hand) -> Call:
     n = hand.one(8, 4, 17, 33, 3, 0)
     options = hsic_options(hand) | {"estimator": hand.one("biased", "unbiased"), "normalize": hand.maybe()}
     kernels = options["kernel"], options["kernel_y"] or options["kernel"]
-    lists = [[samples(hand, n, kernel) for _ in range(hand.number(1, 3))] for kernel in kernels]
+    lists = [[samples(hand, n, kernel) for _ in range(hand.number(1, 2))] for kernel in kernels]
     call = Call("hsic_matrix", lists, options)
     scale = ratio_scale if options["normalize"] else hsic_scale
     call.scale = lambda: max((scale(x, y, options) for x in lists[0] for y in lists[1]), default=1.0)
