@@ -63,14 +63,14 @@ struct Parts {
   __device__ Parts(const Params<K, T>& given, int at, const SplineConstants<T>& c) : params(given), first(at) {
     most = spline_logit<V>(given[at], c);
     if constexpr (K != kAnyBins) kept[0] = most;
-#pragma unroll
+#pragma unroll(K == kAnyBins ? 1 : K)
     for (int j = 1; j < given.bins(); ++j) {
       const T v = spline_logit<V>(given[at + j], c);
       most = v > most ? v : most;
       if constexpr (K != kAnyBins) kept[j] = v;
     }
     total = T(0);
-#pragma unroll
+#pragma unroll(K == kAnyBins ? 1 : K)
     for (int j = 0; j < given.bins(); ++j) {
       if constexpr (K == kAnyBins) {
         total += exp(j, c);
@@ -94,7 +94,7 @@ struct Parts {
   __device__ void for_each_knot(const Ends<T>& e, const SplineConstants<T>& c, F f) const {
     const T factor = c.rest / total;
     T sum = T(0);
-#pragma unroll
+#pragma unroll(K == kAnyBins ? 1 : K)
     for (int j = 0; j < params.bins() - 1; ++j) {
       sum += fma_(exp(j, c), factor, c.least);
       f(j, fma_(e.high - e.low, sum, e.low));
@@ -208,11 +208,11 @@ __device__ void write_logit_gradients(const Parts<V, K, T>& parts, const ParamGr
   right = k + 1 < bins ? right : T(0);
   const T both = (k > 0 ? left : T(0)) + right;
   T mean = T(0);
-#pragma unroll
+#pragma unroll(K == kAnyBins ? 1 : K)
   for (int j = 0; j < bins; ++j) mean = fma_(parts.exp(j, c), j < k ? both : j == k ? right : T(0), mean);
   mean /= parts.total;
   const T factor = c.rest * (e.high - e.low) / parts.total;
-#pragma unroll
+#pragma unroll(K == kAnyBins ? 1 : K)
   for (int j = 0; j < bins; ++j) {
     const T grad = (j < k ? both : j == k ? right : T(0)) - mean;
     const T rate = spline_logit_rate<V>(V == SplineVariant::zuko ? parts.params[parts.first + j] : T(0), c);
