@@ -310,7 +310,7 @@ def _root(x: Tensor) -> Tensor:
 
 
 def _snr_rule(squares: Tensor, snr: Tensor, alpha: Tensor, over_batch: bool) -> Tensor:
-    """Return 2 alpha (snr |z| / |score|)**2 in few launches: in a loop over small samples they are most of the time."""
+    """Return 2 alpha (snr |z| / |score|)**2 of the (2, B) squared norms; every operator here is a launch on a GPU."""
     squares = squares.double()
     if over_batch:
         squares = _root(squares).mean(1).square()
