@@ -1,7 +1,8 @@
 """Times on a GPU: the replay of a CUDA graph with a cold L2 cache, and the wall time of a launched call.
 
 A replay excludes Python, the dispatcher and kernel launches. Its lower limit is a graph with one small kernel: the rows
-of the copies show it in small cases.
+of the copies show it in small cases. torch.compile in the mode "reduce-overhead" replays graphs of its own, which
+cannot be captured again: its times are those of launched calls.
 """
 
 from __future__ import annotations
@@ -89,16 +90,18 @@ class Gpu:
 
 
 class Clock:
-    """Times one contender.
+    """Times one contender; with `capture` as the replay of a graph if that can be captured.
 
     Attributes:
         note: why launches are timed instead of a graph, or None.
     """
 
-    def __init__(self, call: Call, gpu: Gpu) -> None:
+    def __init__(self, call: Call, gpu: Gpu, capture: bool = True) -> None:
         self.call, self.gpu = call, gpu
         self.run: Callable[[], object] = call
         self.note: str | None = None
+        if not capture:
+            return
         try:
             self.run = gpu.capture(call)
         except Exception as why:

@@ -8,6 +8,7 @@ results.
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing
 import os
@@ -30,9 +31,10 @@ from pyflow import _backend
 from .gpu import Clock, Gpu, Sample
 from .machine import cpu_seconds
 from .memory import peak_memory, set_pages
-from .registry import Call, Case, Missing, Outputs, Problem, all_cases
+from .registry import REDUCED, Call, Case, Missing, Outputs, Problem, all_cases, compile_mode
 
 COPIES = ("copy", "warm copy")
+NO_TIME = "no time left"
 MIN_ROUNDS, MAX_ROUNDS = 10, 50
 # long compared with the clock's resolution and the overhead of a round
 ROUND_SECONDS = 2e-3
@@ -95,6 +97,12 @@ class Measured:
     flops: int | None = None
     others: float | None = None
 
+    def drop(self, name: str, why: str) -> None:
+        """Replace the measurements of a contender by the reason why it has none."""
+        for found in (self.times, self.faults, self.launches, self.ready):
+            found.pop(name, None)
+        self.failed[name] = why
+
 
 class Runner:
     """The contenders of one case that run in this process."""
@@ -122,6 +130,11 @@ class Runner:
         missing = {name: why for name, why in problem.missing.items() if name in names}
         result = Measured(bytes=problem.bytes, flops=problem.flops, missing=missing)
         self.calls = {name: call for name in names if (call := _call_of(name, problem, self.device))}
+        if REDUCED in names and "compile" in self.calls:
+            # last: a failed capture can leave the GPU's context unusable
+            self.calls[REDUCED] = _reduced(case, case.shape_on(self.device), self.device)
+        elif REDUCED in names and "compile" in missing:
+            missing[REDUCED] = missing["compile"]
         for name, call in self.calls.items():
             try:
                 with backend_of(name):
@@ -134,9 +147,10 @@ class Runner:
         return result
 
     def _ready(self, name: str, call: Call, error: float) -> Ready:
-        memory = peak_memory(call, self.device)
+        # graphs of torch.compile keep their memory between calls
+        memory = None if name == REDUCED else peak_memory(call, self.device)
         if self.gpu:
-            clock = self.clocks[name] = Clock(call, self.gpu)
+            clock = self.clocks[name] = Clock(call, self.gpu, capture=name != REDUCED)
             calls = _calls_per_round(clock.launch(1))
             start = time.perf_counter()
             clock.sample(calls)
@@ -200,6 +214,21 @@ def _call_of(name: str, problem: Problem, device: torch.device) -> Call | None:
     return problem.calls.get(name) or (problem.calls["pyflow"] if name.startswith("pyflow ") else None)
 
 
+def _reduced(case: Case, shape: tuple[int, ...], device: torch.device) -> Call:
+    """Return a call that builds the case again at its first call, and runs "compile" in the mode `REDUCED`."""
+
+    @functools.cache
+    def built() -> Call:
+        with compile_mode(REDUCED):
+            call = case.build(shape, device).calls["compile"]
+        # one call runs, one records: what is checked and timed replays
+        call()
+        call()
+        return call
+
+    return lambda: built()()
+
+
 class Judge:
     """Compares results with the float64 reference; eager comes first, and its dtypes set the tolerances."""
 
@@ -210,6 +239,7 @@ class Judge:
 
     def error(self, name: str, outputs: Outputs) -> float:
         """Return the largest error as a fraction of the allowed error; raises ArithmeticError if it is above 1."""
+        name = "compile" if name == REDUCED else name
         outputs = self.problem.forms.get(name, tuple)(outputs)
         truth_of = self.problem.truth
         truths = _with_sizes(truth_of[name]()) if isinstance(truth_of, Mapping) else self.shared or []
@@ -338,20 +368,24 @@ class Bench:
     def contenders(self, case: Case) -> list[str]:
         """Return the contenders of the case and of the harness, in the order of the report."""
         names = [name for name in case.contenders if self.settings.compile or not compiles(name)]
+        if self.local.gpu and "compile" in names:
+            names.insert(names.index("compile") + 1, REDUCED)
         if "pyflow" in names:
             at = names.index("pyflow") + 1
             names[at:at] = [f"pyflow {other}" for other in (*self.workers, *_gpu_backends(self.local.device))]
         return [*names, *COPIES]
 
-    def measure(self, case: Case) -> Measured:
-        """Measure all contenders of a case in turn."""
-        names = self.contenders(case)
+    def measure(self, case: Case, late: bool = False) -> Measured:
+        """Measure all contenders of a case in turn; `late`: without those that the run has no time for."""
+        contenders = self.contenders(case)
+        names = [name for name in contenders if not (late and name == REDUCED)]
         places: dict[str, Runner | Worker] = {
             name: self.workers.get(name.partition(" ")[2], self.local) for name in names
         }
         for worker in self.workers.values():
             worker.begin(case, [name for name in names if places[name] is worker])
         result = self.local.prepare(case, [name for name in names if places[name] is self.local])
+        result.missing |= {name: NO_TIME for name in contenders if name not in names}
         for worker in self.workers.values():
             theirs = worker.prepared()
             result.ready |= theirs.ready
@@ -369,7 +403,12 @@ class Bench:
         try:
             for index in range(rounds):
                 for name in random.Random(index).sample(runs, len(runs)):
-                    sample = places[name].time(name, result.ready[name].calls)
+                    try:
+                        sample = places[name].time(name, result.ready[name].calls)
+                    except Exception as why:  # the case stays without this contender
+                        runs.remove(name)
+                        result.drop(name, reason(why))
+                        continue
                     result.times[name].append(sample.seconds)
                     result.faults[name].append(sample.faults)
                     if sample.launch is not None:

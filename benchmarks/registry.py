@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,6 +24,8 @@ FAMILIES = tuple(path.stem for path in FILES if "\nCASES = [" in path.read_text(
 
 # suffix of the names of cases with fresh pages
 FRESH = ", fresh pages"
+# on a GPU: the contender "compile" in this mode of torch.compile, which replays CUDA graphs
+REDUCED = "reduce-overhead"
 
 
 class Missing(Exception):
@@ -63,7 +66,7 @@ class Case:
         shape: the measured shape; tiny: the shape for tests.
         gpu: the shape measured on a GPU; only cases with it are part of --gpu.
         contenders: in the order of the report; "eager", "compile" and "pyflow" mean the same in all cases. The
-            harness adds the other instruction sets and backends of "pyflow", and the copies.
+            harness adds the other instruction sets and backends of "pyflow", `REDUCED` on a GPU, and the copies.
         peer: the contender that is another package.
         compare: pairs of contenders whose ratio is reported.
         pages: "reused" or "fresh", see `memory.set_pages`.
@@ -125,9 +128,23 @@ def generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
 
 
+_mode: str | None = None
+
+
+@contextmanager
+def compile_mode(mode: str) -> Iterator[None]:
+    """Choose the mode of `compiled` for cases that are built in this context."""
+    global _mode
+    previous, _mode = _mode, mode
+    try:
+        yield
+    finally:
+        _mode = previous
+
+
 def compiled(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
     """Compile with torch.compile's most favourable options: one graph, static shapes."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=_mode)
 
 
 def bind(function: Callable[..., Outputs], inputs: Outputs, cotangents: Outputs | None = None) -> Call:

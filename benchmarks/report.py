@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .registry import REDUCED
+
 COLUMNS = ("time", "IQR", "vs eager", "vs compile", "vs peer", "of copy", "of warm copy", "GFLOP/s", "memory")
 # additional column on a GPU: wall time of a launched call, while "time" is the replay of a graph
 LAUNCH = "launch"
@@ -208,21 +210,13 @@ def _remarks(groups: list[Group]) -> Iterator[str]:
 
 def markdown(results: dict[str, Any]) -> str:
     """Return a markdown table with one line per case."""
-    head: tuple[str, ...] = (
-        "case",
-        "eager",
-        "torch.compile",
-        "peer",
-        "pyflow",
-        "vs eager",
-        "vs compile",
-        "vs peer",
-        "of copy",
-    )
-    head += ("memory, eager", "memory, pyflow")
     groups = groups_of(results)
+    reduced = [REDUCED] if any(REDUCED in group.rows for group in groups) else []
     launched = any(not math.isnan(row.launch) for group in groups for row in group.rows.values())
-    head += (f"{LAUNCH}, eager", f"{LAUNCH}, pyflow") if launched else ()
+    launches = ["eager", *reduced, "pyflow"] if launched else []
+    head = ["case", "eager", "torch.compile", *reduced, "peer", "pyflow"]
+    head += ["vs eager", "vs compile", "vs peer", "of copy"]
+    head += ["memory, eager", "memory, pyflow", *(f"{LAUNCH}, {name}" for name in launches)]
     lines = [f"{name}: {fact}  " for name, fact in results["pyflow"]["header"].items()]
     lines += ["", "| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for group in groups:
@@ -231,10 +225,11 @@ def markdown(results: dict[str, Any]) -> str:
         ours, eager = group.ours(), group.rows.get("eager", Row("eager"))
         peer = duration(group.median(group.peer)) + (f" ({group.peer})" if group.peer else "")
         columns = (
-            group.title(), duration(eager.median), duration(group.median("compile")), peer, duration(ours.median),
+            group.title(), duration(eager.median), duration(group.median("compile")),
+            *(duration(group.median(name)) for name in reduced), peer, duration(ours.median),
             _times(group.speedup(ours, "eager")), _times(group.speedup(ours, "compile")),
             _times(group.speedup(ours, group.peer)), _percent(group.speedup(ours, "copy")), size(eager.memory),
-            size(ours.memory), *((duration(eager.launch), duration(ours.launch)) if launched else ()),
+            size(ours.memory), *(duration(group.rows.get(name, Row(name)).launch) for name in launches),
         )  # fmt: skip
         lines.append("| " + " | ".join(columns) + " |")
     lines += ["", *(f"- {text}" for text in _remarks(groups)), ""]

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("fresh", "reused"),
         help="whether results get fresh or reused memory pages (default: as each case says)",
     )
-    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
+    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile in all its modes")
     parser.add_argument(
         "--budget", type=float, help="seconds of measurement per case (default 4, --quick 0.8, --gpu 1)"
     )
@@ -149,7 +149,8 @@ class Session:
         # fresh first: an allocator set to keep its pages cannot be set back
         self.cases = sorted(cases, key=lambda case: case.pages != "fresh")
         self.settings = settings
-        self.end = time.perf_counter() + seconds
+        self.start = time.perf_counter()
+        self.end = self.start + seconds
         self.bench = Bench(settings)
         self.measured: dict[str, Measured] = {}
         self.entries: list[dict[str, object]] = []
@@ -164,15 +165,20 @@ class Session:
         self.broken += [f"{case.name}: {name}: {why}" for name, why in wrong.items()]
 
     def _measure(self, case: registry.Case) -> Measured:
-        from .measure import Measured, reason
+        from .measure import NO_TIME, Measured, reason
 
         contenders = self.bench.contenders(case)
         if time.perf_counter() > self.end:
-            return Measured(missing=dict.fromkeys(contenders, "no time left"))
+            return Measured(missing=dict.fromkeys(contenders, NO_TIME))
         try:
-            return self.bench.measure(case)
+            return self.bench.measure(case, self._late())
         except Exception as why:  # a case that fails must not end the run
             return Measured(failed=dict.fromkeys(contenders, reason(why)))
+
+    def _late(self) -> bool:
+        """Whether the cases left, at the mean time of those measured, would not end in time."""
+        now, done = time.perf_counter(), len(self.measured)
+        return done > 0 and (now - self.start) / done * (len(self.cases) - done) > self.end - now
 
     def _say(self, case: registry.Case, measured: Measured, seconds: float) -> None:
         medians = {name: statistics.median(times) for name, times in measured.times.items()}

@@ -282,15 +282,15 @@ def langevin_step(
     if step_size is not None:
         size = at_least_zero(op, "step_size", step_size, x).double()
     elif snr is not None:
-        snr64, alpha64 = (at_least_zero(op, n, v, x).double() for n, v in (("snr", snr), ("alpha", alpha)))
+        snr64, alpha_t = at_least_zero(op, "snr", snr, x).double(), at_least_zero(op, "alpha", alpha, x)
         if norm == "marginal":
             if std is None:
                 raise ValueError(f"{op}: std must be given for the norm marginal, got None")
-            size = 2 * alpha64 * (snr64 * at_least_zero(op, "std", std, x).double()) ** 2
+            size = 2 * alpha_t.double() * (snr64 * at_least_zero(op, "std", std, x).double()) ** 2
     # both passes use one seed
     stream = stream_of(op, seed, step, x, noise)
     if step_size is None and norm != "marginal":
-        size = _snr_rule(_squares(score, stream).double(), snr64, alpha64, norm == "batch")
+        size = _snr_rule(_squares(score, stream), snr64, alpha_t, norm == "batch")
     one = torch.full((), 1.0, dtype=torch.float64, device=CPU)
     # float64, so that the rounding of the root does not show in float32
     y, mean = advance(x, score, one, size, _root(2 * size), stream, "corrector", return_mean)
@@ -303,16 +303,22 @@ def _squares(score: Tensor, stream: Stream) -> Tensor:
 
 def _root(x: Tensor) -> Tensor:
     """Square root whose gradient at 0 is 0."""
+    if not torch.is_grad_enabled():
+        return x.sqrt()
     zero = x == 0
     return torch.where(zero, 0, torch.where(zero, 1, x).sqrt())
 
 
 def _snr_rule(squares: Tensor, snr: Tensor, alpha: Tensor, over_batch: bool) -> Tensor:
-    score_norm, noise_norm = _root(squares).unbind(0)
+    """Return 2 alpha (snr |z| / |score|)**2 of the (2, B) squared norms; every operator here is a launch on a GPU."""
+    squares = squares.double()
     if over_batch:
-        score_norm, noise_norm = score_norm.mean(), noise_norm.mean()
-    still = score_norm == 0
-    return torch.where(still, 0, 2 * alpha * (snr * noise_norm / torch.where(still, 1, score_norm)) ** 2)
+        squares = _root(squares).mean(1).square()
+    of_score, of_noise = squares.unbind(0)
+    # a 0-d alpha leaves the product float64
+    factor = (alpha.double() if alpha.dim() else alpha) * (2 * snr**2)
+    # a score of norm 0 counts as infinite, for a step of size 0 whose gradient is 0
+    return of_noise / torch.threshold(of_score, 0, math.inf) * factor
 
 
 def coefficient(op: str, name: str, value: Scalar, x: Tensor) -> Tensor:

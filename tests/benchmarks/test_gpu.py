@@ -106,7 +106,9 @@ def session(monkeypatch, tmp_path):
 
     monkeypatch.setattr(measure, "Runner", OnGpu)
     settings = measure.Settings(threads=torch.get_num_threads(), budget=0.0, compile=False)
-    return lambda cases, seconds=math.inf: run.measure(cases, settings, seconds, tmp_path)
+    return lambda cases, seconds=math.inf, **more: run.measure(
+        cases, dataclasses.replace(settings, **more), seconds, tmp_path
+    )
 
 
 def _case(name="coupling/x", **more):
@@ -138,6 +140,105 @@ def test_replays_launches_and_remarks_are_reported(session, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert remark in printed
     assert " launch" in printed
+
+
+def _compiling(fails_at=math.inf, missing=None):
+    """A case whose "compile" counts its calls by mode, and fails in the mode of the harness from one of them on."""
+    counted = []
+
+    def build(shape, device):
+        problem = _case().build(shape, device)
+        mode = registry._mode
+
+        def compiled():
+            counted.append(mode)
+            if counted.count("reduce-overhead") >= fails_at:
+                raise RuntimeError("cannot be captured\nand more")
+            return (torch.ones(shape),)
+
+        if missing:
+            problem.missing["compile"] = missing
+        else:
+            problem.calls["compile"] = compiled
+        return problem
+
+    return dataclasses.replace(_case(), build=build), counted
+
+
+def _columns(page):
+    head, _, *rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_reduce_overhead_has_a_column_beside_compile(session, tmp_path):
+    case, counted = _compiling()
+    assert session([case], compile=True) == 0
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert results["pyflow"]["cases"][0]["contenders"][:4] == ["eager", "compile", "reduce-overhead", "pyflow"]
+    entries = {entry["extra_info"]["contender"]: entry for entry in results["benchmarks"]}
+    # launched, because it replays graphs of its own; without a remark in every case
+    reduced = entries["reduce-overhead"]
+    assert (reduced["stats"]["median"], reduced["extra_info"]["note"]) == (2e-3, None)
+    assert (entries["compile"]["stats"]["median"], entries["compile"]["extra_info"]["note"]) == (1e-3, None)
+    assert reduced["extra_info"]["launch"] > 0 and reduced["extra_info"]["memory"] is None
+    assert set(counted) == {None, "reduce-overhead"} and registry._mode is None
+    page = (tmp_path / "bench.md").read_text()
+    assert "| eager | torch.compile | reduce-overhead | peer |" in page
+    (columns,) = _columns(page)
+    assert (columns["torch.compile"], columns["reduce-overhead"]) == ("1.00 ms", "2.00 ms")
+    assert columns["launch, reduce-overhead"] != "–"
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"fails_at": 1}, "RuntimeError: cannot be captured"),
+        # in the second round
+        ({"fails_at": 10}, "RuntimeError: cannot be captured"),
+        ({"missing": "takes minutes"}, "takes minutes"),
+    ],
+)
+def test_without_reduce_overhead_the_case_stays(options, why, session, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "_calls_per_round", lambda seconds: 1)
+    case, counted = _compiling(**options)
+    assert session([case], compile=True) == 0
+    assert counted.count("reduce-overhead") == options.get("fails_at", 0)
+    page = (tmp_path / "bench.md").read_text()
+    (columns,) = _columns(page)
+    assert (columns["reduce-overhead"], columns["launch, reduce-overhead"], columns["pyflow"]) == ("–", "–", "1.00 ms")
+    assert f"- coupling/x: no number for reduce-overhead: {why}\n" in page
+
+
+def test_reduce_overhead_is_left_out_without_compile_or_time(session, tmp_path, monkeypatch):
+    case, counted = _compiling()
+    assert session([case]) == 0
+    assert not counted and "reduce-overhead" not in (tmp_path / "bench.md").read_text()
+    monkeypatch.setattr(run.Session, "_late", lambda self: True)
+    assert session([case], compile=True) == 0
+    assert set(counted) == {None}
+    page = (tmp_path / "bench.md").read_text()
+    assert _columns(page)[0]["torch.compile"] == "1.00 ms"
+    assert "- coupling/x: no number for reduce-overhead: no time left\n" in page
+
+
+def test_a_run_is_late_when_the_cases_left_take_longer_than_the_time_left(monkeypatch):
+    clock = SimpleNamespace(perf_counter=lambda: 30.0)
+    monkeypatch.setattr(run, "time", clock)
+    # 10 s a case: 7 cases left take 70 s
+    state = SimpleNamespace(start=0.0, cases=[None] * 10, measured=[None] * 3)
+    late = [run.Session._late(SimpleNamespace(**vars(state), end=end)) for end in (99, 101, math.inf)]
+    assert late == [True, False, False]
+    state.measured = []
+    assert not run.Session._late(SimpleNamespace(**vars(state), end=31))
+
+
+def test_cases_are_compiled_in_the_mode_of_the_harness(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: seen.append(options["mode"]))
+    with registry.compile_mode("reduce-overhead"):
+        registry.compiled(len)
+    registry.compiled(len)
+    assert seen == ["reduce-overhead", None]
 
 
 def test_no_launch_column_without_launches():

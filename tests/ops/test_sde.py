@@ -8,9 +8,11 @@ import math
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import pyflow
-from pyflow import ops, testing
+from pyflow import _backend, ops, testing
 from pyflow.reference import sde as ref
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -238,6 +240,49 @@ def test_langevin_step_of_a_given_size():
         with_rule,
         ops.langevin_step(x, score, snr=torch.tensor(0.1, dtype=torch.float64), norm="sample", seed=3, step=2),
     )
+
+
+class Launches(TorchDispatchMode):
+    """Names the operators that would launch a kernel on a GPU: no views, no reads, and not those of numbers alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.numbers = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        taken, made = ([t for t in tree_leaves(v) if isinstance(t, torch.Tensor)] for v in ((args, kwargs), out))
+        if all(any(t is number for number in self.numbers) for t in taken):
+            self.numbers += made
+        elif made and not function.is_view:
+            self.names.append(str(function))
+        return out
+
+
+@pytest.mark.parametrize(("norm", "launches"), [("sample", 9), ("batch", 12), ("marginal", 4)])
+def test_launches_of_a_corrector_step(norm, launches, monkeypatch):
+    # without compiled kernels an operator counts as one launch too
+    monkeypatch.setattr(_backend, "runs_reference", lambda *_: False)
+    seed, step, size = ops.sample_seeds(SEED, 4), torch.tensor(STEP), torch.tensor(0.9)
+    for dtype in DTYPES:
+        x, score = draw((4, 3), dtype), draw((4, 3), dtype, 1)
+        rule = {"step_size": size} if norm == "marginal" else {"alpha": size, "snr": 0.16, "norm": norm}
+        with torch.no_grad(), Launches() as seen:
+            got = ops.langevin_step(x, score, seed=seed, step=step, **rule)
+        # the squared norms of float64 need no cast
+        assert len(seen.names) == launches - (dtype == torch.float64 and norm != "marginal"), seen.names
+        testing.assert_same_bits(got, ops.langevin_step(x, score.requires_grad_(), seed=seed, step=step, **rule))
+
+
+def test_second_derivatives_at_a_zero_score_are_finite():
+    for norm in ("sample", "batch"):
+        x, score, z = (draw((3, 4), torch.float64, i) for i in range(3))
+        score[0] = 0
+        leaves = x.requires_grad_(), score.requires_grad_(), z.requires_grad_()
+        y = ops.langevin_step(x, score, snr=0.1, norm=norm, noise=z)
+        grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        twice = torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+        assert all(bool(g.isfinite().all()) for g in (*grads, *twice))
 
 
 def test_a_zero_score_moves_nothing_and_nan_travels():
