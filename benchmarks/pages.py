@@ -28,6 +28,8 @@ HEADLINES = {
     "coupling/forward": "affine coupling, (16384, 392)",
     "coupling/forward+backward": "affine coupling, forward + backward",
     "coupling/small forward": "affine coupling, (64, 32)",
+    "spline/forward": "rational-quadratic spline, (16384, 8)",
+    "spline/forward+backward": "spline, forward + backward",
     "flow_head/gaussian forward+backward": "Gaussian head, forward + backward",
     "fsq/8-5-5-5 forward": "FSQ (8,5,5,5), 1 M tokens",
     "fsq/256 tokens forward": "FSQ, 256 tokens",

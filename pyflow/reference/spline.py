@@ -58,7 +58,7 @@ def rq_spline(
     low, high = _ends(x, bounds, o)
     used, outside = _used(x, low, high, mask, o)
     x_, p = _seen(x, params, used, low, high)
-    spline = _spline(p, low, high, o)
+    spline = spline_of(p, low, high, o)
     place = _place(x_, spline, inverse, o)
     _, _, w, h, d0, d1, theta = place[1:]
     s = h / w
@@ -85,7 +85,7 @@ def rq_spline_backward(
     low, high = _ends(x, bounds, o)
     used, outside = _used(x, low, high, mask, o)
     x_, p = _seen(x, params, used, low, high)
-    spline = _spline(p, low, high, o)
+    spline = spline_of(p, low, high, o)
     k, _, _, w, h, d0, d1, theta = _place(x_, spline, inverse, o)
     gy = torch.zeros_like(x_) if grad_y is None else grad_y.to(dtype)
     gl = torch.zeros((), dtype=dtype, device=x.device) if grad_logdet is None else grad_logdet.to(dtype)
@@ -147,7 +147,8 @@ def _seen(x: Tensor, params: Tensor, used: Tensor, low: Tensor, high: Tensor) ->
     return torch.where(used, x_, (low + high) / 2), torch.where(used[..., None], p, 0)
 
 
-def _spline(p: Tensor, low: Tensor, high: Tensor, o: Options) -> Spline:
+def spline_of(p: Tensor, low: Tensor, high: Tensor, o: Options) -> Spline:
+    """Return knots and slopes from params."""
     widths, heights, slopes = p.split((o.bins, o.bins, p.shape[-1] - 2 * o.bins), -1)
     parts = _squeezed(widths, o).softmax(-1), _squeezed(heights, o).softmax(-1)
     xs, ys = (_knots(part, low, high, o) for part in parts)

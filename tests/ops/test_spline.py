@@ -51,7 +51,7 @@ def bins_of(x, params, bins, tails, variant, inverse, bound, **more):
     o = ref.Options(**{name: arguments[name] for name in ref.Options._fields})
     low, high = ref._ends(x, arguments["bounds"], o)
     used, _ = ref._used(x, low, high, None, o)
-    place = ref._place(ref._seen(x, params, used, low, high)[0], ref._spline(params, low, high, o), inverse, o)
+    place = ref._place(ref._seen(x, params, used, low, high)[0], ref.spline_of(params, low, high, o), inverse, o)
     each = ref.rq_spline(**{**arguments, "event_dims": 0})[1]
     return place, torch.exp(-each if inverse else each)
 
