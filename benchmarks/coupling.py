@@ -271,6 +271,8 @@ CASES = [
     _case("inverse+backward", partial(_plain, inverse=True, backward=True)),
     _case("small forward", _plain, (64, 32), quick=True, gpu=(64, 32)),
     _case("small forward+backward", partial(_plain, backward=True), (64, 32), quick=True),
+    _case("2 columns forward", _plain, (65536, 2)),
+    _case("2 columns forward+backward", partial(_plain, backward=True), (65536, 2)),
     _with_peer("forward, exp", partial(_beside_peer, scale_map="exp"), quick=True),
     _with_peer("forward, sigmoid", partial(_beside_peer, scale_map="sigmoid")),
     _with_peer("forward+backward, exp", partial(_beside_peer, scale_map="exp", backward=True), quick=True),

@@ -53,18 +53,19 @@ def _problem(shape: tuple[int, ...], device: torch.device, *, prior: str, backwa
     return Problem(calls | theirs, truth, moved, missing=missing, forms=forms)
 
 
-def _case(prior: str, backward: bool) -> Case:
-    with_peer = prior == "gaussian"
+def _case(prior: str, backward: bool, columns: int = 784) -> Case:
+    with_peer, narrow = prior == "gaussian", columns < 784
     return Case(
-        f"flow_head/{prior} {'forward+backward' if backward else 'forward'}",
+        f"flow_head/{prior}{f', {columns} columns' * narrow} {'forward+backward' if backward else 'forward'}",
         partial(_problem, prior=prior, backward=backward),
-        (16384, 784),
-        (5, 14),
+        (65536 if narrow else 16384, columns),
+        (5, 2 if narrow else 14),
         contenders=("eager", "compile", "normflows", "pyflow") if with_peer else ("eager", "compile", "pyflow"),
         peer="normflows" if with_peer else None,
-        quick=backward and with_peer,
-        gpu=(65536, 1024) if backward and with_peer else None,
+        quick=backward and with_peer and not narrow,
+        gpu=(65536, 1024) if backward and with_peer and not narrow else None,
     )
 
 
 CASES = [_case(prior, backward) for prior in ("gaussian", "logistic") for backward in (False, True)]
+CASES += [_case("gaussian", backward, 2) for backward in (False, True)]

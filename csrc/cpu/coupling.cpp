@@ -71,10 +71,10 @@ void add_chunk(const Chunk<T>& c, bool inverse) {
   for (int64_t i = 0; i < c.n; ++i) y[i] = fma_(sign, shift[i], x[i]);
 }
 
-// c.gl holds one value for each of the tile's rows
 template <bool Inverse, bool ShiftFirst, bool NeedShift, class T>
-void couple_backward_chunk(const Chunk<T>& c, const Tile& t) {
+void couple_backward_chunk(const Chunk<T>& c) {
   const T* __restrict gy = c.gy;
+  const T* __restrict gl = c.gl;
   const T* __restrict x = c.x;
   const T* __restrict shift = c.shift;
   const T* __restrict g = c.g;
@@ -82,27 +82,23 @@ void couple_backward_chunk(const Chunk<T>& c, const Tile& t) {
   T* __restrict gx = c.gx;
   T* __restrict gshift = c.gshift;
   T* __restrict gscale = c.gscale;
-  for (int64_t r = 0; r < t.rows; ++r) {
-    const T gl = c.gl[r];
 #pragma omp simd
-    for (int64_t i = r * t.cols; i < (r + 1) * t.cols; ++i) {
-      const T e = exp_(Inverse ? -g[i] : g[i]);
-      const auto d = couple_backward<Inverse, ShiftFirst>(gy[i], gl, x[i], shift[i], e, slope[i]);
-      gx[i] = d.x;
-      if constexpr (NeedShift) gshift[i] = d.shift;
-      gscale[i] = d.scale;
-    }
+  for (int64_t i = 0; i < c.n; ++i) {
+    const T e = exp_(Inverse ? -g[i] : g[i]);
+    const auto d = couple_backward<Inverse, ShiftFirst>(gy[i], gl[i], x[i], shift[i], e, slope[i]);
+    gx[i] = d.x;
+    if constexpr (NeedShift) gshift[i] = d.shift;
+    gscale[i] = d.scale;
   }
 }
 
 template <bool NeedShift, class T>
-void couple_backward_chunk(const Chunk<T>& c, const Tile& t, const CouplingArgs& a) {
+void couple_backward_chunk(const Chunk<T>& c, const CouplingArgs& a) {
   if (a.inverse) {
-    a.shift_first ? couple_backward_chunk<true, true, NeedShift>(c, t)
-                  : couple_backward_chunk<true, false, NeedShift>(c, t);
+    a.shift_first ? couple_backward_chunk<true, true, NeedShift>(c) : couple_backward_chunk<true, false, NeedShift>(c);
   } else {
-    a.shift_first ? couple_backward_chunk<false, true, NeedShift>(c, t)
-                  : couple_backward_chunk<false, false, NeedShift>(c, t);
+    a.shift_first ? couple_backward_chunk<false, true, NeedShift>(c)
+                  : couple_backward_chunk<false, false, NeedShift>(c);
   }
 }
 
@@ -154,9 +150,7 @@ void forward_unit(const CouplingForward& a, const Tile& unit, int64_t segment) {
     if (!a.affine) return;
     const T sign = a.inverse ? T(-1) : T(1);
     if (t.rows > 1) {
-      for (int64_t r = 0; r < t.rows; ++r) {
-        write_row_sum<T>(a.logdet, a.plan, t.row + r, segment, double(sign * lane_sum(g + r * t.cols, t.cols)));
-      }
+      write_row_sums(a.logdet, t, g, sign);
     } else {
       total += double(sign * lane_sum(g, t.cols));
     }
@@ -170,6 +164,8 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
   alignas(64) T gy[kChunk], gl[kChunk], gx[kChunk], gshift[kChunk], gscale[kChunk];
   const Space& s = a.space;
   if (!a.gy.data) fill(gy, T(0), kChunk);
+  // a unit has one chunk or one row
+  load_rows(s, a.gl, unit, gl);
   for_each_chunk(unit, [&](const Tile& t, const Tile& next) {
     const View* const inputs[] = {&a.x, &a.shift, &a.scale, &a.gy};
     const View* const outputs[] = {&a.gx, &a.gshift, &a.gscale};
@@ -183,9 +179,6 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
     // shift is absent where the gradient does not need it: its values do not matter then
     c.shift = a.gy.data && a.shift.data ? load(s, a.shift, t, shift) : c.x;
     c.scale = load(s, a.scale, t, scale);
-    for (int64_t r = 0; r < t.rows; ++r) {
-      gl[r] = a.gl.data ? read<T>(a.gl, row_offset(s, a.gl, t.row + r)) : T(0);
-    }
     c.gl = gl;
     c.g = g;
     c.slope = slope;
@@ -194,7 +187,7 @@ void backward_unit(const CouplingBackward& a, const Tile& unit) {
     c.gx = target(s, a.gx, t, gx);
     c.gscale = target(s, a.gscale, t, gscale);
     if (a.gshift.data) c.gshift = target(s, a.gshift, t, gshift);
-    a.gshift.data ? couple_backward_chunk<true>(c, t, a) : couple_backward_chunk<false>(c, t, a);
+    a.gshift.data ? couple_backward_chunk<true>(c, a) : couple_backward_chunk<false>(c, a);
     if (a.mask.data) {
       const T* m = load(s, a.mask, t, mask);
       pass_through(m, c.gy, c.gx, c.n);

@@ -7,25 +7,16 @@
 namespace pyflow::PYFLOW_ISA {
 namespace {
 
+// the terms of each row of a tile, summed
 template <class T>
-double transition_row(const T* __restrict z, const T* __restrict z_new, const T* __restrict grad,
-                      const T* __restrict grad_new, T alpha, int64_t n) {
+void transition_rows(const Tile& t, const T* __restrict z, const T* __restrict z_new, const T* __restrict grad,
+                     const T* __restrict grad_new, const T* __restrict alpha, T* sums) {
   alignas(64) T term[kChunk];
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    term[i] = transition(z[i], z_new[i], grad[i], grad_new[i], alpha);
+  for (int64_t i = 0; i < t.count(); ++i) {
+    term[i] = transition(z[i], z_new[i], grad[i], grad_new[i], alpha[i]);
   }
-  return double(lane_sum(term, n));
-}
-
-template <class T>
-double square_row(const T* __restrict x, int64_t n) {
-  alignas(64) T term[kChunk];
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    term[i] = x[i] * x[i];
-  }
-  return double(lane_sum(term, n));
+  row_sums(t, term, T(1), sums);
 }
 
 template <class T>
@@ -36,7 +27,7 @@ void copy_row(const T* __restrict from, T* __restrict to, int64_t n) {
 // the sums of the log-ratio over the columns of a unit, for each of its rows
 template <class T>
 void sum_unit(const MalaArgs& a, const Tile& unit, double* sums) {
-  alignas(64) T zs[kChunk], zs_new[kChunk], grads[kChunk], grads_new[kChunk];
+  alignas(64) T zs[kChunk], zs_new[kChunk], grads[kChunk], grads_new[kChunk], alpha[kChunk], part[kChunk];
   const Space& s = a.space;
   fill(sums, -0.0, unit.rows);
   for_each_chunk(unit, [&](const Tile& t, const Tile& next) {
@@ -46,10 +37,9 @@ void sum_unit(const MalaArgs& a, const Tile& unit, double* sums) {
     const T* z_new = load(s, a.z_new, t, zs_new);
     const T* grad = load(s, a.grad, t, grads);
     const T* grad_new = load(s, a.grad_new, t, grads_new);
-    for (int64_t r = 0; r < t.rows; ++r) {
-      const int64_t at = r * t.cols;
-      sums[r] += transition_row(z + at, z_new + at, grad + at, grad_new + at, row_value<T>(a.alpha, t.row + r), t.cols);
-    }
+    load_rows(a.alpha, t, alpha);
+    transition_rows(t, z, z_new, grad, grad_new, alpha, part);
+    for (int64_t r = 0; r < t.rows; ++r) sums[r] += double(part[r]);
   });
 }
 
@@ -114,13 +104,14 @@ void accept_unit(const MalaArgs& a, const Tile& unit, DrawBuffer& draws) {
 
 template <class T>
 void squares_unit(const SquaresArgs& a, const Tile& unit, int64_t segment) {
-  alignas(64) T xs[kChunk];
+  alignas(64) T xs[kChunk], part[kChunk];
   double sums[kChunk];
   fill(sums, -0.0, unit.rows);
   for_each_chunk(unit, [&](const Tile& t, const Tile& next) {
     prefetch(a.space, a.x, next);
     const T* x = load(a.space, a.x, t, xs);
-    for (int64_t r = 0; r < t.rows; ++r) sums[r] += square_row(x + r * t.cols, t.cols);
+    dot_rows(t, x, x, part);
+    for (int64_t r = 0; r < t.rows; ++r) sums[r] += double(part[r]);
   });
   // + 0 makes an empty sum +0
   for (int64_t r = 0; r < unit.rows; ++r) write_row_sum<T>(a.squares, a.plan, unit.row + r, segment, sums[r] + 0.0);

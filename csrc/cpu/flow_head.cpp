@@ -7,6 +7,14 @@
 namespace pyflow::PYFLOW_ISA {
 namespace {
 
+// most columns of rows that are computed a unit at a time
+constexpr int64_t kShort = 8;
+
+template <class T>
+PYFLOW_FN void copy(const T* from, T* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
 // e = exp(log_scale) for the columns of a unit, shared by its rows; returns the sum of log_scale
 template <class T>
 double exp_columns(const FlowHeadArgs& a, const Tile& unit, T* __restrict e) {
@@ -52,10 +60,29 @@ void score_row(const T* __restrict h, const T* __restrict e, T grad, T* __restri
   }
 }
 
+// the log-densities of short rows, a unit at a time, each in the order of sum_density; e: of one row
+template <Prior P, class T>
+void sum_densities(const FlowHeadForward& a, const Tile& unit, const T* e, T* sums) {
+  alignas(64) T buffer[kChunk], spread[kChunk], term[kChunk];
+  for (int64_t r = 0; r < unit.rows; ++r) copy(e, spread + r * unit.cols, unit.cols);
+  const T* __restrict h = load(a.space, a.h, unit, buffer);
+#pragma omp simd
+  for (int64_t i = 0; i < unit.count(); ++i) {
+    term[i] = prior_log_density<P>(h[i] * spread[i]);
+  }
+  row_sums(unit, term, T(1), sums);
+}
+
 template <Prior P, class T>
 void forward_unit(const FlowHeadForward& a, const Tile& unit, int64_t segment) {
   alignas(64) T buffer[kHeadSegment], e[kHeadSegment];
   const double constant = exp_columns(a, unit, e) + double(unit.cols) * kPriorConstant<P>;
+  if (a.plan.segments == 1 && a.space.cols > 0 && a.space.cols <= kShort) {
+    T sums[kHeadRows];
+    sum_densities<P>(a, unit, e, sums);
+    for (int64_t r = 0; r < unit.rows; ++r) ((T*)a.log_prob.out)[unit.row + r] = T(constant + double(sums[r]));
+    return;
+  }
   for (int64_t r = unit.row; r < unit.row + unit.rows; ++r) {
     prefetch(a.space, a.h, {r + 1, 1, unit.col, unit.cols});
     const T* h = load(a.space, a.h, {r, 1, unit.col, unit.cols}, buffer);

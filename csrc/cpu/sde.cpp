@@ -65,17 +65,6 @@ void add_row(const T* __restrict from, T* __restrict to, int64_t n) {
   }
 }
 
-// sum of p q over n <= kChunk elements
-template <class T>
-double dot_row(const T* __restrict p, const T* __restrict q, int64_t n) {
-  alignas(64) T product[kChunk];
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    product[i] = p[i] * q[i];
-  }
-  return double(lane_sum(product, n));
-}
-
 template <bool Score, class T>
 void residual_row(const T* __restrict pred, const T* __restrict z, T std, T* __restrict r, int64_t n) {
 #pragma omp simd
@@ -97,6 +86,14 @@ struct UnitSums {
 
   explicit UnitSums(const Tile& unit) {
     for (int which = 0; which < N; ++which) fill(sum[which], -0.0, unit.rows);
+  }
+
+  // the sums of p q over the rows of a chunk
+  template <class T>
+  void add_products(int which, const Tile& t, const T* p, const T* q) {
+    T part[kChunk];
+    dot_rows(t, p, q, part);
+    for (int64_t r = 0; r < t.rows; ++r) sum[which][r] += double(part[r]);
   }
 
   template <class T>
@@ -172,19 +169,16 @@ void step_backward_unit(const SdeArgs& a, const Tile& unit, int64_t segment, Dra
     scaled(a.gscore, a.b, total);
     scaled(a.gnoise, a.c, gy);
     if (!summed) return;
-    const auto add_products = [&](int which, const T* p, const T* q) {
-      for (int64_t r = 0; r < t.rows; ++r) sums.sum[which][r] += dot_row(p + r * t.cols, q + r * t.cols, t.cols);
-    };
-    add_products(0, total, load(s, a.x, t, buffer));
-    if (a.score.data) add_products(1, total, load(s, a.score, t, buffer));
-    if (gy) add_products(2, gy, noise_values(a, t, draws, buffer));
+    sums.add_products(0, t, total, load(s, a.x, t, buffer));
+    if (a.score.data) sums.add_products(1, t, total, load(s, a.score, t, buffer));
+    if (gy) sums.add_products(2, t, gy, noise_values(a, t, draws, buffer));
   });
   if (summed) sums.template write<T>(a, unit, segment);
 }
 
 template <bool Score, class T>
 void loss_unit(const SdeArgs& a, const Tile& unit, int64_t segment, DrawBuffer& draws) {
-  alignas(64) T preds[kChunk], zs[kChunk], r[kChunk], out[kChunk];
+  alignas(64) T preds[kChunk], zs[kChunk], r[kChunk], out[kChunk], part[kChunk];
   const Space& s = a.space;
   UnitSums<1> sums(unit);
   for_each_chunk(unit, [&](const Tile& t, const Tile& next) {
@@ -199,10 +193,11 @@ void loss_unit(const SdeArgs& a, const Tile& unit, int64_t segment, DrawBuffer& 
       if (gx) {
         const T grad = row_value<T>(a.a, row);
         scale_row(r + at, grad * std, gx + at, t.cols);
-        sums.sum[0][i] += double(grad) * dot_row(pred + at, r + at, t.cols);
-      } else {
-        sums.sum[0][i] += 0.5 * dot_row(r + at, r + at, t.cols);
       }
+    }
+    dot_rows(t, gx ? pred : r, r, part);
+    for (int64_t i = 0; i < t.rows; ++i) {
+      sums.sum[0][i] += double(gx ? row_value<T>(a.a, t.row + i) : T(0.5)) * double(part[i]);
     }
     if (gx) store(s, a.gx, t, gx);
   });
@@ -217,11 +212,8 @@ void squares_unit(const SdeArgs& a, const Tile& unit, int64_t segment, DrawBuffe
     prefetch_inputs(a, next);
     const T* score = load(a.space, a.score, t, scores);
     const T* z = noise_values(a, t, draws, zs);
-    for (int64_t i = 0; i < t.rows; ++i) {
-      const int64_t at = i * t.cols;
-      sums.sum[0][i] += dot_row(score + at, score + at, t.cols);
-      sums.sum[1][i] += dot_row(z + at, z + at, t.cols);
-    }
+    sums.add_products(0, t, score, score);
+    sums.add_products(1, t, z, z);
   });
   sums.template write<T>(a, unit, segment);
 }

@@ -55,9 +55,7 @@ void forward_unit(const SplineForward& a, const Tile& unit, int64_t segment) {
     }
     store(s, a.y, t, ty);
     if (t.rows > 1) {
-      for (int64_t r = 0; r < t.rows; ++r) {
-        write_row_sum<T>(a.logdet, a.plan, t.row + r, segment, double(lane_sum(g + r * t.cols, t.cols)));
-      }
+      write_row_sums(a.logdet, t, g, T(1));
     } else {
       total += double(lane_sum(g, t.cols));
     }

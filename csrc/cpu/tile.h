@@ -78,13 +78,21 @@ PYFLOW_FN bool in_place(const Space& s, const View& v, const Tile& t) {
   return t.rows == 1 || (s.row_dims == 1 && s.col_dims == 1 && v.stride[0] == s.cols);
 }
 
-// strides 1 and 2 have loops of constant stride, which the compiler vectorises
+template <class T>
+PYFLOW_FN void fill(T* to, T value, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = value;
+}
+
+// strides 0, 1 and 2 have loops of constant stride, which the compiler vectorises
 template <class T, class S, class F>
 PYFLOW_FN void read_run(const S* __restrict src, int64_t stride, int64_t n, T* __restrict dst, F f) {
   if (stride == 1) {
     for (int64_t i = 0; i < n; ++i) dst[i] = T(f(src[i]));
   } else if (stride == 2) {
     for (int64_t i = 0; i < n; ++i) dst[i] = T(f(src[2 * i]));
+  } else if (stride == 0) {
+    const T value = n > 0 ? T(f(src[0])) : T(0);
+    for (int64_t i = 0; i < n; ++i) dst[i] = value;
   } else {
     for (int64_t i = 0; i < n; ++i) dst[i] = T(f(src[i * stride]));
   }
@@ -144,6 +152,12 @@ PYFLOW_FN T row_value(const RowView& v, int64_t row) {
   return v.view.data ? read<T>(v.view, row * v.view.stride[0]) : T(v.value);
 }
 
+// the value of its row for each element of a tile
+template <class T>
+void load_rows(const RowView& v, const Tile& t, T* to) {
+  for (int64_t r = 0; r < t.rows; ++r) fill(to + r * t.cols, row_value<T>(v, t.row + r), t.cols);
+}
+
 template <class T>
 PYFLOW_FN void write_row_value(const RowView& v, int64_t row, T value) {
   write_typed(v.view, row * v.view.stride[0], 1, 1, &value);
@@ -166,6 +180,11 @@ template <class F>
 PYFLOW_FN void for_each_run(const Space& s, const View& v, const Tile& t, F run) {
   const int last = s.row_dims + s.col_dims - 1;
   const int64_t inner = s.size[last];
+  if (t.rows > 1 && last == 1 && t.cols == s.cols) {
+    // rows that follow each other are one run, as are rows of one column
+    const int64_t stride = s.cols == 1 ? v.stride[0] : v.stride[1];
+    if (v.stride[0] == s.cols * stride) return run(t.row * v.stride[0], 0, t.count(), stride);
+  }
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t base = row_offset(s, v, t.row + r);
     for (int64_t c = 0; c < t.cols;) {
@@ -174,11 +193,6 @@ PYFLOW_FN void for_each_run(const Space& s, const View& v, const Tile& t, F run)
       c += n;
     }
   }
-}
-
-template <class T>
-PYFLOW_FN void fill(T* to, T value, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = value;
 }
 
 // returns the tile as contiguous values: a pointer into v, or `buffer` after filling it
@@ -201,6 +215,19 @@ PYFLOW_FN void prefetch(const Space& s, const View& v, const Tile& t) {
   if (!v.data || v.stream || t.row >= s.rows || !one_run(s, t) || step < 1 || step > 8) return;
   const char* p = v.data + run_offset(s, v, t) * size_of(v.dtype);
   for (int64_t i = 0; i < t.count() * step; i += 64) __builtin_prefetch(p + i, Write, Write ? 3 : 2);
+}
+
+// fills `to` with the value that v has for the row of each element, 0 if v is absent; a unit has one chunk or one row
+template <class T>
+void load_rows(const Space& s, const View& v, const Tile& unit, T* to) {
+  const int64_t cols = smaller(unit.cols, kChunk);
+  T values[kChunk] = {};
+  if (v.data && s.row_dims == 1) {
+    read_typed(v, unit.row * v.stride[0], v.stride[0], unit.rows, values);
+  } else if (v.data) {
+    for (int64_t r = 0; r < unit.rows; ++r) values[r] = read<T>(v, row_offset(s, v, unit.row + r));
+  }
+  for (int64_t r = 0; r < unit.rows; ++r) fill(to + r * cols, values[r], cols);
 }
 
 // returns where to write the tile: into v, or to `buffer`, which `store` then copies to v
@@ -277,6 +304,53 @@ PYFLOW_FN T lane_sum(const T* v, int64_t n) {
   }
   for (int j = 0; i + j < n; ++j) lane[j] += v[i + j];
   return fold<16>(lane);
+}
+
+// lane_sum of rows of Cols <= 16 values each, times sign: the other lanes are 0
+template <int Cols, class T>
+void short_row_sums(const T* __restrict v, int64_t rows, T sign, T* __restrict out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    T lane[Cols];
+    for (int j = 0; j < Cols; ++j) lane[j] = v[r * Cols + j];
+    for (int width = 8; width > 0; width /= 2) {
+      for (int j = 0; j < width && j + width < Cols; ++j) lane[j] += lane[j + width];
+    }
+    out[r] = sign * (lane[0] + T(0));  // -0 becomes 0, as in a lane
+  }
+}
+
+// lane_sum of each of a tile's whole rows, times sign
+template <class T>
+void row_sums(const Tile& t, const T* v, T sign, T* out) {
+  switch (t.cols) {
+    case 1: return short_row_sums<1>(v, t.rows, sign, out);
+    case 2: return short_row_sums<2>(v, t.rows, sign, out);
+    case 3: return short_row_sums<3>(v, t.rows, sign, out);
+    case 4: return short_row_sums<4>(v, t.rows, sign, out);
+    case 5: return short_row_sums<5>(v, t.rows, sign, out);
+    case 6: return short_row_sums<6>(v, t.rows, sign, out);
+    case 7: return short_row_sums<7>(v, t.rows, sign, out);
+    case 8: return short_row_sums<8>(v, t.rows, sign, out);
+    default: break;
+  }
+  for (int64_t r = 0; r < t.rows; ++r) out[r] = sign * lane_sum(v + r * t.cols, t.cols);
+}
+
+// stores the sums of whole rows, several to a unit
+template <class T>
+PYFLOW_FN void write_row_sums(const RowSums& sums, const Tile& t, const T* v, T sign) {
+  row_sums(t, v, sign, (T*)sums.out + t.row);
+}
+
+// the sum of p q for each row of a tile
+template <class T>
+void dot_rows(const Tile& t, const T* __restrict p, const T* __restrict q, T* out) {
+  alignas(64) T product[kChunk];
+#pragma omp simd
+  for (int64_t i = 0; i < t.count(); ++i) {
+    product[i] = p[i] * q[i];
+  }
+  row_sums(t, product, T(1), out);
 }
 
 }  // namespace pyflow::PYFLOW_ISA

@@ -24,6 +24,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def rows_are_one(context: Tensor) -> bool:
+    """Whether all rows of a context (..., C) share memory, as when samples are drawn for one context."""
+    return context.dim() > 1 and all(
+        n == 1 or step == 0 for n, step in zip(context.shape[:-1], context.stride()[:-1], strict=True)
+    )
+
+
+def first_row(context: Tensor) -> Tensor:
+    """Return the first row of a context (..., C), with all its dims."""
+    return context[(slice(1),) * (context.dim() - 1)]
+
+
 class MaskedLinear(nn.Linear):
     """v = (weight * mask) h + bias [+ weight_c context]; the mask is a buffer of ones and zeros, not a state.
 
@@ -47,7 +59,10 @@ class MaskedLinear(nn.Linear):
 
     def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
         v = F.linear(h, self.masked(), self.bias)
-        return v if self.context is None else v + self.context(context)
+        if self.context is None:
+            return v
+        assert context is not None
+        return v + self.context(first_row(context) if rows_are_one(context) else context)
 
 
 class MADE(HoldsNumbers):
@@ -117,8 +132,11 @@ class MADE(HoldsNumbers):
         """Return (x, logdet) for y (N, D), where `step` inverts features whose numbers are known.
 
         The numbers of generation g are those of units below level g, which are known once the features before are:
-        no unit is evaluated twice.
+        no unit is evaluated twice. Units of level 0 see the context alone: if that is the same for all rows, they are
+        evaluated for one.
         """
+        alone = 1 if context is None or rows_are_one(context) else y.shape[0]
+        context = context if context is None else context[:alone]
         sorting = self.sorting.long().split([ends[-1] for ends in self._ends])
         # the batch is the last dim: the units known at any time are one contiguous block
         sorted_y = y.t().index_select(0, sorting[0])
@@ -134,22 +152,24 @@ class MADE(HoldsNumbers):
         widths = [layer.in_features for layer in self.layers]
         read = [_Known(width, sorted_y, in_place) for width in widths]
         added = {k - 1: _Known(widths[k - 1], sorted_y, in_place) for k, layer in enumerate(self.layers) if layer.skip}
-        act, ends, logdets = ACTIVATIONS[self.activation], self._ends, []
+        act, ends, logdets, rows = ACTIVATIONS[self.activation], self._ends, [], alone
         for g in range(len(ends[0])):
             if g:
                 some = slice(ends[0][g - 1], ends[0][g])
-                known = read[-1].first(ends[-1][g - 1])
-                x, logdet = step(sorted_y[some], last(known, some.start * self.count, some.stop * self.count))
+                known = read[-1].first(ends[-1][g - 1], rows)
+                params = last(known, some.start * self.count, some.stop * self.count)
+                x, logdet = step(sorted_y[some], params.expand(-1, y.shape[0]))
                 read[0].add(x)
                 logdets.append(logdet)
+                rows = y.shape[0]
             for k, units in enumerate(hidden, 1):
                 some = slice(ends[k][g - 1] if g else 0, ends[k][g])
                 if some.start == some.stop:
                     continue
-                v = units(read[k - 1].first(ends[k - 1][g]), some.start, some.stop)
+                v = units(read[k - 1].first(ends[k - 1][g], rows), some.start, some.stop)
                 if self.layers[k - 1].skip:
                     # a block does not change the levels, so the units are in the same places
-                    v = v + added[k - 2].values[some]
+                    v = v + added[k - 2].values[some, :rows]
                 if k in added:
                     added[k].add(v)
                 read[k].add(act(v) if self.layers[k].active else v)
@@ -201,10 +221,13 @@ class _Sorted:
 
 
 class _Known:
-    """Values of the first units: written in place, or concatenated where a gradient or transform needs the old ones."""
+    """Values of the first units, (units, N) from those of N rows or of one that stands for all.
+
+    Written in place, or concatenated where a gradient or transform needs the old ones.
+    """
 
     def __init__(self, total: int, like: Tensor, in_place: bool) -> None:
-        self.in_place, self.count = in_place, 0
+        self.in_place, self.count, self.rows = in_place, 0, like.shape[1]
         self.values = like.new_empty(total if in_place else 0, like.shape[1])
 
     def add(self, new: Tensor) -> None:
@@ -212,8 +235,9 @@ class _Known:
         if self.in_place:
             self.values[self.count : end] = new
         else:
+            new = new.expand(-1, self.rows)
             self.values = torch.cat((self.values, new)) if self.count else new
         self.count = end
 
-    def first(self, n: int) -> Tensor:
-        return self.values[:n]
+    def first(self, n: int, rows: int) -> Tensor:
+        return self.values[:n, :rows]

@@ -119,6 +119,30 @@ def test_context_reaches_every_feature():
         assert (jacobian != 0).all()
 
 
+@pytest.mark.parametrize("name", [name for name in CONFIGS if CONFIGS[name][2].get("context_features")])
+def test_one_context_for_all_rows(name):
+    torch.manual_seed(0)
+    features, hidden, options = CONFIGS[name]
+    layer, y = made(features, hidden, **options), torch.randn(7, features, dtype=torch.float64)
+    one = torch.randn(options["context_features"], dtype=torch.float64, requires_grad=True)
+    for function in (layer, layer.inverse):
+        results = []
+        for context in (one.expand(7, -1), one.repeat(7, 1)):
+            outputs = function(y, context)
+            gradients = torch.autograd.grad([o.sum() for o in outputs], [one, *layer.parameters()])
+            with torch.no_grad():
+                in_place = function(y, context)
+            results.append([*outputs, *gradients, *in_place])
+        torch.testing.assert_close(*results, rtol=1e-11, atol=1e-12)
+    # the units that see the context alone are evaluated for one row
+    with FlopCounterMode(display=False) as shared, torch.no_grad():
+        layer.inverse(y, one.expand(7, -1))
+    with FlopCounterMode(display=False) as own, torch.no_grad():
+        layer.inverse(y, one.repeat(7, 1))
+    most = own.get_total_flops() / 7 if features == 1 else own.get_total_flops() - 1
+    assert shared.get_total_flops() <= most
+
+
 def test_first_call_is_the_identity():
     torch.manual_seed(0)
     for transform in ("affine", "rq_spline"):
