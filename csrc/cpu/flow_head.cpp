@@ -10,9 +10,16 @@ namespace {
 // most columns of rows that are computed a unit at a time
 constexpr int64_t kShort = 8;
 
+// rows that are computed a unit at a time
+PYFLOW_FN bool are_short(const FlowHeadArgs& a) { return a.space.cols > 0 && a.space.cols <= kShort; }
+
+// repeats the first cols of count values
 template <class T>
-PYFLOW_FN void copy(const T* from, T* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+void repeat(T* to, int64_t cols, int64_t count) {
+  for (int64_t done = cols; done < count; done *= 2) {
+    const int64_t n = smaller(done, count - done);
+    for (int64_t i = 0; i < n; ++i) to[done + i] = to[i];
+  }
 }
 
 // e = exp(log_scale) for the columns of a unit, shared by its rows; returns the sum of log_scale
@@ -60,15 +67,14 @@ void score_row(const T* __restrict h, const T* __restrict e, T grad, T* __restri
   }
 }
 
-// the log-densities of short rows, a unit at a time, each in the order of sum_density; e: of one row
+// the log-densities of short rows, each in the order of sum_density; e: exp(log_scale) for every element of the unit
 template <Prior P, class T>
-void sum_densities(const FlowHeadForward& a, const Tile& unit, const T* e, T* sums) {
-  alignas(64) T buffer[kChunk], spread[kChunk], term[kChunk];
-  for (int64_t r = 0; r < unit.rows; ++r) copy(e, spread + r * unit.cols, unit.cols);
+void sum_densities(const FlowHeadForward& a, const Tile& unit, const T* __restrict e, T* sums) {
+  alignas(64) T buffer[kChunk], term[kChunk];
   const T* __restrict h = load(a.space, a.h, unit, buffer);
 #pragma omp simd
   for (int64_t i = 0; i < unit.count(); ++i) {
-    term[i] = prior_log_density<P>(h[i] * spread[i]);
+    term[i] = prior_log_density<P>(h[i] * e[i]);
   }
   row_sums(unit, term, T(1), sums);
 }
@@ -77,8 +83,9 @@ template <Prior P, class T>
 void forward_unit(const FlowHeadForward& a, const Tile& unit, int64_t segment) {
   alignas(64) T buffer[kHeadSegment], e[kHeadSegment];
   const double constant = exp_columns(a, unit, e) + double(unit.cols) * kPriorConstant<P>;
-  if (a.plan.segments == 1 && a.space.cols > 0 && a.space.cols <= kShort) {
+  if (are_short(a)) {
     T sums[kHeadRows];
+    repeat(e, unit.cols, unit.count());
     sum_densities<P>(a, unit, e, sums);
     for (int64_t r = 0; r < unit.rows; ++r) ((T*)a.log_prob.out)[unit.row + r] = T(constant + double(sums[r]));
     return;
@@ -92,19 +99,45 @@ void forward_unit(const FlowHeadForward& a, const Tile& unit, int64_t segment) {
   }
 }
 
+// score_row of short rows, a unit at a time; e and grad for every element, sum for the columns
+template <Prior P, class T>
+void score_rows(const Tile& t, const T* __restrict h, const T* __restrict e, const T* __restrict grad, T* __restrict gh,
+                T* __restrict sum) {
+  alignas(64) T term[kChunk];
+#pragma omp simd
+  for (int64_t i = 0; i < t.count(); ++i) {
+    const T z = h[i] * e[i];
+    const T score = prior_score<P>(z);
+    gh[i] = grad[i] * e[i] * score;
+    term[i] = fma_(score, z, T(1));
+  }
+  for (int64_t i = 0; i < t.count(); i += t.cols) {
+    for (int64_t c = 0; c < t.cols; ++c) sum[c] = fma_(grad[i], term[i + c], sum[c]);
+  }
+}
+
 template <Prior P, class T>
 void backward_unit(const FlowHeadBackward& a, const Tile& unit) {
   alignas(64) T h[kHeadSegment], e[kHeadSegment], gh[kHeadSegment], sum[kHeadSegment];
   exp_columns(a, unit, e);
   fill(sum, T(0), unit.cols);
-  for (int64_t r = unit.row; r < unit.row + unit.rows; ++r) {
-    const Tile t{r, 1, unit.col, unit.cols}, next{r + 1, 1, unit.col, unit.cols};
-    prefetch(a.space, a.h, next);
-    prefetch<true>(a.space, a.gh, next);
-    const T grad = read<T>(a.grad, row_offset(a.space, a.grad, r));
-    T* out = target(a.space, a.gh, t, gh);
-    score_row<P>(load(a.space, a.h, t, h), e, grad, out, sum, unit.cols);
-    store(a.space, a.gh, t, out);
+  if (are_short(a)) {
+    alignas(64) T grad[kChunk];
+    repeat(e, unit.cols, unit.count());
+    load_rows(a.space, a.grad, unit, grad);
+    T* out = target(a.space, a.gh, unit, gh);
+    score_rows<P>(unit, load(a.space, a.h, unit, h), e, grad, out, sum);
+    store(a.space, a.gh, unit, out);
+  } else {
+    for (int64_t r = unit.row; r < unit.row + unit.rows; ++r) {
+      const Tile t{r, 1, unit.col, unit.cols}, next{r + 1, 1, unit.col, unit.cols};
+      prefetch(a.space, a.h, next);
+      prefetch<true>(a.space, a.gh, next);
+      const T grad = read<T>(a.grad, row_offset(a.space, a.grad, r));
+      T* out = target(a.space, a.gh, t, gh);
+      score_row<P>(load(a.space, a.h, t, h), e, grad, out, sum, unit.cols);
+      store(a.space, a.gh, t, out);
+    }
   }
   if (!a.partial) return;
   T* partial = (T*)a.partial + unit.row / kHeadRows * a.space.cols + unit.col;
