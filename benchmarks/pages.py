@@ -70,7 +70,8 @@ def entries(folder: Path) -> list[Entry]:
             if cells[0] == "case":
                 columns = cells
             elif not cells[0].startswith("---"):
-                found.append(Entry(cells[0], title[1], date[1], dict(zip(columns, cells, strict=True))))
+                case = re.sub(r" \([\d, ]+\)$", "", cells[0])  # without the shape
+                found.append(Entry(case, title[1], date[1], dict(zip(columns, cells, strict=True))))
     return sorted(found, key=lambda entry: entry.date, reverse=True)
 
 
