@@ -118,7 +118,7 @@ def run(name: str, args: argparse.Namespace, work: Callable[[], dict[str, object
         print(f"demo {name}: {error}", file=sys.stderr)
         return 1
     metrics = args.out.with_suffix(".json")
-    metrics.write_text(json.dumps(results, indent=2) + "\n")
+    metrics.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\nwrote {args.out} and {metrics.name}")
     return 0
 
