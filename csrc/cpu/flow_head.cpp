@@ -9,6 +9,7 @@ namespace {
 
 // most columns of rows that are computed a unit at a time
 constexpr int64_t kShort = 8;
+static_assert(kHeadRows * kShort <= kChunk);
 
 // rows that are computed a unit at a time
 PYFLOW_FN bool are_short(const FlowHeadArgs& a) { return a.space.cols > 0 && a.space.cols <= kShort; }

@@ -51,7 +51,8 @@ def additive_coupling(x: Tensor, shift: Tensor, *, inverse: bool = False, mask: 
     op = "additive_coupling"
     check.float_tensor(op, "x", x)
     check.like(op, "shift", shift, "x", x.shape, x.device)
-    inverse = check.flag(op, "inverse", inverse)
+    if type(inverse) is not bool:
+        inverse = check.flag(op, "inverse", inverse)
     if mask is None and shift.dtype == x.dtype:
         # one torch kernel: the same bits, and its autograd is native
         return x - shift if inverse else x + shift
