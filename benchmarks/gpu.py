@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 
-from .registry import Call
 
 # replays per round, each timed separately: the cache is flushed between them
 REPLAYS = 10
@@ -39,7 +38,7 @@ class Gpu:
     def __init__(self) -> None:
         self.flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
-    def capture(self, call: Call) -> Callable[[], None]:
+    def capture(self, call: Callable[[], object]) -> Callable[[], None]:
         """Return a function that replays the call's kernels; raises if they cannot be captured."""
         stream, graph, pool = torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream())
@@ -59,7 +58,7 @@ class Gpu:
         torch.cuda.synchronize()
         return graph.replay
 
-    def _refuse_synchronising(self, call: Call) -> None:
+    def _refuse_synchronising(self, call: Callable[[], object]) -> None:
         """Raise if the call synchronises with the GPU, before the capture: a failed capture is hard to recover from."""
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -96,7 +95,7 @@ class Clock:
         note: why launches are timed instead of a graph, or None.
     """
 
-    def __init__(self, call: Call, gpu: Gpu, capture: bool = True) -> None:
+    def __init__(self, call: Callable[[], object], gpu: Gpu, capture: bool = True) -> None:
         self.call, self.gpu = call, gpu
         self.run: Callable[[], object] = call
         self.note: str | None = None
