@@ -1,13 +1,15 @@
 """Select the implementation of every operator: C++, Triton, CUDA or the plain-torch reference.
 
 A public function calls its operator, and torch's dispatcher picks the kernel by device: C++ on a CPU, a Triton
-launcher on a GPU (the CUDA kernel if Triton is missing). If no compiled kernel exists, the public function calls the
-plain-torch reference directly instead of the operator, so that torch.compile can fuse it.
+launcher on a GPU (the CUDA kernel for small tensors, see `MOST_CUDA`, and if Triton is missing). If no compiled kernel
+exists, the public function calls the plain-torch reference directly instead of the operator, so that torch.compile can
+fuse it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -37,6 +39,14 @@ _blocks_were_opened = False  # in any thread since import; while False, `current
 # lives, a `with` statement may still turn the call into a block and undo it
 _calls: list[tuple[Callable[[], object], str]] = [(lambda: None, "auto")]
 _lock = threading.Lock()
+
+# Largest tensor of a call, in elements, up to which "auto" runs the CUDA operator where Triton runs too: its launch from
+# Python takes half the time, its kernel longer, most of all for FSQ and splines. Chosen by benchmarks/backends.py on an
+# H200; families without an entry run on Triton.
+MOST_CUDA = {
+    "coupling": 1 << 18, "energy": 1 << 20, "flow_head": 1 << 20, "fsq": 1 << 17, "gan_qp": 1 << 20, "noise": 1 << 20,
+    "sde": 1 << 20, "spline": 1 << 17,
+}  # fmt: skip
 
 unusable: dict[str, str] = {}  # the value of PYFLOW_BACKEND, if it cannot run here -> the reason
 
@@ -257,18 +267,45 @@ def runs_reference(op: str, x: Tensor, cuda: bool = True) -> bool:
     return True
 
 
-def prefers_cuda() -> bool:
-    """Whether a call on a GPU runs the CUDA operator instead of the Triton launcher."""
+def prefers_cuda(family: str, size: Callable[[], int]) -> bool:
+    """Whether a call on a GPU runs the CUDA operator instead of the Triton launcher.
+
+    `size()` is the largest tensor's number of elements. The choice does not ask whether a CUDA graph is being captured:
+    the kernels of the calls before, which load what a capture cannot, must be those that it captures.
+    """
     choice = current()
-    return choice == "cuda" or (choice == "auto" and not _triton_runs)
+    if choice != "auto":
+        return choice == "cuda"
+    if not _triton_runs:
+        return True
+    most = MOST_CUDA.get(family)
+    return most is not None and size() <= most and _cuda_loads()
+
+
+@functools.cache
+def _cuda_loads() -> bool:
+    """Load the CUDA operators where "auto" may choose them; if they are there but do not load, say so once."""
+    if _cuda_missing() is not None:
+        return False
+    try:
+        cuda_operators()
+    except OSError as error:
+        warnings.warn(f"pyflow runs Triton's kernels on small tensors too: {error}", stacklevel=1)
+        return False
+    return True
 
 
 def cuda_operators() -> Any:
     """Return the namespace of the CUDA operators, which are loaded by the first call."""
     global _cuda_library
     if _cuda_library is None:
-        _cuda_library = define("pyflow_cuda")
-        torch.ops.load_library(str(Path(__file__).parent / "_CUDA.so"))
+        library = define("pyflow_cuda")
+        try:
+            torch.ops.load_library(str(Path(__file__).parent / "_CUDA.so"))
+        except OSError:
+            library._destroy()
+            raise
+        _cuda_library = library
     return torch.ops.pyflow_cuda
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,6 +56,10 @@ class Operator:
         self.reference = by_name(reference, self.signature.arguments)
         self.kinds = kinds_of(self.overload) if torch.cuda.is_available() else None
         self._lists = self.signature.lists
+        self._sized = [
+            i for i, (argument, kind) in enumerate(self.signature.types.items())
+            if kind in ("Tensor", "Optional[Tensor]") or argument == "size"
+        ]  # fmt: skip
         self._entry = _torch.entry(self.overload)
         self._apply: Callable | None = None  # set by `differentiate`
 
@@ -82,8 +87,14 @@ class Operator:
         return self.reference if _backend.runs_reference(op, x, self.cuda) else self
 
     def launch(self, *args: Any) -> Any:
-        """Run the kernel for CUDA tensors: the Triton launcher, or the CUDA operator if chosen or without Triton."""
-        return (self.cuda_kernel if _backend.prefers_cuda() else self.triton_kernel)(*args)
+        """Run the kernel for CUDA tensors: the Triton launcher or the CUDA operator, see `_backend.prefers_cuda`."""
+        runs_cuda = self.cuda and _backend.prefers_cuda(self.family, lambda: self._largest(args))
+        return (self.cuda_kernel if runs_cuda else self.triton_kernel)(*args)
+
+    def _largest(self, args: tuple) -> int:
+        """Return the number of elements of the largest tensor argument, or of a result whose size is an argument."""
+        given = [args[i] for i in self._sized if args[i] is not None]
+        return max(value.numel() if isinstance(value, Tensor) else math.prod(value) for value in given)
 
     @functools.cached_property
     def triton_kernel(self) -> Callable[..., Any]:

@@ -184,14 +184,56 @@ def test_a_launcher_is_looked_up_once_and_follows_the_backend(monkeypatch):
         _backend, "cuda_operators", lambda: SimpleNamespace(flow_log_prob=SimpleNamespace(default=cuda.x))
     )
     monkeypatch.setattr(_backend, "_triton_runs", True)
+    monkeypatch.setattr(_backend, "_cuda_loads", lambda: False)
+    h = torch.zeros(2, 3)
     try:
         for _ in range(3):
-            operator.launch()
+            operator.launch(h, None, 0)
         with _backend.on("cuda"):
-            operator.launch()
+            operator.launch(h, None, 0)
         monkeypatch.setattr(_backend, "_triton_runs", False)
-        operator.launch()
+        operator.launch(h, None, 0)
     finally:
         for name in ("triton_kernel", "cuda_kernel"):
             vars(operator).pop(name, None)
     assert triton.asked == 1 and triton.ran == ["flow_log_prob"] * 3 and cuda.ran == ["x"] * 2
+
+
+@pytest.mark.parametrize("name", ["affine_coupling", "sde_step_backward", "noise", "hsic_sums", "spectral_normalize"])
+def test_small_calls_run_on_cuda_unless_a_backend_is_chosen(monkeypatch, name):
+    operator, chosen = OPERATORS[name], []
+    monkeypatch.setitem(vars(operator), "triton_kernel", lambda *args: chosen.append("triton"))
+    monkeypatch.setitem(vars(operator), "cuda_kernel", lambda *args: chosen.append("cuda"))
+    monkeypatch.setattr(_backend, "_triton_runs", True)
+    monkeypatch.setattr(_backend, "_cuda_loads", lambda: True)
+
+    def launched(elements):
+        # only the large tensor, wherever the schema has it
+        types = operator.signature.types.items()
+        large = {"x": torch.empty(elements, device="meta"), "size": [elements]}
+        operator.launch(*(large.get(a, torch.zeros(2) if kind == "Tensor" else None) for a, kind in types))
+        return chosen.pop()
+
+    most = _backend.MOST_CUDA.get(operator.family)
+    if most is None:
+        assert launched(1) == "triton"
+        return
+    assert launched(most) == "cuda" and launched(most + 1) == "triton"
+    for choice in ("cuda", "triton"):
+        with _backend.on(choice):
+            assert launched(most) == launched(most + 1) == choice
+
+
+def test_cuda_operators_that_do_not_load_are_named_once(monkeypatch):
+    def refuse():
+        raise OSError("no such symbol")
+
+    monkeypatch.setattr(_backend, "_cuda_missing", lambda: None)
+    monkeypatch.setattr(_backend, "cuda_operators", refuse)
+    _backend._cuda_loads.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="pyflow runs Triton's kernels on small tensors too: no such symbol"):
+            assert not _backend._cuda_loads()
+        assert not _backend._cuda_loads()
+    finally:
+        _backend._cuda_loads.cache_clear()
