@@ -40,7 +40,7 @@ _blocks_were_opened = False  # in any thread since import; while False, `current
 _calls: list[tuple[Callable[[], object], str]] = [(lambda: None, "auto")]
 _lock = threading.Lock()
 
-# Largest tensor of a call, in elements, up to which "auto" runs the CUDA operator where Triton runs too: its launch from
+# Largest tensor of a call, in elements, up to which "auto" runs the CUDA operator where Triton runs too: a launch from
 # Python takes half the time, its kernel longer, most of all for FSQ and splines. Chosen by benchmarks/backends.py on an
 # H200; families without an entry run on Triton.
 MOST_CUDA = {

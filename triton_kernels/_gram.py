@@ -272,15 +272,18 @@ def split(z: Tensor) -> tuple[Tensor, Tensor]:
     return high, z - high
 
 
-def grams_of(z: Any, scale: Tensor, kernels: Any, degrees: Any, allow_tf32: bool) -> list[Gram]:
-    return [_gram(v, scale[:, m], kernels[m], degrees[m], allow_tf32) for m, v in enumerate(z)]
+def grams_of(z: Any, scale: Tensor, kernels: Any, degrees: Any, allow_tf32: bool) -> tuple[list[Gram], Tensor]:
+    """Return what the kernels read of every variable, and the shifts (M, B)."""
+    shifts = scale.new_empty((len(z), len(scale)), dtype=torch.float64)
+    each = zip(z, scale.unbind(1), shifts.unbind(0), kernels, degrees, strict=True)
+    return [_gram(*one, allow_tf32) for one in each], shifts
 
 
-def _gram(z: Tensor, scale: Tensor, kernel: int, degree: int, allow_tf32: bool) -> Gram:
+def _gram(z: Tensor, scale: Tensor, shift: Tensor, kernel: int, degree: int, allow_tf32: bool) -> Gram:
     name, low = HSIC_KERNELS[kernel], None
     if name == "rbf" and z.dtype == torch.float32 and z.numel():
-        return _prepared(z.contiguous(), scale, degree, allow_tf32)
-    shift = shift_of(z, scale, name).double()
+        return _prepared(z.contiguous(), scale, shift, degree, allow_tf32)
+    shift.copy_(shift_of(z, scale, name))
     if name in ("rbf", "laplacian"):
         z = centred(z) * scale[:, None, None]
     z = z.contiguous()
@@ -291,11 +294,11 @@ def _gram(z: Tensor, scale: Tensor, kernel: int, degree: int, allow_tf32: bool) 
     return Gram(z, low, halves, shift, kernel, degree)
 
 
-def _prepared(z: Tensor, scale: Tensor, degree: int, allow_tf32: bool) -> Gram:
+def _prepared(z: Tensor, scale: Tensor, shift: Tensor, degree: int, allow_tf32: bool) -> Gram:
     batch, n, dim = z.shape
     splits = dim > SQUARES_UP_TO.value and not allow_tf32
     high, low = torch.empty_like(z), torch.empty_like(z) if splits else None
-    halves, shift = z.new_empty((batch, n)), z.new_empty(batch, dtype=torch.float64)
+    halves = z.new_empty((batch, n))
     blocks, features = -(-n // ROWS), min(FEATURES, max(16, _launch.power_of_two(dim)))
     moments = z.new_empty((batch, blocks, 2, dim), dtype=torch.float64)
     _launch.launch(

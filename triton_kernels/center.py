@@ -135,7 +135,7 @@ def center_into(gram: Tensor, out: Tensor) -> None:
     row_means, column_means = new(batch, n), new(batch, n)
     _launch.launch(
         sums_kernel, batch * blocks * chunks, gram.device, views[0], row_parts, column_parts, n // vec, blocks,
-        chunks, VEC=vec, BLOCK_R=rows, BLOCK_C=LINE // bytes_each, CHUNK=chunk, num_warps=8,
+        chunks, VEC=vec, BLOCK_R=rows, BLOCK_C=LINE // bytes_each, CHUNK=chunk,
     )  # fmt: skip
     _launch.launch(
         means_kernel, batch * tiles, gram.device, row_parts, column_parts, row_means, column_means, totals, n, blocks,

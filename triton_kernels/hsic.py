@@ -20,8 +20,10 @@ from torch import Tensor
 
 from . import _launch
 from ._gram import DELTA, LAPLACIAN, POLYNOMIAL, PRECOMPUTED, RBF, Gram, counted, gram_tile, grams_of, item_of
+from ._tiles import fold_rows
 
 GRID = tl.constexpr(1.5 * 2.0**7)  # adding it rounds to a multiple of 2^-16
+MOST_SPLITS = 16  # ranges of columns of a backward, whose gradients are added
 MOST_PARTIAL = 1 << 21  # most partial row sums of a launch per variable: above this, offsets take several launches
 
 
@@ -42,15 +44,18 @@ class Tile(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["count", "parts"])
-def accumulate_kernel(partial, out, count, parts, BLOCK: tl.constexpr):
-    """Add partial (parts, count) to out (count,), one part after the other."""
+def accumulate_kernel(partial, out, count, parts, ADD: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """Write the sums of partial (parts, count) over parts to out (count,), or add them."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.load(out + i, mask=i < count, other=0.0)
-    partial += i
-    for _ in range(parts):
-        total += tl.load(partial, mask=i < count, other=0.0).to(total.dtype)
-        partial += count
-    tl.store(out + i, total, mask=i < count)
+    total = tl.zeros((PARTS, BLOCK), out.dtype.element_ty)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        inside = (part < parts)[:, None] & (i < count)[None, :]
+        total += tl.load(partial + part.to(tl.int64)[:, None] * count + i[None, :], mask=inside, other=0.0)
+    result = fold_rows(total)
+    if ADD:
+        result += tl.load(out + i, mask=i < count, other=0.0)
+    tl.store(out + i, result, mask=i < count)
 
 
 @triton.jit
@@ -275,10 +280,15 @@ def _registers(x: Gram, y: Gram, device: torch.device) -> int:
     return 168 if x.multiplies and y.multiplies and _hopper(device) else 0
 
 
-def _accumulate(partial: Tensor, out: Tensor) -> None:
-    """Add partial (parts, ...) to out (...)."""
-    count = out.numel()
-    _launch.launch(accumulate_kernel, -(-count // 256), out.device, partial, out, count, partial.shape[0], BLOCK=256)
+def _accumulate(partial: Tensor, out: Tensor, add: bool) -> None:
+    """Write the sums of partial (parts, ...) to out (...), or add them."""
+    count, parts = out.numel(), partial.shape[0]
+    # the loads of a tile are in flight together
+    rows = min(16, _launch.power_of_two(parts))
+    block = _launch.TILE // rows
+    _launch.launch(
+        accumulate_kernel, -(-count // block), out.device, partial, out, count, parts, ADD=add, BLOCK=block, PARTS=rows
+    )
 
 
 def hsic_sums(
@@ -286,10 +296,11 @@ def hsic_sums(
     allow_tf32: bool, part: int, parts: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, n, _ = z[0].shape
-    grams = grams_of(z, scale, kernels, degrees, allow_tf32)
-    rows = scale.new_zeros((len(z), batch, n), dtype=torch.float64)
-    cross = scale.new_zeros((len(pairs) // 2, batch), dtype=torch.float64)
-    shift = torch.stack([gram.shift for gram in grams], 1)
+    grams, shifts = grams_of(z, scale, kernels, degrees, allow_tf32)
+    # a part may have no tile of a variable
+    new = scale.new_empty if parts == 1 and n else scale.new_zeros
+    rows = new((len(z), batch, n), dtype=torch.float64)
+    cross = new((len(pairs) // 2, batch), dtype=torch.float64)
     # a variable in no pair needs its row sums too
     asked = [*zip(pairs[::2], pairs[1::2], strict=True)] + [(m, m) for m in range(len(z)) if m not in pairs]
     left = set(range(len(z)))
@@ -299,14 +310,14 @@ def hsic_sums(
         left -= {a, b}
         total = cross[p] if p < len(cross) else None
         _pair_sums(grams[a], grams[b], a == b, x_rows, y_rows, total, part, parts)
-    return rows.transpose(0, 1).contiguous(), cross.mT.contiguous(), shift
+    return rows.transpose(0, 1).contiguous(), cross.mT.contiguous(), shifts.mT.contiguous()
 
 
 def _pair_sums(
     x: Gram, y: Gram, same: bool, x_rows: Tensor | None, y_rows: Tensor | None, cross: Tensor | None, part: int,
     parts: int,
 ) -> None:  # fmt: skip
-    """Add one pair's row sums (batch, n) and sum of products (batch,)."""
+    """Write one pair's row sums (batch, n) and sum of products (batch,), unless the part has none of its tiles."""
     batch, n, _ = x.z.shape
     tile = _tile(x, y, x.z.device)
     blocks = -(-n // tile.rows)
@@ -329,11 +340,12 @@ def _pair_sums(
         )  # fmt: skip
         for partial, rows in zip(partials, (x_rows, y_rows), strict=True):
             if partial is not None and rows is not None:
-                _accumulate(partial, rows)
+                _accumulate(partial, rows, add=first > 0)
         if cross is not None:
-            total = torch.empty_like(cross)
+            total = torch.empty_like(cross) if first else cross
             _launch.sum_segments(products, total)
-            cross += total
+            if first:
+                cross += total
 
 
 def hsic_sums_backward(
@@ -341,13 +353,14 @@ def hsic_sums_backward(
     degrees: Sequence[int], pairs: Sequence[int], allow_tf32: bool,
 ) -> list[Tensor]:  # fmt: skip
     batch, n, _ = z[0].shape
-    grams = grams_of(z, scale, kernels, degrees, allow_tf32)
+    grams, _ = grams_of(z, scale, kernels, degrees, allow_tf32)
     grads = []
     for m, gram in enumerate(grams):
-        grad = torch.zeros_like(gram.z)
-        grads.append(grad)
         if kernels[m] == DELTA.value or batch * n == 0:
+            grads.append(torch.zeros_like(gram.z))
             continue
+        grad = torch.empty_like(gram.z)
+        grads.append(grad)
         # a pair of a variable with itself appears twice; a variable in no pair has only the gradient of its row sums
         sides = [(pairs[k ^ 1], grad_cross[:, k // 2]) for k in range(len(pairs)) if pairs[k] == m]
         rows = grad_rows[:, m].contiguous()
@@ -356,7 +369,7 @@ def hsic_sums_backward(
             if kernels[m] == PRECOMPUTED.value:
                 _matrix_gradient(grams[other], given, factor, grad, index > 0)
             else:
-                _add_gradient(gram, grams[other], other == m, given, factor, grad, allow_tf32)
+                _gradient(gram, grams[other], other == m, given, factor, grad, allow_tf32, index > 0)
         if kernels[m] in (RBF.value, LAPLACIAN.value):
             grad *= scale[:, m, None, None]
     return grads
@@ -371,14 +384,15 @@ def _matrix_gradient(y: Gram, rows: Tensor | None, factor: Tensor, grad: Tensor,
     )  # fmt: skip
 
 
-def _add_gradient(
-    x: Gram, y: Gram, same: bool, rows: Tensor | None, factor: Tensor, grad: Tensor, allow_tf32: bool
+def _gradient(
+    x: Gram, y: Gram, same: bool, rows: Tensor | None, factor: Tensor, grad: Tensor, allow_tf32: bool, add: bool
 ) -> None:
+    """Write the gradient of x from one pair to `grad`, or add it."""
     batch, n, dim = grad.shape
     tile = _backward_tile(x, y, grad.device)
     blocks, steps = -(-n // tile.rows), -(-n // tile.step)
-    # about one program for each of an H100's multiprocessors; by n alone
-    splits = max(1, min(8, 128 // blocks, steps)) if tile.rows > 16 else 1
+    # about three programs for each of an H100's multiprocessors; by n alone
+    splits = max(1, min(MOST_SPLITS, 384 // blocks, steps)) if tile.rows > 16 else 1
     features = 16 if tile.rows == 16 else min(64, max(16, _launch.power_of_two(dim)))
     chunks = -(-dim // features)
     partial = grad.new_empty((splits, *grad.shape))
@@ -388,7 +402,7 @@ def _add_gradient(
         STEP=tile.step, PRECISION=_precision("tf32"), WEIGHTS=_precision("tf32" if allow_tf32 else "tf32x3"),
         X=x.kind, Y=y.kind, **tile.options(),
     )  # fmt: skip
-    _accumulate(partial, grad)
+    _accumulate(partial, grad, add)
 
 
 def hsic_permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:

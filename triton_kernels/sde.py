@@ -257,6 +257,7 @@ def _loss(
     _launch.over_space(
         loss_kernel, space, pred, *_launch.views(tensors, space.at), partial, *_coefficients(dtype, grad, std),
         stream, ALIGNED=aligned,
+        num_warps=2 if aligned and dtype == torch.float32 else 4,  # two take 0.96 times the time of four on an H200
     )  # fmt: skip
     return _total(partial)[0]
 
