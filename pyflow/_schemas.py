@@ -61,6 +61,9 @@ HSIC:
   (B, M, n), sums of elementwise products of the pairs (B, P), and the shifts (B, M), all float64. `part` of `parts`
   restricts the tiles; the sums of all parts add up.
 - hsic_sums_backward -> one gradient per variable, computed for all tiles.
+- hsic_terms: results of hsic_sums and the diagonals (B, M, n) of the kernel matrices -> more and less (B, P) with
+  HSIC = (more - less) / divisor for each pair, both positive for a variable with itself, and the totals of the row sums
+  (B, M), diagonals included unless `unbiased`. At most 8 pairs of 16 variables on a GPU.
 - hsic_permuted: two symmetric (n, n) matrices and permutations (R, n) -> (R,) float64 sums over i != j of
   K[i, j] L[p[i], p[j]].
 - center_gram: (..., n, n) -> H K H; center_gram_ works in place.
@@ -160,6 +163,14 @@ SCHEMAS = {
     ),
     "hsic_sums_backward": (
         f"(Tensor grad_rows, Tensor grad_cross, Tensor[] z, Tensor scale, {_GRAMS}) -> Tensor[] grad_z"
+    ),
+    "hsic_terms": (
+        "(Tensor rows, Tensor cross, Tensor shift, Tensor diagonals, int[] pairs, bool unbiased) "
+        "-> (Tensor more, Tensor less, Tensor totals)"
+    ),
+    "hsic_terms_backward": (
+        "(Tensor? grad_more, Tensor? grad_less, Tensor rows, Tensor shift, Tensor diagonals, Tensor totals, "
+        "int[] pairs, bool unbiased) -> (Tensor grad_rows, Tensor grad_cross, Tensor grad_diagonals)"
     ),
     "hsic_permuted": "(Tensor gram_x, Tensor gram_y, Tensor permutations) -> Tensor",
     "center_gram": "(Tensor gram) -> Tensor centred",

@@ -1,10 +1,7 @@
-"""Sums over Gram matrices that are computed tile by tile and never stored; permuted sums; centring.
+"""Sums over Gram matrices that are computed tile by tile and never stored, HSIC from these sums, and permuted sums.
 
-Forward, a program owns a block of rows I and a block of columns J: every unordered pair of blocks is computed once, for
-J = I, I + 1, ... modulo the number of blocks, and gives row sums of I and of J. Backward, a program owns a block of
-rows and a range of columns, and computes the tiles on both sides of the diagonal. There are no atomics: partial sums
-are added in a fixed order. There is no CUDA C++ version, because the tiles are matrix products, which Triton schedules;
-a GPU without Triton runs the reference.
+There is no CUDA C++ version, because the tiles are matrix products, which Triton schedules; a GPU without Triton runs
+the reference.
 """
 
 from __future__ import annotations
@@ -14,17 +11,26 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ..reference import hsic as ref
 from . import _launch
-from ._gram import DELTA, LAPLACIAN, POLYNOMIAL, PRECOMPUTED, RBF, Gram, counted, gram_tile, grams_of, item_of
-from ._tiles import fold_rows
+from ._gram import DELTA, LAPLACIAN, PRECOMPUTED, RBF, Gram, grams_of
+from ._hsic import (
+    MOST_PAIRS,
+    accumulate_kernel,
+    backward_kernel,
+    matrix_kernel,
+    permuted_kernel,
+    sums_kernel,
+    terms_backward_kernel,
+    terms_kernel,
+)
 
-GRID = tl.constexpr(1.5 * 2.0**7)  # adding it rounds to a multiple of 2^-16
 MOST_SPLITS = 16  # ranges of columns of a backward, whose gradients are added
 MOST_PARTIAL = 1 << 21  # most partial row sums of a launch per variable: above this, offsets take several launches
+MOST_VARIABLES = 16  # of a launch of terms: four bits name one
+TERMS, TERMS_BACKWARD = 1024, 256  # rows of a block
 
 
 class Tile(NamedTuple):
@@ -41,212 +47,6 @@ class Tile(NamedTuple):
         limit = {"maxnreg": self.registers} if self.registers and torch.version.hip is None else {}
         # one stage: a prefetched tile would take the registers of a second block
         return {"num_warps": self.warps, "num_stages": 1, **limit}
-
-
-@triton.jit(do_not_specialize=["count", "parts"])
-def accumulate_kernel(partial, out, count, parts, ADD: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """Write the sums of partial (parts, count) over parts to out (count,), or add them."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((PARTS, BLOCK), out.dtype.element_ty)
-    for first in range(0, parts, PARTS):
-        part = first + tl.arange(0, PARTS)
-        inside = (part < parts)[:, None] & (i < count)[None, :]
-        total += tl.load(partial + part.to(tl.int64)[:, None] * count + i[None, :], mask=inside, other=0.0)
-    result = fold_rows(total)
-    if ADD:
-        result += tl.load(out + i, mask=i < count, other=0.0)
-    tl.store(out + i, result, mask=i < count)
-
-
-@triton.jit
-def exact_sum(v, axis: tl.constexpr, BOUNDED: tl.constexpr):
-    """Sum in float64. Entries of at most 1 are split: up to 128 multiples of 2^-16 add without rounding in float32."""
-    if v.dtype == tl.float64:
-        return tl.sum(v, axis)
-    elif BOUNDED:
-        high = (v + GRID) - GRID
-        return tl.sum(high, axis).to(tl.float64) + tl.sum(v - high, axis).to(tl.float64)
-    else:
-        return tl.sum(v.to(tl.float64), axis)
-
-
-@triton.jit
-def add_tile(sums, columns, k, j, n, diagonal, BOUNDED: tl.constexpr):
-    """Add the row sums of a tile to `sums` and store its column sums, if `columns` is not None."""
-    if columns is not None:
-        sums += exact_sum(k, 1, BOUNDED)
-        # the diagonal block has both sides already
-        tl.store(columns + j, tl.where(diagonal, 0.0, exact_sum(k, 0, BOUNDED)), mask=j < n)
-    return sums
-
-
-@triton.jit(do_not_specialize=["n", "blocks", "part", "parts", "own", "first", "offsets", "size"])
-def sums_kernel(
-    x, y, x_partial, y_partial, cross, n, blocks, part, parts, own, first, offsets, size,
-    X: tl.constexpr, Y: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """One pair of blocks of a pair of variables: cross (batch, own, offsets), and if requested partial row sums
-    (2 offsets, batch n = size): of the rows, then of the columns.
-
-    A launch covers `offsets` offsets from `first` on, of the row blocks part, part + parts, part + 2 parts, ...
-    """
-    program = tl.program_id(0)
-    offset = program % offsets
-    item = (program // offsets // own).to(tl.int64)
-    row_block = (program // offsets % own) * parts + part
-    distance = first + offset
-    column_block = (row_block + distance) % blocks
-    # half a turn: the pair of blocks is met from both sides
-    met = (2 * distance == blocks) & (row_block > column_block)
-    i = row_block * BLOCK + tl.arange(0, BLOCK)
-    dtype: tl.constexpr = x.z.dtype.element_ty
-    x, y = item_of(x, item, n, dtype), item_of(y, item, n, dtype)
-    X_BOUNDED: tl.constexpr = X.kernel != POLYNOMIAL and X.kernel != PRECOMPUTED
-    Y_BOUNDED: tl.constexpr = Y.kernel != POLYNOMIAL and Y.kernel != PRECOMPUTED
-    sum_x, sum_y = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
-    products = tl.zeros((BLOCK,), tl.float64)
-    at_rows = offset.to(tl.int64) * size + item * n
-    at_columns = at_rows + offsets.to(tl.int64) * size
-    x_columns, y_columns = x_partial, y_partial
-    if x_partial is not None:
-        x_columns += at_columns
-    if y_partial is not None:
-        y_columns += at_columns
-    for step in range(0, BLOCK, STEP):
-        j = column_block * BLOCK + step + tl.arange(0, STEP)
-        inside = counted(i, j, n) & (met == 0)
-        k, _ = gram_tile(x, i, j, n, X, PRECISION)
-        k = tl.where(inside, k, 0.0)
-        sum_x = add_tile(sum_x, x_columns, k, j, n, distance == 0, X_BOUNDED)
-        if SAME:
-            m = k
-        else:
-            m, _ = gram_tile(y, i, j, n, Y, PRECISION)
-            m = tl.where(inside, m, 0.0)
-        sum_y = add_tile(sum_y, y_columns, m, j, n, distance == 0, Y_BOUNDED)
-        products += exact_sum(k * m, 1, X_BOUNDED and Y_BOUNDED)
-    if x_partial is not None:
-        tl.store(x_partial + at_rows + i, sum_x, mask=i < n)
-    if y_partial is not None:
-        tl.store(y_partial + at_rows + i, sum_y, mask=i < n)
-    total = tl.sum(products, 0)
-    tl.store(cross + program, tl.where(distance == 0, total, 2.0 * total))
-
-
-@triton.jit
-def weight_tile(inside, i, j, n, rows, factor, other, slope):
-    """dL/dK of an unordered pair of rows times the slope of the kernel; zero outside."""
-    w = other * (factor * 2.0)
-    if rows is not None:
-        at_i = tl.load(rows + i, mask=i < n, other=0.0)[:, None]
-        w += (at_i + tl.load(rows + j, mask=j < n, other=0.0)[None, :]).to(w.dtype)
-    return tl.where(inside, w * slope, 0.0)
-
-
-@triton.jit
-def own_features(x, i, f, n, SPLIT: tl.constexpr):
-    """Features f of rows i."""
-    inside = (i < n)[:, None] & (f < x.dim)[None, :]
-    at = i.to(tl.int64)[:, None] * x.dim + f[None, :]
-    value = tl.load(x.z + at, mask=inside, other=0.0)
-    if SPLIT:
-        value += tl.load(x.low + at, mask=inside, other=0.0)
-    return value
-
-
-@triton.jit(do_not_specialize=["n", "blocks", "chunks", "splits", "steps"])
-def backward_kernel(
-    x, y, rows, factor, partial, n, blocks, chunks, splits, steps,
-    X: tl.constexpr, Y: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr, WEIGHTS: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr, FEATURES: tl.constexpr,
-):  # fmt: skip
-    """Gradient of x from one pair of variables: a block of rows x FEATURES features, from `steps` steps of columns.
-
-    partial is (splits, batch, n, x.dim).
-    """
-    program = tl.program_id(0)
-    chunk = program % chunks
-    split = program // chunks % splits
-    item = (program // chunks // splits // blocks).to(tl.int64)
-    i = program // chunks // splits % blocks * BLOCK + tl.arange(0, BLOCK)
-    f = chunk * FEATURES + tl.arange(0, FEATURES)
-    batch = (tl.num_programs(0) // chunks // splits // blocks).to(tl.int64)
-    dtype: tl.constexpr = x.z.dtype.element_ty
-    x, y = item_of(x, item, n, dtype), item_of(y, item, n, dtype)
-    if rows is not None:
-        rows += item * n
-    by = tl.load(factor + item).to(dtype)
-    total = tl.zeros((BLOCK, FEATURES), dtype)
-    weights = tl.zeros((BLOCK,), dtype)
-    for step in range(split * steps, tl.minimum((split + 1) * steps, (n + STEP - 1) // STEP)):
-        j = step * STEP + tl.arange(0, STEP)
-        inside = counted(i, j, n)
-        if SAME:
-            k, slope = gram_tile(x, i, j, n, X, PRECISION)
-            w = weight_tile(inside, i, j, n, rows, by, k, slope)
-        else:
-            # y first: fewer registers than with the slope of x beside it
-            other, _ = gram_tile(y, i, j, n, Y, PRECISION)
-            _, slope = gram_tile(x, i, j, n, X, PRECISION)
-            w = weight_tile(inside, i, j, n, rows, by, other, slope)
-        zj = own_features(x, j, f, n, X.split)
-        if X.kernel == LAPLACIAN:
-            more = own_features(x, i, f, n, X.split)[:, None, :] - zj[None, :, :]
-            sign = tl.where(more > 0.0, 1.0, tl.where(more < 0.0, -1.0, 0.0)).to(dtype)
-            total -= tl.sum(w[:, :, None] * sign, 1)
-        elif dtype == tl.float32:
-            total = tl.dot(w, zj, total, input_precision=WEIGHTS)
-        else:
-            total += tl.sum(w[:, :, None] * zj[None, :, :], 1)
-        weights += tl.sum(w, 1)
-    if X.kernel == RBF:
-        # sum over j of w_ij (z_j - z_i)
-        total -= weights[:, None] * own_features(x, i, f, n, X.split)
-    at = ((split * batch + item) * n + i)[:, None] * x.dim + f[None, :]
-    tl.store(partial + at, total, mask=(i < n)[:, None] & (f < x.dim)[None, :])
-
-
-@triton.jit(do_not_specialize=["n", "blocks"])
-def matrix_kernel(
-    y, rows, factor, grad, n, blocks,
-    Y: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Gradient of a precomputed matrix from one pair of variables: one tile."""
-    program = tl.program_id(0)
-    item = (program // (blocks * blocks)).to(tl.int64)
-    i = program // blocks % blocks * BLOCK + tl.arange(0, BLOCK)
-    j = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    dtype: tl.constexpr = y.z.dtype.element_ty
-    value, _ = gram_tile(item_of(y, item, n, dtype), i, j, n, Y, PRECISION)
-    total = value * tl.load(factor + item).to(dtype)
-    if rows is not None:
-        total += tl.load(rows + item * n + i, mask=i < n, other=0.0)[:, None].to(dtype)
-    total = tl.where(counted(i, j, n), total, 0.0)
-    inside = (i < n)[:, None] & (j < n)[None, :]
-    at = grad + item * n * n + i.to(tl.int64)[:, None] * n + j[None, :]
-    if ADD:
-        total += tl.load(at, mask=inside, other=0.0)
-    tl.store(at, total, mask=inside)
-
-
-@triton.jit(do_not_specialize=["n"])
-def permuted_kernel(x, y, permutations, out, n, BLOCK: tl.constexpr):
-    """Sum of x[i, j] y[p[i], p[j]] over i != j, for one permutation p."""
-    row = tl.program_id(0).to(tl.int64)
-    permutations += row * n
-    total = tl.zeros((BLOCK,), tl.float64)
-    for i0 in range(0, n, BLOCK):
-        i = i0 + tl.arange(0, BLOCK)
-        p = tl.load(permutations + i, mask=i < n, other=0).to(tl.int64)
-        for j0 in range(0, n, BLOCK):
-            j = j0 + tl.arange(0, BLOCK)
-            q = tl.load(permutations + j, mask=j < n, other=0)
-            inside = counted(i, j, n)
-            a = tl.load(x + i.to(tl.int64)[:, None] * n + j[None, :], mask=inside, other=0.0).to(tl.float64)
-            b = tl.load(y + p[:, None] * n + q[None, :], mask=inside, other=0.0).to(tl.float64)
-            total += tl.sum(a * b, 1)
-    tl.store(out + row, tl.sum(total, 0))
 
 
 def _precision(three: str) -> str:
@@ -411,3 +211,54 @@ def hsic_permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tenso
         arguments = (t.contiguous() for t in (gram_x, gram_y, permutations))
         _launch.launch(permuted_kernel, len(out), gram_x.device, *arguments, out, len(gram_x), BLOCK=32)
     return out
+
+
+def _fits(rows: Tensor, pairs: Sequence[int]) -> bool:
+    """Whether a launch can take these pairs, and every variable is in one."""
+    variables = rows.shape[1]
+    return rows.numel() > 0 and variables <= MOST_VARIABLES and 0 < len(pairs) <= 2 * MOST_PAIRS.value and (
+        {*pairs} == {*range(variables)}
+    )  # fmt: skip
+
+
+def _code(pairs: Sequence[int]) -> int:
+    code = sum(m << 4 * k for k, m in enumerate(pairs))
+    # the argument is a signed integer
+    return code - (1 << 64) if code >= 1 << 63 else code
+
+
+def hsic_terms(
+    rows: Tensor, cross: Tensor, shift: Tensor, diagonals: Tensor, pairs: Sequence[int], unbiased: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _fits(rows, pairs):
+        return ref.hsic_terms(rows, cross, shift, diagonals, pairs, unbiased)
+    rows, cross, shift = rows.contiguous(), cross.contiguous(), shift.contiguous()
+    batch, variables, n = rows.shape
+    count = len(pairs) // 2
+    more, less = torch.empty_like(cross), torch.empty_like(cross)
+    totals = rows.new_empty((batch, variables))
+    _launch.launch(
+        terms_kernel, batch * count, rows.device, rows, cross, shift, (diagonals, diagonals.stride()), more, less,
+        totals, variables, count, _code(pairs), n, UNBIASED=unbiased, BLOCK=TERMS,
+    )  # fmt: skip
+    return more, less, totals
+
+
+def hsic_terms_backward(
+    grad_more: Tensor | None, grad_less: Tensor | None, rows: Tensor, shift: Tensor, diagonals: Tensor, totals: Tensor,
+    pairs: Sequence[int], unbiased: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if not _fits(rows, pairs):
+        return ref.hsic_terms_backward(grad_more, grad_less, rows, shift, diagonals, totals, pairs, unbiased)
+    grad_more, grad_less = (grad if grad is None else grad.contiguous() for grad in (grad_more, grad_less))
+    rows, shift, totals = rows.contiguous(), shift.contiguous(), totals.contiguous()
+    batch, variables, n = rows.shape
+    count, blocks = len(pairs) // 2, -(-n // TERMS_BACKWARD)
+    grad_rows, grad_diagonals = torch.empty_like(rows), torch.empty_like(rows)
+    grad_cross = rows.new_empty((batch, count))
+    _launch.launch(
+        terms_backward_kernel, batch * variables * blocks, rows.device, grad_more, grad_less, rows, shift,
+        (diagonals, diagonals.stride()), totals, grad_rows, grad_cross, grad_diagonals, variables, count, _code(pairs),
+        n, blocks, UNBIASED=unbiased, BLOCK=TERMS_BACKWARD,
+    )  # fmt: skip
+    return grad_rows, grad_cross, grad_diagonals

@@ -119,6 +119,27 @@ struct PermutedArgs {
   bool f64;
 };
 
+// Terms of HSIC from the sums over tiles; arrays are contiguous but the diagonals. A unit is an item, in the backward a
+// variable of an item.
+struct TermsArgs {
+  int64_t variables, pairs, n;
+  const int64_t* pair;  // two variables each
+  bool unbiased;        // without diagonals
+  const double *rows, *shift;
+  const double* diagonals;
+  int64_t stride[3];  // of the diagonals' items, variables and rows
+};
+
+struct Terms : TermsArgs {
+  const double* cross;
+  double *more, *less, *totals;
+};
+
+struct TermsBackward : TermsArgs {
+  const double *grad_more, *grad_less, *totals;  // gradients: null for zero
+  double *grad_rows, *grad_diagonals;
+};
+
 PYFLOW_CPU_KERNEL(gram_stats, GramArgs)
 PYFLOW_CPU_KERNEL(gram_pack, GramArgs)
 PYFLOW_CPU_KERNEL(gram_sums, GramSums)
@@ -126,5 +147,7 @@ PYFLOW_CPU_KERNEL(gram_clear, GramBackward)
 PYFLOW_CPU_KERNEL(gram_backward, GramBackward)
 PYFLOW_CPU_KERNEL(gram_finish, GramBackward)
 PYFLOW_CPU_KERNEL(gram_permuted, PermutedArgs)
+PYFLOW_CPU_KERNEL(hsic_terms, Terms)
+PYFLOW_CPU_KERNEL(hsic_terms_backward, TermsBackward)
 
 }  // namespace pyflow

@@ -221,6 +221,69 @@ std::vector<Tensor> hsic_sums_backward(Tensor grad_rows, Tensor grad_cross, std:
   return grads;
 }
 
+// the tensors that arguments of hsic_terms point to, contiguous
+struct TermTensors {
+  Tensor rows, shift;
+
+  TermTensors(TermsArgs& a, const Tensor& rows_, const Tensor& shift_, const Tensor& diagonals,
+              const std::vector<int64_t>& pairs, bool unbiased)
+      : rows(torch::stable::contiguous(rows_)), shift(torch::stable::contiguous(shift_)) {
+    a.variables = rows.size(1);
+    a.n = rows.size(2);
+    a.pairs = int64_t(pairs.size()) / 2;
+    a.pair = pairs.data();
+    a.unbiased = unbiased;
+    a.rows = (const double*)rows.data_ptr();
+    a.shift = (const double*)shift.data_ptr();
+    a.diagonals = (const double*)diagonals.data_ptr();
+    for (int64_t k = 0; k < 3; ++k) a.stride[k] = diagonals.stride(k);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> hsic_terms(Tensor rows, Tensor cross, Tensor shift, Tensor diagonals,
+                                              std::vector<int64_t> pairs, bool unbiased) {
+  Terms a{};
+  const TermTensors tensors(a, rows, shift, diagonals, pairs, unbiased);
+  const Tensor products = torch::stable::contiguous(cross);
+  const int64_t batch = rows.size(0), sizes[] = {batch, a.pairs}, totals_sizes[] = {batch, a.variables};
+  Tensor more = new_empty(rows, sizes, 2, ScalarType::Double), less = new_empty(rows, sizes, 2, ScalarType::Double);
+  Tensor totals = new_empty(rows, totals_sizes, 2, ScalarType::Double);
+  a.cross = (const double*)products.data_ptr();
+  a.more = (double*)more.data_ptr();
+  a.less = (double*)less.data_ptr();
+  a.totals = (double*)totals.data_ptr();
+  run_if_any(cpu::hsic_terms, a, batch, grain_of(a.n * (a.variables + a.pairs)));
+  return {more, less, totals};
+}
+
+std::tuple<Tensor, Tensor, Tensor> hsic_terms_backward(std::optional<Tensor> grad_more, std::optional<Tensor> grad_less,
+                                                       Tensor rows, Tensor shift, Tensor diagonals, Tensor totals,
+                                                       std::vector<int64_t> pairs, bool unbiased) {
+  TermsBackward a{};
+  const TermTensors tensors(a, rows, shift, diagonals, pairs, unbiased);
+  const int64_t batch = rows.size(0), sizes[] = {batch, a.pairs}, rows_sizes[] = {batch, a.variables, a.n};
+  Tensor grad_rows = new_empty(rows, rows_sizes, 3, ScalarType::Double);
+  Tensor grad_diagonals = new_empty(rows, rows_sizes, 3, ScalarType::Double);
+  Tensor grad_cross = new_empty(rows, sizes, 2, ScalarType::Double);
+  if (grad_more) {
+    torch::stable::copy_(grad_cross, *grad_more);
+    a.grad_more = (const double*)grad_cross.data_ptr();
+  } else {
+    fill_zero(grad_cross.data_ptr(), grad_cross.numel());
+  }
+  std::optional<Tensor> of_less;
+  if (grad_less) {
+    of_less = torch::stable::contiguous(*grad_less);
+    a.grad_less = (const double*)of_less->data_ptr();
+  }
+  const Tensor all = torch::stable::contiguous(totals);
+  a.totals = (const double*)all.data_ptr();
+  a.grad_rows = (double*)grad_rows.data_ptr();
+  a.grad_diagonals = (double*)grad_diagonals.data_ptr();
+  run_if_any(cpu::hsic_terms_backward, a, batch * a.variables, grain_of(a.n * a.pairs));
+  return {grad_rows, grad_cross, grad_diagonals};
+}
+
 Tensor hsic_permuted(Tensor gram_x, Tensor gram_y, Tensor permutations) {
   const Tensor x = torch::stable::contiguous(gram_x), y = torch::stable::contiguous(gram_y);
   const Tensor p = torch::stable::contiguous(permutations);
@@ -240,6 +303,8 @@ Tensor hsic_permuted(Tensor gram_x, Tensor gram_y, Tensor permutations) {
 PYFLOW_OPERATORS(m) {
   m.impl("hsic_sums", TORCH_BOX(&hsic_sums));
   m.impl("hsic_sums_backward", TORCH_BOX(&hsic_sums_backward));
+  m.impl("hsic_terms", TORCH_BOX(&hsic_terms));
+  m.impl("hsic_terms_backward", TORCH_BOX(&hsic_terms_backward));
   m.impl("hsic_permuted", TORCH_BOX(&hsic_permuted));
 }
 

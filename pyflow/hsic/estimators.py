@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._operators import OPERATORS
 from .._schemas import HSIC_KERNELS
 from ..reference import matmul
 from .kernels import Variable
 from .powers import times_two_to
 
 ESTIMATORS = ("biased", "biased_n2", "unbiased")
+UNIT_DIAGONAL = ("rbf", "laplacian", "delta")  # kernels whose matrices have ones on the diagonal
 EPS = torch.finfo(torch.float64).eps
 
 # (op, variables, pairs, allow_tf32) -> row sums, sums of products, shift: `pyflow.ops.hsic.sums`, or the same in parts
@@ -32,12 +34,12 @@ class Pairs(NamedTuple):
     sums: TileSums
 
 
-class Estimate(NamedTuple):
-    """HSIC of two variables, (*batch) float64; for a variable with itself also how reliable it is."""
+class Estimates(NamedTuple):
+    """HSIC of every pair of variables, and for variables with themselves how reliable it is."""
 
-    value: Tensor
-    lost: Tensor | None = None  # bool: the value may be pure rounding error; None: it is not
-    added: Tensor | None = None  # sum of the absolute values of the terms
+    value: Tensor  # (*batch, P) float64
+    lost: Sequence[Tensor | None]  # (*batch) bool per pair: the value may be pure rounding error; None: it is not
+    added: Sequence[Tensor | None]  # sum of the absolute values of the terms
 
 
 def rows_needed(op: str, n: int, estimator: str) -> None:
@@ -60,44 +62,56 @@ def values(of: Pairs) -> Tensor:
     The value is 0 if all rows of a variable are equal, and for a variable with itself if it is not above its rounding
     error.
     """
-    result = []
-    for (a, b), (value, lost, _) in zip(of.pairs, estimates(of), strict=True):
-        if lost is not None:
-            value = torch.where(lost, 0.0, value)
-        for m in {a, b}:
-            constant = of.every[m].constant
-            if constant is not None:
-                value = torch.where(constant, 0.0, value)
-        result.append(value)
+    value, every_lost, _ = estimates(of)
+    zeros = [
+        [zero for zero in (lost, *(of.every[m].constant for m in {*pair})) if zero is not None]
+        for pair, lost in zip(of.pairs, every_lost, strict=True)
+    ]
+    if not any(zeros):
+        return value
+    result = list(value.unbind(-1))
+    for p, of_pair in enumerate(zeros):
+        for zero in of_pair:
+            result[p] = torch.where(zero, 0.0, result[p])
     return torch.stack(result, -1)
 
 
-def estimates(of: Pairs, *, with_added: bool = False) -> list[Estimate]:
-    """Return the estimate of every pair of variables, for the kernels of z.
+def estimates(of: Pairs, *, with_added: bool = False) -> Estimates:
+    """Return the estimates of every pair of variables, for the kernels of z.
 
     `added` is None if the covariance form is used (linear kernels).
     """
     op, every, pairs, estimator, allow_tf32, sums = of
-    n = every[0].z.shape[-2]
+    n, none = every[0].z.shape[-2], [None] * len(pairs)
     if all(v.linear for v in every):
         used = [every[m] for pair in pairs for m in pair]
         widths = [(a.z.shape[-1], b.z.shape[-1]) for a, b in zip(used[::2], used[1::2], strict=True)]
         if sum(a * b for a, b in widths) < n * sum(v.z.shape[-1] for v in every) / 2:
-            return [_of_covariance(every[a], every[b], estimator, a == b) for a, b in pairs]
-    rows, cross, shift = sums(op, every, pairs, allow_tf32)
-    diagonals = [v.diagonal - shift[..., m, None] for m, v in enumerate(every)]
-    result = []
-    for p, (a, b) in enumerate(pairs):
-        more, less, over = _terms(
-            cross[..., p], rows[..., a, :], rows[..., b, :], diagonals[a], diagonals[b], estimator
-        )
-        value = (more - less) / over
-        if a != b:
-            result.append(Estimate(value))
-        else:
-            added = (more + less) / over if with_added else None
-            result.append(Estimate(value, _lost(every[a], more, less, over), added))
-    return result
+            found = [_of_covariance(every[a], every[b], estimator, a == b) for a, b in pairs]
+            return Estimates(torch.stack([value for value, _ in found], -1), [lost for _, lost in found], none)
+    more, less = _terms(op, every, pairs, estimator, *sums(op, every, pairs, allow_tf32))
+    over = divisor(n, estimator)
+    own = [(p, every[a]) for p, (a, b) in enumerate(pairs) if a == b]
+    every_lost, added = list(none), list(none)
+    for p, v in own:
+        every_lost[p] = _lost(v, more[..., p], less[..., p], over)
+        added[p] = (more[..., p] + less[..., p]) / over if with_added else None
+    return Estimates((more - less) / over, every_lost, added)
+
+
+def _terms(
+    op: str, every: Sequence[Variable], pairs: Sequence[tuple[int, int]], estimator: str, rows: Tensor, cross: Tensor,
+    shift: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return (more, less) (*batch, P) from the sums, with HSIC = (more - less) / divisor."""
+    batch, flat = rows.shape[:-2], [m for pair in pairs for m in pair]
+    if all(HSIC_KERNELS[v.kernel] in UNIT_DIAGONAL for v in every):
+        diagonals = every[0].diagonal.unsqueeze(-2).expand(rows.shape)
+    else:
+        diagonals = torch.stack([v.diagonal for v in every], -2)
+    sums = (t.reshape(-1, *t.shape[len(batch) :]) for t in (rows, cross, shift, diagonals))
+    more, less, _ = OPERATORS["hsic_terms"].pick(op, rows)(*sums, flat, estimator == "unbiased")
+    return more.reshape(*batch, -1), less.reshape(*batch, -1)
 
 
 def _lost(v: Variable, more: Tensor, less: Tensor, over: int) -> Tensor:
@@ -118,37 +132,20 @@ def chain(n: int) -> float:
     return 4 * EPS * (2 * n)
 
 
-def _terms(
-    cross: Tensor, k: Tensor, m: Tensor, diag_k: Tensor, diag_l: Tensor, estimator: str
-) -> tuple[Tensor, Tensor, int]:
-    """Return (more, less, over) with HSIC = (more - less) / over; all three are positive if K = L.
-
-    `cross` is the sum of K_ij L_ij over i != j, k and m are the row sums of K and L without the diagonals diag_k and
-    diag_l; all float64.
-    """
-    n = k.shape[-1]
-    if estimator == "unbiased":
-        product = k.sum(-1) * m.sum(-1) / ((n - 1) * (n - 2))
-        return cross + product, 2 / (n - 2) * (k * m).sum(-1), divisor(n, estimator)
-    k, m = k + diag_k, m + diag_l
-    more = cross + (diag_k * diag_l).sum(-1) + k.sum(-1) * m.sum(-1) / n**2
-    return more, 2 / n * (k * m).sum(-1), divisor(n, estimator)
-
-
-def _of_covariance(x: Variable, y: Variable, estimator: str, same: bool) -> Estimate:
-    """Return HSIC of linear kernels from the squared entries of the covariance matrix."""
+def _of_covariance(x: Variable, y: Variable, estimator: str, same: bool) -> tuple[Tensor, Tensor | None]:
+    """Return HSIC of linear kernels from the squared entries of the covariance matrix, and whether it may be lost."""
     n = x.z.shape[-2]
     over = divisor(n, estimator)
     total = matmul(x.z.mT, y.z).double().square().sum((-2, -1))
     if estimator != "unbiased":
-        return Estimate(total / over)
+        return total / over, None
     a, b = x.diagonal, y.diagonal
     ab = (a * b).sum(-1)
     product, less = a.sum(-1) * b.sum(-1) / ((n - 1) * (n - 2)), 2 / (n - 2) * ab
     value = (total - ab + product - less) / over
     # the covariance is computed in the dtype of x
     eps = torch.finfo(x.z.dtype).eps
-    return Estimate(value, ab + less >= (total + product) * ((1 - eps) / (1 + eps)) if same else None)
+    return value, ab + less >= (total + product) * ((1 - eps) / (1 + eps)) if same else None
 
 
 def ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:

@@ -287,6 +287,18 @@ def _of_scale(grads, z, scale):
 _sums = register(
     "hsic_sums", "hsic", reference=_sums_reference, fake=_sums_fake, backward=_sums_gradients, cuda=False,
 )  # fmt: skip
+_terms_backward = register(
+    "hsic_terms_backward", "hsic", reference=ref.hsic_terms_backward, cuda=False,
+    fake=lambda grad_more, grad_less, rows, shift, diagonals, totals, pairs, unbiased: (
+        rows.new_empty(rows.shape), rows.new_empty(len(rows), len(pairs) // 2), rows.new_empty(rows.shape)
+    ),
+)  # fmt: skip
+register(
+    "hsic_terms", "hsic", reference=ref.hsic_terms, backward=_terms_backward, cuda=False,
+    fake=lambda rows, cross, shift, diagonals, pairs, unbiased: (
+        cross.new_empty(cross.shape), cross.new_empty(cross.shape), rows.new_empty(rows.shape[:2])
+    ),
+)  # fmt: skip
 _permuted = register(
     "hsic_permuted", "hsic", reference=ref.hsic_permuted, cuda=False,
     fake=lambda gram_x, gram_y, permutations: gram_x.new_empty(permutations.shape[:1], dtype=torch.float64),

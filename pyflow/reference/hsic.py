@@ -110,6 +110,49 @@ def hsic_sums(
     return rows, torch.stack(cross, 1) if cross else rows.new_zeros(len(scale), 0), shift
 
 
+def hsic_terms(
+    rows: Tensor, cross: Tensor, shift: Tensor, diagonals: Tensor, pairs: Sequence[int], unbiased: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (more, less) (B, P) with HSIC = (more - less) / divisor for each pair, and totals of row sums (B, M).
+
+    `rows`, `cross` and `shift` are those of `hsic_sums`, `diagonals` (B, M, n) those of the kernel matrices; all
+    float64. The unbiased estimator does without diagonals.
+    """
+    n = rows.shape[-1]
+    own = diagonals - shift[..., None]
+    rows = rows if unbiased else rows + own
+    totals = rows.sum(-1)
+    more, less = [], []
+    for p, (a, b) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
+        product = totals[:, a] * totals[:, b] / ((n - 1) * (n - 2) if unbiased else n**2)
+        more.append(cross[:, p] + product if unbiased else cross[:, p] + (own[:, a] * own[:, b]).sum(-1) + product)
+        less.append(2 / (n - 2 if unbiased else n) * (rows[:, a] * rows[:, b]).sum(-1))
+    return torch.stack(more, 1), torch.stack(less, 1), totals
+
+
+def hsic_terms_backward(
+    grad_more: Tensor | None, grad_less: Tensor | None, rows: Tensor, shift: Tensor, diagonals: Tensor, totals: Tensor,
+    pairs: Sequence[int], unbiased: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of rows, cross and diagonals."""
+    n, none = rows.shape[-1], rows.new_zeros(len(rows), len(pairs) // 2)
+    grad_more, grad_less = (none if grad is None else grad for grad in (grad_more, grad_less))
+    own = diagonals - shift[..., None]
+    rows = rows if unbiased else rows + own
+    # not `totals`, which have no gradient
+    of_product = grad_more[..., None] * rows.sum(-1)[:, None] / ((n - 1) * (n - 2) if unbiased else n**2)
+    of_rows = grad_less * (2 / (n - 2 if unbiased else n))
+    grads = [torch.zeros_like(rows[:, 0]) for _ in range(rows.shape[1])]
+    grad_own = list(grads)
+    for p, (a, b) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
+        for m, other in ((a, b), (b, a)):
+            grads[m] = grads[m] + of_product[:, p, other, None] + of_rows[:, p, None] * rows[:, other]
+            grad_own[m] = grad_own[m] + grad_more[:, p, None] * own[:, other]
+    grad_rows = torch.stack(grads, 1)
+    grad_diagonals = torch.zeros_like(grad_rows) if unbiased else grad_rows + torch.stack(grad_own, 1)
+    return grad_rows, grad_more.clone(), grad_diagonals
+
+
 def hsic_permuted(gram_x: Tensor, gram_y: Tensor, permutations: Tensor) -> Tensor:
     """(R,) float64 sums over i != j of K[i, j] L[p[i], p[j]], one for each row p of permutations (R, n)."""
     k = gram_x.double().fill_diagonal_(0) if gram_x.dtype != torch.float64 else gram_x.clone().fill_diagonal_(0)

@@ -247,7 +247,7 @@ def _added(op: str, v: Variable, estimator: str) -> Tensor:
         # the squared covariances
         return v.diagonal.sum().square() / divisor(len(v.z), estimator)
     of = Pairs(op, [v], [(0, 0)], estimator, False, sums)
-    return cast(Tensor, estimates(of, with_added=True)[0].added)
+    return cast(Tensor, estimates(of, with_added=True).added[0])
 
 
 def _gamma_test(op: str, pair: list[Variable], estimator: str, normalize: bool, progress: bool) -> HSICTest:

@@ -97,10 +97,10 @@ def _terms(z: Tensor, options: dict[str, object]) -> float:
     with pyflow.backend("reference"):
         made = variable("hsic", "x", z.detach().double(), spec)
         of = Pairs("hsic", [made], [(0, 0)], options["estimator"], False, sums)
-        (estimate,) = estimates(of, with_added=True)
-    if estimate.added is None:
+        (added,) = estimates(of, with_added=True).added
+    if added is None:
         return _own(z, {**options, "estimator": "biased"})
-    return float(whole(estimate.added, made, made))
+    return float(whole(added, made, made))
 
 
 @drawer

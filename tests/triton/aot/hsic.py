@@ -13,17 +13,19 @@ from pyflow.triton_kernels import hsic
 from . import F32, F64, TARGETS, recorded
 
 BOUNDED = {
-    "hsic.sums_kernel": "n: its n x n pairs take years", "hsic.backward_kernel": "n: likewise",
-    "hsic.accumulate_kernel": "no products: pointers advance by the count",
+    "_hsic.sums_kernel": "n: its n x n pairs take years", "_hsic.backward_kernel": "n: likewise",
+    "_hsic.accumulate_kernel": "no products: pointers advance by the count",
     "_gram.prepare_kernel": "n: as in the sums", "_gram.wide_kernel": "n: likewise",
-    "hsic.matrix_kernel": "n: an n x n matrix is among the inputs", "hsic.permuted_kernel": "n: likewise",
+    "_hsic.terms_kernel": "n: n x n pairs come before it", "_hsic.terms_backward_kernel": "n: likewise",
+    "_hsic.matrix_kernel": "n: an n x n matrix is among the inputs", "_hsic.permuted_kernel": "n: likewise",
 }  # fmt: skip
 # matrices have the compute dtype
 KERNELS = ("sums_kernel", "backward_kernel", "matrix_kernel", "permuted_kernel", "accumulate_kernel")
-DTYPES = {f"hsic.{kernel}": {F32, F64} for kernel in KERNELS}
+DTYPES = {f"_hsic.{kernel}": {F32, F64} for kernel in KERNELS}
 DTYPES |= {"_gram.prepare_kernel": {F32}, "_gram.wide_kernel": {F64}}
+DTYPES |= {"_hsic.terms_kernel": {F64}, "_hsic.terms_backward_kernel": {F64}}
 # two tiles of products fill the registers; a few loop constants may be on the stack
-PRODUCTS = ("hsic.sums_kernel", "hsic.backward_kernel")
+PRODUCTS = ("_hsic.sums_kernel", "_hsic.backward_kernel")
 
 
 @contextlib.contextmanager
@@ -55,6 +57,15 @@ def permuted(dtype, n=200):
     return launches
 
 
+def terms(unbiased, n=200):
+    rows, sums, shift = torch.empty(2, 3, n, dtype=F64), torch.empty(2, 2, dtype=F64), torch.empty(2, 3, dtype=F64)
+    more = (shift, rows[:, :, :1].expand(rows.shape))
+    with recorded() as launches:
+        hsic.hsic_terms(rows, sums, *more, [0, 1, 1, 2], unbiased)
+        hsic.hsic_terms_backward(sums, None, rows, *more, shift, [0, 1, 1, 2], unbiased)
+    return launches
+
+
 def cases():
     table = {}
     for target in TARGETS:
@@ -63,6 +74,7 @@ def cases():
             table[f"{name}-rbf"] = grams(target, dtype, ("rbf", "rbf"), (64, 3))
             table[f"{name}-rbf-wide"] = grams(target, dtype, ("rbf", "rbf"), (64, 100))
             table[f"{name}-permuted"] = permuted(dtype)
+        table[f"{target}-hsic-terms"] = terms(target in ("sm_80", "sm_90"))
     for dtype in (F32, F64):
         name = f"sm_90-{str(dtype)[6:]}-hsic"
         table[f"{name}-laplacian"] = grams("sm_90", dtype, ("laplacian", "polynomial"), (10, 20), degree=3)
