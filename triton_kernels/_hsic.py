@@ -130,6 +130,21 @@ def own_features(x, i, f, n, SPLIT: tl.constexpr):
     return value
 
 
+@triton.jit
+def features_times(weights, x, j, f, n, total, SPLIT: tl.constexpr, WEIGHTS: tl.constexpr):
+    return tl.dot(weights, own_features(x, j, f, n, SPLIT), total, input_precision=WEIGHTS)
+
+
+@triton.jit
+def store_gradient(partial, x, total, weights, i, f, n, first, KERNEL: tl.constexpr, SPLIT: tl.constexpr):
+    """Store the gradient of rows i from row `first` of partial on."""
+    if KERNEL == RBF:
+        # sum over j of w_ij (z_j - z_i)
+        total -= weights[:, None] * own_features(x, i, f, n, SPLIT)
+    at = (first + i)[:, None] * x.dim + f[None, :]
+    tl.store(partial + at, total, mask=(i < n)[:, None] & (f < x.dim)[None, :])
+
+
 @triton.jit(do_not_specialize=["n", "blocks", "chunks", "splits", "steps"])
 def backward_kernel(
     x, y, rows, factor, partial, n, blocks, chunks, splits, steps,
@@ -165,21 +180,55 @@ def backward_kernel(
             other, _ = gram_tile(y, i, j, n, Y, PRECISION)
             _, slope = gram_tile(x, i, j, n, X, PRECISION)
             w = weight_tile(inside, i, j, n, rows, by, other, slope)
-        zj = own_features(x, j, f, n, X.split)
         if X.kernel == LAPLACIAN:
+            zj = own_features(x, j, f, n, X.split)
             more = own_features(x, i, f, n, X.split)[:, None, :] - zj[None, :, :]
             sign = tl.where(more > 0.0, 1.0, tl.where(more < 0.0, -1.0, 0.0)).to(dtype)
             total -= tl.sum(w[:, :, None] * sign, 1)
         elif dtype == tl.float32:
-            total = tl.dot(w, zj, total, input_precision=WEIGHTS)
+            total = features_times(w, x, j, f, n, total, X.split, WEIGHTS)
         else:
-            total += tl.sum(w[:, :, None] * zj[None, :, :], 1)
+            total += tl.sum(w[:, :, None] * own_features(x, j, f, n, X.split)[None, :, :], 1)
         weights += tl.sum(w, 1)
-    if X.kernel == RBF:
-        # sum over j of w_ij (z_j - z_i)
-        total -= weights[:, None] * own_features(x, i, f, n, X.split)
-    at = ((split * batch + item) * n + i)[:, None] * x.dim + f[None, :]
-    tl.store(partial + at, total, mask=(i < n)[:, None] & (f < x.dim)[None, :])
+    store_gradient(partial, x, total, weights, i, f, n, (split * batch + item) * n, X.kernel, X.split)
+
+
+@triton.jit(do_not_specialize=["n", "blocks", "chunks", "splits", "steps"])
+def pair_backward_kernel(
+    x, y, rows, factor, x_partial, y_partial, n, blocks, chunks, splits, steps,
+    X: tl.constexpr, Y: tl.constexpr, PRECISION: tl.constexpr, WEIGHTS: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """`backward_kernel` for both variables of the only pair of a call, whose entries are computed once.
+
+    rows are the gradients (x, y) of their row sums, (batch, 2, n).
+    """
+    program = tl.program_id(0)
+    chunk = program % chunks
+    split = program // chunks % splits
+    item = (program // chunks // splits // blocks).to(tl.int64)
+    i = program // chunks // splits % blocks * BLOCK + tl.arange(0, BLOCK)
+    f = chunk * FEATURES + tl.arange(0, FEATURES)
+    batch = (tl.num_programs(0) // chunks // splits // blocks).to(tl.int64)
+    x, y = item_of(x, item, n, tl.float32), item_of(y, item, n, tl.float32)
+    rows += item * 2 * n
+    by = tl.load(factor + item).to(tl.float32)
+    x_total, y_total = tl.zeros((BLOCK, FEATURES), tl.float32), tl.zeros((BLOCK, FEATURES), tl.float32)
+    x_weights, y_weights = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for step in range(split * steps, tl.minimum((split + 1) * steps, (n + STEP - 1) // STEP)):
+        j = step * STEP + tl.arange(0, STEP)
+        inside = counted(i, j, n)
+        k, x_slope = gram_tile(x, i, j, n, X, PRECISION)
+        m, y_slope = gram_tile(y, i, j, n, Y, PRECISION)
+        w = weight_tile(inside, i, j, n, rows, by, m, x_slope)
+        x_total = features_times(w, x, j, f, n, x_total, X.split, WEIGHTS)
+        x_weights += tl.sum(w, 1)
+        w = weight_tile(inside, i, j, n, rows + n, by, k, y_slope)
+        y_total = features_times(w, y, j, f, n, y_total, Y.split, WEIGHTS)
+        y_weights += tl.sum(w, 1)
+    first = (split * batch + item) * n
+    store_gradient(x_partial, x, x_total, x_weights, i, f, n, first, X.kernel, X.split)
+    store_gradient(y_partial, y, y_total, y_weights, i, f, n, first, Y.kernel, Y.split)
 
 
 @triton.jit(do_not_specialize=["n", "blocks"])
