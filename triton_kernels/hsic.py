@@ -201,7 +201,7 @@ def _pair_gradients(x: Gram, y: Gram, scale: Tensor, rows: Tensor, factor: Tenso
     batch, n, _ = x.z.shape
     tile = _pair_tile(x.z.device)
     blocks, steps = -(-n // tile.rows), -(-n // tile.step)
-    splits, features = _splits(blocks, steps), _features(max(x.dim, y.dim))
+    splits, features = _splits(blocks, steps, 2), _features(max(x.dim, y.dim))
     chunks = -(-max(x.dim, y.dim) // features)
     partials = [v.z.new_empty((splits, *v.z.shape)) for v in (x, y)]
     _launch.launch(
@@ -218,9 +218,9 @@ def _pair_gradients(x: Gram, y: Gram, scale: Tensor, rows: Tensor, factor: Tenso
     return grads
 
 
-def _splits(blocks: int, steps: int) -> int:
-    """Ranges of columns, for about three programs on each of an H100's multiprocessors; by n alone."""
-    return max(1, min(MOST_SPLITS, 384 // blocks, steps))
+def _splits(blocks: int, steps: int, resident: int) -> int:
+    """Ranges of columns, for `resident` programs on each of an H100's multiprocessors; by n alone."""
+    return max(1, min(MOST_SPLITS, 128 * resident // blocks, steps))
 
 
 def _features(dim: int) -> int:
@@ -243,7 +243,7 @@ def _gradient(
     batch, n, dim = grad.shape
     tile = _backward_tile(x, y, grad.device)
     blocks, steps = -(-n // tile.rows), -(-n // tile.step)
-    splits, features = (_splits(blocks, steps), _features(dim)) if tile.rows > 16 else (1, 16)
+    splits, features = (_splits(blocks, steps, 3), _features(dim)) if tile.rows > 16 else (1, 16)
     chunks = -(-dim // features)
     partial = grad.new_empty((splits, *grad.shape))
     _launch.launch(

@@ -1,7 +1,6 @@
-// HSIC of pairs of variables from their row sums and sums of products, and the gradients. Sums have sixteen lanes, so that
-// every instruction set gives the same bits.
+// HSIC of pairs of variables from their row sums and sums of products, and the gradients. Sums have sixteen lanes, so
+// that every instruction set gives the same bits.
 #include "../args/hsic.h"
-
 #include "sums.h"
 
 namespace pyflow::PYFLOW_ISA {

@@ -13,8 +13,23 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import pyflow
 from pyflow import ops, testing
 from pyflow._schemas import HSIC_KERNELS
+from pyflow.reference import hsic as ref
 
 from ..hsic.dense import ESTIMATORS, F32, F64, KERNELS, dependent, draw, leaves_of, matrix, scattered
+
+# of three variables: all kinds of pairs, one twice
+TERM_PAIRS = [0, 1, 2, 2, 1, 0, 1, 2]
+
+
+def term_inputs(batch, n, diagonals="whole"):
+    """Row sums, sums of products, shifts and diagonals of three variables."""
+    whole = draw((batch, 3, n + 1), F64, 3)
+    chosen = {
+        "whole": whole[..., :n].contiguous(),
+        "expanded": whole[..., :1].expand(batch, 3, n),
+        "strided": whole[..., 1:],
+    }
+    return [draw((batch, 3, n), F64, 1), draw((batch, 4), F64, 2), draw((batch, 3), F64, 4), chosen[diagonals]]
 
 
 def test_cka_of_x_with_itself_is_one():
@@ -130,6 +145,8 @@ def digest() -> str:
     permutations = torch.stack([torch.randperm(100, generator=torch.Generator().manual_seed(s)) for s in range(3)])
     h.update(ops.center_gram(gram).numpy().tobytes())
     h.update(torch.ops.pyflow.hsic_permuted(gram[0], gram[1], permutations.int()).numpy().tobytes())
+    for result in torch.ops.pyflow.hsic_terms(*term_inputs(3, 100), TERM_PAIRS, False):
+        h.update(result.numpy().tobytes())
     return h.hexdigest()
 
 
@@ -221,6 +238,12 @@ def operator_calls():
         yield "hsic_sums_backward", (*cotangents, z, scale, *arguments)
     gram = draw((6, 6))
     permutations = torch.stack([torch.randperm(6) for _ in range(3)]).int()
+    for diagonals in ("whole", "expanded"):
+        inputs = term_inputs(2, 9, diagonals)
+        leaves = [v.requires_grad_(i != 2 and v.is_contiguous()) for i, v in enumerate(inputs)]
+        yield "hsic_terms", (*leaves, TERM_PAIRS, diagonals == "whole")
+    grads, (rows, _, *rest) = (draw((2, 4), F64), None), term_inputs(2, 9)
+    yield "hsic_terms_backward", (*grads, rows, *rest, draw((2, 3), F64), TERM_PAIRS, True)
     yield "hsic_permuted", (gram + gram.mT, gram @ gram.mT, permutations)
     yield "center_gram", (draw((2, 5, 5)).requires_grad_(),)
     yield "center_gram", (testing.laid_out(draw((2, 5, 5)), "transposed"),)
@@ -340,6 +363,45 @@ def test_permuted_sums():
         torch.testing.assert_close(got, want, rtol=error, atol=0)
         with testing.threads(3):
             testing.assert_same_bits(got, torch.ops.pyflow.hsic_permuted(k.to(dtype), m.to(dtype), permutations.int()))
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("diagonals", ["whole", "expanded", "strided"])
+@pytest.mark.parametrize("batch, n", [(1, 16), (3, 37), (0, 5)])
+def test_terms_match_the_reference(batch, n, diagonals, unbiased):
+    inputs = term_inputs(batch, n, diagonals)
+    grads = [draw((batch, 4), F64, seed) for seed in (7, 8)]
+    for cotangents in (grads, [grads[0], None], [None, grads[1]]):
+        results = []
+        for function in (torch.ops.pyflow.hsic_terms, ref.hsic_terms):
+            leaves = [v.detach().requires_grad_(i != 2) for i, v in enumerate(inputs)]
+            outputs = function(*leaves, TERM_PAIRS, unbiased)
+            ends, weights = zip(
+                *((o, g) for o, g in zip(outputs, cotangents, strict=False) if g is not None), strict=True
+            )
+            inner = [leaves[i] for i in (0, 1, 3)]
+            results.append([*outputs, *torch.autograd.grad(ends, inner, weights, materialize_grads=True)])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12 * n)
+
+
+def test_terms_are_twice_differentiable():
+    rows, cross, shift, diagonals = term_inputs(1, 5)
+    leaves = [v.requires_grad_() for v in (rows, cross, diagonals)]
+    for unbiased in (False, True):
+        function = lambda r, c, d, u=unbiased: torch.ops.pyflow.hsic_terms(r, c, shift, d, TERM_PAIRS, u)[:2]
+        assert torch.autograd.gradcheck(function, leaves) and torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_terms_of_an_item_alone_have_the_same_bits():
+    inputs = term_inputs(5, 700)
+    whole = torch.ops.pyflow.hsic_terms(*inputs, TERM_PAIRS, False)
+    with testing.threads(3):
+        again = torch.ops.pyflow.hsic_terms(*inputs, TERM_PAIRS, False)
+    alone = torch.ops.pyflow.hsic_terms(*(v[3:4] for v in inputs), TERM_PAIRS, False)
+    for a, b, c in zip(whole, again, alone, strict=True):
+        testing.assert_same_bits(a, b)
+        testing.assert_same_bits(a[3:4], c)
 
 
 @pytest.mark.parametrize("setting", ["meta", torch.float64, torch.bfloat16])

@@ -70,9 +70,57 @@ void grams(int64_t n, GramKernel kernel, int64_t dim, float scale) {
   print(name, grad);
 }
 
+std::vector<double> doubles(int64_t n) {
+  std::vector<double> v(n);
+  for (double& value : v) value = uniform();
+  return v;
+}
+
+// HSIC of all kinds of pairs of two variables, and the gradients
+void terms(int64_t n, bool unbiased, int64_t step) {
+  const int64_t batch = 2, pair[] = {0, 1, 1, 1};
+  const auto rows = doubles(batch * 2 * n), shift = doubles(batch * 2);
+  const auto diagonals = doubles(batch * 2 * n), cross = doubles(batch * 2);
+  const auto gradients = doubles(batch * 2);
+  std::vector<double> more(batch * 2), less(batch * 2), totals(batch * 2), grad(batch * 4 * n);
+  Terms a{};
+  a.variables = a.pairs = 2;
+  a.n = n;
+  a.pair = pair;
+  a.unbiased = unbiased;
+  a.rows = rows.data();
+  a.shift = shift.data();
+  a.diagonals = diagonals.data();
+  a.stride[0] = 2 * n;
+  a.stride[1] = n;
+  a.stride[2] = step;
+  a.cross = cross.data();
+  a.more = more.data();
+  a.less = less.data();
+  a.totals = totals.data();
+  cpu::hsic_terms(a, 0, batch);
+  TermsBackward b{};
+  (TermsArgs&)b = a;
+  b.grad_more = b.grad_less = gradients.data();
+  b.totals = totals.data();
+  b.grad_rows = grad.data();
+  b.grad_diagonals = grad.data() + batch * 2 * n;
+  cpu::hsic_terms_backward(b, 0, batch * 2);
+  char name[64];
+  std::snprintf(name, sizeof name, "terms[n=%d,unbiased=%d,step=%d]", int(n), int(unbiased), int(step));
+  print(name, more);
+  print(name, less);
+  print(name, grad);
+}
+
 }  // namespace
 
 PYFLOW_BITS(hsic) {
+  for (const int64_t n : {5, 16, 37}) {
+    for (const int64_t step : {0, 1}) {
+      for (const bool unbiased : {false, true}) terms(n, unbiased, step);
+    }
+  }
   for (int kernel = 0; kernel <= int(GramKernel::delta); ++kernel) {
     for (const int64_t dim : {3, 21}) {
       for (const int64_t n : {37, 200}) grams(n, GramKernel(kernel), dim, kernel % 2 ? 1.f : 0.05f);

@@ -72,6 +72,33 @@ def test_hsic_of_a_variable_in_no_pair():
     close(made(z, *arguments), exact(z, *arguments), F32)
 
 
+@pytest.mark.parametrize("kernels", [("rbf", "rbf"), ("rbf", "polynomial")])
+def test_hsic_gradients_of_a_single_pair(kernels):
+    z, scale, numbers = variables(kernels, 70, (10, 70), F32)
+    for pairs in ([0, 1], [1, 0]):
+        close(made(z, scale, numbers, [1, 2], pairs), exact(z, scale, numbers, [1, 2], pairs), F32)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("pairs", [[0, 1], [0, 1, 0, 0, 2, 1], [0, 1, 2, 2] * 5], ids=len)
+def test_hsic_terms(pairs, unbiased):
+    variables, count = max(pairs) + 1, len(pairs) // 2
+    rows, cross, shift = (
+        draw((2, *rest), F64, i) for i, rest in enumerate([(variables, 1300), (count,), (variables,)])
+    )
+    for diagonals in (draw((2, variables, 1300), F64, 4), draw((2, variables, 1), F64, 4).expand(rows.shape)):
+        results = []
+        for function in (torch.ops.pyflow.hsic_terms, reference.hsic_terms):
+            leaves = [v.detach().requires_grad_() for v in (rows, cross, diagonals)]
+            outputs = function(*leaves[:2], shift, leaves[2], pairs, unbiased)
+            grads = [
+                torch.autograd.grad(outputs[i].sum(), leaves, retain_graph=True, materialize_grads=True) for i in (0, 1)
+            ]
+            results.append([*outputs, *grads[0], *grads[1]])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-10)
+
+
 def test_hsic_matches_the_cpp_kernels():
     function = lambda x, y: ops.hsic(x, y, bandwidth=1.5, estimator="unbiased")
     compare(function, [draw((2, 50, 3)), draw((2, 50, 12), seed=1)], sums=(0, 1, 2))
