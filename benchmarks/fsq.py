@@ -35,15 +35,15 @@ def _problem(
     cotangents = normals(shape, device, 1) if backward else None
 
     def results(codes: Tensor, indices: Tensor | None) -> Outputs:
-        assert indices is not None
-        return (codes,) if backward else (codes, indices)
+        return (codes,) if backward or indices is None else (codes, indices)
 
     def eager(z: Tensor) -> Outputs:
         codes, indices = ref.fsq(z.movedim(dim, 0), levels, variant="vqp")
         return results(codes.movedim(0, dim), indices)
 
     def op(z: Tensor, dim: int = dim) -> Outputs:
-        return results(*pyflow.ops.fsq(z, levels, dim=dim))
+        # torch.compile leaves out indices that are not used
+        return results(*pyflow.ops.fsq(z, levels, dim=dim, return_indices=not backward))
 
     def theirs() -> Callable[[Tensor], Outputs]:
         module = peer(PEER, "vector_quantize_pytorch").FSQ(list(levels)).to(device)

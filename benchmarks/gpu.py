@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 
-
 # replays per round, each timed separately: the cache is flushed between them
 REPLAYS = 10
 WARM_UP = 3

@@ -169,7 +169,7 @@ def hsic_sums_backward(
     batch, n, _ = z[0].shape
     grams, _ = grams_of(z, scale, kernels, degrees, allow_tf32)
     if sorted(pairs) == [0, 1] and len(z) == 2 and batch * n and all(map(_has_products, grams)):
-        return _pair_gradients(*grams, scale, grad_rows.contiguous(), grad_cross, allow_tf32)
+        return _pair_gradients(grams, scale, grad_rows.contiguous(), grad_cross, allow_tf32)
     grads = []
     for m, gram in enumerate(grams):
         if kernels[m] == DELTA.value or batch * n == 0:
@@ -196,14 +196,17 @@ def _has_products(x: Gram) -> bool:
     return x.z.dtype == torch.float32 and x.kernel in (RBF.value, POLYNOMIAL.value)
 
 
-def _pair_gradients(x: Gram, y: Gram, scale: Tensor, rows: Tensor, factor: Tensor, allow_tf32: bool) -> list[Tensor]:
+def _pair_gradients(
+    grams: Sequence[Gram], scale: Tensor, rows: Tensor, factor: Tensor, allow_tf32: bool
+) -> list[Tensor]:
     """Return the gradients of both variables of the only pair."""
+    x, y = grams
     batch, n, _ = x.z.shape
     tile = _pair_tile(x.z.device)
     blocks, steps = -(-n // tile.rows), -(-n // tile.step)
     splits, features = _splits(blocks, steps, 2), _features(max(x.dim, y.dim))
     chunks = -(-max(x.dim, y.dim) // features)
-    partials = [v.z.new_empty((splits, *v.z.shape)) for v in (x, y)]
+    partials = [v.z.new_empty((splits, *v.z.shape)) for v in grams]
     _launch.launch(
         pair_backward_kernel, batch * blocks * splits * chunks, x.z.device, x.variable, y.variable, rows,
         factor.contiguous(), *partials, n, blocks, chunks, splits, -(-steps // splits), FEATURES=features,
@@ -211,7 +214,7 @@ def _pair_gradients(x: Gram, y: Gram, scale: Tensor, rows: Tensor, factor: Tenso
         WEIGHTS=_precision("tf32" if allow_tf32 else "tf32x3"), X=x.kind, Y=y.kind, **tile.options(),
     )  # fmt: skip
     grads = []
-    for m, (v, partial) in enumerate(zip((x, y), partials, strict=True)):
+    for m, (v, partial) in enumerate(zip(grams, partials, strict=True)):
         grad = torch.empty_like(v.z)
         _accumulate(partial, grad, add=False)
         grads.append(grad.mul_(scale[:, m, None, None]) if v.kernel == RBF.value else grad)

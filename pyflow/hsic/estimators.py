@@ -82,7 +82,8 @@ def estimates(of: Pairs, *, with_added: bool = False) -> Estimates:
     `added` is None if the covariance form is used (linear kernels).
     """
     op, every, pairs, estimator, allow_tf32, sums = of
-    n, none = every[0].z.shape[-2], [None] * len(pairs)
+    n = every[0].z.shape[-2]
+    none: list[Tensor | None] = [None] * len(pairs)
     if all(v.linear for v in every):
         used = [every[m] for pair in pairs for m in pair]
         widths = [(a.z.shape[-1], b.z.shape[-1]) for a, b in zip(used[::2], used[1::2], strict=True)]
