@@ -19,8 +19,13 @@ from .products import product_variable
 
 def variable(op: str, name: str, x: Tensor, spec: KernelSpec) -> Variable:
     """Check one input and its kernel, and convert it."""
-    kernel = spec.name
     spec.check(op, name)
+    return converted(op, name, x, spec)
+
+
+def converted(op: str, name: str, x: Tensor, spec: KernelSpec) -> Variable:
+    """Check one input, whose kernel has been checked, and convert it."""
+    kernel = spec.name
     if kernel == "delta":
         return _label_variable(op, name, x)
     check.float_tensor(op, name, x)
