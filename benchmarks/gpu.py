@@ -1,5 +1,6 @@
-"""Times on a GPU: the replay of a CUDA graph with a cold L2 cache, and the wall time of a launched call.
+"""Times on a GPU, and the contenders that only a GPU has: the other backend, and a mode of torch.compile.
 
+The times are the replay of a CUDA graph with a cold L2 cache, and the wall time of a launched call.
 A replay excludes Python, the dispatcher and kernel launches. Its lower limit is a graph with one small kernel: the rows
 of the copies show it in small cases. torch.compile in the mode "reduce-overhead" replays graphs of its own, which
 cannot be captured again: its times are those of launched calls.
@@ -8,13 +9,19 @@ cannot be captured again: its times are those of launched calls.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+
+import pyflow
+from pyflow import _backend
+
+from .registry import REDUCED, Call, Case, Missing, compile_mode
 
 # replays per round, each timed separately: the cache is flushed between them
 REPLAYS = 10
@@ -120,3 +127,38 @@ class Clock:
             self.call()
         self.gpu.synchronize()
         return (time.perf_counter() - start) / calls
+
+
+def reduced(case: Case, shape: tuple[int, ...], device: torch.device) -> Call:
+    """Return a call that builds the case again at its first call, and runs "compile" in the mode `REDUCED`."""
+
+    @functools.cache
+    def built() -> Call:
+        with compile_mode(REDUCED):
+            call = case.build(shape, device).calls["compile"]
+        # one call runs, one records: what is checked and timed replays
+        call()
+        call()
+        return call
+
+    return lambda: built()()
+
+
+def other_backends(device: torch.device) -> list[str]:
+    """Return the GPU backends other than the one that "auto" picks."""
+    if device.type != "cuda":
+        return []
+    return ["triton"] if _backend.status()["triton"] else ["cuda"]
+
+
+@contextlib.contextmanager
+def backend_of(name: str) -> Iterator[None]:
+    """Choose the backend of the contender "pyflow <backend>"; other names change nothing."""
+    chosen = name.partition(" ")[2]
+    if chosen not in ("triton", "cuda"):
+        yield
+        return
+    if missing := _backend.status()[chosen]:
+        raise Missing(missing)
+    with pyflow.backend(chosen):
+        yield

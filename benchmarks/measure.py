@@ -8,7 +8,6 @@ results.
 
 from __future__ import annotations
 
-import functools
 import gc
 import multiprocessing
 import os
@@ -16,8 +15,8 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -25,13 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import pyflow
 from pyflow import _backend
 
-from .gpu import Clock, Gpu, Sample
+from .gpu import Clock, Gpu, Sample, backend_of, other_backends, reduced
 from .machine import cpu_seconds
 from .memory import peak_memory, set_pages
-from .registry import REDUCED, Call, Case, Missing, Outputs, Problem, all_cases, compile_mode
+from .registry import REDUCED, Call, Case, Missing, Outputs, Problem, all_cases
 
 COPIES = ("copy", "warm copy")
 NO_TIME = "no time left"
@@ -132,7 +130,7 @@ class Runner:
         self.calls = {name: call for name in names if (call := _call_of(name, problem, self.device))}
         if REDUCED in names and "compile" in self.calls:
             # last: a failed capture can leave the GPU's context unusable
-            self.calls[REDUCED] = _reduced(case, case.shape_on(self.device), self.device)
+            self.calls[REDUCED] = reduced(case, case.shape_on(self.device), self.device)
         elif REDUCED in names and "compile" in missing:
             missing[REDUCED] = missing["compile"]
         for name, call in self.calls.items():
@@ -214,21 +212,6 @@ def _call_of(name: str, problem: Problem, device: torch.device) -> Call | None:
     return problem.calls.get(name) or (problem.calls["pyflow"] if name.startswith("pyflow ") else None)
 
 
-def _reduced(case: Case, shape: tuple[int, ...], device: torch.device) -> Call:
-    """Return a call that builds the case again at its first call, and runs "compile" in the mode `REDUCED`."""
-
-    @functools.cache
-    def built() -> Call:
-        with compile_mode(REDUCED):
-            call = case.build(shape, device).calls["compile"]
-        # one call runs, one records: what is checked and timed replays
-        call()
-        call()
-        return call
-
-    return lambda: built()()
-
-
 class Judge:
     """Compares results with the float64 reference; eager comes first, and its dtypes set the tolerances."""
 
@@ -272,26 +255,6 @@ def _isas() -> list[str]:
     except ImportError:
         return []
     return [isa for isa in _host.compiled_isas().split(",") if isa.strip() and isa != _host.isa()]
-
-
-def _gpu_backends(device: torch.device) -> list[str]:
-    """Return the GPU backends other than the one that "auto" picks."""
-    if device.type != "cuda":
-        return []
-    return ["triton"] if _backend.status()["triton"] else ["cuda"]
-
-
-@contextmanager
-def backend_of(name: str) -> Iterator[None]:
-    """Choose the backend of the contender "pyflow <backend>"; other names change nothing."""
-    chosen = name.partition(" ")[2]
-    if chosen not in ("triton", "cuda"):
-        yield
-        return
-    if missing := _backend.status()[chosen]:
-        raise Missing(missing)
-    with pyflow.backend(chosen):
-        yield
 
 
 class Worker:
@@ -372,7 +335,7 @@ class Bench:
             names.insert(names.index("compile") + 1, REDUCED)
         if "pyflow" in names:
             at = names.index("pyflow") + 1
-            names[at:at] = [f"pyflow {other}" for other in (*self.workers, *_gpu_backends(self.local.device))]
+            names[at:at] = [f"pyflow {other}" for other in (*self.workers, *other_backends(self.local.device))]
         return [*names, *COPIES]
 
     def measure(self, case: Case, late: bool = False) -> Measured:

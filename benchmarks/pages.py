@@ -42,6 +42,10 @@ HEADLINES = {
     "spectral/ResNet-50 forward": "spectral normalisation, ResNet-50",
 }
 
+# what a reduced result file keeps of an entry
+EXTRA = ("case", "contender", "memory", "launch", "note", "error", "faults")
+STATS = ("median", "iqr", "rounds")
+
 
 @dataclass
 class Entry:
@@ -139,20 +143,31 @@ def picture(found: list[Entry], out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
-def _rounded(values: dict[str, Any]) -> dict[str, Any]:
-    """Round to four digits; whole numbers are kept."""
-    of = {dict: _rounded, float: lambda value: float(f"{value:.4g}")}
-    return {key: of.get(type(value), lambda value: value)(value) for key, value in values.items()}
+def _rounded(value: Any) -> Any:
+    """Round the numbers in a value to four digits; whole numbers are kept."""
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _line(value: Any) -> str:
+    return json.dumps(_rounded(value), separators=(",", ":"))
 
 
 def compact(results: dict[str, Any]) -> str:
-    """A raw result file, one entry per line, without the times of single rounds."""
-    lines = []
+    """A raw result file, one case or entry per line: what `report.groups_of` reads, and errors, faults and rounds."""
+    pyflow = results["pyflow"]
+    entries = []
     for entry in results["benchmarks"]:
-        stats = {key: entry["stats"][key] for key in ("median", "iqr", "rounds")}
-        lines.append("  " + json.dumps(_rounded({"extra_info": entry["extra_info"], "stats": stats})))
-    head = "".join(f' "{key}": {json.dumps(results[key])},\n' for key in ("datetime", "pyflow"))
-    return "{\n" + head + ' "benchmarks": [\n' + ",\n".join(lines) + "\n ]\n}\n"
+        extra = {key: entry["extra_info"].get(key) for key in EXTRA}
+        # only `memory` must be there
+        extra = {key: value for key, value in extra.items() if value or key == "memory"}
+        entries.append(_line({"extra_info": extra, "stats": {key: entry["stats"][key] for key in STATS}}))
+    lines = [
+        f'{{"datetime":{_line(results["datetime"])},', f'"pyflow":{{"header":{_line(pyflow["header"])},"cases":[',
+        ",\n".join(map(_line, pyflow["cases"])), ']},"benchmarks":[', ",\n".join(entries), "]}",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:

@@ -19,12 +19,15 @@ from torch import Tensor
 from ._torch import FakeTensor, backward_id, dispatch_modes, makes_graph, tracing, transform
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SIGNED = (torch.int64, torch.int32)
+# costs less than an attribute of torch in each check
+STRIDED = torch.strided
 
 
 def shape(op: str, value: object) -> tuple[int, ...]:
     """Return a shape as a tuple of integers; symbolic integers stay symbolic."""
     # fast path for most calls
-    if isinstance(value, tuple) and len(value) <= 4 and all(type(n) is int and 0 <= n < 2**15 for n in value):
+    if isinstance(value, tuple) and len(value) <= 4 and all([type(n) is int and 0 <= n < 2**15 for n in value]):
         return tuple(value)
     if isinstance(value, (str, Tensor)) or not isinstance(value, Iterable):
         raise TypeError(f"{op}: shape must be a sequence of integers, got {type(value).__name__}")
@@ -78,7 +81,9 @@ def values_are_checked(tensor: Tensor) -> bool:
     """Whether a check may read the values: on a CPU, on an accelerator with PYFLOW_CHECK=1, never in any trace."""
     if torch.compiler.is_compiling() or transform() is not None:
         return False
-    if isinstance(tensor, FakeTensor) or tracing() or makes_graph():
+    # most tensors are plain, and type() costs less than isinstance
+    fake = type(tensor) is not Tensor and isinstance(tensor, FakeTensor)
+    if fake or tracing() or makes_graph():
         return False
     return tensor.is_cpu or (tensor.device.type != "meta" and os.environ.get("PYFLOW_CHECK") == "1")
 
@@ -96,35 +101,43 @@ def uncast(x: Tensor) -> contextlib.AbstractContextManager:
 def tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
-    if value.layout is not torch.strided or value.is_nested:
+    if value.layout is not STRIDED or value.is_nested:
         raise TypeError(
             f"{op}: {name} must be a dense tensor, got {'nested' if value.is_nested else short(value.layout)}"
         )
 
 
-def float_tensor(op: str, name: str, value: Any) -> None:
-    if isinstance(value, Tensor) and value.dtype in FLOATS and value.layout is torch.strided and not value.is_nested:
-        return
+def float_tensor(op: str, name: str, value: Any) -> torch.dtype:
+    """Require a dense tensor of a float dtype; return the dtype."""
+    if (
+        isinstance(value, Tensor)
+        and (dtype := value.dtype) in FLOATS
+        and value.layout is STRIDED
+        and not value.is_nested
+    ):
+        return dtype
     tensor(op, name, value)
     raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {short(value.dtype)}")
 
 
 def like(
     op: str, name: str, value: Any, other_name: str, shape: torch.Size | tuple[int, ...], device: torch.device
-) -> None:
-    """Require a float tensor with the given shape on the given device."""
+) -> torch.dtype:
+    """Require a float tensor with the given shape on the given device; return its dtype."""
     # the test of float_tensor again, without a call
-    if (
-        not isinstance(value, Tensor)
-        or value.dtype not in FLOATS
-        or value.layout is not torch.strided
-        or value.is_nested
-    ):
+    if not isinstance(value, Tensor) or (dtype := value.dtype) not in FLOATS or value.layout is not STRIDED:
+        return float_tensor(op, name, value)
+    try:
+        fits = value.shape == shape
+    except RuntimeError:
+        # nested tensors have no shape
         float_tensor(op, name, value)
-    if value.shape != shape:
+        raise
+    if not fits:
         raise ValueError(f"{op}: {name} must have the shape of {other_name}, {tuple(shape)}, got {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{op}: {name} must be on the device of {other_name}, {device}, got {value.device}")
+    return dtype
 
 
 def choice(op: str, name: str, value: object, allowed: tuple[str, ...]) -> int:
@@ -171,6 +184,9 @@ def moderate(
 
 def integer_tensor(op: str, name: str, value: Any) -> None:
     tensor(op, name, value)
+    # fast path for most calls
+    if value.dtype in SIGNED:
+        return
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must be integers, got {short(value.dtype)}")
 

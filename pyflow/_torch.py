@@ -108,4 +108,4 @@ def keys_of(tensor: Tensor) -> int:
 
 def makes_graph() -> bool:
     """Whether make_fx records a graph of real tensors."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return dispatch_modes() > 0 and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None

@@ -104,14 +104,13 @@ void accept_unit(const MalaArgs& a, const Tile& unit, DrawBuffer& draws) {
 
 template <class T>
 void squares_unit(const SquaresArgs& a, const Tile& unit, int64_t segment) {
-  alignas(64) T xs[kChunk], part[kChunk];
+  alignas(64) T xs[kChunk];
   double sums[kChunk];
   fill(sums, -0.0, unit.rows);
   for_each_chunk(unit, [&](const Tile& t, const Tile& next) {
     prefetch(a.space, a.x, next);
     const T* x = load(a.space, a.x, t, xs);
-    dot_rows(t, x, x, part);
-    for (int64_t r = 0; r < t.rows; ++r) sums[r] += double(part[r]);
+    add_dot_rows(t, x, x, sums);
   });
   // + 0 makes an empty sum +0
   for (int64_t r = 0; r < unit.rows; ++r) write_row_sum<T>(a.squares, a.plan, unit.row + r, segment, sums[r] + 0.0);

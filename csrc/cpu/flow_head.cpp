@@ -88,7 +88,9 @@ void forward_unit(const FlowHeadForward& a, const Tile& unit, int64_t segment) {
     T sums[kHeadRows];
     repeat(e, unit.cols, unit.count());
     sum_densities<P>(a, unit, e, sums);
-    for (int64_t r = 0; r < unit.rows; ++r) ((T*)a.log_prob.out)[unit.row + r] = T(constant + double(sums[r]));
+    for (int64_t r = 0; r < unit.rows; ++r) {
+      write_row_sum<T>(a.log_prob, a.plan, unit.row + r, segment, constant + double(sums[r]));
+    }
     return;
   }
   for (int64_t r = unit.row; r < unit.row + unit.rows; ++r) {

@@ -88,14 +88,6 @@ struct UnitSums {
     for (int which = 0; which < N; ++which) fill(sum[which], -0.0, unit.rows);
   }
 
-  // the sums of p q over the rows of a chunk
-  template <class T>
-  void add_products(int which, const Tile& t, const T* p, const T* q) {
-    T part[kChunk];
-    dot_rows(t, p, q, part);
-    for (int64_t r = 0; r < t.rows; ++r) sum[which][r] += double(part[r]);
-  }
-
   template <class T>
   void write(const SdeArgs& a, const Tile& unit, int64_t segment) const {
     for (int which = 0; which < N; ++which) {
@@ -169,9 +161,9 @@ void step_backward_unit(const SdeArgs& a, const Tile& unit, int64_t segment, Dra
     scaled(a.gscore, a.b, total);
     scaled(a.gnoise, a.c, gy);
     if (!summed) return;
-    sums.add_products(0, t, total, load(s, a.x, t, buffer));
-    if (a.score.data) sums.add_products(1, t, total, load(s, a.score, t, buffer));
-    if (gy) sums.add_products(2, t, gy, noise_values(a, t, draws, buffer));
+    add_dot_rows(t, total, load(s, a.x, t, buffer), sums.sum[0]);
+    if (a.score.data) add_dot_rows(t, total, load(s, a.score, t, buffer), sums.sum[1]);
+    if (gy) add_dot_rows(t, gy, noise_values(a, t, draws, buffer), sums.sum[2]);
   });
   if (summed) sums.template write<T>(a, unit, segment);
 }
@@ -212,8 +204,8 @@ void squares_unit(const SdeArgs& a, const Tile& unit, int64_t segment, DrawBuffe
     prefetch_inputs(a, next);
     const T* score = load(a.space, a.score, t, scores);
     const T* z = noise_values(a, t, draws, zs);
-    sums.add_products(0, t, score, score);
-    sums.add_products(1, t, z, z);
+    add_dot_rows(t, score, score, sums.sum[0]);
+    add_dot_rows(t, z, z, sums.sum[1]);
   });
   sums.template write<T>(a, unit, segment);
 }

@@ -353,4 +353,12 @@ void dot_rows(const Tile& t, const T* __restrict p, const T* __restrict q, T* ou
   row_sums(t, product, T(1), out);
 }
 
+// adds dot_rows to the sums of a unit
+template <class T>
+void add_dot_rows(const Tile& t, const T* p, const T* q, double* sums) {
+  T part[kChunk];
+  dot_rows(t, p, q, part);
+  for (int64_t r = 0; r < t.rows; ++r) sums[r] += double(part[r]);
+}
+
 }  // namespace pyflow::PYFLOW_ISA

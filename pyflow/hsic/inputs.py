@@ -19,8 +19,13 @@ from .products import product_variable
 
 def variable(op: str, name: str, x: Tensor, spec: KernelSpec) -> Variable:
     """Check one input and its kernel, and convert it."""
-    kernel = spec.name
     spec.check(op, name)
+    return converted(op, name, x, spec)
+
+
+def converted(op: str, name: str, x: Tensor, spec: KernelSpec) -> Variable:
+    """Check one input, whose kernel has been checked, and convert it."""
+    kernel = spec.name
     if kernel == "delta":
         return _label_variable(op, name, x)
     check.float_tensor(op, name, x)
@@ -89,7 +94,7 @@ def _matrix_variable(op: str, name: str, x: Tensor, sizes: tuple[float, float] |
             raise ValueError(
                 f"{op}: {name} must be symmetric with a precomputed kernel, off by {error.amax().item():.3g}"
             )
-    constant, exponent = all_rows_equal(x), None
+    constant, exponent = all_rows_equal(x, sizes is not None), None
     if not is_ordinary(sizes):
         x, exponent = reduced(x)
     # a constant does not change HSIC; smaller entries make the sums more accurate
@@ -124,5 +129,5 @@ def _label_variable(op: str, name: str, x: Any) -> Variable:
         # pieces of 24 bits are exact in float32
         pieces = [x & 0xFFFFFF, x >> 24 & 0xFFFFFF, x >> 48] if x.dtype in (torch.int64, torch.int32) else [x]
         z = torch.cat([piece.float() for piece in pieces], -1)
-    constant = all_rows_equal(z)
+    constant = all_rows_equal(z, z.numel() > 0 and check.values_are_checked(z))
     return Variable(z, z.new_ones(()), HSIC_KERNELS.index("delta"), 1, unit_diagonal(z), constant=constant)

@@ -23,7 +23,7 @@ def product_variable(x: Tensor, sizes: tuple[float, float] | None, spec: KernelS
     else:
         gamma = 1 / x.shape[-1] if spec.gamma is None else float(spec.gamma)
         degree, coef0 = int(spec.degree), float(spec.coef0)
-    constant, exponent = all_rows_equal(x), None
+    constant, exponent = all_rows_equal(x, sizes is not None), None
     if sizes is None or not _ordinary_products(sizes, x.shape[-1], degree, gamma, coef0):
         x, exponent = reduced(x)
     if linear:

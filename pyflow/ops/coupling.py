@@ -49,11 +49,11 @@ def additive_coupling(x: Tensor, shift: Tensor, *, inverse: bool = False, mask: 
         (tensor([[1.5000, 1.0000]]), tensor([[1., 2.]]))
     """
     op = "additive_coupling"
-    check.float_tensor(op, "x", x)
-    check.like(op, "shift", shift, "x", x.shape, x.device)
-    if type(inverse) is not bool:
+    dtype = check.float_tensor(op, "x", x)
+    shift_dtype = check.like(op, "shift", shift, "x", x.shape, x.device)
+    if inverse is not False and inverse is not True:
         inverse = check.flag(op, "inverse", inverse)
-    if mask is None and shift.dtype == x.dtype:
+    if mask is None and shift_dtype is dtype:
         # one torch kernel: the same bits, and its autograd is native
         return x - shift if inverse else x + shift
     if mask is not None:
@@ -120,11 +120,11 @@ def affine_coupling(
         True
     """
     op = "affine_coupling"
-    check.float_tensor(op, "x", x)
+    dtype = check.float_tensor(op, "x", x)
     shape, device = x.shape, x.device
     check.like(op, "shift", shift, "x", shape, device)
     check.like(op, "scale", scale, "x", shape, device)
-    index, arg = scale_map_constant(op, scale_map, clamp, eps, slope, x.dtype)
+    index, arg = scale_map_constant(op, scale_map, clamp, eps, slope, dtype)
     event_dims = check.event_dims(op, x, event_dims)
     if mask is not None:
         mask = check.mask_for(op, mask, x)
@@ -171,7 +171,7 @@ def affine_coupling_packed(
         (torch.Size([2, 3]), [0.0, 0.0])
     """
     op = "affine_coupling_packed"
-    check.float_tensor(op, "x", x)
+    dtype = check.float_tensor(op, "x", x)
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(f"{op}: dim must be an integer, got {type(dim).__name__}")
     if not -x.dim() <= dim < x.dim():
@@ -180,7 +180,7 @@ def affine_coupling_packed(
     shape = x.shape
     check.like(op, "params", params, "x doubled along dim", (*shape[:dim], 2 * shape[dim], *shape[dim + 1 :]), x.device)
     layout = check.choice(op, "packing", packing, PACKINGS)
-    index, arg = scale_map_constant(op, scale_map, clamp, eps, slope, x.dtype)
+    index, arg = scale_map_constant(op, scale_map, clamp, eps, slope, dtype)
     event_dims = check.event_dims(op, x, event_dims)
     if mask is not None:
         mask = check.mask_for(op, mask, x)

@@ -111,7 +111,8 @@ def fsq_decode(
     check.float_dtype(op, dtype)
     index = check.choice(op, "variant", variant, FSQ_VARIANTS)
     levels = checked_levels(op, levels, variant, True)
-    dim = _dim(op, dim, indices.dim() + 1) % (indices.dim() + 1)
+    dims = indices.dim() + 1
+    dim = _dim(op, dim, dims) % dims
     indices = signed(indices)
     if indices.numel() and check.values_are_checked(indices):
         low, high = (int(v) for v in indices.aminmax())
@@ -243,7 +244,7 @@ def checked_levels(op: str, levels: Sequence[int], variant: str, numbered: bool)
 
 def signed(whole: Tensor) -> Tensor:
     """Convert integers to int32 or int64, which hold -1 and which torch supports everywhere."""
-    if whole.dtype in (torch.int32, torch.int64):
+    if whole.dtype in check.SIGNED:
         return whole
     return whole.to(torch.int32 if whole.element_size() < 4 else torch.int64)
 

@@ -219,7 +219,7 @@ def seed_number(op: str, seed: Any) -> int:
     number = int(seed)
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"{op}: seed must fit 64 bits, got {seed}")
-    return number - (2**64 if number >= 2**63 else 0)
+    return number if number < 2**63 else number - 2**64
 
 
 def step_tensor(op: str, step: int | Tensor, device: torch.device | None) -> Tensor:

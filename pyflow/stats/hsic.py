@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..hsic.estimators import Pairs, TileSums, ratio, rows_needed, values, whole
 from ..hsic.features import approximation, check_options
-from ..hsic.inputs import variables
+from ..hsic.inputs import converted, together
 from ..hsic.kernels import Bandwidth, Variable, kernel_specs
 from ..ops.hsic import sums
 from ._inputs import bar, check_kernels, samples
@@ -93,7 +93,7 @@ def hsic(
         if "precomputed" in (of_x.name, of_y.name):
             raise ValueError(f"{op}: group must be None with a precomputed kernel, whose rows need all columns")
         x, y = gathered(op, x, y, group)
-    pair = variables(op, x, y, specs)
+    pair = together(op, [converted(op, "x", x, of_x), converted(op, "y", y, of_y)])
     rows_needed(op, len(pair[0].z), estimator)
     with torch.no_grad():
         if approximate is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS, PURPOSES
 from ..hsic.estimators import ESTIMATORS, Pairs, chain, divisor, estimates, ratio, rows_needed, values, whole
-from ..hsic.inputs import variables
+from ..hsic.inputs import converted, together
 from ..hsic.kernels import Bandwidth, Variable, kernel_of, kernel_specs
 from ..ops import noise
 from ..ops.hsic import permuted, sums
@@ -129,10 +129,10 @@ def hsic_test(
     check.choice(op, "estimator", estimator, ESTIMATORS)
     permutations = check.at_least(op, "permutations", permutations, 1)
     normalize = check.flag(op, "normalize", normalize)
-    specs = kernel_specs(kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
+    specs = of_x, of_y = kernel_specs(kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
     check_kernels(op, specs)
-    x, y = (samples(op, name, value, spec.name) for name, value, spec in zip("xy", (x, y), specs, strict=True))
-    pair = variables(op, x, y, specs)
+    x, y = samples(op, "x", x, of_x.name), samples(op, "y", y, of_y.name)
+    pair = together(op, [converted(op, "x", x, of_x), converted(op, "y", y, of_y)])
     n = len(pair[0].z)
     rows_needed(op, n, estimator)
     key = _key(op, seed, pair[0].z.device)

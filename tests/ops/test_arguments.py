@@ -74,6 +74,11 @@ def test_nested_tensors_are_refused_in_one_sentence(op):
         call_of(op)(ragged())
 
 
+def test_a_nested_tensor_beside_a_dense_one_is_refused_too():
+    with pytest.raises(TypeError, match=r"^additive_coupling: shift must be a dense tensor, got nested$"):
+        ops.additive_coupling(X, ragged())
+
+
 FLAGS = {
     "additive_coupling": (lambda flag: ops.additive_coupling(X, X, inverse=flag), "inverse"),
     "affine_coupling": (lambda flag: ops.affine_coupling(X, X, X, inverse=flag), "inverse"),
