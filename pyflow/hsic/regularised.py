@@ -26,8 +26,8 @@ def regularised(op: str, name: str, v: Variable, epsilon: float) -> Tensor:
     indefinite.
     """
     n = v.z.shape[-2]
-    gram, shift = ref.gram(v.z.double(), v.scale.double(), HSIC_KERNELS[v.kernel], v.degree)
-    gram = torch.diagonal_scatter(gram, v.diagonal - shift.unsqueeze(-1), dim1=-2, dim2=-1)
+    entries, shift = ref.entries(v.z.double(), v.scale.double(), HSIC_KERNELS[v.kernel], v.degree)
+    gram = torch.diagonal_scatter(entries, v.diagonal - shift.unsqueeze(-1), dim1=-2, dim2=-1)
     centred = center_gram(gram)
     if v.exponent is not None:
         centred = times_two_to(centred, v.exponent[..., None, None])

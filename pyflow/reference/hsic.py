@@ -78,6 +78,12 @@ def shift_of(z: Tensor, scale: Tensor, kernel: str, middle: Tensor | None = None
 
 def gram(z: Tensor, scale: Tensor, kernel: str, degree: int) -> tuple[Tensor, Tensor]:
     """Return the kernel matrix minus its shift, (..., n, n) with a zero diagonal, and the shift, (...)."""
+    value, shift = entries(z, scale, kernel, degree)
+    return value.masked_fill(torch.eye(z.shape[-2], dtype=torch.bool, device=z.device), 0), shift
+
+
+def entries(z: Tensor, scale: Tensor, kernel: str, degree: int) -> tuple[Tensor, Tensor]:
+    """Return `gram` with a diagonal of any values."""
     middle = middle_row(z) if kernel in ("rbf", "laplacian") else None
     value, shift = raw(z, scale, kernel, middle), shift_of(z, scale, kernel, middle)
     if kernel in ("rbf", "laplacian"):
@@ -87,7 +93,7 @@ def gram(z: Tensor, scale: Tensor, kernel: str, degree: int) -> tuple[Tensor, Te
         value = value**degree - shift[..., None, None]
     elif kernel == "delta":
         value = (value == 0).to(z.dtype)
-    return value.masked_fill(torch.eye(z.shape[-2], dtype=torch.bool, device=z.device), 0), shift
+    return value, shift
 
 
 def hsic_sums(
