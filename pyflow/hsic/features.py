@@ -71,16 +71,18 @@ def approximation(
     """
     if with_error and approximate == "rff" and n_features < 4:
         raise ValueError(f"{op}: n_features must be at least 4 for the error of 'rff', got {n_features}")
+    for v in every:
+        _check_kernel(op, approximate, v)
     x, y = every
     # one seed for all draws, so that both variables use the same rows as landmarks
     drawn = seed_tensor(op, seed, None, x.z.device)
     rows = [points(v) for v in every]
     if approximate == "rff":
         # hsic(x, x) needs two independent draws of frequencies for x
-        features = [_fourier(op, v, n_features, drawn, step) for step, v in enumerate((x, y) * (1 + normalize))]
+        features = [_fourier(v, n_features, drawn, step) for step, v in enumerate((x, y) * (1 + normalize))]
         own = [(0, 2), (1, 3)]
     else:
-        features = [_landmarks(op, v, of, n_features, drawn) for v, of in zip(every, rows, strict=True)]
+        features = [_landmarks(v, of, n_features, drawn) for v, of in zip(every, rows, strict=True)]
         own = [(0, 0), (1, 1)]
     n = x.z.shape[-2]
     bounded = with_error and approximate == "nystrom"
@@ -115,11 +117,16 @@ def _above_rounding(own: Tensor, v: Variable, n: int) -> Tensor:
     return torch.where(own <= (torch.finfo(v.z.dtype).eps * size).square(), 0.0, own)
 
 
-def _fourier(op: str, v: Variable, n_features: int, seed: Tensor, step: int) -> Features:
+def _check_kernel(op: str, approximate: str, v: Variable) -> None:
+    name = kernel_of(v)
+    if approximate == "rff" and name not in ("rbf", "laplacian"):
+        raise ValueError(f"{op}: approximate 'rff' must have kernels rbf or laplacian, got {name}")
+    if approximate == "nystrom" and name == "precomputed":
+        raise ValueError(f"{op}: approximate 'nystrom' must have rows to choose from, got a precomputed matrix")
+
+
+def _fourier(v: Variable, n_features: int, seed: Tensor, step: int) -> Features:
     """Random Fourier features: cos and sin of n_features / 2 random frequencies."""
-    name = HSIC_KERNELS[v.kernel]
-    if name not in ("rbf", "laplacian"):
-        raise ValueError(f"{op}: approximate 'rff' must have kernels rbf or laplacian, got {kernel_of(v)}")
     shape = (v.z.shape[-1], n_features // 2)
     draw: dict[str, Any] = {
         "seed": seed,
@@ -128,7 +135,7 @@ def _fourier(op: str, v: Variable, n_features: int, seed: Tensor, step: int) -> 
         "device": v.z.device,
         "dtype": v.z.dtype,
     }
-    if name == "rbf":
+    if HSIC_KERNELS[v.kernel] == "rbf":
         frequencies = normal(shape, **draw)
     else:
         # Cauchy frequencies; a uniform value is the lower end of an interval, 2**-25 moves it to the middle
@@ -141,10 +148,8 @@ def _fourier(op: str, v: Variable, n_features: int, seed: Tensor, step: int) -> 
     return Features(of, shape[1], 2)
 
 
-def _landmarks(op: str, v: Variable, rows: Tensor, n_features: int, seed: Tensor) -> Features:
+def _landmarks(v: Variable, rows: Tensor, n_features: int, seed: Tensor) -> Features:
     """Nystrom features: K(., landmarks) K(landmarks, landmarks)^(-1/2), in float64."""
-    if HSIC_KERNELS[v.kernel] == "precomputed":
-        raise ValueError(f"{op}: approximate 'nystrom' must have rows to choose from, got a precomputed matrix")
     n = rows.shape[-2]
     count = min(n_features, n)
     which = uniform((n,), seed=seed, purpose="monte_carlo", device=rows.device).topk(count).indices

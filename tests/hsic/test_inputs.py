@@ -148,3 +148,12 @@ def test_bad_input_of_other_functions():
         ops.cka(X, X, normalize=False)
     with pytest.raises(TypeError, match=r"^cka: options must be those of hsic, got kernels$"):
         ops.cka(X, X, kernels="rbf")
+
+
+@pytest.mark.parametrize("kernel, approximate", [("linear", "rff"), ("precomputed", "nystrom")])
+def test_a_refused_approximation_draws_no_seed(kernel, approximate):
+    x = torch.eye(8)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=f"^hsic: approximate '{approximate}' must have "):
+        ops.hsic(x, x, kernel=kernel, approximate=approximate, seed=None)
+    assert torch.equal(torch.get_rng_state(), state)
