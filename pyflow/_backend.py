@@ -296,16 +296,11 @@ def _cuda_loads() -> bool:
 
 
 def cuda_operators() -> Any:
-    """Return the namespace of the CUDA operators, which are loaded by the first call."""
+    """Return the namespace of the CUDA operators; the first call loads them, later ones find them loaded."""
     global _cuda_library
     if _cuda_library is None:
-        library = define("pyflow_cuda")
-        try:
-            torch.ops.load_library(str(Path(__file__).parent / "_CUDA.so"))
-        except OSError:
-            library._destroy()
-            raise
-        _cuda_library = library
+        _cuda_library = define("pyflow_cuda")
+    torch.ops.load_library(str(Path(__file__).parent / "_CUDA.so"))
     return torch.ops.pyflow_cuda
 
 
