@@ -7,22 +7,30 @@ namespace {
 // y and log-determinants of a group
 template <bool Inverse, class T>
 void transform(const Bins<T>& b, const Used<T>& u, const T* __restrict x, T* __restrict y, T* __restrict g) {
+  alignas(64) T s[kGroup], theta[kGroup], rise[kGroup];
+  set_places<Inverse>(b, x, s, theta);
 #pragma omp simd
   for (int i = 0; i < kGroup; ++i) {
-    const SplineBin<T> bin{b.x0[i], b.x1[i] - b.x0[i], b.y0[i], b.y1[i] - b.y0[i], b.d0[i], b.d1[i]};
-    const SplinePlace<T> place = spline_place<Inverse>(x[i], bin);
-    const T value = spline_value<Inverse>(place, bin), rise = log_(spline_rise(place));
-    const bool used = u.used[i] != T(0), nan = u.passed[i] != T(0);
-    const T kept = nan ? u.passed[i] : x[i];
-    y[i] = used ? value : kept;
-    g[i] = used ? (Inverse ? -rise : rise) : u.passed[i];
+    // read before they are selected: a selected read is a branch where reads have no mask
+    const T passed = u.passed[i], from = x[i];
+    const bool used = u.used[i] != T(0), nan = passed != T(0);
+    const SplineBin<T> bin = bin_of(b, i);
+    const SplinePlace<T> place = spline_place(theta[i], s[i], bin);
+    const T value = spline_value<Inverse>(place, bin);
+    rise[i] = spline_rise(place);
+    y[i] = used ? value : nan ? passed : from;
+  }
+#pragma omp simd
+  for (int i = 0; i < kGroup; ++i) {
+    const T value = log_(rise[i]), passed = u.passed[i];
+    g[i] = u.used[i] != T(0) ? (Inverse ? -value : value) : passed;
   }
 }
 
 template <SplineVariant V, bool Inverse, class T>
 void forward_unit(const SplineForward& a, const Tile& unit, int64_t segment) {
   alignas(64) T p[kMostParams][kGroup], total_w[kGroup], total_h[kGroup];
-  alignas(64) T x[kChunk], mask[kChunk], g[kChunk], y[kChunk], xs[kGroup], ms[kGroup], ys[kGroup], gs[kGroup];
+  alignas(64) T x[kChunk], mask[kChunk], g[kChunk], y[kChunk], xs[kGroup], ms[kGroup] = {}, ys[kGroup];
   const Space& s = a.space;
   const SplineConstants<T> c = constants_of<T>(a);
   const int64_t count = spline_params(a.bins, a.tails);
@@ -30,7 +38,6 @@ void forward_unit(const SplineForward& a, const Tile& unit, int64_t segment) {
   Bins<T> b;
   Used<T> u;
   set_ends(a, e);
-  fill(ms, T(0), kGroup);
   // sum of one row; starts at -0, since -0 + v has the bits of v
   double total = -0.0;
   for_each_chunk(unit, [&](const Tile& t, const Tile&) {
@@ -41,17 +48,14 @@ void forward_unit(const SplineForward& a, const Tile& unit, int64_t segment) {
       const int64_t n = smaller(t.count() - first, kGroup);
       load_params(s, a.params, a.step, count, t, first, n, p);
       set_features(a, t, first, n, e);
-      copy_group(tx + first, n, xs, T(0));
-      if (tm) copy_group(tm + first, n, ms, T(0));
-      set_used(a, e, xs, ms, u);
+      const T* px = whole_group(tx + first, n, xs);
+      set_used(a, e, px, tm ? whole_group(tm + first, n, ms) : ms, u);
       Ahead ahead = ahead_of(s, a.params, a.step, count, t, first, 4 * a.bins - 2);
-      find_bins<V, Inverse>(a, c, e, xs, p, p + 2 * a.bins, p, ahead, total_w, total_h, b);
+      find_bins<V, Inverse>(a, c, e, px, p, p + 2 * a.bins, ahead, total_w, total_h, b);
       set_slopes<V>(b, c);
-      transform<Inverse>(b, u, xs, ys, gs);
-      for (int64_t i = 0; i < n; ++i) {
-        ty[first + i] = ys[i];
-        g[first + i] = gs[i];
-      }
+      T* py = n == kGroup ? ty + first : ys;
+      transform<Inverse>(b, u, px, py, g + first);
+      for (int64_t i = 0; py == ys && i < n; ++i) ty[first + i] = ys[i];
     }
     store(s, a.y, t, ty);
     if (t.rows > 1) {

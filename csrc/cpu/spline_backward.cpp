@@ -24,12 +24,13 @@ struct BinGrads {
 template <bool Inverse, class T>
 void bin_gradients(const Bins<T>& b, int bins, const Used<T>& u, const T* __restrict x, const T* __restrict gy,
                    const T* __restrict gl, BinGrads<T>& d, T* __restrict gx) {
+  alignas(64) T s[kGroup], theta[kGroup];
+  set_places<Inverse>(b, x, s, theta);
 #pragma omp simd
   for (int i = 0; i < kGroup; ++i) {
-    const SplineBin<T> bin{b.x0[i], b.x1[i] - b.x0[i], b.y0[i], b.y1[i] - b.y0[i], b.d0[i], b.d1[i]};
-    const SplinePlace<T> place = spline_place<Inverse>(x[i], bin);
-    const SplineGrad<T> grad = spline_gradient<Inverse>(gy[i], gl[i], place, bin);
     const bool used = u.used[i] != T(0), nan = u.passed[i] != T(0);
+    const SplineBin<T> bin = bin_of(b, i);
+    const SplineGrad<T> grad = spline_gradient<Inverse>(gy[i], gl[i], spline_place(theta[i], s[i], bin), bin);
     const T kept = nan ? u.passed[i] : gy[i];
     gx[i] = used ? grad.value : kept;
     // the outer knots are fixed
@@ -105,10 +106,10 @@ void set_row_gradients(const SplineBackward& a, const Tile& t, int64_t first, in
 
 template <SplineVariant V, bool Inverse, class T>
 void backward_unit(const SplineBackward& a, const Tile& unit) {
-  alignas(64) T p[kMostParams][kGroup], parts[2 * kMostBins][kGroup], knots[2 * kMostBins][kGroup];
+  alignas(64) T p[kMostParams][kGroup], parts[2 * kMostBins][kGroup];
   alignas(64) T total_w[kGroup], total_h[kGroup];
-  alignas(64) T x[kChunk], mask[kChunk], gy[kChunk], gx[kChunk], xs[kGroup], ms[kGroup], gys[kGroup], gls[kGroup];
-  alignas(64) T gxs[kGroup];
+  alignas(64) T x[kChunk], mask[kChunk], gy[kChunk], gx[kChunk], xs[kGroup], gls[kGroup], gxs[kGroup];
+  alignas(64) T ms[kGroup] = {}, gys[kGroup] = {};
   const Space& s = a.space;
   const SplineConstants<T> c = constants_of<T>(a);
   const int64_t count = spline_params(a.bins, a.tails);
@@ -118,8 +119,6 @@ void backward_unit(const SplineBackward& a, const Tile& unit) {
   Used<T> u;
   BinGrads<T> d;
   set_ends(a, e);
-  fill(ms, T(0), kGroup);
-  fill(gys, T(0), kGroup);
   for_each_chunk(unit, [&](const Tile& t, const Tile&) {
     const T* tx = load(s, a.x, t, x);
     const T* tm = a.mask.data ? load(s, a.mask, t, mask) : nullptr;
@@ -129,19 +128,18 @@ void backward_unit(const SplineBackward& a, const Tile& unit) {
       const int64_t n = smaller(t.count() - first, kGroup);
       load_params(s, a.params, a.step, count, t, first, n, p);
       set_features(a, t, first, n, e);
-      copy_group(tx + first, n, xs, T(0));
-      if (tm) copy_group(tm + first, n, ms, T(0));
-      if (tgy) copy_group(tgy + first, n, gys, T(0));
+      const T* px = whole_group(tx + first, n, xs);
+      const T* pgy = tgy ? whole_group(tgy + first, n, gys) : gys;
       fill(gls, T(0), kGroup);
       set_row_gradients(a, t, first, n, gls);
-      set_used(a, e, xs, ms, u);
+      set_used(a, e, px, tm ? whole_group(tm + first, n, ms) : ms, u);
       __builtin_memcpy(parts, p, sizeof p[0] * size_t(2 * a.bins));
       Ahead ahead = ahead_of(s, a.params, a.step, count, t, first, 4 * a.bins - 2);
-      find_bins<V, Inverse>(a, c, e, xs, parts, slopes, knots, ahead, total_w, total_h, b);
+      find_bins<V, Inverse>(a, c, e, px, parts, slopes, ahead, total_w, total_h, b);
       set_slope_rates<V>(b, c, d.d0, d.d1);
       set_slopes<V>(b, c);
       Ahead written = ahead_of(s, a.gparams, a.gstep, count, t, first, 4 * a.bins);
-      bin_gradients<Inverse>(b, a.bins, u, xs, gys, gls, d, gxs);
+      bin_gradients<Inverse>(b, a.bins, u, px, pgy, gls, d, gxs);
       logit_gradients<V>(p, parts, a.bins, c, total_w, e, u, b.k, d.x0, d.x1, written);
       logit_gradients<V>(p + a.bins, parts + a.bins, a.bins, c, total_h, e, u, b.k, d.y0, d.y1, written);
       slope_gradients(slopes, count - 2 * a.bins, u, b, d);

@@ -25,6 +25,11 @@ struct Bins {
   alignas(64) int32_t k[kGroup], at0[kGroup], at1[kGroup];  // the rows of d0 and d1, -1 for a slope of 1
 };
 
+template <class T>
+PYFLOW_FN SplineBin<T> bin_of(const Bins<T>& b, int i) {
+  return {b.x0[i], b.x1[i] - b.x0[i], b.y0[i], b.y1[i] - b.y0[i], b.d0[i], b.d1[i]};
+}
+
 // what is transformed, by group; NaN: x is outside a domain without tails
 template <class T>
 struct Used {
@@ -63,10 +68,12 @@ template <class T>
 void set_used(const SplineArgs& a, const Ends<T>& e, const T* __restrict x, const T* __restrict mask, Used<T>& u) {
   const bool tails = a.tails != SplineTails::none, closed = a.variant != SplineVariant::zuko || !tails;
   const T outside = tails ? T(0) : T(__builtin_nan(""));
+#pragma omp simd
   for (int i = 0; i < kGroup; ++i) {
-    const bool inside = spline_inside(x[i], e.low[i], e.high[i], closed), open = mask[i] == T(0);
-    u.used[i] = inside && open ? T(1) : T(0);
-    u.passed[i] = !inside && open ? outside : T(0);
+    const T open = mask[i] == T(0) ? T(1) : T(0);
+    const T inside = spline_inside(x[i], e.low[i], e.high[i], closed) ? open : T(0);
+    u.used[i] = inside;
+    u.passed[i] = inside < open ? outside : T(0);
   }
 }
 
@@ -97,66 +104,93 @@ void softmax(Rows<T> p, int bins, const SplineConstants<T>& c, Ahead& ahead, T* 
   }
 }
 
-// the right ends of bins to `knots`, which may be p; Count: also the bin of every x
+constexpr int kPart = 16;  // elements whose values stay in registers from bin to bin
+
+// the knots at both ends of the bin of every element; Count: of x, whose bin is counted to k, which is given otherwise
 template <SplineVariant V, bool Count, class T>
-void add_bins(Rows<T> p, int bins, const SplineConstants<T>& c, const T* __restrict total, const Ends<T>& e,
-              const T* __restrict x, Rows<T> knots, int32_t* __restrict k) {
-  alignas(64) T sum[kGroup], factor[kGroup];
+void set_bin_ends(Rows<T> p, int bins, const SplineConstants<T>& c, const T* __restrict total, const Ends<T>& e,
+                  const T* __restrict x, int32_t* __restrict k, T* __restrict left, T* __restrict right) {
+  for (int at = 0; at < kGroup; at += kPart) {
+    // n: 1 + the number of knots passed; own: what the bin takes; before: the sum of the parts left of it
+    alignas(64) T factor[kPart], span[kPart], sum[kPart], before[kPart], own[kPart];
+    alignas(64) int32_t n[kPart];
+    const T *low = e.low + at, *high = e.high + at;
 #pragma omp simd
-  for (int i = 0; i < kGroup; ++i) factor[i] = c.rest / total[i];
-  fill(sum, T(0), kGroup);
-  for (int j = 0; j < bins - 1; ++j) {
-    const T* v = p[j];
-    T* knot = knots[j];
+    for (int i = 0; i < kPart; ++i) {
+      factor[i] = c.rest / total[at + i];
+      span[i] = high[i] - low[i];
+      sum[i] = before[i] = own[i] = T(0);
+      n[i] = Count ? 1 : k[at + i] + 1;
+    }
+    for (int j = 0; j < bins - 1; ++j) {
+      const T* v = p[j] + at;
+      // both selections compare j with n: of one that tests the knot gcc makes a branch
 #pragma omp simd
-    for (int i = 0; i < kGroup; ++i) {
-      sum[i] += fma_(v[i], factor[i], c.least);
-      const T end = fma_(e.high[i] - e.low[i], sum[i], e.low[i]);
-      knot[i] = end;
-      if constexpr (Count) k[i] += right_of<V>(x[i], end) ? 1 : 0;
+      for (int i = 0; i < kPart; ++i) {
+        const T value = v[i], to = sum[i];
+        own[i] = j < n[i] ? value : own[i];
+        before[i] = j < n[i] ? to : before[i];
+        sum[i] = to + fma_(value, factor[i], c.least);
+        if constexpr (Count) n[i] += right_of<V>(x[at + i], fma_(span[i], sum[i], low[i])) ? 1 : 0;
+      }
+    }
+#pragma omp simd
+    for (int i = 0; i < kPart; ++i) {
+      const T first = low[i], last = high[i], some = before[i], to = n[i] < bins ? some : sum[i];
+      const T x0 = fma_(span[i], to, first), x1 = fma_(span[i], some + fma_(own[i], factor[i], c.least), first);
+      left[at + i] = n[i] > 1 ? x0 : first;
+      right[at + i] = n[i] < bins ? x1 : last;
+      if constexpr (Count) k[at + i] = n[i] - 1;
     }
   }
-  __builtin_memcpy(knots[bins - 1], e.high, sizeof e.high);
 }
 
 template <class T>
 void set_slope_rows(const SplineArgs& a, const Ends<T>& e, Bins<T>& b) {
   const int32_t last = a.bins - 1, shift = a.tails == SplineTails::linear ? -1 : 0;
-  const int32_t wraps = a.tails != SplineTails::none;
+  const bool wraps = a.tails != SplineTails::none;
 #pragma omp simd
   for (int i = 0; i < kGroup; ++i) {
-    const int32_t k = b.k[i], linear = e.linear[i];
-    const int32_t right = k == last && wraps ? 0 : k + 1 + shift;
-    b.at0[i] = k == 0 && linear ? -1 : k + shift;
-    b.at1[i] = k == last && linear ? -1 : right;
+    const int32_t k = b.k[i], left = k + shift, right = left + 1;
+    const int32_t first = e.linear[i] ? -1 : shift, end = e.linear[i] ? -1 : wraps ? 0 : right;
+    b.at0[i] = k == 0 ? first : left;
+    b.at1[i] = k == last ? end : right;
   }
 }
 
+// the logits of the slopes at both ends, 0 for a slope of 1
 template <class T>
-void gather(Rows<T> xs, Rows<T> ys, Rows<T> slopes, const Ends<T>& e, Bins<T>& b) {
-  for (int i = 0; i < kGroup; ++i) {
-    const int32_t k = b.k[i], left = k > 0 ? k - 1 : 0;
-    b.x0[i] = k > 0 ? xs[left][i] : e.low[i];
-    b.x1[i] = xs[k][i];
-    b.y0[i] = k > 0 ? ys[left][i] : e.low[i];
-    b.y1[i] = ys[k][i];
-    b.d0[i] = slopes[b.at0[i] < 0 ? 0 : b.at0[i]][i];
-    b.d1[i] = slopes[b.at1[i] < 0 ? 0 : b.at1[i]][i];
+void set_slope_logits(Rows<T> slopes, int64_t count, Bins<T>& b) {
+  for (int at = 0; at < kGroup; at += kPart) {
+    alignas(64) T d0[kPart] = {}, d1[kPart] = {};
+    const int32_t *at0 = b.at0 + at, *at1 = b.at1 + at;
+    for (int32_t j = 0; j < int32_t(count); ++j) {
+      const T* v = slopes[j] + at;
+#pragma omp simd
+      for (int i = 0; i < kPart; ++i) {
+        const T value = v[i];
+        d0[i] = j == at0[i] ? value : d0[i];
+        d1[i] = j == at1[i] ? value : d1[i];
+      }
+    }
+    __builtin_memcpy(b.d0 + at, d0, sizeof d0);
+    __builtin_memcpy(b.d1 + at, d1, sizeof d1);
   }
 }
 
-// widths and heights -> bins, with knots in their place or apart
+// widths and heights -> bins
 template <SplineVariant V, bool Inverse, class T>
 void find_bins(const SplineArgs& a, const SplineConstants<T>& c, const Ends<T>& e, const T* x, Rows<T> parts,
-               Rows<T> slopes, Rows<T> knots, Ahead& ahead, T* total_w, T* total_h, Bins<T>& b) {
-  const Rows<T> xs = knots, ys = knots + a.bins;
+               Rows<T> slopes, Ahead& ahead, T* total_w, T* total_h, Bins<T>& b) {
+  const Rows<T> heights = parts + a.bins;
   softmax<V>(parts, a.bins, c, ahead, total_w);
-  softmax<V>(parts + a.bins, a.bins, c, ahead, total_h);
-  fill(b.k, 0, kGroup);
-  add_bins<V, !Inverse>(parts, a.bins, c, total_w, e, x, xs, b.k);
-  add_bins<V, Inverse>(parts + a.bins, a.bins, c, total_h, e, x, ys, b.k);
+  softmax<V>(heights, a.bins, c, ahead, total_h);
+  // first the axis of x
+  if (Inverse) set_bin_ends<V, true>(heights, a.bins, c, total_h, e, x, b.k, b.y0, b.y1);
+  set_bin_ends<V, !Inverse>(parts, a.bins, c, total_w, e, x, b.k, b.x0, b.x1);
+  if (!Inverse) set_bin_ends<V, false>(heights, a.bins, c, total_h, e, x, b.k, b.y0, b.y1);
   set_slope_rows(a, e, b);
-  gather(xs, ys, slopes, e, b);
+  set_slope_logits(slopes, spline_params(a.bins, a.tails) - 2 * a.bins, b);
 }
 
 // logits -> slopes. The selection after the computation, not around it: gcc would branch.
@@ -170,11 +204,26 @@ void set_slopes(Bins<T>& b, const SplineConstants<T>& c) {
   }
 }
 
-// copies n values and fills up the group
+// the places of x in the bins, in a loop of their own: the steps of one element depend on each other, and in a long
+// loop few elements overlap
+template <bool Inverse, class T>
+void set_places(const Bins<T>& b, const T* __restrict x, T* __restrict s, T* __restrict theta) {
+#pragma omp simd
+  for (int i = 0; i < kGroup; ++i) {
+    const T value = x[i];
+    const SplineBin<T> bin = bin_of(b, i);
+    s[i] = bin.h / bin.w;
+    theta[i] = spline_theta<Inverse>(value, s[i], bin);
+  }
+}
+
+// n values filled up to a group, in place if they are one
 template <class T>
-PYFLOW_FN void copy_group(const T* from, int64_t n, T* to, T rest) {
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
-  fill(to + n, rest, kGroup - n);
+PYFLOW_FN const T* whole_group(const T* from, int64_t n, T* buffer) {
+  if (n == kGroup) return from;
+  for (int64_t i = 0; i < n; ++i) buffer[i] = from[i];
+  fill(buffer + n, T(0), kGroup - n);
+  return buffer;
 }
 
 template <class F>

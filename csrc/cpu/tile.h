@@ -306,15 +306,20 @@ PYFLOW_FN T lane_sum(const T* v, int64_t n) {
   return fold<16>(lane);
 }
 
+// the sum of 2 * Width lanes by halves, in place; those from Cols on are 0 and left out
+template <int Width, int Cols, class T>
+PYFLOW_FN void fold_short(T* lane) {
+  for (int j = 0; j < Width && j + Width < Cols; ++j) lane[j] += lane[j + Width];
+  if constexpr (Width > 1) fold_short<Width / 2, Cols>(lane);
+}
+
 // lane_sum of rows of Cols <= 16 values each, times sign: the other lanes are 0
 template <int Cols, class T>
 void short_row_sums(const T* __restrict v, int64_t rows, T sign, T* __restrict out) {
   for (int64_t r = 0; r < rows; ++r) {
     T lane[Cols];
     for (int j = 0; j < Cols; ++j) lane[j] = v[r * Cols + j];
-    for (int width = 8; width > 0; width /= 2) {
-      for (int j = 0; j < width && j + width < Cols; ++j) lane[j] += lane[j + width];
-    }
+    fold_short<8, Cols>(lane);
     out[r] = sign * (lane[0] + T(0));  // -0 becomes 0, as in a lane
   }
 }

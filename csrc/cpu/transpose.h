@@ -2,6 +2,8 @@
 // column per element; and back.
 #pragma once
 
+#include <utility>
+
 #include "tile.h"
 
 namespace pyflow::PYFLOW_ISA {
@@ -16,28 +18,88 @@ constexpr int kMostParams = 128;  // of an element
 #endif
 
 #if defined(PYFLOW_SHUFFLE)
-template <class T>
-using Four __attribute__((vector_size(4 * sizeof(T)))) = T;
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;
+#elif defined(__AVX2__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
 
-// a 4 x 4 matrix: to[i * to_step + j] = from[j * from_step + i]. Registers of four, because gcc does not vectorise such
-// loops: 4.4 ns for 23 parameters of an element against 12 (one core of a Xeon with AVX-512).
 template <class T>
-PYFLOW_FN void transpose_4x4(const T* from, int64_t from_step, T* to, int64_t to_step) {
-  Four<T> a, b, c, d;
-  __builtin_memcpy(&a, from, sizeof a);
-  __builtin_memcpy(&b, from + from_step, sizeof b);
-  __builtin_memcpy(&c, from + 2 * from_step, sizeof c);
-  __builtin_memcpy(&d, from + 3 * from_step, sizeof d);
-  const Four<T> ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-  const Four<T> AB = __builtin_shufflevector(a, b, 2, 6, 3, 7), CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  a = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
-  b = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-  c = __builtin_shufflevector(AB, CD, 0, 1, 4, 5);
-  d = __builtin_shufflevector(AB, CD, 2, 3, 6, 7);
-  __builtin_memcpy(to, &a, sizeof a);
-  __builtin_memcpy(to + to_step, &b, sizeof b);
-  __builtin_memcpy(to + 2 * to_step, &c, sizeof c);
-  __builtin_memcpy(to + 3 * to_step, &d, sizeof d);
+constexpr int kWide = kRegister / int(sizeof(T)) < 4 ? 4 : kRegister / int(sizeof(T));
+
+template <class T, int N>
+using Vec __attribute__((vector_size(N * sizeof(T)))) = T;
+
+template <int N>
+using Sequence = std::make_integer_sequence<int, N>;
+
+template <class T, int N, int... I>
+PYFLOW_FN Vec<T, 2 * N> joined(Vec<T, N> a, Vec<T, N> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, I...);
+}
+
+// four values from each of N / 4 places, four steps apart
+template <class T, int N>
+PYFLOW_FN Vec<T, N> load_fours(const T* from, int64_t step) {
+  if constexpr (N == 4) {
+    Vec<T, 4> v;
+    __builtin_memcpy(&v, from, sizeof v);
+    return v;
+  } else {
+    constexpr int kHalf = N / 2;
+    const Vec<T, kHalf> a = load_fours<T, kHalf>(from, step), b = load_fours<T, kHalf>(from + kHalf * step, step);
+    return joined<T, kHalf>(a, b, Sequence<N>());
+  }
+}
+
+// the index of value i of two vectors of n values shuffled by fours: of the digits of `order`, 0 to 3 stand for the
+// four of the first vector, 4 to 7 for those of the second
+constexpr int shuffled(int i, int order, int n) {
+  const int digit = order >> (12 - i % 4 * 4) & 15, first = i - i % 4;
+  return digit < 4 ? first + digit : n + first + digit - 4;
+}
+
+template <int Order, class T, int N, int... I>
+PYFLOW_FN Vec<T, N> shuffle(Vec<T, N> a, Vec<T, N> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, shuffled(I, Order, N)...);
+}
+
+template <class V, class T>
+PYFLOW_FN void store_row(V v, T* to) {
+  __builtin_memcpy(to, &v, sizeof v);
+}
+
+// a 4 x N matrix: to[i * to_step + j] = from[j * from_step + i]. Registers, because gcc does not vectorise such loops:
+// 4.4 ns for 23 parameters of an element against 12 (one core of a Xeon with AVX-512, N = 4); N = 16 takes 2/3 of the
+// time of N = 4 (a core of a Zen 5).
+template <class T, int N>
+PYFLOW_FN void transpose_block(const T* from, int64_t from_step, T* to, int64_t to_step) {
+  using V = Vec<T, N>;
+  constexpr Sequence<N> all{};
+  const V a = load_fours<T, N>(from, from_step), b = load_fours<T, N>(from + from_step, from_step);
+  const V c = load_fours<T, N>(from + 2 * from_step, from_step), d = load_fours<T, N>(from + 3 * from_step, from_step);
+  const V ab = shuffle<0x0415, T, N>(a, b, all), cd = shuffle<0x0415, T, N>(c, d, all);
+  const V AB = shuffle<0x2637, T, N>(a, b, all), CD = shuffle<0x2637, T, N>(c, d, all);
+  store_row(shuffle<0x0145, T, N>(ab, cd, all), to);
+  store_row(shuffle<0x2367, T, N>(ab, cd, all), to + to_step);
+  store_row(shuffle<0x0145, T, N>(AB, CD, all), to + 2 * to_step);
+  store_row(shuffle<0x2367, T, N>(AB, CD, all), to + 3 * to_step);
+}
+
+// blocks of N columns from column j on; returns the first column left
+template <int N, class T>
+PYFLOW_FN int64_t transpose_blocks(const T* from, int64_t from_step, int64_t rows, int64_t cols, T* to, int64_t to_step,
+                                   int64_t j) {
+  for (; rows >= 4 && j + N <= cols; j += N) {
+    // the last block overlaps the one before it
+    for (int64_t i = 0; i < rows; i += 4) {
+      const int64_t k = smaller(i, rows - 4);
+      transpose_block<T, N>(from + j * from_step + k, from_step, to + k * to_step + j, to_step);
+    }
+  }
+  return j;
 }
 #endif
 
@@ -46,13 +108,8 @@ template <class T>
 void transpose(const T* from, int64_t from_step, int64_t rows, int64_t cols, T* to, int64_t to_step) {
   int64_t j = 0;
 #if defined(PYFLOW_SHUFFLE)
-  for (; rows >= 4 && j + 4 <= cols; j += 4) {
-    // the last block overlaps the one before it
-    for (int64_t i = 0; i < rows; i += 4) {
-      const int64_t k = smaller(i, rows - 4);
-      transpose_4x4(from + j * from_step + k, from_step, to + k * to_step + j, to_step);
-    }
-  }
+  j = transpose_blocks<kWide<T>>(from, from_step, rows, cols, to, to_step, j);
+  j = transpose_blocks<4>(from, from_step, rows, cols, to, to_step, j);
 #endif
   for (; j < cols; ++j) {
     for (int64_t i = 0; i < rows; ++i) to[i * to_step + j] = from[j * from_step + i];

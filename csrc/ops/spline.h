@@ -88,7 +88,8 @@ PYFLOW_FN T spline_slope_rate(T v, const SplineConstants<T>& c) {
 // `closed`: the domain contains its lower end, in zuko only without tails
 template <class T>
 PYFLOW_FN bool spline_inside(T x, T low, T high, bool closed) {
-  return (closed ? x >= low : x > low) && x <= high;
+  // bitwise, because gcc does not vectorise the branches of && and ||
+  return ((x > low) | (closed & (x == low))) & (x <= high);
 }
 
 // whether a value belongs to the bins right of a knot
@@ -121,18 +122,30 @@ PYFLOW_FN T spline_root(T u, T s, const SplineBin<T>& b) {
   return theta < T(0) ? T(0) : theta > T(1) ? T(1) : theta;
 }
 
+// theta of x, or of y of an inverse
+template <bool Inverse, class T>
+PYFLOW_FN T spline_theta(T value, T s, const SplineBin<T>& b) {
+  return Inverse ? spline_root(value - b.y0, s, b) : (value - b.x0) / b.w;
+}
+
+template <class T>
+PYFLOW_FN SplinePlace<T> spline_place(T theta, T s, const SplineBin<T>& b) {
+  SplinePlace<T> p;
+  p.s = s;
+  p.theta = theta;
+  const T left = T(1) - theta, q = b.d0 + b.d1 - T(2) * s;
+  p.rest = theta * left;
+  p.top = fma_(s * theta, theta, b.d0 * p.rest);
+  p.over = fma_(q, p.rest, s);
+  p.slope = fma_(b.d1 * theta, theta, fma_(b.d0 * left, left, T(2) * s * p.rest));
+  return p;
+}
+
 // value is x, or y of an inverse
 template <bool Inverse, class T>
 PYFLOW_FN SplinePlace<T> spline_place(T value, const SplineBin<T>& b) {
-  SplinePlace<T> p;
-  p.s = b.h / b.w;
-  p.theta = Inverse ? spline_root(value - b.y0, p.s, b) : (value - b.x0) / b.w;
-  const T left = T(1) - p.theta, q = b.d0 + b.d1 - T(2) * p.s;
-  p.rest = p.theta * left;
-  p.top = fma_(p.s * p.theta, p.theta, b.d0 * p.rest);
-  p.over = fma_(q, p.rest, p.s);
-  p.slope = fma_(b.d1 * p.theta, p.theta, fma_(b.d0 * left, left, T(2) * p.s * p.rest));
-  return p;
+  const T s = b.h / b.w;
+  return spline_place(spline_theta<Inverse>(value, s, b), s, b);
 }
 
 template <bool Inverse, class T>
