@@ -1,6 +1,6 @@
 #include "../args/hsic.h"
 
-#include <cstring>
+#include <algorithm>
 #include <vector>
 
 #include "device.h"
@@ -139,7 +139,8 @@ GramSchedule schedule_of(const GramArgs& a, const Tensor& scale) {
   return gram_schedule(scale.size(0), a.workspace_size * (a.f64 ? 8 : 4), torch::stable::get_num_threads());
 }
 
-void fill_zero(void* data, int64_t count) { std::memset(data, 0, size_t(count) * sizeof(double)); }
+// memset may not take the null pointer of an empty tensor
+void fill_zero(void* data, int64_t count) { std::fill_n((double*)data, count, 0.0); }
 
 std::tuple<Tensor, Tensor, Tensor> hsic_sums(std::vector<Tensor> z, Tensor scale, std::vector<int64_t> kernels,
                                              std::vector<int64_t> degrees, std::vector<int64_t> pairs, bool,
