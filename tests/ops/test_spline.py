@@ -655,3 +655,22 @@ BAD = [
 def test_bad_input_gets_one_sentence(call, error, text, backend):
     with pyflow.backend(backend), pytest.raises(error, match=f"^rq_spline: {text}$"):
         call(ops.rq_spline)
+
+
+def test_the_compiled_reference_has_the_gradients_of_eager():
+    # where there are no kernels, torch.compile sees the reference; its code for cumsum has wrong gradients
+    leaves = [
+        v.requires_grad_()
+        for v in (
+            torch.linspace(-2, 2, 64).view(16, 4),
+            torch.randn(16, 4, 23, generator=torch.Generator().manual_seed(0)),
+        )
+    ]
+    function = lambda x, params: ops.rq_spline(x, params, bins=8, bound=3.0, variant="zuko")
+    with pyflow.backend("reference"):
+        results = [
+            torch.autograd.grad(f(*leaves), leaves, [torch.ones(16, 4), torch.ones(16)])
+            for f in (function, torch.compile(function, fullgraph=True))
+        ]
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
