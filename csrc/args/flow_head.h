@@ -27,19 +27,26 @@ struct FlowHeadBackward : FlowHeadArgs {
   void* partial;       // (row blocks, cols) of the compute type, absent without log_scale
 };
 
-// CPU: a unit is kHeadRows rows of a segment of kHeadSegment columns
-constexpr int64_t kHeadRows = 32;             // rows that share one exponential of log_scale
+// CPU: a unit is kHeadRows rows of a segment of kHeadSegment columns, forward more rows if they are short
+constexpr int64_t kHeadRows = 32;             // rows whose gradients of log_scale are summed together
 constexpr int64_t kHeadSegment = 4 * kChunk;  // its buffers stay in L1
+constexpr int64_t kHeadShort = 8;             // most columns of rows that are computed a unit at a time
+static_assert(kHeadRows * kHeadShort <= kChunk);
 
-inline Plan cpu_head_plan(const Space& s) {
+inline Plan cpu_head_plan(const Space& s, int64_t rows) {
   Plan p{};
-  p.tile_rows = kHeadRows;
+  p.tile_rows = rows;
   p.segment = kHeadSegment;
   p.segments = s.cols > kHeadSegment ? ceil_div(s.cols, kHeadSegment) : 1;
-  p.units = ceil_div(s.rows, kHeadRows) * p.segments;
-  p.grain = grain_of(kHeadRows * s.cols);
+  p.units = ceil_div(s.rows, rows) * p.segments;
+  p.grain = grain_of(rows * s.cols);
   return p;
 }
+
+inline Plan cpu_head_forward_plan(const Space& s) {
+  return cpu_head_plan(s, s.cols > 0 && s.cols <= kHeadShort ? kChunk / s.cols : kHeadRows);
+}
+inline Plan cpu_head_backward_plan(const Space& s) { return cpu_head_plan(s, kHeadRows); }
 
 // GPU, backward: rows per unit; at most 512 partial sums per column, each of at least 32 rows
 inline int64_t gpu_block_rows(const Space& s, const Plan& p) {

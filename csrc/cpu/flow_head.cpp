@@ -7,12 +7,8 @@
 namespace pyflow::PYFLOW_ISA {
 namespace {
 
-// most columns of rows that are computed a unit at a time
-constexpr int64_t kShort = 8;
-static_assert(kHeadRows * kShort <= kChunk);
-
 // rows that are computed a unit at a time
-PYFLOW_FN bool are_short(const FlowHeadArgs& a) { return a.space.cols > 0 && a.space.cols <= kShort; }
+PYFLOW_FN bool are_short(const FlowHeadArgs& a) { return a.space.cols > 0 && a.space.cols <= kHeadShort; }
 
 // repeats the first cols of count values
 template <class T>
@@ -68,7 +64,7 @@ void score_row(const T* __restrict h, const T* __restrict e, T grad, T* __restri
   }
 }
 
-// the log-densities of short rows, each in the order of sum_density; e: exp(log_scale) for every element of the unit
+// the log-densities of short rows, each in the order of sum_density; e: of `exp_rows`
 template <Prior P, class T>
 void sum_densities(const FlowHeadForward& a, const Tile& unit, const T* __restrict e, T* sums) {
   alignas(64) T buffer[kChunk], term[kChunk];
@@ -80,19 +76,33 @@ void sum_densities(const FlowHeadForward& a, const Tile& unit, const T* __restri
   row_sums(unit, term, T(1), sums);
 }
 
+// e = exp(log_scale) for every element of a unit of short rows; returns the sum of log_scale
+template <class T>
+double exp_rows(const FlowHeadArgs& a, T* e) {
+  const double total = exp_columns(a, {0, 1, 0, a.space.cols}, e);
+  repeat(e, a.space.cols, a.plan.tile_rows * a.space.cols);
+  return total;
+}
+
+template <Prior P, class T>
+void forward_short(const FlowHeadForward& a, int64_t begin, int64_t end) {
+  alignas(64) T e[kChunk], sums[kChunk];
+  const double constant = exp_rows(a, e) + double(a.space.cols) * kPriorConstant<P>;
+  for (int64_t u = begin; u < end; ++u) {
+    const Tile unit = unit_tile(a.space, a.plan, u);
+    sum_densities<P>(a, unit, e, sums);
+    T* __restrict out = (T*)a.log_prob.out + unit.row;
+#pragma omp simd
+    for (int64_t r = 0; r < unit.rows; ++r) {
+      out[r] = T(constant + double(sums[r]));
+    }
+  }
+}
+
 template <Prior P, class T>
 void forward_unit(const FlowHeadForward& a, const Tile& unit, int64_t segment) {
   alignas(64) T buffer[kHeadSegment], e[kHeadSegment];
   const double constant = exp_columns(a, unit, e) + double(unit.cols) * kPriorConstant<P>;
-  if (are_short(a)) {
-    T sums[kHeadRows];
-    repeat(e, unit.cols, unit.count());
-    sum_densities<P>(a, unit, e, sums);
-    for (int64_t r = 0; r < unit.rows; ++r) {
-      write_row_sum<T>(a.log_prob, a.plan, unit.row + r, segment, constant + double(sums[r]));
-    }
-    return;
-  }
   for (int64_t r = unit.row; r < unit.row + unit.rows; ++r) {
     prefetch(a.space, a.h, {r + 1, 1, unit.col, unit.cols});
     const T* h = load(a.space, a.h, {r, 1, unit.col, unit.cols}, buffer);
@@ -119,32 +129,45 @@ void score_rows(const Tile& t, const T* __restrict h, const T* __restrict e, con
   }
 }
 
+// the gradients of log_scale that a unit adds up
+template <class T>
+void store_sums(const FlowHeadBackward& a, const Tile& unit, const T* sum) {
+  if (!a.partial) return;
+  T* partial = (T*)a.partial + unit.row / kHeadRows * a.space.cols + unit.col;
+  for (int64_t i = 0; i < unit.cols; ++i) partial[i] = sum[i];
+}
+
+template <Prior P, class T>
+void backward_short(const FlowHeadBackward& a, int64_t begin, int64_t end) {
+  alignas(64) T h[kChunk], e[kChunk], grad[kChunk], gh[kChunk];
+  exp_rows(a, e);
+  for (int64_t u = begin; u < end; ++u) {
+    const Tile unit = unit_tile(a.space, a.plan, u);
+    T sum[kHeadShort] = {};
+    load_rows(a.space, a.grad, unit, grad);
+    T* out = target(a.space, a.gh, unit, gh);
+    score_rows<P>(unit, load(a.space, a.h, unit, h), e, grad, out, sum);
+    store(a.space, a.gh, unit, out);
+    store_sums(a, unit, sum);
+  }
+  stream_fence();
+}
+
 template <Prior P, class T>
 void backward_unit(const FlowHeadBackward& a, const Tile& unit) {
   alignas(64) T h[kHeadSegment], e[kHeadSegment], gh[kHeadSegment], sum[kHeadSegment];
   exp_columns(a, unit, e);
   fill(sum, T(0), unit.cols);
-  if (are_short(a)) {
-    alignas(64) T grad[kChunk];
-    repeat(e, unit.cols, unit.count());
-    load_rows(a.space, a.grad, unit, grad);
-    T* out = target(a.space, a.gh, unit, gh);
-    score_rows<P>(unit, load(a.space, a.h, unit, h), e, grad, out, sum);
-    store(a.space, a.gh, unit, out);
-  } else {
-    for (int64_t r = unit.row; r < unit.row + unit.rows; ++r) {
-      const Tile t{r, 1, unit.col, unit.cols}, next{r + 1, 1, unit.col, unit.cols};
-      prefetch(a.space, a.h, next);
-      prefetch<true>(a.space, a.gh, next);
-      const T grad = read<T>(a.grad, row_offset(a.space, a.grad, r));
-      T* out = target(a.space, a.gh, t, gh);
-      score_row<P>(load(a.space, a.h, t, h), e, grad, out, sum, unit.cols);
-      store(a.space, a.gh, t, out);
-    }
+  for (int64_t r = unit.row; r < unit.row + unit.rows; ++r) {
+    const Tile t{r, 1, unit.col, unit.cols}, next{r + 1, 1, unit.col, unit.cols};
+    prefetch(a.space, a.h, next);
+    prefetch<true>(a.space, a.gh, next);
+    const T grad = read<T>(a.grad, row_offset(a.space, a.grad, r));
+    T* out = target(a.space, a.gh, t, gh);
+    score_row<P>(load(a.space, a.h, t, h), e, grad, out, sum, unit.cols);
+    store(a.space, a.gh, t, out);
   }
-  if (!a.partial) return;
-  T* partial = (T*)a.partial + unit.row / kHeadRows * a.space.cols + unit.col;
-  for (int64_t i = 0; i < unit.cols; ++i) partial[i] = sum[i];
+  store_sums(a, unit, sum);
 }
 
 // adds the partial sums of all row blocks in double and in order, for columns [begin, end)
@@ -169,14 +192,23 @@ void reduce_columns(const FlowHeadBackward& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void flow_head_forward(const FlowHeadForward& a, int64_t begin, int64_t end) {
-  for_each_unit(a, begin, end, [&](const Tile& unit, int64_t segment, auto zero) {
-    as_constant(a.prior, [&](auto prior) { forward_unit<prior.value, decltype(zero)>(a, unit, segment); });
+  as_constant(a.prior, [&](auto p) {
+    if (are_short(a)) {
+      return a.f64 ? forward_short<p.value, double>(a, begin, end) : forward_short<p.value, float>(a, begin, end);
+    }
+    for_each_unit(a, begin, end, [&](const Tile& unit, int64_t segment, auto zero) {
+      forward_unit<p.value, decltype(zero)>(a, unit, segment);
+    });
   });
 }
 
 void flow_head_backward(const FlowHeadBackward& a, int64_t begin, int64_t end) {
-  for_each_unit(a, begin, end, [&](const Tile& unit, int64_t, auto zero) {
-    as_constant(a.prior, [&](auto prior) { backward_unit<prior.value, decltype(zero)>(a, unit); });
+  as_constant(a.prior, [&](auto p) {
+    if (are_short(a)) {
+      return a.f64 ? backward_short<p.value, double>(a, begin, end) : backward_short<p.value, float>(a, begin, end);
+    }
+    for_each_unit(a, begin, end,
+                  [&](const Tile& unit, int64_t, auto zero) { backward_unit<p.value, decltype(zero)>(a, unit); });
   });
 }
 

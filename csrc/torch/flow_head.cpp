@@ -8,11 +8,11 @@ namespace {
 using Optional = std::optional<Tensor>;
 
 // call after every view was added to the layout
-void plan(FlowHeadArgs& a, Layout& layout, const Tensor& h, int64_t prior, Plan (*gpu)(const Space&)) {
+void plan(FlowHeadArgs& a, Layout& layout, const Tensor& h, int64_t prior, Plan (*plan_of)(const Space&)) {
   a.f64 = is_f64(h);
   a.prior = Prior(prior);
   a.space = layout.merge();
-  a.plan = kCuda ? gpu(a.space) : cpu_head_plan(a.space);
+  a.plan = plan_of(a.space);
 }
 
 Tensor flow_log_prob(Tensor h, Optional log_scale, int64_t prior) {
@@ -20,7 +20,7 @@ Tensor flow_log_prob(Tensor h, Optional log_scale, int64_t prior) {
   Layout layout(h, h.dim() - 1);
   layout.add(a.h, h);
   if (log_scale) layout.add_event(a.log_scale, *log_scale);
-  plan(a, layout, h, prior, gpu_plan);
+  plan(a, layout, h, prior, kCuda ? gpu_plan : cpu_head_forward_plan);
   SumTensors sums(a.log_prob, h, &a.space.rows, 1, a.space, a.plan, compute_type(a.f64));
   if (h.numel() > 0) PYFLOW_RUN(flow_head_forward, a, h);
   sums.finish();
@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> flow_log_prob_backward(Tensor grad, Tensor h, Optiona
   layout.add_rows(a.grad, grad);
   if (log_scale) layout.add_event(a.log_scale, *log_scale);
   if (log_scale) layout.add_event(a.glog_scale, glog_scale);
-  plan(a, layout, h, prior, gpu_head_backward_plan);
+  plan(a, layout, h, prior, kCuda ? gpu_head_backward_plan : cpu_head_backward_plan);
   if (h.numel() == 0) return {gh, torch::stable::zero_(glog_scale)};
   a.block_rows = kCuda ? gpu_block_rows(a.space, a.plan) : kHeadRows;
   const int64_t blocks = ceil_div(a.space.rows, a.block_rows);

@@ -13,12 +13,13 @@ void flow_head(int64_t rows, int64_t cols, Prior prior) {
   std::vector<double> partial;
   FlowHeadForward f{};
   f.space = space(rows, cols);
-  f.plan = cpu_head_plan(f.space);
+  f.plan = cpu_head_forward_plan(f.space);
   f.prior = prior;
   f.h = view(h, DType::f32, cols);
   f.log_scale = view(log_scale, DType::f32, 0);
   FlowHeadBackward b{};
   static_cast<FlowHeadArgs&>(b) = f;
+  b.plan = cpu_head_backward_plan(f.space);
   f.log_prob = row_sums(log_prob, partial, rows, f.plan);
   cpu::flow_head_forward(f, 0, f.plan.units);
   print_sums("flow_log_prob", log_prob, partial);
