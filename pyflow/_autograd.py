@@ -111,12 +111,15 @@ def first_order(
 ) -> Rules:
     """Return the rules of an operator from its backward: an operator, or a function that returns gradients by name.
 
+    A function whose last parameter is `needs` is told which arguments need a gradient, a list for a list of tensors.
     `keep(inputs, output)` returns what the backward takes after the gradients, if these are not the arguments and
     outputs of the same names. `constant(output)` returns the outputs that have no gradient, if they are not those whose
     gradient the backward does not take.
     """
     own: Signature | None = getattr(backward, "signature", None)
     names = own.arguments if own else list(inspect.signature(backward).parameters)
+    asks = own is None and names[-1] == "needs"
+    names = names[:-1] if asks else names
     known = [*signature.arguments, *signature.outputs]
     leading = list(takewhile(lambda name: name.startswith("grad") and name not in known, names))
     grads = [0 if name == "grad" else signature.outputs.index(name.removeprefix("grad_")) for name in leading]
@@ -129,7 +132,7 @@ def first_order(
     if constant is None and without:
         constant = pick(without)
     if own is None:
-        formula = lambda grads, kept, needs: backward(*grads, *kept)
+        formula = lambda grads, kept, needs: backward(*grads, *kept, *(needs,) * asks)
     else:
         results, of_own = [name.removeprefix("grad_") for name in own.outputs], own.of_outputs
         formula = lambda grads, kept, needs: dict(zip(results, of_own(backward(*grads, *kept)), strict=True))

@@ -249,17 +249,20 @@ def _offer_interpreter() -> None:
         _interpreter = offer_interpreter()
 
 
-def runs_reference(op: str, x: Tensor, cuda: bool = True) -> bool:
+def runs_reference(op: str, x: Tensor, cuda: bool = True, triton: bool = True) -> bool:
     """Whether the public function calls the plain-torch reference instead of the operator.
 
     It does if the reference is chosen, if the device has no kernel, and under a transform that operators have no
-    rule for. `cuda=False`: csrc/cuda has no kernel for this operator, so that a GPU needs Triton.
+    rule for. `cuda=False`: csrc/cuda has no kernel for this operator, so that a GPU needs Triton; `triton=False`: nor
+    has triton_kernels.
     """
     choice = current()
     if choice == "reference" or under_transform_without_rule():
         return True
     kind = x.device.type
     if kind in _devices.get(choice, ()):
+        if not triton and (kind == "cuda" or choice == "triton"):
+            return True
         return kind == "cuda" and not cuda and (choice == "cuda" or not _triton_runs)
     if choice != "auto":
         why = unusable.get(choice) or f"backend {choice} cannot run on a tensor on {x.device}"

@@ -36,7 +36,7 @@ _TENSORS, _LISTS = frozenset((Tensor, torch.nn.Parameter)), frozenset((list,))
 _KINDS: dict[str, frozenset[type]] = {
     "Tensor": _TENSORS, "List[Tensor]": _LISTS, "List[int]": frozenset((tuple, list)),
     "ScalarType": frozenset((torch.dtype,)), "int": frozenset((int,)), "float": frozenset((float,)),
-    "bool": frozenset((bool,)),
+    "bool": frozenset((bool,)), "str": frozenset((str,)),
 }  # fmt: skip
 
 
@@ -47,14 +47,15 @@ class Operator:
         family: the file name in ops/, reference/ and triton_kernels/.
         overload: the operator as torch knows it.
         cuda: whether csrc/cuda has a kernel.
+        triton: whether triton_kernels has one.
     """
 
-    def __init__(self, name: str, family: str, reference: Callable, cuda: bool) -> None:
-        self.name, self.family, self.cuda = name, family, cuda
+    def __init__(self, name: str, family: str, reference: Callable, cuda: bool, triton: bool) -> None:
+        self.name, self.family, self.cuda, self.triton = name, family, cuda, triton
         self.overload: _torch.Overload = getattr(torch.ops.pyflow, name).default
         self.signature = Signature(self.overload._schema)
         self.reference = by_name(reference, self.signature.arguments)
-        self.kinds = kinds_of(self.overload) if torch.cuda.is_available() else None
+        self.kinds = kinds_of(self.overload) if triton and torch.cuda.is_available() else None
         self._lists = self.signature.lists
         self._sized = [
             i for i, (argument, kind) in enumerate(self.signature.types.items())
@@ -84,7 +85,7 @@ class Operator:
 
     def pick(self, op: str, x: Tensor) -> Callable[..., Any]:
         """Return what the public function `op` calls for a tensor like x: the operator or its reference."""
-        return self.reference if _backend.runs_reference(op, x, self.cuda) else self
+        return self.reference if _backend.runs_reference(op, x, self.cuda, self.triton) else self
 
     def launch(self, *args: Any) -> Any:
         """Run the kernel for CUDA tensors: the Triton launcher or the CUDA operator, see `_backend.prefers_cuda`."""
@@ -120,6 +121,7 @@ def register(
     keep: Callable[[tuple, Any], Sequence[Any]] | None = None,
     constant: Callable[[Any], Sequence[Tensor]] | None = None,
     cuda: bool = True,
+    triton: bool = True,
 ) -> Operator:
     """Tell torch what an operator is, and return it.
 
@@ -133,10 +135,12 @@ def register(
         backward, keep, constant: as for `_autograd.first_order`; the derivative of a `*_backward` operator is that of
             its reference.
         cuda: whether csrc/cuda has a kernel.
+        triton: whether triton_kernels has one; without either a GPU runs the reference.
     """
-    operator = OPERATORS[name] = Operator(name, family, reference, cuda)
+    operator = OPERATORS[name] = Operator(name, family, reference, cuda, triton)
     library.impl(name, _kernel(operator, fake), "CompositeExplicitAutograd")
-    library.impl(name, operator.launch, "CUDA")
+    if triton:
+        library.impl(name, operator.launch, "CUDA")
     torch.library.register_fake(operator.overload, fake, lib=library)
     rule = functools.partial(vmap, operator.overload, operator.signature)
     torch.library.register_vmap(operator.overload, rule, lib=library)
@@ -211,6 +215,8 @@ def offer_interpreter() -> torch.library.Library:
     """Register the Triton kernels for CPU tensors, for threads that choose "triton" (the interpreter)."""
     interpreter = torch.library.Library("pyflow", "IMPL")
     for name, operator in OPERATORS.items():
+        if not operator.triton:
+            continue
         interpreter.impl(name, _interpretable(operator), "CPU", with_keyset=True, allow_override=True)
     return interpreter
 

@@ -30,6 +30,12 @@ Splines (formulas: `pyflow.ops.rq_spline`):
   (P = 3 bins - 1 or 3 bins), or one per feature of the last dim of x (P = 3 bins + 1). `bounds` (D,), in the compute
   dtype, replaces `bound`. `form` is the variant. backward -> grad_x, grad_params.
 
+Whole flows:
+
+- flow_program: x (B, D), an optional context (B, C) and the weights that `code`, the text of a
+  `pyflow.program.Program`, names; float32 or float64, all of one dtype -> y (B, outputs) and logdet (B,).
+  backward -> gradients of x, the context and each of the weights in one list, empty where not needed.
+
 Noise and steps of SDEs:
 
 - philox: counter (..., 4) and key (..., 2), int64 words -> (..., 4) random words.
@@ -105,6 +111,7 @@ _SPLINE = (
     "Tensor x, Tensor params, Tensor? bounds, Tensor? mask, float bound, int bins, int[] tails, int form, "
     "float param_scale, float min_bin, float min_slope, bool inverse, int event_dims"
 )
+_PROGRAM = "Tensor x, Tensor? context, Tensor[] weights, str code"
 _GRAMS = "int[] kernels, int[] degrees, int[] pairs, bool allow_tf32"
 
 SCHEMAS = {
@@ -126,6 +133,11 @@ SCHEMAS = {
     "flow_log_prob": "(Tensor h, Tensor? log_scale, int prior) -> Tensor log_prob",
     "flow_log_prob_backward": (
         "(Tensor grad, Tensor h, Tensor? log_scale, int prior) -> (Tensor grad_h, Tensor grad_log_scale)"
+    ),
+    "flow_program": f"({_PROGRAM}) -> (Tensor y, Tensor logdet)",
+    "flow_program_backward": (
+        f"(Tensor? grad_y, Tensor? grad_logdet, {_PROGRAM}, bool need_x, bool need_context, bool need_weights) "
+        "-> Tensor[] grads"
     ),
     "philox": "(Tensor counter, Tensor key) -> Tensor",
     "noise": "(SymInt[] size, Tensor seed, Tensor step, int kind, int purpose, ScalarType dtype) -> Tensor",

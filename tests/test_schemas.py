@@ -14,7 +14,7 @@ from pyflow._schemas import SCHEMAS
 SOURCES = sorted((Path(__file__).parent.parent / "csrc/torch").glob("*.cpp"))
 CPP = {
     "Tensor": "Tensor", "int": "int64_t", "SymInt": "int64_t", "float": "double", "bool": "bool",
-    "ScalarType": "ScalarType",
+    "ScalarType": "ScalarType", "str": "std::string",
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from .center import center_gram
 from .coupling import additive_coupling, affine_coupling, affine_coupling_packed
 from .energy import energy_and_grad, energy_loss, grad_norm_penalty, mala_accept, mala_propose, mala_step
 from .flow_head import flow_log_prob
+from .flow_program import flow_program
 from .fsq import codebook_usage, fsq, fsq_decode, residual_fsq
 from .gan_qp import gan_qp_generator_loss, gan_qp_loss
 from .hsic import cka, hsic, hsic_matrix
@@ -25,6 +26,7 @@ __all__ = [
     "energy_and_grad",
     "energy_loss",
     "flow_log_prob",
+    "flow_program",
     "fsq",
     "fsq_decode",
     "gan_qp_generator_loss",

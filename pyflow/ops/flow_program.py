@@ -1,0 +1,226 @@
+"""A whole flow in one call: a program over tiles of rows that stay in the caches from the first layer to the last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._operators import register
+from .._schemas import PACKINGS, PRIORS, SCALE_MAPS
+from ..program import ACTIVATIONS, MLP, Additive, Affine, Dense, Linear, Prior, Program, Scale
+from ..reference import flow_program as ref
+
+
+def flow_program(
+    x: Tensor, program: Program, weights: Sequence[Tensor], context: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run a flow: y and the log-determinant of dy/dx, or with a `Prior` the log-density of x.
+
+    Args:
+        x: (B, D) with D = program.columns, float32 or float64, any strides.
+        program: the instructions, see `pyflow.program`. `pyflow.flows.fuse` writes them for a module.
+        weights: the tensors that the instructions name by their place; x's dtype and device, any strides.
+        context: (B, program.context), x's dtype and device, or None.
+
+    Returns:
+        y (B, len(program.outputs)) and logdet (B,), both of x's dtype.
+
+    Raises:
+        TypeError: not a tensor, not a program, or another dtype.
+        ValueError: a wrong shape or device; an instruction that does not fit the columns, the weights or the
+            instruction before it.
+
+    Notes:
+        The rows of a tile, its log-determinants and the activations of its networks stay in the caches; nothing between
+        two instructions goes to memory. The backward keeps x alone: every tile runs forward again, then back. On a CPU
+        (float32) a row has the same bits alone, in any batch, on any number of threads and for any instruction set.
+        Matrix products add their terms in order, one fused multiply-add after the other, starting from the bias;
+        log-determinants are summed in float32 within an instruction and in float64 over instructions. Gradients of
+        weights are summed over at most 16 groups of rows, which depend on B alone: the same bits for any number of
+        threads. Double backward runs the plain-torch reference, as do GPUs. autocast changes nothing.
+
+    Source:
+        Layer by layer: Dinh et al. 2014, arXiv:1410.8516; Dinh et al. 2016, arXiv:1605.08803.
+
+    Example:
+        >>> from pyflow import program as p
+        >>> net = p.MLP((0,), False, (p.Dense(0, 1, 8, p.ACTIVATIONS.index("relu")), p.Dense(2, 3, 2)))
+        >>> flow = p.Program(2, 0, (0, 1), (net, p.Affine((1,), scale_map=0, packing=0, map_arg=0.0)))
+        >>> weights = [torch.ones(8, 1), torch.zeros(8), torch.zeros(2, 8), torch.tensor([1.0, 2.0])]
+        >>> y, logdet = flow_program(torch.tensor([[1.0, 1.0]]), flow, weights)
+        >>> y, logdet  # 1 e^2 + 1
+        (tensor([[1.0000, 8.3891]]), tensor([2.]))
+    """
+    op = "flow_program"
+    _two_dims(op, "x", x)
+    if not isinstance(program, Program):
+        raise TypeError(f"{op}: program must be a pyflow.program.Program, got {type(program).__name__}")
+    if not isinstance(weights, (list, tuple)):
+        raise TypeError(f"{op}: weights must be a list, got {type(weights).__name__}")
+    if x.shape[1] != program.columns:
+        raise ValueError(f"{op}: x must have {program.columns} columns, got {x.shape[1]}")
+    if program.context == 0 and context is not None:
+        raise ValueError(f"{op}: context must be None for a program without, got {type(context).__name__}")
+    given = [(f"weights[{i}]", weight) for i, weight in enumerate(weights)]
+    if program.context:
+        _two_dims(op, "context", context)
+        assert context is not None
+        if context.shape != (x.shape[0], program.context):
+            raise ValueError(
+                f"{op}: context must have the shape {(x.shape[0], program.context)}, got {tuple(context.shape)}"
+            )
+        given.append(("context", context))
+    for name, value in given:
+        check.tensor(op, name, value)
+        if value.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} must have the dtype of x, {check.short(x.dtype)}, got {check.short(value.dtype)}")
+        if value.device != x.device:
+            raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {value.device}")
+    _check_program(op, program, weights)
+    return _run.pick(op, x)(x, context, list(weights), program.encode())
+
+
+def _two_dims(op: str, name: str, value: Any) -> None:
+    check.tensor(op, name, value)
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: {name} must be float32 or float64, got {check.short(value.dtype)}")
+    if value.layout is not torch.strided or value.is_nested:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {check.short(value.layout)}")
+    if value.dim() != 2:
+        raise ValueError(f"{op}: {name} must have two dims, got shape {tuple(value.shape)}")
+
+
+class _Checker:
+    """Holds the instructions of a program to its columns and weights; `params` is what the last conditioner returns."""
+
+    def __init__(self, op: str, program: Program, weights: Sequence[Tensor]) -> None:
+        self.op, self.program, self.weights, self.params, self.where = op, program, weights, 0, ""
+
+    def fail(self, rule: str) -> None:
+        raise ValueError(f"{self.op}: {self.where}: {rule}")
+
+    def columns(self, columns: Any, unique: bool = True) -> int:
+        if not isinstance(columns, tuple) or not all(isinstance(c, int) for c in columns):
+            self.fail("columns must be a tuple of integers")
+        if not all(0 <= c < self.program.columns for c in columns):
+            self.fail(f"columns must be 0 to {self.program.columns - 1}, got {check.shown(columns)}")
+        if unique and len(set(columns)) != len(columns):
+            self.fail(f"columns must differ, got {check.shown(columns)}")
+        return len(columns)
+
+    def weight(self, name: str, place: int, shape: tuple[int, ...], optional: bool = True) -> None:
+        if place == -1 and optional:
+            return
+        if not 0 <= place < len(self.weights):
+            self.fail(f"{name} must be the place of one of {len(self.weights)} weights, got {place}")
+        if self.weights[place].shape != shape:
+            self.fail(f"{name} must have the shape {shape}, got {tuple(self.weights[place].shape)}")
+
+    def takes(self, count: int) -> None:
+        if self.params != count:
+            self.fail(f"the conditioner before it must return {count} numbers, got {self.params}")
+
+    def number(self, name: str, value: int, names: tuple[str, ...]) -> None:
+        if not isinstance(value, int) or not 0 <= value < len(names):
+            self.fail(f"{name} must be 0 to {len(names) - 1}, got {value}")
+
+    def scale(self, scale: Scale) -> None:
+        n = self.columns(scale.columns)
+        self.weight("shift", scale.shift, (n,))
+        self.weight("log_scale", scale.log_scale, (n,))
+
+    def linear(self, linear: Linear) -> None:
+        n = self.columns(linear.columns)
+        self.weight("weight", linear.weight, (n, n), False)
+        self.weight("bias", linear.bias, (n,))
+        self.weight("logdet", linear.logdet, ())
+
+    def mlp(self, mlp: MLP) -> None:
+        size = self.columns(mlp.columns, unique=False)
+        if mlp.context and not self.program.context:
+            self.fail("context must be false in a program without context")
+        if not mlp.layers:
+            self.fail("layers must hold at least one")
+        size += self.program.context * mlp.context
+        for dense in mlp.layers:
+            if not isinstance(dense, Dense) or dense.size < 1:
+                self.fail("layers must be Dense of at least one output")
+            self.weight("weight", dense.weight, (dense.size, size), False)
+            self.weight("bias", dense.bias, (dense.size,))
+            self.number("activation", dense.activation, ACTIVATIONS)
+            size = dense.size
+        self.params = size
+
+    def additive(self, additive: Additive) -> None:
+        self.takes(self.columns(additive.columns))
+
+    def affine(self, affine: Affine) -> None:
+        self.takes(2 * self.columns(affine.columns))
+        self.number("scale_map", affine.scale_map, SCALE_MAPS)
+        self.number("packing", affine.packing, PACKINGS)
+
+    def prior(self, prior: Prior) -> None:
+        self.columns(prior.columns)
+        self.number("prior", prior.prior, PRIORS)
+
+
+def _check_program(op: str, program: Program, weights: Sequence[Tensor]) -> None:
+    checker = _Checker(op, program, weights)
+    checker.where = "outputs"
+    checker.columns(program.outputs, unique=False)
+    for i, instruction in enumerate(program.instructions):
+        name = type(instruction).__name__
+        checker.where = f"instruction {i}, {name}"
+        rule = getattr(checker, name.lower(), None) if isinstance(instruction, tuple) else None
+        if rule is None:
+            checker.fail("it must be one of pyflow.program's instructions")
+        else:
+            rule(instruction)
+
+
+# registration with torch
+
+
+def _fake(x, context, weights, code):
+    outputs = Program.decode(code).outputs
+    return x.new_empty(x.shape[0], len(outputs)), x.new_empty(x.shape[0])
+
+
+def _backward_fake(grad_y, grad_logdet, x, context, weights, code, need_x, need_context, need_weights):
+    needed = [need_x, need_context and context is not None, *(need_weights for _ in weights)]
+    every = [x, context, *weights]
+    return [v.new_empty(v.shape) if need else x.new_empty(0) for need, v in zip(needed, every, strict=True)]
+
+
+_run_backward = register(
+    "flow_program_backward", "flow_program", reference=ref.flow_program_backward, fake=_backward_fake, cuda=False,
+    triton=False,
+)  # fmt: skip
+
+
+def _gradients(grad_y, grad_logdet, x, context, weights, code, needs):
+    need_x, need_context, need_weights, _ = needs
+    some = any(need_weights)
+    grad_x, grad_context, *grads = _run_backward(
+        grad_y, grad_logdet, x, context, weights, code, need_x, need_context and context is not None, some
+    )
+    return {"x": grad_x, "context": grad_context, "weights": grads if some else [None] * len(weights)}
+
+
+_run = register(
+    "flow_program", "flow_program", reference=ref.flow_program, fake=_fake, backward=_gradients, cuda=False,
+    triton=False,
+)  # fmt: skip
+
+
+def warmup(x: Tensor, **other: Any) -> list[Tensor]:
+    if x.dtype not in (torch.float32, torch.float64):
+        return []
+    mlp = MLP((0,), False, (Dense(0, -1, 2),))
+    program = Program(2, 0, (0, 1), (mlp, Affine((1,), 0, 0, 0.0)))
+    weight = x.new_zeros(2, 1)
+    return list(flow_program(x[:, :2], program, [weight]))

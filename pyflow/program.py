@@ -1,0 +1,195 @@
+"""Programs of flows: the instructions that `pyflow.ops.flow_program` runs on tiles of rows.
+
+The state of a row is its D columns, its log-determinant and the output of its last conditioner. Instructions run in
+order; a permutation is no instruction, but another order of the columns that the instructions after it name.
+"""
+
+from __future__ import annotations
+
+import functools
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+Columns = tuple[int, ...]
+
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "silu", "gelu", "elu", "sigmoid")
+
+
+class Scale(NamedTuple):
+    """x_c = x_c exp(log_scale_c) + shift_c for some columns, or (x_c + shift_c) exp(log_scale_c); inverse: solved for x.
+
+    Attributes:
+        columns: which columns.
+        shift, log_scale: place of a tensor (len(columns),) among the weights, -1 for none.
+        shift_first: the second form.
+        inverse: the inverse map.
+    """
+
+    columns: Columns
+    shift: int
+    log_scale: int
+    shift_first: bool = False
+    inverse: bool = False
+
+
+class Linear(NamedTuple):
+    """x = W x + b for some columns, logdet += logdet.
+
+    Attributes:
+        columns: which columns, n.
+        weight, bias, logdet: places of tensors (n, n), (n,) and () among the weights; -1 for no bias, or no logdet.
+    """
+
+    columns: Columns
+    weight: int
+    bias: int = -1
+    logdet: int = -1
+
+
+class Dense(NamedTuple):
+    """One layer of an `MLP`: h = act(W h + b).
+
+    Attributes:
+        weight, bias: places of tensors (size, inputs) and (size,) among the weights; -1 for no bias.
+        size: number of outputs.
+        activation: index into ACTIVATIONS.
+        arg: negative slope of leaky_relu, alpha of elu.
+    """
+
+    weight: int
+    bias: int
+    size: int
+    activation: int = 0
+    arg: float = 0.0
+
+
+class MLP(NamedTuple):
+    """A conditioner: computes the numbers that the next transform takes from some columns, and from the context.
+
+    Attributes:
+        columns: the inputs of the first layer.
+        context: whether the context's columns are further inputs, after the others.
+        layers: at least one.
+    """
+
+    columns: Columns
+    context: bool
+    layers: tuple[Dense, ...]
+
+
+class Additive(NamedTuple):
+    """x_c = x_c + shift_c (inverse: minus), the shifts from the last conditioner."""
+
+    columns: Columns
+    inverse: bool = False
+
+
+class Affine(NamedTuple):
+    """x_c = x_c exp(g(scale_c)) + shift_c, shifts and scales from the last conditioner; see `affine_coupling_packed`.
+
+    Attributes:
+        columns: which columns.
+        scale_map, packing: indices into SCALE_MAPS and PACKINGS.
+        map_arg: the constant of the scale map.
+        shift_first, inverse: as for `pyflow.ops.affine_coupling`.
+    """
+
+    columns: Columns
+    scale_map: int
+    packing: int
+    map_arg: float
+    shift_first: bool = False
+    inverse: bool = False
+
+
+class Prior(NamedTuple):
+    """logdet += log-density of some columns under a standard prior, an index into PRIORS."""
+
+    columns: Columns
+    prior: int = 0
+
+
+Instruction = typing.Union[Scale, Linear, MLP, Additive, Affine, Prior]  # noqa: UP007 (get_args on Python 3.10)
+_NAMED = {kind.__name__.lower(): kind for kind in get_args(Instruction)}
+
+
+class Program(NamedTuple):
+    """What `pyflow.ops.flow_program` runs.
+
+    Attributes:
+        columns: D, the columns of x and of the state.
+        context: columns of the context, 0 for none.
+        outputs: which column of the state is each column of y; empty if y is not needed.
+        instructions: in order.
+    """
+
+    columns: int
+    context: int
+    outputs: Columns
+    instructions: tuple[Instruction, ...]
+
+    def encode(self) -> str:
+        """Return the text that the operator takes: words between spaces.
+
+        An integer or a flag is one number, a tuple its length and its items, columns the number of their runs and
+        (first, step, count) of each, an instruction its name and its fields.
+        """
+        return " ".join(_encode(self, Program))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def decode(code: str) -> Program:
+        return _decode(iter(code.split()), Program)
+
+
+def runs_of(columns: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return columns as runs (first, step, count)."""
+    runs: list[tuple[int, int, int]] = []
+    for column in columns:
+        if runs:
+            first, step, count = runs[-1]
+            if count == 1 or column == first + step * count:
+                runs[-1] = first, column - first if count == 1 else step, count + 1
+                continue
+        runs.append((column, 1, 1))
+    return runs
+
+
+@functools.cache
+def _fields(kind: Any) -> list[Any]:
+    return list(get_type_hints(kind).values())
+
+
+def _encode(value: Any, kind: Any) -> Iterator[str]:
+    if kind is Instruction:
+        kind = type(value)
+        yield kind.__name__.lower()
+    if kind in (int, bool):
+        yield str(int(value))
+    elif kind is float:
+        yield repr(float(value))
+    elif kind == Columns:
+        runs = runs_of(value)
+        yield str(len(runs))
+        yield from (str(number) for run in runs for number in run)
+    elif typing.get_origin(kind) is tuple:
+        yield str(len(value))
+        for item in value:
+            yield from _encode(item, get_args(kind)[0])
+    else:
+        for item, of in zip(value, _fields(kind), strict=True):
+            yield from _encode(item, of)
+
+
+def _decode(code: Iterator[str], kind: Any) -> Any:
+    if kind is Instruction:
+        kind = _NAMED[next(code)]
+    if kind in (int, bool, float):
+        return kind(int(next(code))) if kind is bool else kind(next(code))
+    if kind == Columns:
+        runs = [[int(next(code)) for _ in range(3)] for _ in range(int(next(code)))]
+        return tuple(first + step * i for first, step, count in runs for i in range(count))
+    if typing.get_origin(kind) is tuple:
+        return tuple(_decode(code, get_args(kind)[0]) for _ in range(int(next(code))))
+    return kind(*(_decode(code, of) for of in _fields(kind)))
