@@ -164,18 +164,27 @@ void prepare_scales(const ProgramArgs& a, int64_t begin, int64_t end) {
 }
 
 constexpr int64_t kReduced = 64;  // entries that are added together
+static_assert(kReduced % kProgramLanes == 0);
 
-// adds entry [first, first + n) of a gradient over the groups, pairwise
+// adds entries [first, first + n) of the sums over the groups, pairwise
 template <class T>
 void add_groups(const ProgramBackward& a, int64_t first, int64_t n, T* __restrict out) {
-  T value[kProgramGroups][kReduced] = {};
-  for (int64_t g = 0; g < a.groups; ++g) {
-    const T* __restrict from = (const T*)a.group_sums + g * a.group_size + first;
-    for (int64_t i = 0; i < n; ++i) value[g][i] = from[i];
+  const auto of_group = [&](int64_t g) { return (const T*)a.group_sums + g * a.group_size + first; };
+  if (a.groups == 1) {
+    for (int64_t i = 0; i < n; ++i) out[i] = of_group(0)[i];
+    return;
   }
-  for (int width = kProgramGroups / 2; width > 0; width /= 2) {
-    for (int g = 0; g < width && g + width < a.groups; ++g) {
-      for (int i = 0; i < kReduced; ++i) value[g][i] += value[g + width][i];
+  alignas(64) T value[kProgramGroups / 2][kReduced];
+  const int64_t half = next_power_of_two(a.groups) / 2;
+  for (int64_t g = 0; g < half; ++g) {
+    const T* __restrict p = of_group(g);
+    const T* __restrict q = g + half < a.groups ? of_group(g + half) : nullptr;
+    for (int64_t i = 0; q && i < n; ++i) value[g][i] = p[i] + q[i];
+    for (int64_t i = 0; !q && i < n; ++i) value[g][i] = p[i];
+  }
+  for (int64_t width = half / 2; width > 0; width /= 2) {
+    for (int64_t g = 0; g < width; ++g) {
+      for (int64_t i = 0; i < n; ++i) value[g][i] += value[g + width][i];
     }
   }
   for (int64_t i = 0; i < n; ++i) out[i] = value[0][i];
@@ -188,26 +197,26 @@ void reduce_matrix(const ProgramBackward& a, const ProgramSum& s) {
   for (int64_t i = 0; i < s.rows; ++i) {
     for (int64_t c = 0; c < s.cols; c += kReduced) {
       const int64_t n = smaller(kReduced, s.cols - c);
-      add_groups(a, s.offset + i * s.width + c, n, sum);
-      for (int64_t j = 0; j < n; ++j) grad[s.transposed ? (c + j) * s.rows + i : i * s.cols + c + j] = sum[j];
+      T* to = s.transposed ? sum : grad + i * s.cols + c;
+      add_groups(a, s.offset + i * s.width + c, n, to);
+      for (int64_t j = 0; s.transposed && j < n; ++j) grad[(c + j) * s.rows + i] = sum[j];
     }
   }
 }
 
 template <class T>
-void reduce_units(const ProgramBackward& a, int64_t begin, int64_t end) {
-  for (int64_t k = begin; k < end; ++k) {
-    const ProgramSum& s = a.sum[k];
-    if (s.matrix) {
-      reduce_matrix<T>(a, s);
-      continue;
-    }
-    alignas(64) T lanes[kReduced];
-    for (int64_t i = 0; i < s.rows; ++i) {
-      add_groups(a, s.offset + i * kProgramLanes, kProgramLanes, lanes);
-      ((T*)s.grad)[i] = fold<kProgramLanes>(lanes);
-    }
+void reduce_vector(const ProgramBackward& a, const ProgramSum& s) {
+  alignas(64) T lanes[kReduced];
+  for (int64_t i = 0; i < s.rows; i += kReduced / kProgramLanes) {
+    const int64_t n = smaller(kReduced / kProgramLanes, s.rows - i);
+    add_groups(a, s.offset + i * kProgramLanes, n * kProgramLanes, lanes);
+    for (int64_t j = 0; j < n; ++j) ((T*)s.grad)[i + j] = fold<kProgramLanes>(lanes + j * kProgramLanes);
   }
+}
+
+template <class T>
+void reduce_units(const ProgramBackward& a, int64_t begin, int64_t end) {
+  for (int64_t k = begin; k < end; ++k) a.sum[k].matrix ? reduce_matrix<T>(a, a.sum[k]) : reduce_vector<T>(a, a.sum[k]);
 }
 
 }  // namespace

@@ -315,6 +315,13 @@ std::vector<ProgramSum> sums_of(const Tensors& weights, const Tensors& grads, in
   return sums;
 }
 
+// most groups for sums of `size` elements each: their memory is limited, but four threads have work
+int64_t groups_of(int64_t size) {
+  int64_t groups = kProgramGroups;
+  while (groups > 4 && groups * size > (int64_t(1) << 24)) groups /= 2;
+  return groups;
+}
+
 Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, Optional context, Tensors weights,
                               std::string code, bool need_x, bool need_context, bool need_weights) {
   ProgramBackward a{};
@@ -341,16 +348,15 @@ Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, O
   }
   if (need_x) a.grad_x = Reader::matrix(grads[0]);
   if (need_context && context) a.grad_context = Reader::matrix(grads[1]);
-  // groups of equal size, of a multiple of the rows of the smallest tile
-  const int64_t most = a.rows < 4096 ? kProgramGroups / 2 : kProgramGroups;
-  a.unit_rows = round_up(ceil_div(a.rows, most), kProgramRows);
+  std::vector<ProgramSum> sums;
+  if (need_weights) sums = sums_of(weights, of_weights, a.group_size);
+  // groups of equal size
+  a.unit_rows = std::max(round_up(ceil_div(a.rows, groups_of(a.group_size)), kProgramRows), kProgramMostRows);
   const int64_t units = ceil_div(a.rows, a.unit_rows);
   a.tile_rows = round_up(ceil_div(a.unit_rows, ceil_div(a.unit_rows, kProgramMostRows)), kProgramRows);
   reader.reserve(x);
-  std::vector<ProgramSum> sums;
   Tensor memory;
-  if (need_weights && !weights.empty()) {
-    sums = sums_of(weights, of_weights, a.group_size);
+  if (!sums.empty()) {
     a.sum = sums.data();
     a.sums = int64_t(sums.size());
     a.groups = units;

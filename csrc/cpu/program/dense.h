@@ -16,7 +16,7 @@ struct Factor {
 };
 
 constexpr int64_t kStepBytes = 4096;  // steps that are multiples of this meet in one set of the first-level cache
-constexpr int64_t kPackedSteps = 4096 / kRows;
+constexpr int64_t kPackedSteps = 1024;
 
 template <int Rows, bool Relu, class T>
 PYFLOW_FN void product_tile(const Factor<T>& f, const T* __restrict in, int64_t inputs, T* __restrict out) {

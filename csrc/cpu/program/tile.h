@@ -125,9 +125,15 @@ void store_rows(const ProgramTile<T>& t, const Columns<T>& from, const ProgramMa
 // adds a column to the lanes of a sum over rows
 template <class T>
 PYFLOW_FN void add_lanes(int64_t block, const T* __restrict column, T* __restrict lanes) {
+  constexpr int step = kWidth<T> < kProgramLanes ? kWidth<T> : int(kProgramLanes);
   // blocks of fewer rows than lanes take turns
   lanes += block * kWidth<T> % kProgramLanes;
-  for (int r = 0; r < kWidth<T>; ++r) lanes[r % kProgramLanes] += column[r];
+  for (int r = 0; r < kWidth<T>; r += step) {
+#pragma omp simd
+    for (int j = 0; j < step; ++j) {
+      lanes[j] += column[r + j];
+    }
+  }
 }
 
 // the lanes of entry i of the gradient of a weight that is a vector
