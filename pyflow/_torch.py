@@ -36,6 +36,9 @@ backward_id = torch._C._current_graph_task_id
 # Disables autocast for every device type at once.
 DisableAutocast = torch._C._DisableAutocast
 
+# Whether a hook of every module is registered. The public API only adds and removes them.
+any_global_module_hook = torch.nn.modules.module._has_any_global_hook
+
 # Number of active dispatch modes (fake tensors, FLOP counters, ...).
 dispatch_modes = torch._C._len_torch_dispatch_stack
 

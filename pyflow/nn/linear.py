@@ -309,6 +309,15 @@ class Invertible1x1Conv(HoldsNumbers):
         lower, upper = self.factors(dtype)
         return matmul(lower, upper)[self.permutation.argsort()]
 
+    def inverse_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the inverse of W, (C, C)."""
+        with check.uncast(self.lower):
+            lower, upper = self.factors(dtype)
+            one = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
+            rows = one[self.permutation.round().long()]
+            x = torch.linalg.solve_triangular(lower, rows, upper=False, unitriangular=True)
+            return torch.linalg.solve_triangular(upper, x, upper=True)
+
     def forward(
         self, x: Tensor, *context: object, mask: Tensor | None = None, **named: object
     ) -> tuple[Tensor, Tensor]:
