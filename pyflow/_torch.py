@@ -65,6 +65,12 @@ def evaluated_while_traced(function: Callable) -> Callable:
 
 
 @evaluated_while_traced
+def under_transform() -> bool:
+    """Whether a torch.func transform is active; dynamo takes the answer of `transform` to be an object."""
+    return transform() is not None
+
+
+@evaluated_while_traced
 def under_transform_without_rule() -> bool:
     """Whether forward-mode AD or a torch.func transform other than vmap is active; operators have a vmap rule only."""
     if forward_ad._current_level >= 0:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _backend
-from .._torch import any_global_module_hook, evaluated_while_traced, exporting, transform
+from .._torch import any_global_module_hook, evaluated_while_traced, exporting, under_transform
 from ._lower import PLAIN, Look, NoInstruction
 from ._run import DoesNotFit, Key, Result, Run, operator
 from ._watch import Path, at
@@ -229,7 +229,7 @@ def may_run(x: Any, given: tuple[Any, ...]) -> bool:
     """Whether an operator can take these inputs here, and modules are called without anything that watches them."""
     if type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested or x.dim() != 2:
         return False
-    if x.dtype not in (torch.float32, torch.float64) or transform() is not None or any_global_module_hook():
+    if x.dtype not in (torch.float32, torch.float64) or under_transform() or any_global_module_hook():
         return False
     if given:
         context = given[0]

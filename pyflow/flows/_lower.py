@@ -7,7 +7,6 @@ for some columns in one direction. Classes are found by their exact type.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -57,7 +56,7 @@ class Look:
     def try_layer(self, path: Path, layer: nn.Module) -> None:
         """Add a layer to the run; raise NoInstruction, and leave the run as it was, if it has none."""
         run, before = self.run, len(self.watch.parameters)
-        lists = run.places, run.computed, run.starts
+        lists: tuple[list[Any], ...] = run.places, run.computed, run.starts
         counts, numbers = [len(each) for each in lists], (run.conditioners, run.n_computed)
         try:
             write = self.layer(path, layer)
@@ -90,14 +89,14 @@ class Look:
         Args:
             given: whether a program gets it; else weights are computed from it.
         """
-        kind = self.watch.option(path, module, lambda m: type(m._parameters.get(name)))
-        if name not in module._parameters:
-            raise NoInstruction(path, module, f"its {name} is no parameter")
+        kind = type(module._parameters.get(name))
+        if kind not in PLAIN and (name not in module._parameters or module._parameters[name] is not None):
+            self.watch.option(path, module, lambda m: type(m._parameters.get(name)))
+            missing = name not in module._parameters
+            raise NoInstruction(path, module, f"its {name} is {'no parameter' if missing else f'a {kind.__name__}'}")
         place = self.watch.parameter(path, module, name)
         if place < 0:
             return place
-        if kind not in PLAIN:
-            raise NoInstruction(path, module, f"its {name} is a {kind.__name__}")
         if given:
             self.run.places.append(place)
         return len(self.run.places) - 1
@@ -148,7 +147,7 @@ def _why_not(module: nn.Module) -> str:
 
 @register(STACKS, ReversibleSequential)
 def _stack(look: Look, path: Path, stack: Any) -> Layers:
-    look.recomputing |= look.watch.option(path, stack, attrgetter("recompute"))
+    look.recomputing |= look.watch.option(path, stack, lambda m: m.recompute)
     return children(look, (*path, "layers"), stack.layers)
 
 
@@ -195,7 +194,7 @@ def _additive(look: Look, path: Path, layer: Any) -> Write:
 
 @register(RULES, AffineCoupling)
 def _affine(look: Look, path: Path, layer: Any) -> Write:
-    options = dict(look.watch.option(path, layer, attrgetter("options")))
+    options = dict(look.watch.option(path, layer, lambda m: m.options))
     shift_first, packing = bool(options.pop("shift_first")), PACKINGS.index(options.pop("packing"))
     try:
         scale_map, arg = scale_map_constant("AffineCoupling", dtype=torch.float32, **options)
@@ -209,7 +208,7 @@ def _affine(look: Look, path: Path, layer: Any) -> Write:
 
 
 def _coupling(look: Look, path: Path, layer: Any, transform: Callable[[p.Columns, bool], p.Instruction]) -> Write:
-    split, swap = look.watch.option(path, layer, attrgetter("split", "swap"))
+    split, swap = look.watch.option(path, layer, lambda m: (m.split, m.swap))
     if split not in ("half", "interleave"):
         raise NoInstruction(path, layer, f"split {split!r} is for images")
     context, layers = look.conditioner((*path, "net"), layer._modules.get("net", layer.net))
@@ -247,7 +246,7 @@ def _identity(look: Look, path: Path, module: Any, layers: list[p.Dense]) -> Non
 
 @register(_NET_RULES, nn.Dropout)
 def _dropout(look: Look, path: Path, module: Any, layers: list[p.Dense]) -> None:
-    if look.watch.option(path, module, attrgetter("p")) != 0:
+    if look.watch.option(path, module, lambda m: m.p) != 0:
         raise NoInstruction(path, module, f"it drops with p={module.p}")
 
 
@@ -266,16 +265,16 @@ _NAMES = {
 
 @register(_NET_RULES, nn.LeakyReLU)
 def _leaky_relu(look: Look, path: Path, module: Any, layers: list[p.Dense]) -> None:
-    _activation(look, path, module, layers, float(look.watch.option(path, module, attrgetter("negative_slope"))))
+    _activation(look, path, module, layers, float(look.watch.option(path, module, lambda m: m.negative_slope)))
 
 
 @register(_NET_RULES, nn.ELU)
 def _elu(look: Look, path: Path, module: Any, layers: list[p.Dense]) -> None:
-    _activation(look, path, module, layers, float(look.watch.option(path, module, attrgetter("alpha"))))
+    _activation(look, path, module, layers, float(look.watch.option(path, module, lambda m: m.alpha)))
 
 
 @register(_NET_RULES, nn.GELU)
 def _gelu(look: Look, path: Path, module: Any, layers: list[p.Dense]) -> None:
-    if look.watch.option(path, module, attrgetter("approximate")) != "none":
+    if look.watch.option(path, module, lambda m: m.approximate) != "none":
         raise NoInstruction(path, module, f"approximate={module.approximate!r}")
     _activation(look, path, module, layers)

@@ -129,7 +129,7 @@ class Run:
     def call(self, x: Tensor, context: Tensor | None, key: Key, parameters: list[Tensor]) -> Result | None:
         """Return what the layers do, None if they have to run."""
         inverse = key[2]
-        if not inverse and any([layer.may_start for _, layer in self.starts]):
+        if not inverse and any([layer.is_pending for _, layer in self.starts]):
             return None
         code = self.code(key, parameters)
         return None if code is None else _run(x, context, self.tensors(parameters, inverse), code)

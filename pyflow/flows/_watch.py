@@ -117,4 +117,6 @@ def at(root: nn.Module, path: Path) -> Any:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    return any(_HOOKS(vars(module)))
+    # dynamo does not trace itemgetter
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)

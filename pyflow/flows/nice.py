@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +133,7 @@ class NICE(Flow):
 
 @register(RULES, NICE)
 def _nice(look: Look, path: Path, flow: NICE) -> Write:
-    split = look.watch.option(path, flow, attrgetter("split"))
+    split = look.watch.option(path, flow, lambda m: m.split)
     nets = [look.conditioner(*net) for net in children(look, (*path, "nets"), flow.nets)]
     if type(flow.scale) is not Scale:
         raise NoInstruction((*path, "scale"), flow.scale, "it is no Scale")

@@ -56,6 +56,13 @@ class _Elementwise(HoldsNumbers):
         """Whether `start` has to read a batch; does not read the device."""
         return self.training and self._seen_set is not self.initialized
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether `start` has to read a batch; reads the flag of a layer on the CPU."""
+        if self.may_start and self.initialized.is_cpu and _known_set(self.initialized, False):
+            self._seen_set = self.initialized
+        return self.may_start
+
     def start(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Initialise from a batch unless already initialised; the decision is made on the device."""
         self._fit(x, mask, self.initialized != 0)
