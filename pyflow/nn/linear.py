@@ -54,12 +54,15 @@ class _Elementwise(HoldsNumbers):
     @property
     def may_start(self) -> bool:
         """Whether `start` has to read a batch; does not read the device."""
-        return self.training and self._seen_set is not self.initialized
+        # a buffer by its name costs a search of torch's
+        return self.training and self._seen_set is not self._buffers["initialized"]
 
     @property
     def is_pending(self) -> bool:
         """Whether `start` has to read a batch; reads the flag of a layer on the CPU."""
-        if self.may_start and self.initialized.is_cpu and _known_set(self.initialized, False):
+        if not self.may_start:
+            return False
+        if self.initialized.is_cpu and _known_set(self.initialized, False):
             self._seen_set = self.initialized
         return self.may_start
 
