@@ -123,6 +123,8 @@ class _Checker:
     def takes(self, count: int) -> None:
         if self.params != count:
             self.fail(f"the conditioner before it must return {count} numbers, got {self.params}")
+        # a conditioner serves one transform
+        self.params = 0
 
     def number(self, name: str, value: int, names: tuple[str, ...]) -> None:
         if not isinstance(value, int) or not 0 <= value < len(names):
@@ -152,6 +154,8 @@ class _Checker:
             self.weight("weight", dense.weight, (dense.size, size), False)
             self.weight("bias", dense.bias, (dense.size,))
             self.number("activation", dense.activation, ACTIVATIONS)
+            if not 0 <= dense.arg < float("inf"):
+                self.fail(f"arg must be finite and >= 0, got {dense.arg}")
             size = dense.size
         self.params = size
 
