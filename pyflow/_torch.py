@@ -36,6 +36,9 @@ backward_id = torch._C._current_graph_task_id
 # Disables autocast for every device type at once.
 DisableAutocast = torch._C._DisableAutocast
 
+# Whether a hook of every module is registered. The public API only adds and removes them.
+any_global_module_hook = torch.nn.modules.module._has_any_global_hook
+
 # Number of active dispatch modes (fake tensors, FLOP counters, ...).
 dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -59,6 +62,12 @@ def evaluated_while_traced(function: Callable) -> Callable:
     """Make dynamo call the function while it traces: torch.compiler.assume_constant_result without importing dynamo."""
     vars(function)["_dynamo_marked_constant"] = True
     return function
+
+
+@evaluated_while_traced
+def under_transform() -> bool:
+    """Whether a torch.func transform is active; dynamo takes the answer of `transform` to be an object."""
+    return transform() is not None
 
 
 @evaluated_while_traced

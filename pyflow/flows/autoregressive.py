@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..nn import ActNorm, MaskedAutoregressive
+from ._lower import STACKS, register
 from .nets import widths
-from .vectors import VectorFlow
+from .vectors import VectorFlow, stack_of
 
 
 class MAF(VectorFlow):
@@ -148,3 +149,6 @@ def _made(
     dim, layers = check.at_least(name, "dim", dim, 1), check.at_least(name, "layers", layers, 1)
     context = check.at_least(name, "context_features", context, 0)
     return dim, masked_layers(dim, layers, widths(name, hidden), context, "affine", 8, 3.0)
+
+
+register(STACKS, MAF, IAF)(stack_of)

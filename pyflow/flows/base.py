@@ -8,14 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _checks as check
 from .._schemas import PRIORS
 from ..ops import flow_log_prob, normal, uniform
+from ._fuser import Fusing
+from ._watch import has_hooks
 
 
-class Flow(nn.Module):
+class Flow(Fusing):
     """An invertible map x <-> z with `forward(x, context=None) -> (z, logdet)` and `inverse(z, context=None)`.
 
     Args:
@@ -115,6 +117,27 @@ class Flow(nn.Module):
         lead = (n, *context.shape[:-1])
         rows = context.expand(*lead, -1).reshape(math.prod(lead), self.context_features)
         return self.draw_latent(math.prod(lead), temperature, seed), (rows,), lead
+
+    def _program(
+        self, x: Any, context: Any, inverse: bool = False, prior: str | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return forward or inverse of vectors by one operator, with a prior (nothing, log_prob of x).
+
+        None: the layers have to run, or to say what is wrong with x.
+        """
+        size = self.latent_shape[0]
+        if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
+            return None
+        if x.layout is not torch.strided or x.is_nested or x.dim() != 2 or x.shape[1] != size:
+            return None
+        return self._fuser.run(self, x, self._given(context, x), size, inverse, prior)
+
+    def _program_log_prob(self, x: Any, context: Any) -> Tensor | None:
+        # hooks run only when the module is called: fully_shard gathers the parameters in one
+        if has_hooks(self) or "forward" in vars(self):
+            return None
+        result = self._program(x, context, prior=self.prior)
+        return None if result is None else result[1]
 
     def _prior_log_prob(self, z: Tensor) -> Tensor:
         """Return the log-density of z (..., D), the sum over its last dim."""

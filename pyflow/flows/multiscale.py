@@ -43,7 +43,13 @@ class MultiScale(Flow):
         last = stages[-1]
         self._parts.append((4 * shape[0], shape[1] // 2, shape[2] // 2) if _squeezes(last) else shape)
 
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        nats = self._program_log_prob(x, context)
+        return super().log_prob(x, context) if nats is None else nats
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if (result := self._program(x, context)) is not None:
+            return result
         name = type(self).__name__
         check.float_tensor(name, "x", x)
         if tuple(x.shape[1:]) != self.shape:
@@ -67,6 +73,8 @@ class MultiScale(Flow):
         return torch.cat((*parts, x.flatten(1)), 1), total
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if len(self.shape) == 1 and (result := self._program(z, context, inverse=True)) is not None:
+            return result
         name = type(self).__name__
         check.float_tensor(name, "z", z)
         if tuple(z.shape[1:]) != self.latent_shape:

@@ -11,6 +11,10 @@ from .. import _checks as check
 from ..nn import Scale
 from ..nn._split import divide, join
 from ..ops import additive_coupling, flow_log_prob
+from ..program import Additive
+from ._lower import RULES, Look, NoInstruction, children, register
+from ._run import Tape, Write
+from ._watch import Path
 from .base import Flow
 from .nets import integer, mlp, widths
 
@@ -84,9 +88,13 @@ class NICE(Flow):
         self.scale = Scale(dim, data_init=data_init, std=_SPREAD[prior])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if (result := self._program(x, context)) is not None:
+            return result
         return self.scale(torch.cat(self._couple(x, context), 1))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if (result := self._program(z, context, inverse=True)) is not None:
+            return result
         h, logdet = self.scale.inverse(z)
         given = self._given(context, z)
         halves = list(h.split(self._sizes(), 1))
@@ -99,6 +107,8 @@ class NICE(Flow):
         if self._forward_pre_hooks or self._forward_hooks:
             # hooks run only when the module is called: fully_shard gathers the parameters in one
             return super().log_prob(x, context)
+        if (nats := self._program_log_prob(x, context)) is not None:
+            return nats
         halves = self._couple(x, context)
         if self.scale.may_start:
             self.scale.start(torch.cat(halves, 1))
@@ -119,3 +129,26 @@ class NICE(Flow):
 
     def _sizes(self) -> tuple[int, int]:
         return self.dim - self.dim // 2, self.dim // 2
+
+
+@register(RULES, NICE)
+def _nice(look: Look, path: Path, flow: NICE) -> Write:
+    split = look.watch.option(path, flow, lambda m: m.split)
+    nets = [look.conditioner(*net) for net in children(look, (*path, "nets"), flow.nets)]
+    if type(flow.scale) is not Scale:
+        raise NoInstruction((*path, "scale"), flow.scale, "it is no Scale")
+    scale = look.layer((*path, "scale"), flow.scale)
+    steps = list(enumerate(nets))
+
+    def write(tape: Tape) -> None:
+        parts = tape.split("half" if tape.inverse else split)
+        if tape.inverse:
+            scale(tape)
+        for i, (context, layers) in reversed(steps) if tape.inverse else steps:
+            tape.conditioner(parts[i % 2], context, layers)
+            tape.add(Additive(parts[1 - i % 2], tape.inverse))
+        tape.join(*parts, split if tape.inverse else "half")
+        if not tape.inverse:
+            scale(tape)
+
+    return write

@@ -9,9 +9,10 @@ from torch import nn
 from .. import _checks as check
 from ..nn import ActNorm, SplineCoupling
 from ..nn.autoregressive import identity_slopes
+from ._lower import STACKS, register
 from .autoregressive import masked_layers, with_act_norms
 from .nets import mlp, start_at_zero, widths
-from .vectors import VectorFlow
+from .vectors import VectorFlow, stack_of
 
 
 class NSF(VectorFlow):
@@ -98,3 +99,6 @@ def _couplings(
         split = "interleave" if i % 4 > 1 else "half"
         parts += [ActNorm(dim), SplineCoupling(net, bins=bins, bound=bound, split=split, swap=i % 2 == 1)]
     return parts
+
+
+register(STACKS, NSF)(stack_of)

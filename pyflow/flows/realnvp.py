@@ -8,6 +8,8 @@ from torch import nn
 
 from .. import _checks as check
 from ..nn import ActNorm, AffineCoupling, ReversibleSequential
+from ._lower import STACKS, Layers, Look, NoInstruction, children, register
+from ._watch import Path
 from .multiscale import MultiScale, Squeeze, check_images
 from .nets import conv_net, counts, mlp, start_at_zero, widths
 
@@ -107,3 +109,10 @@ def _image_stages(channels: int, levels: int, hidden: int, context: int, options
         stages.append([*couplings(3, "checkerboard", channels), Squeeze(), *couplings(3, "channel", 2 * channels)])
         channels *= 2
     return [*stages, couplings(4, "checkerboard", channels)]
+
+
+@register(STACKS, RealNVP)
+def _stages(look: Look, path: Path, flow: RealNVP) -> Layers:
+    if look.watch.option(path, flow, lambda flow: len(flow.shape)) != 1:
+        raise NoInstruction(path, flow, "it is a flow of images")
+    return children(look, (*path, "stages"), flow.stages)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..nn import ReversibleSequential
+from ._lower import Layers, Look
+from ._watch import Path
 from .base import Flow
 
 
@@ -53,3 +55,8 @@ class VectorFlow(Flow):
         rows = (v.expand(*lead, -1).reshape(math.prod(lead), v.shape[-1]) for v in (x, context.to(x.dtype)))
         x, context = rows
         return x, (context,), lead
+
+
+def stack_of(look: Look, path: Path, flow: VectorFlow) -> Layers:
+    """Yield the stack of a flow of vectors: their rule for STACKS."""
+    yield (*path, "stack"), flow.stack

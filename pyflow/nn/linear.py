@@ -54,7 +54,17 @@ class _Elementwise(HoldsNumbers):
     @property
     def may_start(self) -> bool:
         """Whether `start` has to read a batch; does not read the device."""
-        return self.training and self._seen_set is not self.initialized
+        # a buffer by its name costs a search of torch's
+        return self.training and self._seen_set is not self._buffers["initialized"]
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether `start` has to read a batch; reads the flag of a layer on the CPU."""
+        if not self.may_start:
+            return False
+        if self.initialized.is_cpu and _known_set(self.initialized, False):
+            self._seen_set = self.initialized
+        return self.may_start
 
     def start(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Initialise from a batch unless already initialised; the decision is made on the device."""
@@ -308,6 +318,15 @@ class Invertible1x1Conv(HoldsNumbers):
         """Return W, (C, C)."""
         lower, upper = self.factors(dtype)
         return matmul(lower, upper)[self.permutation.argsort()]
+
+    def inverse_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the inverse of W, (C, C)."""
+        with check.uncast(self.lower):
+            lower, upper = self.factors(dtype)
+            one = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
+            rows = one[self.permutation.round().long()]
+            x = torch.linalg.solve_triangular(lower, rows, upper=False, unitriangular=True)
+            return torch.linalg.solve_triangular(upper, x, upper=True)
 
     def forward(
         self, x: Tensor, *context: object, mask: Tensor | None = None, **named: object

@@ -1,0 +1,122 @@
+"""What a look at modules found, in flat lists that every call compares with what is there now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Path = tuple[str, ...]
+
+# a look at a module holds only while none of these is filled
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Watch:
+    """The modules below a root, their parameters, and what of them must stay for a program to be theirs.
+
+    It refers to the dicts of modules rather than to their entries, so that a call finds what replaced them; the root is
+    passed to every call, since it owns the watch.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.kind = type(root)
+        self.children_of_root = [*root._modules.values()]
+        self.modules: list[nn.Module] = []
+        self.paths: list[Path] = []
+        self.kinds: list[type] = []
+        self.spaces: list[dict[str, Any]] = []  # the modules' __dict__
+        self.lengths: list[int] = []
+        self.quiet: list[dict[str, Any]] = []  # those without hooks, and with
+        self.hooked: list[dict[str, Any]] = []
+        self.parents: list[dict[str, Any]] = []
+        self.children: list[list[nn.Module | None]] = []
+        self.options: list[tuple[nn.Module | None, Path, Callable[[Any], Any], Any]] = []
+        self.absent: list[tuple[dict[str, Any], str]] = []  # parameters that are None
+        self.parameters: list[tuple[dict[str, Any], str]] = []
+        self.sites: list[tuple[Path, str]] = []  # the same by path
+        self.shapes: list[torch.Size] = []
+
+    def module(self, path: Path, module: nn.Module) -> None:
+        if not path:
+            return
+        space = vars(module)
+        self.modules.append(module)
+        self.paths.append(path)
+        self.kinds.append(type(module))
+        self.spaces.append(space)
+        # a forward of the module's own is one more entry
+        self.lengths.append(len(space))
+        (self.hooked if has_hooks(module) else self.quiet).append(space)
+        if module._modules:
+            self.parents.append(space)
+            self.children.append([*module._modules.values()])
+
+    def option(self, path: Path, module: nn.Module, get: Callable[[Any], Any]) -> Any:
+        """Return get(module), which must stay."""
+        value = get(module)
+        self.options.append((module if path else None, path, get, dict(value) if isinstance(value, dict) else value))
+        return value
+
+    def parameter(self, path: Path, module: nn.Module, name: str) -> int:
+        """Return the place of a parameter among all, -1 if it is None."""
+        value = module._parameters[name]
+        if value is None:
+            self.absent.append((vars(module), name))
+            return -1
+        self.parameters.append((vars(module), name))
+        self.sites.append((path, name))
+        self.shapes.append(value.shape)
+        return len(self.parameters) - 1
+
+    def forget(self, count: int) -> None:
+        """Keep the first parameters only."""
+        del self.parameters[count:], self.sites[count:], self.shapes[count:]
+
+    def weights(self, root: nn.Module) -> list[Tensor] | None:
+        """Return the parameters as they are now; None if a module, a hook, an option or a shape has changed."""
+        try:
+            same = (
+                type(root) is self.kind
+                and [*map(type, self.modules)] == self.kinds
+                and [*map(len, self.spaces)] == self.lengths
+                and not any(chain.from_iterable(map(_HOOKS, self.quiet)))
+                and all([any(_HOOKS(space)) for space in self.hooked])
+                and [*root._modules.values()] == self.children_of_root
+                and [[*space["_modules"].values()] for space in self.parents] == self.children
+                and all([get(root if m is None else m) == value for m, _, get, value in self.options])
+                and all([space["_parameters"][name] is None for space, name in self.absent])
+            )
+            if same:
+                weights = [space["_parameters"][name] for space, name in self.parameters]
+                if [weight.shape for weight in weights] == self.shapes:
+                    return weights
+        # a parameter or an option is gone
+        except (AttributeError, KeyError):
+            pass
+        return None
+
+    def traced_weights(self, root: nn.Module) -> list[Tensor]:
+        """Return the parameters in a trace of dynamo, which guards what it reads: here every class and option."""
+        for path, kind in zip(self.paths, self.kinds, strict=True):
+            assert type(at(root, path)) is kind
+        for _, path, get, value in self.options:
+            assert get(at(root, path)) == value
+        return [getattr(at(root, path), name) for path, name in self.sites]
+
+
+def at(root: nn.Module, path: Path) -> Any:
+    module: Any = root
+    for name in path:
+        module = getattr(module, name)
+    return module
+
+
+def has_hooks(module: nn.Module) -> bool:
+    # dynamo does not trace itemgetter
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
