@@ -175,7 +175,7 @@ def print_table(results: dict[str, Any]) -> None:
     # in a pipe rich assumes 80 columns, which cuts the table
     console = Console()
     Console(width=None if console.is_terminal else 160).print(table)
-    print(*_remarks(groups), sep="\n")
+    print(*remarks(groups), sep="\n")
 
 
 def _print_plain(groups: list[Group], keep: list[int], titles: list[str]) -> None:
@@ -186,10 +186,10 @@ def _print_plain(groups: list[Group], keep: list[int], titles: list[str]) -> Non
             if not row.reason:
                 columns = _line(group, row)
                 print(f"  {row.contender:<24}" + "".join(f"{columns[i]:>14}" for i in keep))
-    print(*_remarks(groups), sep="\n")
+    print(*remarks(groups), sep="\n")
 
 
-def _remarks(groups: list[Group]) -> Iterator[str]:
+def remarks(groups: list[Group]) -> Iterator[str]:
     for group in groups:
         for text in comparisons(group):
             yield f"{group.name}: {text}"
@@ -232,7 +232,7 @@ def markdown(results: dict[str, Any]) -> str:
             size(ours.memory), *(duration(group.rows.get(name, Row(name)).launch) for name in launches),
         )  # fmt: skip
         lines.append("| " + " | ".join(columns) + " |")
-    lines += ["", *(f"- {text}" for text in _remarks(groups)), ""]
+    lines += ["", *(f"- {text}" for text in remarks(groups)), ""]
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ CASES = registry.all_cases()
 DISTINCT = [name for name, case in CASES.items() if not case.sweep]
 # contender -> the packages it needs
 PEERS = {
-    "normflows": "normflows", "nflows": "nflows", "zuko": "zuko", "vector-quantize-pytorch": "vector-quantize-pytorch",
+    "normflows": "normflows", "normflows compiled": "normflows", "nflows": "nflows", "zuko": "zuko", "vector-quantize-pytorch": "vector-quantize-pytorch",
     "vector-quantize-pytorch compiled": "vector-quantize-pytorch", "diffusers": "diffusers", "hyppo": "hyppo",
     "KeOps": "pykeops",
 }  # fmt: skip
