@@ -7,7 +7,10 @@ import copy
 import gc
 import math
 import pickle
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -388,17 +391,17 @@ def test_replaced_modules_and_changed_options(realnvp):
     assert gone() is None
 
 
-def test_a_flow_is_freed_without_the_collector(realnvp):
-    flow, x = realnvp
-    flow.log_prob(x)
-    gone = weakref.ref(flow.stages[0].layers[0].log_scale)
+def test_a_flow_is_freed_without_the_collector():
+    gc.collect()
     gc.disable()
     try:
-        del flow, realnvp
-        # the fixture's tuple
+        flow = RealNVP(4, couplings=2, hidden=(8,)).eval()
+        gone = weakref.ref(flow.stages[0].layers[1].net[0].weight)
+        flow.log_prob(torch.randn(3, 4)).sum().backward()
+        del flow
+        assert gone() is None
     finally:
         gc.enable()
-    assert gone is not None
 
 
 def test_hooks_of_parameters_run(realnvp):
@@ -463,8 +466,7 @@ def test_training_with_fused_adam_and_ema():
                 (-flow.log_prob(x).mean()).backward()
                 optimizer.step()
                 mean.update_parameters(flow)
-            losses[name] = flow.log_prob(x).mean(), mean.module.log_prob(x).mean() if name == "reference" else 0
-            losses[name] = losses[name][0]
+            losses[name] = flow.log_prob(x).mean()
         with torch.no_grad(), programs(1):
             got = mean.module.log_prob(x)
         with pyflow.backend("reference"):
@@ -548,24 +550,10 @@ def test_double_backward(realnvp):
         torch.testing.assert_close(torch.zeros(()) if got is None else got.sum(), torch.zeros(()) if want is None else want.sum(), check_dtype=False)  # fmt: skip
 
 
-def test_ddp(realnvp, tmp_path):
-    flow, x = realnvp
-    dist = torch.distributed
-    if not dist.is_available() or dist.is_initialized():
-        pytest.skip("no process group of its own")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    try:
-        parallel = nn.parallel.DistributedDataParallel(flow)
-        with programs(1):
-            z, logdet = parallel(x)
-        (z.sum() + logdet.sum()).backward()
-    finally:
-        dist.destroy_process_group()
-    got = [p.grad for p in flow.parameters()]
-    flow.zero_grad()
-    with pyflow.backend("reference"):
-        sum(each.sum() for each in flow(x)).backward()
-    torch.testing.assert_close(got, [p.grad for p in flow.parameters()])
+def test_ddp(tmp_path):
+    script = str(Path(__file__).with_name("replicated.py"))
+    done = subprocess.run([sys.executable, script, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert "the same gradients" in done.stdout, done.stderr
 
 
 def test_compiles_to_one_operator(realnvp):
