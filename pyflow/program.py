@@ -11,9 +11,9 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-Columns = tuple[int, ...]
+from ._schemas import ACTIVATIONS as ACTIVATIONS
 
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "silu", "gelu", "elu", "sigmoid")
+Columns = tuple[int, ...]
 
 
 class Scale(NamedTuple):

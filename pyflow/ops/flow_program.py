@@ -77,7 +77,9 @@ def flow_program(
     for name, value in given:
         check.tensor(op, name, value)
         if value.dtype != x.dtype:
-            raise TypeError(f"{op}: {name} must have the dtype of x, {check.short(x.dtype)}, got {check.short(value.dtype)}")
+            raise TypeError(
+                f"{op}: {name} must have the dtype of x, {check.short(x.dtype)}, got {check.short(value.dtype)}"
+            )
         if value.device != x.device:
             raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {value.device}")
     _check_program(op, program, weights)
