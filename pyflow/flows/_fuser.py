@@ -194,7 +194,11 @@ def _left(path: Path, layer: nn.Module, reason: str) -> Left:
 
 def explain(root: nn.Module) -> str:
     """Return a line for each run of layers and for each layer that is left, with the reason."""
-    return "\n".join(_line(part) for part in Structure(root).parts)
+    lines = [_line(part) for part in Structure(root).parts]
+    like = next(root.parameters(), None)
+    if like is not None and not has_kernel(like):
+        lines.insert(0, f"on {like.device} with pyflow.backend {_backend.current()!r} no program runs, but every layer")
+    return "\n".join(lines)
 
 
 def _line(part: Run | Left) -> str:
@@ -238,8 +242,14 @@ def may_run(x: Any, given: tuple[Any, ...]) -> bool:
             return False
         if context.shape[0] != x.shape[0] or context.shape[1] == 0:
             return False
+    return has_kernel(x)
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether programs have a kernel for tensors like x on the backend that is chosen."""
     try:
         return not _backend.runs_reference("flow_program", x, cuda=False, triton=False)
+    # a layer says so in its own name
     except _backend.BackendUnavailable:
         return False
 

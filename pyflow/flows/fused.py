@@ -1,4 +1,4 @@
-"""A whole flow in one call, and what of it is."""
+"""A whole flow in one call."""
 
 from __future__ import annotations
 
@@ -16,8 +16,64 @@ from .base import Flow
 
 
 def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fused:
-    """Run the layers of a flow in one call, where they have instructions."""
-    return Fused(flow, frozen)
+    """Run the layers of a flow by `pyflow.ops.flow_program`: one call for many layers, forward, inverse and training.
+
+    Args:
+        flow: a flow of `pyflow.flows`, `pyflow.nn.ReversibleSequential`, one invertible layer, or invertible layers in
+            an nn.Sequential, an nn.ModuleList or a list.
+        frozen: a snapshot for inference: a copy of the flow in eval mode without gradients of parameters. Later changes
+            of the flow are not seen, the copy must not be changed, and a call reads neither modules nor parameters.
+
+    Returns:
+        A module that holds the flow as `flow` (its parameters and state_dict are those of the flow, with this prefix)
+        and has its methods: forward, inverse, log_prob, sample, ... `explain()` returns a line for each run of layers
+        that are fused and for each layer that is left, with the reason.
+
+    Raises:
+        TypeError: flow is no module with an inverse, nor a list of them.
+
+    Notes:
+        NICE and RealNVP of vectors do this by themselves, so that they need `fuse` for `frozen` and `explain` only.
+        Layers with instructions: ActNorm, Scale, Invertible1x1Conv (of vectors), AdditiveCoupling and AffineCoupling
+        with split "half" or "interleave", and stacks of them. Their networks: nn.Linear with ReLU, LeakyReLU, Tanh,
+        SiLU, GELU, ELU or Sigmoid after it, in an nn.Sequential; nn.Identity and nn.Dropout(0) are nothing. Other
+        layers run as they are between the fused ones, as do subclasses of these, and modules with hooks,
+        parametrizations, pruned or normalised weights, or a forward of their own; a stack that recomputes activations
+        is fused whole or not at all. NICE is one layer here.
+
+        Layers run as they are where a program has no kernel: on a GPU, with `pyflow.backend("reference")`, under
+        torch.func transforms, forward-mode AD and torch.export; for x that is not a dense float32 or float64 matrix or
+        not of the parameters' dtype and device; with a mask; with global module hooks; while the first batch of a
+        training has to initialise a layer. The result is the same but for rounding.
+
+        A fused stretch computes in its own dtype under autocast. It keeps x for the backward, no activations. Modules
+        are looked at once; every call compares what was found with what is there (20 us for eight couplings), and reads
+        the parameters anew: hooks of parameters, optimisers, EMA, `.data`, functional_call and replaced submodules
+        work. Under torch.compile hooks that are added after the compilation are not seen, as for any module.
+
+    Source:
+        Layer by layer: Dinh et al. 2014, arXiv:1410.8516; Dinh et al. 2016, arXiv:1605.08803.
+
+    Example:
+        >>> import torch
+        >>> from pyflow.nn import ActNorm, AffineCoupling
+        >>> flow = fuse([ActNorm(2), AffineCoupling(nn.Linear(1, 2))])
+        >>> y, logdet = flow(torch.randn(8, 2))
+        >>> print(flow.explain())
+        flow.layers.0 to flow.layers.1: fused, 1 ActNorm, 1 AffineCoupling as 1 Scale, 1 MLP, 1 Affine
+    """
+    if isinstance(flow, (list, tuple)) or type(flow) in (nn.Sequential, nn.ModuleList):
+        flow = ReversibleSequential(*_flat(flow), recompute=False)
+    if not isinstance(flow, nn.Module) or not hasattr(flow, "inverse"):
+        raise TypeError(f"fuse: flow must be a module with an inverse or a list of them, got {type(flow).__name__}")
+    if not frozen:
+        return Fused(flow)
+    flow = copy.deepcopy(flow).eval().requires_grad_(False)
+    fused = Fused(flow)
+    for module in (fused, flow):
+        if isinstance(module, Fusing):
+            module._fuser = Fuser(module, frozen=True)
+    return fused
 
 
 class Fused(Fusing):
@@ -25,48 +81,33 @@ class Fused(Fusing):
 
     flow: Any
 
-    def __init__(self, flow: nn.Module | Sequence[nn.Module], frozen: bool = False) -> None:
+    def __init__(self, flow: nn.Module) -> None:
         super().__init__()
-        if isinstance(flow, (list, tuple)) or type(flow) in (nn.Sequential, nn.ModuleList):
-            flow = ReversibleSequential(*_flat(flow), recompute=False)
-        if not isinstance(flow, nn.Module) or not hasattr(flow, "inverse"):
-            raise TypeError(
-                f"fuse: flow must be a module with an inverse, or a list of them, got {type(flow).__name__}"
-            )
-        if frozen:
-            flow = copy.deepcopy(flow).eval().requires_grad_(False)
         self.flow = flow
-        if frozen:
-            self._fuser = Fuser(self, frozen=True)
-            if isinstance(flow, Flow):
-                flow._fuser = Fuser(flow, frozen=True)
 
     def forward(self, x: Tensor, *context: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        result = self._result(x, context, named, False)
+        result = self._program(x, context, named, False)
         return self.flow(x, *context, **named) if result is None else result
 
     def inverse(self, y: Tensor, *context: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        result = self._result(y, context, named, True)
+        result = self._program(y, context, named, True)
         return self.flow.inverse(y, *context, **named) if result is None else result
 
     def explain(self) -> str:
-        """Return a line for each run of fused layers and for each layer that is left, with the reason."""
+        """Return a line for each run of layers that are fused, and for each layer that is left, with the reason."""
         return explain(self.flow if isinstance(self.flow, Flow) else self)
 
-    def _result(self, x: Any, context: tuple, named: dict, inverse: bool) -> tuple[Tensor, Tensor] | None:
-        # flows check their arguments, and run their own programs
+    def _program(self, x: Any, context: tuple, named: dict, inverse: bool) -> tuple[Tensor, Tensor] | None:
+        # a flow checks its arguments, and runs its own programs
         if isinstance(self.flow, Flow) or named or not isinstance(x, Tensor) or x.is_nested or x.dim() != 2:
             return None
         return self._fuser.run(self, x, context, int(x.shape[1]), inverse)
 
     def __getattr__(self, name: str) -> Any:
-        try:
+        flow = self.__dict__.get("_modules", {}).get("flow")
+        if flow is None or name == "flow" or name.startswith("_"):
             return super().__getattr__(name)
-        except AttributeError:
-            flow = self.__dict__.get("_modules", {}).get("flow")
-            if flow is None or name.startswith("_"):
-                raise
-            return getattr(flow, name)
+        return getattr(flow, name)
 
 
 def _flat(layers: Any) -> list[Any]:

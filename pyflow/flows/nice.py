@@ -51,7 +51,8 @@ class NICE(Flow):
     Notes:
         The usual description permutes x between couplings. Updating two fixed halves in turn gives the same family of
         functions: permuting the rows and columns of the weights has the effect of a permutation within a half. No
-        data is moved or concatenated, and log_prob never stores z.
+        data is moved or concatenated, and log_prob never stores z. Where it can, the flow runs in one call, see
+        `pyflow.flows.fuse`.
 
     Source:
         Dinh et al. 2014, NICE, arXiv:1410.8516, sections 3 and 5.1.

@@ -46,6 +46,7 @@ class RealNVP(MultiScale):
     Notes:
         The paper uses batch normalisation. ActNorm, initialised by the first training batch, replaces it here, so
         that the density of a sample does not depend on the rest of the batch. Every network's last layer starts at 0.
+        Where it can, a flow of vectors runs in one call, see `pyflow.flows.fuse`.
 
     Source:
         Dinh et al. 2016, RealNVP, arXiv:1605.08803, sections 3 and 4.1.
