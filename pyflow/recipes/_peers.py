@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -87,10 +87,10 @@ def build(library: str, kind: str, dim: int, context: int, layers: int, hidden: 
     return makers[library](kind, dim, context, layers, hidden)
 
 
-def installed() -> tuple[list[str], list[str]]:
+def installed(peers: Iterable[str] = PEERS) -> tuple[list[str], list[str]]:
     """Return the libraries that import, pyflow first, and one sentence for each that does not."""
     found, missing = ["pyflow"], []
-    for name in PEERS:
+    for name in peers:
         try:
             importlib.import_module(name)
         except ImportError as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 import pyflow
 from pyflow.flows import NICE, bits_per_dim, dequantize
 
-from . import _data, _demo, _pictures
+from . import _data, _demo, _nice_peers, _pictures
 from ._data import Gaussian, noisy
 from ._demo import synchronize, threads
 from ._loops import follow
@@ -115,6 +115,7 @@ def demo(
 
     error = picture(flow, images, device, args, nats, gaussian, out)
     print(f"reconstruction x -> z -> x of held-out images: largest error {error:.1e}")
+    libraries = compare(flow, dequantize(train[: settings.batch], images.levels), rounds=1 if args.quick else 11)
     return {
         "data": args.data, "prior": args.prior, "seed": args.seed, "device": str(device), "backend": args.backend,
         "epochs": epochs, "settings": asdict(settings), "nats": nats,
@@ -122,7 +123,7 @@ def demo(
         "reference_nats": reference, "gaussian_nats": gaussian,
         "gaussian_bits_per_dim": bits_per_dim(torch.tensor(gaussian), images.dim, images.levels).item(),
         "reconstruction_error": error, "epoch_seconds": ours, "reference_epoch_seconds": theirs,
-        "training_seconds": fitted, "total_seconds": time.perf_counter() - began,
+        "library_seconds": libraries, "training_seconds": fitted, "total_seconds": time.perf_counter() - began,
     }  # fmt: skip
 
 
@@ -209,6 +210,17 @@ def epoch_seconds(flow: NICE, train: Tensor, levels: int, settings: Settings, ro
         with pyflow.backend("reference"):
             theirs.append(once())
     return statistics.median(ours), statistics.median(theirs)
+
+
+def compare(flow: NICE, x: Tensor, rounds: int) -> dict[str, dict[str, float]]:
+    """Print and return what a batch takes in other libraries, with the same networks and a Gaussian prior."""
+    found, missing = _nice_peers.times(flow, x, rounds)
+    print(f"\n{f'{len(x)} images, this machine':<28}{'log_prob':>10}{'training step':>15}")
+    for name, seconds in found.items():
+        print(f"{name:<28}{seconds.log_prob * 1e3:>7.2f} ms{seconds.step * 1e3:>12.2f} ms")
+    for sentence in missing:
+        print(sentence)
+    return {name: seconds._asdict() for name, seconds in found.items()}
 
 
 @torch.no_grad()
