@@ -201,8 +201,8 @@ def _problem(shape: Shape, device: torch.device, *, what: str, contenders: tuple
         2 * multiply_adds(shape) * (3 if what in TRAINING else 1),
         missing,
         {name: _negated for name in ("normflows", COMPILED) if name in calls and what in TRAINING},
-        # relu's slope jumps at 0
-        tolerance=1e-4,
+        # rounding puts some of the millions of inputs of relu, whose slope jumps there, on the other side of 0
+        tolerance=1e-2 if what in TRAINING else 1e-5,
     )
 
 
