@@ -550,6 +550,16 @@ def test_double_backward(realnvp):
         torch.testing.assert_close(torch.zeros(()) if got is None else got.sum(), torch.zeros(()) if want is None else want.sum(), check_dtype=False)  # fmt: skip
 
 
+def test_batched_gradients(realnvp):
+    flow, x = realnvp
+    rows = torch.eye(16, dtype=x.dtype)
+    nats = flow.log_prob(x.requires_grad_())
+    inputs = [x, linear_of(flow).weight]
+    got = torch.autograd.grad(nats, inputs, rows, is_grads_batched=True, retain_graph=True)
+    one_by_one = zip(*(torch.autograd.grad(nats, inputs, row, retain_graph=True) for row in rows), strict=True)
+    torch.testing.assert_close(got, tuple(torch.stack(each) for each in one_by_one))
+
+
 def test_ddp(tmp_path):
     script = str(Path(__file__).with_name("replicated.py"))
     done = subprocess.run([sys.executable, script, str(tmp_path)], capture_output=True, text=True, timeout=100)
