@@ -18,7 +18,7 @@ from .._schemas import PACKINGS
 from ..nn import ActNorm, AdditiveCoupling, AffineCoupling, Invertible1x1Conv, ReversibleSequential, Scale
 from ..ops.coupling import scale_map_constant
 from ._run import PLAIN, Computed, Run, Tape, Write
-from ._watch import Path, Watch, has_hooks
+from ._watch import Path, Watch, has_hooks, owned
 from .nets import Conditional
 
 Layers = Iterator[tuple[Path, nn.Module]]
@@ -64,7 +64,7 @@ class Look:
             for each, count in zip(lists, counts, strict=True):
                 del each[count:]
             raise
-        run.layers.append((path, layer))
+        run.layers.append((path, owned(path, layer)))
         run.writes.append(write)
 
     def layer(self, path: Path, layer: nn.Module) -> Write:

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from .. import _backend
 from ._lower import Look, NoInstruction
 from ._run import DoesNotFit, Key, Result, Run, fits, has_kernel, may_run
-from ._watch import Path
+from ._watch import Path, owned
 
 
 class Left(NamedTuple):
-    """A layer that runs as it is, and why."""
+    """A layer that runs as it is, and why: the name of the module in it that has no instruction, and the reason."""
 
     path: Path
-    layer: nn.Module
-    why: NoInstruction
+    layer: Any
+    module: str
+    reason: str
 
 
 class Structure:
@@ -33,15 +34,14 @@ class Structure:
                     self.look.try_layer(path, layer)
                 except NoInstruction as why:
                     self._close()
-                    self.parts.append(Left(path, layer, why))
+                    self.parts.append(_left(path, layer, why))
         except NoInstruction as why:
-            self.parts.append(Left((), root, why))
+            self.parts.append(_left((), root, why))
         self._close()
         if self.look.recomputing and len(self.parts) > 1:
             reason = "its ReversibleSequential recomputes, so it is fused whole or not at all"
-            self.parts = [
-                left for part in self.parts for left in ([part] if isinstance(part, Left) else _left(part, reason))
-            ]
+            each = [[part] if isinstance(part, Left) else _left_all(part, reason) for part in self.parts]
+            self.parts = [left for parts in each for left in parts]
         alone = self.parts[0] if len(self.parts) == 1 else None
         self.whole = alone if isinstance(alone, Run) else None
         self.fuses = any(isinstance(part, Run) for part in self.parts)
@@ -55,8 +55,7 @@ class Structure:
         for part in reversed(self.parts) if inverse else self.parts:
             result: Any = None
             if isinstance(part, Left):
-                layer: Any = part.layer
-                result = layer.inverse(x, *given) if inverse else layer(x, *given)
+                result = part.layer.inverse(x, *given) if inverse else part.layer(x, *given)
             elif may_run(x, given) and fits(x, parameters):
                 result = part.call(x, context, (x.shape[1], *key[1:]), parameters)
             x, logdet = part.call_layers(x, given, inverse) if isinstance(part, Run) and result is None else result
@@ -69,11 +68,17 @@ class Structure:
         if run.conditioners:
             self.parts.append(run)
         else:
-            self.parts += _left(run, "no conditioner is beside it")
+            self.parts += _left_all(run, "no conditioner is beside it")
 
 
-def _left(run: Run, reason: str) -> list[Left]:
-    return [Left(path, layer, NoInstruction(path, layer, reason)) for path, layer in run.layers]
+def _left(path: Path, layer: nn.Module, why: NoInstruction) -> Left:
+    # not the exception, whose frames refer to the root
+    module = "" if why.path == path else f"{_name(why.path)} ({type(why.module).__name__}): "
+    return Left(path, owned(path, layer), module, why.reason)
+
+
+def _left_all(run: Run, reason: str) -> list[Left]:
+    return [Left(path, layer, "", reason) for path, layer in run.layers]
 
 
 def explain(root: nn.Module) -> str:
@@ -89,12 +94,10 @@ def _line(part: Run | Left) -> str:
     if isinstance(part, Run):
         (first, _), (last, _) = part.layers[0], part.layers[-1]
         where = _name(first) if first == last else f"{_name(first)} to {_name(last)}"
-        classes = Counter(type(layer).__name__ for _, layer in part.layers)
+        classes = Counter(layer.__class__.__name__ for _, layer in part.layers)
         instructions = Counter(type(each).__name__ for each in _instructions(part))
         return f"{where}: fused, {_counted(classes)} as {_counted(instructions)}"
-    why = part.why
-    cause = "" if why.module is part.layer else f"{_name(why.path)} ({type(why.module).__name__}): "
-    return f"{_name(part.path)} ({type(part.layer).__name__}): left, {cause}{why.reason}"
+    return f"{_name(part.path)} ({part.layer.__class__.__name__}): left, {part.module}{part.reason}"
 
 
 def _instructions(run: Run) -> tuple[Any, ...]:

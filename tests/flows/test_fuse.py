@@ -391,15 +391,33 @@ def test_replaced_modules_and_changed_options(realnvp):
     assert gone() is None
 
 
-def test_a_flow_is_freed_without_the_collector():
+def left(flow):
+    next(m for m in flow.modules() if isinstance(m, nn.ReLU)).register_forward_hook(lambda *_: None)
+    return flow
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RealNVP(4, couplings=2, hidden=(8,)),
+        lambda: left(RealNVP(4, couplings=2, hidden=(8,))),
+        lambda: NICE(4, hidden=(8,)),
+        lambda: left(NICE(4, hidden=(8,))),
+        lambda: fuse([AffineCoupling(nn.Linear(2, 4))]),
+        lambda: fuse(NICE(4, hidden=(8,)), frozen=True),
+    ],
+)
+def test_flows_are_freed_without_the_collector(make):
     gc.collect()
     gc.disable()
     try:
-        flow = RealNVP(4, couplings=2, hidden=(8,)).eval()
-        gone = weakref.ref(flow.stages[0].layers[1].net[0].weight)
-        flow.log_prob(torch.randn(3, 4)).sum().backward()
+        flow = make().eval()
+        gone = weakref.ref(flow), weakref.ref(next(flow.parameters()))
+        flow(torch.randn(3, 4))
+        flow.inverse(torch.randn(3, 4))
+        flow.explain() if hasattr(flow, "explain") else fuse(flow).explain()
         del flow
-        assert gone() is None
+        assert [each() for each in gone] == [None, None]
     finally:
         gc.enable()
 
