@@ -17,14 +17,12 @@ from .. import program as p
 from .._schemas import PACKINGS
 from ..nn import ActNorm, AdditiveCoupling, AffineCoupling, Invertible1x1Conv, ReversibleSequential, Scale
 from ..ops.coupling import scale_map_constant
-from ._run import Computed, Run, Tape, Write
-from ._watch import Path, Watch, has_hooks
+from ._run import PLAIN, Computed, Run, Tape, Write
+from ._watch import Path, Watch, has_hooks, owned
 from .nets import Conditional
 
 Layers = Iterator[tuple[Path, nn.Module]]
 F = TypeVar("F", bound=Callable[..., Any])
-
-PLAIN = frozenset((Tensor, nn.Parameter))
 
 RULES: dict[type, Callable[[Look, Path, Any], Write]] = {}
 STACKS: dict[type, Callable[[Look, Path, Any], Layers]] = {}
@@ -66,7 +64,7 @@ class Look:
             for each, count in zip(lists, counts, strict=True):
                 del each[count:]
             raise
-        run.layers.append((path, layer))
+        run.layers.append((path, owned(path, layer)))
         run.writes.append(write)
 
     def layer(self, path: Path, layer: nn.Module) -> Write:
@@ -162,7 +160,7 @@ def children(look: Look, path: Path, modules: Any) -> Layers:
 
 
 @register(RULES, ActNorm, Scale)
-def elementwise(look: Look, path: Path, layer: Any) -> Write:
+def _elementwise(look: Look, path: Path, layer: Any) -> Write:
     shift, log_scale = look.parameter(path, layer, "shift"), look.parameter(path, layer, "log_scale")
     look.run.starts.append((path, layer))
     return lambda tape: tape.add(p.Scale(tape.order, shift, log_scale, shift_first=True, inverse=tape.inverse))

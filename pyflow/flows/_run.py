@@ -1,4 +1,4 @@
-"""A run: layers one after the other that one program runs."""
+"""A run: layers one after the other that one program runs, and whether it may."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import _backend
 from .. import program as p
 from .._autograd import pick
 from .._schemas import PRIORS
-from ..ops.flow_program import _check_program, _run
+from .._torch import any_global_module_hook, under_transform
+from ..ops.flow_program import _check_program
+from ..ops.flow_program import _run as run_program
 from ._watch import Path
 
 Write = Callable[["Tape"], None]
 Key = tuple[int, int, bool, "str | None"]  # columns, columns of the context, inverse, prior
 Result = tuple[Tensor, Tensor]
 
-operator = _run
+PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 class DoesNotFit(Exception):
@@ -132,7 +135,7 @@ class Run:
         if not inverse and any([layer.is_pending for _, layer in self.starts]):
             return None
         code = self.code(key, parameters)
-        return None if code is None else _run(x, context, self.tensors(parameters, inverse), code)
+        return None if code is None else run_program(x, context, self.tensors(parameters, inverse), code)
 
     def call_layers(self, x: Tensor, given: tuple[Any, ...], inverse: bool) -> Result:
         """Return what the layers do, layer by layer."""
@@ -141,3 +144,40 @@ class Run:
             x, logdet = layer.inverse(x, *given) if inverse else layer(x, *given)
             total = logdet + total
         return x, total
+
+
+def may_run(x: Any, given: tuple[Any, ...]) -> bool:
+    """Whether an operator can take these inputs here, and modules are called without anything that watches them."""
+    if type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested or x.dim() != 2:
+        return False
+    if x.dtype not in (torch.float32, torch.float64) or under_transform() or any_global_module_hook():
+        return False
+    if given:
+        context = given[0]
+        fit = len(given) == 1 and type(context) in PLAIN and context.layout is torch.strided and not context.is_nested
+        if not fit or context.dim() != 2 or context.dtype is not x.dtype or context.device != x.device:
+            return False
+        if context.shape[0] != x.shape[0] or context.shape[1] == 0:
+            return False
+    return has_kernel(x)
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether programs have a kernel for tensors like x on the backend that is chosen."""
+    try:
+        return not _backend.runs_reference("flow_program", x, cuda=False, triton=False)
+    # a layer says so in its own name
+    except _backend.BackendUnavailable:
+        return False
+
+
+def fits(x: Tensor, parameters: list[Tensor]) -> bool:
+    """Whether all are plain tensors of x's dtype on its device."""
+    dtype = x.dtype
+    if not PLAIN.issuperset(map(type, parameters)) or not all([each.dtype is dtype for each in parameters]):
+        return False
+    # costs half of a comparison of devices
+    if x.is_cpu:
+        return all([each.is_cpu for each in parameters])
+    device = x.device
+    return all([each.device == device for each in parameters])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from itertools import chain
 from operator import itemgetter
@@ -120,3 +121,8 @@ def has_hooks(module: nn.Module) -> bool:
     # dynamo does not trace itemgetter
     forward = module._forward_hooks or module._forward_pre_hooks
     return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
+def owned(path: Path, module: nn.Module) -> Any:
+    """Return what a root may keep of a module at this path below it: a proxy of the root itself."""
+    return module if path else weakref.proxy(module)

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..nn import ReversibleSequential
-from ._fuser import Fuser, Fusing, explain
+from ._fuser import Fuser, Fusing
 from ._lower import STACKS, Layers, Look, register
+from ._structure import explain
 from ._watch import Path
 from .base import Flow
 
@@ -47,7 +48,7 @@ def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fuse
         training has to initialise a layer. The result is the same but for rounding.
 
         A fused stretch computes in its own dtype under autocast. It keeps x for the backward, no activations. Modules
-        are looked at once; every call compares what was found with what is there (20 us for eight couplings), and reads
+        are looked at once; every call compares what was found with what is there (30 us for eight couplings), and reads
         the parameters anew: hooks of parameters, optimisers, EMA, `.data`, functional_call and replaced submodules
         work. Under torch.compile hooks that are added after the compilation are not seen, as for any module.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._operators import register
 from .._schemas import PACKINGS, PRIORS, SCALE_MAPS
+from .._torch import is_batched_gradient
 from ..program import ACTIVATIONS, MLP, Additive, Affine, Dense, Linear, Prior, Program, Scale
 from ..reference import flow_program as ref
 
@@ -211,7 +212,10 @@ _run_backward = register(
 def _gradients(grad_y, grad_logdet, x, context, weights, code, needs):
     need_x, need_context, need_weights, _ = needs
     some = any(need_weights)
-    grad_x, grad_context, *grads = _run_backward(
+    # the vmap of is_grads_batched has no rule for operators with lists of tensors
+    batched = any(grad is not None and is_batched_gradient(grad) for grad in (grad_y, grad_logdet))
+    operator = _run_backward.reference if batched else _run_backward
+    grad_x, grad_context, *grads = operator(
         grad_y, grad_logdet, x, context, weights, code, need_x, need_context and context is not None, some
     )
     return {"x": grad_x, "context": grad_context, "weights": grads if some else [None] * len(weights)}

@@ -391,15 +391,33 @@ def test_replaced_modules_and_changed_options(realnvp):
     assert gone() is None
 
 
-def test_a_flow_is_freed_without_the_collector():
+def left(flow):
+    next(m for m in flow.modules() if isinstance(m, nn.ReLU)).register_forward_hook(lambda *_: None)
+    return flow
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RealNVP(4, couplings=2, hidden=(8,)),
+        lambda: left(RealNVP(4, couplings=2, hidden=(8,))),
+        lambda: NICE(4, hidden=(8,)),
+        lambda: left(NICE(4, hidden=(8,))),
+        lambda: fuse([AffineCoupling(nn.Linear(2, 4))]),
+        lambda: fuse(NICE(4, hidden=(8,)), frozen=True),
+    ],
+)
+def test_flows_are_freed_without_the_collector(make):
     gc.collect()
     gc.disable()
     try:
-        flow = RealNVP(4, couplings=2, hidden=(8,)).eval()
-        gone = weakref.ref(flow.stages[0].layers[1].net[0].weight)
-        flow.log_prob(torch.randn(3, 4)).sum().backward()
+        flow = make().eval()
+        gone = weakref.ref(flow), weakref.ref(next(flow.parameters()))
+        flow(torch.randn(3, 4))
+        flow.inverse(torch.randn(3, 4))
+        flow.explain() if hasattr(flow, "explain") else fuse(flow).explain()
         del flow
-        assert gone() is None
+        assert [each() for each in gone] == [None, None]
     finally:
         gc.enable()
 
@@ -548,6 +566,16 @@ def test_double_backward(realnvp):
             found.append(torch.autograd.grad(grad.square().sum(), list(flow.parameters()), allow_unused=True))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(torch.zeros(()) if got is None else got.sum(), torch.zeros(()) if want is None else want.sum(), check_dtype=False)  # fmt: skip
+
+
+def test_batched_gradients(realnvp):
+    flow, x = realnvp
+    rows = torch.eye(16, dtype=x.dtype)
+    nats = flow.log_prob(x.requires_grad_())
+    inputs = [x, linear_of(flow).weight]
+    got = torch.autograd.grad(nats, inputs, rows, is_grads_batched=True, retain_graph=True)
+    one_by_one = zip(*(torch.autograd.grad(nats, inputs, row, retain_graph=True) for row in rows), strict=True)
+    torch.testing.assert_close(got, tuple(torch.stack(each) for each in one_by_one))
 
 
 def test_ddp(tmp_path):

@@ -1,0 +1,116 @@
+"""What a look at a module found: runs of layers that are fused, and layers that are left; and a text that says so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .. import _backend
+from ._lower import Look, NoInstruction
+from ._run import DoesNotFit, Key, Result, Run, fits, has_kernel, may_run
+from ._watch import Path, owned
+
+
+class Left(NamedTuple):
+    """A layer that runs as it is, and why: the name of the module in it that has no instruction, and the reason."""
+
+    path: Path
+    layer: Any
+    module: str
+    reason: str
+
+
+class Structure:
+    """What a look at a module found: its layers as runs, and those that are left between them."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.look = Look(root)
+        self.parts: list[Run | Left] = []
+        try:
+            for path, layer in self.look.flat((), root):
+                try:
+                    self.look.try_layer(path, layer)
+                except NoInstruction as why:
+                    self._close()
+                    self.parts.append(_left(path, layer, why))
+        except NoInstruction as why:
+            self.parts.append(_left((), root, why))
+        self._close()
+        if self.look.recomputing and len(self.parts) > 1:
+            reason = "its ReversibleSequential recomputes, so it is fused whole or not at all"
+            each = [[part] if isinstance(part, Left) else _left_all(part, reason) for part in self.parts]
+            self.parts = [left for parts in each for left in parts]
+        alone = self.parts[0] if len(self.parts) == 1 else None
+        self.whole = alone if isinstance(alone, Run) else None
+        self.fuses = any(isinstance(part, Run) for part in self.parts)
+
+    def run_parts(self, x: Tensor, given: tuple[Any, ...], key: Key, parameters: list[Tensor]) -> Result | None:
+        """Return what the layers do, with runs as programs; None if there are no runs."""
+        if not self.fuses:
+            return None
+        context, inverse = given[0] if given else None, key[2]
+        total: Any = 0
+        for part in reversed(self.parts) if inverse else self.parts:
+            result: Any = None
+            if isinstance(part, Left):
+                result = part.layer.inverse(x, *given) if inverse else part.layer(x, *given)
+            elif may_run(x, given) and fits(x, parameters):
+                result = part.call(x, context, (x.shape[1], *key[1:]), parameters)
+            x, logdet = part.call_layers(x, given, inverse) if isinstance(part, Run) and result is None else result
+            total = logdet + total
+        return x, total
+
+    def _close(self) -> None:
+        """End the current run; one without a conditioner is left."""
+        run, self.look.run = self.look.run, Run()
+        if run.conditioners:
+            self.parts.append(run)
+        else:
+            self.parts += _left_all(run, "no conditioner is beside it")
+
+
+def _left(path: Path, layer: nn.Module, why: NoInstruction) -> Left:
+    # not the exception, whose frames refer to the root
+    module = "" if why.path == path else f"{_name(why.path)} ({type(why.module).__name__}): "
+    return Left(path, owned(path, layer), module, why.reason)
+
+
+def _left_all(run: Run, reason: str) -> list[Left]:
+    return [Left(path, layer, "", reason) for path, layer in run.layers]
+
+
+def explain(root: nn.Module) -> str:
+    """Return a line for each run of layers and for each layer that is left, with the reason."""
+    lines = [_line(part) for part in Structure(root).parts]
+    like = next(root.parameters(), None)
+    if like is not None and not has_kernel(like):
+        lines.insert(0, f"on {like.device} with pyflow.backend {_backend.current()!r} no program runs, but every layer")
+    return "\n".join(lines)
+
+
+def _line(part: Run | Left) -> str:
+    if isinstance(part, Run):
+        (first, _), (last, _) = part.layers[0], part.layers[-1]
+        where = _name(first) if first == last else f"{_name(first)} to {_name(last)}"
+        classes = Counter(layer.__class__.__name__ for _, layer in part.layers)
+        instructions = Counter(type(each).__name__ for each in _instructions(part))
+        return f"{where}: fused, {_counted(classes)} as {_counted(instructions)}"
+    return f"{_name(part.path)} ({part.layer.__class__.__name__}): left, {part.module}{part.reason}"
+
+
+def _instructions(run: Run) -> tuple[Any, ...]:
+    # the kinds of instructions do not depend on the number of columns
+    try:
+        return run.program(2, 0, False).instructions
+    except DoesNotFit:
+        return run.program(2, 1, False).instructions
+
+
+def _counted(names: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in names.items())
+
+
+def _name(path: Path) -> str:
+    return ".".join(path) or "the flow"
