@@ -210,8 +210,7 @@ def _case(what: str, shape: Shape) -> Case:
     contenders = tuple(name for name in MAKERS if name != FROZEN or shape == ONE_ROW)
     tiny = (4, 8, 2, min(shape[-1], 5))
     build = partial(_problem, what=what, contenders=contenders)
-    compare = (("pyflow", "pyflow layers"),)
-    return Case(case_name(what, shape), build, shape, tiny, contenders, "normflows", compare)
+    return Case(case_name(what, shape), build, shape, tiny, contenders, "normflows")
 
 
 CASES = [

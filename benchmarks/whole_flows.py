@@ -34,7 +34,7 @@ AIMS: dict[Shape, tuple[tuple[float, float], tuple[float, float]]] = {
 # matrix products of a network's size: forward; forward again and both gradients
 FORWARD, BACKWARD = 1, 3
 PEERS = ("nflows", "zuko")
-HEAD = ("shape", "", "pyflow", "vs normflows", "vs compiled", "vs best other", "vs layers", "of the rate")
+HEAD = ("shape", "call", "pyflow", "vs normflows", "vs compiled", "vs best other", "vs layers", "of the rate")
 ROUND_SECONDS = 0.02
 
 

@@ -47,6 +47,11 @@ def test_tables_are_those_of_the_result_files():
     assert set(families) == {pages.MERGED.get(family, family) for family in measured}
 
 
+def test_the_tables_of_whole_flows_are_those_of_their_run():
+    lines = (pages.RESULTS / "zen5_flows.md").read_text().splitlines()
+    assert {line for line in lines if line.startswith("|")} <= set(pages.PAGE.read_text().splitlines())
+
+
 def test_raw_results_stay_small():
     texts = [path.read_text() for path in pages.RESULTS.glob("*.json")]
     assert sum(map(len, texts)) <= 200_000
