@@ -106,11 +106,7 @@ def demo(
     print(f"pyflow's operations and the reference differ by {abs(nats - reference):.1e} nats on the same weights")
 
     ours, theirs = epoch_seconds(flow, train, images.levels, settings, rounds=1 if args.quick else 11)
-    why = (
-        ": nearly all of a NICE epoch is matrix products, which are the same in both"
-        if 0.8 < theirs / ours < 1.25
-        else ""
-    )
+    why = ": nearly all of a NICE epoch is matrix products" if 0.8 < theirs / ours < 1.25 else ""
     print(f"time per epoch: {ours:.3f} s, reference {theirs:.3f} s, ratio {theirs / ours:.2f}{why}")
 
     error = picture(flow, images, device, args, nats, gaussian, out)
