@@ -11,13 +11,15 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+from ._torch import evaluated_while_traced
+
 Columns = tuple[int, ...]
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "silu", "gelu", "elu", "sigmoid")
 
 
 class Scale(NamedTuple):
-    """x_c = x_c exp(log_scale_c) + shift_c for some columns, or (x_c + shift_c) exp(log_scale_c); inverse: solved for x.
+    """x_c = x_c exp(log_scale_c) + shift_c for some columns, or (x_c + shift_c) exp(log_scale_c); inverse: solved.
 
     Attributes:
         columns: which columns.
@@ -138,9 +140,18 @@ class Program(NamedTuple):
         return " ".join(_encode(self, Program))
 
     @staticmethod
-    @functools.lru_cache(maxsize=256)
     def decode(code: str) -> Program:
-        return _decode(iter(code.split()), Program)
+        return _of(code)
+
+
+@evaluated_while_traced
+def _of(code: str) -> Program:
+    return _decoded(code)
+
+
+@functools.lru_cache(maxsize=256)
+def _decoded(code: str) -> Program:
+    return _decode(iter(code.split()), Program)
 
 
 def runs_of(columns: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -166,9 +177,9 @@ def _encode(value: Any, kind: Any) -> Iterator[str]:
         kind = type(value)
         yield kind.__name__.lower()
     if kind in (int, bool):
-        yield str(int(value))
+        yield str(int(kind(value)))
     elif kind is float:
-        yield repr(float(value))
+        yield repr(float(value) + 0.0)  # equal programs have one text: no -0.0
     elif kind == Columns:
         runs = runs_of(value)
         yield str(len(runs))
