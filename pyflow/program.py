@@ -151,7 +151,15 @@ def _of(code: str) -> Program:
 
 @functools.lru_cache(maxsize=256)
 def _decoded(code: str) -> Program:
-    return _decode(iter(code.split()), Program)
+    words = iter(code.split())
+    try:
+        program = _decode(words, Program)
+    except (KeyError, StopIteration, RuntimeError, ValueError):
+        # within a generator StopIteration is a RuntimeError
+        raise ValueError(f"Program.decode: code is no program, got {code!r}") from None
+    if next(words, None) is not None:
+        raise ValueError(f"Program.decode: code is no program, got {code!r}")
+    return program
 
 
 def runs_of(columns: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -183,7 +191,7 @@ def _encode(value: Any, kind: Any) -> Iterator[str]:
     elif kind == Columns:
         runs = runs_of(value)
         yield str(len(runs))
-        yield from (str(number) for run in runs for number in run)
+        yield from (str(int(number)) for run in runs for number in run)
     elif typing.get_origin(kind) is tuple:
         yield str(len(value))
         for item in value:

@@ -141,7 +141,8 @@ class _Back:
     """The gradients on the way back: of the state, of the last conditioner's numbers, of context and weights."""
 
     def __init__(self, logdet: Tensor, x: Tensor, context: Tensor | None, weights: Sequence[Tensor]) -> None:
-        self.logdet, self.h, self.params = logdet, torch.zeros_like(x), None
+        self.logdet, self.h = logdet, torch.zeros_like(x)
+        self.params: Tensor | None = None
         self.given, self.weights = context, weights
         self.context = None if context is None else torch.zeros_like(context)
         self.grads = [torch.zeros_like(weight) for weight in weights]
@@ -201,5 +202,5 @@ class _Back:
             grad = matmul(grad, self.weights[dense.weight])
         count = x.shape[1]
         self.h = self.h.index_add(1, at, grad[:, :count])
-        if mlp.context:
+        if mlp.context and self.context is not None:
             self.context = self.context + grad[:, count:]
