@@ -67,7 +67,7 @@ class Dense(NamedTuple):
 
 
 class MLP(NamedTuple):
-    """A conditioner: computes the numbers that the next transform takes from some columns, and from the context.
+    """A conditioner: computes, from some columns and the context, the numbers that one later transform takes.
 
     Attributes:
         columns: the inputs of the first layer.

@@ -138,15 +138,16 @@ class _Checker:
     def takes(self, count: int) -> None:
         if self.params != count:
             self.fail(f"the conditioner before it must return {count} numbers, got {self.params}")
+        # a conditioner serves one transform
+        self.params = 0
 
     def index(self, name: str, value: Any, names: tuple[str, ...]) -> None:
         if not isinstance(value, int) or not 0 <= value < len(names):
             self.fail(f"{name} must be 0 to {len(names) - 1}, got {check.shown(value)}")
 
-    def number(self, name: str, value: Any, least: float = -math.inf) -> None:
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
-            rule = "finite" if least < 0 else "at least 0 and finite"
-            self.fail(f"{name} must be a number, {rule}, got {check.shown(value)}")
+    def number(self, name: str, value: Any) -> None:
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            self.fail(f"{name} must be a number, at least 0 and finite, got {check.shown(value)}")
 
     def flags(self, instruction: Any, *names: str) -> None:
         for name in names:
@@ -192,7 +193,7 @@ class _Checker:
         self.takes(2 * self.columns(affine.columns))
         self.index("scale_map", affine.scale_map, SCALE_MAPS)
         self.index("packing", affine.packing, PACKINGS)
-        self.number("map_arg", affine.map_arg, 0.0)
+        self.number("map_arg", affine.map_arg)
         if SCALE_MAPS[affine.scale_map] in ("tanh", "atan", "softsign") and affine.map_arg == 0:
             self.fail(f"map_arg must be positive for {SCALE_MAPS[affine.scale_map]}, got 0.0")
         self.flags(affine, "shift_first", "inverse")

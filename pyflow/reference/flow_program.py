@@ -169,12 +169,11 @@ class _Back:
             grad = matmul(grad, self.weights[instruction.weight])
         else:
             if isinstance(instruction, Additive):
-                of_params = -grad if instruction.inverse else grad
+                self.params = -grad if instruction.inverse else grad
             else:
-                grad, of_params = affine_coupling_packed_backward(
+                grad, self.params = affine_coupling_packed_backward(
                     grad, self.logdet, x, params, **_options(instruction), mask=None
                 )
-            self.params = of_params if self.params is None else self.params + of_params
         self.h = self.h.index_copy(1, at, grad)
 
     def scale(self, scale: Scale, x: Tensor, grad: Tensor) -> Tensor:

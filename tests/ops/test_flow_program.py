@@ -221,14 +221,16 @@ def test_outputs(outputs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_conditioner_may_serve_several_transforms_or_none(dtype):
+def test_a_conditioner_may_serve_none(dtype):
     build = Builder(5)
     first, unused = build.mlp((0, 1), [8, 4]), build.mlp((2, 3), [8, 6])
-    twice = build.program(
-        first, unused, first, build.affine((2, 3)), Additive((4, 0, 1, 2)), Scale((0, 1, 2), build.weight(3), -1),
-        build.affine((3, 4), inverse=True), first, Additive((1, 2, 3, 4), inverse=True), unused,
+    program = build.program(
+        unused, first, build.affine((2, 3)), unused, first, Scale((0, 1, 2), build.weight(3), -1), Prior((0, 4)),
+        Additive((1, 2, 3, 4), inverse=True), unused,
     )  # fmt: skip
-    check_built(build, twice, 40, dtype)
+    for batch in (1, 40):
+        check_built(build, program, batch, dtype)
+    check_built(build, build.program(unused, outputs=(1, 0)))
 
 
 def test_few_columns():
@@ -373,11 +375,11 @@ def test_layouts(layout, dtype):
     x, context = rows(build, 70, dtype)
     view = lambda v: testing.laid_out(v, layout) if v.dim() else v.expand(3)[1]
     plain = run(x, program, weights, context)
-    for given in [
+    for views in [
         (view(x), weights, context), (x, weights, view(context)), (x, [view(w) for w in weights], context),
         (view(x), [view(w) for w in weights], view(context)),
     ]:  # fmt: skip
-        for a, b in zip(check(given[0], program, *given[1:]), plain, strict=True):
+        for a, b in zip(check(views[0], program, *views[1:]), plain, strict=True):
             same(a, b)
 
 
@@ -390,8 +392,8 @@ def test_expanded_inputs():
         [w[:1].expand(w.shape) if w.dim() else w for w in weights],
         context[:1].expand(70, -1),
     )
-    for own, given, more in [(shared[0], weights, context), (x, weights, shared[2]), (x, wide, context), shared]:
-        check(own, program, given, more)
+    for own, named, more in [(shared[0], weights, context), (x, weights, shared[2]), (x, wide, context), shared]:
+        check(own, program, named, more)
     y, logdet = ops.flow_program(shared[0], program, weights, shared[2])
     same(y, y[:1].expand_as(y))
     same(logdet, logdet[:1].expand_as(logdet))
@@ -880,10 +882,11 @@ BAD = [
     (of(NET._replace(layers=(Dense(0, 3, 2),))), ValueError, r"instruction 0, MLP: bias must have the shape \(2,\), got \(\)"),
     (of(NET._replace(layers=(Dense(0, 1, 2, 8),))), ValueError, "instruction 0, MLP: activation must be 0 to 7, got 8"),
     (of(NET._replace(layers=(Dense(0, 1, 2, "relu"),))), ValueError, "instruction 0, MLP: activation must be 0 to 7, got 'relu'"),
-    (of(NET._replace(layers=(Dense(0, 1, 2, 2, "x"),))), ValueError, "instruction 0, MLP: arg must be a number, finite, got 'x'"),
-    (of(NET._replace(layers=(Dense(0, 1, 2, 2, math.inf),))), ValueError, "instruction 0, MLP: arg must be a number, finite, got inf"),
+    (of(NET._replace(layers=(Dense(0, 1, 2, 2, "x"),))), ValueError, "instruction 0, MLP: arg must be a number, at least 0 and finite, got 'x'"),
+    (of(NET._replace(layers=(Dense(0, 1, 2, 2, math.inf),))), ValueError, "instruction 0, MLP: arg must be a number, at least 0 and finite, got inf"),
     (of(Additive((0,))), ValueError, "instruction 0, Additive: the conditioner before it must return 1 numbers, got 0"),
     (of(NET, Additive((0,))), ValueError, "instruction 1, Additive: the conditioner before it must return 1 numbers, got 2"),
+    (of(NET, Additive((1, 2)), Additive((1, 2))), ValueError, "instruction 2, Additive: the conditioner before it must return 2 numbers, got 0"),
     (of(NET, Additive((1, 1))), ValueError, r"instruction 1, Additive: columns must differ, got \(1, 1\)"),
     (of(NET, Additive((1, 2), 0.0)), ValueError, "instruction 1, Additive: inverse must be true or false, got 0.0"),
     (of(NET, Affine((1, 2), 0, 0, 0.0)), ValueError, "instruction 1, Affine: the conditioner before it must return 4 numbers, got 2"),
@@ -909,7 +912,7 @@ def test_a_class_of_an_instructions_name_is_none():
     class Prior(tuple):
         columns, prior = (0,), 0
 
-    with pytest.raises(ValueError, match="instruction 0, Prior: it must be one of pyflow.program's instructions"):
+    with pytest.raises(ValueError, match=r"instruction 0, Prior: it must be one of pyflow.program's instructions"):
         of(Prior())(ops.flow_program)
 
 

@@ -1,0 +1,106 @@
+// Arguments of the kernels that run a program of a flow.
+#pragma once
+
+#include "../cpu/dispatch.h"
+#include "../ops/coupling.h"
+#include "../ops/flow_head.h"
+#include "../ops/flow_program.h"
+#include "../tiles/plan.h"
+
+namespace pyflow {
+
+// Rows are processed in tiles. A unit of the forward is a tile; a unit of the backward is a group of neighbouring tiles
+// whose gradients of weights are summed one after the other. Both depend on the batch alone.
+constexpr int64_t kProgramRows = 32;  // tiles are multiples of this, as are the rows that an instruction set handles
+constexpr int64_t kProgramMostRows = 64;  // of a tile
+constexpr int64_t kProgramGroups = 16;    // most groups of a batch
+constexpr int64_t kProgramLanes = 16;     // sums over rows are kept in lanes until the end
+constexpr int64_t kProgramPad = 16;       // rows of summed matrices are padded to a multiple of this
+
+struct ProgramMatrix {
+  char* data;        // of the compute type; null: absent
+  int64_t row, col;  // strides in elements
+};
+
+// h = act(W h + b). Places are columns of the tape, where a tile keeps the values of an instruction.
+struct ProgramDense {
+  const char* weight;  // (size, inputs), contiguous
+  const char* bias;    // (size,); null: none
+  int64_t inputs, size;
+  Activation activation;
+  double arg;
+  int64_t in, before, out;           // before: values before the activation; out if they are not needed
+  int64_t weight_place, bias_place;  // among the weights; bias -1: none
+};
+
+struct ProgramInstruction {
+  Instruction kind;
+  const int64_t* columns;
+  int64_t count;   // of the columns
+  int64_t saved;   // place of the columns before the instruction
+  int64_t params;  // place of what the last conditioner returned
+  bool inverse, shift_first;
+  // scale: vectors (count,), null if absent; factor is e^{+-log_scale}, and `logdet` its logarithm, set by `prepare`
+  const char *shift, *log_scale;
+  char* factor;
+  double* logdet;
+  int64_t shift_place, log_scale_place, logdet_place;  // among the weights
+  const char* given_logdet;                            // linear: a number, null if absent
+  // mlp: layers, of which the first reads the columns and perhaps the context; linear: one
+  const ProgramDense* dense;
+  int64_t layers;
+  bool context;
+  // affine, prior
+  ScaleMap map;
+  double map_arg;
+  Packing packing;
+  Prior prior;
+};
+
+struct ProgramArgs {
+  bool f64;
+  const ProgramInstruction* instruction;
+  int64_t instructions;
+  int64_t rows, columns, context_columns;
+  ProgramMatrix x, context;
+  int64_t unit_rows, tile_rows;
+  int64_t tape;   // columns of a tile's tape
+  int64_t width;  // most columns of an array besides the tape
+  const int64_t* outputs;
+  int64_t output_count;
+  ProgramMatrix y;
+  char* logdet;
+};
+
+// the sum of the gradients of one weight in a group: (rows, width) for a matrix, (rows, kProgramLanes) for a vector;
+// the matrix is transposed if that wastes less padding
+struct ProgramSum {
+  int64_t offset;
+  int64_t rows, cols, width;
+  bool matrix, transposed;
+  char* grad;  // the result, contiguous: (rows, cols) or, if transposed, (cols, rows); a vector (rows,)
+};
+
+struct ProgramBackward : ProgramArgs {
+  ProgramMatrix grad_y, grad_logdet;  // null: zero; of grad_logdet `row` counts
+  ProgramMatrix grad_x, grad_context;
+  const ProgramSum* sum;  // one per weight; null: no gradients of weights
+  int64_t sums;
+  int64_t groups, group_size;  // elements of the sums of a group
+  char* group_sums;            // (groups, group_size)
+};
+
+// elements that a tile needs beside its tape
+inline int64_t program_scratch(const ProgramArgs& a, bool backward) {
+  const int64_t columns = a.columns + a.context_columns;
+  // state and scratch; their gradients, two arrays of gradients inside a network, and a transposed array
+  const int64_t forward = columns + a.width;
+  return a.tile_rows * (forward + (backward ? columns + 2 * a.width + round_up(a.width, kProgramPad) : 0));
+}
+
+PYFLOW_CPU_KERNEL(flow_program_prepare, ProgramArgs)
+PYFLOW_CPU_KERNEL(flow_program_forward, ProgramArgs)
+PYFLOW_CPU_KERNEL(flow_program_backward, ProgramBackward)
+PYFLOW_CPU_KERNEL(flow_program_reduce, ProgramBackward)
+
+}  // namespace pyflow

@@ -1,0 +1,240 @@
+// Programs of flows: tile by tile, all instructions forward; in the backward forward again with everything that they
+// need kept on a tape, then back.
+#include "../args/flow_program.h"
+
+#include "program/additive.h"
+#include "program/affine.h"
+#include "program/linear.h"
+#include "program/mlp.h"
+#include "program/prior.h"
+#include "program/scale.h"
+
+namespace pyflow::PYFLOW_ISA {
+namespace {
+
+// memory of one thread: the compiler's runtime allocates it, since kernels see no torch
+template <class T>
+struct Memory {
+  explicit Memory(int64_t elements) : next((T*)__builtin_malloc(size_t(elements) * sizeof(T) + 64)), start(next) {
+    next = (T*)(((uintptr_t)start + 63) / 64 * 64);
+  }
+  ~Memory() { __builtin_free(start); }
+  T* take(int64_t elements) {
+    T* taken = next;
+    next += elements;
+    return taken;
+  }
+  T *next, *start;
+};
+
+template <class T>
+void clear(T* values, int64_t n) {
+  __builtin_memset(values, 0, size_t(n) * sizeof(T));
+}
+
+// a tile without its rows
+template <class T>
+ProgramTile<T> new_tile(const ProgramArgs& a, const ProgramBackward* back, Memory<T>& memory) {
+  const int64_t rows = a.tile_rows;
+  ProgramTile<T> t{a, back};
+  t.state = {memory.take(rows * a.columns), a.columns};
+  t.context = {memory.take(rows * a.context_columns), a.context_columns};
+  t.scratch = {memory.take(rows * a.width), a.width};
+  t.tape = memory.take(rows * a.tape);
+  if (!back) return t;
+  t.grad = {memory.take(rows * a.columns), a.columns};
+  t.grad_context = {memory.take(rows * a.context_columns), a.context_columns};
+  t.grad_params = {memory.take(rows * a.width), a.width};
+  t.grad_other = {memory.take(rows * a.width), a.width};
+  t.turned = memory.take(rows * round_up(a.width, kProgramPad));
+  return t;
+}
+
+template <class T>
+void place_rows(ProgramTile<T>& t, int64_t row, int64_t rows) {
+  t.row = row;
+  t.rows = rows;
+  t.blocks = ceil_div(rows, kWidth<T>);
+}
+
+template <class T>
+void run_forward(const ProgramTile<T>& t) {
+  load_rows<false>(t, t.args.x, t.state);
+  if (t.context.count) load_rows<false>(t, t.args.context, t.context);
+  fill(t.logdet, 0.0, t.padded());
+  for (int64_t i = 0; i < t.args.instructions; ++i) {
+    const ProgramInstruction& in = t.args.instruction[i];
+    as_constant(in.kind, [&](auto kind) { Rule<kind.value>::forward(t, in); });
+  }
+}
+
+template <class T>
+void run_backward(const ProgramTile<T>& t) {
+  for (int64_t i = t.args.instructions - 1; i >= 0; --i) {
+    const ProgramInstruction& in = t.args.instruction[i];
+    as_constant(in.kind, [&](auto kind) { Rule<kind.value>::backward(t, in); });
+  }
+}
+
+template <class T>
+void store_outputs(const ProgramTile<T>& t) {
+  const ProgramArgs& a = t.args;
+  if (a.output_count) {
+    const Columns<T> y{t.scratch.data, a.output_count};
+    for (int64_t b = 0; b < t.blocks; ++b) {
+      for (int64_t i = 0; i < a.output_count; ++i) copy_column(t.state.at(b, a.outputs[i]), y.at(b, i));
+    }
+    store_rows(t, y, a.y);
+  }
+  T* logdet = (T*)a.logdet + t.row;
+  for (int64_t r = 0; r < t.rows; ++r) logdet[r] = T(t.logdet[r]);
+}
+
+template <class T>
+void forward_units(const ProgramArgs& a, int64_t begin, int64_t end) {
+  Memory<T> memory(a.tile_rows * a.tape + program_scratch(a, false));
+  double logdet[kProgramMostRows];
+  ProgramTile<T> t = new_tile<T>(a, nullptr, memory);
+  t.logdet = logdet;
+  for (int64_t u = begin; u < end; ++u) {
+    place_rows(t, u * a.tile_rows, smaller(a.tile_rows, a.rows - u * a.tile_rows));
+    run_forward(t);
+    store_outputs(t);
+  }
+}
+
+// the gradients of y and logdet
+template <class T>
+void load_gradients(const ProgramTile<T>& t) {
+  const ProgramBackward& a = *t.back;
+  clear(t.grad.data, t.grad.count * t.padded());
+  clear(t.grad_context.data, t.grad_context.count * t.padded());
+  clear(t.grad_logdet, t.padded());
+  if (a.grad_y.data) {
+    const Columns<T> gy{t.scratch.data, a.output_count};
+    load_rows<true>(t, a.grad_y, gy);
+    for (int64_t b = 0; b < t.blocks; ++b) {
+      for (int64_t i = 0; i < a.output_count; ++i) add_column(gy.at(b, i), t.grad.at(b, a.outputs[i]));
+    }
+  }
+  const T* given = (const T*)a.grad_logdet.data + t.row * a.grad_logdet.row;
+  for (int64_t r = 0; a.grad_logdet.data && r < t.rows; ++r) t.grad_logdet[r] = given[r * a.grad_logdet.row];
+}
+
+template <class T>
+void backward_units(const ProgramBackward& a, int64_t begin, int64_t end) {
+  Memory<T> memory(a.tile_rows * a.tape + program_scratch(a, true));
+  double logdet[kProgramMostRows];
+  alignas(64) T grad_logdet[kProgramMostRows];
+  ProgramTile<T> t = new_tile<T>(a, &a, memory);
+  t.logdet = logdet;
+  t.grad_logdet = grad_logdet;
+  for (int64_t u = begin; u < end; ++u) {
+    t.sums = a.sum ? (T*)a.group_sums + u * a.group_size : nullptr;
+    if (t.sums) clear(t.sums, a.group_size);
+    const int64_t last = smaller((u + 1) * a.unit_rows, a.rows);
+    for (int64_t row = u * a.unit_rows; row < last; row += a.tile_rows) {
+      place_rows(t, row, smaller(a.tile_rows, last - row));
+      run_forward(t);
+      load_gradients(t);
+      run_backward(t);
+      if (a.grad_x.data) store_rows(t, t.grad, a.grad_x);
+      if (a.grad_context.data) store_rows(t, t.grad_context, a.grad_context);
+    }
+  }
+}
+
+// factors and log-determinants of the scales: the same for all rows
+template <class T>
+void prepare_scales(const ProgramArgs& a, int64_t begin, int64_t end) {
+  for (int64_t k = begin; k < end; ++k) {
+    const ProgramInstruction& in = a.instruction[k];
+    if (in.kind != Instruction::scale) continue;
+    *in.logdet = 0;
+    if (!in.log_scale) continue;
+    const T* __restrict log_scale = (const T*)in.log_scale;
+    T* __restrict factor = (T*)in.factor;
+    const T sign = in.inverse ? T(-1) : T(1);
+    for (int64_t i = 0; i < in.count; ++i) *in.logdet += double(sign * log_scale[i]);
+#pragma omp simd
+    for (int64_t i = 0; i < in.count; ++i) {
+      factor[i] = exp_(sign * log_scale[i]);
+    }
+  }
+}
+
+constexpr int64_t kReduced = 64;  // entries that are added together
+static_assert(kReduced % kProgramLanes == 0);
+
+// adds entries [first, first + n) of the sums over the groups, pairwise
+template <class T>
+void add_groups(const ProgramBackward& a, int64_t first, int64_t n, T* __restrict out) {
+  const auto of_group = [&](int64_t g) { return (const T*)a.group_sums + g * a.group_size + first; };
+  if (a.groups == 1) {
+    for (int64_t i = 0; i < n; ++i) out[i] = of_group(0)[i];
+    return;
+  }
+  alignas(64) T value[kProgramGroups / 2][kReduced];
+  const int64_t half = next_power_of_two(a.groups) / 2;
+  for (int64_t g = 0; g < half; ++g) {
+    const T* __restrict p = of_group(g);
+    const T* __restrict q = g + half < a.groups ? of_group(g + half) : nullptr;
+    for (int64_t i = 0; q && i < n; ++i) value[g][i] = p[i] + q[i];
+    for (int64_t i = 0; !q && i < n; ++i) value[g][i] = p[i];
+  }
+  for (int64_t width = half / 2; width > 0; width /= 2) {
+    for (int64_t g = 0; g < width; ++g) {
+      for (int64_t i = 0; i < n; ++i) value[g][i] += value[g + width][i];
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) out[i] = value[0][i];
+}
+
+template <class T>
+void reduce_matrix(const ProgramBackward& a, const ProgramSum& s) {
+  alignas(64) T sum[kReduced];
+  T* grad = (T*)s.grad;
+  for (int64_t i = 0; i < s.rows; ++i) {
+    for (int64_t c = 0; c < s.cols; c += kReduced) {
+      const int64_t n = smaller(kReduced, s.cols - c);
+      T* to = s.transposed ? sum : grad + i * s.cols + c;
+      add_groups(a, s.offset + i * s.width + c, n, to);
+      for (int64_t j = 0; s.transposed && j < n; ++j) grad[(c + j) * s.rows + i] = sum[j];
+    }
+  }
+}
+
+template <class T>
+void reduce_vector(const ProgramBackward& a, const ProgramSum& s) {
+  alignas(64) T lanes[kReduced];
+  for (int64_t i = 0; i < s.rows; i += kReduced / kProgramLanes) {
+    const int64_t n = smaller(kReduced / kProgramLanes, s.rows - i);
+    add_groups(a, s.offset + i * kProgramLanes, n * kProgramLanes, lanes);
+    for (int64_t j = 0; j < n; ++j) ((T*)s.grad)[i + j] = fold<kProgramLanes>(lanes + j * kProgramLanes);
+  }
+}
+
+template <class T>
+void reduce_units(const ProgramBackward& a, int64_t begin, int64_t end) {
+  for (int64_t k = begin; k < end; ++k) a.sum[k].matrix ? reduce_matrix<T>(a, a.sum[k]) : reduce_vector<T>(a, a.sum[k]);
+}
+
+}  // namespace
+
+void flow_program_prepare(const ProgramArgs& a, int64_t begin, int64_t end) {
+  a.f64 ? prepare_scales<double>(a, begin, end) : prepare_scales<float>(a, begin, end);
+}
+
+void flow_program_forward(const ProgramArgs& a, int64_t begin, int64_t end) {
+  a.f64 ? forward_units<double>(a, begin, end) : forward_units<float>(a, begin, end);
+}
+
+void flow_program_backward(const ProgramBackward& a, int64_t begin, int64_t end) {
+  a.f64 ? backward_units<double>(a, begin, end) : backward_units<float>(a, begin, end);
+}
+
+void flow_program_reduce(const ProgramBackward& a, int64_t begin, int64_t end) {
+  a.f64 ? reduce_units<double>(a, begin, end) : reduce_units<float>(a, begin, end);
+}
+
+}  // namespace pyflow::PYFLOW_ISA

@@ -1,0 +1,87 @@
+// x = x e^{g(scale)} + shift, shift and scale from the last conditioner.
+#pragma once
+
+#include "rule.h"
+
+namespace pyflow::PYFLOW_ISA {
+
+template <>
+struct Rule<Instruction::affine> {
+  // calls f(scale map, inverse, shift first) with all of them constant
+  template <class F>
+  static void with_options(const ProgramInstruction& in, F f) {
+    as_constant(in.map, [&](auto map) {
+      if (in.inverse) {
+        in.shift_first ? f(map, std::true_type{}, std::true_type{}) : f(map, std::true_type{}, std::false_type{});
+      } else {
+        in.shift_first ? f(map, std::false_type{}, std::true_type{}) : f(map, std::false_type{}, std::false_type{});
+      }
+    });
+  }
+
+  // places of shift and scale of column i
+  static int64_t shift_at(const ProgramInstruction& in, int64_t i) {
+    return in.packing == Packing::interleaved ? 2 * i : in.packing == Packing::shift_scale ? i : in.count + i;
+  }
+  static int64_t scale_at(const ProgramInstruction& in, int64_t i) {
+    return in.packing == Packing::interleaved ? 2 * i + 1 : in.packing == Packing::shift_scale ? in.count + i : i;
+  }
+
+  template <ScaleMap M, bool Inverse, bool ShiftFirst, class T>
+  static void run(const ProgramTile<T>& t, const ProgramInstruction& in) {
+    const Columns<T> params = t.taped_at(in.params, 2 * in.count);
+    const T arg = T(in.map_arg), sign = Inverse ? T(-1) : T(1);
+    for (int64_t b = 0; b < t.blocks; ++b) {
+      alignas(64) T sum[kWidth<T>] = {};
+      for (int64_t i = 0; i < in.count; ++i) {
+        T* __restrict x = t.state.at(b, in.columns[i]);
+        const T* __restrict shift = params.at(b, shift_at(in, i)), * __restrict s = params.at(b, scale_at(in, i));
+#pragma omp simd
+        for (int r = 0; r < kWidth<T>; ++r) {
+          const T g = sign * log_scale<M>(s[r], arg);
+          x[r] = couple<Inverse, ShiftFirst>(x[r], shift[r], exp_(g));
+          sum[r] += g;
+        }
+      }
+      add_logdet(t, b, sum);
+    }
+  }
+
+  template <class T>
+  static void forward(const ProgramTile<T>& t, const ProgramInstruction& in) {
+    save(t, in);
+    with_options(
+        in, [&](auto map, auto inverse, auto shift_first) { run<map.value, inverse.value, shift_first.value>(t, in); });
+  }
+
+  template <ScaleMap M, bool Inverse, bool ShiftFirst, class T>
+  static void pull(const ProgramTile<T>& t, const ProgramInstruction& in) {
+    const Columns<T> saved = t.taped_at(in.saved, in.count), params = t.taped_at(in.params, 2 * in.count);
+    const Columns<T> gparams{t.grad_params.data, 2 * in.count};
+    const T arg = T(in.map_arg), sign = Inverse ? T(-1) : T(1);
+    for_each_column(t, in, [&](int64_t b, int64_t c, int64_t i) {
+      T* __restrict g = t.grad.at(b, c);
+      const T* __restrict x = saved.at(b, i), * __restrict gl = t.grad_logdet + b * kWidth<T>;
+      const T* __restrict shift = params.at(b, shift_at(in, i)), * __restrict s = params.at(b, scale_at(in, i));
+      T* __restrict gshift = gparams.at(b, shift_at(in, i)), * __restrict gscale = gparams.at(b, scale_at(in, i));
+#pragma omp simd
+      for (int r = 0; r < kWidth<T>; ++r) {
+        const LogScale<T> v = log_scale_slope<M>(s[r], arg);
+        const CouplingGrad<T> grad =
+            couple_backward<Inverse, ShiftFirst>(g[r], gl[r], x[r], shift[r], exp_(sign * v.g), v.slope);
+        g[r] = grad.x;
+        gshift[r] = grad.shift;
+        gscale[r] = grad.scale;
+      }
+    });
+  }
+
+  template <class T>
+  static void backward(const ProgramTile<T>& t, const ProgramInstruction& in) {
+    with_options(in, [&](auto map, auto inverse, auto shift_first) {
+      pull<map.value, inverse.value, shift_first.value>(t, in);
+    });
+  }
+};
+
+}  // namespace pyflow::PYFLOW_ISA

@@ -1,0 +1,82 @@
+// A conditioner: a network of some columns of the state, and of the context.
+#pragma once
+
+#include "rule.h"
+
+namespace pyflow::PYFLOW_ISA {
+
+template <>
+struct Rule<Instruction::mlp> {
+  template <class T>
+  static Columns<T> inputs(const ProgramTile<T>& t, const ProgramInstruction& in) {
+    return t.taped_at(in.dense[0].in, in.dense[0].inputs);
+  }
+
+  template <class T>
+  static void forward(const ProgramTile<T>& t, const ProgramInstruction& in) {
+    gather(t, in, t.state, inputs(t, in));
+    for (int64_t b = 0; in.context && b < t.blocks; ++b) {
+      for (int64_t c = 0; c < t.context.count; ++c) copy_column(t.context.at(b, c), inputs(t, in).at(b, in.count + c));
+    }
+    for (int64_t l = 0; l < in.layers; ++l) {
+      const ProgramDense& d = in.dense[l];
+      const Columns<T> x = t.taped_at(d.in, d.inputs), z = t.taped_at(d.before, d.size);
+      if (d.activation == Activation::relu) {
+        product<true>(factor<T>(d), x, z, t.blocks);
+      } else {
+        product<false>(factor<T>(d), x, z, t.blocks);
+        activate_all(t, d, z.data, t.taped_at(d.out, d.size).data);
+      }
+    }
+  }
+
+  // z and h may be the same
+  template <class T>
+  static void activate_all(const ProgramTile<T>& t, const ProgramDense& d, const T* z, T* h) {
+    if (d.activation == Activation::identity) return;
+    const int64_t count = d.size * t.padded();
+    const T arg = T(d.arg);
+    as_constant(d.activation, [&](auto a) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        h[i] = activate<a.value>(z[i], arg);
+      }
+    });
+  }
+
+  // turns the gradient of h into that of z
+  template <class T>
+  static void pull_activation(const ProgramTile<T>& t, const ProgramDense& d, T* __restrict g) {
+    if (d.activation == Activation::identity) return;
+    const int64_t count = d.size * t.padded();
+    const T arg = T(d.arg);
+    const T *z = t.taped_at(d.before, d.size).data, *h = t.taped_at(d.out, d.size).data;
+    as_constant(d.activation, [&](auto a) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        g[i] *= activation_slope<a.value>(z[i], h[i], arg);
+      }
+    });
+  }
+
+  template <class T>
+  static void backward(const ProgramTile<T>& t, const ProgramInstruction& in) {
+    T *g = t.grad_params.data, *other = t.grad_other.data;
+    for (int64_t l = in.layers - 1; l >= 0; --l) {
+      const ProgramDense& d = in.dense[l];
+      pull_activation(t, d, g);
+      add_weight_gradients(t, d, t.taped_at(d.in, d.inputs), Columns<T>{g, d.size});
+      product<false>(transposed_factor<T>(d), Columns<T>{g, d.size}, Columns<T>{other, d.inputs}, t.blocks);
+      T* next = other;
+      other = g;
+      g = next;
+    }
+    const Columns<T> gx{g, in.dense[0].inputs};
+    for_each_column(t, in, [&](int64_t b, int64_t c, int64_t i) { add_column(gx.at(b, i), t.grad.at(b, c)); });
+    for (int64_t b = 0; in.context && b < t.blocks; ++b) {
+      for (int64_t c = 0; c < t.context.count; ++c) add_column(gx.at(b, in.count + c), t.grad_context.at(b, c));
+    }
+  }
+};
+
+}  // namespace pyflow::PYFLOW_ISA

@@ -1,0 +1,145 @@
+// A tile of a program: its rows lie in blocks of kWidth rows, every array as (blocks, columns, kWidth), so that a
+// column of a block is a few registers and a matrix product reads memory in order.
+#pragma once
+
+#include "../../args/flow_program.h"
+#include "../strips.h"
+#include "../transpose.h"
+
+namespace pyflow::PYFLOW_ISA {
+
+template <class T>
+constexpr int kWidth = kCols<T>;  // rows of a block
+static_assert(kProgramRows % kWidth<float> == 0 && kProgramRows % kWidth<double> == 0);
+
+// what a tile keeps of its columns: `count` columns of every block
+template <class T>
+struct Columns {
+  T* data;
+  int64_t count;
+  T* at(int64_t block, int64_t column) const { return data + (block * count + column) * kWidth<T>; }
+};
+
+template <class T>
+struct ProgramTile {
+  const ProgramArgs& args;
+  const ProgramBackward* back;            // null in the forward, which keeps no tape
+  int64_t row = 0, rows = 0, blocks = 0;  // first row, rows of the batch, blocks that hold them
+  Columns<T> state{}, context{}, scratch{};
+  T* tape = nullptr;
+  double* logdet = nullptr;  // of every row
+  // backward
+  Columns<T> grad{}, grad_context{}, grad_params{}, grad_other{};
+  T* grad_logdet = nullptr;  // of every row
+  T* turned = nullptr;       // a transposed array
+  T* sums = nullptr;         // of the group; null: no gradients of weights
+
+  int64_t padded() const { return blocks * kWidth<T>; }
+  Columns<T> taped_at(int64_t place, int64_t count) const { return {tape + place * padded(), count}; }
+};
+
+// calls f(block, column of the state, i) for the columns that an instruction names
+template <class T, class F>
+PYFLOW_FN void for_each_column(const ProgramTile<T>& t, const ProgramInstruction& in, F f) {
+  for (int64_t b = 0; b < t.blocks; ++b) {
+    for (int64_t i = 0; i < in.count; ++i) f(b, in.columns[i], i);
+  }
+}
+
+template <class T>
+PYFLOW_FN void copy_column(const T* __restrict from, T* __restrict to) {
+  for (int r = 0; r < kWidth<T>; ++r) to[r] = from[r];
+}
+
+template <class T>
+PYFLOW_FN void add_column(const T* __restrict from, T* __restrict to) {
+  for (int r = 0; r < kWidth<T>; ++r) to[r] += from[r];
+}
+
+// the named columns of `from`, in order
+template <class T>
+PYFLOW_FN void gather(const ProgramTile<T>& t, const ProgramInstruction& in, const Columns<T>& from,
+                      const Columns<T>& to) {
+  for_each_column(t, in, [&](int64_t b, int64_t c, int64_t i) { copy_column(from.at(b, c), to.at(b, i)); });
+}
+
+template <class T>
+PYFLOW_FN void scatter(const ProgramTile<T>& t, const ProgramInstruction& in, const Columns<T>& from,
+                       const Columns<T>& to) {
+  for_each_column(t, in, [&](int64_t b, int64_t c, int64_t i) { copy_column(from.at(b, i), to.at(b, c)); });
+}
+
+// keeps the named columns for the backward
+template <class T>
+PYFLOW_FN void save(const ProgramTile<T>& t, const ProgramInstruction& in) {
+  if (t.back) gather(t, in, t.state, t.taped_at(in.saved, in.count));
+}
+
+template <class T>
+PYFLOW_FN void add_logdet(const ProgramTile<T>& t, int64_t block, const T* __restrict more) {
+  double* __restrict logdet = t.logdet + block * kWidth<T>;
+  for (int r = 0; r < kWidth<T>; ++r) logdet[r] += double(more[r]);
+}
+
+template <class T>
+PYFLOW_FN void add_logdet(const ProgramTile<T>& t, double more) {
+  for (int64_t r = 0; r < t.padded(); ++r) t.logdet[r] += more;
+}
+
+// rows of a block that belong to the batch
+template <class T>
+PYFLOW_FN int64_t rows_of(const ProgramTile<T>& t, int64_t block) {
+  return smaller(kWidth<T>, t.rows - block * kWidth<T>);
+}
+
+// reads the tile's rows of a matrix. Lanes after the last row hold it again, so that they have no NaN of their own;
+// `Clear`: they hold 0.
+template <bool Clear, class T>
+void load_block(const ProgramTile<T>& t, const ProgramMatrix& m, int64_t b, const Columns<T>& to) {
+  const int64_t n = rows_of(t, b), first = t.row + b * kWidth<T>;
+  const T* from = (const T*)m.data + first * m.row;
+  if (m.col == 1) {
+    transpose(from, m.row, to.count, n, to.at(b, 0), kWidth<T>);
+  } else {
+    for (int64_t c = 0; c < to.count; ++c) {
+      for (int64_t r = 0; r < n; ++r) to.at(b, c)[r] = from[r * m.row + c * m.col];
+    }
+  }
+  for (int64_t c = 0; c < to.count && n < kWidth<T>; ++c)
+    fill(to.at(b, c) + n, Clear ? T(0) : to.at(b, c)[n - 1], kWidth<T> - n);
+}
+
+template <bool Clear, class T>
+void load_rows(const ProgramTile<T>& t, const ProgramMatrix& m, const Columns<T>& to) {
+  for (int64_t b = 0; b < t.blocks; ++b) load_block<Clear>(t, m, b, to);
+}
+
+template <class T>
+void store_rows(const ProgramTile<T>& t, const Columns<T>& from, const ProgramMatrix& m) {
+  for (int64_t b = 0; b < t.blocks; ++b) {
+    T* to = (T*)m.data + (t.row + b * kWidth<T>)*m.row;
+    transpose(from.at(b, 0), kWidth<T>, rows_of(t, b), from.count, to, m.row);
+  }
+}
+
+// adds a column to the lanes of a sum over rows
+template <class T>
+PYFLOW_FN void add_lanes(int64_t block, const T* __restrict column, T* __restrict lanes) {
+  constexpr int step = kWidth<T> < kProgramLanes ? kWidth<T> : int(kProgramLanes);
+  // blocks of fewer rows than lanes take turns
+  lanes += block * kWidth<T> % kProgramLanes;
+  for (int r = 0; r < kWidth<T>; r += step) {
+#pragma omp simd
+    for (int j = 0; j < step; ++j) {
+      lanes[j] += column[r + j];
+    }
+  }
+}
+
+// the lanes of entry i of the gradient of a weight that is a vector
+template <class T>
+PYFLOW_FN T* lanes_of(const ProgramTile<T>& t, int64_t place, int64_t i) {
+  return t.sums + t.back->sum[place].offset + i * kProgramLanes;
+}
+
+}  // namespace pyflow::PYFLOW_ISA

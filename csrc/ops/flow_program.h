@@ -1,0 +1,84 @@
+// Programs of flows: the instructions, and the activations of their networks with their slopes.
+#pragma once
+
+#include "../math/erf.h"
+#include "../math/log.h"
+#include "../math/tanh.h"
+#include "../tiles/enum.h"
+
+// the classes of pyflow/program.py, in lower case
+#define PYFLOW_INSTRUCTIONS(F) \
+  F(scale)                     \
+  F(linear)                    \
+  F(mlp)                       \
+  F(additive)                  \
+  F(affine)                    \
+  F(prior)
+
+// in the order of ACTIVATIONS in pyflow/program.py
+#define PYFLOW_ACTIVATIONS(F) \
+  F(identity)                 \
+  F(relu)                     \
+  F(leaky_relu)               \
+  F(tanh)                     \
+  F(silu)                     \
+  F(gelu)                     \
+  F(elu)                      \
+  F(sigmoid)
+
+namespace pyflow {
+
+PYFLOW_ENUM(Instruction, PYFLOW_INSTRUCTIONS)
+PYFLOW_ENUM(Activation, PYFLOW_ACTIVATIONS)
+
+constexpr double kSqrtHalf = 0.70710678118654752440, kInvSqrt2Pi = 0.39894228040143267794;
+
+// whether the slope needs z, the value before the activation; the others follow from h, the value after it
+constexpr bool needs_before(Activation a) { return a == Activation::silu || a == Activation::gelu; }
+
+// `arg`: slope of leaky_relu below 0, alpha of elu, both >= 0
+template <Activation A, class T>
+PYFLOW_FN T activate(T z, T arg) {
+  if constexpr (A == Activation::relu) {
+    return T(0) > z ? T(0) : z;
+  } else if constexpr (A == Activation::leaky_relu) {
+    return T(0) > z ? z * arg : z;
+  } else if constexpr (A == Activation::tanh) {
+    return tanh_(z);
+  } else if constexpr (A == Activation::silu) {
+    return z * sigmoid(z);
+  } else if constexpr (A == Activation::gelu) {
+    return T(0.5) * z * (T(1) + erf_(z * T(kSqrtHalf)));
+  } else if constexpr (A == Activation::elu) {
+    return z > T(0) ? z : arg * exp_less(z > T(0) ? T(0) : z, T(1));
+  } else if constexpr (A == Activation::sigmoid) {
+    return sigmoid(z);
+  } else {
+    return z;
+  }
+}
+
+// dh/dz
+template <Activation A, class T>
+PYFLOW_FN T activation_slope(T z, T h, T arg) {
+  if constexpr (A == Activation::relu) {
+    return h > T(0) ? T(1) : T(0);
+  } else if constexpr (A == Activation::leaky_relu) {
+    return h > T(0) ? T(1) : arg;
+  } else if constexpr (A == Activation::tanh) {
+    return fma_(-h, h, T(1));
+  } else if constexpr (A == Activation::silu) {
+    const T p = sigmoid(z);
+    return fma_(h, T(1) - p, p);
+  } else if constexpr (A == Activation::gelu) {
+    return fma_(z, T(kInvSqrt2Pi) * exp_(T(-0.5) * z * z), T(0.5) * (T(1) + erf_(z * T(kSqrtHalf))));
+  } else if constexpr (A == Activation::elu) {
+    return h > T(0) ? T(1) : h + arg;
+  } else if constexpr (A == Activation::sigmoid) {
+    return h * (T(1) - h);
+  } else {
+    return T(1);
+  }
+}
+
+}  // namespace pyflow

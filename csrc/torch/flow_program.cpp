@@ -1,0 +1,378 @@
+#include "../args/flow_program.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <deque>
+#include <iterator>
+#include <string>
+#include <vector>
+
+#include "device.h"
+
+namespace pyflow {
+namespace {
+
+using Optional = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+
+void require(bool fits) { STD_TORCH_CHECK(fits, "flow_program: the code does not fit its tensors"); }
+
+// reads the words of a code one after the other, see Program.encode in pyflow/program.py
+class Words {
+ public:
+  explicit Words(const std::string& text) : at_(text.c_str()) {}
+
+  int64_t integer() {
+    char* end = nullptr;
+    const int64_t value = std::strtoll(at_, &end, 10);
+    return advance(end, value);
+  }
+  bool flag() { return integer() != 0; }
+  // one of `names`
+  template <size_t N>
+  int word(const char* const (&names)[N]) {
+    while (*at_ == ' ') ++at_;
+    for (size_t i = 0; i < N; ++i) {
+      const size_t size = std::char_traits<char>::length(names[i]);
+      if (std::char_traits<char>::compare(at_, names[i], std::min(size, std::char_traits<char>::length(at_))) != 0)
+        continue;
+      if (at_[size] != ' ' && at_[size] != 0) continue;
+      at_ += size;
+      return int(i);
+    }
+    require(false);
+    return 0;
+  }
+  double real() {
+    char* end = nullptr;
+    const double value = std::strtod(at_, &end);
+    return advance(end, value);
+  }
+
+ private:
+  template <class V>
+  V advance(char* end, V value) {
+    require(end != at_);
+    at_ = end;
+    return value;
+  }
+
+  const char* at_;
+};
+
+// a program read from its code, and held to its tensors
+class Reader {
+ public:
+  Reader(ProgramArgs& a, const Tensor& x, const Optional& context, Tensors& weights, const std::string& code,
+         bool taped)
+      : a_(a), weights_(weights), words_(code), taped_(taped) {
+    require(x.dim() == 2);
+    a.f64 = is_f64(x);
+    a.rows = x.size(0);
+    a.columns = words_.integer();
+    a.context_columns = words_.integer();
+    require(x.size(1) == a.columns && a.context_columns == (context ? context->size(1) : 0));
+    if (context)
+      require(context->dim() == 2 && context->size(0) == a.rows && context->scalar_type() == x.scalar_type());
+    for (Tensor& w : weights) {
+      require(w.scalar_type() == x.scalar_type());
+      if (!w.is_contiguous()) w = torch::stable::contiguous(w);
+    }
+    a.x = matrix(x);
+    if (context) a.context = matrix(*context);
+    const std::vector<int64_t>* outputs = columns();
+    a.outputs = outputs->data();
+    a.output_count = int64_t(outputs->size());
+    widen(a.output_count);
+    a.instructions = words_.integer();
+    require(a.instructions >= 0);
+    for (int64_t i = 0; i < a.instructions; ++i) read();
+    a.instruction = instructions_.data();
+    place();
+  }
+
+  // room for the factors and log-determinants of the scales
+  void reserve(const Tensor& like) {
+    Tensor factors = new_rows(like, factors_, like.scalar_type());
+    const int64_t size = a_.f64 ? 8 : 4;
+    logdets_.resize(instructions_.size());
+    int64_t used = 0;
+    for (size_t i = 0; i < instructions_.size(); ++i) {
+      ProgramInstruction& in = instructions_[i];
+      in.logdet = &logdets_[i];
+      if (in.kind != Instruction::scale || !in.log_scale) continue;
+      in.factor = (char*)factors.data_ptr() + used * size;
+      used += in.count;
+    }
+    factor_memory_ = factors;
+    cpu::flow_program_prepare(a_, 0, a_.instructions);
+  }
+
+  static ProgramMatrix matrix(const Tensor& t) {
+    return {(char*)t.data_ptr(), t.stride(0), t.dim() > 1 ? t.stride(1) : 0};
+  }
+
+ private:
+  const std::vector<int64_t>* columns() {
+    columns_.emplace_back();
+    std::vector<int64_t>& list = columns_.back();
+    for (int64_t runs = words_.integer(); runs > 0; --runs) {
+      const int64_t first = words_.integer(), step = words_.integer(), count = words_.integer();
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t column = first + step * i;
+        require(column >= 0 && column < a_.columns);
+        list.push_back(column);
+      }
+    }
+    return &list;
+  }
+
+  // the memory of weight `place`, which has `size` elements; null for -1
+  const char* weight(int64_t place, int64_t size) {
+    if (place == -1) return nullptr;
+    require(place >= 0 && place < int64_t(weights_.size()) && weights_[place].numel() == size);
+    return (const char*)weights_[place].data_ptr();
+  }
+
+  void widen(int64_t columns) { a_.width = std::max(a_.width, columns); }
+
+  void read() {
+    ProgramInstruction in{};
+    in.kind = Instruction(words_.word(kInstructionNames));
+    const std::vector<int64_t>* named = columns();
+    in.columns = named->data();
+    in.count = int64_t(named->size());
+    widen(in.count);
+    switch (in.kind) {
+      case Instruction::scale: read_scale(in); break;
+      case Instruction::linear: read_linear(in); break;
+      case Instruction::mlp: read_mlp(in); break;
+      case Instruction::additive: read_additive(in); break;
+      case Instruction::affine: read_affine(in); break;
+      case Instruction::prior: in.prior = Prior(number_below(std::size(kPriorNames))); break;
+    }
+    instructions_.push_back(in);
+  }
+
+  int number_below(size_t count) {
+    const int64_t number = words_.integer();
+    require(number >= 0 && number < int64_t(count));
+    return int(number);
+  }
+
+  void read_scale(ProgramInstruction& in) {
+    in.shift_place = words_.integer();
+    in.log_scale_place = words_.integer();
+    in.shift = weight(in.shift_place, in.count);
+    in.log_scale = weight(in.log_scale_place, in.count);
+    in.shift_first = words_.flag();
+    in.inverse = words_.flag();
+    if (in.log_scale) factors_ += in.count;
+  }
+
+  void read_linear(ProgramInstruction& in) {
+    dense_.emplace_back(1);
+    ProgramDense& d = dense_.back()[0];
+    d.weight_place = words_.integer();
+    d.bias_place = words_.integer();
+    d.weight = weight(d.weight_place, in.count * in.count);
+    d.bias = weight(d.bias_place, in.count);
+    require(d.weight != nullptr);
+    d.inputs = d.size = in.count;
+    in.dense = &d;
+    in.layers = 1;
+    in.logdet_place = words_.integer();
+    in.given_logdet = weight(in.logdet_place, 1);
+  }
+
+  void read_mlp(ProgramInstruction& in) {
+    in.context = words_.flag();
+    in.layers = words_.integer();
+    require(in.layers > 0);
+    dense_.emplace_back(in.layers);
+    in.dense = dense_.back().data();
+    int64_t inputs = in.count + (in.context ? a_.context_columns : 0);
+    int64_t most = inputs;
+    for (ProgramDense& d : dense_.back()) {
+      d.weight_place = words_.integer();
+      d.bias_place = words_.integer();
+      d.inputs = inputs;
+      d.size = inputs = words_.integer();
+      require(d.size > 0);
+      d.weight = weight(d.weight_place, d.size * d.inputs);
+      d.bias = weight(d.bias_place, d.size);
+      require(d.weight != nullptr);
+      d.activation = Activation(number_below(std::size(kActivationNames)));
+      d.arg = words_.real();
+      most = std::max(most, d.size);
+    }
+    widen(most);
+    params_ = inputs;
+  }
+
+  void take_params(int64_t count) {
+    require(params_ == count);
+    params_ = 0;
+  }
+
+  void read_additive(ProgramInstruction& in) {
+    take_params(in.count);
+    in.inverse = words_.flag();
+  }
+
+  void read_affine(ProgramInstruction& in) {
+    take_params(2 * in.count);
+    const int map = number_below(std::size(kScaleMapNames));
+    in.packing = Packing(number_below(std::size(kPackingNames)));
+    in.map_arg = words_.real();
+    in.map = resolve(map, in.map_arg);
+    in.shift_first = words_.flag();
+    in.inverse = words_.flag();
+  }
+
+  // With a tape every value has columns of its own. Without, the values of a network take turns in two arrays, and a
+  // linear map copies its columns to a third.
+  void place() {
+    int64_t next = 0, params = 0;
+    const auto take = [&](int64_t count) {
+      next += count;
+      return next - count;
+    };
+    size_t network = 0;
+    for (ProgramInstruction& in : instructions_) {
+      if (in.kind == Instruction::mlp || in.kind == Instruction::linear) {
+        std::vector<ProgramDense>& layers = dense_[network++];
+        in.saved = taped_ ? take(layers[0].inputs) : in.kind == Instruction::linear ? 2 * a_.width : 0;
+        int64_t at = in.saved;
+        for (ProgramDense& d : layers) {
+          d.in = at;
+          if (in.kind == Instruction::linear) break;
+          d.before = d.out = taped_ ? take(d.size) : a_.width - at;
+          if (taped_ && needs_before(d.activation)) d.out = take(d.size);
+          at = d.out;
+        }
+        if (in.kind == Instruction::mlp) params = at;
+      } else {
+        in.params = params;
+        if (taped_ && in.kind != Instruction::additive) in.saved = take(in.count);
+      }
+    }
+    a_.tape = taped_ ? next : 3 * a_.width;
+  }
+
+  ProgramArgs& a_;
+  Tensors& weights_;
+  Words words_;
+  bool taped_;
+  std::vector<ProgramInstruction> instructions_;
+  // a deque does not move its elements
+  std::deque<std::vector<int64_t>> columns_;
+  std::deque<std::vector<ProgramDense>> dense_;  // of networks and linear maps, in order
+  int64_t params_ = 0;                           // numbers that the last conditioner returns, until they are taken
+  int64_t factors_ = 0;
+  std::vector<double> logdets_;
+  Tensor factor_memory_;
+};
+
+// rows of a tile: at least eight tiles to share among threads, as long as they are not too small
+int64_t rows_of_tile(int64_t rows) {
+  const int64_t share = round_up(ceil_div(rows, 8), kProgramRows);
+  return std::min(std::max(share, kProgramRows), kProgramMostRows);
+}
+
+std::tuple<Tensor, Tensor> flow_program(Tensor x, Optional context, Tensors weights, std::string code) {
+  ProgramArgs a{};
+  Reader reader(a, x, context, weights, code, false);
+  const int64_t sizes[] = {a.rows, a.output_count};
+  Tensor y = new_empty(x, sizes, 2, x.scalar_type()), logdet = new_rows(x, a.rows, x.scalar_type());
+  if (a.rows == 0) return {y, logdet};
+  a.y = Reader::matrix(y);
+  a.logdet = (char*)logdet.data_ptr();
+  a.unit_rows = a.tile_rows = rows_of_tile(a.rows);
+  reader.reserve(x);
+  run_units(cpu::flow_program_forward, a, 0, ceil_div(a.rows, a.tile_rows), 1);
+  return {y, logdet};
+}
+
+// sums of the gradients of the weights: a matrix as (rows, cols), or transposed where that wastes less padding
+std::vector<ProgramSum> sums_of(const Tensors& weights, const Tensors& grads, int64_t& size) {
+  std::vector<ProgramSum> sums;
+  size = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& w = weights[i];
+    ProgramSum s{};
+    s.grad = (char*)grads[i].data_ptr();
+    s.matrix = w.dim() == 2;
+    s.rows = w.dim() > 0 ? w.size(0) : 1;
+    s.cols = s.matrix ? w.size(1) : 1;
+    s.transposed = s.matrix && round_up(s.cols, kProgramPad) * s.rows > round_up(s.rows, kProgramPad) * s.cols;
+    if (s.transposed) std::swap(s.rows, s.cols);
+    s.width = s.matrix ? round_up(s.cols, kProgramPad) : kProgramLanes;
+    s.offset = size;
+    size += s.rows * s.width;
+    sums.push_back(s);
+  }
+  return sums;
+}
+
+// most groups for sums of `size` elements each: their memory is limited, but four threads have work
+int64_t groups_of(int64_t size) {
+  int64_t groups = kProgramGroups;
+  while (groups > 4 && groups * size > (int64_t(1) << 24)) groups /= 2;
+  return groups;
+}
+
+Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, Optional context, Tensors weights,
+                              std::string code, bool need_x, bool need_context, bool need_weights) {
+  ProgramBackward a{};
+  Reader reader(a, x, context, weights, code, true);
+  const auto result = [&](const Tensor& like, bool needed) {
+    const auto sizes = like.sizes();
+    return needed ? new_empty(like, sizes.data(), like.dim(), x.scalar_type()) : new_none(x, x.scalar_type());
+  };
+  Tensors grads{result(x, need_x), context ? result(*context, need_context) : new_none(x, x.scalar_type())};
+  Tensors of_weights;
+  for (const Tensor& w : weights) of_weights.push_back(result(w, need_weights));
+  grads.insert(grads.end(), of_weights.begin(), of_weights.end());
+  if (a.rows == 0) {
+    for (Tensor& grad : grads) torch::stable::zero_(grad);
+    return grads;
+  }
+  if (grad_y) {
+    require(grad_y->dim() == 2 && grad_y->size(0) == a.rows && grad_y->size(1) == a.output_count);
+    a.grad_y = Reader::matrix(*grad_y);
+  }
+  if (grad_logdet) {
+    require(grad_logdet->dim() == 1 && grad_logdet->size(0) == a.rows);
+    a.grad_logdet = Reader::matrix(*grad_logdet);
+  }
+  if (need_x) a.grad_x = Reader::matrix(grads[0]);
+  if (need_context && context) a.grad_context = Reader::matrix(grads[1]);
+  std::vector<ProgramSum> sums;
+  if (need_weights) sums = sums_of(weights, of_weights, a.group_size);
+  // groups of equal size
+  a.unit_rows = std::max(round_up(ceil_div(a.rows, groups_of(a.group_size)), kProgramRows), kProgramMostRows);
+  const int64_t units = ceil_div(a.rows, a.unit_rows);
+  a.tile_rows = round_up(ceil_div(a.unit_rows, ceil_div(a.unit_rows, kProgramMostRows)), kProgramRows);
+  reader.reserve(x);
+  Tensor memory;
+  if (!sums.empty()) {
+    a.sum = sums.data();
+    a.sums = int64_t(sums.size());
+    a.groups = units;
+    memory = new_rows(x, units * a.group_size, x.scalar_type());
+    a.group_sums = (char*)memory.data_ptr();
+  }
+  run_units(cpu::flow_program_backward, a, 0, units, 1);
+  run_units(cpu::flow_program_reduce, a, 0, a.sums, 1);
+  return grads;
+}
+
+}  // namespace
+
+PYFLOW_OPERATORS(m) {
+  m.impl("flow_program", TORCH_BOX(&flow_program));
+  m.impl("flow_program_backward", TORCH_BOX(&flow_program_backward));
+}
+
+}  // namespace pyflow
