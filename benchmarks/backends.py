@@ -27,11 +27,11 @@ import pyflow
 from pyflow import _backend, ops
 
 from . import machine, report
-from .gpu import Clock, Gpu
+from .gpu import BACKENDS, Clock, Gpu
+from .measure import reason
 from .registry import Outputs, bind, normals
 
 POWERS = (11, 14, 17, 20, 23, 26)
-BACKENDS = ("triton", "cuda")
 TRITON_ALONE = ("center_gram",)
 LAUNCHES = 50
 F32, BF16 = torch.float32, torch.bfloat16
@@ -139,7 +139,7 @@ def _gan(n: int, device: torch.device) -> Work:
 
 
 def _center(n: int, device: torch.device) -> Work:
-    side = min(1024, 1 << (n.bit_length() - 1) // 2)
+    _, side = matrix(n)
     (gram,) = normals((n // side**2, side, side), device, 1)
     return Work(lambda: ops.center_gram(gram), 2 * gram.nbytes)
 
@@ -230,7 +230,7 @@ def measure(names: list[str]) -> tuple[list[Row], list[str]]:
                     seconds = statistics.median(gpu.seconds(clock.run, 10))
                     rows.append(Row(case, power, backend, seconds, launch, work.bytes))
             except Exception as why:  # the table stays without this row
-                failed.append(f"{case} 2^{power} {backend}: {type(why).__name__}: {why}".splitlines()[0])
+                failed.append(f"{case} 2^{power} {backend}: {reason(why)}")
         gpu.free()
     return rows, failed
 

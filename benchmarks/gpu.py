@@ -1,4 +1,4 @@
-"""Times on a GPU, and the contenders that only a GPU has: the other backend, and a mode of torch.compile.
+"""Times on a GPU, and the contenders that only a GPU has: its backends, and a mode of torch.compile.
 
 The times are the replay of a CUDA graph with a cold L2 cache, and the wall time of a launched call.
 A replay excludes Python, the dispatcher and kernel launches. Its lower limit is a graph with one small kernel: the rows
@@ -23,6 +23,7 @@ from pyflow import _backend
 
 from .registry import REDUCED, Call, Case, Missing, compile_mode
 
+BACKENDS = ("triton", "cuda")
 # replays per round, each timed separately: the cache is flushed between them
 REPLAYS = 10
 WARM_UP = 3
@@ -145,17 +146,17 @@ def reduced(case: Case, shape: tuple[int, ...], device: torch.device) -> Call:
 
 
 def other_backends(device: torch.device) -> list[str]:
-    """Return the GPU backends other than the one that "auto" picks."""
+    """Return the GPU backends other than "auto": both if it chooses by size, else those that cannot run."""
     if device.type != "cuda":
         return []
-    return ["triton"] if _backend.status()["triton"] else ["cuda"]
+    return [name for name in BACKENDS if _backend.status()[name]] or list(BACKENDS)
 
 
 @contextlib.contextmanager
 def backend_of(name: str) -> Iterator[None]:
     """Choose the backend of the contender "pyflow <backend>"; other names change nothing."""
     chosen = name.partition(" ")[2]
-    if chosen not in ("triton", "cuda"):
+    if chosen not in BACKENDS:
         yield
         return
     if missing := _backend.status()[chosen]:

@@ -11,11 +11,10 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+from ._schemas import ACTIVATIONS as ACTIVATIONS
 from ._torch import evaluated_while_traced
 
 Columns = tuple[int, ...]
-
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "silu", "gelu", "elu", "sigmoid")
 
 
 class Scale(NamedTuple):

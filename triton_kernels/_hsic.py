@@ -145,6 +145,19 @@ def store_gradient(partial, x, total, weights, i, f, n, first, KERNEL: tl.conste
     tl.store(partial + at, total, mask=(i < n)[:, None] & (f < x.dim)[None, :])
 
 
+@triton.jit
+def part_of(blocks, chunks, splits, BLOCK: tl.constexpr, FEATURES: tl.constexpr):
+    """A backward program's range of columns, the number of items and its item, rows and features."""
+    program = tl.program_id(0)
+    chunk = program % chunks
+    split = program // chunks % splits
+    item = (program // chunks // splits // blocks).to(tl.int64)
+    i = program // chunks // splits % blocks * BLOCK + tl.arange(0, BLOCK)
+    f = chunk * FEATURES + tl.arange(0, FEATURES)
+    batch = (tl.num_programs(0) // chunks // splits // blocks).to(tl.int64)
+    return split, batch, item, i, f
+
+
 @triton.jit(do_not_specialize=["n", "blocks", "chunks", "splits", "steps"])
 def backward_kernel(
     x, y, rows, factor, partial, n, blocks, chunks, splits, steps,
@@ -155,13 +168,7 @@ def backward_kernel(
 
     partial is (splits, batch, n, x.dim).
     """
-    program = tl.program_id(0)
-    chunk = program % chunks
-    split = program // chunks % splits
-    item = (program // chunks // splits // blocks).to(tl.int64)
-    i = program // chunks // splits % blocks * BLOCK + tl.arange(0, BLOCK)
-    f = chunk * FEATURES + tl.arange(0, FEATURES)
-    batch = (tl.num_programs(0) // chunks // splits // blocks).to(tl.int64)
+    split, batch, item, i, f = part_of(blocks, chunks, splits, BLOCK, FEATURES)
     dtype: tl.constexpr = x.z.dtype.element_ty
     x, y = item_of(x, item, n, dtype), item_of(y, item, n, dtype)
     if rows is not None:
@@ -203,13 +210,7 @@ def pair_backward_kernel(
 
     rows are the gradients (x, y) of their row sums, (batch, 2, n).
     """
-    program = tl.program_id(0)
-    chunk = program % chunks
-    split = program // chunks % splits
-    item = (program // chunks // splits // blocks).to(tl.int64)
-    i = program // chunks // splits % blocks * BLOCK + tl.arange(0, BLOCK)
-    f = chunk * FEATURES + tl.arange(0, FEATURES)
-    batch = (tl.num_programs(0) // chunks // splits // blocks).to(tl.int64)
+    split, batch, item, i, f = part_of(blocks, chunks, splits, BLOCK, FEATURES)
     x, y = item_of(x, item, n, tl.float32), item_of(y, item, n, tl.float32)
     rows += item * 2 * n
     by = tl.load(factor + item).to(tl.float32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -201,24 +201,35 @@ def _pair_gradients(
 ) -> list[Tensor]:
     """Return the gradients of both variables of the only pair."""
     x, y = grams
-    batch, n, _ = x.z.shape
-    tile = _pair_tile(x.z.device)
-    blocks, steps = -(-n // tile.rows), -(-n // tile.step)
-    splits, features = _splits(blocks, steps, 2), _features(max(x.dim, y.dim))
-    chunks = -(-max(x.dim, y.dim) // features)
-    partials = [v.z.new_empty((splits, *v.z.shape)) for v in grams]
-    _launch.launch(
-        pair_backward_kernel, batch * blocks * splits * chunks, x.z.device, x.variable, y.variable, rows,
-        factor.contiguous(), *partials, n, blocks, chunks, splits, -(-steps // splits), FEATURES=features,
-        BLOCK=tile.rows, STEP=tile.step, PRECISION=_precision("tf32"),
-        WEIGHTS=_precision("tf32" if allow_tf32 else "tf32x3"), X=x.kind, Y=y.kind, **tile.options(),
-    )  # fmt: skip
+    partials = _partial_gradients(
+        pair_backward_kernel, x, y, grams, rows, factor.contiguous(), _pair_tile(x.z.device), 2, allow_tf32
+    )
     grads = []
     for m, (v, partial) in enumerate(zip(grams, partials, strict=True)):
         grad = torch.empty_like(v.z)
         _accumulate(partial, grad, add=False)
         grads.append(grad.mul_(scale[:, m, None, None]) if v.kernel == RBF.value else grad)
     return grads
+
+
+def _partial_gradients(
+    kernel: Any, x: Gram, y: Gram, of: Sequence[Gram], rows: Tensor | None, factor: Tensor, tile: Tile, resident: int,
+    allow_tf32: bool, **constants: Any,
+) -> list[Tensor]:  # fmt: skip
+    """Return the gradients (splits, batch, n, dim) of the variables `of` from ranges of columns, see `_splits`."""
+    batch, n, _ = x.z.shape
+    dim = max(v.dim for v in of)
+    blocks, steps = -(-n // tile.rows), -(-n // tile.step)
+    splits, features = (_splits(blocks, steps, resident), _features(dim)) if tile.rows > 16 else (1, 16)
+    chunks = -(-dim // features)
+    partials = [v.z.new_empty((splits, *v.z.shape)) for v in of]
+    _launch.launch(
+        kernel, batch * blocks * splits * chunks, x.z.device, x.variable, y.variable, rows, factor, *partials, n,
+        blocks, chunks, splits, -(-steps // splits), X=x.kind, Y=y.kind, PRECISION=_precision("tf32"),
+        WEIGHTS=_precision("tf32" if allow_tf32 else "tf32x3"), BLOCK=tile.rows, STEP=tile.step, FEATURES=features,
+        **tile.options(), **constants,
+    )  # fmt: skip
+    return partials
 
 
 def _splits(blocks: int, steps: int, resident: int) -> int:
@@ -243,18 +254,8 @@ def _gradient(
     x: Gram, y: Gram, same: bool, rows: Tensor | None, factor: Tensor, grad: Tensor, allow_tf32: bool, add: bool
 ) -> None:
     """Write the gradient of x from one pair to `grad`, or add it."""
-    batch, n, dim = grad.shape
     tile = _backward_tile(x, y, grad.device)
-    blocks, steps = -(-n // tile.rows), -(-n // tile.step)
-    splits, features = (_splits(blocks, steps, 3), _features(dim)) if tile.rows > 16 else (1, 16)
-    chunks = -(-dim // features)
-    partial = grad.new_empty((splits, *grad.shape))
-    _launch.launch(
-        backward_kernel, batch * blocks * splits * chunks, grad.device, x.variable, y.variable, rows, factor,
-        partial, n, blocks, chunks, splits, -(-steps // splits), SAME=same, FEATURES=features, BLOCK=tile.rows,
-        STEP=tile.step, PRECISION=_precision("tf32"), WEIGHTS=_precision("tf32" if allow_tf32 else "tf32x3"),
-        X=x.kind, Y=y.kind, **tile.options(),
-    )  # fmt: skip
+    (partial,) = _partial_gradients(backward_kernel, x, y, [x], rows, factor, tile, 3, allow_tf32, SAME=same)
     _accumulate(partial, grad, add)
 
 

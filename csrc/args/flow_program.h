@@ -64,6 +64,7 @@ struct ProgramArgs {
   int64_t rows, columns, context_columns;
   ProgramMatrix x, context;
   int64_t unit_rows, tile_rows;
+  char* memory;   // of this thread: program_memory elements, at a multiple of 64 bytes
   int64_t tape;   // columns of a tile's tape
   int64_t width;  // most columns of an array besides the tape
   const int64_t* outputs;
@@ -90,11 +91,10 @@ struct ProgramBackward : ProgramArgs {
   char* group_sums;            // (groups, group_size)
 };
 
-// elements that a tile needs beside its tape
-inline int64_t program_scratch(const ProgramArgs& a, bool backward) {
-  const int64_t columns = a.columns + a.context_columns;
-  // state and scratch; their gradients, two arrays of gradients inside a network, and a transposed array
-  const int64_t forward = columns + a.width;
+// elements of a tile: its state, scratch and tape; backward the gradients of the state, two arrays of gradients inside
+// a network, and a transposed array
+inline int64_t program_memory(const ProgramArgs& a, bool backward) {
+  const int64_t columns = a.columns + a.context_columns, forward = columns + a.width + a.tape;
   return a.tile_rows * (forward + (backward ? columns + 2 * a.width + round_up(a.width, kProgramPad) : 0));
 }
 

@@ -14,6 +14,7 @@
   F(softplus)                    \
   F(sigmoid)                     \
   F(atan)                        \
+  F(erf)                         \
   F(log_plain)                   \
   F(radius)                      \
   F(sin_turns)                   \

@@ -12,21 +12,6 @@
 namespace pyflow::PYFLOW_ISA {
 namespace {
 
-// memory of one thread: the compiler's runtime allocates it, since kernels see no torch
-template <class T>
-struct Memory {
-  explicit Memory(int64_t elements) : next((T*)__builtin_malloc(size_t(elements) * sizeof(T) + 64)), start(next) {
-    next = (T*)(((uintptr_t)start + 63) / 64 * 64);
-  }
-  ~Memory() { __builtin_free(start); }
-  T* take(int64_t elements) {
-    T* taken = next;
-    next += elements;
-    return taken;
-  }
-  T *next, *start;
-};
-
 template <class T>
 void clear(T* values, int64_t n) {
   __builtin_memset(values, 0, size_t(n) * sizeof(T));
@@ -34,19 +19,23 @@ void clear(T* values, int64_t n) {
 
 // a tile without its rows
 template <class T>
-ProgramTile<T> new_tile(const ProgramArgs& a, const ProgramBackward* back, Memory<T>& memory) {
-  const int64_t rows = a.tile_rows;
+ProgramTile<T> new_tile(const ProgramArgs& a, const ProgramBackward* back) {
+  T* next = (T*)a.memory;
+  const auto take = [&](int64_t columns) {
+    next += a.tile_rows * columns;
+    return next - a.tile_rows * columns;
+  };
   ProgramTile<T> t{a, back};
-  t.state = {memory.take(rows * a.columns), a.columns};
-  t.context = {memory.take(rows * a.context_columns), a.context_columns};
-  t.scratch = {memory.take(rows * a.width), a.width};
-  t.tape = memory.take(rows * a.tape);
+  t.state = {take(a.columns), a.columns};
+  t.context = {take(a.context_columns), a.context_columns};
+  t.scratch = {take(a.width), a.width};
+  t.tape = take(a.tape);
   if (!back) return t;
-  t.grad = {memory.take(rows * a.columns), a.columns};
-  t.grad_context = {memory.take(rows * a.context_columns), a.context_columns};
-  t.grad_params = {memory.take(rows * a.width), a.width};
-  t.grad_other = {memory.take(rows * a.width), a.width};
-  t.turned = memory.take(rows * round_up(a.width, kProgramPad));
+  t.grad = {take(a.columns), a.columns};
+  t.grad_context = {take(a.context_columns), a.context_columns};
+  t.grad_params = {take(a.width), a.width};
+  t.grad_other = {take(a.width), a.width};
+  t.turned = take(round_up(a.width, kProgramPad));
   return t;
 }
 
@@ -92,9 +81,8 @@ void store_outputs(const ProgramTile<T>& t) {
 
 template <class T>
 void forward_units(const ProgramArgs& a, int64_t begin, int64_t end) {
-  Memory<T> memory(a.tile_rows * a.tape + program_scratch(a, false));
   double logdet[kProgramMostRows];
-  ProgramTile<T> t = new_tile<T>(a, nullptr, memory);
+  ProgramTile<T> t = new_tile<T>(a, nullptr);
   t.logdet = logdet;
   for (int64_t u = begin; u < end; ++u) {
     place_rows(t, u * a.tile_rows, smaller(a.tile_rows, a.rows - u * a.tile_rows));
@@ -123,10 +111,9 @@ void load_gradients(const ProgramTile<T>& t) {
 
 template <class T>
 void backward_units(const ProgramBackward& a, int64_t begin, int64_t end) {
-  Memory<T> memory(a.tile_rows * a.tape + program_scratch(a, true));
   double logdet[kProgramMostRows];
   alignas(64) T grad_logdet[kProgramMostRows];
-  ProgramTile<T> t = new_tile<T>(a, &a, memory);
+  ProgramTile<T> t = new_tile<T>(a, &a);
   t.logdet = logdet;
   t.grad_logdet = grad_logdet;
   for (int64_t u = begin; u < end; ++u) {

@@ -60,13 +60,7 @@ double permuted_sum(const PermutedArgs& a, const int32_t* __restrict p) {
   for (int64_t i = 0; i < a.n; ++i) {
     const T* __restrict x = (const T*)a.x + i * a.n;
     const T* __restrict y = (const T*)a.y + p[i] * a.n;
-    double lane[16] = {};
-    int64_t j = i + 1;
-    for (; j + 16 <= a.n; j += 16) {
-      for (int k = 0; k < 16; ++k) lane[k] = fma_(double(x[j + k]), double(y[p[j + k]]), lane[k]);
-    }
-    for (int k = 0; j + k < a.n; ++k) lane[k] = fma_(double(x[j + k]), double(y[p[j + k]]), lane[k]);
-    total += lane_sum(lane, 16);
+    total += sum_lanes(i + 1, a.n, [&](double lane, int64_t j) { return fma_(double(x[j]), double(y[p[j]]), lane); });
   }
   return 2 * total;
 }

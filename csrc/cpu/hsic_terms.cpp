@@ -24,17 +24,6 @@ struct Rows {
   double sum(int64_t i) const { return unbiased ? rows[i] : rows[i] + own(i); }
 };
 
-template <class F>
-double sum_of(int64_t n, F value) {
-  double lane[16] = {};
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    for (int j = 0; j < 16; ++j) lane[j] += value(i + j);
-  }
-  for (int j = 0; i + j < n; ++j) lane[j] += value(i + j);
-  return lane_sum(lane, 16);
-}
-
 // divides the product of two totals
 double product_divisor(const TermsArgs& a) {
   const double n = double(a.n);
@@ -46,15 +35,15 @@ void terms(const Terms& a, int64_t item) {
   double* totals = a.totals + item * a.variables;
   for (int64_t m = 0; m < a.variables; ++m) {
     const Rows k(a, item, m);
-    totals[m] = sum_of(a.n, [&](int64_t i) { return k.sum(i); });
+    totals[m] = sum_lanes(0, a.n, [&](double lane, int64_t i) { return lane + k.sum(i); });
   }
   for (int64_t p = 0; p < a.pairs; ++p) {
     const int64_t first = a.pair[2 * p], second = a.pair[2 * p + 1], at = item * a.pairs + p;
     const Rows k(a, item, first), l(a, item, second);
     double more = a.cross[at];
-    if (!a.unbiased) more += sum_of(a.n, [&](int64_t i) { return k.own(i) * l.own(i); });
+    if (!a.unbiased) more += sum_lanes(0, a.n, [&](double lane, int64_t i) { return lane + k.own(i) * l.own(i); });
     a.more[at] = more + totals[first] * totals[second] / product_divisor(a);
-    a.less[at] = rows_factor(a) * sum_of(a.n, [&](int64_t i) { return k.sum(i) * l.sum(i); });
+    a.less[at] = rows_factor(a) * sum_lanes(0, a.n, [&](double lane, int64_t i) { return lane + k.sum(i) * l.sum(i); });
   }
 }
 

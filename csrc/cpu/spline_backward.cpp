@@ -92,23 +92,11 @@ void slope_gradients(Rows<T> p, int64_t count, const Used<T>& u, const Bins<T>& 
   }
 }
 
-// the gradients of the log-determinants of n elements of a tile
-template <class T>
-void set_row_gradients(const SplineBackward& a, const Tile& t, int64_t first, int64_t n, T* gl) {
-  if (!a.gl.data) return;
-  int64_t row = t.row + first / t.cols, left = t.cols - first % t.cols;
-  for (int64_t i = 0; i < n; ++row, left = t.cols) {
-    const int64_t count = smaller(left, n - i);
-    fill(gl + i, read<T>(a.gl, row_offset(a.space, a.gl, row)), count);
-    i += count;
-  }
-}
-
 template <SplineVariant V, bool Inverse, class T>
 void backward_unit(const SplineBackward& a, const Tile& unit) {
   alignas(64) T p[kMostParams][kGroup], parts[2 * kMostBins][kGroup];
   alignas(64) T total_w[kGroup], total_h[kGroup];
-  alignas(64) T x[kChunk], mask[kChunk], gy[kChunk], gx[kChunk], xs[kGroup], gls[kGroup], gxs[kGroup];
+  alignas(64) T x[kChunk], mask[kChunk], gy[kChunk], gl[kChunk], gx[kChunk], xs[kGroup], gls[kGroup], gxs[kGroup];
   alignas(64) T ms[kGroup] = {}, gys[kGroup] = {};
   const Space& s = a.space;
   const SplineConstants<T> c = constants_of<T>(a);
@@ -119,6 +107,8 @@ void backward_unit(const SplineBackward& a, const Tile& unit) {
   Used<T> u;
   BinGrads<T> d;
   set_ends(a, e);
+  // a unit has one chunk or one row
+  load_rows(s, a.gl, unit, gl);
   for_each_chunk(unit, [&](const Tile& t, const Tile&) {
     const T* tx = load(s, a.x, t, x);
     const T* tm = a.mask.data ? load(s, a.mask, t, mask) : nullptr;
@@ -130,8 +120,7 @@ void backward_unit(const SplineBackward& a, const Tile& unit) {
       set_features(a, t, first, n, e);
       const T* px = whole_group(tx + first, n, xs);
       const T* pgy = tgy ? whole_group(tgy + first, n, gys) : gys;
-      fill(gls, T(0), kGroup);
-      set_row_gradients(a, t, first, n, gls);
+      const T* pgl = whole_group(gl + first, n, gls);
       set_used(a, e, px, tm ? whole_group(tm + first, n, ms) : ms, u);
       __builtin_memcpy(parts, p, sizeof p[0] * size_t(2 * a.bins));
       Ahead ahead = ahead_of(s, a.params, a.step, count, t, first, 4 * a.bins - 2);
@@ -139,7 +128,7 @@ void backward_unit(const SplineBackward& a, const Tile& unit) {
       set_slope_rates<V>(b, c, d.d0, d.d1);
       set_slopes<V>(b, c);
       Ahead written = ahead_of(s, a.gparams, a.gstep, count, t, first, 4 * a.bins);
-      bin_gradients<Inverse>(b, a.bins, u, px, pgy, gls, d, gxs);
+      bin_gradients<Inverse>(b, a.bins, u, px, pgy, pgl, d, gxs);
       logit_gradients<V>(p, parts, a.bins, c, total_w, e, u, b.k, d.x0, d.x1, written);
       logit_gradients<V>(p + a.bins, parts + a.bins, a.bins, c, total_h, e, u, b.k, d.y0, d.y1, written);
       slope_gradients(slopes, count - 2 * a.bins, u, b, d);

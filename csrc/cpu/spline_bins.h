@@ -3,6 +3,8 @@
 // two at the ends of an element's bin are computed.
 #pragma once
 
+#include <type_traits>
+
 #include "../args/spline.h"
 #include "transpose.h"
 

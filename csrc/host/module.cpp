@@ -8,6 +8,7 @@
 
 #include "../args/coupling.h"
 #include "../args/flow_head.h"
+#include "../args/flow_program.h"
 #include "../args/fsq.h"
 #include "../args/gan_qp.h"
 #include "../args/hsic.h"
@@ -73,6 +74,7 @@ py::dict enums() {
   add("DISTANCES", pyflow::kDistanceNames);
   add("FSQ_VARIANTS", pyflow::kFsqVariantNames);
   add("HSIC_KERNELS", pyflow::kGramKernelNames);
+  add("ACTIVATIONS", pyflow::kActivationNames);
   return all;
 }
 

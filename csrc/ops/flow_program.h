@@ -15,7 +15,7 @@
   F(affine)                    \
   F(prior)
 
-// in the order of ACTIVATIONS in pyflow/program.py
+// in the order of ACTIVATIONS in pyflow/_schemas.py
 #define PYFLOW_ACTIVATIONS(F) \
   F(identity)                 \
   F(relu)                     \

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <deque>
 #include <iterator>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -280,6 +281,18 @@ int64_t rows_of_tile(int64_t rows) {
   return std::min(std::max(share, kProgramRows), kProgramMostRows);
 }
 
+// runs the kernel over all units; every thread has memory of its own
+template <class Args>
+void run_tiles(void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int64_t units, bool backward) {
+  torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    const int64_t bytes = program_memory(a, backward) * (a.f64 ? 8 : 4);
+    const std::unique_ptr<char[]> memory(new char[size_t(bytes) + 64]);
+    Args mine = a;
+    mine.memory = (char*)((uintptr_t(memory.get()) + 63) / 64 * 64);
+    kernel(mine, begin, end);
+  });
+}
+
 std::tuple<Tensor, Tensor> flow_program(Tensor x, Optional context, Tensors weights, std::string code) {
   ProgramArgs a{};
   Reader reader(a, x, context, weights, code, false);
@@ -290,7 +303,7 @@ std::tuple<Tensor, Tensor> flow_program(Tensor x, Optional context, Tensors weig
   a.logdet = (char*)logdet.data_ptr();
   a.unit_rows = a.tile_rows = rows_of_tile(a.rows);
   reader.reserve(x);
-  run_units(cpu::flow_program_forward, a, 0, ceil_div(a.rows, a.tile_rows), 1);
+  run_tiles(cpu::flow_program_forward, a, ceil_div(a.rows, a.tile_rows), false);
   return {y, logdet};
 }
 
@@ -363,7 +376,7 @@ Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, O
     memory = new_rows(x, units * a.group_size, x.scalar_type());
     a.group_sums = (char*)memory.data_ptr();
   }
-  run_units(cpu::flow_program_backward, a, 0, units, 1);
+  run_tiles(cpu::flow_program_backward, a, units, true);
   run_units(cpu::flow_program_reduce, a, 0, a.sums, 1);
   return grads;
 }

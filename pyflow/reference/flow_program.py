@@ -15,10 +15,8 @@ from . import matmul
 from .coupling import additive_coupling, affine_coupling_packed, affine_coupling_packed_backward
 from .flow_head import flow_log_prob, flow_log_prob_backward
 
-Activation = Callable[[Tensor, float], Tensor]
-
 # in the order of ACTIVATIONS; the number is the slope of leaky_relu or alpha of elu
-ACTIVATE: tuple[Activation, ...] = (
+ACTIVATE: tuple[Callable[[Tensor, float], Tensor], ...] = (
     lambda h, _: h,
     lambda h, _: F.relu(h),
     lambda h, arg: F.leaky_relu(h, arg),
@@ -28,15 +26,16 @@ ACTIVATE: tuple[Activation, ...] = (
     lambda h, arg: F.elu(h, arg),
     lambda h, _: torch.sigmoid(h),
 )
-SLOPES: tuple[Activation, ...] = (
-    lambda h, _: torch.ones_like(h),
-    lambda h, _: torch.where(h <= 0, 0.0, torch.ones_like(h)),
-    lambda h, arg: torch.where(h > 0, torch.ones_like(h), arg),
-    lambda h, _: 1 - torch.tanh(h) ** 2,
-    lambda h, _: torch.sigmoid(h) * (1 + h * torch.sigmoid(-h)),
-    lambda h, _: torch.special.ndtr(h) + h * torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi),
-    lambda h, arg: torch.where(h <= 0, arg * torch.exp(h.clamp(max=0)), 1.0),
-    lambda h, _: torch.sigmoid(h) * torch.sigmoid(-h),
+# a gradient times the slope at h
+PULL: tuple[Callable[[Tensor, Tensor, float], Tensor], ...] = (
+    lambda g, h, _: g,
+    lambda g, h, _: torch.where(h <= 0, 0.0, g),
+    lambda g, h, arg: torch.where(h > 0, g, g * arg),
+    lambda g, h, _: g * (1 - torch.tanh(h) ** 2),
+    lambda g, h, _: g * torch.sigmoid(h) * (1 + h * torch.sigmoid(-h)),
+    lambda g, h, _: g * (torch.special.ndtr(h) + h * torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)),
+    lambda g, h, arg: torch.where(h <= 0, g * arg * torch.exp(h.clamp(max=0)), g),
+    lambda g, h, _: g * torch.sigmoid(h) * torch.sigmoid(-h),
 )
 
 
@@ -195,7 +194,7 @@ class _Back:
             return
         pairs = _layers(mlp, x, self.given, self.weights)
         for dense, (_, inputs), (before, _) in zip(mlp.layers[::-1], pairs[-2::-1], pairs[:0:-1], strict=True):
-            grad = grad * SLOPES[dense.activation](before, dense.arg)
+            grad = PULL[dense.activation](grad, before, dense.arg)
             self.add(dense.weight, matmul(grad.mT, inputs))
             self.add(dense.bias, grad.sum(0))
             grad = matmul(grad, self.weights[dense.weight])

@@ -51,6 +51,14 @@ def test_the_gpu_shape_is_used_on_a_gpu():
     assert dataclasses.replace(case, gpu=None).shape_on(torch.device("cuda")) == (3,)
 
 
+@pytest.mark.parametrize("missing, named", [((), ["triton", "cuda"]), (("triton",), ["triton"]), (("cuda",), ["cuda"])])
+def test_both_backends_are_measured_where_auto_chooses_by_size(missing, named, monkeypatch):
+    status = {name: "absent" if name in missing else None for name in ("triton", "cuda")}
+    monkeypatch.setattr(gpu._backend, "status", lambda: status)
+    assert gpu.other_backends(torch.device("cuda")) == named
+    assert gpu.other_backends(torch.device("cpu")) == []
+
+
 class FakeGpu:
     """A replay takes 1 ms, a launch 2 ms; calls with the attribute `refuses` cannot be captured."""
 

@@ -23,6 +23,7 @@ FUNCTIONS = {
     "softplus": (lambda x: torch.logaddexp(x, torch.zeros_like(x)), (-103.0, torch.inf), 1.7),
     "sigmoid": (torch.sigmoid, (-103.0, torch.inf), 2.4),
     "atan": (torch.atan, (-torch.inf, torch.inf), 1.6),
+    "erf": (torch.erf, (-torch.inf, torch.inf), 1.5),
     "log_plain": (torch.log, (1.1754944e-38, 3.4028235e38), 0.9),
 }
 
@@ -67,7 +68,7 @@ def test_special_values(name):
     got, want = evaluate(name, x), FUNCTIONS[name][0](x.double()).float()
     assert torch.equal(got.isnan(), want.isnan())
     torch.testing.assert_close(got, want, equal_nan=True)
-    if name in ("tanh", "tanh_unfused", "atan"):
+    if name in ("tanh", "tanh_unfused", "atan", "erf"):
         assert torch.equal(torch.signbit(got[:2]), torch.tensor([False, True]))
 
 

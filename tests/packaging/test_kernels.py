@@ -11,7 +11,23 @@ from .conftest import build_kernels
 
 # libc only; libm is listed below
 ALLOWED_IMPORTS = {"_GLOBAL_OFFSET_TABLE_", "memcpy", "memset", "memmove", "__stack_chk_fail"}
-LIBM = {"exp", "expm1", "log", "log1p", "tanh", "atan", "sin", "cos", "sincos", "sqrt", "fma", "fmaf", "rint", "pow"}
+LIBM = {
+    "exp",
+    "expm1",
+    "log",
+    "log1p",
+    "tanh",
+    "atan",
+    "sin",
+    "cos",
+    "sincos",
+    "sqrt",
+    "fma",
+    "fmaf",
+    "rint",
+    "pow",
+    "erf",
+}
 WIDTH = {"v3": 32, "v4": 64}
 ISA_NAMES = {"v3": "x86-64-v3", "v4": "x86-64-v4"}
 

@@ -7,18 +7,6 @@ namespace pyflow::PYFLOW_ISA {
 
 template <>
 struct Rule<Instruction::affine> {
-  // calls f(scale map, inverse, shift first) with all of them constant
-  template <class F>
-  static void with_options(const ProgramInstruction& in, F f) {
-    as_constant(in.map, [&](auto map) {
-      if (in.inverse) {
-        in.shift_first ? f(map, std::true_type{}, std::true_type{}) : f(map, std::true_type{}, std::false_type{});
-      } else {
-        in.shift_first ? f(map, std::false_type{}, std::true_type{}) : f(map, std::false_type{}, std::false_type{});
-      }
-    });
-  }
-
   // places of shift and scale of column i
   static int64_t shift_at(const ProgramInstruction& in, int64_t i) {
     return in.packing == Packing::interleaved ? 2 * i : in.packing == Packing::shift_scale ? i : in.count + i;
@@ -47,11 +35,16 @@ struct Rule<Instruction::affine> {
     }
   }
 
+  template <ScaleMap M, class T>
+  static void run_map(const ProgramTile<T>& t, const ProgramInstruction& in) {
+    if (in.inverse) return in.shift_first ? run<M, true, true>(t, in) : run<M, true, false>(t, in);
+    return in.shift_first ? run<M, false, true>(t, in) : run<M, false, false>(t, in);
+  }
+
   template <class T>
   static void forward(const ProgramTile<T>& t, const ProgramInstruction& in) {
     save(t, in);
-    with_options(
-        in, [&](auto map, auto inverse, auto shift_first) { run<map.value, inverse.value, shift_first.value>(t, in); });
+    as_constant(in.map, [&](auto map) { run_map<map.value>(t, in); });
   }
 
   template <ScaleMap M, bool Inverse, bool ShiftFirst, class T>
@@ -76,11 +69,15 @@ struct Rule<Instruction::affine> {
     });
   }
 
+  template <ScaleMap M, class T>
+  static void pull_map(const ProgramTile<T>& t, const ProgramInstruction& in) {
+    if (in.inverse) return in.shift_first ? pull<M, true, true>(t, in) : pull<M, true, false>(t, in);
+    return in.shift_first ? pull<M, false, true>(t, in) : pull<M, false, false>(t, in);
+  }
+
   template <class T>
   static void backward(const ProgramTile<T>& t, const ProgramInstruction& in) {
-    with_options(in, [&](auto map, auto inverse, auto shift_first) {
-      pull<map.value, inverse.value, shift_first.value>(t, in);
-    });
+    as_constant(in.map, [&](auto map) { pull_map<map.value>(t, in); });
   }
 };
 

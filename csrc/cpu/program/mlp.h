@@ -21,42 +21,34 @@ struct Rule<Instruction::mlp> {
     for (int64_t l = 0; l < in.layers; ++l) {
       const ProgramDense& d = in.dense[l];
       const Columns<T> x = t.taped_at(d.in, d.inputs), z = t.taped_at(d.before, d.size);
-      if (d.activation == Activation::relu) {
-        product<true>(factor<T>(d), x, z, t.blocks);
+      if (d.activation == Activation::relu || d.activation == Activation::identity) {
+        const bool relu = d.activation == Activation::relu;
+        relu ? product<true>(factor<T>(d), x, z, t.blocks) : product<false>(factor<T>(d), x, z, t.blocks);
       } else {
         product<false>(factor<T>(d), x, z, t.blocks);
-        activate_all(t, d, z.data, t.taped_at(d.out, d.size).data);
+        T* h = t.taped_at(d.out, d.size).data;
+        as_constant(d.activation, [&](auto a) { activate_all<a.value>(z.data, T(d.arg), d.size * t.padded(), h); });
       }
     }
   }
 
   // z and h may be the same
-  template <class T>
-  static void activate_all(const ProgramTile<T>& t, const ProgramDense& d, const T* z, T* h) {
-    if (d.activation == Activation::identity) return;
-    const int64_t count = d.size * t.padded();
-    const T arg = T(d.arg);
-    as_constant(d.activation, [&](auto a) {
+  template <Activation A, class T>
+  static void activate_all(const T* z, T arg, int64_t count, T* h) {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) {
-        h[i] = activate<a.value>(z[i], arg);
-      }
-    });
+    for (int64_t i = 0; i < count; ++i) {
+      h[i] = activate<A>(z[i], arg);
+    }
   }
 
   // turns the gradient of h into that of z
-  template <class T>
-  static void pull_activation(const ProgramTile<T>& t, const ProgramDense& d, T* __restrict g) {
-    if (d.activation == Activation::identity) return;
-    const int64_t count = d.size * t.padded();
-    const T arg = T(d.arg);
-    const T *z = t.taped_at(d.before, d.size).data, *h = t.taped_at(d.out, d.size).data;
-    as_constant(d.activation, [&](auto a) {
+  template <Activation A, class T>
+  static void pull_activation(const T* z, const T* h, T arg, int64_t count, T* __restrict g) {
+    if constexpr (A == Activation::identity) return;
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) {
-        g[i] *= activation_slope<a.value>(z[i], h[i], arg);
-      }
-    });
+    for (int64_t i = 0; i < count; ++i) {
+      g[i] *= activation_slope<A>(z[i], h[i], arg);
+    }
   }
 
   template <class T>
@@ -64,7 +56,8 @@ struct Rule<Instruction::mlp> {
     T *g = t.grad_params.data, *other = t.grad_other.data;
     for (int64_t l = in.layers - 1; l >= 0; --l) {
       const ProgramDense& d = in.dense[l];
-      pull_activation(t, d, g);
+      const T *z = t.taped_at(d.before, d.size).data, *h = t.taped_at(d.out, d.size).data;
+      as_constant(d.activation, [&](auto a) { pull_activation<a.value>(z, h, T(d.arg), d.size * t.padded(), g); });
       add_weight_gradients(t, d, t.taped_at(d.in, d.inputs), Columns<T>{g, d.size});
       product<false>(transposed_factor<T>(d), Columns<T>{g, d.size}, Columns<T>{other, d.inputs}, t.blocks);
       T* next = other;

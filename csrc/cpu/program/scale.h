@@ -58,11 +58,8 @@ struct Rule<Instruction::scale> {
 
   template <class T>
   static void backward(const ProgramTile<T>& t, const ProgramInstruction& in) {
-    if (in.inverse) {
-      in.shift_first ? pull<true, true>(t, in) : pull<true, false>(t, in);
-    } else {
-      in.shift_first ? pull<false, true>(t, in) : pull<false, false>(t, in);
-    }
+    if (in.inverse) return in.shift_first ? pull<true, true>(t, in) : pull<true, false>(t, in);
+    return in.shift_first ? pull<false, true>(t, in) : pull<false, false>(t, in);
   }
 };
 
