@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._schemas import PACKINGS, PRIORS, SCALE_MAPS
-from ..program import MLP, Additive, Affine, Instruction, Linear, Prior, Program, Scale
+from ..program import MLP, Additive, Affine, Instruction, Linear, Prior, Program, Scale, runs_of
 from . import matmul
 from .coupling import additive_coupling, affine_coupling_packed, affine_coupling_packed_backward
 from .flow_head import flow_log_prob, flow_log_prob_backward
@@ -78,6 +78,11 @@ def flow_program_backward(
 
 
 def _at(columns: Sequence[int], x: Tensor) -> Tensor:
+    runs = runs_of(columns)
+    if len(runs) == 1 and runs[0][1] != 0:
+        # made on the device: a copy from the host waits, and a CUDA graph cannot capture it
+        first, step, count = runs[0]
+        return torch.arange(first, first + step * count, step, device=x.device)
     return torch.tensor(columns, device=x.device, dtype=torch.int64)
 
 
