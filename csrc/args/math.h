@@ -32,6 +32,14 @@ struct MathArgs {
   float* out;
 };
 
+// what a core can do at most: a unit is kMultiplyAddSteps multiply-adds of each of some registers
+struct MultiplyAddArgs {
+  int64_t* count;  // multiply-adds of a unit
+  float* sum;      // (kMultiplyAddLanes): of all values, so that nothing is left out
+};
+constexpr int64_t kMultiplyAddSteps = 4096, kMultiplyAddLanes = 16;
+
 PYFLOW_CPU_KERNEL(math_evaluate, MathArgs)
+PYFLOW_CPU_KERNEL(math_multiply_add, MultiplyAddArgs)
 
 }  // namespace pyflow

@@ -1,4 +1,5 @@
-// Evaluates one elementary function over an array, for tests. A unit is an element.
+// Evaluates one elementary function over an array, for tests: a unit is an element. Counts what a core can do, for
+// benchmarks.
 #include "../args/math.h"
 
 #include "../math/atan.h"
@@ -19,7 +20,33 @@ PYFLOW_FN void for_each_element(const MathArgs& a, int64_t begin, int64_t end, F
   for (int64_t i = begin; i < end; ++i) out[i] = f(in[i]);
 }
 
+// twelve chains hide the latency of an addition
+#if defined(__AVX512F__)
+constexpr int kRegister = 16;
+#else
+constexpr int kRegister = 8;
+#endif
+constexpr int kChains = 12;
+
 }  // namespace
+
+void math_multiply_add(const MultiplyAddArgs& a, int64_t begin, int64_t end) {
+  float sum[kChains][kRegister] = {}, value[kRegister];
+  for (int j = 0; j < kRegister; ++j) value[j] = 1e-3f * float(j + 1);
+  for (int64_t k = begin * kMultiplyAddSteps; k < end * kMultiplyAddSteps; ++k) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) {
+#pragma omp simd
+      for (int j = 0; j < kRegister; ++j) {
+        sum[i][j] = fma_(sum[i][j], value[j], value[j]);
+      }
+    }
+  }
+  for (int i = 0; i < kChains; ++i) {
+    for (int j = 0; j < kRegister; ++j) a.sum[j] += sum[i][j];
+  }
+  *a.count = kMultiplyAddSteps * kChains * kRegister;
+}
 
 void math_evaluate(const MathArgs& a, int64_t begin, int64_t end) {
   switch (a.function) {

@@ -57,6 +57,15 @@ Array<double> sector_probability(const Array<int64_t>& n, const Array<double>& t
   return out;
 }
 
+// runs `rounds` rounds of multiply-adds in registers; returns how many
+int64_t multiply_adds(int64_t rounds) {
+  const py::gil_scoped_release release;
+  int64_t count = 0;
+  float sum[pyflow::kMultiplyAddLanes] = {};
+  pyflow::cpu::math_multiply_add({&count, sum}, 0, rounds);
+  return count * rounds;
+}
+
 // the names of every enum that operators take as an integer, in the order of that integer
 py::dict enums() {
   py::dict all;
@@ -114,6 +123,9 @@ PYBIND11_MODULE(_host, m) {
       "The instruction set in use, or None where none of this build runs on this CPU.");
   m.def("evaluate", &evaluate, py::arg("name"), py::arg("x"),
         "An elementary function of csrc/math of every float32 in x, flat.");
+  m.def("multiply_adds", &multiply_adds, py::arg("rounds"),
+        "Runs rounds of float32 multiply-adds in the registers of the calling thread, without the GIL; how many they "
+        "were.");
   m.def("sector_probability", &sector_probability, py::arg("n"), py::arg("theta"), py::arg("complement"),
         py::arg("log"), "Probability that n points of a disc lie inside one sector of angle theta, elementwise, flat.");
   m.def("enums", &enums, "Names of the integer arguments of operators, as in pyflow._schemas.");

@@ -61,6 +61,8 @@ class Words {
   const char* at_;
 };
 
+constexpr int64_t kGrain = 1 << 19;  // multiply-adds that are worth a thread: a few microseconds
+
 // a program read from its code, and held to its tensors
 class Reader {
  public:
@@ -76,11 +78,11 @@ class Reader {
     if (context)
       require(context->dim() == 2 && context->size(0) == a.rows && context->scalar_type() == x.scalar_type());
     for (Tensor& w : weights) {
-      require(w.scalar_type() == x.scalar_type());
+      require(w.scalar_type() == x.scalar_type() && w.dim() <= 2);
       if (!w.is_contiguous()) w = torch::stable::contiguous(w);
     }
-    a.x = matrix(x);
-    if (context) a.context = matrix(*context);
+    a.x = rows_of(x);
+    if (context) a.context = rows_of(*context);
     const std::vector<int64_t>* outputs = columns();
     a.outputs = outputs->data();
     a.output_count = int64_t(outputs->size());
@@ -88,6 +90,7 @@ class Reader {
     a.instructions = words_.integer();
     require(a.instructions >= 0);
     for (int64_t i = 0; i < a.instructions; ++i) read();
+    require(params_ == 0);
     a.instruction = instructions_.data();
     place();
   }
@@ -109,7 +112,10 @@ class Reader {
     cpu::flow_program_prepare(a_, 0, a_.instructions);
   }
 
-  static ProgramMatrix matrix(const Tensor& t) {
+  // smallest number of tiles per thread
+  int64_t grain() const { return ceil_div(kGrain, a_.tile_rows * (work_ + 8 * a_.columns * a_.instructions + 1)); }
+
+  static ProgramMatrix rows_of(const Tensor& t) {
     return {(char*)t.data_ptr(), t.stride(0), t.dim() > 1 ? t.stride(1) : 0};
   }
 
@@ -128,11 +134,30 @@ class Reader {
     return &list;
   }
 
-  // the memory of weight `place`, which has `size` elements; null for -1
-  const char* weight(int64_t place, int64_t size) {
+  const Tensor& weight(int64_t place) {
+    require(place >= 0 && place < int64_t(weights_.size()));
+    return weights_[place];
+  }
+
+  // the memory of weight `place`, a vector (size,); null for -1
+  const char* vector(int64_t place, int64_t size) {
     if (place == -1) return nullptr;
-    require(place >= 0 && place < int64_t(weights_.size()) && weights_[place].numel() == size);
-    return (const char*)weights_[place].data_ptr();
+    require(weight(place).dim() == 1 && weight(place).size(0) == size);
+    return (const char*)weight(place).data_ptr();
+  }
+
+  // the memory of a matrix of the size of d
+  const char* matrix(const ProgramDense& d) {
+    const Tensor& w = weight(d.weight_place);
+    require(w.dim() == 2 && w.size(0) == d.size && w.size(1) == d.inputs);
+    work_ += d.size * d.inputs;
+    return (const char*)w.data_ptr();
+  }
+
+  const char* number(int64_t place) {
+    if (place == -1) return nullptr;
+    require(weight(place).dim() == 0);
+    return (const char*)weight(place).data_ptr();
   }
 
   void widen(int64_t columns) { a_.width = std::max(a_.width, columns); }
@@ -164,8 +189,8 @@ class Reader {
   void read_scale(ProgramInstruction& in) {
     in.shift_place = words_.integer();
     in.log_scale_place = words_.integer();
-    in.shift = weight(in.shift_place, in.count);
-    in.log_scale = weight(in.log_scale_place, in.count);
+    in.shift = vector(in.shift_place, in.count);
+    in.log_scale = vector(in.log_scale_place, in.count);
     in.shift_first = words_.flag();
     in.inverse = words_.flag();
     if (in.log_scale) factors_ += in.count;
@@ -176,14 +201,13 @@ class Reader {
     ProgramDense& d = dense_.back()[0];
     d.weight_place = words_.integer();
     d.bias_place = words_.integer();
-    d.weight = weight(d.weight_place, in.count * in.count);
-    d.bias = weight(d.bias_place, in.count);
-    require(d.weight != nullptr);
     d.inputs = d.size = in.count;
+    d.weight = matrix(d);
+    d.bias = vector(d.bias_place, in.count);
     in.dense = &d;
     in.layers = 1;
     in.logdet_place = words_.integer();
-    in.given_logdet = weight(in.logdet_place, 1);
+    in.given_logdet = number(in.logdet_place);
   }
 
   void read_mlp(ProgramInstruction& in) {
@@ -200,14 +224,15 @@ class Reader {
       d.inputs = inputs;
       d.size = inputs = words_.integer();
       require(d.size > 0);
-      d.weight = weight(d.weight_place, d.size * d.inputs);
-      d.bias = weight(d.bias_place, d.size);
-      require(d.weight != nullptr);
+      d.weight = matrix(d);
+      d.bias = vector(d.bias_place, d.size);
       d.activation = Activation(number_below(std::size(kActivationNames)));
       d.arg = words_.real();
       most = std::max(most, d.size);
     }
     widen(most);
+    // every conditioner serves one transform
+    require(params_ == 0);
     params_ = inputs;
   }
 
@@ -271,6 +296,7 @@ class Reader {
   std::deque<std::vector<ProgramDense>> dense_;  // of networks and linear maps, in order
   int64_t params_ = 0;                           // numbers that the last conditioner returns, until they are taken
   int64_t factors_ = 0;
+  int64_t work_ = 0;  // multiply-adds of a row
   std::vector<double> logdets_;
   Tensor factor_memory_;
 };
@@ -283,8 +309,9 @@ int64_t rows_of_tile(int64_t rows) {
 
 // runs the kernel over all units; every thread has memory of its own
 template <class Args>
-void run_tiles(void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int64_t units, bool backward) {
-  torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+void run_tiles(void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int64_t units, int64_t grain,
+               bool backward) {
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     const int64_t bytes = program_memory(a, backward) * (a.f64 ? 8 : 4);
     const std::unique_ptr<char[]> memory(new char[size_t(bytes) + 64]);
     Args mine = a;
@@ -299,11 +326,11 @@ std::tuple<Tensor, Tensor> flow_program(Tensor x, Optional context, Tensors weig
   const int64_t sizes[] = {a.rows, a.output_count};
   Tensor y = new_empty(x, sizes, 2, x.scalar_type()), logdet = new_rows(x, a.rows, x.scalar_type());
   if (a.rows == 0) return {y, logdet};
-  a.y = Reader::matrix(y);
+  a.y = Reader::rows_of(y);
   a.logdet = (char*)logdet.data_ptr();
   a.unit_rows = a.tile_rows = rows_of_tile(a.rows);
   reader.reserve(x);
-  run_tiles(cpu::flow_program_forward, a, ceil_div(a.rows, a.tile_rows), false);
+  run_tiles(cpu::flow_program_forward, a, ceil_div(a.rows, a.tile_rows), reader.grain(), false);
   return {y, logdet};
 }
 
@@ -353,14 +380,14 @@ Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, O
   }
   if (grad_y) {
     require(grad_y->dim() == 2 && grad_y->size(0) == a.rows && grad_y->size(1) == a.output_count);
-    a.grad_y = Reader::matrix(*grad_y);
+    a.grad_y = Reader::rows_of(*grad_y);
   }
   if (grad_logdet) {
     require(grad_logdet->dim() == 1 && grad_logdet->size(0) == a.rows);
-    a.grad_logdet = Reader::matrix(*grad_logdet);
+    a.grad_logdet = Reader::rows_of(*grad_logdet);
   }
-  if (need_x) a.grad_x = Reader::matrix(grads[0]);
-  if (need_context && context) a.grad_context = Reader::matrix(grads[1]);
+  if (need_x) a.grad_x = Reader::rows_of(grads[0]);
+  if (need_context && context) a.grad_context = Reader::rows_of(grads[1]);
   std::vector<ProgramSum> sums;
   if (need_weights) sums = sums_of(weights, of_weights, a.group_size);
   // groups of equal size
@@ -376,7 +403,7 @@ Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, O
     memory = new_rows(x, units * a.group_size, x.scalar_type());
     a.group_sums = (char*)memory.data_ptr();
   }
-  run_tiles(cpu::flow_program_backward, a, units, true);
+  run_tiles(cpu::flow_program_backward, a, units, reader.grain(), true);
   run_units(cpu::flow_program_reduce, a, 0, a.sums, 1);
   return grads;
 }

@@ -109,3 +109,7 @@ def test_instruction_sets_give_the_same_bits(every_instruction_set):
 def test_unknown_function():
     with pytest.raises(ValueError, match="unknown function sinh"):
         host.evaluate("sinh", np.zeros(1, np.float32))
+
+
+def test_multiply_adds_are_counted():
+    assert host.multiply_adds(3) == 3 * host.multiply_adds(1) > 0
