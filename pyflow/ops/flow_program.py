@@ -183,6 +183,8 @@ class _Checker:
             self.index("activation", dense.activation, ACTIVATIONS)
             self.number("arg", dense.arg)
             size = dense.size
+        if self.params:
+            self.fail("a transform must take what the conditioner before it returns")
         self.params = size
 
     def additive(self, additive: Additive) -> None:
@@ -229,6 +231,8 @@ def _lay(program: Program, kinds: tuple, count: int) -> tuple[str, list[tuple[st
         if kind not in _KINDS:
             checker.fail("it must be one of pyflow.program's instructions")
         getattr(checker, kind.__name__.lower())(instruction)
+    if checker.params:
+        checker.fail("a transform must take what the last conditioner returns")
     return program.encode(), checker.shapes
 
 

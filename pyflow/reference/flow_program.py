@@ -146,7 +146,7 @@ class _Back:
 
     def __init__(self, logdet: Tensor, x: Tensor, context: Tensor | None, weights: Sequence[Tensor]) -> None:
         self.logdet, self.h = logdet, torch.zeros_like(x)
-        self.params: Tensor | None = None
+        self.params = x
         self.given, self.weights = context, weights
         self.context = None if context is None else torch.zeros_like(context)
         self.grads = [torch.zeros_like(weight) for weight in weights]
@@ -193,10 +193,7 @@ class _Back:
         return scaled
 
     def mlp(self, mlp: MLP, x: Tensor, at: Tensor) -> None:
-        grad, self.params = self.params, None
-        # no transform took its numbers
-        if grad is None:
-            return
+        grad = self.params
         pairs = _layers(mlp, x, self.given, self.weights)
         for dense, (_, inputs), (before, _) in zip(mlp.layers[::-1], pairs[-2::-1], pairs[:0:-1], strict=True):
             grad = PULL[dense.activation](grad, before, dense.arg)

@@ -221,16 +221,15 @@ def test_outputs(outputs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_conditioner_may_serve_none(dtype):
+def test_instructions_between_a_conditioner_and_its_transform(dtype):
     build = Builder(5)
-    first, unused = build.mlp((0, 1), [8, 4]), build.mlp((2, 3), [8, 6])
     program = build.program(
-        unused, first, build.affine((2, 3)), unused, first, Scale((0, 1, 2), build.weight(3), -1), Prior((0, 4)),
-        Additive((1, 2, 3, 4), inverse=True), unused,
+        build.mlp((0, 1), [8, 7, 4], "gelu"), Scale((0, 1, 2), build.weight(3), -1), Prior((0, 4)), Linear((3, 0, 1), build.matrix(3)),
+        Additive((1, 2, 3, 4), inverse=True), build.mlp((4, 1, 2), [9, 4], "silu"), Linear((1, 4, 2, 0), build.matrix(4), build.weight(4)),
+        build.affine((3, 2)),
     )  # fmt: skip
     for batch in (1, 40):
         check_built(build, program, batch, dtype)
-    check_built(build, build.program(unused, outputs=(1, 0)))
 
 
 def test_few_columns():
@@ -737,7 +736,9 @@ def test_equal_tuples_of_other_instructions_are_other_programs():
     add, prior = (Program(2, 0, (0, 1), (net, last)) for last in (Additive((1,), False), Prior((1,), 0)))
     assert add == prior
     for _ in range(2):
-        assert ops.flow_program(x, add, weights)[0][0, 1] == 2 and ops.flow_program(x, prior, weights)[0][0, 1] == 1
+        assert ops.flow_program(x, add, weights)[0][0, 1] == 2
+        with pytest.raises(ValueError, match="instruction 1, Prior: a transform must take"):
+            ops.flow_program(x, prior, weights)
 
 
 def test_function_transforms_agree_with_the_reference():
@@ -878,9 +879,9 @@ BAD = [
     (of(NET._replace(layers=None)), ValueError, "instruction 0, MLP: layers must be a tuple of at least one, got None"),
     (of(NET._replace(layers=((0, 1, 2, 0, 0.0),))), ValueError, r"instruction 0, MLP: layers must be Dense of at least one output, got \(0, 1, 2, 0, 0.0\)"),
     (of(NET._replace(layers=(Dense(0, 1, 0),))), ValueError, r"instruction 0, MLP: layers must be Dense of at least one output, got Dense\(.*size=0.*\)"),
-    (of(NET._replace(columns=(0, 1))), ValueError, r"instruction 0, MLP: weight must have the shape \(2, 2\), got \(2, 1\)"),
+    (of(NET._replace(columns=(0, 1)), Additive((1, 2))), ValueError, r"instruction 0, MLP: weight must have the shape \(2, 2\), got \(2, 1\)"),
     (of(NET._replace(layers=(Dense(-1, 1, 2),))), ValueError, "instruction 0, MLP: weight must be the place of one of 4 weights, got -1"),
-    (of(NET._replace(layers=(Dense(0, 3, 2),))), ValueError, r"instruction 0, MLP: bias must have the shape \(2,\), got \(\)"),
+    (of(NET._replace(layers=(Dense(0, 3, 2),)), Additive((1, 2))), ValueError, r"instruction 0, MLP: bias must have the shape \(2,\), got \(\)"),
     (of(NET._replace(layers=(Dense(0, 1, 2, 8),))), ValueError, "instruction 0, MLP: activation must be 0 to 7, got 8"),
     (of(NET._replace(layers=(Dense(0, 1, 2, "relu"),))), ValueError, "instruction 0, MLP: activation must be 0 to 7, got 'relu'"),
     (of(NET._replace(layers=(Dense(0, 1, 2, 2, "x"),))), ValueError, "instruction 0, MLP: arg must be a number, at least 0 and finite, got 'x'"),
@@ -888,6 +889,9 @@ BAD = [
     (of(Additive((0,))), ValueError, "instruction 0, Additive: the conditioner before it must return 1 numbers, got 0"),
     (of(NET, Additive((0,))), ValueError, "instruction 1, Additive: the conditioner before it must return 1 numbers, got 2"),
     (of(NET, Additive((1, 2)), Additive((1, 2))), ValueError, "instruction 2, Additive: the conditioner before it must return 2 numbers, got 0"),
+    (of(NET), ValueError, "instruction 0, MLP: a transform must take what the last conditioner returns"),
+    (of(NET, Additive((1, 2)), NET, Prior((1,))), ValueError, "instruction 3, Prior: a transform must take what the last conditioner returns"),
+    (of(NET, NET, Additive((1, 2))), ValueError, "instruction 1, MLP: a transform must take what the conditioner before it returns"),
     (of(NET, Additive((1, 1))), ValueError, r"instruction 1, Additive: columns must differ, got \(1, 1\)"),
     (of(NET, Additive((1, 2), 0.0)), ValueError, "instruction 1, Additive: inverse must be true or false, got 0.0"),
     (of(NET, Affine((1, 2), 0, 0, 0.0)), ValueError, "instruction 1, Affine: the conditioner before it must return 4 numbers, got 2"),
