@@ -112,7 +112,10 @@ def test_every_simd_loop_is_vectorised(kernels):
     assert checked >= 10
 
 
-@pytest.mark.parametrize("header", sorted(path.name for path in (ROOT / "csrc/cpu").glob("*.h")))
+HEADERS = sorted(str(path.relative_to(ROOT / "csrc/cpu")) for path in (ROOT / "csrc/cpu").rglob("*.h"))
+
+
+@pytest.mark.parametrize("header", HEADERS)
 def test_every_simd_loop_of_a_header_is_vectorised_somewhere(kernels, header):
     loops = simd_loops(header)
     for isa in {isa for isa, _ in kernels.reports}:
