@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from ._schemas import ACTIVATIONS as ACTIVATIONS
+from ._torch import evaluated_while_traced
 
 Columns = tuple[int, ...]
 
 
 class Scale(NamedTuple):
-    """x_c = x_c exp(log_scale_c) + shift_c for some columns, or (x_c + shift_c) exp(log_scale_c); inverse: solved for x.
+    """x_c = x_c exp(log_scale_c) + shift_c for some columns, or (x_c + shift_c) exp(log_scale_c); inverse: solved.
 
     Attributes:
         columns: which columns.
@@ -65,7 +66,7 @@ class Dense(NamedTuple):
 
 
 class MLP(NamedTuple):
-    """A conditioner: computes the numbers that the next transform takes from some columns, and from the context.
+    """A conditioner: computes, from some columns and the context, the numbers that one later transform takes.
 
     Attributes:
         columns: the inputs of the first layer.
@@ -138,9 +139,26 @@ class Program(NamedTuple):
         return " ".join(_encode(self, Program))
 
     @staticmethod
-    @functools.lru_cache(maxsize=256)
     def decode(code: str) -> Program:
-        return _decode(iter(code.split()), Program)
+        return _of(code)
+
+
+@evaluated_while_traced
+def _of(code: str) -> Program:
+    return _decoded(code)
+
+
+@functools.lru_cache(maxsize=256)
+def _decoded(code: str) -> Program:
+    words = iter(code.split())
+    try:
+        program = _decode(words, Program)
+    except (KeyError, StopIteration, RuntimeError, ValueError):
+        # within a generator StopIteration is a RuntimeError
+        raise ValueError(f"Program.decode: code is no program, got {code!r}") from None
+    if next(words, None) is not None:
+        raise ValueError(f"Program.decode: code is no program, got {code!r}")
+    return program
 
 
 def runs_of(columns: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -166,13 +184,13 @@ def _encode(value: Any, kind: Any) -> Iterator[str]:
         kind = type(value)
         yield kind.__name__.lower()
     if kind in (int, bool):
-        yield str(int(value))
+        yield str(int(kind(value)))
     elif kind is float:
-        yield repr(float(value))
+        yield repr(float(value) + 0.0)  # equal programs have one text: no -0.0
     elif kind == Columns:
         runs = runs_of(value)
         yield str(len(runs))
-        yield from (str(number) for run in runs for number in run)
+        yield from (str(int(number)) for run in runs for number in run)
     elif typing.get_origin(kind) is tuple:
         yield str(len(value))
         for item in value:

@@ -19,7 +19,10 @@ MORE = {
     "sde_step_backward": {"x_dtype", "score_dtype", "noise_dtype", "f64"},
     # its forward returns one flat list of four outputs per weight
     "spectral_normalize_backward": {"grads", "grad_sigmas", "sigmas"},
+    "flow_program_backward": {"need_x", "need_context", "need_weights"},
 }
+# what a backward returns beside one gradient per argument: partial sums, or one flat list of all gradients
+RETURNS = {"sde_step_backward": {"sums"}, "flow_program_backward": {"grads"}}
 
 
 @pytest.mark.parametrize("name", BACKWARDS)
@@ -29,7 +32,7 @@ def test_a_backward_shares_names_with_its_forward(name):
     known = {*forward.arguments, *forward.outputs}
     assert {*backward.arguments} - known - grads == MORE.get(name, set())
     of_arguments = {f"grad_{argument}" for argument in forward.arguments}
-    assert {*backward.outputs} - of_arguments == ({"sums"} if name == "sde_step_backward" else set())
+    assert {*backward.outputs} - of_arguments == RETURNS.get(name, set())
 
 
 @pytest.mark.parametrize("name", OPERATORS)

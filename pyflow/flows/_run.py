@@ -13,8 +13,8 @@ from .. import program as p
 from .._autograd import pick
 from .._schemas import PRIORS
 from .._torch import any_global_module_hook, under_transform
-from ..ops.flow_program import _check_program
 from ..ops.flow_program import _run as run_program
+from ..ops.flow_program import code_of
 from ._watch import Path
 
 Write = Callable[["Tape"], None]
@@ -114,8 +114,7 @@ class Run:
             try:
                 program = self.program(*key)
                 with torch.no_grad():
-                    _check_program("flow_program", program, self.tensors(parameters, key[2]))
-                self.codes[key] = program.encode()
+                    self.codes[key] = code_of(program, self.tensors(parameters, key[2]))
             except (DoesNotFit, ValueError):
                 self.codes[key] = None
         return self.codes[key]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor
@@ -11,8 +13,8 @@ from torch import Tensor
 from .. import _checks as check
 from .._operators import register
 from .._schemas import PACKINGS, PRIORS, SCALE_MAPS
-from .._torch import is_batched_gradient
-from ..program import ACTIVATIONS, MLP, Additive, Affine, Dense, Linear, Prior, Program, Scale
+from .._torch import evaluated_while_traced, is_batched_gradient
+from ..program import ACTIVATIONS, MLP, Additive, Affine, Dense, Instruction, Linear, Prior, Program, Scale
 from ..reference import flow_program as ref
 
 
@@ -62,6 +64,9 @@ def flow_program(
         raise TypeError(f"{op}: program must be a pyflow.program.Program, got {type(program).__name__}")
     if not isinstance(weights, (list, tuple)):
         raise TypeError(f"{op}: weights must be a list, got {type(weights).__name__}")
+    for name, count in (("columns", program.columns), ("context", program.context)):
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"{op}: program: {name} must be an integer of at least 0, got {check.shown(count)}")
     if x.shape[1] != program.columns:
         raise ValueError(f"{op}: x must have {program.columns} columns, got {x.shape[1]}")
     if program.context == 0 and context is not None:
@@ -83,45 +88,57 @@ def flow_program(
             )
         if value.device != x.device:
             raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {value.device}")
-    _check_program(op, program, weights)
-    return _run.pick(op, x)(x, context, list(weights), program.encode())
+    if not isinstance(program.instructions, tuple):
+        raise ValueError(f"{op}: instructions must be a tuple, got {type(program.instructions).__name__}")
+    return _run.pick(op, x)(x, context, list(weights), code_of(program, weights))
+
+
+def code_of(program: Program, weights: Sequence[Tensor]) -> str:
+    """Return the text of a program, held to its columns and to the shapes of its weights."""
+    code, shapes = _laid(program, len(weights))
+    for where, place, shape in shapes:
+        if weights[place].shape != shape:
+            raise ValueError(f"flow_program: {where} must have the shape {shape}, got {tuple(weights[place].shape)}")
+    return code
 
 
 def _two_dims(op: str, name: str, value: Any) -> None:
     check.tensor(op, name, value)
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: {name} must be float32 or float64, got {check.short(value.dtype)}")
-    if value.layout is not torch.strided or value.is_nested:
-        raise TypeError(f"{op}: {name} must be a dense tensor, got {check.short(value.layout)}")
     if value.dim() != 2:
         raise ValueError(f"{op}: {name} must have two dims, got shape {tuple(value.shape)}")
 
 
 class _Checker:
-    """Holds the instructions of a program to its columns and weights; `params` is what the last conditioner returns."""
+    """Holds the instructions of a program to its columns and to the number of weights.
 
-    def __init__(self, op: str, program: Program, weights: Sequence[Tensor]) -> None:
-        self.op, self.program, self.weights, self.params, self.where = op, program, weights, 0, ""
+    `params` is how many numbers the last conditioner returns, `shapes` the weights that instructions name: what for,
+    place and shape.
+    """
 
-    def fail(self, rule: str) -> None:
-        raise ValueError(f"{self.op}: {self.where}: {rule}")
+    def __init__(self, program: Program, count: int) -> None:
+        self.program, self.count, self.params, self.where = program, count, 0, ""
+        self.shapes: list[tuple[str, int, tuple[int, ...]]] = []
+
+    def fail(self, rule: str) -> NoReturn:
+        raise ValueError(f"flow_program: {self.where}: {rule}")
 
     def columns(self, columns: Any, unique: bool = True) -> int:
         if not isinstance(columns, tuple) or not all(isinstance(c, int) for c in columns):
-            self.fail("columns must be a tuple of integers")
+            self.fail(f"columns must be a tuple of integers, got {check.shown(columns)}")
         if not all(0 <= c < self.program.columns for c in columns):
             self.fail(f"columns must be 0 to {self.program.columns - 1}, got {check.shown(columns)}")
         if unique and len(set(columns)) != len(columns):
             self.fail(f"columns must differ, got {check.shown(columns)}")
         return len(columns)
 
-    def weight(self, name: str, place: int, shape: tuple[int, ...], optional: bool = True) -> None:
+    def weight(self, name: str, place: Any, shape: tuple[int, ...], optional: bool = True) -> None:
         if place == -1 and optional:
             return
-        if not 0 <= place < len(self.weights):
-            self.fail(f"{name} must be the place of one of {len(self.weights)} weights, got {place}")
-        if self.weights[place].shape != shape:
-            self.fail(f"{name} must have the shape {shape}, got {tuple(self.weights[place].shape)}")
+        if not isinstance(place, int) or not 0 <= place < self.count:
+            self.fail(f"{name} must be the place of one of {self.count} weights, got {check.shown(place)}")
+        self.shapes.append((f"{self.where}: {name}", place, shape))
 
     def takes(self, count: int) -> None:
         if self.params != count:
@@ -129,14 +146,24 @@ class _Checker:
         # a conditioner serves one transform
         self.params = 0
 
-    def number(self, name: str, value: int, names: tuple[str, ...]) -> None:
+    def index(self, name: str, value: Any, names: tuple[str, ...]) -> None:
         if not isinstance(value, int) or not 0 <= value < len(names):
-            self.fail(f"{name} must be 0 to {len(names) - 1}, got {value}")
+            self.fail(f"{name} must be 0 to {len(names) - 1}, got {check.shown(value)}")
+
+    def number(self, name: str, value: Any) -> None:
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            self.fail(f"{name} must be a number, at least 0 and finite, got {check.shown(value)}")
+
+    def flags(self, instruction: Any, *names: str) -> None:
+        for name in names:
+            if not isinstance(getattr(instruction, name), int):
+                self.fail(f"{name} must be true or false, got {check.shown(getattr(instruction, name))}")
 
     def scale(self, scale: Scale) -> None:
         n = self.columns(scale.columns)
         self.weight("shift", scale.shift, (n,))
         self.weight("log_scale", scale.log_scale, (n,))
+        self.flags(scale, "shift_first", "inverse")
 
     def linear(self, linear: Linear) -> None:
         n = self.columns(linear.columns)
@@ -146,47 +173,72 @@ class _Checker:
 
     def mlp(self, mlp: MLP) -> None:
         size = self.columns(mlp.columns, unique=False)
+        self.flags(mlp, "context")
         if mlp.context and not self.program.context:
             self.fail("context must be false in a program without context")
-        if not mlp.layers:
-            self.fail("layers must hold at least one")
-        size += self.program.context * mlp.context
+        if not isinstance(mlp.layers, tuple) or not mlp.layers:
+            self.fail(f"layers must be a tuple of at least one, got {check.shown(mlp.layers)}")
+        if mlp.context:
+            size += self.program.context
         for dense in mlp.layers:
-            if not isinstance(dense, Dense) or dense.size < 1:
-                self.fail("layers must be Dense of at least one output")
+            if not isinstance(dense, Dense) or not isinstance(dense.size, int) or dense.size < 1:
+                self.fail(f"layers must be Dense of at least one output, got {check.shown(dense)}")
             self.weight("weight", dense.weight, (dense.size, size), False)
             self.weight("bias", dense.bias, (dense.size,))
-            self.number("activation", dense.activation, ACTIVATIONS)
-            if not 0 <= dense.arg < float("inf"):
-                self.fail(f"arg must be finite and >= 0, got {dense.arg}")
+            self.index("activation", dense.activation, ACTIVATIONS)
+            self.number("arg", dense.arg)
             size = dense.size
+        if self.params:
+            self.fail("a transform must take what the conditioner before it returns")
         self.params = size
 
     def additive(self, additive: Additive) -> None:
         self.takes(self.columns(additive.columns))
+        self.flags(additive, "inverse")
 
     def affine(self, affine: Affine) -> None:
         self.takes(2 * self.columns(affine.columns))
-        self.number("scale_map", affine.scale_map, SCALE_MAPS)
-        self.number("packing", affine.packing, PACKINGS)
+        self.index("scale_map", affine.scale_map, SCALE_MAPS)
+        self.index("packing", affine.packing, PACKINGS)
+        self.number("map_arg", affine.map_arg)
+        if SCALE_MAPS[affine.scale_map] in ("tanh", "atan", "softsign") and affine.map_arg == 0:
+            self.fail(f"map_arg must be positive for {SCALE_MAPS[affine.scale_map]}, got 0.0")
+        self.flags(affine, "shift_first", "inverse")
 
     def prior(self, prior: Prior) -> None:
         self.columns(prior.columns)
-        self.number("prior", prior.prior, PRIORS)
+        self.index("prior", prior.prior, PRIORS)
 
 
-def _check_program(op: str, program: Program, weights: Sequence[Tensor]) -> None:
-    checker = _Checker(op, program, weights)
+_KINDS = get_args(Instruction)
+
+
+@evaluated_while_traced
+def _laid(program: Program, count: int) -> tuple[str, list[tuple[str, int, tuple[int, ...]]]]:
+    """Return the program's text and the shapes of its weights, once it is checked."""
+    kinds = tuple(map(type, program.instructions))
+    try:
+        hash(program)
+    except TypeError:
+        # something is a list, which the check names
+        return _lay.__wrapped__(program, kinds, count)
+    return _lay(program, kinds, count)
+
+
+# tuples of other instructions may be equal, their kinds are not
+@functools.lru_cache(maxsize=256)
+def _lay(program: Program, kinds: tuple, count: int) -> tuple[str, list[tuple[str, int, tuple[int, ...]]]]:
+    checker = _Checker(program, count)
     checker.where = "outputs"
     checker.columns(program.outputs, unique=False)
-    for i, instruction in enumerate(program.instructions):
-        name = type(instruction).__name__
-        checker.where = f"instruction {i}, {name}"
-        rule = getattr(checker, name.lower(), None) if isinstance(instruction, tuple) else None
-        if rule is None:
+    for i, (instruction, kind) in enumerate(zip(program.instructions, kinds, strict=True)):
+        checker.where = f"instruction {i}, {kind.__name__}"
+        if kind not in _KINDS:
             checker.fail("it must be one of pyflow.program's instructions")
-        else:
-            rule(instruction)
+        getattr(checker, kind.__name__.lower())(instruction)
+    if checker.params:
+        checker.fail("a transform must take what the last conditioner returns")
+    return program.encode(), checker.shapes
 
 
 # registration with torch

@@ -11,9 +11,10 @@ from pyflow._operators import OPERATORS
 
 FOLDER = Path(__file__).parent
 OWN = {path.stem: path for path in (FOLDER / "interpreted").glob("*.py") if path.stem not in ("common", "conftest")}
-# a family without a file in interpreted/ has one in gpu/ that serves both
+# a family without a file in interpreted/ has one in gpu/ that serves both, if it has kernels for GPUs
 SHARED = {
-    family: FOLDER / f"gpu/test_{family}.py" for family in sorted({o.family for o in OPERATORS.values()} - OWN.keys())
+    family: FOLDER / f"gpu/test_{family}.py"
+    for family in sorted({o.family for o in OPERATORS.values() if o.triton} - OWN.keys())
 }
 FILES = dict(sorted({**OWN, **SHARED}.items()))
 

@@ -1,0 +1,158 @@
+"""Programs of flows for tests: a builder that keeps their weights, drawn programs, and inverses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflow._schemas import PACKINGS, PRIORS, SCALE_MAPS
+from pyflow.program import ACTIVATIONS, MLP, Additive, Affine, Dense, Instruction, Linear, Prior, Program, Scale
+
+# the constant of every scale map
+MAP_ARG = {"tanh": 2.0, "atan": 1.5, "softsign": 3.0}
+
+
+class Builder:
+    """Weights in float64, in the order in which a program's instructions ask for them."""
+
+    def __init__(self, columns: int, context: int = 0, seed: int = 0) -> None:
+        self.columns, self.context = columns, context
+        self.source = torch.Generator().manual_seed(seed)
+        self.weights: list[Tensor] = []
+
+    def draw(self, *shape: int, spread: float = 1.0) -> Tensor:
+        return spread * torch.randn(shape, generator=self.source, dtype=torch.float64)
+
+    def weight(self, *shape: int, spread: float = 0.5) -> int:
+        self.weights.append(self.draw(*shape, spread=spread))
+        return len(self.weights) - 1
+
+    def matrix(self, n: int) -> int:
+        """A matrix (n, n) far from singular."""
+        self.weights.append(torch.eye(n, dtype=torch.float64) + self.draw(n, n, spread=0.3 / max(1, n) ** 0.5))
+        return len(self.weights) - 1
+
+    def dense(self, inputs: int, size: int, activation: str = "identity", bias: bool = True, arg: float = 0.0) -> Dense:
+        weight = self.weight(size, inputs, spread=1 / max(1, inputs) ** 0.5)
+        return Dense(weight, self.weight(size) if bias else -1, size, ACTIVATIONS.index(activation), arg)
+
+    def mlp(
+        self, columns: Sequence[int], sizes: Sequence[int], activation: str = "relu", *, context: bool = False,
+        bias: bool = True, arg: float = 0.1,
+    ) -> MLP:  # fmt: skip
+        """Hidden layers and the last one, which has no activation."""
+        inputs = [len(columns) + self.context * context, *sizes]
+        names = [*[activation] * (len(sizes) - 1), "identity"]
+        layers = [self.dense(n, size, name, bias, arg) for n, size, name in zip(inputs[:-1], sizes, names, strict=True)]
+        return MLP(tuple(columns), context, tuple(layers))
+
+    def affine(
+        self, columns: Sequence[int], scale_map: str = "tanh", packing: str = "shift_scale", **options: Any
+    ) -> Affine:
+        map_arg = MAP_ARG.get(scale_map, 0.0)
+        return Affine(tuple(columns), SCALE_MAPS.index(scale_map), PACKINGS.index(packing), map_arg, **options)
+
+    def program(self, *instructions: Instruction, outputs: Sequence[int] | None = None) -> Program:
+        outputs = range(self.columns) if outputs is None else outputs
+        return Program(self.columns, self.context, tuple(outputs), instructions)
+
+    def real_nvp(self, hidden: Sequence[int], layers: int, activation: str = "relu", prior: bool = True) -> Program:
+        """Every kind of instruction, with the halves swapped from layer to layer."""
+        half, instructions = self.columns // 2, []
+        order = list(range(self.columns))
+        for layer in range(layers):
+            seen, changed = order[:half], order[half:]
+            n = len(changed)
+            if layer % 3 == 2:
+                net = self.mlp(seen, [*hidden, n], activation, context=self.context > 0)
+                instructions += [net, Additive(tuple(changed), inverse=layer % 2 == 1)]
+            else:
+                net = self.mlp(seen, [*hidden, 2 * n], activation, context=self.context > 0)
+                instructions += [net, self.affine(changed, packing=PACKINGS[layer % 3])]
+            if layer == 0:
+                instructions.append(
+                    Linear(tuple(order), self.matrix(len(order)), self.weight(len(order)), self.weight())
+                )
+            order = [*changed, *seen]
+        n = self.columns
+        instructions.append(Scale(tuple(order), self.weight(n), self.weight(n)))
+        if prior:
+            instructions.append(Prior(tuple(range(n))))
+        return self.program(*instructions, outputs=order)
+
+
+def drawn(one: Callable[..., Any], build: Builder, steps: int, invertible: bool = False) -> Program:
+    """A program whose choices are those of `one(*choices)`; an invertible one has no Prior and all columns as outputs."""
+    columns, instructions, asked = list(range(build.columns)), [], False
+
+    def some(least: int = 1, most: int | None = None) -> list[int]:
+        left = list(columns)
+        for i in range(len(left) - 1):
+            j = one(*range(i, len(left)))
+            left[i], left[j] = left[j], left[i]
+        return left[: one(*range(least, (len(left) if most is None else most) + 1))]
+
+    def flags() -> dict[str, bool]:
+        return {"shift_first": one(False, True), "inverse": one(False, True)}
+
+    kinds = ["coupling"] * (build.columns > 1 or not invertible) + ["scale", "linear"] + ["prior"] * (not invertible)
+    for _ in range(steps):
+        kind = one(*kinds)
+        chosen = some()
+        n = len(chosen)
+        if kind == "scale":
+            shift, log_scale = one((True, True), (True, False), (False, True))
+            places = build.weight(n) if shift else -1, build.weight(n) if log_scale else -1
+            instructions.append(Scale(tuple(chosen), *places, **flags()))
+        elif kind == "linear":
+            bias, logdet = one(True, False), one(True, False)
+            places = build.matrix(n), build.weight(n) if bias else -1, build.weight() if logdet else -1
+            instructions.append(Linear(tuple(chosen), *places))
+        elif kind == "prior":
+            instructions.append(Prior(tuple(chosen), one(*range(len(PRIORS)))))
+        else:
+            if invertible:
+                chosen = chosen[: build.columns - 1]
+            seen = [c for c in columns if c not in chosen] if invertible else some(0)
+            affine = one(True, False)
+            context = build.context > 0 and one(True, False)
+            asked |= context
+            sizes = [*[one(1, 5, 8, 17, 33)] * one(1, 0, 2), (2 if affine else 1) * len(chosen)]
+            net = build.mlp(seen, sizes, one(*ACTIVATIONS), context=context, bias=one(True, False))
+            options = flags()
+            instructions.append(net)
+            if affine:
+                instructions.append(build.affine(chosen, one(*SCALE_MAPS), one(*PACKINGS), **options))
+            else:
+                instructions.append(Additive(tuple(chosen), options["inverse"]))
+    outputs = columns if invertible or one(True, False) else some(0)
+    program = build.program(*instructions, outputs=outputs)
+    return program if asked else program._replace(context=0)
+
+
+def inverse_of(program: Program, weights: list[Tensor]) -> tuple[Program, list[Tensor]]:
+    """The program that undoes one without Prior whose outputs are its columns in order, and its weights."""
+    weights, instructions, net = list(weights), [], None
+    pairs: list[tuple[Instruction, ...]] = []
+    for instruction in program.instructions:
+        if isinstance(instruction, MLP):
+            net = instruction
+        elif isinstance(instruction, Linear):
+            inverse = torch.linalg.inv(weights[instruction.weight])
+            places = [-1, -1]
+            if instruction.bias >= 0:
+                weights.append(-inverse @ weights[instruction.bias])
+                places[0] = len(weights) - 1
+            if instruction.logdet >= 0:
+                weights.append(-weights[instruction.logdet])
+                places[1] = len(weights) - 1
+            weights.append(inverse)
+            pairs.append((Linear(instruction.columns, len(weights) - 1, *places),))
+        else:
+            turned = instruction._replace(inverse=not instruction.inverse)
+            pairs.append((turned,) if isinstance(instruction, Scale) else (net, turned))
+    instructions = [instruction for pair in reversed(pairs) for instruction in pair]
+    return program._replace(instructions=tuple(instructions)), weights
