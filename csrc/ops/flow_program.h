@@ -1,4 +1,4 @@
-// Programs of flows: the instructions, and the activations of their networks with their slopes.
+// Programs of flows: the instructions, and the activations of their networks with their gradients.
 #pragma once
 
 #include "../math/erf.h"
@@ -33,7 +33,7 @@ PYFLOW_ENUM(Activation, PYFLOW_ACTIVATIONS)
 
 constexpr double kSqrtHalf = 0.70710678118654752440, kInvSqrt2Pi = 0.39894228040143267794;
 
-// whether the slope needs z, the value before the activation; the others follow from h, the value after it
+// whether the gradient needs z, the value before the activation; the others follow from h, the value after it
 constexpr bool needs_before(Activation a) { return a == Activation::silu || a == Activation::gelu; }
 
 // `arg`: slope of leaky_relu below 0, alpha of elu, both >= 0
@@ -58,26 +58,27 @@ PYFLOW_FN T activate(T z, T arg) {
   }
 }
 
-// dh/dz
+// dL/dz from g = dL/dh
 template <Activation A, class T>
-PYFLOW_FN T activation_slope(T z, T h, T arg) {
+PYFLOW_FN T activation_grad(T g, T z, T h, T arg) {
   if constexpr (A == Activation::relu) {
-    return h > T(0) ? T(1) : T(0);
+    return h <= T(0) ? T(0) : g;
   } else if constexpr (A == Activation::leaky_relu) {
-    return h > T(0) ? T(1) : arg;
+    return h > T(0) ? g : g * arg;
   } else if constexpr (A == Activation::tanh) {
-    return fma_(-h, h, T(1));
+    return g * fma_(-h, h, T(1));
   } else if constexpr (A == Activation::silu) {
     const T p = sigmoid(z);
-    return fma_(h, T(1) - p, p);
+    return g * fma_(h, T(1) - p, p);
   } else if constexpr (A == Activation::gelu) {
-    return fma_(z, T(kInvSqrt2Pi) * exp_(T(-0.5) * z * z), T(0.5) * (T(1) + erf_(z * T(kSqrtHalf))));
+    const T density = T(kInvSqrt2Pi) * exp_(T(-0.5) * z * z);
+    return g * fma_(z, density, T(0.5) * (T(1) + erf_(z * T(kSqrtHalf))));
   } else if constexpr (A == Activation::elu) {
-    return h > T(0) ? T(1) : h + arg;
+    return h <= T(0) ? g * (h + arg) : g;
   } else if constexpr (A == Activation::sigmoid) {
-    return h * (T(1) - h);
+    return g * (h * (T(1) - h));
   } else {
-    return T(1);
+    return g;
   }
 }
 

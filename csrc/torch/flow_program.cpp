@@ -29,6 +29,7 @@ class Words {
     return advance(end, value);
   }
   bool flag() { return integer() != 0; }
+  bool end() const { return *at_ == 0; }
   // one of `names`
   template <size_t N>
   int word(const char* const (&names)[N]) {
@@ -61,7 +62,8 @@ class Words {
   const char* at_;
 };
 
-constexpr int64_t kGrain = 1 << 19;  // multiply-adds that are worth a thread: a few microseconds
+constexpr int64_t kMostColumns = 1 << 24;  // that an instruction names
+constexpr int64_t kGrain = 1 << 19;        // multiply-adds that are worth a thread: a few microseconds
 
 // a program read from its code, and held to its tensors
 class Reader {
@@ -69,8 +71,8 @@ class Reader {
   Reader(ProgramArgs& a, const Tensor& x, const Optional& context, Tensors& weights, const std::string& code,
          bool taped)
       : a_(a), weights_(weights), words_(code), taped_(taped) {
-    require(x.dim() == 2);
     a.f64 = is_f64(x);
+    require(x.dim() == 2 && x.scalar_type() == compute_type(a.f64));
     a.rows = x.size(0);
     a.columns = words_.integer();
     a.context_columns = words_.integer();
@@ -90,7 +92,7 @@ class Reader {
     a.instructions = words_.integer();
     require(a.instructions >= 0);
     for (int64_t i = 0; i < a.instructions; ++i) read();
-    require(params_ == 0);
+    require(params_ == 0 && words_.end());
     a.instruction = instructions_.data();
     place();
   }
@@ -125,6 +127,7 @@ class Reader {
     std::vector<int64_t>& list = columns_.back();
     for (int64_t runs = words_.integer(); runs > 0; --runs) {
       const int64_t first = words_.integer(), step = words_.integer(), count = words_.integer();
+      require(count <= kMostColumns - int64_t(list.size()));
       for (int64_t i = 0; i < count; ++i) {
         const int64_t column = first + step * i;
         require(column >= 0 && column < a_.columns);

@@ -39,12 +39,13 @@ def flow_program(
 
     Notes:
         The rows of a tile, its log-determinants and the activations of its networks stay in the caches; nothing between
-        two instructions goes to memory. The backward keeps x alone: every tile runs forward again, then back. On a CPU
+        two instructions goes to memory. The backward keeps x alone: every tile runs forward again, then back. Each of
+        its groups of rows has a sum as large as the weights, all together 64 MB or four times the weights. On a CPU
         (float32) a row has the same bits alone, in any batch, on any number of threads and for any instruction set.
         Matrix products add their terms in order, one fused multiply-add after the other, starting from the bias;
         log-determinants are summed in float32 within an instruction and in float64 over instructions. Gradients of
-        weights are summed over at most 16 groups of rows, which depend on B alone: the same bits for any number of
-        threads. Double backward runs the plain-torch reference, as do GPUs. autocast changes nothing.
+        weights are summed over at most 16 groups of rows, which depend on B and the weights' sizes alone: the same bits
+        for any number of threads. Double backward runs the plain-torch reference, as do GPUs. autocast changes nothing.
 
     Source:
         Layer by layer: Dinh et al. 2014, arXiv:1410.8516; Dinh et al. 2016, arXiv:1605.08803.

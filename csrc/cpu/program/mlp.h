@@ -47,7 +47,7 @@ struct Rule<Instruction::mlp> {
     if constexpr (A == Activation::identity) return;
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      g[i] *= activation_slope<A>(z[i], h[i], arg);
+      g[i] = activation_grad<A>(g[i], z[i], h[i], arg);
     }
   }
 
