@@ -12,10 +12,11 @@ namespace pyflow {
 // Rows are processed in tiles. A unit of the forward is a tile; a unit of the backward is a group of neighbouring tiles
 // whose gradients of weights are summed one after the other. Both depend on the batch alone.
 constexpr int64_t kProgramRows = 32;  // tiles are multiples of this, as are the rows that an instruction set handles
-constexpr int64_t kProgramMostRows = 64;  // of a tile
-constexpr int64_t kProgramGroups = 16;    // most groups of a batch
-constexpr int64_t kProgramLanes = 16;     // sums over rows are kept in lanes until the end
-constexpr int64_t kProgramPad = 16;       // rows of summed matrices are padded to a multiple of this
+constexpr int64_t kProgramForwardRows = 64;  // of a tile of the forward, at most
+constexpr int64_t kProgramMostRows = 128;    // of a tile
+constexpr int64_t kProgramGroups = 16;       // most groups of a batch
+constexpr int64_t kProgramLanes = 16;        // sums over rows are kept in lanes until the end
+constexpr int64_t kProgramPad = 16;          // rows of summed matrices are padded to a multiple of this
 
 struct ProgramMatrix {
   char* data;        // of the compute type; null: absent
@@ -77,8 +78,11 @@ struct ProgramArgs {
 // the matrix is transposed if that wastes less padding
 struct ProgramSum {
   int64_t offset;
+  int64_t uses;  // instructions that add to it
   int64_t rows, cols, width;
   bool matrix, transposed;
+  // whether the first tile of a group writes it; else it starts at 0
+  bool written() const { return matrix && uses == 1; }
   char* grad;  // the result, contiguous: (rows, cols) or, if transposed, (cols, rows); a vector (rows,)
 };
 

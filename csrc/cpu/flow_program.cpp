@@ -118,10 +118,13 @@ void backward_units(const ProgramBackward& a, int64_t begin, int64_t end) {
   t.grad_logdet = grad_logdet;
   for (int64_t u = begin; u < end; ++u) {
     t.sums = a.sum ? (T*)a.group_sums + u * a.group_size : nullptr;
-    if (t.sums) clear(t.sums, a.group_size);
+    for (int64_t k = 0; t.sums && k < a.sums; ++k) {
+      if (!a.sum[k].written()) clear(t.sums + a.sum[k].offset, a.sum[k].rows * a.sum[k].width);
+    }
     const int64_t last = smaller((u + 1) * a.unit_rows, a.rows);
     for (int64_t row = u * a.unit_rows; row < last; row += a.tile_rows) {
       place_rows(t, row, smaller(a.tile_rows, last - row));
+      t.adds = row > u * a.unit_rows;
       run_forward(t);
       load_gradients(t);
       run_backward(t);

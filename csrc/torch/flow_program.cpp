@@ -83,6 +83,7 @@ class Reader {
       require(w.scalar_type() == x.scalar_type() && w.dim() <= 2);
       if (!w.is_contiguous()) w = torch::stable::contiguous(w);
     }
+    uses_.resize(weights.size());
     a.x = rows_of(x);
     if (context) a.context = rows_of(*context);
     const std::vector<int64_t>* outputs = columns();
@@ -114,6 +115,8 @@ class Reader {
     cpu::flow_program_prepare(a_, 0, a_.instructions);
   }
 
+  const std::vector<int64_t>& uses() const { return uses_; }
+
   // smallest number of tiles per thread
   int64_t grain() const { return ceil_div(kGrain, a_.tile_rows * (work_ + 8 * a_.columns * a_.instructions + 1)); }
 
@@ -142,11 +145,16 @@ class Reader {
     return weights_[place];
   }
 
+  const char* memory(int64_t place) {
+    ++uses_[place];
+    return (const char*)weights_[place].data_ptr();
+  }
+
   // the memory of weight `place`, a vector (size,); null for -1
   const char* vector(int64_t place, int64_t size) {
     if (place == -1) return nullptr;
     require(weight(place).dim() == 1 && weight(place).size(0) == size);
-    return (const char*)weight(place).data_ptr();
+    return memory(place);
   }
 
   // the memory of a matrix of the size of d
@@ -154,13 +162,13 @@ class Reader {
     const Tensor& w = weight(d.weight_place);
     require(w.dim() == 2 && w.size(0) == d.size && w.size(1) == d.inputs);
     work_ += d.size * d.inputs;
-    return (const char*)w.data_ptr();
+    return memory(d.weight_place);
   }
 
   const char* number(int64_t place) {
     if (place == -1) return nullptr;
     require(weight(place).dim() == 0);
-    return (const char*)weight(place).data_ptr();
+    return memory(place);
   }
 
   void widen(int64_t columns) { a_.width = std::max(a_.width, columns); }
@@ -299,7 +307,8 @@ class Reader {
   std::deque<std::vector<ProgramDense>> dense_;  // of networks and linear maps, in order
   int64_t params_ = 0;                           // numbers that the last conditioner returns, until they are taken
   int64_t factors_ = 0;
-  int64_t work_ = 0;  // multiply-adds of a row
+  std::vector<int64_t> uses_;  // of every weight
+  int64_t work_ = 0;           // multiply-adds of a row
   std::vector<double> logdets_;
   Tensor factor_memory_;
 };
@@ -307,7 +316,7 @@ class Reader {
 // rows of a tile: at least eight tiles to share among threads, as long as they are not too small
 int64_t rows_of_tile(int64_t rows) {
   const int64_t share = round_up(ceil_div(rows, 8), kProgramRows);
-  return std::min(std::max(share, kProgramRows), kProgramMostRows);
+  return std::min(std::max(share, kProgramRows), kProgramForwardRows);
 }
 
 // runs the kernel over all units; every thread has memory of its own
@@ -338,13 +347,15 @@ std::tuple<Tensor, Tensor> flow_program(Tensor x, Optional context, Tensors weig
 }
 
 // sums of the gradients of the weights: a matrix as (rows, cols), or transposed where that wastes less padding
-std::vector<ProgramSum> sums_of(const Tensors& weights, const Tensors& grads, int64_t& size) {
+std::vector<ProgramSum> sums_of(const Tensors& weights, const Tensors& grads, const std::vector<int64_t>& uses,
+                                int64_t& size) {
   std::vector<ProgramSum> sums;
   size = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& w = weights[i];
     ProgramSum s{};
     s.grad = (char*)grads[i].data_ptr();
+    s.uses = uses[i];
     s.matrix = w.dim() == 2;
     s.rows = w.dim() > 0 ? w.size(0) : 1;
     s.cols = s.matrix ? w.size(1) : 1;
@@ -358,11 +369,15 @@ std::vector<ProgramSum> sums_of(const Tensors& weights, const Tensors& grads, in
   return sums;
 }
 
-// most groups for sums of `size` elements each: their memory is limited, but four threads have work
-int64_t groups_of(int64_t size) {
+// Rows of a group whose sums have `size` elements. Groups are of equal size; the memory of their sums is limited; and
+// large sums are not for few rows, since they would cost more than the products. But four threads have work.
+int64_t rows_of_group(int64_t rows, int64_t size) {
   int64_t groups = kProgramGroups;
   while (groups > 4 && groups * size > (int64_t(1) << 24)) groups /= 2;
-  return groups;
+  const auto share = [&](int64_t parts) { return round_up(ceil_div(rows, parts), kProgramRows); };
+  const int64_t few = kProgramMostRows / 2;
+  const int64_t least = size > (1 << 16) ? std::min(std::max(share(4), few), kProgramMostRows) : few;
+  return std::max(share(groups), least);
 }
 
 Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, Optional context, Tensors weights,
@@ -392,9 +407,8 @@ Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, O
   if (need_x) a.grad_x = Reader::rows_of(grads[0]);
   if (need_context && context) a.grad_context = Reader::rows_of(grads[1]);
   std::vector<ProgramSum> sums;
-  if (need_weights) sums = sums_of(weights, of_weights, a.group_size);
-  // groups of equal size
-  a.unit_rows = std::max(round_up(ceil_div(a.rows, groups_of(a.group_size)), kProgramRows), kProgramMostRows);
+  if (need_weights) sums = sums_of(weights, of_weights, reader.uses(), a.group_size);
+  a.unit_rows = rows_of_group(a.rows, a.group_size);
   const int64_t units = ceil_div(a.rows, a.unit_rows);
   a.tile_rows = round_up(ceil_div(a.unit_rows, ceil_div(a.unit_rows, kProgramMostRows)), kProgramRows);
   reader.reserve(x);

@@ -75,10 +75,10 @@ void turn(const ProgramTile<T>& t, const Columns<T>& from, int64_t width) {
   }
 }
 
-// sums[i][c] += sum over the rows of left[i] * turned[c], for Rows x Cols of them
+// sums[i][c] = sum over the rows of left[i] * turned[c], for Rows x Cols of them; `add`: to what is there
 template <int Rows, int Cols, class T>
 PYFLOW_FN void outer_tile(const ProgramTile<T>& t, const Columns<T>& left, int64_t i, int64_t c, int64_t width,
-                          T* __restrict sums) {
+                          bool add, T* __restrict sums) {
   T sum[Rows][Cols] = {};
   for (int64_t b = 0; b < t.blocks; ++b) {
     const T* __restrict l = left.at(b, i);
@@ -95,18 +95,19 @@ PYFLOW_FN void outer_tile(const ProgramTile<T>& t, const Columns<T>& left, int64
     }
   }
   for (int j = 0; j < Rows; ++j) {
-    for (int k = 0; k < Cols; ++k) sums[(i + j) * width + c + k] += sum[j][k];
+    T* __restrict to = sums + (i + j) * width + c;
+    for (int k = 0; k < Cols; ++k) to[k] = add ? to[k] + sum[j][k] : sum[j][k];
   }
 }
 
 template <int Rows, class T>
-void outer_columns(const ProgramTile<T>& t, const Columns<T>& left, int64_t width, T* sums, int64_t i) {
+void outer_columns(const ProgramTile<T>& t, const Columns<T>& left, int64_t width, bool add, T* sums, int64_t i) {
   for (; i + Rows <= left.count; i += Rows) {
     int64_t c = 0;
-    for (; c + kWidth<T> <= width; c += kWidth<T>) outer_tile<Rows, kWidth<T>>(t, left, i, c, width, sums);
-    if (c < width) outer_tile<Rows, kProgramPad>(t, left, i, c, width, sums);
+    for (; c + kWidth<T> <= width; c += kWidth<T>) outer_tile<Rows, kWidth<T>>(t, left, i, c, width, add, sums);
+    if (c < width) outer_tile<Rows, kProgramPad>(t, left, i, c, width, add, sums);
   }
-  if constexpr (Rows > 1) outer_columns<Rows / 2>(t, left, width, sums, i);
+  if constexpr (Rows > 1) outer_columns<Rows / 2>(t, left, width, add, sums, i);
 }
 
 // adds the gradient of W, and of b, of h = W in + b to the sums of the group
@@ -116,7 +117,7 @@ void add_weight_gradients(const ProgramTile<T>& t, const ProgramDense& d, const 
   if (!t.sums) return;
   const ProgramSum& s = t.back->sum[d.weight_place];
   turn(t, s.transposed ? gout : in, s.width);
-  outer_columns<kRows>(t, s.transposed ? in : gout, s.width, t.sums + s.offset, 0);
+  outer_columns<kRows>(t, s.transposed ? in : gout, s.width, t.adds || !s.written(), t.sums + s.offset, 0);
   if (d.bias_place < 0) return;
   for (int64_t b = 0; b < t.blocks; ++b) {
     for (int64_t i = 0; i < d.size; ++i) add_lanes(b, gout.at(b, i), lanes_of(t, d.bias_place, i));

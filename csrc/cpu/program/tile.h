@@ -33,6 +33,7 @@ struct ProgramTile {
   T* grad_logdet = nullptr;  // of every row
   T* turned = nullptr;       // a transposed array
   T* sums = nullptr;         // of the group; null: no gradients of weights
+  bool adds = false;         // whether the group has sums of tiles before this one
 
   int64_t padded() const { return blocks * kWidth<T>; }
   Columns<T> taped_at(int64_t place, int64_t count) const { return {tape + place * padded(), count}; }
