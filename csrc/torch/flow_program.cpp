@@ -1,11 +1,13 @@
 #include "../args/flow_program.h"
 
 #include <algorithm>
-#include <cstdlib>
+#include <charconv>
 #include <deque>
 #include <iterator>
 #include <memory>
 #include <string>
+#include <string_view>
+#include <system_error>
 #include <vector>
 
 #include "device.h"
@@ -18,50 +20,48 @@ using Tensors = std::vector<Tensor>;
 
 void require(bool fits) { STD_TORCH_CHECK(fits, "flow_program: the code does not fit its tensors"); }
 
-// reads the words of a code one after the other, see Program.encode in pyflow/program.py
+// Reads the words of a code one after the other, see Program.encode in pyflow/program.py. A process may have a locale
+// with another decimal point, which from_chars does not heed.
 class Words {
  public:
-  explicit Words(const std::string& text) : at_(text.c_str()) {}
+  explicit Words(const std::string& text) : at_(text.data()), end_(at_ + text.size()) {}
 
-  int64_t integer() {
-    char* end = nullptr;
-    const int64_t value = std::strtoll(at_, &end, 10);
-    return advance(end, value);
-  }
+  int64_t integer() { return number<int64_t>(); }
+  double real() { return number<double>(); }
   bool flag() { return integer() != 0; }
-  bool end() const { return *at_ == 0; }
-  // one of `names`
+  // the place of the next word among `names`
   template <size_t N>
   int word(const char* const (&names)[N]) {
-    while (*at_ == ' ') ++at_;
-    for (size_t i = 0; i < N; ++i) {
-      const size_t size = std::char_traits<char>::length(names[i]);
-      if (std::char_traits<char>::compare(at_, names[i], std::min(size, std::char_traits<char>::length(at_))) != 0)
-        continue;
-      if (at_[size] != ' ' && at_[size] != 0) continue;
-      at_ += size;
-      return int(i);
-    }
-    require(false);
-    return 0;
+    skip();
+    const char* last = std::find(at_, end_, ' ');
+    const std::string_view found(at_, size_t(last - at_));
+    const size_t place = size_t(std::find(names, names + N, found) - names);
+    require(place < N);
+    at_ = last;
+    return int(place);
   }
-  double real() {
-    char* end = nullptr;
-    const double value = std::strtod(at_, &end);
-    return advance(end, value);
-  }
+  bool end() const { return at_ == end_; }
 
  private:
+  void skip() {
+    if (at_ != end_ && *at_ == ' ') ++at_;
+  }
+
   template <class V>
-  V advance(char* end, V value) {
-    require(end != at_);
-    at_ = end;
+  V number() {
+    skip();
+    V value{};
+    const std::from_chars_result read = std::from_chars(at_, end_, value);
+    require(read.ec == std::errc() && (read.ptr == end_ || *read.ptr == ' '));
+    at_ = read.ptr;
     return value;
   }
 
   const char* at_;
+  const char* end_;
 };
 
+constexpr int64_t kMostLayers = 1 << 16;   // of a network
 constexpr int64_t kMostColumns = 1 << 24;  // that an instruction names
 constexpr int64_t kGrain = 1 << 19;        // multiply-adds that are worth a thread: a few microseconds
 
@@ -77,8 +77,9 @@ class Reader {
     a.columns = words_.integer();
     a.context_columns = words_.integer();
     require(x.size(1) == a.columns && a.context_columns == (context ? context->size(1) : 0));
-    if (context)
+    if (context) {
       require(context->dim() == 2 && context->size(0) == a.rows && context->scalar_type() == x.scalar_type());
+    }
     for (Tensor& w : weights) {
       require(w.scalar_type() == x.scalar_type() && w.dim() <= 2);
       if (!w.is_contiguous()) w = torch::stable::contiguous(w);
@@ -224,7 +225,7 @@ class Reader {
   void read_mlp(ProgramInstruction& in) {
     in.context = words_.flag();
     in.layers = words_.integer();
-    require(in.layers > 0);
+    require(in.layers > 0 && in.layers <= kMostLayers);
     dense_.emplace_back(in.layers);
     in.dense = dense_.back().data();
     int64_t inputs = in.count + (in.context ? a_.context_columns : 0);
