@@ -46,7 +46,7 @@ def flow_program(
         log-determinants are summed in float32 within an instruction and in float64 over instructions. Gradients of
         weights are summed over at most 16 groups of rows, which depend on B and the weights' sizes alone: the same bits
         for any number of threads. Double backward runs the plain-torch reference, as do GPUs. autocast changes nothing.
-        A second program of one compiled function needs torch.compile(dynamic=False) on torch 2.11; `fuse` needs nothing.
+        A second program of one compiled function needs torch.compile(dynamic=False) on torch 2.11, but not with `fuse`.
 
     Source:
         Layer by layer: Dinh et al. 2014, arXiv:1410.8516; Dinh et al. 2016, arXiv:1605.08803.
