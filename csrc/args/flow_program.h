@@ -10,7 +10,8 @@
 namespace pyflow {
 
 // Rows are processed in tiles. A unit of the forward is a tile; a unit of the backward is a group of neighbouring tiles
-// whose gradients of weights are summed one after the other. Both depend on the batch alone.
+// whose gradients of weights are summed one after the other. Tiles depend on the batch alone, groups on the sizes of
+// the weights too.
 constexpr int64_t kProgramRows = 32;  // tiles are multiples of this, as are the rows that an instruction set handles
 constexpr int64_t kProgramForwardRows = 64;  // of a tile of the forward, at most
 constexpr int64_t kProgramMostRows = 128;    // of a tile

@@ -12,11 +12,6 @@
 namespace pyflow::PYFLOW_ISA {
 namespace {
 
-template <class T>
-void clear(T* values, int64_t n) {
-  __builtin_memset(values, 0, size_t(n) * sizeof(T));
-}
-
 // a tile without its rows
 template <class T>
 ProgramTile<T> new_tile(const ProgramArgs& a, const ProgramBackward* back) {
@@ -95,9 +90,9 @@ void forward_units(const ProgramArgs& a, int64_t begin, int64_t end) {
 template <class T>
 void load_gradients(const ProgramTile<T>& t) {
   const ProgramBackward& a = *t.back;
-  clear(t.grad.data, t.grad.count * t.padded());
-  clear(t.grad_context.data, t.grad_context.count * t.padded());
-  clear(t.grad_logdet, t.padded());
+  fill(t.grad.data, T(0), t.grad.count * t.padded());
+  fill(t.grad_context.data, T(0), t.grad_context.count * t.padded());
+  fill(t.grad_logdet, T(0), t.padded());
   if (a.grad_y.data) {
     const Columns<T> gy{t.scratch.data, a.output_count};
     load_rows<true>(t, a.grad_y, gy);
@@ -119,7 +114,7 @@ void backward_units(const ProgramBackward& a, int64_t begin, int64_t end) {
   for (int64_t u = begin; u < end; ++u) {
     t.sums = a.sum ? (T*)a.group_sums + u * a.group_size : nullptr;
     for (int64_t k = 0; t.sums && k < a.sums; ++k) {
-      if (!a.sum[k].written()) clear(t.sums + a.sum[k].offset, a.sum[k].rows * a.sum[k].width);
+      if (!a.sum[k].written()) fill(t.sums + a.sum[k].offset, T(0), a.sum[k].rows * a.sum[k].width);
     }
     const int64_t last = smaller((u + 1) * a.unit_rows, a.rows);
     for (int64_t row = u * a.unit_rows; row < last; row += a.tile_rows) {
