@@ -90,7 +90,7 @@ SCALE_MAPS = ("exp", "sigmoid", "sigmoid_inv", "softplus", "tanh", "atan", "soft
 PACKINGS = ("shift_scale", "scale_shift", "interleaved")
 SPLINE_VARIANTS = ("nflows", "normflows", "zuko")
 TAILS = ("linear", "circular")
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "silu", "gelu", "elu", "sigmoid")
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "silu", "gelu", "elu", "sigmoid", "clamp_exp")
 PRIORS = ("gaussian", "logistic")
 NOISES = ("uniform", "normal")
 # the purpose of a draw is the top byte of the last counter word, so that draws of two purposes share no words

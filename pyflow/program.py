@@ -49,13 +49,14 @@ class Linear(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """One layer of an `MLP`: h = act(W h + b).
+    """Part of a `Net`: h = act(W h + b), with (mask * W) h if there is a mask.
 
     Attributes:
         weight, bias: places of tensors (size, inputs) and (size,) among the weights; -1 for no bias.
         size: number of outputs.
         activation: index into ACTIVATIONS.
         arg: negative slope of leaky_relu, alpha of elu.
+        mask: place of a tensor of the weight's shape; -1 for none. It is constant: it gets no gradient.
     """
 
     weight: int
@@ -63,20 +64,85 @@ class Dense(NamedTuple):
     size: int
     activation: int = 0
     arg: float = 0.0
+    mask: int = -1
 
 
-class MLP(NamedTuple):
+class Activation(NamedTuple):
+    """Part of a `Net`: h = act(h), see `Dense`."""
+
+    activation: int
+    arg: float = 0.0
+
+
+class Residual(NamedTuple):
+    """Part of a `Net`: h = h + parts(h)."""
+
+    parts: tuple[Part, ...]
+
+
+class Context(NamedTuple):
+    """Part of a `Net`: h = h + act(W c + b) with the context c, or with a gate h = h act(W c + b)."""
+
+    dense: Dense
+    gate: bool = False
+
+
+class Norm(NamedTuple):
+    """Part of a `Net`: h = (h - mean) / sqrt(variance + eps) * weight + bias, over the numbers of h.
+
+    Attributes:
+        weight, bias: places of tensors (size,); -1 for none.
+        eps: > 0.
+        unbiased: whether the variance divides by size - 1.
+    """
+
+    weight: int
+    bias: int
+    eps: float
+    unbiased: bool = False
+
+
+class Elementwise(NamedTuple):
+    """Part of a `Net`: h = factor h + shift.
+
+    Attributes:
+        factor, shift: places of tensors (size,); -1 for none.
+    """
+
+    factor: int
+    shift: int
+
+
+class Periodic(NamedTuple):
+    """Part of a `Net`: h_i = sine sin(scale h_i) + cosine cos(scale h_i) + bias for some of its numbers.
+
+    Attributes:
+        columns: which numbers of h, n.
+        scale, sine, cosine, bias: places of tensors (n,); -1 for no bias. The scale is constant: no gradient.
+    """
+
+    columns: Columns
+    scale: int
+    sine: int
+    cosine: int
+    bias: int = -1
+
+
+Part = typing.Union[Dense, Activation, Residual, Context, Norm, Elementwise, Periodic]  # noqa: UP007
+
+
+class Net(NamedTuple):
     """A conditioner: computes, from some columns and the context, the numbers that one later transform takes.
 
     Attributes:
-        columns: the inputs of the first layer.
+        columns: the inputs of the first part.
         context: whether the context's columns are further inputs, after the others.
-        layers: at least one.
+        parts: at least one; the first reads the inputs.
     """
 
     columns: Columns
     context: bool
-    layers: tuple[Dense, ...]
+    parts: tuple[Part, ...]
 
 
 class Additive(NamedTuple):
@@ -111,8 +177,9 @@ class Prior(NamedTuple):
     prior: int = 0
 
 
-Instruction = typing.Union[Scale, Linear, MLP, Additive, Affine, Prior]  # noqa: UP007 (get_args on Python 3.10)
-_NAMED = {kind.__name__.lower(): kind for kind in get_args(Instruction)}
+# get_args of Python 3.10 takes no X | Y
+Instruction = typing.Union[Scale, Linear, Net, Additive, Affine, Prior]  # noqa: UP007
+_NAMED = {union: {kind.__name__.lower(): kind for kind in get_args(union)} for union in (Instruction, Part)}
 
 
 class Program(NamedTuple):
@@ -134,7 +201,7 @@ class Program(NamedTuple):
         """Return the text that the operator takes: words between spaces.
 
         An integer or a flag is one number, a tuple its length and its items, columns the number of their runs and
-        (first, step, count) of each, an instruction its name and its fields.
+        (first, step, count) of each, an instruction or a part of a net its name and its fields.
         """
         return " ".join(_encode(self, Program))
 
@@ -180,7 +247,7 @@ def _fields(kind: Any) -> list[Any]:
 
 
 def _encode(value: Any, kind: Any) -> Iterator[str]:
-    if kind is Instruction:
+    if kind in _NAMED:
         kind = type(value)
         yield kind.__name__.lower()
     if kind in (int, bool):
@@ -201,8 +268,8 @@ def _encode(value: Any, kind: Any) -> Iterator[str]:
 
 
 def _decode(code: Iterator[str], kind: Any) -> Any:
-    if kind is Instruction:
-        kind = _NAMED[next(code)]
+    if kind in _NAMED:
+        kind = _NAMED[kind][next(code)]
     if kind in (int, bool, float):
         return kind(int(next(code))) if kind is bool else kind(next(code))
     if kind == Columns:

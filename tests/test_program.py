@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyflow.program import MLP, Additive, Affine, Dense, Instruction, Linear, Prior, Program, Scale, runs_of
+from pyflow.program import Additive, Affine, Dense, Instruction, Linear, Net, Prior, Program, Scale, runs_of
 
-NET = MLP((5, 0, 5), True, (Dense(0, 1, 8, 1), Dense(2, -1, 4, 2, 0.01)))
+NET = Net((5, 0, 5), True, (Dense(0, 1, 8, 1), Dense(2, -1, 4, 2, 0.01)))
 EVERY = (
     Scale((3, 2, 1), 4, -1, True, False), Linear((0, 2), 5), Linear((0, 2), 5, 6, 7), NET, Additive((1, 4), True), NET,
     Affine((1, 4), 3, 2, 0.1, False, True), Prior((0, 2, 4), 1), Prior(()), Scale((), -1, -1),
@@ -33,7 +33,7 @@ def test_the_text_of_a_program():
     # what csrc/torch reads: changing it changes both sides
     program = Program(6, 2, (5, 4, 3), EVERY[:1] + EVERY[3:4] + (Affine((1, 3, 5), 3, 2, 0.5, True),))
     assert program.encode() == (
-        "6 2 1 5 -1 3 3 scale 1 3 -1 3 4 -1 1 0 mlp 2 5 -5 2 5 1 1 1 2 0 1 8 1 0.0 2 -1 4 2 0.01 "
+        "6 2 1 5 -1 3 3 scale 1 3 -1 3 4 -1 1 0 net 2 5 -5 2 5 1 1 1 2 0 1 8 1 0.0 2 -1 4 2 0.01 "
         "affine 1 1 2 3 3 2 0.5 1 0"
     )
     assert Program(0, 0, (), ()).encode() == "0 0 0 0"
@@ -70,7 +70,7 @@ def test_any_columns_come_back(columns):
 @settings(max_examples=200, deadline=None)
 @given(st.floats(allow_nan=False))
 def test_any_float_comes_back(value):
-    program = Program(2, 0, (), (MLP((0,), False, (Dense(0, -1, 2, 2, value),)), Affine((1,), 3, 0, value)))
+    program = Program(2, 0, (), (Net((0,), False, (Dense(0, -1, 2, 2, value),)), Affine((1,), 3, 0, value)))
     back = Program.decode(program.encode())
     assert back == program
     assert back.instructions[1].map_arg.hex() == (value + 0.0).hex()

@@ -64,7 +64,7 @@ class Tape:
         # a network that takes a context needs one, and others take none
         if context != bool(self.context):
             raise DoesNotFit
-        self.add(p.MLP(kept, context, layers))
+        self.add(p.Net(kept, context, layers))
 
 
 class Computed(NamedTuple):

@@ -61,7 +61,7 @@ def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fuse
         >>> flow = fuse([ActNorm(2), AffineCoupling(nn.Linear(1, 2))])
         >>> y, logdet = flow(torch.randn(8, 2))
         >>> print(flow.explain())
-        flow.layers.0 to flow.layers.1: fused, 1 ActNorm, 1 AffineCoupling as 1 Scale, 1 MLP, 1 Affine
+        flow.layers.0 to flow.layers.1: fused, 1 ActNorm, 1 AffineCoupling as 1 Scale, 1 Net, 1 Affine
     """
     if isinstance(flow, (list, tuple)) or type(flow) in (nn.Sequential, nn.ModuleList):
         flow = ReversibleSequential(*_flat(flow), recompute=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 from collections.abc import Sequence
@@ -14,7 +15,25 @@ from .. import _checks as check
 from .._operators import register
 from .._schemas import PACKINGS, PRIORS, SCALE_MAPS
 from .._torch import evaluated_while_traced, is_batched_gradient
-from ..program import ACTIVATIONS, MLP, Additive, Affine, Dense, Instruction, Linear, Prior, Program, Scale
+from ..program import (
+    ACTIVATIONS,
+    Activation,
+    Additive,
+    Affine,
+    Context,
+    Dense,
+    Elementwise,
+    Instruction,
+    Linear,
+    Net,
+    Norm,
+    Part,
+    Periodic,
+    Prior,
+    Program,
+    Residual,
+    Scale,
+)  # fmt: skip
 from ..reference import flow_program as ref
 
 
@@ -53,7 +72,7 @@ def flow_program(
 
     Example:
         >>> from pyflow import program as p
-        >>> net = p.MLP((0,), False, (p.Dense(0, 1, 8, p.ACTIVATIONS.index("relu")), p.Dense(2, 3, 2)))
+        >>> net = p.Net((0,), False, (p.Dense(0, 1, 8, p.ACTIVATIONS.index("relu")), p.Dense(2, 3, 2)))
         >>> flow = p.Program(2, 0, (0, 1), (net, p.Affine((1,), scale_map=0, packing=0, map_arg=0.0)))
         >>> weights = [torch.ones(8, 1), torch.zeros(8), torch.zeros(2, 8), torch.tensor([1.0, 2.0])]
         >>> y, logdet = flow_program(torch.tensor([[1.0, 1.0]]), flow, weights)
@@ -118,21 +137,27 @@ class _Checker:
     """Holds the instructions of a program to its columns and to the number of weights.
 
     `params` is how many numbers the last conditioner returns, `shapes` the weights that instructions name: what for,
-    place and shape.
+    place and shape; `masked` weights and `constants` name where a weight must not be used otherwise.
     """
 
     def __init__(self, program: Program, count: int) -> None:
         self.program, self.count, self.params, self.where = program, count, 0, ""
         self.shapes: list[tuple[str, int, tuple[int, ...]]] = []
+        self.masked: list[tuple[str, int]] = []
+        self.constants: list[tuple[str, int]] = []
 
     def fail(self, rule: str) -> NoReturn:
         raise ValueError(f"flow_program: {self.where}: {rule}")
 
     def columns(self, columns: Any, unique: bool = True) -> int:
+        return self.named(columns, self.program.columns, unique)
+
+    def named(self, columns: Any, count: int, unique: bool = True) -> int:
+        """Return how many of `count` columns are named."""
         if not isinstance(columns, tuple) or not all(isinstance(c, int) for c in columns):
             self.fail(f"columns must be a tuple of integers, got {check.shown(columns)}")
-        if not all(0 <= c < self.program.columns for c in columns):
-            self.fail(f"columns must be 0 to {self.program.columns - 1}, got {check.shown(columns)}")
+        if not all(0 <= c < count for c in columns):
+            self.fail(f"columns must be 0 to {count - 1}, got {check.shown(columns)}")
         if unique and len(set(columns)) != len(columns):
             self.fail(f"columns must differ, got {check.shown(columns)}")
         return len(columns)
@@ -143,6 +168,17 @@ class _Checker:
         if not isinstance(place, int) or not 0 <= place < self.count:
             self.fail(f"{name} must be the place of one of {self.count} weights, got {check.shown(place)}")
         self.shapes.append((f"{self.where}: {name}", place, shape))
+
+    def uses(self) -> None:
+        """Hold weights with a mask to one use, and constants to have no gradient elsewhere."""
+        named = collections.Counter(place for _, place, _ in self.shapes)
+        for where, place in self.masked:
+            if named[place] > 1:
+                raise ValueError(f"flow_program: {where}: a weight with a mask must be named once, got {named[place]}")
+        constant = collections.Counter(place for _, place in self.constants)
+        for where, place in self.constants:
+            if named[place] > constant[place]:
+                raise ValueError(f"flow_program: {where}: a mask or scale must be no other weight, got {place}")
 
     def takes(self, count: int) -> None:
         if self.params != count:
@@ -175,26 +211,80 @@ class _Checker:
         self.weight("bias", linear.bias, (n,))
         self.weight("logdet", linear.logdet, ())
 
-    def mlp(self, mlp: MLP) -> None:
-        size = self.columns(mlp.columns, unique=False)
-        self.flags(mlp, "context")
-        if mlp.context and not self.program.context:
+    def net(self, net: Net) -> None:
+        size = self.columns(net.columns, unique=False)
+        self.flags(net, "context")
+        if net.context and not self.program.context:
             self.fail("context must be false in a program without context")
-        if not isinstance(mlp.layers, tuple) or not mlp.layers:
-            self.fail(f"layers must be a tuple of at least one, got {check.shown(mlp.layers)}")
-        if mlp.context:
+        if net.context:
             size += self.program.context
-        for dense in mlp.layers:
-            if not isinstance(dense, Dense) or not isinstance(dense.size, int) or dense.size < 1:
-                self.fail(f"layers must be Dense of at least one output, got {check.shown(dense)}")
-            self.weight("weight", dense.weight, (dense.size, size), False)
-            self.weight("bias", dense.bias, (dense.size,))
-            self.index("activation", dense.activation, ACTIVATIONS)
-            self.number("arg", dense.arg)
-            size = dense.size
+        size = self.parts(net.parts, size)
         if self.params:
             self.fail("a transform must take what the conditioner before it returns")
         self.params = size
+
+    def parts(self, parts: Any, size: int) -> int:
+        """Return how many numbers the parts of a net return for `size` of them."""
+        if not isinstance(parts, tuple) or not parts:
+            self.fail(f"parts must be a tuple of at least one, got {check.shown(parts)}")
+        for part in parts:
+            if type(part) not in _PARTS:
+                self.fail(f"parts must be of pyflow.program's parts of a net, got {check.shown(part)}")
+            size = getattr(self, f"{type(part).__name__.lower()}_part")(part, size)
+        return size
+
+    def dense_part(self, dense: Any, inputs: int) -> int:
+        if not isinstance(dense, Dense) or not isinstance(dense.size, int) or dense.size < 1:
+            self.fail(f"a layer must be Dense of at least one output, got {check.shown(dense)}")
+        self.weight("weight", dense.weight, (dense.size, inputs), False)
+        self.weight("bias", dense.bias, (dense.size,))
+        self.weight("mask", dense.mask, (dense.size, inputs))
+        if dense.mask >= 0:
+            self.masked.append((self.where, dense.weight))
+            self.constants.append((self.where, dense.mask))
+        self.activation_part(dense, inputs)
+        return dense.size
+
+    def activation_part(self, part: Activation | Dense, size: int) -> int:
+        self.index("activation", part.activation, ACTIVATIONS)
+        self.number("arg", part.arg)
+        return size
+
+    def residual_part(self, residual: Residual, size: int) -> int:
+        inner = self.parts(residual.parts, size)
+        if inner != size:
+            self.fail(f"the parts of a Residual must return as many numbers as they take, {size}, got {inner}")
+        return size
+
+    def context_part(self, context: Context, size: int) -> int:
+        self.flags(context, "gate")
+        if not self.program.context:
+            self.fail("there must be no Context in a program without context")
+        inner = self.dense_part(context.dense, self.program.context)
+        if inner != size:
+            self.fail(f"a Context must return {size} numbers, as many as it meets, got {inner}")
+        return size
+
+    def norm_part(self, norm: Norm, size: int) -> int:
+        self.weight("weight", norm.weight, (size,))
+        self.weight("bias", norm.bias, (size,))
+        self.number("eps", norm.eps)
+        self.flags(norm, "unbiased")
+        return size
+
+    def elementwise_part(self, elementwise: Elementwise, size: int) -> int:
+        self.weight("factor", elementwise.factor, (size,))
+        self.weight("shift", elementwise.shift, (size,))
+        return size
+
+    def periodic_part(self, periodic: Periodic, size: int) -> int:
+        n = self.named(periodic.columns, size)
+        self.weight("scale", periodic.scale, (n,), False)
+        self.weight("sine", periodic.sine, (n,), False)
+        self.weight("cosine", periodic.cosine, (n,), False)
+        self.weight("bias", periodic.bias, (n,))
+        self.constants.append((self.where, periodic.scale))
+        return size
 
     def additive(self, additive: Additive) -> None:
         self.takes(self.columns(additive.columns))
@@ -214,7 +304,7 @@ class _Checker:
         self.index("prior", prior.prior, PRIORS)
 
 
-_KINDS = get_args(Instruction)
+_KINDS, _PARTS = get_args(Instruction), get_args(Part)
 
 
 @evaluated_while_traced
@@ -242,6 +332,7 @@ def _lay(program: Program, kinds: tuple, count: int) -> tuple[str, list[tuple[st
         getattr(checker, kind.__name__.lower())(instruction)
     if checker.params:
         checker.fail("a transform must take what the last conditioner returns")
+    checker.uses()
     return program.encode(), checker.shapes
 
 
@@ -286,7 +377,7 @@ _run = register(
 def warmup(x: Tensor, **other: Any) -> list[Tensor]:
     if x.dtype not in (torch.float32, torch.float64):
         return []
-    mlp = MLP((0,), False, (Dense(0, -1, 2),))
-    program = Program(2, 0, (0, 1), (mlp, Affine((1,), 0, 0, 0.0)))
+    net = Net((0,), False, (Dense(0, -1, 2),))
+    program = Program(2, 0, (0, 1), (net, Affine((1,), 0, 0, 0.0)))
     weight = x.new_zeros(2, 1)
     return list(flow_program(x[:, :2], program, [weight]))

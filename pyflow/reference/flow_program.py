@@ -10,7 +10,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._schemas import PACKINGS, PRIORS, SCALE_MAPS
-from ..program import MLP, Additive, Affine, Instruction, Linear, Prior, Program, Scale, runs_of
+from ..program import (
+    Activation,
+    Additive,
+    Affine,
+    Context,
+    Dense,
+    Elementwise,
+    Instruction,
+    Linear,
+    Net,
+    Norm,
+    Part,
+    Periodic,
+    Prior,
+    Program,
+    Residual,
+    Scale,
+    runs_of,
+)  # fmt: skip
 from . import matmul
 from .coupling import additive_coupling, affine_coupling_packed, affine_coupling_packed_backward
 from .flow_head import flow_log_prob, flow_log_prob_backward
@@ -25,6 +43,7 @@ ACTIVATE: tuple[Callable[[Tensor, float], Tensor], ...] = (
     lambda h, _: F.gelu(h),
     lambda h, arg: F.elu(h, arg),
     lambda h, _: torch.sigmoid(h),
+    lambda h, _: torch.exp(h.clamp(max=0)),
 )
 # a gradient times the slope at h
 PULL: tuple[Callable[[Tensor, Tensor, float], Tensor], ...] = (
@@ -36,6 +55,7 @@ PULL: tuple[Callable[[Tensor, Tensor, float], Tensor], ...] = (
     lambda g, h, _: g * (torch.special.ndtr(h) + h * torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)),
     lambda g, h, arg: torch.where(h <= 0, g * arg * torch.exp(h.clamp(max=0)), g),
     lambda g, h, _: g * torch.sigmoid(h) * torch.sigmoid(-h),
+    lambda g, h, _: torch.where(h < 0, g * torch.exp(h.clamp(max=0)), 0.0),
 )
 
 
@@ -92,8 +112,8 @@ def _step(
     """Return the state and the conditioner's numbers after an instruction, and what it adds to the log-determinant."""
     at = _at(instruction.columns, h)
     x, none = h.index_select(1, at), h.new_zeros(())
-    if isinstance(instruction, MLP):
-        return h, _layers(instruction, x, context, weights)[-1][1], none
+    if isinstance(instruction, Net):
+        return h, net_output(instruction, x, context, weights), none
     if isinstance(instruction, Prior):
         return h, params, flow_log_prob(x, prior=PRIORS[instruction.prior])
     if isinstance(instruction, Scale):
@@ -127,18 +147,71 @@ def _scale(scale: Scale, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, 
     return ((x + shift) * e if scale.shift_first else x * e + shift), log_scale.sum()
 
 
-def _layers(mlp: MLP, x: Tensor, context: Tensor | None, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return what goes into every layer's activation and what comes out, after a first pair with its inputs."""
-    if mlp.context:
-        assert context is not None
-        x = torch.cat((x, context), 1)
-    pairs = [(x, x)]
-    for dense in mlp.layers:
-        before = matmul(pairs[-1][1], weights[dense.weight].mT)
-        if dense.bias >= 0:
-            before = before + weights[dense.bias]
-        pairs.append((before, ACTIVATE[dense.activation](before, dense.arg)))
-    return pairs
+def net_output(net: Net, x: Tensor, context: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
+    return _parts(net.parts, _inputs(net, x, context), context, weights)[-1]
+
+
+def _inputs(net: Net, x: Tensor, context: Tensor | None) -> Tensor:
+    if not net.context:
+        return x
+    assert context is not None
+    return torch.cat((x, context), 1)
+
+
+def _parts(parts: Sequence[Part], h: Tensor, context: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return what goes into each part, and what comes out of the last."""
+    values = [h]
+    for part in parts:
+        h = values[-1]
+        if isinstance(part, Dense):
+            h = ACTIVATE[part.activation](_before(part, h, weights), part.arg)
+        elif isinstance(part, Activation):
+            h = ACTIVATE[part.activation](h, part.arg)
+        elif isinstance(part, Residual):
+            h = h + _parts(part.parts, h, context, weights)[-1]
+        elif isinstance(part, Context):
+            assert context is not None
+            more = ACTIVATE[part.dense.activation](_before(part.dense, context, weights), part.dense.arg)
+            h = h * more if part.gate else h + more
+        elif isinstance(part, Norm):
+            h = _normalized(part, h)[0]
+            h = _plus(h if part.weight < 0 else h * weights[part.weight], part.bias, weights)
+        elif isinstance(part, Elementwise):
+            h = _plus(h if part.factor < 0 else h * weights[part.factor], part.shift, weights)
+        else:
+            at = _at(part.columns, h)
+            sine, cosine = _waves(part, h.index_select(1, at), weights)
+            wave = _plus(sine * weights[part.sine] + cosine * weights[part.cosine], part.bias, weights)
+            h = h.index_copy(1, at, wave)
+        values.append(h)
+    return values
+
+
+def _plus(h: Tensor, place: int, weights: Sequence[Tensor]) -> Tensor:
+    return h if place < 0 else h + weights[place]
+
+
+def _matrix(dense: Dense, weights: Sequence[Tensor]) -> Tensor:
+    weight = weights[dense.weight]
+    return weight if dense.mask < 0 else weight * weights[dense.mask].detach()
+
+
+def _before(dense: Dense, h: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Return a layer's numbers before its activation."""
+    return _plus(matmul(h, _matrix(dense, weights).mT), dense.bias, weights)
+
+
+def _normalized(norm: Norm, h: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return h with mean 0 and variance 1, the reciprocal of its deviation, and what the variance divides by."""
+    over = h.shape[1] - norm.unbiased
+    centered = h - h.mean(1, keepdim=True)
+    rate = (centered.square().sum(1, keepdim=True) / over + norm.eps).rsqrt()
+    return centered * rate, rate, over
+
+
+def _waves(periodic: Periodic, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    angle = x * weights[periodic.scale].detach()
+    return torch.sin(angle), torch.cos(angle)
 
 
 class _Back:
@@ -159,8 +232,8 @@ class _Back:
         """Go back through an instruction that met the state h and these numbers of a conditioner."""
         at = _at(instruction.columns, h)
         x, grad = h.index_select(1, at), self.h.index_select(1, at)
-        if isinstance(instruction, MLP):
-            self.mlp(instruction, x, at)
+        if isinstance(instruction, Net):
+            self.net(instruction, x, at)
             return
         if isinstance(instruction, Prior):
             grad = grad + flow_log_prob_backward(self.logdet, x, None, prior=PRIORS[instruction.prior])[0]
@@ -192,16 +265,65 @@ class _Back:
         self.add(scale.log_scale, sign * ((grad * y).sum(0) + self.logdet.sum()))
         return scaled
 
-    def mlp(self, mlp: MLP, x: Tensor, at: Tensor) -> None:
-        grad = self.params
-        pairs = _layers(mlp, x, self.given, self.weights)
-        for dense, (_, inputs), (before, _) in zip(mlp.layers[::-1], pairs[-2::-1], pairs[:0:-1], strict=True):
-            grad = PULL[dense.activation](grad, before, dense.arg)
-            self.add(dense.weight, matmul(grad.mT, inputs))
-            self.add(dense.bias, grad.sum(0))
-            grad = matmul(grad, self.weights[dense.weight])
+    def net(self, net: Net, x: Tensor, at: Tensor) -> None:
+        grad = self.parts(net.parts, _inputs(net, x, self.given), self.params)
         count = x.shape[1]
         # the vmap of is_grads_batched has no rule for a slice of the whole
-        self.h = self.h.index_add(1, at, grad[:, :count] if mlp.context else grad)
-        if mlp.context and self.context is not None:
+        self.h = self.h.index_add(1, at, grad[:, :count] if net.context else grad)
+        if net.context and self.context is not None:
             self.context = self.context + grad[:, count:]
+
+    def parts(self, parts: Sequence[Part], h: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient of h from that of what the parts make of it."""
+        values = _parts(parts, h, self.given, self.weights)
+        for part, value in zip(parts[::-1], values[-2::-1], strict=True):
+            if isinstance(part, Dense):
+                grad = self.dense(part, value, grad)
+            elif isinstance(part, Activation):
+                grad = PULL[part.activation](grad, value, part.arg)
+            elif isinstance(part, Residual):
+                grad = grad + self.parts(part.parts, value, grad)
+            elif isinstance(part, Context):
+                grad = self.context_part(part, value, grad)
+            elif isinstance(part, Norm):
+                grad = self.norm(part, value, grad)
+            elif isinstance(part, Elementwise):
+                self.add(part.factor, (grad * value).sum(0))
+                self.add(part.shift, grad.sum(0))
+                grad = grad if part.factor < 0 else grad * self.weights[part.factor]
+            else:
+                grad = self.periodic(part, value, grad)
+        return grad
+
+    def dense(self, dense: Dense, h: Tensor, grad: Tensor) -> Tensor:
+        grad = PULL[dense.activation](grad, _before(dense, h, self.weights), dense.arg)
+        of_weight = matmul(grad.mT, h)
+        self.add(dense.weight, of_weight if dense.mask < 0 else of_weight * self.weights[dense.mask].detach())
+        self.add(dense.bias, grad.sum(0))
+        return matmul(grad, _matrix(dense, self.weights))
+
+    def context_part(self, part: Context, h: Tensor, grad: Tensor) -> Tensor:
+        assert self.given is not None and self.context is not None
+        dense, of_more = part.dense, grad
+        if part.gate:
+            more = ACTIVATE[dense.activation](_before(dense, self.given, self.weights), dense.arg)
+            grad, of_more = grad * more, grad * h
+        self.context = self.context + self.dense(dense, self.given, of_more)
+        return grad
+
+    def norm(self, norm: Norm, h: Tensor, grad: Tensor) -> Tensor:
+        normal, rate, over = _normalized(norm, h)
+        self.add(norm.weight, (grad * normal).sum(0))
+        self.add(norm.bias, grad.sum(0))
+        grad = grad if norm.weight < 0 else grad * self.weights[norm.weight]
+        along = (grad * normal).sum(1, keepdim=True) / over
+        return (grad - grad.mean(1, keepdim=True) - normal * along) * rate
+
+    def periodic(self, periodic: Periodic, h: Tensor, grad: Tensor) -> Tensor:
+        at = _at(periodic.columns, h)
+        (sine, cosine), some = _waves(periodic, h.index_select(1, at), self.weights), grad.index_select(1, at)
+        self.add(periodic.sine, (some * sine).sum(0))
+        self.add(periodic.cosine, (some * cosine).sum(0))
+        self.add(periodic.bias, some.sum(0))
+        slope = self.weights[periodic.sine] * cosine - self.weights[periodic.cosine] * sine
+        return grad.index_copy(1, at, some * slope * self.weights[periodic.scale].detach())

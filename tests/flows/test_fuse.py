@@ -318,9 +318,9 @@ def test_a_changed_layer_is_left_and_named(realnvp, change):
     before = flow.log_prob(x)
     change(flow)
     assert fuse(flow).explain().splitlines() == [
-        "stages.0.layers.0 to stages.0.layers.2: fused, 2 ActNorm, 1 AffineCoupling as 2 Scale, 1 MLP, 1 Affine",
+        "stages.0.layers.0 to stages.0.layers.2: fused, 2 ActNorm, 1 AffineCoupling as 2 Scale, 1 Net, 1 Affine",
         f"stages.0.layers.3 (AffineCoupling): left, {CHANGES[change]}",
-        "stages.0.layers.4 to stages.0.layers.5: fused, 1 ActNorm, 1 AffineCoupling as 1 Scale, 1 MLP, 1 Affine",
+        "stages.0.layers.4 to stages.0.layers.5: fused, 1 ActNorm, 1 AffineCoupling as 1 Scale, 1 Net, 1 Affine",
     ]
     inputs = [x.requires_grad_(), *flow.parameters()]
     with programs(2):
@@ -659,7 +659,7 @@ def test_state_dicts_both_ways(realnvp):
 
 
 def test_explain():
-    assert fuse(NICE(4, couplings=2, hidden=(8,))).explain() == "the flow: fused, 1 NICE as 2 MLP, 2 Additive, 1 Scale"
+    assert fuse(NICE(4, couplings=2, hidden=(8,))).explain() == "the flow: fused, 1 NICE as 2 Net, 2 Additive, 1 Scale"
     flow = NICE(4, couplings=2, hidden=(8,))
     flow.nets[1][1] = nn.Softplus()
     assert fuse(flow).explain() == "the flow (NICE): left, nets.1.1 (Softplus): its class has no instruction"

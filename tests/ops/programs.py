@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyflow._schemas import PACKINGS, PRIORS, SCALE_MAPS
-from pyflow.program import ACTIVATIONS, MLP, Additive, Affine, Dense, Instruction, Linear, Prior, Program, Scale
+from pyflow.program import ACTIVATIONS, Additive, Affine, Dense, Instruction, Linear, Net, Prior, Program, Scale
 
 # the constant of every scale map
 MAP_ARG = {"tanh": 2.0, "atan": 1.5, "softsign": 3.0}
@@ -39,15 +39,15 @@ class Builder:
         weight = self.weight(size, inputs, spread=1 / max(1, inputs) ** 0.5)
         return Dense(weight, self.weight(size) if bias else -1, size, ACTIVATIONS.index(activation), arg)
 
-    def mlp(
+    def net(
         self, columns: Sequence[int], sizes: Sequence[int], activation: str = "relu", *, context: bool = False,
         bias: bool = True, arg: float = 0.1,
-    ) -> MLP:  # fmt: skip
+    ) -> Net:  # fmt: skip
         """Hidden layers and the last one, which has no activation."""
         inputs = [len(columns) + self.context * context, *sizes]
         names = [*[activation] * (len(sizes) - 1), "identity"]
         layers = [self.dense(n, size, name, bias, arg) for n, size, name in zip(inputs[:-1], sizes, names, strict=True)]
-        return MLP(tuple(columns), context, tuple(layers))
+        return Net(tuple(columns), context, tuple(layers))
 
     def affine(
         self, columns: Sequence[int], scale_map: str = "tanh", packing: str = "shift_scale", **options: Any
@@ -67,10 +67,10 @@ class Builder:
             seen, changed = order[:half], order[half:]
             n = len(changed)
             if layer % 3 == 2:
-                net = self.mlp(seen, [*hidden, n], activation, context=self.context > 0)
+                net = self.net(seen, [*hidden, n], activation, context=self.context > 0)
                 instructions += [net, Additive(tuple(changed), inverse=layer % 2 == 1)]
             else:
-                net = self.mlp(seen, [*hidden, 2 * n], activation, context=self.context > 0)
+                net = self.net(seen, [*hidden, 2 * n], activation, context=self.context > 0)
                 instructions += [net, self.affine(changed, packing=PACKINGS[layer % 3])]
             if layer == 0:
                 instructions.append(
@@ -121,7 +121,7 @@ def drawn(one: Callable[..., Any], build: Builder, steps: int, invertible: bool 
             context = build.context > 0 and one(True, False)
             asked |= context
             sizes = [*[one(1, 5, 8, 17, 33)] * one(1, 0, 2), (2 if affine else 1) * len(chosen)]
-            net = build.mlp(seen, sizes, one(*ACTIVATIONS), context=context, bias=one(True, False))
+            net = build.net(seen, sizes, one(*ACTIVATIONS), context=context, bias=one(True, False))
             options = flags()
             instructions.append(net)
             if affine:
@@ -138,7 +138,7 @@ def inverse_of(program: Program, weights: list[Tensor]) -> tuple[Program, list[T
     weights, instructions, net = list(weights), [], None
     pairs: list[tuple[Instruction, ...]] = []
     for instruction in program.instructions:
-        if isinstance(instruction, MLP):
+        if isinstance(instruction, Net):
             net = instruction
         elif isinstance(instruction, Linear):
             inverse = torch.linalg.inv(weights[instruction.weight])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import pyflow
 from pyflow import _backend, ops, testing
 from pyflow._schemas import PACKINGS, PRIORS, SCALE_MAPS
-from pyflow.program import ACTIVATIONS, MLP, Additive, Affine, Dense, Linear, Prior, Program, Scale
+from pyflow.program import ACTIVATIONS, Additive, Affine, Dense, Linear, Net, Prior, Program, Scale
 from pyflow.reference import flow_program as ref
 
 from .programs import Builder, drawn, inverse_of
@@ -80,7 +80,7 @@ def terms(x, program):
     sizes = [x.shape[0], program.columns]
     total = 0
     for instruction in program.instructions:
-        if isinstance(instruction, MLP):
+        if isinstance(instruction, Net):
             sizes += [len(instruction.columns) + program.context, *(dense.size for dense in instruction.layers)]
             total += len(instruction.layers)
         total += 1
@@ -143,7 +143,7 @@ def test_conditioners(activation, dtype):
         for context, bias in [(0, True), (4, False)]:
             build = Builder(7, context)
             # a column that comes twice, in no order, and one that the transform changes
-            net = build.mlp((5, 0, 5, 2), sizes, activation, context=context > 0, bias=bias, arg=0.3)
+            net = build.net((5, 0, 5, 2), sizes, activation, context=context > 0, bias=bias, arg=0.3)
             check_built(build, build.program(net, Additive((6, 2, 1), inverse=bias)), 33, dtype)
 
 
@@ -155,15 +155,15 @@ def test_large_and_small_activations(activation):
         weights = [torch.ones(1, 1), torch.tensor([[0.5]]), torch.zeros(1)]
         layers = Dense(0, -1, 1, ACTIVATIONS.index(activation), 0.2), Dense(1, 2, 1, ACTIVATIONS.index(activation), 0.2)
         x = torch.tensor([[s * 10.0**e, 1.0] for s in (-1, 1) for e in range(-6, 4)] + [[0.0, 1.0], [-0.0, 1.0]])
-        program = build.program(MLP((0,), False, layers), Additive((1,)))
+        program = build.program(Net((0,), False, layers), Additive((1,)))
         check(x.to(dtype), program, [w.to(dtype) for w in weights])
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_widths(width):
     build = Builder(5, 2)
-    net = build.mlp((0, 1, 2), [width, 3], "tanh", context=True)
-    wide = build.mlp((4, 3), [5, width, width, 4], "relu")
+    net = build.net((0, 1, 2), [width, 3], "tanh", context=True)
+    wide = build.net((4, 3), [5, width, width, 4], "relu")
     program = build.program(net, Additive((3, 4, 0)), wide, build.affine((1, 2)))
     for batch in (1, 33):
         check_built(build, program, batch)
@@ -174,7 +174,7 @@ def test_columns(width):
     build = Builder(width + 1, 1)
     half = max(1, width // 2)
     seen, changed = list(range(half)), list(range(half, width + 1))[::-1]
-    net = build.mlp(seen, [9, 2 * len(changed)], "leaky_relu", context=True)
+    net = build.net(seen, [9, 2 * len(changed)], "leaky_relu", context=True)
     program = build.program(net, build.affine(changed, packing="interleaved"), Prior(tuple(range(1, width + 1))))
     check_built(build, program, 34)
 
@@ -185,7 +185,7 @@ def test_affine(scale_map, dtype):
     for packing in PACKINGS:
         for first, inverse in FORMS:
             build = Builder(7)
-            net = build.mlp((0, 3), [12, 10], "elu")
+            net = build.net((0, 3), [12, 10], "elu")
             program = build.program(
                 net, build.affine((5, 1, 2, 0, 6), scale_map, packing, shift_first=first, inverse=inverse)
             )
@@ -196,7 +196,7 @@ def test_affine(scale_map, dtype):
 def test_constants_of_scale_maps(scale_map, arg):
     build = Builder(2)
     affine = build.affine((1,), scale_map)._replace(map_arg=arg)
-    check_built(build, build.program(build.mlp((0,), [2]), affine))
+    check_built(build, build.program(build.net((0,), [2]), affine))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -212,7 +212,7 @@ def test_priors(prior, dtype):
 @pytest.mark.parametrize("outputs", [(), (3,), (3, 1, 0, 2), (2, 2, 0, 2, 1, 1), (0, 2)])
 def test_outputs(outputs):
     build = Builder(4)
-    program = build.program(build.mlp((0,), [6]), build.affine((1, 3, 2)), Prior((1, 2)), outputs=outputs)
+    program = build.program(build.net((0,), [6]), build.affine((1, 3, 2)), Prior((1, 2)), outputs=outputs)
     for batch in (1, 33, 64):
         y, logdet, *_ = check_built(build, program, batch)
         assert y.shape == (batch, len(outputs)) and logdet.shape == (batch,)
@@ -222,8 +222,8 @@ def test_outputs(outputs):
 def test_instructions_between_a_conditioner_and_its_transform(dtype):
     build = Builder(5)
     program = build.program(
-        build.mlp((0, 1), [8, 7, 4], "gelu"), Scale((0, 1, 2), build.weight(3), -1), Prior((0, 4)), Linear((3, 0, 1), build.matrix(3)),
-        Additive((1, 2, 3, 4), inverse=True), build.mlp((4, 1, 2), [9, 4], "silu"), Linear((1, 4, 2, 0), build.matrix(4), build.weight(4)),
+        build.net((0, 1), [8, 7, 4], "gelu"), Scale((0, 1, 2), build.weight(3), -1), Prior((0, 4)), Linear((3, 0, 1), build.matrix(3)),
+        Additive((1, 2, 3, 4), inverse=True), build.net((4, 1, 2), [9, 4], "silu"), Linear((1, 4, 2, 0), build.matrix(4), build.weight(4)),
         build.affine((3, 2)),
     )  # fmt: skip
     for batch in (1, 40):
@@ -235,8 +235,8 @@ def test_few_columns():
     build = Builder(3, 2)
     empty = [
         Scale((), build.weight(0), build.weight(0)), Linear((), build.weight(0, 0), build.weight(0), build.weight()),
-        build.mlp((), [5, 2]), Additive((0, 1)), build.mlp((), [4, 6], context=True), build.affine((0, 1, 2)),
-        build.mlp((0,), [3], context=False)._replace(layers=(build.dense(1, 2),)), Additive((1, 2)),
+        build.net((), [5, 2]), Additive((0, 1)), build.net((), [4, 6], context=True), build.affine((0, 1, 2)),
+        build.net((0,), [3], context=False)._replace(layers=(build.dense(1, 2),)), Additive((1, 2)),
     ]  # fmt: skip
     for batch in (1, 40):
         check_built(build, build.program(*empty), batch)
@@ -249,8 +249,8 @@ def test_few_columns():
 
 def test_a_weight_may_have_several_places():
     build = Builder(4)
-    net = build.mlp((0, 1), [2, 2, 2], "tanh")
-    shared = net._replace(layers=(net.layers[0], net.layers[0], net.layers[2]))
+    net = build.net((0, 1), [2, 2, 2], "tanh")
+    shared = net._replace(layers=(net.parts[0], net.parts[0], net.parts[2]))
     program = build.program(shared, Additive((2, 3)), shared._replace(columns=(2, 3)), Additive((0, 1)))
     x, _ = rows(build, 33)
     weights = [w.float() for w in build.weights]
@@ -258,9 +258,9 @@ def test_a_weight_may_have_several_places():
     assert (got[5] == 0).all() and (got[6] == 0).all()  # those of the second layer, which no instruction names
     # the same tensor in two places of the list
     leaf = weights[0].clone().requires_grad_()
-    apart = net._replace(layers=(net.layers[0], net.layers[1]._replace(weight=2), net.layers[2]))
+    apart = net._replace(layers=(net.parts[0], net.parts[1]._replace(weight=2), net.parts[2]))
     y, _ = ops.flow_program(x, build.program(apart, Additive((2, 3))), [leaf, weights[1], leaf, *weights[3:]])
-    once, _ = ops.flow_program(x, build.program(net._replace(layers=(net.layers[0], Dense(0, 3, 2, 3), net.layers[2])), Additive((2, 3))), [leaf, *weights[1:]])  # fmt: skip
+    once, _ = ops.flow_program(x, build.program(net._replace(layers=(net.parts[0], Dense(0, 3, 2, 3), net.parts[2])), Additive((2, 3))), [leaf, *weights[1:]])  # fmt: skip
     a, b = (torch.autograd.grad(v.square().sum(), leaf)[0] for v in (y, once))
     torch.testing.assert_close(a, b)
 
@@ -349,7 +349,7 @@ def slopes(x, program, weights, context):
 def test_the_log_density_is_that_of_the_layers():
     # against other code than the reference: layers of torch and torch.distributions
     build = Builder(4)
-    net = build.mlp((2, 0), [16, 4], "silu")
+    net = build.net((2, 0), [16, 4], "silu")
     program = build.program(
         Scale((0, 1, 2, 3), -1, build.weight(4)), net, build.affine((3, 1), "exp"), Prior((0, 1, 2, 3))
     )
@@ -485,7 +485,7 @@ def test_special_values_stay_in_their_row(where, value, dtype):
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "elu"])
 def test_a_gradient_of_nan_is_selected_as_torch_does(activation):
     index = ACTIVATIONS.index(activation)
-    program = Program(2, 0, (0, 1), (MLP((0,), False, (Dense(0, 1, 3, index, 0.5), Dense(2, -1, 1))), Additive((1,))))
+    program = Program(2, 0, (0, 1), (Net((0,), False, (Dense(0, 1, 3, index, 0.5), Dense(2, -1, 1))), Additive((1,))))
     weights = [torch.tensor([[1.0], [-1.0], [0.0]]), torch.tensor([0.0, 0.0, math.nan]), torch.ones(1, 3)]
     x, grad = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, math.nan]])
     found, wanted = (f(x, program, weights, grads=[grad, torch.zeros(1)])[2:] for f in (run, exact))
@@ -496,7 +496,7 @@ def test_a_gradient_of_nan_is_selected_as_torch_does(activation):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_columns_that_nothing_reads_pass_special_values(dtype):
     build = Builder(4)
-    program = build.program(build.mlp((0,), [8, 1]), Additive((1,)), Prior((0, 1)), outputs=(3, 2, 1, 0))
+    program = build.program(build.net((0,), [8, 1]), Additive((1,)), Prior((0, 1)), outputs=(3, 2, 1, 0))
     x, _ = rows(build, 33, dtype)
     x[:, 2], x[:, 3] = math.nan, -math.inf
     y, logdet = ops.flow_program(x, program, [w.to(dtype) for w in build.weights])
@@ -675,8 +675,8 @@ def test_gradcheck_twice(backend):
     build = Builder(3, 1)
     program = build.program(
         Scale((0, 2), build.weight(2), build.weight(2), True, True), Linear((1, 0), build.matrix(2), build.weight(2), build.weight()),
-        build.mlp((2,), [2, 4], "tanh", context=True), build.affine((0, 1), "softplus", "interleaved"), Prior((0, 1), 1),
-        build.mlp((0, 1), [2, 1], "gelu"), Additive((2,)), outputs=(2, 0),
+        build.net((2,), [2, 4], "tanh", context=True), build.affine((0, 1), "softplus", "interleaved"), Prior((0, 1), 1),
+        build.net((0, 1), [2, 1], "gelu"), Additive((2,)), outputs=(2, 0),
     )  # fmt: skip
     x, context = rows(build, 2, torch.float64)
     leaves = [v.requires_grad_() for v in (x, context, *build.weights)]
@@ -689,7 +689,7 @@ def test_gradcheck_twice(backend):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_second_derivatives_of_activations(activation):
     build = Builder(2)
-    program = build.program(build.mlp((0,), [3, 2], activation, arg=0.4), build.affine((1,), "atan", inverse=True))
+    program = build.program(build.net((0,), [3, 2], activation, arg=0.4), build.affine((1,), "atan", inverse=True))
     leaves = [v.requires_grad_() for v in (rows(build, 2, torch.float64)[0], *build.weights)]
     assert torch.autograd.gradgradcheck(lambda x, *weights: ops.flow_program(x, program, weights), leaves)
 
@@ -751,7 +751,7 @@ def test_compiles_without_a_graph_break_to_the_same_bits():
 
 def test_equal_tuples_of_other_instructions_are_other_programs():
     x = torch.ones(2, 2)
-    net, weights = MLP((0,), False, (Dense(0, -1, 1),)), [torch.ones(1, 1)]
+    net, weights = Net((0,), False, (Dense(0, -1, 1),)), [torch.ones(1, 1)]
     add, prior = (Program(2, 0, (0, 1), (net, last)) for last in (Additive((1,), False), Prior((1,), 0)))
     assert add == prior
     for _ in range(2):
@@ -831,7 +831,7 @@ def test_modes_see_one_operator_each_way():
 # bad input
 
 X, W = torch.ones(4, 3), [torch.ones(2, 1), torch.ones(2), torch.ones(3, 3), torch.ones(())]
-NET = MLP((0,), False, (Dense(0, 1, 2),))
+NET = Net((0,), False, (Dense(0, 1, 2),))
 
 
 def of(*instructions, x=X, weights=W, context=None, **fields):
@@ -892,26 +892,26 @@ BAD = [
     (of(Linear((0, 1), 2)), ValueError, r"instruction 0, Linear: weight must have the shape \(2, 2\), got \(3, 3\)"),
     (of(Linear((0, 1, 2), 2, 1)), ValueError, r"instruction 0, Linear: bias must have the shape \(3,\), got \(2,\)"),
     (of(Linear((0, 1, 2), 2, -1, 1)), ValueError, r"instruction 0, Linear: logdet must have the shape \(\), got \(2,\)"),
-    (of(NET._replace(columns=(0, 5))), ValueError, r"instruction 0, MLP: columns must be 0 to 2, got \(0, 5\)"),
-    (of(NET._replace(context=True)), ValueError, "instruction 0, MLP: context must be false in a program without context"),
-    (of(NET._replace(context="")), ValueError, "instruction 0, MLP: context must be true or false, got ''"),
-    (of(NET._replace(layers=())), ValueError, r"instruction 0, MLP: layers must be a tuple of at least one, got \(\)"),
-    (of(NET._replace(layers=None)), ValueError, "instruction 0, MLP: layers must be a tuple of at least one, got None"),
-    (of(NET._replace(layers=((0, 1, 2, 0, 0.0),))), ValueError, r"instruction 0, MLP: layers must be Dense of at least one output, got \(0, 1, 2, 0, 0.0\)"),
-    (of(NET._replace(layers=(Dense(0, 1, 0),))), ValueError, r"instruction 0, MLP: layers must be Dense of at least one output, got Dense\(.*size=0.*\)"),
-    (of(NET._replace(columns=(0, 1)), Additive((1, 2))), ValueError, r"instruction 0, MLP: weight must have the shape \(2, 2\), got \(2, 1\)"),
-    (of(NET._replace(layers=(Dense(-1, 1, 2),))), ValueError, "instruction 0, MLP: weight must be the place of one of 4 weights, got -1"),
-    (of(NET._replace(layers=(Dense(0, 3, 2),)), Additive((1, 2))), ValueError, r"instruction 0, MLP: bias must have the shape \(2,\), got \(\)"),
-    (of(NET._replace(layers=(Dense(0, 1, 2, 8),))), ValueError, "instruction 0, MLP: activation must be 0 to 7, got 8"),
-    (of(NET._replace(layers=(Dense(0, 1, 2, "relu"),))), ValueError, "instruction 0, MLP: activation must be 0 to 7, got 'relu'"),
-    (of(NET._replace(layers=(Dense(0, 1, 2, 2, "x"),))), ValueError, "instruction 0, MLP: arg must be a number, at least 0 and finite, got 'x'"),
-    (of(NET._replace(layers=(Dense(0, 1, 2, 2, math.inf),))), ValueError, "instruction 0, MLP: arg must be a number, at least 0 and finite, got inf"),
+    (of(NET._replace(columns=(0, 5))), ValueError, r"instruction 0, Net: columns must be 0 to 2, got \(0, 5\)"),
+    (of(NET._replace(context=True)), ValueError, "instruction 0, Net: context must be false in a program without context"),
+    (of(NET._replace(context="")), ValueError, "instruction 0, Net: context must be true or false, got ''"),
+    (of(NET._replace(parts=())), ValueError, r"instruction 0, Net: layers must be a tuple of at least one, got \(\)"),
+    (of(NET._replace(parts=None)), ValueError, "instruction 0, Net: layers must be a tuple of at least one, got None"),
+    (of(NET._replace(parts=((0, 1, 2, 0, 0.0),))), ValueError, r"instruction 0, Net: layers must be Dense of at least one output, got \(0, 1, 2, 0, 0.0\)"),
+    (of(NET._replace(parts=(Dense(0, 1, 0),))), ValueError, r"instruction 0, Net: layers must be Dense of at least one output, got Dense\(.*size=0.*\)"),
+    (of(NET._replace(columns=(0, 1)), Additive((1, 2))), ValueError, r"instruction 0, Net: weight must have the shape \(2, 2\), got \(2, 1\)"),
+    (of(NET._replace(parts=(Dense(-1, 1, 2),))), ValueError, "instruction 0, Net: weight must be the place of one of 4 weights, got -1"),
+    (of(NET._replace(parts=(Dense(0, 3, 2),)), Additive((1, 2))), ValueError, r"instruction 0, Net: bias must have the shape \(2,\), got \(\)"),
+    (of(NET._replace(parts=(Dense(0, 1, 2, 8),))), ValueError, "instruction 0, Net: activation must be 0 to 7, got 8"),
+    (of(NET._replace(parts=(Dense(0, 1, 2, "relu"),))), ValueError, "instruction 0, Net: activation must be 0 to 7, got 'relu'"),
+    (of(NET._replace(parts=(Dense(0, 1, 2, 2, "x"),))), ValueError, "instruction 0, Net: arg must be a number, at least 0 and finite, got 'x'"),
+    (of(NET._replace(parts=(Dense(0, 1, 2, 2, math.inf),))), ValueError, "instruction 0, Net: arg must be a number, at least 0 and finite, got inf"),
     (of(Additive((0,))), ValueError, "instruction 0, Additive: the conditioner before it must return 1 numbers, got 0"),
     (of(NET, Additive((0,))), ValueError, "instruction 1, Additive: the conditioner before it must return 1 numbers, got 2"),
     (of(NET, Additive((1, 2)), Additive((1, 2))), ValueError, "instruction 2, Additive: the conditioner before it must return 2 numbers, got 0"),
-    (of(NET), ValueError, "instruction 0, MLP: a transform must take what the last conditioner returns"),
+    (of(NET), ValueError, "instruction 0, Net: a transform must take what the last conditioner returns"),
     (of(NET, Additive((1, 2)), NET, Prior((1,))), ValueError, "instruction 3, Prior: a transform must take what the last conditioner returns"),
-    (of(NET, NET, Additive((1, 2))), ValueError, "instruction 1, MLP: a transform must take what the conditioner before it returns"),
+    (of(NET, NET, Additive((1, 2))), ValueError, "instruction 1, Net: a transform must take what the conditioner before it returns"),
     (of(NET, Additive((1, 1))), ValueError, r"instruction 1, Additive: columns must differ, got \(1, 1\)"),
     (of(NET, Additive((1, 2), 0.0)), ValueError, "instruction 1, Additive: inverse must be true or false, got 0.0"),
     (of(NET, Affine((1, 2), 0, 0, 0.0)), ValueError, "instruction 1, Affine: the conditioner before it must return 4 numbers, got 2"),
@@ -946,11 +946,11 @@ TEXTS = {
     "empty": "", "words": "no program", "cut": FLOW.encode()[:20], "longer": f"{FLOW.encode()} 1", "huge": "3 0 1 0 1 99999999999999 0",
     "column": FLOW._replace(outputs=(5,)).encode(), "negative column": FLOW._replace(outputs=(-1,)).encode(),
     "columns": FLOW._replace(columns=4).encode(), "context": FLOW._replace(context=2).encode(),
-    "place": FLOW._replace(instructions=(NET._replace(layers=(Dense(7, 1, 2),)),)).encode(),
-    "negative place": FLOW._replace(instructions=(NET._replace(layers=(Dense(-5, 1, 2),)),)).encode(),
-    "shape": FLOW._replace(instructions=(NET._replace(layers=(Dense(2, 1, 2),)),)).encode(),
-    "size": FLOW._replace(instructions=(NET._replace(layers=(Dense(0, 1, 2000),)),)).encode(),
-    "activation": FLOW._replace(instructions=(NET._replace(layers=(Dense(0, 1, 2, 99),)),)).encode(),
+    "place": FLOW._replace(instructions=(NET._replace(parts=(Dense(7, 1, 2),)),)).encode(),
+    "negative place": FLOW._replace(instructions=(NET._replace(parts=(Dense(-5, 1, 2),)),)).encode(),
+    "shape": FLOW._replace(instructions=(NET._replace(parts=(Dense(2, 1, 2),)),)).encode(),
+    "size": FLOW._replace(instructions=(NET._replace(parts=(Dense(0, 1, 2000),)),)).encode(),
+    "activation": FLOW._replace(instructions=(NET._replace(parts=(Dense(0, 1, 2, 99),)),)).encode(),
     "numbers": FLOW._replace(instructions=(NET, Affine((1, 2), 0, 0, 0.0))).encode(),
     "no conditioner": FLOW._replace(instructions=(Additive((1, 2)),)).encode(),
     "scale_map": FLOW._replace(instructions=(NET, Affine((1,), 99, 0, 0.0))).encode(),
@@ -977,7 +977,7 @@ def operators(x, weights, text):
     yield lambda: torch.ops.pyflow.flow_program_backward(None, x[:, 0], x, None, weights, text, True, False, True)
 
 
-WIDE = MLP((0,) * 500, False, (Dense(0, -1, 1),))
+WIDE = Net((0,) * 500, False, (Dense(0, -1, 1),))
 SCALED = Program(500, 0, (0,), (Scale(tuple(range(500)), 0, 0),))
 
 

@@ -129,7 +129,7 @@ class Flow {
   }
 
   void mlp(std::vector<int64_t> columns, bool context, const std::vector<int64_t>& sizes, Activation activation) {
-    ProgramInstruction& in = add(Instruction::mlp, std::move(columns), false, false);
+    ProgramInstruction& in = add(Instruction::net, std::move(columns), false, false);
     int64_t inputs = in.count + (context ? kContext : 0);
     std::vector<ProgramDense> layers;
     for (const int64_t size : sizes) {
@@ -165,7 +165,7 @@ class Flow {
         if (needs_before(d.activation)) d.out = take(d.size);
         at = d.out;
       }
-      if (in.kind == Instruction::mlp) params = at;
+      if (in.kind == Instruction::net) params = at;
     }
   }
 
