@@ -170,6 +170,37 @@ class Affine(NamedTuple):
     inverse: bool = False
 
 
+class Spline(NamedTuple):
+    """x_c = the rational-quadratic spline of x_c, see `pyflow.ops.rq_spline`.
+
+    Attributes:
+        columns: which columns, n >= 1.
+        bins: K, 2 to 32.
+        slopes: how many of the numbers of a column are slopes: K - 1 if tails are linear, K if they are circular, or
+            K + 1, of which linear columns do not use the outer ones, circular columns the last.
+        tails: indices into TAILS, one for all columns or one per column; () without tails: the domain and range are
+            [0, 1], the result is NaN outside, and there are K + 1 slopes.
+        variant: index into SPLINE_VARIANTS.
+        bound: one for all columns, or one per column; not used without tails.
+        param_scale, min_bin, min_slope: as for `pyflow.ops.rq_spline`.
+        params: place of a tensor (n, 2 K + slopes) of weights, the numbers of the columns in all rows; no other kind of
+            instruction may name it. -1: the last conditioner returns them, those of a column next to each other.
+        inverse: the inverse map.
+    """
+
+    columns: Columns
+    bins: int
+    slopes: int
+    tails: tuple[int, ...]
+    variant: int
+    bound: tuple[float, ...]
+    param_scale: float = 1.0
+    min_bin: float = 1e-3
+    min_slope: float = 1e-3
+    params: int = -1
+    inverse: bool = False
+
+
 class Prior(NamedTuple):
     """logdet += log-density of some columns under a standard prior, an index into PRIORS."""
 
@@ -178,7 +209,7 @@ class Prior(NamedTuple):
 
 
 # get_args of Python 3.10 takes no X | Y
-Instruction = typing.Union[Scale, Linear, Net, Additive, Affine, Prior]  # noqa: UP007
+Instruction = typing.Union[Scale, Linear, Net, Additive, Affine, Spline, Prior]  # noqa: UP007
 _NAMED = {union: {kind.__name__.lower(): kind for kind in get_args(union)} for union in (Instruction, Part)}
 
 
@@ -200,8 +231,8 @@ class Program(NamedTuple):
     def encode(self) -> str:
         """Return the text that the operator takes: words between spaces.
 
-        An integer or a flag is one number, a tuple its length and its items, columns the number of their runs and
-        (first, step, count) of each, an instruction or a part of a net its name and its fields.
+        An integer or a flag is one number, a tuple its length and its items, one of integers (columns) the number of its
+        runs and (first, step, count) of each, an instruction or a part of a net its name and its fields.
         """
         return " ".join(_encode(self, Program))
 

@@ -6,6 +6,7 @@
 #include "../ops/flow_head.h"
 #include "../ops/flow_program.h"
 #include "../tiles/plan.h"
+#include "spline.h"
 
 namespace pyflow {
 
@@ -35,6 +36,18 @@ struct ProgramDense {
   int64_t weight_place, bias_place;  // among the weights; bias -1: none
 };
 
+// a tensor of the compute type, contiguous, and its place among the weights
+struct ProgramWeight {
+  const char* data;  // null: absent, at place -1
+  int64_t place;
+};
+
+// the domain of a column's spline, and whether its tails are linear
+struct ProgramSplineEnds {
+  double low, high;
+  bool linear;
+};
+
 struct ProgramInstruction {
   Instruction kind;
   const int64_t* columns;
@@ -57,6 +70,10 @@ struct ProgramInstruction {
   double map_arg;
   Packing packing;
   Prior prior;
+  // spline: of every column, numbers of the conditioner or, if there is one, a row of the weight (count, numbers)
+  SplineForm spline;
+  const ProgramSplineEnds* ends;  // of every column
+  ProgramWeight numbers;
 };
 
 struct ProgramArgs {

@@ -8,6 +8,7 @@
 #include "program/mlp.h"
 #include "program/prior.h"
 #include "program/scale.h"
+#include "program/spline.h"
 
 namespace pyflow::PYFLOW_ISA {
 namespace {

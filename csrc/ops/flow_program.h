@@ -13,6 +13,7 @@
   F(mlp)                       \
   F(additive)                  \
   F(affine)                    \
+  F(spline)                    \
   F(prior)
 
 // in the order of ACTIVATIONS in pyflow/_schemas.py

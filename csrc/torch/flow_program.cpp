@@ -63,6 +63,7 @@ class Words {
 
 constexpr int64_t kMostLayers = 1 << 16;   // of a network
 constexpr int64_t kMostColumns = 1 << 24;  // that an instruction names
+constexpr int64_t kTails = 2;              // names in TAILS of pyflow/_schemas.py
 constexpr int64_t kGrain = 1 << 19;        // multiply-adds that are worth a thread: a few microseconds
 
 // a program read from its code, and held to its tensors
@@ -85,6 +86,7 @@ class Reader {
       if (!w.is_contiguous()) w = torch::stable::contiguous(w);
     }
     uses_.resize(weights.size());
+    lanes_.resize(weights.size());
     a.x = rows_of(x);
     if (context) a.context = rows_of(*context);
     const std::vector<int64_t>* outputs = columns();
@@ -95,6 +97,8 @@ class Reader {
     require(a.instructions >= 0);
     for (int64_t i = 0; i < a.instructions; ++i) read();
     require(params_ == 0 && words_.end());
+    // the gradient of a weight is summed in one way
+    for (size_t i = 0; i < weights.size(); ++i) require(lanes_[i] == 0 || lanes_[i] == uses_[i]);
     a.instruction = instructions_.data();
     place();
   }
@@ -117,6 +121,7 @@ class Reader {
   }
 
   const std::vector<int64_t>& uses() const { return uses_; }
+  bool in_lanes(size_t place) const { return lanes_[place] > 0; }
 
   // smallest number of tiles per thread
   int64_t grain() const { return ceil_div(kGrain, a_.tile_rows * (work_ + 8 * a_.columns * a_.instructions + 1)); }
@@ -126,7 +131,10 @@ class Reader {
   }
 
  private:
-  const std::vector<int64_t>* columns() {
+  const std::vector<int64_t>* columns() { return integers(a_.columns); }
+
+  // a tuple of integers from 0 to limit - 1
+  const std::vector<int64_t>* integers(int64_t limit) {
     columns_.emplace_back();
     std::vector<int64_t>& list = columns_.back();
     for (int64_t runs = words_.integer(); runs > 0; --runs) {
@@ -134,7 +142,7 @@ class Reader {
       require(count <= kMostColumns - int64_t(list.size()));
       for (int64_t i = 0; i < count; ++i) {
         const int64_t column = first + step * i;
-        require(column >= 0 && column < a_.columns);
+        require(column >= 0 && column < limit);
         list.push_back(column);
       }
     }
@@ -187,9 +195,18 @@ class Reader {
       case Instruction::mlp: read_mlp(in); break;
       case Instruction::additive: read_additive(in); break;
       case Instruction::affine: read_affine(in); break;
+      case Instruction::spline: read_spline(in); break;
       case Instruction::prior: in.prior = Prior(number_below(std::size(kPriorNames))); break;
     }
     instructions_.push_back(in);
+  }
+
+  std::vector<double> reals() {
+    const int64_t count = words_.integer();
+    require(count >= 0 && count <= kMostColumns);
+    std::vector<double> list;
+    for (int64_t i = 0; i < count; ++i) list.push_back(words_.real());
+    return list;
   }
 
   int number_below(size_t count) {
@@ -268,6 +285,44 @@ class Reader {
     in.inverse = words_.flag();
   }
 
+  void read_spline(ProgramInstruction& in) {
+    SplineForm& form = in.spline;
+    const int64_t bins = words_.integer(), slopes = words_.integer();
+    require(in.count > 0 && bins >= 2 && bins <= kMostBins && slopes >= bins - 1 && slopes <= bins + 1);
+    const std::vector<int64_t>& tails = *integers(kTails);
+    const int64_t given = int64_t(tails.size());
+    require(given <= 1 || given == in.count);
+    require(given > 0 || slopes == bins + 1);
+    form.bins = int(bins);
+    form.tails = given == 0           ? SplineTails::none
+                 : slopes == bins - 1 ? SplineTails::linear
+                 : slopes == bins     ? SplineTails::circular
+                                      : SplineTails::mixed;
+    form.variant = SplineVariant(number_below(std::size(kSplineVariantNames)));
+    const std::vector<double> bounds = reals();
+    require(bounds.size() == 1 || bounds.size() == size_t(in.count));
+    const double param_scale = words_.real(), min_bin = words_.real(), min_slope = words_.real();
+    form.constants = spline_constants(form.variant, form.bins, param_scale, min_bin, min_slope);
+    read_numbers(in, 2 * bins + slopes);
+    form.inverse = words_.flag();
+    ends_.emplace_back();
+    for (int64_t i = 0; i < in.count; ++i) {
+      const double bound = bounds[bounds.size() == 1 ? 0 : size_t(i)];
+      const bool linear = given > 0 && tails[given == 1 ? 0 : size_t(i)] == 0;
+      ends_.back().push_back(given > 0 ? ProgramSplineEnds{-bound, bound, linear} : ProgramSplineEnds{0, 1, false});
+    }
+    in.ends = ends_.back().data();
+  }
+
+  // the numbers of the columns of a spline
+  void read_numbers(ProgramInstruction& in, int64_t count) {
+    const int64_t place = in.numbers.place = words_.integer();
+    if (place == -1) return take_params(in.count * count);
+    require(weight(place).dim() == 2 && weight(place).size(0) == in.count && weight(place).size(1) == count);
+    in.numbers.data = memory(place);
+    ++lanes_[place];
+  }
+
   // With a tape every value has columns of its own. Without, the values of a network take turns in two arrays, and a
   // linear map copies its columns to a third.
   void place() {
@@ -308,8 +363,10 @@ class Reader {
   std::deque<std::vector<ProgramDense>> dense_;  // of networks and linear maps, in order
   int64_t params_ = 0;                           // numbers that the last conditioner returns, until they are taken
   int64_t factors_ = 0;
-  std::vector<int64_t> uses_;  // of every weight
-  int64_t work_ = 0;           // multiply-adds of a row
+  std::vector<int64_t> uses_;   // of every weight
+  std::vector<int64_t> lanes_;  // uses that add its gradient in lanes, though it is a matrix
+  std::deque<std::vector<ProgramSplineEnds>> ends_;
+  int64_t work_ = 0;  // multiply-adds of a row
   std::vector<double> logdets_;
   Tensor factor_memory_;
 };
@@ -348,17 +405,16 @@ std::tuple<Tensor, Tensor> flow_program(Tensor x, Optional context, Tensors weig
 }
 
 // sums of the gradients of the weights: a matrix as (rows, cols), or transposed where that wastes less padding
-std::vector<ProgramSum> sums_of(const Tensors& weights, const Tensors& grads, const std::vector<int64_t>& uses,
-                                int64_t& size) {
+std::vector<ProgramSum> sums_of(const Tensors& weights, const Tensors& grads, const Reader& reader, int64_t& size) {
   std::vector<ProgramSum> sums;
   size = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& w = weights[i];
     ProgramSum s{};
     s.grad = (char*)grads[i].data_ptr();
-    s.uses = uses[i];
-    s.matrix = w.dim() == 2;
-    s.rows = w.dim() > 0 ? w.size(0) : 1;
+    s.uses = reader.uses()[i];
+    s.matrix = w.dim() == 2 && !reader.in_lanes(i);
+    s.rows = s.matrix ? w.size(0) : w.numel();
     s.cols = s.matrix ? w.size(1) : 1;
     s.transposed = s.matrix && round_up(s.cols, kProgramPad) * s.rows > round_up(s.rows, kProgramPad) * s.cols;
     if (s.transposed) std::swap(s.rows, s.cols);
@@ -408,7 +464,7 @@ Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, O
   if (need_x) a.grad_x = Reader::rows_of(grads[0]);
   if (need_context && context) a.grad_context = Reader::rows_of(grads[1]);
   std::vector<ProgramSum> sums;
-  if (need_weights) sums = sums_of(weights, of_weights, reader.uses(), a.group_size);
+  if (need_weights) sums = sums_of(weights, of_weights, reader, a.group_size);
   a.unit_rows = rows_of_group(a.rows, a.group_size);
   const int64_t units = ceil_div(a.rows, a.unit_rows);
   a.tile_rows = round_up(ceil_div(a.unit_rows, ceil_div(a.unit_rows, kProgramMostRows)), kProgramRows);

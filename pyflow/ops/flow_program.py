@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._operators import register
-from .._schemas import PACKINGS, PRIORS, SCALE_MAPS
+from .._schemas import PACKINGS, PRIORS, SCALE_MAPS, SPLINE_VARIANTS, TAILS
 from .._torch import evaluated_while_traced, is_batched_gradient
 from ..program import (
     ACTIVATIONS,
@@ -33,8 +33,10 @@ from ..program import (
     Program,
     Residual,
     Scale,
+    Spline,
 )  # fmt: skip
 from ..reference import flow_program as ref
+from . import spline as splines
 
 
 def flow_program(
@@ -137,7 +139,7 @@ class _Checker:
     """Holds the instructions of a program to its columns and to the number of weights.
 
     `params` is how many numbers the last conditioner returns, `shapes` the weights that instructions name: what for,
-    place and shape; `masked` weights and `constants` name where a weight must not be used otherwise.
+    place and shape; `masked` weights, `constants` and `tables` name where a weight must not be used otherwise.
     """
 
     def __init__(self, program: Program, count: int) -> None:
@@ -145,6 +147,7 @@ class _Checker:
         self.shapes: list[tuple[str, int, tuple[int, ...]]] = []
         self.masked: list[tuple[str, int]] = []
         self.constants: list[tuple[str, int]] = []
+        self.tables: list[tuple[str, int]] = []
 
     def fail(self, rule: str) -> NoReturn:
         raise ValueError(f"flow_program: {self.where}: {rule}")
@@ -170,15 +173,16 @@ class _Checker:
         self.shapes.append((f"{self.where}: {name}", place, shape))
 
     def uses(self) -> None:
-        """Hold weights with a mask to one use, and constants to have no gradient elsewhere."""
+        """Hold weights with a mask to one use, constants to have no gradient elsewhere, numbers of splines to splines."""
         named = collections.Counter(place for _, place, _ in self.shapes)
         for where, place in self.masked:
             if named[place] > 1:
                 raise ValueError(f"flow_program: {where}: a weight with a mask must be named once, got {named[place]}")
-        constant = collections.Counter(place for _, place in self.constants)
-        for where, place in self.constants:
-            if named[place] > constant[place]:
-                raise ValueError(f"flow_program: {where}: a mask or scale must be no other weight, got {place}")
+        for what, uses in (("a mask or scale", self.constants), ("the params of a spline", self.tables)):
+            own = collections.Counter(place for _, place in uses)
+            for where, place in uses:
+                if named[place] > own[place]:
+                    raise ValueError(f"flow_program: {where}: {what} must be no other weight, got {place}")
 
     def takes(self, count: int) -> None:
         if self.params != count:
@@ -298,6 +302,37 @@ class _Checker:
         if SCALE_MAPS[affine.scale_map] in ("tanh", "atan", "softsign") and affine.map_arg == 0:
             self.fail(f"map_arg must be positive for {SCALE_MAPS[affine.scale_map]}, got 0.0")
         self.flags(affine, "shift_first", "inverse")
+
+    def spline(self, spline: Spline) -> None:
+        n, bins, most = self.columns(spline.columns), spline.bins, splines.MOST_BINS
+        if n == 0:
+            self.fail("columns must be at least one, got ()")
+        if not isinstance(bins, int) or not 2 <= bins <= most:
+            self.fail(f"bins must be an integer, 2 to {most}, got {check.shown(bins)}")
+        for name, least in (("tails", 0), ("bound", 1)):
+            given = getattr(spline, name)
+            if not isinstance(given, tuple) or len(given) not in {least, 1, n}:
+                few = "none, one" if least == 0 else "one"
+                self.fail(f"{name} must be a tuple of {few} or one per column, got {check.shown(given)}")
+        for tail in spline.tails:
+            self.index("tails", tail, TAILS)
+        fits = {(0,): (bins - 1, bins + 1), (1,): (bins, bins + 1)}.get(tuple({*spline.tails}), (bins + 1,))
+        if spline.slopes not in fits:
+            self.fail(f"slopes must be {' or '.join(map(str, fits))} with these bins and tails, got {spline.slopes!r}")
+        self.index("variant", spline.variant, SPLINE_VARIANTS)
+        try:
+            op = f"flow_program: {self.where}"
+            for bound in spline.bound:
+                splines.one_bound(op, bound, torch.float32)
+            splines.constants(op, bins, SPLINE_VARIANTS[spline.variant], *spline[6:9], torch.float32)
+        except TypeError as error:
+            raise ValueError(*error.args) from None
+        if spline.params == -1:
+            self.takes(n * (2 * bins + spline.slopes))
+        else:
+            self.weight("params", spline.params, (n, 2 * bins + spline.slopes))
+            self.tables.append((self.where, spline.params))
+        self.flags(spline, "inverse")
 
     def prior(self, prior: Prior) -> None:
         self.columns(prior.columns)

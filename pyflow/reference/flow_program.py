@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._schemas import PACKINGS, PRIORS, SCALE_MAPS
+from .._schemas import PACKINGS, PRIORS, SCALE_MAPS, SPLINE_VARIANTS
 from ..program import (
     Activation,
     Additive,
@@ -27,11 +27,13 @@ from ..program import (
     Program,
     Residual,
     Scale,
+    Spline,
     runs_of,
 )  # fmt: skip
 from . import matmul
 from .coupling import additive_coupling, affine_coupling_packed, affine_coupling_packed_backward
 from .flow_head import flow_log_prob, flow_log_prob_backward
+from .spline import rq_spline, rq_spline_backward
 
 # in the order of ACTIVATIONS; the number is the slope of leaky_relu or alpha of elu
 ACTIVATE: tuple[Callable[[Tensor, float], Tensor], ...] = (
@@ -124,6 +126,8 @@ def _step(
         y, more = y if bias < 0 else y + weights[bias], none if logdet < 0 else weights[logdet]
     elif isinstance(instruction, Additive):
         y, more = additive_coupling(x, params, inverse=instruction.inverse), none
+    elif isinstance(instruction, Spline):
+        y, more = rq_spline(x, *_spline_inputs(instruction, x, params, weights), **_spline_options(instruction))
     else:
         y, more = affine_coupling_packed(x, params, **_options(instruction), mask=None)
     return h.index_copy(1, at, y), params, more
@@ -134,6 +138,26 @@ def _options(affine: Affine) -> dict:
         "packing": PACKINGS[affine.packing], "dim": 1, "scale_map": SCALE_MAPS[affine.scale_map],
         "map_arg": affine.map_arg, "shift_first": affine.shift_first, "inverse": affine.inverse, "event_dims": 1,
     }  # fmt: skip
+
+
+def _spline_options(spline: Spline) -> dict:
+    same = set(spline.bound) if spline.tails else {1.0}
+    return {
+        "bound": same.pop(), "bins": spline.bins, "tails": spline.tails, "form": SPLINE_VARIANTS[spline.variant],
+        "param_scale": spline.param_scale, "min_bin": spline.min_bin, "min_slope": spline.min_slope,
+        "inverse": spline.inverse, "event_dims": 1,
+    }  # fmt: skip
+
+
+def _spline_inputs(
+    spline: Spline, x: Tensor, params: Tensor, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None, None]:
+    """Return the numbers of every row and column, bounds that differ, and no mask."""
+    differ = spline.tails and len({*spline.bound}) > 1
+    bounds = torch.tensor(spline.bound, dtype=x.dtype, device=x.device) if differ else None
+    if spline.params >= 0:
+        return weights[spline.params].expand(x.shape[0], -1, -1), bounds, None
+    return params.unflatten(1, (len(spline.columns), -1)), bounds, None
 
 
 def _scale(scale: Scale, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -247,6 +271,8 @@ class _Back:
         else:
             if isinstance(instruction, Additive):
                 self.params = -grad if instruction.inverse else grad
+            elif isinstance(instruction, Spline):
+                grad = self.spline(instruction, x, params, grad)
             else:
                 grad, self.params = affine_coupling_packed_backward(
                     grad, self.logdet, x, params, **_options(instruction), mask=None
@@ -264,6 +290,15 @@ class _Back:
         self.add(scale.shift, sign * (grad if outside else scaled).sum(0))
         self.add(scale.log_scale, sign * ((grad * y).sum(0) + self.logdet.sum()))
         return scaled
+
+    def spline(self, spline: Spline, x: Tensor, params: Tensor, grad: Tensor) -> Tensor:
+        inputs = _spline_inputs(spline, x, params, self.weights)
+        grad, of_numbers = rq_spline_backward(grad, self.logdet, x, *inputs, **_spline_options(spline))
+        if spline.params >= 0:
+            self.add(spline.params, of_numbers.sum(0))
+        else:
+            self.params = of_numbers.flatten(1)
+        return grad
 
     def net(self, net: Net, x: Tensor, at: Tensor) -> None:
         grad = self.parts(net.parts, _inputs(net, x, self.given), self.params)
