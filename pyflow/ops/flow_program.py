@@ -173,7 +173,7 @@ class _Checker:
         self.shapes.append((f"{self.where}: {name}", place, shape))
 
     def uses(self) -> None:
-        """Hold weights with a mask to one use, constants to have no gradient elsewhere, numbers of splines to splines."""
+        """Hold weights with a mask to one use, and constants and the numbers of splines to uses of their kind."""
         named = collections.Counter(place for _, place, _ in self.shapes)
         for where, place in self.masked:
             if named[place] > 1:
@@ -316,7 +316,8 @@ class _Checker:
                 self.fail(f"{name} must be a tuple of {few} or one per column, got {check.shown(given)}")
         for tail in spline.tails:
             self.index("tails", tail, TAILS)
-        fits = {(0,): (bins - 1, bins + 1), (1,): (bins, bins + 1)}.get(tuple({*spline.tails}), (bins + 1,))
+        # K + 1 serve all tails; linear ones need no outer slopes, circular ones have equal ones
+        fits = (*(bins + tail - 1 for tail in {*spline.tails} if len({*spline.tails}) == 1), bins + 1)
         if spline.slopes not in fits:
             self.fail(f"slopes must be {' or '.join(map(str, fits))} with these bins and tails, got {spline.slopes!r}")
         self.index("variant", spline.variant, SPLINE_VARIANTS)

@@ -8,8 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflow._schemas import PACKINGS, PRIORS, SCALE_MAPS
-from pyflow.program import ACTIVATIONS, Additive, Affine, Dense, Instruction, Linear, Net, Prior, Program, Scale
+from pyflow._schemas import PACKINGS, PRIORS, SCALE_MAPS, SPLINE_VARIANTS, TAILS
+from pyflow.program import (
+    ACTIVATIONS,
+    Additive,
+    Affine,
+    Dense,
+    Instruction,
+    Linear,
+    Net,
+    Prior,
+    Program,
+    Scale,
+    Spline,
+)  # fmt: skip
 
 # the constant of every scale map
 MAP_ARG = {"tanh": 2.0, "atan": 1.5, "softsign": 3.0}
@@ -55,6 +67,20 @@ class Builder:
         map_arg = MAP_ARG.get(scale_map, 0.0)
         return Affine(tuple(columns), SCALE_MAPS.index(scale_map), PACKINGS.index(packing), map_arg, **options)
 
+    def spline(
+        self, columns: Sequence[int], tails: str | Sequence[str] | None = "linear", variant: str = "nflows", *,
+        bins: int = 4, bound: float | Sequence[float] = 3.0, own: bool = False, spread: float = 0.5, **options: Any,
+    ) -> Spline:  # fmt: skip
+        """With a weight of its own, or numbers of the conditioner before it."""
+        names = () if tails is None else (tails,) if isinstance(tails, str) else tuple(tails)
+        slopes = bins + {"linear": -1, "circular": 0}.get(str(tails), 1)
+        bounds = tuple(bound) if isinstance(bound, (list, tuple)) else (bound,)
+        params = self.weight(len(columns), 2 * bins + slopes, spread=spread) if own else -1
+        return Spline(
+            tuple(columns), bins, slopes, tuple(map(TAILS.index, names)), SPLINE_VARIANTS.index(variant), bounds,
+            params=params, **options,
+        )  # fmt: skip
+
     def program(self, *instructions: Instruction, outputs: Sequence[int] | None = None) -> Program:
         outputs = range(self.columns) if outputs is None else outputs
         return Program(self.columns, self.context, tuple(outputs), instructions)
@@ -98,7 +124,15 @@ def drawn(one: Callable[..., Any], build: Builder, steps: int, invertible: bool 
     def flags() -> dict[str, bool]:
         return {"shift_first": one(False, True), "inverse": one(False, True)}
 
-    kinds = ["coupling"] * (build.columns > 1 or not invertible) + ["scale", "linear"] + ["prior"] * (not invertible)
+    def spline(chosen: list[int], own: bool) -> Spline:
+        tails = one("linear", "circular", [one(*TAILS) for _ in chosen])
+        bound = one(3.0, [one(3.0, 1.5) for _ in chosen])
+        # narrow bins and steep slopes lose digits
+        mild = {"param_scale": one(1.0, 0.3), "min_bin": 0.05, "min_slope": 0.1, "inverse": one(False, True)}
+        return build.spline(chosen, tails, one(*SPLINE_VARIANTS), bins=one(4, 2, 8), bound=bound, own=own, **mild)
+
+    kinds = ["coupling"] * (build.columns > 1 or not invertible) + ["scale", "linear", "spline"]
+    kinds += ["prior"] * (not invertible)
     for _ in range(steps):
         kind = one(*kinds)
         chosen = some()
@@ -111,20 +145,26 @@ def drawn(one: Callable[..., Any], build: Builder, steps: int, invertible: bool 
             bias, logdet = one(True, False), one(True, False)
             places = build.matrix(n), build.weight(n) if bias else -1, build.weight() if logdet else -1
             instructions.append(Linear(tuple(chosen), *places))
+        elif kind == "spline":
+            instructions.append(spline(chosen, True))
         elif kind == "prior":
             instructions.append(Prior(tuple(chosen), one(*range(len(PRIORS)))))
         else:
             if invertible:
                 chosen = chosen[: build.columns - 1]
             seen = [c for c in columns if c not in chosen] if invertible else some(0)
-            affine = one(True, False)
+            transform = one("affine", "additive", "spline")
             context = build.context > 0 and one(True, False)
             asked |= context
-            sizes = [*[one(1, 5, 8, 17, 33)] * one(1, 0, 2), (2 if affine else 1) * len(chosen)]
+            splined = spline(chosen, False) if transform == "spline" else None
+            each = 2 * splined.bins + splined.slopes if splined else 2 if transform == "affine" else 1
+            sizes = [*[one(1, 5, 8, 17, 33)] * one(1, 0, 2), each * len(chosen)]
             net = build.net(seen, sizes, one(*ACTIVATIONS), context=context, bias=one(True, False))
             options = flags()
             instructions.append(net)
-            if affine:
+            if splined:
+                instructions.append(splined)
+            elif transform == "affine":
                 instructions.append(build.affine(chosen, one(*SCALE_MAPS), one(*PACKINGS), **options))
             else:
                 instructions.append(Additive(tuple(chosen), options["inverse"]))
@@ -153,6 +193,7 @@ def inverse_of(program: Program, weights: list[Tensor]) -> tuple[Program, list[T
             pairs.append((Linear(instruction.columns, len(weights) - 1, *places),))
         else:
             turned = instruction._replace(inverse=not instruction.inverse)
-            pairs.append((turned,) if isinstance(instruction, Scale) else (net, turned))
+            alone = isinstance(instruction, Scale) or (isinstance(instruction, Spline) and instruction.params >= 0)
+            pairs.append((turned,) if alone else (net, turned))
     instructions = [instruction for pair in reversed(pairs) for instruction in pair]
     return program._replace(instructions=tuple(instructions)), weights
