@@ -11,10 +11,13 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+from . import _schemas
 from ._schemas import ACTIVATIONS as ACTIVATIONS
 from ._torch import evaluated_while_traced
 
 Columns = tuple[int, ...]
+# those of couplings, and pairs with the scale first
+PACKINGS = (*_schemas.PACKINGS, "interleaved_scale_shift")
 
 
 class Scale(NamedTuple):
@@ -152,6 +155,13 @@ class Additive(NamedTuple):
     inverse: bool = False
 
 
+class Multiplicative(NamedTuple):
+    """x_c = x_c exp(scale_c) (inverse: exp(-scale_c)), the scales from the last conditioner."""
+
+    columns: Columns
+    inverse: bool = False
+
+
 class Affine(NamedTuple):
     """x_c = x_c exp(g(scale_c)) + shift_c, shifts and scales from the last conditioner; see `affine_coupling_packed`.
 
@@ -209,7 +219,7 @@ class Prior(NamedTuple):
 
 
 # get_args of Python 3.10 takes no X | Y
-Instruction = typing.Union[Scale, Linear, Net, Additive, Affine, Spline, Prior]  # noqa: UP007
+Instruction = typing.Union[Scale, Linear, Net, Additive, Multiplicative, Affine, Spline, Prior]  # noqa: UP007
 _NAMED = {union: {kind.__name__.lower(): kind for kind in get_args(union)} for union in (Instruction, Part)}
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..nn import ActNorm, MaskedAutoregressive
-from ._lower import STACKS, register
+from .lower import STACKS, register
 from .nets import widths
 from .vectors import VectorFlow, stack_of
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..nn import ReversibleSequential
 from ._fuser import Fuser, Fusing
-from ._lower import STACKS, Layers, Look, register
+from ._peers import stand_of
 from ._structure import explain
-from ._watch import Path
+from ._watch import Path, has_hooks
 from .base import Flow
+from .lower import STACKS, Layers, Look, register
 
 
 def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fused:
@@ -65,12 +66,13 @@ def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fuse
     """
     if isinstance(flow, (list, tuple)) or type(flow) in (nn.Sequential, nn.ModuleList):
         flow = ReversibleSequential(*_flat(flow), recompute=False)
-    if not isinstance(flow, nn.Module) or not hasattr(flow, "inverse"):
+    kind = FusedLayers if stand_of(flow) is None else FusedFlow
+    if not isinstance(flow, nn.Module) or (kind is FusedLayers and not hasattr(flow, "inverse")):
         raise TypeError(f"fuse: flow must be a module with an inverse or a list of them, got {type(flow).__name__}")
     if not frozen:
-        return Fused(flow)
+        return kind(flow)
     flow = copy.deepcopy(flow).eval().requires_grad_(False)
-    fused = Fused(flow)
+    fused = kind(flow)
     for module in (fused, flow):
         if isinstance(module, Fusing):
             module._fuser = Fuser(module, frozen=True)
@@ -78,7 +80,7 @@ def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fuse
 
 
 class Fused(Fusing):
-    """The module that `fuse` returns."""
+    """The module that `fuse` returns: it holds the flow, and has what it does not have itself."""
 
     flow: Any
 
@@ -86,23 +88,18 @@ class Fused(Fusing):
         super().__init__()
         self.flow = flow
 
-    def forward(self, x: Tensor, *context: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        result = self._program(x, context, named, False)
-        return self.flow(x, *context, **named) if result is None else result
-
-    def inverse(self, y: Tensor, *context: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        result = self._program(y, context, named, True)
-        return self.flow.inverse(y, *context, **named) if result is None else result
-
     def explain(self) -> str:
         """Return a line for each run of layers that are fused, and for each layer that is left, with the reason."""
         return explain(self.flow if isinstance(self.flow, Flow) else self)
 
-    def _program(self, x: Any, context: tuple, named: dict, inverse: bool) -> tuple[Tensor, Tensor] | None:
+    def program(
+        self, x: Any, given: tuple[Any, ...], inverse: bool, prior: str | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return what the layers do with x, and with what is given after it; None if they have to run."""
         # a flow checks its arguments, and runs its own programs
-        if isinstance(self.flow, Flow) or named or not isinstance(x, Tensor) or x.is_nested or x.dim() != 2:
+        if isinstance(self.flow, Flow) or not isinstance(x, Tensor) or x.is_nested or x.dim() != 2:
             return None
-        return self._fuser.run(self, x, context, int(x.shape[1]), inverse)
+        return self._fuser.run(self, x, given, int(x.shape[1]), inverse, prior)
 
     def __getattr__(self, name: str) -> Any:
         flow = self.__dict__.get("_modules", {}).get("flow")
@@ -111,10 +108,50 @@ class Fused(Fusing):
         return getattr(flow, name)
 
 
+class FusedLayers(Fused):
+    """Layers, or a flow of pyflow."""
+
+    def forward(self, x: Tensor, *context: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        given = self._given(context, named)
+        result = None if given is None else self.program(x, given, False)
+        return self.flow(x, *context, **named) if result is None else result
+
+    def inverse(self, y: Tensor, *context: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        given = self._given(context, named)
+        result = None if given is None else self.program(y, given, True)
+        return self.flow.inverse(y, *context, **named) if result is None else result
+
+    def _given(self, context: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...] | None:
+        """Return the arguments of the layers after x, None if there are others; other packages name the context."""
+        if named and (context or [*named] != ["context"] or type(self.flow).__module__.startswith("pyflow.")):
+            return None
+        given = (*context, *named.values())
+        return () if given == (None,) and not type(self.flow).__module__.startswith("pyflow.") else given
+
+
+class FusedFlow(Fused):
+    """A flow of another package: its own methods, in which its layers are one."""
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        # hooks of the flow run when it is called
+        alone = has_hooks(self.flow) or "forward" in vars(self.flow)
+        return self.flow(*args, **named) if alone else self._stand().forward(*args, **named)
+
+    def _stand(self) -> Any:
+        stand = stand_of(self.flow)
+        assert stand is not None
+        return stand(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "flow" or "flow" not in self.__dict__.get("_modules", {}):
+            return nn.Module.__getattr__(self, name)
+        return getattr(self._stand(), name)
+
+
 def _flat(layers: Any) -> list[Any]:
     return [each for layer in layers for each in (_flat(layer) if type(layer) is nn.Sequential else [layer])]
 
 
-@register(STACKS, Fused)
+@register(STACKS, FusedLayers, FusedFlow)
 def _fused(look: Look, path: Path, fused: Fused) -> Layers:
     yield (*path, "flow"), fused.flow

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._operators import register
-from .._schemas import PACKINGS, PRIORS, SCALE_MAPS, SPLINE_VARIANTS, TAILS
+from .._schemas import PRIORS, SCALE_MAPS, SPLINE_VARIANTS, TAILS
 from .._torch import evaluated_while_traced, is_batched_gradient
 from ..program import (
     ACTIVATIONS,
+    PACKINGS,
     Activation,
     Additive,
     Affine,
@@ -25,6 +26,7 @@ from ..program import (
     Elementwise,
     Instruction,
     Linear,
+    Multiplicative,
     Net,
     Norm,
     Part,
@@ -293,6 +295,10 @@ class _Checker:
     def additive(self, additive: Additive) -> None:
         self.takes(self.columns(additive.columns))
         self.flags(additive, "inverse")
+
+    def multiplicative(self, multiplicative: Multiplicative) -> None:
+        self.takes(self.columns(multiplicative.columns))
+        self.flags(multiplicative, "inverse")
 
     def affine(self, affine: Affine) -> None:
         self.takes(2 * self.columns(affine.columns))

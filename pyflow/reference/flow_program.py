@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._schemas import PACKINGS, PRIORS, SCALE_MAPS, SPLINE_VARIANTS
+from .._schemas import PRIORS, SCALE_MAPS, SPLINE_VARIANTS
 from ..program import (
+    PACKINGS,
     Activation,
     Additive,
     Affine,
@@ -19,6 +20,7 @@ from ..program import (
     Elementwise,
     Instruction,
     Linear,
+    Multiplicative,
     Net,
     Norm,
     Part,
@@ -126,16 +128,27 @@ def _step(
         y, more = y if bias < 0 else y + weights[bias], none if logdet < 0 else weights[logdet]
     elif isinstance(instruction, Additive):
         y, more = additive_coupling(x, params, inverse=instruction.inverse), none
+    elif isinstance(instruction, Multiplicative):
+        log_scale = -params if instruction.inverse else params
+        y, more = x * torch.exp(log_scale), log_scale.sum(1)
     elif isinstance(instruction, Spline):
         y, more = rq_spline(x, *_spline_inputs(instruction, x, params, weights), **_spline_options(instruction))
     else:
-        y, more = affine_coupling_packed(x, params, **_options(instruction), mask=None)
+        y, more = affine_coupling_packed(x, _paired(instruction, params), **_options(instruction), mask=None)
     return h.index_copy(1, at, y), params, more
+
+
+def _paired(affine: Affine, numbers: Tensor) -> Tensor:
+    """Swap the numbers of pairs with the scale first, or their gradients."""
+    if PACKINGS[affine.packing] != "interleaved_scale_shift":
+        return numbers
+    return numbers.unflatten(1, (-1, 2)).flip(2).flatten(1)
 
 
 def _options(affine: Affine) -> dict:
     return {
-        "packing": PACKINGS[affine.packing], "dim": 1, "scale_map": SCALE_MAPS[affine.scale_map],
+        "packing": PACKINGS[affine.packing].removesuffix("_scale_shift"), "dim": 1,
+        "scale_map": SCALE_MAPS[affine.scale_map],
         "map_arg": affine.map_arg, "shift_first": affine.shift_first, "inverse": affine.inverse, "event_dims": 1,
     }  # fmt: skip
 
@@ -271,12 +284,17 @@ class _Back:
         else:
             if isinstance(instruction, Additive):
                 self.params = -grad if instruction.inverse else grad
+            elif isinstance(instruction, Multiplicative):
+                sign = -1 if instruction.inverse else 1
+                scaled = grad * torch.exp(sign * params)
+                grad, self.params = scaled, sign * (scaled * x + self.logdet[:, None])
             elif isinstance(instruction, Spline):
                 grad = self.spline(instruction, x, params, grad)
             else:
-                grad, self.params = affine_coupling_packed_backward(
-                    grad, self.logdet, x, params, **_options(instruction), mask=None
+                grad, numbers = affine_coupling_packed_backward(
+                    grad, self.logdet, x, _paired(instruction, params), **_options(instruction), mask=None
                 )
+                self.params = _paired(instruction, numbers)
         self.h = self.h.index_copy(1, at, grad)
 
     def scale(self, scale: Scale, x: Tensor, grad: Tensor) -> Tensor:
