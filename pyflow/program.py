@@ -196,6 +196,7 @@ class Spline(NamedTuple):
         params: place of a tensor (n, 2 K + slopes) of weights, the numbers of the columns in all rows; no other kind of
             instruction may name it. -1: the last conditioner returns them, those of a column next to each other.
         inverse: the inverse map.
+        zero_outside: whether the result is 0 outside of the bound, as normflows' with a list of tails, and not x.
     """
 
     columns: Columns
@@ -209,6 +210,7 @@ class Spline(NamedTuple):
     min_slope: float = 1e-3
     params: int = -1
     inverse: bool = False
+    zero_outside: bool = False
 
 
 class Prior(NamedTuple):

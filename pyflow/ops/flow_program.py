@@ -339,7 +339,7 @@ class _Checker:
         else:
             self.weight("params", spline.params, (n, 2 * bins + spline.slopes))
             self.tables.append((self.where, spline.params))
-        self.flags(spline, "inverse")
+        self.flags(spline, "inverse", "zero_outside")
 
     def prior(self, prior: Prior) -> None:
         self.columns(prior.columns)

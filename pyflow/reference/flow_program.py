@@ -133,6 +133,7 @@ def _step(
         y, more = x * torch.exp(log_scale), log_scale.sum(1)
     elif isinstance(instruction, Spline):
         y, more = rq_spline(x, *_spline_inputs(instruction, x, params, weights), **_spline_options(instruction))
+        y = _where_inside(instruction, x, y)
     else:
         y, more = affine_coupling_packed(x, _paired(instruction, params), **_options(instruction), mask=None)
     return h.index_copy(1, at, y), params, more
@@ -171,6 +172,13 @@ def _spline_inputs(
     if spline.params >= 0:
         return weights[spline.params].expand(x.shape[0], -1, -1), bounds, None
     return params.unflatten(1, (len(spline.columns), -1)), bounds, None
+
+
+def _where_inside(spline: Spline, x: Tensor, y: Tensor) -> Tensor:
+    """Return y, or 0 where x is out of the bound if the spline says so."""
+    if not spline.zero_outside:
+        return y
+    return torch.where(x.abs() <= torch.tensor(spline.bound, dtype=x.dtype, device=x.device), y, 0.0)
 
 
 def _scale(scale: Scale, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -311,6 +319,7 @@ class _Back:
 
     def spline(self, spline: Spline, x: Tensor, params: Tensor, grad: Tensor) -> Tensor:
         inputs = _spline_inputs(spline, x, params, self.weights)
+        grad = _where_inside(spline, x, grad)
         grad, of_numbers = rq_spline_backward(grad, self.logdet, x, *inputs, **_spline_options(spline))
         if spline.params >= 0:
             self.add(spline.params, of_numbers.sum(0))

@@ -61,6 +61,13 @@ LAYERS = {
     "bounds": lambda: [N.Reverse(nf.flows.neural_spline.coupling.PiecewiseRationalQuadraticCoupling(
         torch.tensor([1, 0, 1, 1, 0]), lambda i, o: nf.nets.ResidualNet(i, o, 8, preprocessing=waves(i)), num_bins=4,
         tails="linear", tail_bound=torch.tensor([1.0, 2, 3, 2, 1.5]), apply_unconditional_transform=True))],
+    "torus": lambda: [coupled(None, N.CircularCoupledRationalQuadraticSpline, ind_circ=[0, 3], tail_bound=1.5)],
+    "torus_bounds": lambda: [
+        coupled(None, N.CircularCoupledRationalQuadraticSpline, ind_circ=[1, 2], tail_bound=torch.linspace(0.5, 2, 5), init_identity=False)
+    ],
+    "torus_autoregressive": lambda: [
+        coupled(None, N.CircularAutoregressiveRationalQuadraticSpline, ind_circ=[0], tail_bound=1.5, init_identity=False)
+    ],
     "maf": lambda: [N.MaskedAffineAutoregressive(5, 12), N.Permute(5)],
     "maf_feedforward": lambda: [
         N.MaskedAffineAutoregressive(5, 12, use_residual_blocks=False, use_batch_norm=True, activation=F.elu)
@@ -73,7 +80,12 @@ CONDITIONAL = {
     "autoregressive": lambda: [autoregressive(3)],
 }
 # which of their directions has no program
-WITHOUT = {"maf": "inverse", "maf_feedforward": "inverse", "autoregressive": "forward"}
+WITHOUT = {
+    "maf": "inverse",
+    "maf_feedforward": "inverse",
+    "autoregressive": "forward",
+    "torus_autoregressive": "forward",
+}
 
 
 def waves(features):
@@ -223,10 +235,6 @@ def checkerboard(flow):
     flow.flows[0].flows[0].mode = flow.flows[0].flows[2].mode = "checkerboard"
 
 
-def lists(flow):
-    flow.flows[0] = coupled(None, N.CircularCoupledRationalQuadraticSpline, ind_circ=[0, 3]).double()
-
-
 def unknown(flow):
     net(flow)[1] = nn.Softplus()
 
@@ -237,7 +245,6 @@ CHANGES = {
     parametrization: "flow.flows.0.flows.1.param_map.net.0 (ParametrizedLinear): it has parametrizations",
     subclass: "flow.flows.0 (Shifted): left, its class has no instruction",
     checkerboard: "flow.flows.0 (AffineCouplingBlock): left, its split mode is 'checkerboard'",
-    lists: "flow.flows.0.prqct (PiecewiseRationalQuadraticCoupling): with a list of tails it returns 0 outside of its bound",
     unknown: "flow.flows.0.flows.1.param_map.net.1 (Softplus): its class has no instruction",
 }
 

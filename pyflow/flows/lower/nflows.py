@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ... import program as p
 from ..._schemas import PRIORS, SCALE_MAPS, SPLINE_VARIANTS, TAILS
@@ -176,11 +178,38 @@ def _linear(look: Look, path: Path, layer: Any) -> Write:
 
 
 def _linear_numbers(layer: Any, inverse: bool, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    weight, logdet = layer.weight(), layer.logabsdet()
+    if hasattr(layer, "lower_entries"):
+        weight, logdet = _product_of_triangles(layer)
+    else:
+        weight, logdet = layer.weight(), layer.logabsdet()
     if not inverse:
         return weight, layer.bias, logdet
     weight = torch.linalg.inv(weight)
     return weight, -(weight @ layer.bias), -logdet
+
+
+def _product_of_triangles(layer: Any) -> tuple[Tensor, Tensor]:
+    """Return what `weight` and `logabsdet` of LULinear do, in half of the time."""
+    diagonal = F.softplus(layer.unconstrained_upper_diag) + layer.eps
+    entries = torch.cat((layer.lower_entries, layer.upper_entries, diagonal))
+    # behind them a 0 and a 1
+    entries = F.pad(F.pad(entries, (0, 1)), (0, 1), value=1.0)
+    lower, upper = entries[_triangles(layer.features, entries.device)]
+    return lower @ upper, torch.log(diagonal).sum()
+
+
+@functools.lru_cache(maxsize=64)
+def _triangles(n: int, device: torch.device) -> Tensor:
+    """Return where the entries of a lower and an upper triangle are, (2, n, n)."""
+    count = n * (n - 1) // 2
+    place = torch.full((2, n, n), 2 * count + n)
+    for triangle, (rows, columns), first in (
+        (place[0], torch.tril_indices(n, n, -1), 0), (place[1], torch.triu_indices(n, n, 1), count)
+    ):  # fmt: skip
+        triangle[rows, columns] = torch.arange(first, first + count)
+    place[0].fill_diagonal_(2 * count + n + 1)
+    place[1].diagonal().copy_(torch.arange(2 * count, 2 * count + n))
+    return place.to(device)
 
 
 # couplings
@@ -280,11 +309,11 @@ def _spline_of_columns(look: Look, path: Path, layer: Any) -> Write:
 
 def spline(look: Look, path: Path, layer: Any, bins: int, param_scale: float, params: int = -1) -> Transform:
     """Return the spline of a layer; its parameters are weights or come from a network."""
-    tails, width, height, slope = look.options(
-        path, layer, "tails", "min_bin_width", "min_bin_height", "min_derivative"
-    )
-    if tails not in (None, "linear", "circular"):
-        raise NoInstruction(path, layer, "with a list of tails it returns 0 outside of its bound")
+    tails = look.watch.option(path, layer, lambda m: tuple(m.tails) if isinstance(m.tails, list) else m.tails)
+    width, height, slope = look.options(path, layer, "min_bin_width", "min_bin_height", "min_derivative")
+    each = tails if isinstance(tails, tuple) else () if tails is None else (tails,)
+    if not {*each} <= {*TAILS}:
+        raise NoInstruction(path, layer, f"its tails are {tails!r}")
     if width != height:
         raise NoInstruction(path, layer, "its min_bin_width and min_bin_height differ")
     if "tail_bound" in layer._buffers:
@@ -293,13 +322,13 @@ def spline(look: Look, path: Path, layer: Any, bins: int, param_scale: float, pa
         bound = (float(look.option(path, layer, "tail_bound")),)
     # outside of their domain layers without tails raise errors, programs return nan
     look.run.checks |= tails is None
-    slopes = {"linear": bins - 1, "circular": bins}.get(tails, bins + 1)
-    indices = () if tails is None else (TAILS.index(tails),)
+    slopes = bins + (-1 if tails == "linear" else 0 if tails == "circular" else 1)
+    indices = tuple(map(TAILS.index, each))
 
     def transform(columns: p.Columns, inverse: bool) -> p.Spline:
         return p.Spline(
             columns, bins, slopes, indices, SPLINE_VARIANTS.index("nflows"), bound, param_scale, float(width),
-            float(slope), params, inverse,
+            float(slope), params, inverse, zero_outside=isinstance(tails, tuple),
         )  # fmt: skip
 
     return transform

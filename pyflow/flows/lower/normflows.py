@@ -231,6 +231,8 @@ def _periodic(look: Look, path: Path, module: Any, parts: Parts) -> None:
     look.part((*path, "activation"), module.activation, after)
     if after:
         raise NoInstruction((*path, "activation"), module.activation, "it is an activation of some features")
+    if not columns:
+        return
     names = ("weights", *(["scale"] if "scale" in module._buffers else []))
     place = look.computed(path, module, names, _waves, 3)
     bias = look.tensor(path, module, "bias") if look.option(path, module, "apply_bias") else -1
