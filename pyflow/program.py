@@ -243,8 +243,8 @@ class Program(NamedTuple):
     def encode(self) -> str:
         """Return the text that the operator takes: words between spaces.
 
-        An integer or a flag is one number, a tuple its length and its items, columns and other tuples of integers the
-        number of their runs and (first, step, count) of each, an instruction or a part of a net its name and its fields.
+        An integer or a flag is one number, a tuple its length and its items, columns and other integers the number of
+        their runs and (first, step, count) of each, an instruction or a part of a net its name and its fields.
         """
         return " ".join(_encode(self, Program))
 

@@ -7,6 +7,7 @@ namespace {
 template <SplineVariant V, bool Inverse, class T>
 void backward_unit(const SplineBackward& a, const Tile& unit) {
   alignas(64) T p[kMostParams][kGroup], parts[2 * kMostBins][kGroup];
+  Totals<T, kGroup> total;
   alignas(64) T x[kChunk], mask[kChunk], gy[kChunk], gl[kChunk], gx[kChunk], xs[kGroup], gls[kGroup], gxs[kGroup];
   alignas(64) T ms[kGroup] = {}, gys[kGroup] = {};
   const Space& s = a.space;
@@ -16,7 +17,6 @@ void backward_unit(const SplineBackward& a, const Tile& unit) {
   Ends<T, kGroup> e;
   Bins<T, kGroup> b;
   Used<T, kGroup> u;
-  Totals<T, kGroup> total;
   BinGrads<T, kGroup> d;
   set_ends(a.low, a.high, a.tails == SplineTails::linear, e);
   // a unit has one chunk or one row

@@ -322,8 +322,8 @@ class _Checker:
                 self.fail(f"{name} must be a tuple of {few} or one per column, got {check.shown(given)}")
         for tail in spline.tails:
             self.index("tails", tail, TAILS)
-        # K + 1 serve all tails; linear ones need no outer slopes, circular ones have equal ones
-        fits = (*(bins + tail - 1 for tail in {*spline.tails} if len({*spline.tails}) == 1), bins + 1)
+        # linear tails need no outer slopes, circular ones have equal ones
+        fits = (bins + 1,) if len({*spline.tails}) != 1 else (bins - 1 + spline.tails[0], bins + 1)
         if spline.slopes not in fits:
             self.fail(f"slopes must be {' or '.join(map(str, fits))} with these bins and tails, got {spline.slopes!r}")
         self.index("variant", spline.variant, SPLINE_VARIANTS)

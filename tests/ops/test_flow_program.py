@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import pyflow
 from pyflow import _backend, ops, testing
 from pyflow._schemas import PACKINGS, PRIORS, SCALE_MAPS
-from pyflow.program import ACTIVATIONS, Additive, Affine, Dense, Linear, Net, Prior, Program, Scale
+from pyflow.program import ACTIVATIONS, Additive, Affine, Dense, Linear, Net, Prior, Program, Scale, Spline
 from pyflow.reference import flow_program as ref
 
 from .programs import Builder, drawn, inverse_of
@@ -81,9 +81,10 @@ def terms(x, program):
     total = 0
     for instruction in program.instructions:
         if isinstance(instruction, Net):
-            sizes += [len(instruction.columns) + program.context, *(dense.size for dense in instruction.layers)]
-            total += len(instruction.layers)
-        total += 1
+            sizes += [len(instruction.columns) + program.context, *(dense.size for dense in instruction.parts)]
+            total += len(instruction.parts)
+        # an error of a knot counts 1 / width times within its bin
+        total += 3 * instruction.bins if isinstance(instruction, Spline) else 1
     # every step passes on the errors of those before it
     return max(sizes) + 16 * total
 
@@ -236,7 +237,7 @@ def test_few_columns():
     empty = [
         Scale((), build.weight(0), build.weight(0)), Linear((), build.weight(0, 0), build.weight(0), build.weight()),
         build.net((), [5, 2]), Additive((0, 1)), build.net((), [4, 6], context=True), build.affine((0, 1, 2)),
-        build.net((0,), [3], context=False)._replace(layers=(build.dense(1, 2),)), Additive((1, 2)),
+        build.net((0,), [3], context=False)._replace(parts=(build.dense(1, 2),)), Additive((1, 2)),
     ]  # fmt: skip
     for batch in (1, 40):
         check_built(build, build.program(*empty), batch)
@@ -250,7 +251,7 @@ def test_few_columns():
 def test_a_weight_may_have_several_places():
     build = Builder(4)
     net = build.net((0, 1), [2, 2, 2], "tanh")
-    shared = net._replace(layers=(net.parts[0], net.parts[0], net.parts[2]))
+    shared = net._replace(parts=(net.parts[0], net.parts[0], net.parts[2]))
     program = build.program(shared, Additive((2, 3)), shared._replace(columns=(2, 3)), Additive((0, 1)))
     x, _ = rows(build, 33)
     weights = [w.float() for w in build.weights]
@@ -258,9 +259,9 @@ def test_a_weight_may_have_several_places():
     assert (got[5] == 0).all() and (got[6] == 0).all()  # those of the second layer, which no instruction names
     # the same tensor in two places of the list
     leaf = weights[0].clone().requires_grad_()
-    apart = net._replace(layers=(net.parts[0], net.parts[1]._replace(weight=2), net.parts[2]))
+    apart = net._replace(parts=(net.parts[0], net.parts[1]._replace(weight=2), net.parts[2]))
     y, _ = ops.flow_program(x, build.program(apart, Additive((2, 3))), [leaf, weights[1], leaf, *weights[3:]])
-    once, _ = ops.flow_program(x, build.program(net._replace(layers=(net.parts[0], Dense(0, 3, 2, 3), net.parts[2])), Additive((2, 3))), [leaf, *weights[1:]])  # fmt: skip
+    once, _ = ops.flow_program(x, build.program(net._replace(parts=(net.parts[0], Dense(0, 3, 2, 3), net.parts[2])), Additive((2, 3))), [leaf, *weights[1:]])  # fmt: skip
     a, b = (torch.autograd.grad(v.square().sum(), leaf)[0] for v in (y, once))
     torch.testing.assert_close(a, b)
 

@@ -23,7 +23,7 @@ struct Rule<Instruction::spline> {
   }
 
   template <class T>
-  static void copy_rows(const T (*from)[kWidth<T>], int64_t count, Rows<T, kWidth<T>> to) {
+  static void copy_rows(Rows<T, kWidth<T>> from, int64_t count, Rows<T, kWidth<T>> to) {
     __builtin_memcpy(to, from, sizeof *to * size_t(count));
   }
 
@@ -56,10 +56,10 @@ struct Rule<Instruction::spline> {
       for (int64_t b = 0; b < t.blocks; ++b) {
         Rows<T, W> p = own;
         if (!in.numbers.data) {
+          const Rows<T, W> given = of_column(in, params, b, i);
           // the tape keeps what the backward needs
-          p = of_column(in, params, b, i);
-          if (t.back) copy_rows(p, numbers(in), own);
-          if (t.back) p = own;
+          p = t.back ? own : given;
+          if (t.back) copy_rows<T>(given, numbers(in), own);
           softmaxes<V>(form, c, p, none, total);
         }
         T* x = t.state.at(b, in.columns[i]);
