@@ -22,14 +22,14 @@ def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fuse
 
     Args:
         flow: a flow of `pyflow.flows`, `pyflow.nn.ReversibleSequential`, one invertible layer, or invertible layers in
-            an nn.Sequential, an nn.ModuleList or a list.
+            an nn.Sequential, an nn.ModuleList or a list; or a flow or layers of nflows, normflows or glasflow.
         frozen: a snapshot for inference: a copy of the flow in eval mode without gradients of parameters. Later changes
             of the flow are not seen, the copy must not be changed, and a call reads neither modules nor parameters.
 
     Returns:
         A module that holds the flow as `flow` (its parameters and state_dict are those of the flow, with this prefix)
-        and has its methods: forward, inverse, log_prob, sample, ... `explain()` returns a line for each run of layers
-        that are fused and for each layer that is left, with the reason.
+        and has its methods, with its arguments and results: forward, inverse, log_prob, sample, ... `explain()` returns
+        a line for each run of layers that are fused and for each layer that is left, with the reason.
 
     Raises:
         TypeError: flow is no module with an inverse, nor a list of them.
@@ -37,11 +37,22 @@ def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fuse
     Notes:
         NICE and RealNVP of vectors do this by themselves, so that they need `fuse` for `frozen` and `explain` only.
         Layers with instructions: ActNorm, Scale, Invertible1x1Conv (of vectors), AdditiveCoupling and AffineCoupling
-        with split "half" or "interleave", and stacks of them. Their networks: nn.Linear with ReLU, LeakyReLU, Tanh,
-        SiLU, GELU, ELU or Sigmoid after it, in an nn.Sequential; nn.Identity and nn.Dropout(0) are nothing. Other
-        layers run as they are between the fused ones, as do subclasses of these, and modules with hooks,
-        parametrizations, pruned or normalised weights, or a forward of their own; a stack that recomputes activations
-        is fused whole or not at all. NICE is one layer here.
+        with split "half" or "interleave", and stacks of them. Their networks: nn.Linear, ReLU, LeakyReLU, Tanh, SiLU,
+        GELU, ELU, Sigmoid, LayerNorm, BatchNorm1d in eval mode, in an nn.Sequential; nn.Identity is nothing, nor is
+        nn.Dropout in eval mode. Other layers run as they are between the fused ones, as do subclasses of these, and
+        modules with hooks, parametrizations, pruned or normalised weights, or a forward of their own; a stack that
+        recomputes activations is fused whole or not at all. NICE is one layer here.
+
+        Of nflows (0.14, and its copy in glasflow): couplings (affine, additive, rational-quadratic), masked
+        autoregressive layers, linear layers without cache, permutations, PointwiseAffineTransform, ActNorm, BatchNorm
+        in eval mode, stacks and inverses; ResidualNet and MADE, sbi's ContextSplineMap and dingo's DenseResidualNet;
+        StandardNormal and ConditionalDiagonalNormal. Of normflows (1.7): AffineCouplingBlock by channels,
+        MaskedAffineFlow, AffineConstFlow, ActNorm, Permute, InvertibleAffine, LULinearPermute,
+        MaskedAffineAutoregressive, the rational-quadratic splines, Reverse and Composite; MLP, ResidualNet and MADE;
+        DiagGaussian and UniformGaussian. Embedding networks and other base distributions run before and behind the
+        program. Autoregressive layers have programs in the direction that is one pass of their network. Buffers of
+        permutations, features and tail bounds are read once, and again when they are replaced or written to in place,
+        but not through `.data`; all other buffers are read at every call.
 
         Layers run as they are where a program has no kernel: on a GPU, with `pyflow.backend("reference")`, under
         torch.func transforms, forward-mode AD and torch.export; for x that is not a dense float32 or float64 matrix or

@@ -24,7 +24,7 @@ from nflows.utils import create_alternating_binary_mask
 
 pytestmark = [
     pytest.mark.skipif(bool(_backend.cpu_missing), reason="programs need compiled kernels"),
-    pytest.mark.filterwarnings("ignore:.*deprecated", "ignore:Inputs to the softmax"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*deprecated"),
 ]
 MASK = [1, -1, 1, 1, -1]
 T = transforms
@@ -169,6 +169,86 @@ def test_as_their_builders_make_them(make):
     for other in (fuse(flow, frozen=True), copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         with programs(1):
             torch.testing.assert_close(other.log_prob(x, y), flow.log_prob(x, y))
+
+
+class ContextSplineMap(nn.Module):
+    """As sbi's: parameters of a spline of one column, from the context alone."""
+
+    __module__ = "sbi.neural_nets.net_builders.flow"
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.hidden_features = 8
+        hidden = [nn.Linear(8, 8), nn.ReLU()] * 2  # one layer twice
+        self.spline_predictor = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), *hidden, nn.Linear(8, outputs))
+
+    def __call__(self, inputs, context, *args, **kwargs):
+        return self.spline_predictor(context)
+
+
+class MyResidualBlock(nn.Module):
+    """As dingo's."""
+
+    __module__ = "dingo.core.nn.resnet"
+
+    def __init__(self, context):
+        super().__init__()
+        self.activation, self.norm, self.dropout = F.elu, "LayerNorm", nn.Dropout(0.1)
+        self.layer_norm_layers = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+        self.linear_layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        if context:
+            self.context_layer = nn.Linear(context, 8)
+
+    def forward(self, inputs, context=None):
+        h = inputs
+        for norm, linear in zip(self.layer_norm_layers, self.linear_layers, strict=True):
+            h = linear(self.dropout(self.activation(norm(h))))
+        return inputs + (h if context is None else F.glu(torch.cat((h, self.context_layer(context)), -1), -1))
+
+
+class DenseResidualNet(nn.Module):
+    """As dingo's: the context only gates its blocks."""
+
+    __module__ = "dingo.core.nn.resnet"
+
+    def __init__(self, inputs, outputs, context):
+        super().__init__()
+        self.hidden_features, self.initial_layer = 8, nn.Linear(inputs, 8)
+        self.blocks = nn.ModuleList(MyResidualBlock(context) for _ in range(2))
+        self.resize_layers = nn.ModuleList([nn.Identity(), nn.Linear(8, outputs)])
+
+    def forward(self, x, context=None):
+        x = self.initial_layer(x)
+        for block, resize in zip(self.blocks, self.resize_layers, strict=True):
+            x = resize(block(x, context=context))
+        return x
+
+
+@pytest.mark.parametrize("net, columns, context", [
+    (lambda i, o: ContextSplineMap(o), 1, 3), (lambda i, o: DenseResidualNet(i, o, 3), 4, 3),
+    (lambda i, o: DenseResidualNet(i, o, 0), 4, 0),
+])  # fmt: skip
+def test_networks_of_sbi_and_dingo(net, columns, context):
+    torch.manual_seed(1)
+    layer = randomised(T.PiecewiseRationalQuadraticCouplingTransform([1, -1, 1, -1][:columns], net, 4, "linear", 2.0))
+    fused, x = fuse(layer), data(16, columns).requires_grad_()
+    given = (data(16, context, seed=1).requires_grad_(),) if context else ()
+    inputs = [x, *given, *layer.parameters()]
+    assert_same(lambda: fused(x, *given), lambda: layer(x, *given), inputs)
+    assert_same(lambda: fused.inverse(x, *given), lambda: layer.inverse(x, *given), inputs)
+
+
+def test_glasflow():
+    glasflow = pytest.importorskip("glasflow")
+    torch.manual_seed(1)
+    for scales in ("nflows", "nflows_general", "log2"):
+        flow = randomised(
+            glasflow.RealNVP(4, 2, n_conditional_inputs=3, linear_transform="lu", scale_activation=scales)
+        )
+        fused, x, c = fuse(flow), data(16, 4).requires_grad_(), data(16, 3, seed=1).requires_grad_()
+        inputs = [x, c, *flow.parameters()]
+        for call in (lambda f: f.log_prob(x, c), lambda f: f(x, c), lambda f: f.inverse(x, conditional=c)):
+            assert_same(lambda c=call, f=fused: c(f), lambda c=call, f=flow: c(f), inputs)
 
 
 @pytest.mark.parametrize("flow", [

@@ -20,7 +20,10 @@ from .peers import assert_float32_as_exact_as, assert_same, data, programs, rand
 nf = pytest.importorskip("normflows")
 N = nf.flows
 
-pytestmark = pytest.mark.skipif(bool(_backend.cpu_missing), reason="programs need compiled kernels")
+pytestmark = [
+    pytest.mark.skipif(bool(_backend.cpu_missing), reason="programs need compiled kernels"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*deprecated"),
+]
 EVEN = torch.tensor([1.0, 0, 1, 0, 0])
 
 
