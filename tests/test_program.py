@@ -10,13 +10,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyflow.program import Additive, Affine, Dense, Instruction, Linear, Net, Prior, Program, Scale, Spline, runs_of
+from pyflow.program import (
+    Additive,
+    Affine,
+    Dense,
+    Instruction,
+    Linear,
+    Multiplicative,
+    Net,
+    Prior,
+    Program,
+    Scale,
+    Spline,
+    runs_of,
+)  # fmt: skip
 
 NET = Net((5, 0, 5), True, (Dense(0, 1, 8, 1), Dense(2, -1, 4, 2, 0.01)))
 EVERY = (
     Scale((3, 2, 1), 4, -1, True, False), Linear((0, 2), 5), Linear((0, 2), 5, 6, 7), NET, Additive((1, 4), True), NET,
     Affine((1, 4), 3, 2, 0.1, False, True), Spline((0, 1), 8, 9, (0, 1), 2, (3.0, 0.1), 0.5, 0.01, 0.2, 3, True),
-    Prior((0, 2, 4), 1), Prior(()), Scale((), -1, -1),
+    Prior((0, 2, 4), 1), Prior(()), Scale((), -1, -1), NET, Multiplicative((1, 4), True),
 )  # fmt: skip
 FLOATS = [0.0, 0.1, 1 / 3, -1.5, 1e-45, 5e-324, sys.float_info.max, sys.float_info.min, math.pi, 1e16 + 2, 2.0**-1074]
 
