@@ -33,7 +33,7 @@ class Stand:
 
     def _density(self, x: Any, context: Any, inverse: bool) -> Tensor | None:
         """Return the log-density of x by one program, None if the layers or the base distribution have to run."""
-        result = self._fused.program(x, () if context is None else (context,), inverse, BASE)
+        result = self._fused._program(x, () if context is None else (context,), inverse, BASE)
         return None if result is None else result[1]
 
 
@@ -52,7 +52,7 @@ class _Layers:
     __call__ = forward
 
     def _call(self, x: Any, named: dict[str, Any], inverse: bool) -> tuple[Any, Any]:
-        result = self.fused.program(x, tuple([each for each in named.values() if each is not None]), inverse)
+        result = self.fused._program(x, tuple([each for each in named.values() if each is not None]), inverse)
         if result is not None:
             return result
         total: Any = 0

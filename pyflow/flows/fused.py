@@ -103,7 +103,7 @@ class Fused(Fusing):
         """Return a line for each run of layers that are fused, and for each layer that is left, with the reason."""
         return explain(self.flow if isinstance(self.flow, Flow) else self)
 
-    def program(
+    def _program(
         self, x: Any, given: tuple[Any, ...], inverse: bool, prior: str | None = None
     ) -> tuple[Tensor, Tensor] | None:
         """Return what the layers do with x, and with what is given after it; None if they have to run."""
@@ -124,12 +124,12 @@ class FusedLayers(Fused):
 
     def forward(self, x: Tensor, *context: Any, **named: Any) -> tuple[Tensor, Tensor]:
         given = self._given(context, named)
-        result = None if given is None else self.program(x, given, False)
+        result = None if given is None else self._program(x, given, False)
         return self.flow(x, *context, **named) if result is None else result
 
     def inverse(self, y: Tensor, *context: Any, **named: Any) -> tuple[Tensor, Tensor]:
         given = self._given(context, named)
-        result = None if given is None else self.program(y, given, True)
+        result = None if given is None else self._program(y, given, True)
         return self.flow.inverse(y, *context, **named) if result is None else result
 
     def _given(self, context: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...] | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -449,6 +451,32 @@ def test_wrong_arguments_have_the_texts_of_the_flow():
         for call in calls:
             kind, text = texts(lambda: call(fuse(flow)))
             assert (kind, text) == texts(lambda: call(flow)), text
+
+
+def test_flows_are_freed_without_the_collector():
+    gc.collect()
+    gc.disable()
+    try:
+        fused = fuse(made("nested").float())
+        gone = weakref.ref(fused), weakref.ref(next(fused.parameters()))
+        fused.log_prob(data(3, 5).float()), fused.sample(2), fused.explain()
+        del fused
+        assert [each() for each in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_compiles_to_one_program():
+    flow, x, graphs = made("linear"), data(8, 5), []
+    fused = fuse(flow)
+
+    def backend(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    compiled = torch.compile(fused.log_prob, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(x), flow.log_prob(x))
+    assert graphs[0].count(torch.ops.pyflow.flow_program.default) == 1
 
 
 def test_other_backends_run_the_flow():

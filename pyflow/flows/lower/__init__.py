@@ -7,10 +7,10 @@ pyflow imports none of them. A file for each package, `nets.py` for what conditi
 
 from __future__ import annotations
 
-from . import nets, nflows, normflows, own
+from . import couplings, nets, nflows, normflows, own
 from .look import BASES, RULES, STACKS, Layers, Look, NoInstruction, children, named, register
 
 __all__ = [
-    "BASES", "RULES", "STACKS", "Layers", "Look", "NoInstruction", "children", "named", "nets", "nflows", "normflows",
+    "BASES", "RULES", "STACKS", "Layers", "Look", "NoInstruction", "children", "couplings", "named", "nets", "nflows", "normflows",
     "own", "register",
 ]  # fmt: skip

@@ -42,9 +42,8 @@ def register(table: dict[Kind, Any], *kinds: type | str) -> Callable[[F], F]:
 
 def named(kind: type) -> str:
     """Return the name of a class in the tables; glasflow carries a copy of nflows."""
-    return f"{kind.__module__}.{kind.__qualname__}".removeprefix(
-        "glasflow." * kind.__module__.startswith("glasflow.nflows.")
-    )
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return name.removeprefix("glasflow.") if name.startswith("glasflow.nflows.") else name
 
 
 def _found(table: dict[Kind, F], module: object) -> F | None:
