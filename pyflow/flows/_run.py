@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .. import _backend
 from .. import program as p
 from .._autograd import pick
+from .._checks import uncast
 from .._schemas import PRIORS
 from .._torch import any_global_module_hook, under_transform
 from ..ops.flow_program import _run as run_program
@@ -193,20 +195,23 @@ class Run:
         of_base = key[3] == BASE
         if of_base not in self._picks:
             self._picks[of_base] = pick(self._parts(of_base)[0])
-        every = tensors if not self.computed else [*tensors, *self.made(key)]
+        every = tensors if not self.computed else [*tensors, *self.made(key, tensors)]
         return [*self._picks[of_base](every)]
 
     def traced_weights(self, root: nn.Module, tensors: list[Tensor], key: Key) -> list[Tensor]:
         """Return the same in a trace of dynamo, which does not trace what `pick` returns."""
-        every = [*tensors, *self.made(key, root)]
+        every = [*tensors, *self.made(key, tensors, root)]
         return [every[place] for place in self._parts(key[3] == BASE)[0]]
 
-    def made(self, key: Key, root: nn.Module | None = None) -> list[Tensor]:
+    def made(self, key: Key, tensors: list[Tensor], root: nn.Module | None = None) -> list[Tensor]:
         """Return the weights that are computed, the last one first; from layers below the root if it is given."""
         columns, _, inverse, prior = key
         made: list[Tensor] = []
-        for path, layer, compute, flipped in self._parts(prior == BASE)[1]:
-            made += compute(layer if root is None else at(root, path), inverse != flipped, columns)
+        # autocast would cast products of matrices
+        casts = tensors[0].is_cpu and torch.is_autocast_enabled("cpu")
+        with uncast(tensors[0]) if casts else contextlib.nullcontext():
+            for path, layer, compute, flipped in self._parts(prior == BASE)[1]:
+                made += compute(layer if root is None else at(root, path), inverse != flipped, columns)
         return made[::-1]
 
     def _parts(self, of_base: bool) -> tuple[list[int], list[Computed]]:

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 import pyflow
 from pyflow import _backend
 from pyflow.flows import fuse
+from pyflow.flows.lower import nflows as nflows_rules
 
 from .peers import assert_float32_as_exact_as, assert_same, data, programs, randomised, texts
 
@@ -477,6 +478,19 @@ def test_compiles_to_one_program():
     compiled = torch.compile(fused.log_prob, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(x), flow.log_prob(x))
     assert graphs[0].count(torch.ops.pyflow.flow_program.default) == 1
+
+
+def test_autocast_inference_mode_and_empty_batches():
+    flow, x = made("linear").float(), data(8, 5).float()
+    fused = fuse(flow)
+    nflows_rules._cached_triangles.cache_clear()
+    with torch.inference_mode(), programs(1):
+        want = fused.log_prob(x)
+    fused.log_prob(x).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16), programs(1):
+        assert fused.log_prob(x).equal(want)
+    with programs(1):
+        assert fused.log_prob(x[:0]).shape == (0,)
 
 
 def test_other_backends_run_the_flow():

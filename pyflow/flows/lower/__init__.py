@@ -7,10 +7,12 @@ pyflow imports none of them. A file for each package, `nets.py` for what conditi
 
 from __future__ import annotations
 
-from . import couplings, nets, nflows, normflows, own
-from .look import BASES, RULES, STACKS, Layers, Look, NoInstruction, children, named, register
+# these fill the tables
+from . import couplings as couplings
+from . import nets as nets
+from . import nflows as nflows
+from . import normflows as normflows
+from . import own as own
+from .look import RULES, STACKS, Layers, Look, NoInstruction, children, named, register
 
-__all__ = [
-    "BASES", "RULES", "STACKS", "Layers", "Look", "NoInstruction", "children", "couplings", "named", "nets", "nflows", "normflows",
-    "own", "register",
-]  # fmt: skip
+__all__ = ["RULES", "STACKS", "Layers", "Look", "NoInstruction", "children", "named", "register"]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ... import program as p
 from ..._schemas import PRIORS, SCALE_MAPS
+from ..._torch import evaluated_while_traced
 from .._run import Tape, Write
 from .._watch import Path
 from .look import BASES, PARTS, RULES, STACKS, Layers, Look, NoInstruction, children, register
@@ -193,8 +194,15 @@ def _product_of_triangles(layer: Any) -> tuple[Tensor, Tensor]:
     return lower @ upper, torch.log(diagonal).sum()
 
 
-@functools.lru_cache(maxsize=64)
+@evaluated_while_traced
 def _triangles(n: int, device: torch.device) -> Tensor:
+    # a tensor that is made in inference mode cannot be saved for a backward
+    with torch.inference_mode(False):
+        return _cached_triangles(n, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_triangles(n: int, device: torch.device) -> Tensor:
     """Return where the entries of a lower and an upper triangle are, (2, n, n)."""
     count = n * (n - 1) // 2
     place = torch.full((2, n, n), 2 * count + n)
