@@ -129,10 +129,10 @@ def _gelu(look: Look, path: Path, module: Any, parts: Parts) -> None:
 
 def activation(look: Look, path: Path, module: Any, parts: Parts, name: str = "activation") -> None:
     """Add the activation that a module has as an attribute, a function or a module."""
-    value = look.option(path, module, name)
-    if isinstance(value, nn.Module):
-        look.part((*path, name), value, parts)
+    if name in module._modules:
+        look.part((*path, name), module._modules[name], parts)
         return
+    value = look.option(path, module, name)
     known = [(kind, arg) for function, kind, arg in _FUNCTIONS if function is value]
     if not known:
         raise NoInstruction(path, module, f"its {name} {getattr(value, '__qualname__', value)!s} has no instruction")
