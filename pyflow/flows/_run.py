@@ -207,10 +207,13 @@ class Run:
         """Return the weights that are computed, the last one first; from layers below the root if it is given."""
         columns, _, inverse, prior = key
         made: list[Tensor] = []
+        computed = self._parts(prior == BASE)[1]
+        if not computed:
+            return made
         # autocast would cast products of matrices
         casts = tensors[0].is_cpu and torch.is_autocast_enabled("cpu")
         with uncast(tensors[0]) if casts else contextlib.nullcontext():
-            for path, layer, compute, flipped in self._parts(prior == BASE)[1]:
+            for path, layer, compute, flipped in computed:
                 made += compute(layer if root is None else at(root, path), inverse != flipped, columns)
         return made[::-1]
 
