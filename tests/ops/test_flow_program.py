@@ -81,7 +81,10 @@ def terms(x, program):
     total = 0
     for instruction in program.instructions:
         if isinstance(instruction, Net):
-            sizes += [len(instruction.columns) + program.context, *(dense.size for dense in instruction.parts)]
+            sizes += [
+                len(instruction.columns) + program.context,
+                *(part.size for part in instruction.parts if isinstance(part, Dense)),
+            ]
             total += len(instruction.parts)
         # an error of a knot counts 1 / width times within its bin
         total += 3 * instruction.bins if isinstance(instruction, Spline) else 1
@@ -896,15 +899,15 @@ BAD = [
     (of(NET._replace(columns=(0, 5))), ValueError, r"instruction 0, Net: columns must be 0 to 2, got \(0, 5\)"),
     (of(NET._replace(context=True)), ValueError, "instruction 0, Net: context must be false in a program without context"),
     (of(NET._replace(context="")), ValueError, "instruction 0, Net: context must be true or false, got ''"),
-    (of(NET._replace(parts=())), ValueError, r"instruction 0, Net: layers must be a tuple of at least one, got \(\)"),
-    (of(NET._replace(parts=None)), ValueError, "instruction 0, Net: layers must be a tuple of at least one, got None"),
-    (of(NET._replace(parts=((0, 1, 2, 0, 0.0),))), ValueError, r"instruction 0, Net: layers must be Dense of at least one output, got \(0, 1, 2, 0, 0.0\)"),
-    (of(NET._replace(parts=(Dense(0, 1, 0),))), ValueError, r"instruction 0, Net: layers must be Dense of at least one output, got Dense\(.*size=0.*\)"),
+    (of(NET._replace(parts=())), ValueError, r"instruction 0, Net: parts must be a tuple of at least one, got \(\)"),
+    (of(NET._replace(parts=None)), ValueError, "instruction 0, Net: parts must be a tuple of at least one, got None"),
+    (of(NET._replace(parts=((0, 1, 2, 0, 0.0),))), ValueError, r"instruction 0, Net: parts must be of pyflow.program's parts of a net, got \(0, 1, 2, 0, 0.0\)"),
+    (of(NET._replace(parts=(Dense(0, 1, 0),))), ValueError, r"instruction 0, Net: a layer must be Dense of at least one output, got Dense\(.*size=0.*\)"),
     (of(NET._replace(columns=(0, 1)), Additive((1, 2))), ValueError, r"instruction 0, Net: weight must have the shape \(2, 2\), got \(2, 1\)"),
     (of(NET._replace(parts=(Dense(-1, 1, 2),))), ValueError, "instruction 0, Net: weight must be the place of one of 4 weights, got -1"),
     (of(NET._replace(parts=(Dense(0, 3, 2),)), Additive((1, 2))), ValueError, r"instruction 0, Net: bias must have the shape \(2,\), got \(\)"),
-    (of(NET._replace(parts=(Dense(0, 1, 2, 8),))), ValueError, "instruction 0, Net: activation must be 0 to 7, got 8"),
-    (of(NET._replace(parts=(Dense(0, 1, 2, "relu"),))), ValueError, "instruction 0, Net: activation must be 0 to 7, got 'relu'"),
+    (of(NET._replace(parts=(Dense(0, 1, 2, 9),))), ValueError, "instruction 0, Net: activation must be 0 to 8, got 9"),
+    (of(NET._replace(parts=(Dense(0, 1, 2, "relu"),))), ValueError, "instruction 0, Net: activation must be 0 to 8, got 'relu'"),
     (of(NET._replace(parts=(Dense(0, 1, 2, 2, "x"),))), ValueError, "instruction 0, Net: arg must be a number, at least 0 and finite, got 'x'"),
     (of(NET._replace(parts=(Dense(0, 1, 2, 2, math.inf),))), ValueError, "instruction 0, Net: arg must be a number, at least 0 and finite, got inf"),
     (of(Additive((0,))), ValueError, "instruction 0, Additive: the conditioner before it must return 1 numbers, got 0"),

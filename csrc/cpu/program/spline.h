@@ -87,7 +87,7 @@ struct Rule<Instruction::spline> {
     const SplineConstants<T> c = constants_of<T>(form);
     const int64_t count = numbers(in);
     const Columns<T> saved = t.taped_at(in.saved, in.count), params = t.taped_at(in.params, in.count * count);
-    const Columns<T> gparams{t.grad_params.data, in.count * count};
+    const Columns<T> gparams = t.array(0, in.count * count);
     alignas(64) T own[kMostParams][W], parts[2 * kMostBins][W], of_own[kMostParams][W], gx[W];
     alignas(64) const T mask[W] = {};
     Ends<T, W> e;
