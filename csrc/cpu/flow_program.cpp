@@ -5,6 +5,7 @@
 #include "program/additive.h"
 #include "program/affine.h"
 #include "program/linear.h"
+#include "program/multiplicative.h"
 #include "program/net.h"
 #include "program/prior.h"
 #include "program/scale.h"

@@ -340,6 +340,8 @@ class _Checker:
             self.weight("params", spline.params, (n, 2 * bins + spline.slopes))
             self.tables.append((self.where, spline.params))
         self.flags(spline, "inverse", "zero_outside")
+        if spline.zero_outside and not spline.tails:
+            self.fail("zero_outside must be false without tails, got True")
 
     def prior(self, prior: Prior) -> None:
         self.columns(prior.columns)
