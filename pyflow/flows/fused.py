@@ -134,10 +134,11 @@ class FusedLayers(Fused):
 
     def _given(self, context: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...] | None:
         """Return the arguments of the layers after x, None if there are others; other packages name the context."""
-        if named and (context or [*named] != ["context"] or type(self.flow).__module__.startswith("pyflow.")):
+        own = type(self.flow).__module__.startswith("pyflow.")
+        if named and (own or context or [*named] != ["context"]):
             return None
         given = (*context, *named.values())
-        return () if given == (None,) and not type(self.flow).__module__.startswith("pyflow.") else given
+        return () if not own and given == (None,) else given
 
 
 class FusedFlow(Fused):

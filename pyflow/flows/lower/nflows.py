@@ -136,9 +136,8 @@ def _batch_norm(look: Look, path: Path, layer: Any) -> Write:
 
 def _batch_norm_numbers(layer: Any, inverse: bool, columns: int) -> tuple[Tensor, Tensor]:
     weight, variance = layer.weight, layer.running_var + layer.eps
-    return layer.bias * torch.sqrt(variance) / weight - layer.running_mean, torch.log(weight) - 0.5 * torch.log(
-        variance
-    )
+    shift = layer.bias * torch.sqrt(variance) / weight - layer.running_mean
+    return shift, torch.log(weight) - 0.5 * torch.log(variance)
 
 
 @register(RULES, "nflows.transforms.normalization.ActNorm")
