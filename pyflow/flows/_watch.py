@@ -41,7 +41,7 @@ class Watch:
         self.tensors: list[tuple[dict[str, Any], str, str]] = []  # parameters and buffers
         self.sites: list[tuple[Path, str]] = []  # the same by path
         self.shapes: list[torch.Size] = []
-        self.read: list[tuple[dict[str, Any], str, Tensor, int]] = []  # buffers whose values were read
+        self.read: list[_Read] = []
 
     def module(self, path: Path, module: nn.Module) -> None:
         if not path:
@@ -76,14 +76,9 @@ class Watch:
         return len(self.tensors) - 1
 
     def buffer(self, path: Path, module: nn.Module, name: str) -> Tensor:
-        """Return a buffer that nobody trains: a permutation, indices, a mask of columns.
-
-        Its values are taken to stay while it is the same tensor of the same version, as one that is moved, loaded or
-        written to in place is not; what writes through `.data` or numpy is not seen.
-        """
-        tensor = vars(module)["_buffers"][name]
-        self.read.append((vars(module), name, tensor, _version(tensor)))
-        return tensor
+        """Return a buffer that nobody trains, and whose values must stay: a permutation, indices, a mask of columns."""
+        self.read.append(_Read(vars(module), name))
+        return self.read[-1].tensor
 
     def forget(self, count: int) -> None:
         """Keep the first tensors only."""
@@ -102,7 +97,7 @@ class Watch:
                 and [[*space["_modules"].values()] for space in self.parents] == self.children
                 and all([get(root if m is None else m) == value for m, _, get, value in self.options])
                 and all([space[kind][name] is None for space, kind, name in self.absent])
-                and all([s["_buffers"][name] is tensor and _version(tensor) == v for s, name, tensor, v in self.read])
+                and all([each.stays() for each in self.read])
             )
             if same:
                 weights = [space[kind][name] for space, kind, name in self.tensors]
@@ -120,6 +115,27 @@ class Watch:
         for _, path, get, value in self.options:
             assert get(at(root, path)) == value
         return [getattr(at(root, path), name) for path, name in self.sites]
+
+
+class _Read:
+    """A buffer whose values were read.
+
+    They are taken to stay while it is the same tensor of the same version, as one that is moved, loaded or written to
+    in place is not; what writes through `.data` or numpy is not seen.
+    """
+
+    def __init__(self, space: dict[str, Any], name: str) -> None:
+        self.space, self.name = space, name
+        self.tensor: Tensor = space["_buffers"][name]
+        self.version, self.values = _version(self.tensor), self.tensor.tolist()
+
+    def stays(self) -> bool:
+        tensor = self.space["_buffers"][self.name]
+        if tensor is self.tensor and _version(tensor) == self.version:
+            return True
+        # DistributedDataParallel writes the same values at every call
+        self.tensor, self.version = tensor, _version(tensor)
+        return self.tensor.tolist() == self.values
 
 
 def at(root: nn.Module, path: Path) -> Any:

@@ -410,6 +410,18 @@ def test_changes_are_seen():
         assert not got.allclose(before)
 
 
+def test_the_same_values_of_a_permutation_are_no_change():
+    flow, x = made("nested"), data(8, 5)
+    fused = fuse(flow)
+    want, structure = fused.log_prob(x), fused._fuser.structure
+    for name, buffer in flow.named_buffers():
+        if name.endswith("_permutation"):
+            buffer.copy_(buffer.clone())
+    assert fused.log_prob(x).equal(want) and fused._fuser.structure is structure
+    flow.load_state_dict(flow.state_dict())
+    assert fused.log_prob(x).equal(want) and fused._fuser.structure is structure
+
+
 def test_a_pending_act_norm_runs():
     torch.manual_seed(1)
     flow = flow_of([T.ActNorm(5), T.AffineCouplingTransform(MASK, res())]).double().train()
