@@ -50,7 +50,7 @@ class Structure:
             try:
                 self.look.try_base(self.whole)
             except NoInstruction as why:
-                self.base_left = _left(*self.look.base, why)
+                self.base_left = _left(*self.look.base[:2], why)
 
     def run_parts(self, x: Tensor, given: tuple[Any, ...], key: Key, tensors: list[Tensor]) -> Result | None:
         """Return what the layers do, with runs as programs; None if there are no runs."""
@@ -112,11 +112,11 @@ def _line(part: Run | Left) -> str:
     return f"{_name(part.path)} ({part.layer.__class__.__name__}): left, {part.module}{part.reason}"
 
 
-def _base_line(structure: Structure, path: Path, base: nn.Module) -> str:
+def _base_line(structure: Structure, path: Path, base: nn.Module, inverse: bool) -> str:
     if structure.base_left is not None:
         return _line(structure.base_left)
     run = structure.whole
-    if run is None or run.base is None:
+    if run is None or run.base is None or _instructions(run, inverse) is None:
         return _line(Left(path, base, "", "the layers before it are not one program"))
     return f"{_name(path)}: fused, 1 {base.__class__.__name__} in log_prob"
 

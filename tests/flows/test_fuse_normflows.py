@@ -134,6 +134,12 @@ def test_layers(name):
     check(name, made(LAYERS[name]))
 
 
+def test_a_direction_without_a_program_is_named():
+    lines = fuse(made(LAYERS["maf"])).explain().splitlines()
+    assert lines[0].endswith("fused, 1 MaskedAffineAutoregressive, 1 Permute as 1 Net, 1 Affine; its inverse left")
+    assert lines[1] == "flow.q0 (DiagGaussian): left, the layers before it are not one program"
+
+
 @pytest.mark.parametrize("name", CONDITIONAL)
 def test_conditional_layers(name):
     flow = made(CONDITIONAL[name], nf.ConditionalNormalizingFlow)

@@ -55,13 +55,13 @@ class Look:
     """One look at the layers of a root: watches what it reads, and collects the weights of the current run.
 
     Attributes:
-        base: path and module of the base distribution, if the root has one.
+        base: path and module of the base distribution, if the root has one, and the direction of the layers before it.
         flipped: whether the layer that is looked at runs in the other direction than the root.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.watch, self.run, self.recomputing = Watch(root), Run(), False
-        self.base: tuple[Path, nn.Module] | None = None
+        self.base: tuple[Path, nn.Module, bool] | None = None
         self.flipped = False
 
     def try_layer(self, path: Path, layer: nn.Module) -> None:
@@ -74,7 +74,7 @@ class Look:
         """Add the base distribution to a run; raise NoInstruction if it has none."""
         if self.base is not None:
             self.run, counts = run, (len(run.places), len(run.computed))
-            path, base = self.base
+            path, base, _ = self.base
             run.base = Base(self._try(lambda: self._rule(BASES, path, base)(self, path, base)), *counts)
 
     def _try(self, look: Callable[[], Write]) -> Write:

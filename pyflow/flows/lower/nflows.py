@@ -27,7 +27,7 @@ from .nets import activation
     "glasflow.flows.nsf.CouplingNSF",
 )  # fmt: skip
 def _flow(look: Look, path: Path, flow: Any) -> Layers:
-    look.base = (*path, "_distribution"), flow._distribution
+    look.base = (*path, "_distribution"), flow._distribution, False
     yield (*path, "_transform"), flow._transform
 
 

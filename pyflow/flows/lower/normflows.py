@@ -21,7 +21,7 @@ from .nflows import gaussian, scaled, standard
 
 @register(STACKS, "normflows.core.NormalizingFlow", "normflows.core.ConditionalNormalizingFlow")
 def _flow(look: Look, path: Path, flow: Any) -> Layers:
-    look.base = (*path, "q0"), flow.q0
+    look.base = (*path, "q0"), flow.q0, True
     return children(look, (*path, "flows"), flow.flows)
 
 
