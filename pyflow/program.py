@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from ._schemas import ACTIVATIONS as ACTIVATIONS
+from ._schemas import PACKINGS
 from ._torch import evaluated_while_traced
 
 Columns = tuple[int, ...]
@@ -170,6 +171,31 @@ class Affine(NamedTuple):
     inverse: bool = False
 
 
+class Autoregressive(NamedTuple):
+    """x solves x_c = transform(y_c; net(x)) for the transform's columns, one generation of columns after the other.
+
+    The masks of the net must let the numbers of a column depend on columns of lower generation alone. Parts of the net
+    are Dense, Activation, Residual, Context, Elementwise and, as the first, Periodic. Every unit is evaluated once,
+    when the columns up to its level are known.
+
+    Attributes:
+        net, transform: as they would follow each other; the transform is the map from y to x.
+        generations: of each of the transform's columns, from 1 on; 0 is that of all other columns and of the context.
+        levels: of the units of each Dense of the net but the last, in the order of the parts, contexts left out: at
+            least the highest generation that a unit depends on. A Residual leaves them as they are. The numbers of a
+            column have its generation less 1.
+    """
+
+    net: Net
+    transform: Affine
+    generations: Columns
+    levels: tuple[Columns, ...]
+
+    @property
+    def columns(self) -> Columns:
+        return self.transform.columns
+
+
 class Prior(NamedTuple):
     """logdet += log-density of some columns under a standard prior, an index into PRIORS."""
 
@@ -177,8 +203,21 @@ class Prior(NamedTuple):
     prior: int = 0
 
 
+def columns_of_numbers(transform: Affine) -> list[int]:
+    """Return which of the transform's columns each number of its conditioner is for, by their place."""
+    n = len(transform.columns)
+    if PACKINGS[transform.packing] == "interleaved":
+        return [i // 2 for i in range(2 * n)]
+    return [i % n for i in range(2 * n)]
+
+
+def number_levels(inverse: Autoregressive) -> Columns:
+    """Return the levels of the numbers that the net of an autoregressive inverse returns."""
+    return tuple(inverse.generations[i] - 1 for i in columns_of_numbers(inverse.transform))
+
+
 # get_args of Python 3.10 takes no X | Y
-Instruction = typing.Union[Scale, Linear, Net, Additive, Affine, Prior]  # noqa: UP007
+Instruction = typing.Union[Scale, Linear, Net, Additive, Affine, Autoregressive, Prior]  # noqa: UP007
 _NAMED = {union: {kind.__name__.lower(): kind for kind in get_args(union)} for union in (Instruction, Part)}
 
 

@@ -14,6 +14,7 @@ from ..program import (
     Activation,
     Additive,
     Affine,
+    Autoregressive,
     Context,
     Dense,
     Elementwise,
@@ -27,6 +28,7 @@ from ..program import (
     Program,
     Residual,
     Scale,
+    columns_of_numbers,
     runs_of,
 )  # fmt: skip
 from . import matmul
@@ -114,6 +116,9 @@ def _step(
     x, none = h.index_select(1, at), h.new_zeros(())
     if isinstance(instruction, Net):
         return h, net_output(instruction, x, context, weights), none
+    if isinstance(instruction, Autoregressive):
+        y, more = _solved(instruction, h, context, weights)
+        return y, params, more
     if isinstance(instruction, Prior):
         return h, params, flow_log_prob(x, prior=PRIORS[instruction.prior])
     if isinstance(instruction, Scale):
@@ -122,11 +127,53 @@ def _step(
         bias, logdet = instruction.bias, instruction.logdet
         y = matmul(x, weights[instruction.weight].mT)
         y, more = y if bias < 0 else y + weights[bias], none if logdet < 0 else weights[logdet]
-    elif isinstance(instruction, Additive):
-        y, more = additive_coupling(x, params, inverse=instruction.inverse), none
     else:
-        y, more = affine_coupling_packed(x, params, **_options(instruction), mask=None)
+        y, more = _transformed(instruction, x, params)
     return h.index_copy(1, at, y), params, more
+
+
+def _transformed(transform: Additive | Affine, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(transform, Additive):
+        return additive_coupling(x, params, inverse=transform.inverse), x.new_zeros(())
+    return affine_coupling_packed(x, params, **_options(transform), mask=None)
+
+
+def _pulled(
+    transform: Additive | Affine, grad: Tensor, logdet: Tensor, x: Tensor, params: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of a transform's columns and of the numbers that it takes."""
+    if isinstance(transform, Additive):
+        return grad, -grad if transform.inverse else grad
+    return affine_coupling_packed_backward(grad, logdet, x, params, **_options(transform), mask=None)
+
+
+def _solved(
+    inverse: Autoregressive, h: Tensor, context: Tensor | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the state after an autoregressive inverse, and its log-determinant: a pass of the net for each generation."""
+    y, logdet = h, h.new_zeros(h.shape[0])
+    # nothing that is not known yet is in reach of the net, infinities neither
+    h = h.index_fill(1, _at(inverse.columns, h), 0.0)
+    for transform, places in _generations(inverse):
+        at = _at(transform.columns, h)
+        params = _conditioned(inverse.net, h, context, weights).index_select(1, _at(places, h))
+        x, more = _transformed(transform, y.index_select(1, at), params)
+        h, logdet = h.index_copy(1, at, x), logdet + more
+    return h, logdet
+
+
+def _generations(inverse: Autoregressive) -> list[tuple[Affine, list[int]]]:
+    """Return for each generation the transform of its columns, and the places of their numbers."""
+    of_numbers, found = columns_of_numbers(inverse.transform), []
+    for generation in sorted(set(inverse.generations)):
+        some = [i for i, of in enumerate(inverse.generations) if of == generation]
+        places = [j for j, i in enumerate(of_numbers) if i in some]
+        found.append((inverse.transform._replace(columns=tuple(inverse.columns[i] for i in some)), places))
+    return found
+
+
+def _conditioned(net: Net, h: Tensor, context: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
+    return net_output(net, h.index_select(1, _at(net.columns, h)), context, weights)
 
 
 def _options(affine: Affine) -> dict:
@@ -233,7 +280,10 @@ class _Back:
         at = _at(instruction.columns, h)
         x, grad = h.index_select(1, at), self.h.index_select(1, at)
         if isinstance(instruction, Net):
-            self.net(instruction, x, at)
+            self.net(instruction, h, self.params)
+            return
+        if isinstance(instruction, Autoregressive):
+            self.autoregressive(instruction, h)
             return
         if isinstance(instruction, Prior):
             grad = grad + flow_log_prob_backward(self.logdet, x, None, prior=PRIORS[instruction.prior])[0]
@@ -245,12 +295,7 @@ class _Back:
             self.add(instruction.logdet, self.logdet.sum())
             grad = matmul(grad, self.weights[instruction.weight])
         else:
-            if isinstance(instruction, Additive):
-                self.params = -grad if instruction.inverse else grad
-            else:
-                grad, self.params = affine_coupling_packed_backward(
-                    grad, self.logdet, x, params, **_options(instruction), mask=None
-                )
+            grad, self.params = _pulled(instruction, grad, self.logdet, x, params)
         self.h = self.h.index_copy(1, at, grad)
 
     def scale(self, scale: Scale, x: Tensor, grad: Tensor) -> Tensor:
@@ -265,8 +310,23 @@ class _Back:
         self.add(scale.log_scale, sign * ((grad * y).sum(0) + self.logdet.sum()))
         return scaled
 
-    def net(self, net: Net, x: Tensor, at: Tensor) -> None:
-        grad = self.parts(net.parts, _inputs(net, x, self.given), self.params)
+    def autoregressive(self, inverse: Autoregressive, y: Tensor) -> None:
+        """The last generation first: those before it are what its numbers depend on."""
+        h, _ = _solved(inverse, y, self.given, self.weights)
+        params = _conditioned(inverse.net, h, self.given, self.weights)
+        for transform, places in reversed(_generations(inverse)):
+            at, of_numbers = _at(transform.columns, h), _at(places, h)
+            grad, of_params = _pulled(
+                transform, self.h.index_select(1, at), self.logdet, y.index_select(1, at),
+                params.index_select(1, of_numbers),
+            )  # fmt: skip
+            self.h = self.h.index_copy(1, at, grad)
+            self.net(inverse.net, h, torch.zeros_like(params).index_copy(1, of_numbers, of_params))
+
+    def net(self, net: Net, h: Tensor, grad: Tensor) -> None:
+        at = _at(net.columns, h)
+        x = h.index_select(1, at)
+        grad = self.parts(net.parts, _inputs(net, x, self.given), grad)
         count = x.shape[1]
         # the vmap of is_grads_batched has no rule for a slice of the whole
         self.h = self.h.index_add(1, at, grad[:, :count] if net.context else grad)

@@ -9,7 +9,26 @@ import torch
 from torch import Tensor
 
 from pyflow._schemas import PACKINGS, PRIORS, SCALE_MAPS
-from pyflow.program import ACTIVATIONS, Additive, Affine, Dense, Instruction, Linear, Net, Prior, Program, Scale
+from pyflow.flows import _schedule
+from pyflow.program import (
+    ACTIVATIONS,
+    Activation,
+    Additive,
+    Affine,
+    Autoregressive,
+    Context,
+    Dense,
+    Elementwise,
+    Instruction,
+    Linear,
+    Net,
+    Part,
+    Prior,
+    Program,
+    Residual,
+    Scale,
+    columns_of_numbers,
+)  # fmt: skip
 
 # the constant of every scale map
 MAP_ARG = {"tanh": 2.0, "atan": 1.5, "softsign": 3.0}
@@ -54,6 +73,66 @@ class Builder:
     ) -> Affine:
         map_arg = MAP_ARG.get(scale_map, 0.0)
         return Affine(tuple(columns), SCALE_MAPS.index(scale_map), PACKINGS.index(packing), map_arg, **options)
+
+    def masked(self, mask: Tensor, activation: str = "identity", bias: bool = True, arg: float = 0.1) -> Dense:
+        """A layer with a mask (size, inputs)."""
+        size, inputs = mask.shape
+        dense = self.dense(inputs, size, activation, bias, arg)
+        self.weights.append(mask.to(torch.float64))
+        return dense._replace(mask=len(self.weights) - 1)
+
+    def made(
+        self, columns: Sequence[int], hidden: Sequence[int], transform: Affine, *, order: Sequence[int] | None = None,
+        kept: Sequence[int] = (), activation: str = "relu", residual: bool = False, context: str = "", bias: bool = True,
+    ) -> tuple[Net, Affine]:  # fmt: skip
+        """A masked net of `columns`, which come in an order, and of `kept` ones; the numbers are for the columns.
+
+        context: "inputs" among them, "add" or "gate" in the blocks and after the first layer.
+        """
+        places = list(range(len(columns))) if order is None else list(order)
+        more = self.context if context == "inputs" else 0
+        degrees = torch.tensor([*(sorted(set(places)).index(place) + 1 for place in places), *[0] * (len(kept) + more)])
+        parts: list[Part] = []
+        most = max(1, len(set(places)))
+
+        def layer(size: int, name: str) -> Dense:
+            nonlocal degrees
+            units = torch.arange(size) % most
+            dense = self.masked(units[:, None] >= degrees, name, bias)
+            degrees = units
+            return dense
+
+        def given(size: int, name: str, gate: bool) -> list[Part]:
+            if context not in ("add", "gate"):
+                return []
+            return [Context(self.dense(self.context, size, name, bias), gate)]
+
+        for i, size in enumerate(hidden):
+            if not residual or i == 0:
+                parts += [layer(size, "identity" if residual else activation)]
+                parts += given(size, activation, False) if i == 0 else []
+            if residual:
+                # the sum has the width of the first layer
+                inner = [Activation(ACTIVATIONS.index(activation), 0.1), layer(size, activation)]
+                inner += [*given(hidden[0], "sigmoid", context == "gate")] if size == hidden[0] else []
+                inner.append(layer(hidden[0], "identity"))
+                parts.append(Residual(tuple(inner)))
+        generations = torch.tensor([sorted(set(places)).index(place) + 1 for place in places])
+        of_numbers = generations[columns_of_numbers(transform)]
+        parts.append(self.masked(of_numbers[:, None] > degrees, "identity", bias))
+        if residual:
+            size = len(of_numbers)
+            parts.append(Elementwise(self.weight(size), self.weight(size)))
+        return Net((*columns, *kept), context == "inputs", tuple(parts)), transform
+
+    def undo(self, net: Net, transform: Affine) -> Autoregressive:
+        """What undoes a net and the transform after it."""
+        found = _schedule.autoregressive(
+            net, transform._replace(inverse=not transform.inverse), self.context,
+            lambda dense: None if dense.mask < 0 else self.weights[dense.mask],
+        )  # fmt: skip
+        assert found is not None
+        return found
 
     def program(self, *instructions: Instruction, outputs: Sequence[int] | None = None) -> Program:
         outputs = range(self.columns) if outputs is None else outputs
