@@ -121,13 +121,19 @@ class Look:
         """Add a part of a network to its layers."""
         self._rule(_NET_RULES, path, module)(self, path, module, layers)
 
+    def plain(self, path: Path, module: nn.Module) -> None:
+        """Watch a module; raise NoInstruction if it may do other things than its class."""
+        self.watch.module(path, module)
+        if path and (reason := _why_not(module)):
+            raise NoInstruction(path, module, reason)
+
     def _rule(self, rules: dict[type, F], path: Path, module: Any) -> F:
         if not isinstance(module, nn.Module):
             raise NoInstruction(path, module, "it is no module")
-        self.watch.module(path, module)
-        reason, rule = _why_not(module) if path else "", rules.get(type(module))
-        if reason or rule is None:
-            raise NoInstruction(path, module, reason or "its class has no instruction")
+        self.plain(path, module)
+        rule = rules.get(type(module))
+        if rule is None:
+            raise NoInstruction(path, module, "its class has no instruction")
         return rule
 
 

@@ -69,7 +69,9 @@ class _Levels:
     """The levels of the units of every layer: the highest generation in reach, or more where a sum needs it."""
 
     def __init__(self, mask: Mask) -> None:
-        self.mask, self.found, self.least, self.settled = mask, [], {}, True
+        self.mask, self.settled = mask, True
+        self.found: list[Tensor] = []
+        self.least: dict[int, Tensor] = {}
 
     def settle(self, parts: Sequence[p.Part], inputs: Tensor, numbers: Tensor) -> tuple[p.Columns, ...] | None:
         """Return the levels of every layer but the last, whose units have the levels `numbers`; None if they cannot."""

@@ -150,7 +150,7 @@ def _pulled(
 def _solved(
     inverse: Autoregressive, h: Tensor, context: Tensor | None, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return the state after an autoregressive inverse, and its log-determinant: a pass of the net for each generation."""
+    """Return the state after an autoregressive inverse, and what it adds: a pass of the net for each generation."""
     y, logdet = h, h.new_zeros(h.shape[0])
     # nothing that is not known yet is in reach of the net, infinities neither
     h = h.index_fill(1, _at(inverse.columns, h), 0.0)
