@@ -26,14 +26,14 @@ def test_every_instruction_comes_back():
     back = Program.decode(program.encode())
     assert back == program and back.encode() == program.encode()
     assert [type(one) for one in back.instructions] == [type(one) for one in EVERY]
-    assert [type(dense) for dense in back.instructions[3].layers] == [Dense, Dense]
+    assert [type(dense) for dense in back.instructions[3].parts] == [Dense, Dense]
 
 
 def test_the_text_of_a_program():
     # what csrc/torch reads: changing it changes both sides
     program = Program(6, 2, (5, 4, 3), EVERY[:1] + EVERY[3:4] + (Affine((1, 3, 5), 3, 2, 0.5, True),))
     assert program.encode() == (
-        "6 2 1 5 -1 3 3 scale 1 3 -1 3 4 -1 1 0 net 2 5 -5 2 5 1 1 1 2 0 1 8 1 0.0 2 -1 4 2 0.01 "
+        "6 2 1 5 -1 3 3 scale 1 3 -1 3 4 -1 1 0 net 2 5 -5 2 5 1 1 1 2 dense 0 1 8 1 0.0 -1 dense 2 -1 4 2 0.01 -1 "
         "affine 1 1 2 3 3 2 0.5 1 0"
     )
     assert Program(0, 0, (), ()).encode() == "0 0 0 0"

@@ -17,6 +17,7 @@ constexpr int64_t kProgramForwardRows = 64;  // of a tile of the forward, at mos
 constexpr int64_t kProgramMostRows = 128;    // of a tile
 constexpr int64_t kProgramGroups = 16;       // most groups of a batch
 constexpr int64_t kProgramLanes = 16;        // sums over rows are kept in lanes until the end
+constexpr int64_t kProgramMostArrays = 16;   // of gradients inside a net
 constexpr int64_t kProgramPad = 16;          // rows of summed matrices are padded to a multiple of this
 
 struct ProgramMatrix {
@@ -24,15 +25,36 @@ struct ProgramMatrix {
   int64_t row, col;  // strides in elements
 };
 
-// h = act(W h + b). Places are columns of the tape, where a tile keeps the values of an instruction.
-struct ProgramDense {
-  const char* weight;  // (size, inputs), contiguous
-  const char* bias;    // (size,); null: none
-  int64_t inputs, size;
+// a tensor of the compute type, contiguous, and its place among the weights
+struct ProgramWeight {
+  const char* data;  // null: absent, at place -1
+  int64_t place;
+};
+
+// A part of a net; a linear map is one too. Places are columns of the tape, where a tile keeps the values of an
+// instruction.
+struct ProgramPart {
+  Part kind;
+  int64_t inputs, size;  // numbers before and after; of a context: of the context, and of what it adds
+  int64_t in, out;       // their places
+  int64_t inner;         // parts inside of a residual, which are before it
+  // dense, context: act(W h + b); activation
+  ProgramWeight weight, bias, mask;  // (size, inputs), (size,), (size, inputs)
+  char* masked;                      // weight * mask, set by `prepare`
   Activation activation;
   double arg;
-  int64_t in, before, out;           // before: values before the activation; out if they are not needed
-  int64_t weight_place, bias_place;  // among the weights; bias -1: none
+  // place of the numbers before the activation, or of those after it if they are not needed; of a residual: of what its
+  // parts return
+  int64_t before;
+  int64_t given;   // context: place of those after it
+  bool gate;
+  // norm: also weight and bias, (size,)
+  double eps;
+  bool unbiased;
+  // elementwise, (size,); periodic, (count,)
+  ProgramWeight factor, shift, sine, cosine;
+  const int64_t* columns;
+  int64_t count;
 };
 
 struct ProgramInstruction {
@@ -48,9 +70,9 @@ struct ProgramInstruction {
   double* logdet;
   int64_t shift_place, log_scale_place, logdet_place;  // among the weights
   const char* given_logdet;                            // linear: a number, null if absent
-  // mlp: layers, of which the first reads the columns and perhaps the context; linear: one
-  const ProgramDense* dense;
-  int64_t layers;
+  // net: parts, of which the first reads the columns and perhaps the context; linear: one
+  const ProgramPart* parts;
+  int64_t part_count;
   bool context;
   // affine, prior
   ScaleMap map;
@@ -65,7 +87,7 @@ struct ProgramArgs {
   int64_t instructions;
   int64_t rows, columns, context_columns;
   ProgramMatrix x, context;
-  int64_t unit_rows, tile_rows;
+  int64_t tile_rows;
   char* memory;   // of this thread: program_memory elements, at a multiple of 64 bytes
   int64_t tape;   // columns of a tile's tape
   int64_t width;  // most columns of an array besides the tape
@@ -84,10 +106,13 @@ struct ProgramSum {
   bool matrix, transposed;
   // whether the first tile of a group writes it; else it starts at 0
   bool written() const { return matrix && uses == 1; }
+  const char* mask;  // factor of the result, in its order; null: absent
   char* grad;  // the result, contiguous: (rows, cols) or, if transposed, (cols, rows); a vector (rows,)
 };
 
 struct ProgramBackward : ProgramArgs {
+  int64_t unit_rows;
+  int64_t arrays;                     // of gradients inside a net
   ProgramMatrix grad_y, grad_logdet;  // null: zero; of grad_logdet `row` counts
   ProgramMatrix grad_x, grad_context;
   const ProgramSum* sum;  // one per weight; null: no gradients of weights
@@ -96,11 +121,15 @@ struct ProgramBackward : ProgramArgs {
   char* group_sums;            // (groups, group_size)
 };
 
-// elements of a tile: its state, scratch and tape; backward the gradients of the state, two arrays of gradients inside
-// a network, and a transposed array
-inline int64_t program_memory(const ProgramArgs& a, bool backward) {
-  const int64_t columns = a.columns + a.context_columns, forward = columns + a.width + a.tape;
-  return a.tile_rows * (forward + (backward ? columns + 2 * a.width + round_up(a.width, kProgramPad) : 0));
+// elements of a tile: its state, scratch and tape
+inline int64_t program_memory(const ProgramArgs& a) {
+  return a.tile_rows * (a.columns + a.context_columns + a.width + a.tape);
+}
+
+// and the gradients of the state, arrays of gradients inside a net, and a transposed array
+inline int64_t program_memory(const ProgramBackward& a) {
+  const int64_t arrays = a.arrays * a.width + round_up(a.width, kProgramPad);
+  return program_memory((const ProgramArgs&)a) + a.tile_rows * (a.columns + a.context_columns + arrays);
 }
 
 PYFLOW_CPU_KERNEL(flow_program_prepare, ProgramArgs)

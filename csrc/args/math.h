@@ -15,6 +15,8 @@
   F(sigmoid)                     \
   F(atan)                        \
   F(erf)                         \
+  F(sin)                         \
+  F(cos)                         \
   F(log_plain)                   \
   F(radius)                      \
   F(sin_turns)                   \

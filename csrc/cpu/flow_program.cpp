@@ -5,7 +5,7 @@
 #include "program/additive.h"
 #include "program/affine.h"
 #include "program/linear.h"
-#include "program/mlp.h"
+#include "program/net.h"
 #include "program/prior.h"
 #include "program/scale.h"
 
@@ -28,8 +28,7 @@ ProgramTile<T> new_tile(const ProgramArgs& a, const ProgramBackward* back) {
   if (!back) return t;
   t.grad = {take(a.columns), a.columns};
   t.grad_context = {take(a.context_columns), a.context_columns};
-  t.grad_params = {take(a.width), a.width};
-  t.grad_other = {take(a.width), a.width};
+  t.arrays = take(back->arrays * a.width);
   t.turned = take(round_up(a.width, kProgramPad));
   return t;
 }
@@ -129,22 +128,39 @@ void backward_units(const ProgramBackward& a, int64_t begin, int64_t end) {
   }
 }
 
-// factors and log-determinants of the scales: the same for all rows
+// the factors and the log-determinant of a scale
 template <class T>
-void prepare_scales(const ProgramArgs& a, int64_t begin, int64_t end) {
+void prepare_scale(const ProgramInstruction& in) {
+  *in.logdet = 0;
+  if (!in.log_scale) return;
+  const T* __restrict log_scale = (const T*)in.log_scale;
+  T* __restrict factor = (T*)in.factor;
+  const T sign = in.inverse ? T(-1) : T(1);
+  for (int64_t i = 0; i < in.count; ++i) *in.logdet += double(sign * log_scale[i]);
+#pragma omp simd
+  for (int64_t i = 0; i < in.count; ++i) {
+    factor[i] = exp_(sign * log_scale[i]);
+  }
+}
+
+// the masked weights of a net
+template <class T>
+void prepare_net(const ProgramInstruction& in) {
+  for (int64_t k = 0; k < in.part_count; ++k) {
+    const ProgramPart& part = in.parts[k];
+    if (!part.mask.data) continue;
+    const T *weight = (const T*)part.weight.data, *mask = (const T*)part.mask.data;
+    for (int64_t i = 0; i < part.size * part.inputs; ++i) ((T*)part.masked)[i] = weight[i] * mask[i];
+  }
+}
+
+// what of an instruction is the same for all rows
+template <class T>
+void prepare_units(const ProgramArgs& a, int64_t begin, int64_t end) {
   for (int64_t k = begin; k < end; ++k) {
     const ProgramInstruction& in = a.instruction[k];
-    if (in.kind != Instruction::scale) continue;
-    *in.logdet = 0;
-    if (!in.log_scale) continue;
-    const T* __restrict log_scale = (const T*)in.log_scale;
-    T* __restrict factor = (T*)in.factor;
-    const T sign = in.inverse ? T(-1) : T(1);
-    for (int64_t i = 0; i < in.count; ++i) *in.logdet += double(sign * log_scale[i]);
-#pragma omp simd
-    for (int64_t i = 0; i < in.count; ++i) {
-      factor[i] = exp_(sign * log_scale[i]);
-    }
+    if (in.kind == Instruction::scale) prepare_scale<T>(in);
+    if (in.kind == Instruction::net) prepare_net<T>(in);
   }
 }
 
@@ -179,6 +195,7 @@ template <class T>
 void reduce_matrix(const ProgramBackward& a, const ProgramSum& s) {
   alignas(64) T sum[kReduced];
   T* grad = (T*)s.grad;
+  const T* mask = (const T*)s.mask;
   for (int64_t i = 0; i < s.rows; ++i) {
     for (int64_t c = 0; c < s.cols; c += kReduced) {
       const int64_t n = smaller(kReduced, s.cols - c);
@@ -187,6 +204,7 @@ void reduce_matrix(const ProgramBackward& a, const ProgramSum& s) {
       for (int64_t j = 0; s.transposed && j < n; ++j) grad[(c + j) * s.rows + i] = sum[j];
     }
   }
+  for (int64_t i = 0; mask && i < s.rows * s.cols; ++i) grad[i] *= mask[i];
 }
 
 template <class T>
@@ -207,7 +225,7 @@ void reduce_units(const ProgramBackward& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void flow_program_prepare(const ProgramArgs& a, int64_t begin, int64_t end) {
-  a.f64 ? prepare_scales<double>(a, begin, end) : prepare_scales<float>(a, begin, end);
+  a.f64 ? prepare_units<double>(a, begin, end) : prepare_units<float>(a, begin, end);
 }
 
 void flow_program_forward(const ProgramArgs& a, int64_t begin, int64_t end) {

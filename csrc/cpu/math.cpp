@@ -2,6 +2,7 @@
 // benchmarks.
 #include "../args/math.h"
 
+#include "../math/angle.h"
 #include "../math/atan.h"
 #include "../math/erf.h"
 #include "../math/exp.h"
@@ -60,6 +61,8 @@ void math_evaluate(const MathArgs& a, int64_t begin, int64_t end) {
     case MathFunction::sigmoid: return for_each_element(a, begin, end, [](float x) { return sigmoid(x); });
     case MathFunction::atan: return for_each_element(a, begin, end, [](float x) { return atan_(x); });
     case MathFunction::erf: return for_each_element(a, begin, end, [](float x) { return erf_(x); });
+    case MathFunction::sin: return for_each_element(a, begin, end, [](float x) { return angle(x).sin; });
+    case MathFunction::cos: return for_each_element(a, begin, end, [](float x) { return angle(x).cos; });
     case MathFunction::log_plain: return for_each_element(a, begin, end, [](float x) { return log_plain(x); });
     // functions of a random word: the bits of x
     case MathFunction::radius: return for_each_element(a, begin, end, [](float x) { return radius(bits_of(x)); });

@@ -10,10 +10,19 @@
 #define PYFLOW_INSTRUCTIONS(F) \
   F(scale)                     \
   F(linear)                    \
-  F(mlp)                       \
+  F(net)                       \
   F(additive)                  \
   F(affine)                    \
   F(prior)
+
+#define PYFLOW_PARTS(F) \
+  F(dense)              \
+  F(activation)         \
+  F(residual)           \
+  F(context)            \
+  F(norm)               \
+  F(elementwise)        \
+  F(periodic)
 
 // in the order of ACTIVATIONS in pyflow/_schemas.py
 #define PYFLOW_ACTIVATIONS(F) \
@@ -24,17 +33,21 @@
   F(silu)                     \
   F(gelu)                     \
   F(elu)                      \
-  F(sigmoid)
+  F(sigmoid)                  \
+  F(clamp_exp)
 
 namespace pyflow {
 
 PYFLOW_ENUM(Instruction, PYFLOW_INSTRUCTIONS)
+PYFLOW_ENUM(Part, PYFLOW_PARTS)
 PYFLOW_ENUM(Activation, PYFLOW_ACTIVATIONS)
 
 constexpr double kSqrtHalf = 0.70710678118654752440, kInvSqrt2Pi = 0.39894228040143267794;
 
 // whether the gradient needs z, the value before the activation; the others follow from h, the value after it
-constexpr bool needs_before(Activation a) { return a == Activation::silu || a == Activation::gelu; }
+constexpr bool needs_before(Activation a) {
+  return a == Activation::silu || a == Activation::gelu || a == Activation::clamp_exp;
+}
 
 // `arg`: slope of leaky_relu below 0, alpha of elu, both >= 0
 template <Activation A, class T>
@@ -53,6 +66,8 @@ PYFLOW_FN T activate(T z, T arg) {
     return z > T(0) ? z : arg * exp_less(z > T(0) ? T(0) : z, T(1));
   } else if constexpr (A == Activation::sigmoid) {
     return sigmoid(z);
+  } else if constexpr (A == Activation::clamp_exp) {
+    return exp_(z > T(0) ? T(0) : z);
   } else {
     return z;
   }
@@ -77,6 +92,8 @@ PYFLOW_FN T activation_grad(T g, T z, T h, T arg) {
     return h <= T(0) ? g * (h + arg) : g;
   } else if constexpr (A == Activation::sigmoid) {
     return g * (h * (T(1) - h));
+  } else if constexpr (A == Activation::clamp_exp) {
+    return z > T(0) ? T(0) : g * h;
   } else {
     return g;
   }

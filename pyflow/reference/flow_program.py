@@ -57,7 +57,7 @@ PULL: tuple[Callable[[Tensor, Tensor, float], Tensor], ...] = (
     lambda g, h, _: g * (torch.special.ndtr(h) + h * torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)),
     lambda g, h, arg: torch.where(h <= 0, g * arg * torch.exp(h.clamp(max=0)), g),
     lambda g, h, _: g * torch.sigmoid(h) * torch.sigmoid(-h),
-    lambda g, h, _: torch.where(h < 0, g * torch.exp(h.clamp(max=0)), 0.0),
+    lambda g, h, _: torch.where(h > 0, 0.0, g * torch.exp(h.clamp(max=0))),
 )
 
 

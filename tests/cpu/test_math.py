@@ -24,6 +24,8 @@ FUNCTIONS = {
     "sigmoid": (torch.sigmoid, (-103.0, torch.inf), 2.4),
     "atan": (torch.atan, (-torch.inf, torch.inf), 1.6),
     "erf": (torch.erf, (-torch.inf, torch.inf), 1.5),
+    "sin": (torch.sin, (-1e5, 1e5), 1.6),
+    "cos": (torch.cos, (-1e5, 1e5), 1.6),
     "log_plain": (torch.log, (1.1754944e-38, 3.4028235e38), 0.9),
 }
 

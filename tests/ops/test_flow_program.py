@@ -81,8 +81,8 @@ def terms(x, program):
     total = 0
     for instruction in program.instructions:
         if isinstance(instruction, Net):
-            sizes += [len(instruction.columns) + program.context, *(dense.size for dense in instruction.layers)]
-            total += len(instruction.layers)
+            sizes += [len(instruction.columns) + program.context, *(part.size for part in instruction.parts if isinstance(part, Dense))]
+            total += len(instruction.parts)
         total += 1
     # every step passes on the errors of those before it
     return max(sizes) + 16 * total
@@ -236,7 +236,7 @@ def test_few_columns():
     empty = [
         Scale((), build.weight(0), build.weight(0)), Linear((), build.weight(0, 0), build.weight(0), build.weight()),
         build.net((), [5, 2]), Additive((0, 1)), build.net((), [4, 6], context=True), build.affine((0, 1, 2)),
-        build.net((0,), [3], context=False)._replace(layers=(build.dense(1, 2),)), Additive((1, 2)),
+        build.net((0,), [3], context=False)._replace(parts=(build.dense(1, 2),)), Additive((1, 2)),
     ]  # fmt: skip
     for batch in (1, 40):
         check_built(build, build.program(*empty), batch)
@@ -250,7 +250,7 @@ def test_few_columns():
 def test_a_weight_may_have_several_places():
     build = Builder(4)
     net = build.net((0, 1), [2, 2, 2], "tanh")
-    shared = net._replace(layers=(net.parts[0], net.parts[0], net.parts[2]))
+    shared = net._replace(parts=(net.parts[0], net.parts[0], net.parts[2]))
     program = build.program(shared, Additive((2, 3)), shared._replace(columns=(2, 3)), Additive((0, 1)))
     x, _ = rows(build, 33)
     weights = [w.float() for w in build.weights]
@@ -258,9 +258,9 @@ def test_a_weight_may_have_several_places():
     assert (got[5] == 0).all() and (got[6] == 0).all()  # those of the second layer, which no instruction names
     # the same tensor in two places of the list
     leaf = weights[0].clone().requires_grad_()
-    apart = net._replace(layers=(net.parts[0], net.parts[1]._replace(weight=2), net.parts[2]))
+    apart = net._replace(parts=(net.parts[0], net.parts[1]._replace(weight=2), net.parts[2]))
     y, _ = ops.flow_program(x, build.program(apart, Additive((2, 3))), [leaf, weights[1], leaf, *weights[3:]])
-    once, _ = ops.flow_program(x, build.program(net._replace(layers=(net.parts[0], Dense(0, 3, 2, 3), net.parts[2])), Additive((2, 3))), [leaf, *weights[1:]])  # fmt: skip
+    once, _ = ops.flow_program(x, build.program(net._replace(parts=(net.parts[0], Dense(0, 3, 2, 3), net.parts[2])), Additive((2, 3))), [leaf, *weights[1:]])  # fmt: skip
     a, b = (torch.autograd.grad(v.square().sum(), leaf)[0] for v in (y, once))
     torch.testing.assert_close(a, b)
 
@@ -895,15 +895,15 @@ BAD = [
     (of(NET._replace(columns=(0, 5))), ValueError, r"instruction 0, Net: columns must be 0 to 2, got \(0, 5\)"),
     (of(NET._replace(context=True)), ValueError, "instruction 0, Net: context must be false in a program without context"),
     (of(NET._replace(context="")), ValueError, "instruction 0, Net: context must be true or false, got ''"),
-    (of(NET._replace(parts=())), ValueError, r"instruction 0, Net: layers must be a tuple of at least one, got \(\)"),
-    (of(NET._replace(parts=None)), ValueError, "instruction 0, Net: layers must be a tuple of at least one, got None"),
-    (of(NET._replace(parts=((0, 1, 2, 0, 0.0),))), ValueError, r"instruction 0, Net: layers must be Dense of at least one output, got \(0, 1, 2, 0, 0.0\)"),
-    (of(NET._replace(parts=(Dense(0, 1, 0),))), ValueError, r"instruction 0, Net: layers must be Dense of at least one output, got Dense\(.*size=0.*\)"),
+    (of(NET._replace(parts=())), ValueError, r"instruction 0, Net: parts must be a tuple of at least one, got \(\)"),
+    (of(NET._replace(parts=None)), ValueError, "instruction 0, Net: parts must be a tuple of at least one, got None"),
+    (of(NET._replace(parts=((0, 1, 2, 0, 0.0),))), ValueError, r"instruction 0, Net: parts must be of pyflow.program's parts of a net, got \(0, 1, 2, 0, 0.0\)"),
+    (of(NET._replace(parts=(Dense(0, 1, 0),))), ValueError, r"instruction 0, Net: a layer must be Dense of at least one output, got Dense\(.*size=0.*\)"),
     (of(NET._replace(columns=(0, 1)), Additive((1, 2))), ValueError, r"instruction 0, Net: weight must have the shape \(2, 2\), got \(2, 1\)"),
     (of(NET._replace(parts=(Dense(-1, 1, 2),))), ValueError, "instruction 0, Net: weight must be the place of one of 4 weights, got -1"),
     (of(NET._replace(parts=(Dense(0, 3, 2),)), Additive((1, 2))), ValueError, r"instruction 0, Net: bias must have the shape \(2,\), got \(\)"),
-    (of(NET._replace(parts=(Dense(0, 1, 2, 8),))), ValueError, "instruction 0, Net: activation must be 0 to 7, got 8"),
-    (of(NET._replace(parts=(Dense(0, 1, 2, "relu"),))), ValueError, "instruction 0, Net: activation must be 0 to 7, got 'relu'"),
+    (of(NET._replace(parts=(Dense(0, 1, 2, 9),))), ValueError, "instruction 0, Net: activation must be 0 to 8, got 9"),
+    (of(NET._replace(parts=(Dense(0, 1, 2, "relu"),))), ValueError, "instruction 0, Net: activation must be 0 to 8, got 'relu'"),
     (of(NET._replace(parts=(Dense(0, 1, 2, 2, "x"),))), ValueError, "instruction 0, Net: arg must be a number, at least 0 and finite, got 'x'"),
     (of(NET._replace(parts=(Dense(0, 1, 2, 2, math.inf),))), ValueError, "instruction 0, Net: arg must be a number, at least 0 and finite, got inf"),
     (of(Additive((0,))), ValueError, "instruction 0, Additive: the conditioner before it must return 1 numbers, got 0"),

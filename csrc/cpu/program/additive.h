@@ -21,7 +21,7 @@ struct Rule<Instruction::additive> {
   template <class T>
   static void backward(const ProgramTile<T>& t, const ProgramInstruction& in) {
     const T sign = in.inverse ? T(-1) : T(1);
-    const Columns<T> gshifts{t.grad_params.data, in.count};
+    const Columns<T> gshifts = t.array(0, in.count);
     for_each_column(t, in, [&](int64_t b, int64_t c, int64_t i) {
       const T* __restrict g = t.grad.at(b, c);
       T* __restrict gshift = gshifts.at(b, i);

@@ -50,7 +50,7 @@ struct Rule<Instruction::affine> {
   template <ScaleMap M, bool Inverse, bool ShiftFirst, class T>
   static void pull(const ProgramTile<T>& t, const ProgramInstruction& in) {
     const Columns<T> saved = t.taped_at(in.saved, in.count), params = t.taped_at(in.params, 2 * in.count);
-    const Columns<T> gparams{t.grad_params.data, 2 * in.count};
+    const Columns<T> gparams = t.array(0, 2 * in.count);
     const T arg = T(in.map_arg), sign = Inverse ? T(-1) : T(1);
     for_each_column(t, in, [&](int64_t b, int64_t c, int64_t i) {
       T* __restrict g = t.grad.at(b, c);

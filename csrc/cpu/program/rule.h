@@ -1,7 +1,7 @@
 // What an instruction does to a tile: Rule<I>::forward and Rule<I>::backward, one file per instruction.
 #pragma once
 
-#include "dense.h"
+#include "product.h"
 
 namespace pyflow::PYFLOW_ISA {
 

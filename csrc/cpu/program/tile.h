@@ -29,7 +29,8 @@ struct ProgramTile {
   T* tape = nullptr;
   double* logdet = nullptr;  // of every row
   // backward
-  Columns<T> grad{}, grad_context{}, grad_params{}, grad_other{};
+  Columns<T> grad{}, grad_context{};
+  T* arrays = nullptr;  // of gradients inside a net; in the first a transform leaves those of its numbers
   T* grad_logdet = nullptr;  // of every row
   T* turned = nullptr;       // a transposed array
   T* sums = nullptr;         // of the group; null: no gradients of weights
@@ -37,6 +38,7 @@ struct ProgramTile {
 
   int64_t padded() const { return blocks * kWidth<T>; }
   Columns<T> taped_at(int64_t place, int64_t count) const { return {tape + place * padded(), count}; }
+  Columns<T> array(int64_t k, int64_t count) const { return {arrays + k * args.width * args.tile_rows, count}; }
 };
 
 // calls f(block, column of the state, i) for the columns that an instruction names
@@ -141,6 +143,15 @@ PYFLOW_FN void add_lanes(int64_t block, const T* __restrict column, T* __restric
 template <class T>
 PYFLOW_FN T* lanes_of(const ProgramTile<T>& t, int64_t place, int64_t i) {
   return t.sums + t.back->sum[place].offset + i * kProgramLanes;
+}
+
+// the gradient of a vector whose entries are added to the columns of g
+template <class T>
+void add_lanes(const ProgramTile<T>& t, const ProgramWeight& w, const Columns<T>& g) {
+  if (!t.sums || !w.data) return;
+  for (int64_t b = 0; b < t.blocks; ++b) {
+    for (int64_t i = 0; i < g.count; ++i) add_lanes(b, g.at(b, i), lanes_of(t, w.place, i));
+  }
 }
 
 }  // namespace pyflow::PYFLOW_ISA

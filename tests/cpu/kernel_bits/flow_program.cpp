@@ -1,5 +1,6 @@
 #include "../../../csrc/args/flow_program.h"
 
+#include <algorithm>
 #include <deque>
 
 #include "common.h"
@@ -15,13 +16,13 @@ class Flow {
   Flow(int map, int options) {
     const bool inverse = options & 1, shift_first = options & 2;
     scale({6, 0, 2}, inverse, shift_first);
-    mlp({1, 3, 1}, true, {kHidden, kHidden, 6}, Activation(map % 8));
+    net({1, 3, 1}, true, {kHidden, kHidden, 6}, Activation(map % 9));
     ProgramInstruction& affine = add(Instruction::affine, {0, 5, 2}, inverse, shift_first);
     affine.map = ScaleMap(map);
     affine.map_arg = affine.map == ScaleMap::sigmoid_eps || affine.map == ScaleMap::softplus_eps ? 0.01 : 2.0;
     affine.packing = Packing(map % 3);
     linear({4, 1, 0, 6, 3});
-    mlp({0, 2}, false, {3}, Activation::identity);
+    every_part({0, 2}, Activation((map + 4) % 9), options & 1);
     add(Instruction::additive, {5, 1, 4}, inverse, false);
     add(Instruction::prior, {0, 1, 2, 3, 4, 5, 6}, false, false).prior = Prior(map % 2);
   }
@@ -45,6 +46,7 @@ class Flow {
     b.x = matrix(x, kColumns);
     b.context = matrix(context, kContext);
     b.unit_rows = b.tile_rows = kProgramMostRows;
+    b.arrays = 4;
     b.tape = tape_;
     b.width = kHidden;
     b.outputs = outputs;
@@ -52,7 +54,7 @@ class Flow {
     b.y = matrix(y, 3);
     b.logdet = (char*)logdet.data();
     const int64_t units = ceil_div(rows, b.unit_rows);
-    std::vector<float> memory(program_memory(b, true) + 16);
+    std::vector<float> memory(program_memory(b) + 16);
     b.memory = (char*)((uintptr_t(memory.data()) + 63) / 64 * 64);
     cpu::flow_program_prepare(b, 0, b.instructions);
     cpu::flow_program_forward(b, 0, units);
@@ -109,37 +111,82 @@ class Flow {
     in.log_scale = data(in.log_scale_place = weight(in.count));
   }
 
-  ProgramDense dense(int64_t inputs, int64_t size, Activation activation) {
-    ProgramDense d{};
-    d.inputs = inputs;
-    d.size = size;
-    d.weight = data(d.weight_place = weight(size, inputs));
-    d.bias = data(d.bias_place = weight(size));
-    d.activation = activation;
-    d.arg = 0.25;
-    return d;
+  ProgramWeight vector(int64_t size) {
+    const int64_t place = weight(size);
+    return {data(place), place};
+  }
+
+  ProgramPart part(Part kind, int64_t size, Activation activation = Activation::identity) {
+    ProgramPart p{};
+    p.kind = kind;
+    p.inputs = p.size = size;
+    p.activation = activation;
+    p.arg = 0.25;
+    return p;
+  }
+
+  ProgramPart dense(Part kind, int64_t inputs, int64_t size, Activation activation) {
+    ProgramPart p = part(kind, size, activation);
+    p.inputs = inputs;
+    const int64_t place = weight(size, inputs);
+    p.weight = {data(place), place};
+    p.bias = vector(size);
+    return p;
+  }
+
+  ProgramInstruction& linear_or_net(Instruction kind, std::vector<int64_t> columns, std::vector<ProgramPart> parts) {
+    ProgramInstruction& in = add(kind, std::move(columns), false, false);
+    parts_.push_back(std::move(parts));
+    in.parts = parts_.back().data();
+    in.part_count = int64_t(parts_.back().size());
+    return in;
   }
 
   void linear(std::vector<int64_t> columns) {
-    ProgramInstruction& in = add(Instruction::linear, std::move(columns), false, false);
-    dense_.push_back({dense(in.count, in.count, Activation::identity)});
+    const int64_t n = int64_t(columns.size());
+    ProgramInstruction& in =
+        linear_or_net(Instruction::linear, std::move(columns), {dense(Part::dense, n, n, Activation::identity)});
     in.given_logdet = data(in.logdet_place = weight(1));
-    in.dense = dense_.back().data();
-    in.layers = 1;
   }
 
-  void mlp(std::vector<int64_t> columns, bool context, const std::vector<int64_t>& sizes, Activation activation) {
-    ProgramInstruction& in = add(Instruction::net, std::move(columns), false, false);
-    int64_t inputs = in.count + (context ? kContext : 0);
-    std::vector<ProgramDense> layers;
+  void net(std::vector<int64_t> columns, bool context, const std::vector<int64_t>& sizes, Activation activation) {
+    int64_t inputs = int64_t(columns.size()) + (context ? kContext : 0);
+    std::vector<ProgramPart> parts;
     for (const int64_t size : sizes) {
-      layers.push_back(dense(inputs, size, layers.size() + 1 < sizes.size() ? activation : Activation::identity));
+      const bool last = parts.size() + 1 == sizes.size();
+      parts.push_back(dense(Part::dense, inputs, size, last ? Activation::identity : activation));
       inputs = size;
     }
-    dense_.push_back(std::move(layers));
-    in.dense = dense_.back().data();
-    in.layers = int64_t(sizes.size());
-    in.context = context;
+    linear_or_net(Instruction::net, std::move(columns), std::move(parts)).context = context;
+  }
+
+  // a net of every part, with three results
+  void every_part(std::vector<int64_t> columns, Activation activation, bool gate) {
+    const int64_t n = int64_t(columns.size()), h = kHidden;
+    columns_.push_back({1});
+    ProgramPart periodic = part(Part::periodic, n), masked = dense(Part::dense, h, h, activation);
+    periodic.columns = columns_.back().data();
+    periodic.count = 1;
+    periodic.factor = vector(1);
+    periodic.sine = vector(1);
+    periodic.cosine = vector(1);
+    periodic.shift = vector(1);
+    masked.mask = {data(weight(h, h)), -1};
+    masked_.resize(h * h);
+    masked.masked = (char*)masked_.data();
+    ProgramPart context = dense(Part::context, kContext, h, activation), norm = part(Part::norm, h);
+    context.gate = gate;
+    norm.weight = vector(h);
+    norm.bias = vector(h);
+    norm.eps = 1e-3;
+    norm.unbiased = gate;
+    ProgramPart elementwise = part(Part::elementwise, h), residual = part(Part::residual, h);
+    elementwise.factor = vector(h);
+    elementwise.shift = vector(h);
+    residual.inner = 3;
+    linear_or_net(Instruction::net, std::move(columns),
+                  {periodic, dense(Part::dense, n, h, Activation::identity), part(Part::activation, h, activation),
+                   masked, context, residual, norm, elementwise, dense(Part::dense, h, 3, Activation::identity)});
   }
 
   // columns of the tape for every value
@@ -149,23 +196,26 @@ class Flow {
       tape_ += count;
       return tape_ - count;
     };
-    size_t network = 0;
     int64_t params = 0;
     for (ProgramInstruction& in : instructions_) {
       in.params = params;
-      if (!in.dense) {
-        in.saved = take(in.count);
-        continue;
+      if (in.kind != Instruction::net) in.saved = take(in.count);
+      if (in.kind != Instruction::net) continue;
+      std::vector<ProgramPart>& parts = *std::find_if(parts_.begin(), parts_.end(),
+                                                      [&](const auto& list) { return list.data() == in.parts; });
+      int64_t at = take(parts[0].inputs);
+      for (ProgramPart& p : parts) {
+        p.in = at;
+        p.given = take(p.size);
+        at = p.out = take(p.size);
+        p.before = needs_before(p.activation) ? take(p.size) : p.kind == Part::context ? p.given : p.out;
       }
-      std::vector<ProgramDense>& layers = dense_[network++];
-      int64_t at = in.saved = take(layers[0].inputs);
-      for (ProgramDense& d : layers) {
-        d.in = at;
-        d.before = d.out = take(d.size);
-        if (needs_before(d.activation)) d.out = take(d.size);
-        at = d.out;
+      for (size_t i = 0; i < parts.size(); ++i) {
+        if (parts[i].kind != Part::residual) continue;
+        parts[i].before = parts[i].in;
+        parts[i].in = parts[i - parts[i].inner].in;
       }
-      if (in.kind == Instruction::net) params = at;
+      params = at;
     }
   }
 
@@ -192,8 +242,9 @@ class Flow {
   // deques do not move their elements
   std::deque<Weight> weights_;
   std::deque<std::vector<int64_t>> columns_;
-  std::deque<std::vector<ProgramDense>> dense_;
+  std::deque<std::vector<ProgramPart>> parts_;
   std::vector<ProgramInstruction> instructions_;
+  std::vector<float> masked_;
   int64_t tape_ = 0;
 };
 

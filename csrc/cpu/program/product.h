@@ -112,27 +112,28 @@ void outer_columns(const ProgramTile<T>& t, const Columns<T>& left, int64_t widt
 
 // adds the gradient of W, and of b, of h = W in + b to the sums of the group
 template <class T>
-void add_weight_gradients(const ProgramTile<T>& t, const ProgramDense& d, const Columns<T>& in,
-                          const Columns<T>& gout) {
+void add_weight_gradients(const ProgramTile<T>& t, const ProgramPart& d, const Columns<T>& in, const Columns<T>& gout) {
   if (!t.sums) return;
-  const ProgramSum& s = t.back->sum[d.weight_place];
+  const ProgramSum& s = t.back->sum[d.weight.place];
   turn(t, s.transposed ? gout : in, s.width);
   outer_columns<kRows>(t, s.transposed ? in : gout, s.width, t.adds || !s.written(), t.sums + s.offset, 0);
-  if (d.bias_place < 0) return;
-  for (int64_t b = 0; b < t.blocks; ++b) {
-    for (int64_t i = 0; i < d.size; ++i) add_lanes(b, gout.at(b, i), lanes_of(t, d.bias_place, i));
-  }
+  add_lanes(t, d.bias, gout);
 }
 
 template <class T>
-Factor<T> factor(const ProgramDense& d) {
-  return {(const T*)d.weight, d.inputs, 1, (const T*)d.bias};
+const T* matrix(const ProgramPart& d) {
+  return (const T*)(d.mask.data ? d.masked : d.weight.data);
+}
+
+template <class T>
+Factor<T> factor(const ProgramPart& d) {
+  return {matrix<T>(d), d.inputs, 1, (const T*)d.bias.data};
 }
 
 // of the gradient of the inputs
 template <class T>
-Factor<T> transposed_factor(const ProgramDense& d) {
-  return {(const T*)d.weight, 1, d.inputs, nullptr};
+Factor<T> transposed_factor(const ProgramPart& d) {
+  return {matrix<T>(d), 1, d.inputs, nullptr};
 }
 
 }  // namespace pyflow::PYFLOW_ISA

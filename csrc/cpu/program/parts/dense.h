@@ -1,0 +1,25 @@
+// h = act(W h + b).
+#pragma once
+
+#include "../part.h"
+
+namespace pyflow::PYFLOW_ISA {
+
+template <>
+struct PartRule<Part::dense> {
+  template <class T>
+  static void forward(const ProgramTile<T>& t, const ProgramPart& part) {
+    run_dense(t, part, input_of(t, part), output_of(t, part));
+  }
+
+  template <class T>
+  static T* backward(const ProgramTile<T>& t, const ProgramPart& part, Arrays<T>& arrays, T* g) {
+    pull_dense(t, part, input_of(t, part), output_of(t, part), g);
+    T* of_inputs = arrays.take();
+    product<false>(transposed_factor<T>(part), Columns<T>{g, part.size}, Columns<T>{of_inputs, part.inputs}, t.blocks);
+    arrays.give(g);
+    return of_inputs;
+  }
+};
+
+}  // namespace pyflow::PYFLOW_ISA

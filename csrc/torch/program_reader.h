@@ -1,0 +1,353 @@
+// Reads a program from its code.
+#pragma once
+
+#include "../args/flow_program.h"
+
+#include <deque>
+#include <vector>
+
+#include "device.h"
+#include "program_words.h"
+
+namespace pyflow {
+namespace {
+
+using Optional = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+
+constexpr int64_t kMostColumns = 1 << 24;  // that an instruction names
+constexpr int64_t kGrain = 1 << 19;        // multiply-adds that are worth a thread: a few microseconds
+
+// a program read from its code, and held to its tensors
+class Reader {
+ public:
+  Reader(ProgramArgs& a, const Tensor& x, const Optional& context, Tensors& weights, const std::string& code,
+         bool taped)
+      : a_(a), weights_(weights), words_(code), taped_(taped), uses_(weights.size()), masks_(weights.size()) {
+    a.f64 = is_f64(x);
+    require(x.dim() == 2 && x.scalar_type() == compute_type(a.f64));
+    a.rows = x.size(0);
+    a.columns = words_.integer();
+    a.context_columns = words_.integer();
+    require(x.size(1) == a.columns && a.context_columns == (context ? context->size(1) : 0));
+    if (context) {
+      require(context->dim() == 2 && context->size(0) == a.rows && context->scalar_type() == x.scalar_type());
+    }
+    for (Tensor& w : weights) {
+      require(w.scalar_type() == x.scalar_type() && w.dim() <= 2);
+      if (!w.is_contiguous()) w = torch::stable::contiguous(w);
+    }
+    a.x = rows_of(x);
+    if (context) a.context = rows_of(*context);
+    const std::vector<int64_t>& outputs = columns(a.columns);
+    a.outputs = outputs.data();
+    a.output_count = int64_t(outputs.size());
+    widen(a.output_count);
+    const int64_t count = words_.integer();
+    for (int64_t i = 0; i < count; ++i) read();
+    require(params_ == 0 && words_.end());
+    a.instructions = int64_t(instructions_.size());
+    a.instruction = instructions_.data();
+    if (!taped_) place_arrays();
+    a.tape = taped_ ? taken_ : arrays_ * a.width;
+  }
+
+  // room for what of the program is the same for all rows, and its values
+  void prepare(const Tensor& like) {
+    const int64_t size = a_.f64 ? 8 : 4;
+    prepared_ = new_rows(like, prepared_count_, like.scalar_type());
+    char* next = (char*)prepared_.data_ptr();
+    const auto take = [&](int64_t count) {
+      next += count * size;
+      return next - count * size;
+    };
+    logdets_.resize(instructions_.size());
+    for (size_t i = 0; i < instructions_.size(); ++i) {
+      ProgramInstruction& in = instructions_[i];
+      in.logdet = &logdets_[i];
+      if (in.log_scale) in.factor = take(in.count);
+    }
+    for (std::vector<ProgramPart>& parts : parts_) {
+      for (ProgramPart& part : parts) {
+        if (part.mask.data) part.masked = take(part.size * part.inputs);
+      }
+    }
+    cpu::flow_program_prepare(a_, 0, a_.instructions);
+  }
+
+  const std::vector<int64_t>& uses() const { return uses_; }
+  const std::vector<const char*>& masks() const { return masks_; }  // of weights
+  // arrays of gradients: those of a part, what a context needs, and one for every residual around
+  int64_t gradient_arrays() const { return 3 + depth_; }
+
+  // smallest number of tiles per thread
+  int64_t grain() const { return ceil_div(kGrain, a_.tile_rows * (work_ + 8 * a_.columns * a_.instructions + 1)); }
+
+  static ProgramMatrix rows_of(const Tensor& t) {
+    return {(char*)t.data_ptr(), t.stride(0), t.dim() > 1 ? t.stride(1) : 0};
+  }
+
+ private:
+  // columns that an instruction or a part names, of `most`
+  const std::vector<int64_t>& columns(int64_t most) {
+    columns_.emplace_back();
+    std::vector<int64_t>& list = columns_.back();
+    for (int64_t runs = words_.integer(); runs > 0; --runs) {
+      const int64_t first = words_.integer(), step = words_.integer(), count = words_.integer();
+      require(count <= kMostColumns - int64_t(list.size()));
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t column = first + step * i;
+        require(column >= 0 && column < most);
+        list.push_back(column);
+      }
+    }
+    widen(int64_t(list.size()));
+    return list;
+  }
+
+  ProgramWeight weight(int64_t rows, int64_t cols = -1) { return weight_at(words_.integer(), rows, cols); }
+
+  // the weight at a place: a vector (rows,), a matrix (rows, cols), or a number (rows -1); absent for -1. A constant has
+  // no gradient.
+  ProgramWeight weight_at(int64_t place, int64_t rows, int64_t cols = -1, bool constant = false) {
+    if (place == -1) return {nullptr, -1};
+    require(place >= 0 && place < int64_t(weights_.size()));
+    const Tensor& w = weights_[place];
+    require(w.dim() == (rows >= 0) + (cols >= 0));
+    require((rows < 0 || w.size(0) == rows) && (cols < 0 || w.size(1) == cols));
+    if (!constant) ++uses_[place];
+    return {(const char*)w.data_ptr(), place};
+  }
+
+  void widen(int64_t columns) { a_.width = std::max(a_.width, columns); }
+
+  // With a tape every value has columns of its own. Without, values take turns in arrays: one that is not kept.
+  int64_t take(int64_t count) {
+    widen(count);
+    if (taped_) {
+      taken_ += count;
+      return taken_ - count;
+    }
+    int64_t array = 0;
+    while (std::find(kept_.begin(), kept_.end(), array) != kept_.end()) ++array;
+    arrays_ = std::max(arrays_, array + 1);
+    return array;
+  }
+
+  // place of a value that an elementwise map makes of the one at `from`, the last that is kept
+  int64_t take_over(int64_t from, int64_t count) {
+    const bool once = std::count(kept_.begin(), kept_.end(), from) == 1;
+    return !taped_ && once ? from : take(count);
+  }
+
+  void place_arrays() {
+    for (ProgramInstruction& in : instructions_) {
+      in.saved *= a_.width;
+      in.params *= a_.width;
+    }
+    for (std::vector<ProgramPart>& parts : parts_) {
+      for (ProgramPart& part : parts) {
+        for (int64_t* place : {&part.in, &part.out, &part.before, &part.given}) *place *= a_.width;
+      }
+    }
+  }
+
+  void read() {
+    ProgramInstruction in{};
+    in.kind = Instruction(words_.word(kInstructionNames));
+    const std::vector<int64_t>& named = columns(a_.columns);
+    in.columns = named.data();
+    in.count = int64_t(named.size());
+    switch (in.kind) {
+      case Instruction::scale: read_scale(in); break;
+      case Instruction::linear: read_linear(in); break;
+      case Instruction::net: read_net(in); break;
+      case Instruction::additive: read_additive(in); break;
+      case Instruction::affine: read_affine(in); break;
+      case Instruction::prior: in.prior = Prior(words_.below(std::size(kPriorNames))); break;
+    }
+    if (taped_ && in.kind != Instruction::net && in.kind != Instruction::additive) in.saved = take(in.count);
+    instructions_.push_back(in);
+  }
+
+  void read_scale(ProgramInstruction& in) {
+    const ProgramWeight shift = weight(in.count), log_scale = weight(in.count);
+    in.shift = shift.data;
+    in.shift_place = shift.place;
+    in.log_scale = log_scale.data;
+    in.log_scale_place = log_scale.place;
+    in.shift_first = words_.flag();
+    in.inverse = words_.flag();
+    if (in.log_scale) prepared_count_ += in.count;
+  }
+
+  void read_linear(ProgramInstruction& in) {
+    parts_.emplace_back(1);
+    ProgramPart& part = parts_.back()[0];
+    part.inputs = part.size = in.count;
+    part.weight = weight(in.count, in.count);
+    require(part.weight.place >= 0);
+    part.bias = weight(in.count);
+    const ProgramWeight logdet = weight(-1);
+    in.given_logdet = logdet.data;
+    in.logdet_place = logdet.place;
+    in.parts = &part;
+    work_ += in.count * in.count;
+    if (!taped_) in.saved = take(in.count);
+  }
+
+  void read_net(ProgramInstruction& in) {
+    // every conditioner serves one transform
+    require(params_ == 0);
+    in.context = words_.flag();
+    int64_t size = in.count + (in.context ? a_.context_columns : 0), at = take(size);
+    std::vector<ProgramPart>& parts = parts_.emplace_back();
+    kept_ = {at};
+    read_parts(parts, at, size);
+    in.parts = parts.data();
+    in.part_count = int64_t(parts.size());
+    require(size > 0);
+    params_ = size;
+    params_at_ = at;
+  }
+
+  // appends parts that read `size` numbers at a place; then these are what the last one returns, which is the last kept
+  void read_parts(std::vector<ProgramPart>& parts, int64_t& at, int64_t& size) {
+    const int64_t count = words_.integer();
+    require(count > 0);
+    for (int64_t i = 0; i < count; ++i) {
+      ProgramPart part{};
+      part.kind = Part(words_.word(kPartNames));
+      part.in = at;
+      part.inputs = part.size = size;
+      read_part(parts, part);
+      parts.push_back(part);
+      at = kept_.back() = part.out;
+      size = part.size;
+    }
+  }
+
+  void read_part(std::vector<ProgramPart>& parts, ProgramPart& part) {
+    switch (part.kind) {
+      case Part::dense: return read_dense(part, part.out);
+      case Part::activation: read_activation(part); break;
+      case Part::residual: return read_residual(parts, part);
+      case Part::context: return read_context(part);
+      case Part::norm:
+        part.weight = weight(part.size);
+        part.bias = weight(part.size);
+        part.eps = words_.real();
+        part.unbiased = words_.flag();
+        break;
+      case Part::elementwise:
+        part.factor = weight(part.size);
+        part.shift = weight(part.size);
+        break;
+      case Part::periodic: read_periodic(part); break;
+    }
+    part.out = take_over(part.in, part.size);
+  }
+
+  void read_activation(ProgramPart& part) {
+    part.activation = Activation(words_.below(std::size(kActivationNames)));
+    part.arg = words_.real();
+  }
+
+  // h = act(W h + b) at `out`
+  void read_dense(ProgramPart& part, int64_t& out) {
+    const int64_t weight_place = words_.integer(), bias_place = words_.integer();
+    part.size = words_.integer();
+    require(part.size > 0);
+    part.weight = weight_at(weight_place, part.size, part.inputs);
+    require(part.weight.place >= 0);
+    part.bias = weight_at(bias_place, part.size);
+    read_activation(part);
+    part.mask = weight_at(words_.integer(), part.size, part.inputs, true);
+    if (part.mask.data) {
+      masks_[weight_place] = part.mask.data;
+      prepared_count_ += part.size * part.inputs;
+    }
+    work_ += part.size * part.inputs;
+    part.before = out = take(part.size);
+    if (taped_ && needs_before(part.activation)) out = take(part.size);
+  }
+
+  void read_residual(std::vector<ProgramPart>& parts, ProgramPart& part) {
+    const size_t before = parts.size();
+    int64_t at = part.in, size = part.size;
+    kept_.push_back(at);
+    depth_ = std::max(depth_, int64_t(kept_.size()) - 1);
+    require(gradient_arrays() <= kProgramMostArrays);
+    read_parts(parts, at, size);
+    kept_.pop_back();
+    require(size == part.size);
+    part.inner = int64_t(parts.size() - before);
+    part.before = at;
+    part.out = taped_ ? take(size) : at;
+  }
+
+  void read_context(ProgramPart& part) {
+    const int64_t size = part.size;
+    part.inputs = a_.context_columns;
+    widen(part.inputs);
+    read_dense(part, part.given);
+    require(part.size == size);
+    part.gate = words_.flag();
+    const bool needed = part.gate || part.activation != Activation::identity;
+    part.out = taped_ && needed ? take(size) : part.given;
+  }
+
+  void read_periodic(ProgramPart& part) {
+    const std::vector<int64_t>& named = columns(part.size);
+    part.columns = named.data();
+    part.count = int64_t(named.size());
+    part.factor = weight_at(words_.integer(), part.count, -1, true);
+    part.sine = weight(part.count);
+    part.cosine = weight(part.count);
+    part.shift = weight(part.count);
+    require(part.factor.place >= 0 && part.sine.place >= 0 && part.cosine.place >= 0);
+  }
+
+  void take_params(ProgramInstruction& in, int64_t count) {
+    require(params_ == count);
+    params_ = 0;
+    in.params = params_at_;
+  }
+
+  void read_additive(ProgramInstruction& in) {
+    take_params(in, in.count);
+    in.inverse = words_.flag();
+  }
+
+  void read_affine(ProgramInstruction& in) {
+    take_params(in, 2 * in.count);
+    const int map = words_.below(std::size(kScaleMapNames));
+    in.packing = Packing(words_.below(std::size(kPackingNames)));
+    in.map_arg = words_.real();
+    in.map = resolve(map, in.map_arg);
+    in.shift_first = words_.flag();
+    in.inverse = words_.flag();
+  }
+
+  ProgramArgs& a_;
+  Tensors& weights_;
+  Words words_;
+  bool taped_;
+  std::vector<ProgramInstruction> instructions_;
+  // deques do not move their elements
+  std::deque<std::vector<int64_t>> columns_;
+  std::deque<std::vector<ProgramPart>> parts_;  // of nets and linear maps
+  int64_t params_ = 0, params_at_ = 0;          // numbers that the last conditioner returns, until they are taken
+  int64_t taken_ = 0, arrays_ = 0;              // columns of the tape, or arrays
+  std::vector<int64_t> kept_;                   // arrays that are in use
+  int64_t depth_ = 0;                           // most residuals around a part
+  int64_t prepared_count_ = 0;
+  std::vector<int64_t> uses_;  // of every weight
+  std::vector<const char*> masks_;
+  int64_t work_ = 0;  // multiply-adds of a row
+  std::vector<double> logdets_;
+  Tensor prepared_;
+};
+
+}  // namespace
+}  // namespace pyflow
