@@ -13,6 +13,7 @@
   F(net)                       \
   F(additive)                  \
   F(affine)                    \
+  F(autoregressive)            \
   F(prior)
 
 #define PYFLOW_PARTS(F) \

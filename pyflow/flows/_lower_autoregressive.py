@@ -31,7 +31,7 @@ def _masked(look: Look, path: Path, layer: MaskedAutoregressive) -> Write:
     masks = [each.mask for each in layer.net.layers]
 
     def write(tape: Tape) -> None:
-        if given != bool(tape.context) or (tape.inverse and len(tape.order) != count):
+        if given != bool(tape.context):
             raise DoesNotFit
         transform = p.Affine(tape.order, SCALE_MAPS.index("softsign"), PACKINGS.index("interleaved"), _LIMIT)
         of_first = tape.computed + first
@@ -40,9 +40,12 @@ def _masked(look: Look, path: Path, layer: MaskedAutoregressive) -> Write:
             tape.add(net)
             tape.add(transform)
             return
-        undo = autoregressive(net, transform._replace(inverse=True), 0, lambda dense: masks[dense.mask - of_first])
-        assert undo is not None
-        tape.add(undo)
+        transform = transform._replace(inverse=True)
+        known = None
+        if len(tape.order) == count:
+            known = autoregressive(net, transform, 0, lambda dense: masks[dense.mask - of_first])
+        # what has no schedule does not fit
+        tape.add(known or p.Autoregressive(net, transform, (), ()))
 
     return write
 

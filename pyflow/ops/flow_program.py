@@ -64,6 +64,7 @@ def flow_program(
         two instructions goes to memory. The backward keeps x alone: every tile runs forward again, then back. Each of
         its groups of rows has a sum as large as the weights, all together 64 MB or four times the weights. On a CPU
         (float32) a row has the same bits alone, in any batch, on any number of threads and for any instruction set.
+        An autoregressive inverse evaluates every unit once, as soon as the columns are known that it depends on.
         Matrix products add their terms in order, one fused multiply-add after the other, starting from the bias;
         log-determinants are summed in float32 within an instruction and in float64 over instructions. Gradients of
         weights are summed over at most 16 groups of rows, which depend on B and the weights' sizes alone: the same bits

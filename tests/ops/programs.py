@@ -23,6 +23,7 @@ from pyflow.program import (
     Linear,
     Net,
     Part,
+    Periodic,
     Prior,
     Program,
     Residual,
@@ -41,6 +42,7 @@ class Builder:
         self.columns, self.context = columns, context
         self.source = torch.Generator().manual_seed(seed)
         self.weights: list[Tensor] = []
+        self.constants: set[int] = set()  # places of weights without a gradient
 
     def draw(self, *shape: int, spread: float = 1.0) -> Tensor:
         return spread * torch.randn(shape, generator=self.source, dtype=torch.float64)
@@ -79,20 +81,27 @@ class Builder:
         size, inputs = mask.shape
         dense = self.dense(inputs, size, activation, bias, arg)
         self.weights.append(mask.to(torch.float64))
+        self.constants.add(len(self.weights) - 1)
         return dense._replace(mask=len(self.weights) - 1)
 
     def made(
         self, columns: Sequence[int], hidden: Sequence[int], transform: Affine, *, order: Sequence[int] | None = None,
         kept: Sequence[int] = (), activation: str = "relu", residual: bool = False, context: str = "", bias: bool = True,
+        periodic: Sequence[int] = (),
     ) -> tuple[Net, Affine]:  # fmt: skip
         """A masked net of `columns`, which come in an order, and of `kept` ones; the numbers are for the columns.
 
         context: "inputs" among them, "add" or "gate" in the blocks and after the first layer.
+        periodic: which inputs become waves.
         """
         places = list(range(len(columns))) if order is None else list(order)
         more = self.context if context == "inputs" else 0
         degrees = torch.tensor([*(sorted(set(places)).index(place) + 1 for place in places), *[0] * (len(kept) + more)])
         parts: list[Part] = []
+        if periodic:
+            waves = [self.weight(len(periodic)) for _ in range(4)]
+            self.constants.add(waves[0])
+            parts.append(Periodic(tuple(periodic), *waves))
         most = max(1, len(set(places)))
 
         def layer(size: int, name: str) -> Dense:
@@ -177,7 +186,18 @@ def drawn(one: Callable[..., Any], build: Builder, steps: int, invertible: bool 
     def flags() -> dict[str, bool]:
         return {"shift_first": one(False, True), "inverse": one(False, True)}
 
+    def undo(chosen: list[int], context: str) -> Autoregressive:
+        # more generations, and scales without bounds, pass on errors that grow
+        transform = build.affine(chosen, one("tanh", "softsign", "atan"), one(*PACKINGS), **flags())
+        pair = build.made(
+            chosen, [one(1, 5, 8, 17)] * one(1, 0, 2), transform, order=[one(0, 1, 2) for _ in chosen],
+            kept=[c for c in columns if c not in chosen], activation=one(*ACTIVATIONS), residual=one(False, True),
+            context=context, bias=one(True, False), periodic=[i for i in range(len(chosen)) if one(False, False, True)],
+        )  # fmt: skip
+        return build.undo(*pair)
+
     kinds = ["coupling"] * (build.columns > 1 or not invertible) + ["scale", "linear"] + ["prior"] * (not invertible)
+    kinds.append("autoregressive")
     for _ in range(steps):
         kind = one(*kinds)
         chosen = some()
@@ -190,6 +210,10 @@ def drawn(one: Callable[..., Any], build: Builder, steps: int, invertible: bool 
             bias, logdet = one(True, False), one(True, False)
             places = build.matrix(n), build.weight(n) if bias else -1, build.weight() if logdet else -1
             instructions.append(Linear(tuple(chosen), *places))
+        elif kind == "autoregressive":
+            context = one("", "inputs", "add", "gate") if build.context else ""
+            asked |= context != ""
+            instructions.append(undo(chosen, context))
         elif kind == "prior":
             instructions.append(Prior(tuple(chosen), one(*range(len(PRIORS)))))
         else:
@@ -230,6 +254,9 @@ def inverse_of(program: Program, weights: list[Tensor]) -> tuple[Program, list[T
                 places[1] = len(weights) - 1
             weights.append(inverse)
             pairs.append((Linear(instruction.columns, len(weights) - 1, *places),))
+        elif isinstance(instruction, Autoregressive):
+            transform = instruction.transform
+            pairs.append((instruction.net, transform._replace(inverse=not transform.inverse)))
         else:
             turned = instruction._replace(inverse=not instruction.inverse)
             pairs.append((turned,) if isinstance(instruction, Scale) else (net, turned))

@@ -81,7 +81,10 @@ def terms(x, program):
     total = 0
     for instruction in program.instructions:
         if isinstance(instruction, Net):
-            sizes += [len(instruction.columns) + program.context, *(part.size for part in instruction.parts if isinstance(part, Dense))]
+            sizes += [
+                len(instruction.columns) + program.context,
+                *(part.size for part in instruction.parts if isinstance(part, Dense)),
+            ]
             total += len(instruction.parts)
         total += 1
     # every step passes on the errors of those before it
