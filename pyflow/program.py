@@ -171,6 +171,41 @@ class Affine(NamedTuple):
     inverse: bool = False
 
 
+class Spline(NamedTuple):
+    """x_c = the rational-quadratic spline of x_c, see `pyflow.ops.rq_spline`.
+
+    Attributes:
+        columns: which columns, n >= 1.
+        bins: K, 2 to 32.
+        slopes: how many of the numbers of a column are slopes: K - 1 if tails are linear, K if they are circular, or
+            K + 1, of which linear columns do not use the outer ones, circular columns the last.
+        tails: indices into TAILS, one for all columns or one per column; () without tails: the domain and range are
+            [0, 1], the result is NaN outside, and there are K + 1 slopes.
+        variant: index into SPLINE_VARIANTS.
+        bound: one for all columns, or one per column; not used without tails.
+        param_scale, min_bin, min_slope: as for `pyflow.ops.rq_spline`.
+        params: place of a tensor (n, 2 K + slopes) of weights, the numbers of the columns in all rows; no other kind of
+            instruction may name it. -1: the last conditioner returns them, those of a column next to each other.
+        inverse: the inverse map.
+    """
+
+    columns: Columns
+    bins: int
+    slopes: int
+    tails: tuple[int, ...]
+    variant: int
+    bound: tuple[float, ...]
+    param_scale: float = 1.0
+    min_bin: float = 1e-3
+    min_slope: float = 1e-3
+    params: int = -1
+    inverse: bool = False
+
+
+# get_args of Python 3.10 takes no X | Y
+Transform = typing.Union[Affine, Spline]  # noqa: UP007
+
+
 class Autoregressive(NamedTuple):
     """x solves x_c = transform(y_c; net(x)) for the transform's columns, one generation of columns after the other.
 
@@ -187,7 +222,7 @@ class Autoregressive(NamedTuple):
     """
 
     net: Net
-    transform: Affine
+    transform: Transform
     generations: Columns
     levels: tuple[Columns, ...]
 
@@ -203,12 +238,26 @@ class Prior(NamedTuple):
     prior: int = 0
 
 
-def columns_of_numbers(transform: Affine) -> list[int]:
+def columns_of_numbers(transform: Transform) -> list[int]:
     """Return which of the transform's columns each number of its conditioner is for, by their place."""
     n = len(transform.columns)
+    if isinstance(transform, Spline):
+        return [i for i in range(n) for _ in range(2 * transform.bins + transform.slopes)]
     if PACKINGS[transform.packing] == "interleaved":
         return [i // 2 for i in range(2 * n)]
     return [i % n for i in range(2 * n)]
+
+
+def some_columns(transform: Transform, places: Sequence[int]) -> Transform:
+    """Return the transform of some of its columns, by their place."""
+
+    def some(values: tuple) -> tuple:
+        return tuple([values[place] for place in places]) if len(values) == len(transform.columns) else values
+
+    columns = some(transform.columns)
+    if isinstance(transform, Affine):
+        return transform._replace(columns=columns)
+    return transform._replace(columns=columns, tails=some(transform.tails), bound=some(transform.bound))
 
 
 def number_levels(inverse: Autoregressive) -> Columns:
@@ -217,8 +266,8 @@ def number_levels(inverse: Autoregressive) -> Columns:
 
 
 # get_args of Python 3.10 takes no X | Y
-Instruction = typing.Union[Scale, Linear, Net, Additive, Affine, Autoregressive, Prior]  # noqa: UP007
-_NAMED = {union: {kind.__name__.lower(): kind for kind in get_args(union)} for union in (Instruction, Part)}
+Instruction = typing.Union[Scale, Linear, Net, Additive, Affine, Spline, Autoregressive, Prior]  # noqa: UP007
+_NAMED = {union: {kind.__name__.lower(): kind for kind in get_args(union)} for union in (Instruction, Part, Transform)}
 
 
 class Program(NamedTuple):
@@ -239,8 +288,8 @@ class Program(NamedTuple):
     def encode(self) -> str:
         """Return the text that the operator takes: words between spaces.
 
-        An integer or a flag is one number, a tuple its length and its items, columns the number of their runs and
-        (first, step, count) of each, an instruction or a part of a net its name and its fields.
+        An integer or a flag is one number, a tuple its length and its items, columns and other integers the number of
+        their runs and (first, step, count) of each, an instruction or a part of a net its name and its fields.
         """
         return " ".join(_encode(self, Program))
 

@@ -6,6 +6,7 @@
 #include "../ops/flow_head.h"
 #include "../ops/flow_program.h"
 #include "../tiles/plan.h"
+#include "spline.h"
 
 namespace pyflow {
 
@@ -60,6 +61,12 @@ struct ProgramPart {
   const int64_t *input_ends, *ends, *column_ends;
 };
 
+// the domain of a column's spline, and whether its tails are linear
+struct ProgramSplineEnds {
+  double low, high;
+  bool linear;
+};
+
 struct ProgramSolve;
 
 struct ProgramInstruction {
@@ -84,6 +91,10 @@ struct ProgramInstruction {
   double map_arg;
   Packing packing;
   Prior prior;
+  // spline: of every column, numbers of the conditioner or, if there is one, a row of the weight (count, numbers)
+  SplineForm spline;
+  const ProgramSplineEnds* ends;  // of every column
+  ProgramWeight numbers;
   // autoregressive: also parts, context
   const ProgramSolve* solve;
 };

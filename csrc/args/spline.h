@@ -20,16 +20,20 @@ PYFLOW_ENUM(SplineTails, PYFLOW_SPLINE_TAILS)
 
 constexpr int64_t kMostFeatures = 2048;  // of mixed tails
 
-struct SplineArgs {
-  Space space;
-  Plan plan;
-  bool f64;  // compute type: double for float64 x, float for everything else
-  bool inverse;
+// how parameters become splines
+struct SplineForm {
   SplineVariant variant;
   SplineTails tails;
   int bins;
+  bool inverse;
   SplineConstants<double> constants;  // rounded to the compute type by kernels
-  double low, high;                   // the ends of the domain and range; not used with `bounds`
+};
+
+struct SplineArgs : SplineForm {
+  Space space;
+  Plan plan;
+  bool f64;          // compute type: double for float64 x, float for everything else
+  double low, high;  // the ends of the domain and range; not used with `bounds`
   // of the last dim of x. The feature of an element is (row * cols + col) % features. 1 without bounds and mixed tails,
   // else rows and columns are in C order.
   int64_t features;
@@ -57,6 +61,12 @@ struct SplineBackward : SplineArgs {
 // K widths, K heights and the slopes
 PYFLOW_FN int spline_params(int bins, SplineTails tails) {
   return 3 * bins + (tails == SplineTails::linear ? -1 : tails == SplineTails::circular ? 0 : 1);
+}
+
+PYFLOW_FN SplineConstants<double> spline_constants(SplineVariant v, int bins, double param_scale, double min_bin,
+                                                   double min_slope) {
+  if (v == SplineVariant::zuko) return {1, -log_(min_slope), 0, 1, min_slope};
+  return {param_scale, 1, min_bin, 1 - bins * min_bin, min_slope};
 }
 
 PYFLOW_CPU_KERNEL(spline_forward, SplineForward)

@@ -9,6 +9,7 @@
 #include "program/net.h"
 #include "program/prior.h"
 #include "program/scale.h"
+#include "program/spline.h"
 
 namespace pyflow::PYFLOW_ISA {
 namespace {

@@ -4,40 +4,18 @@
 namespace pyflow::PYFLOW_ISA {
 namespace {
 
-// y and log-determinants of a group
-template <bool Inverse, class T>
-void transform(const Bins<T>& b, const Used<T>& u, const T* __restrict x, T* __restrict y, T* __restrict g) {
-  alignas(64) T s[kGroup], theta[kGroup], rise[kGroup];
-  set_places<Inverse>(b, x, s, theta);
-#pragma omp simd
-  for (int i = 0; i < kGroup; ++i) {
-    // read before they are selected: a selected read is a branch where reads have no mask
-    const T passed = u.passed[i], from = x[i];
-    const bool used = u.used[i] != T(0), nan = passed != T(0);
-    const SplineBin<T> bin = bin_of(b, i);
-    const SplinePlace<T> place = spline_place(theta[i], s[i], bin);
-    const T value = spline_value<Inverse>(place, bin);
-    rise[i] = spline_rise(place);
-    y[i] = used ? value : nan ? passed : from;
-  }
-#pragma omp simd
-  for (int i = 0; i < kGroup; ++i) {
-    const T value = log_(rise[i]), passed = u.passed[i];
-    g[i] = u.used[i] != T(0) ? (Inverse ? -value : value) : passed;
-  }
-}
-
 template <SplineVariant V, bool Inverse, class T>
 void forward_unit(const SplineForward& a, const Tile& unit, int64_t segment) {
-  alignas(64) T p[kMostParams][kGroup], total_w[kGroup], total_h[kGroup];
+  alignas(64) T p[kMostParams][kGroup];
   alignas(64) T x[kChunk], mask[kChunk], g[kChunk], y[kChunk], xs[kGroup], ms[kGroup] = {}, ys[kGroup];
   const Space& s = a.space;
   const SplineConstants<T> c = constants_of<T>(a);
   const int64_t count = spline_params(a.bins, a.tails);
-  Ends<T> e;
-  Bins<T> b;
-  Used<T> u;
-  set_ends(a, e);
+  Ends<T, kGroup> e;
+  Bins<T, kGroup> b;
+  Used<T, kGroup> u;
+  Totals<T, kGroup> totals;
+  set_ends(a.low, a.high, a.tails == SplineTails::linear, e);
   // sum of one row; starts at -0, since -0 + v has the bits of v
   double total = -0.0;
   for_each_chunk(unit, [&](const Tile& t, const Tile&) {
@@ -51,7 +29,8 @@ void forward_unit(const SplineForward& a, const Tile& unit, int64_t segment) {
       const T* px = whole_group(tx + first, n, xs);
       set_used(a, e, px, tm ? whole_group(tm + first, n, ms) : ms, u);
       Ahead ahead = ahead_of(s, a.params, a.step, count, t, first, 4 * a.bins - 2);
-      find_bins<V, Inverse>(a, c, e, px, p, p + 2 * a.bins, ahead, total_w, total_h, b);
+      softmaxes<V>(a, c, p, ahead, totals);
+      find_bins<V, Inverse>(a, c, e, px, p, p + 2 * a.bins, totals, b);
       set_slopes<V>(b, c);
       T* py = n == kGroup ? ty + first : ys;
       transform<Inverse>(b, u, px, py, g + first);

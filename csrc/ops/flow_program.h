@@ -13,6 +13,7 @@
   F(net)                       \
   F(additive)                  \
   F(affine)                    \
+  F(spline)                    \
   F(autoregressive)            \
   F(prior)
 

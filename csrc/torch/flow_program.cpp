@@ -52,8 +52,8 @@ std::vector<ProgramSum> sums_of(const Tensors& weights, const Tensors& grads, co
     s.grad = (char*)grads[i].data_ptr();
     s.uses = reader.uses()[i];
     s.mask = reader.masks()[i];
-    s.matrix = w.dim() == 2;
-    s.rows = w.dim() > 0 ? w.size(0) : 1;
+    s.matrix = w.dim() == 2 && !reader.in_lanes(i);
+    s.rows = s.matrix ? w.size(0) : w.numel();
     s.cols = s.matrix ? w.size(1) : 1;
     s.transposed = s.matrix && round_up(s.cols, kProgramPad) * s.rows > round_up(s.rows, kProgramPad) * s.cols;
     if (const ProgramOrdered* o = reader.ordered(int64_t(i))) {

@@ -17,6 +17,7 @@ using Optional = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kMostColumns = 1 << 24;  // that an instruction names
+constexpr int64_t kTails = 2;              // names in TAILS of pyflow/_schemas.py
 constexpr int64_t kGrain = 1 << 19;        // multiply-adds that are worth a thread: a few microseconds
 
 // a program read from its code, and held to its tensors
@@ -24,7 +25,13 @@ class Reader {
  public:
   Reader(ProgramArgs& a, const Tensor& x, const Optional& context, Tensors& weights, const std::string& code,
          bool taped)
-      : a_(a), weights_(weights), words_(code), taped_(taped), uses_(weights.size()), masks_(weights.size()) {
+      : a_(a),
+        weights_(weights),
+        words_(code),
+        taped_(taped),
+        uses_(weights.size()),
+        lanes_(weights.size()),
+        masks_(weights.size()) {
     a.f64 = is_f64(x);
     require(x.dim() == 2 && x.scalar_type() == compute_type(a.f64));
     a.rows = x.size(0);
@@ -47,6 +54,8 @@ class Reader {
     const int64_t count = words_.integer();
     for (int64_t i = 0; i < count; ++i) read();
     require(params_ == 0 && words_.end());
+    // the gradient of a weight is summed in one way
+    for (size_t i = 0; i < weights.size(); ++i) require(lanes_[i] == 0 || lanes_[i] == uses_[i]);
     a.instructions = int64_t(instructions_.size());
     a.instruction = instructions_.data();
     if (!taped_) place_arrays();
@@ -82,6 +91,8 @@ class Reader {
   }
 
   const std::vector<int64_t>& uses() const { return uses_; }
+  // whether the gradient of a weight is summed in lanes, though it is a matrix
+  bool in_lanes(size_t place) const { return lanes_[place] > 0; }
   const std::vector<const char*>& masks() const { return masks_; }  // of weights
   // what gives the gradients of a weight another order; null for most
   const ProgramOrdered* ordered(int64_t place) const {
@@ -182,6 +193,7 @@ class Reader {
       case Instruction::net: read_net(in); break;
       case Instruction::additive: read_additive(in); break;
       case Instruction::affine: read_affine(in); break;
+      case Instruction::spline: read_spline(in); break;
       case Instruction::autoregressive: read_autoregressive(in); break;
       case Instruction::prior: in.prior = Prior(words_.below(std::size(kPriorNames))); break;
     }
@@ -349,6 +361,53 @@ class Reader {
     in.inverse = words_.flag();
   }
 
+  void read_spline(ProgramInstruction& in) {
+    SplineForm& form = in.spline;
+    const int64_t bins = words_.integer(), slopes = words_.integer();
+    require(in.count > 0 && bins >= 2 && bins <= kMostBins && slopes >= bins - 1 && slopes <= bins + 1);
+    const std::vector<int64_t>& tails = columns(kTails);
+    const int64_t given = int64_t(tails.size());
+    require(given <= 1 || given == in.count);
+    require(given > 0 || slopes == bins + 1);
+    form.bins = int(bins);
+    form.tails = given == 0           ? SplineTails::none
+                 : slopes == bins - 1 ? SplineTails::linear
+                 : slopes == bins     ? SplineTails::circular
+                                      : SplineTails::mixed;
+    form.variant = SplineVariant(words_.below(std::size(kSplineVariantNames)));
+    const std::vector<double> bounds = reals();
+    require(bounds.size() == 1 || bounds.size() == size_t(in.count));
+    const double param_scale = words_.real(), min_bin = words_.real(), min_slope = words_.real();
+    form.constants = spline_constants(form.variant, form.bins, param_scale, min_bin, min_slope);
+    read_numbers(in, 2 * bins + slopes);
+    form.inverse = words_.flag();
+    std::vector<ProgramSplineEnds>& ends = ends_.emplace_back();
+    for (int64_t i = 0; i < in.count; ++i) {
+      const double bound = bounds[bounds.size() == 1 ? 0 : size_t(i)];
+      const bool linear = given > 0 && tails[given == 1 ? 0 : size_t(i)] == 0;
+      ends.push_back(given > 0 ? ProgramSplineEnds{-bound, bound, linear} : ProgramSplineEnds{0, 1, false});
+    }
+    in.ends = ends.data();
+  }
+
+  std::vector<double> reals() {
+    const int64_t count = words_.integer();
+    require(count >= 0 && count <= kMostColumns);
+    std::vector<double> list;
+    for (int64_t i = 0; i < count; ++i) list.push_back(words_.real());
+    return list;
+  }
+
+  // the numbers of the columns of a spline
+  void read_numbers(ProgramInstruction& in, int64_t count) {
+    in.numbers = weight(in.count, count);
+    if (in.numbers.data) {
+      ++lanes_[in.numbers.place];
+    } else {
+      take_params(in, in.count * count);
+    }
+  }
+
   void read_autoregressive(ProgramInstruction& in) {
     Solve& s = solves_.emplace_back();
     // its values have columns of their own, and what is kept outside of it stays
@@ -383,11 +442,13 @@ class Reader {
   // the transform of an autoregressive inverse
   ProgramInstruction read_solved() {
     ProgramInstruction in{};
-    in.kind = Instruction::affine;
+    in.kind = Instruction(words_.word(kInstructionNames));
     const std::vector<int64_t>& named = columns(a_.columns);
     in.columns = named.data();
     in.count = int64_t(named.size());
-    read_affine(in);
+    require(in.kind == Instruction::affine || in.kind == Instruction::spline);
+    in.kind == Instruction::affine ? read_affine(in) : read_spline(in);
+    require(!in.numbers.data);
     in.saved = take(in.count);
     return in;
   }
@@ -407,7 +468,9 @@ class Reader {
   std::deque<Solve> solves_;
   int64_t solve_columns_ = 0;
   int64_t prepared_count_ = 0;
-  std::vector<int64_t> uses_;  // of every weight
+  std::vector<int64_t> uses_;   // of every weight
+  std::vector<int64_t> lanes_;  // those whose gradients are summed in lanes
+  std::deque<std::vector<ProgramSplineEnds>> ends_;
   std::vector<const char*> masks_;
   int64_t work_ = 0;  // multiply-adds of a row
   std::vector<double> logdets_;

@@ -34,8 +34,12 @@ class Solve {
     require(solve.generations > 0);
     Integers of_column(size_t(a.columns), 0), of_numbers;
     for (int64_t i = 0; i < transform.count; ++i) of_column[size_t(transform.columns[i])] = generations[size_t(i)];
-    for (int64_t j = 0; j < 2 * transform.count; ++j) {
-      const int64_t i = transform.packing == Packing::interleaved ? j / 2 : j % transform.count;
+    // affine ones may have the numbers of a kind next to each other
+    const bool spline = transform.kind == Instruction::spline;
+    const bool columns = spline || transform.packing == Packing::interleaved;
+    each_ = spline ? spline_params(transform.spline.bins, transform.spline.tails) : 2;
+    for (int64_t j = 0; j < each_ * transform.count; ++j) {
+      const int64_t i = columns ? j / each_ : j % transform.count;
       of_numbers.push_back(generations[size_t(i)] - 1);
     }
     levels.push_back(of_numbers);
@@ -151,16 +155,20 @@ class Solve {
     int64_t saved = transform.saved, params = parts.back().out;
     for (int64_t g = 1; g <= solve.generations; ++g) {
       Integers& some = columns_.emplace_back();
+      std::vector<ProgramSplineEnds>& ends = spline_ends_.emplace_back();
       for (int64_t i = 0; i < transform.count; ++i) {
-        if (generations[size_t(i)] == g) some.push_back(transform.columns[i]);
+        if (generations[size_t(i)] != g) continue;
+        some.push_back(transform.columns[i]);
+        if (transform.ends) ends.push_back(transform.ends[i]);
       }
       ProgramInstruction in = transform;
       in.columns = some.data();
+      in.ends = ends.data();
       in.count = int64_t(some.size());
       in.saved = saved;
       in.params = params;
       saved += in.count;
-      params += 2 * in.count;
+      params += each_ * in.count;
       transforms_.push_back(in);
     }
     solve.transforms = transforms_.data();
@@ -170,6 +178,8 @@ class Solve {
   std::deque<Value> values_of_;
   Integers sources_;
   std::deque<Integers> columns_;
+  std::deque<std::vector<ProgramSplineEnds>> spline_ends_;
+  int64_t each_ = 0;  // numbers of a column
   std::vector<ProgramInstruction> transforms_;
   std::vector<ProgramWeight*> targets_;
 };

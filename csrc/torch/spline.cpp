@@ -1,7 +1,6 @@
 #include "../args/spline.h"
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "device.h"
@@ -28,11 +27,6 @@ SplineTails tails_of(const Options& o, int64_t params) {
   return o.tails[0] == 0 ? SplineTails::linear : SplineTails::circular;
 }
 
-SplineConstants<double> constants_of(const Options& o, SplineVariant v) {
-  if (v == SplineVariant::zuko) return {1, -std::log(o.min_slope), 0, 1, o.min_slope};
-  return {o.param_scale, 1, o.min_bin, 1 - double(o.bins) * o.min_bin, o.min_slope};
-}
-
 // features are counted in C order
 bool by_feature(const Tails& tails, const Optional& bounds) { return (bounds && !tails.empty()) || tails.size() > 1; }
 
@@ -46,11 +40,11 @@ void set(SplineArgs& a, Layout& layout, const Options& o, const Tensor& x, const
   a.f64 = is_f64(x);
   a.inverse = o.inverse;
   a.variant = SplineVariant(o.form);
-  a.tails = tails_of(o, last);
   a.bins = int(o.bins);
+  a.tails = tails_of(o, last);
   STD_TORCH_CHECK(last == spline_params(a.bins, a.tails), "pyflow: a spline of ", o.bins, " bins has no ", last,
                   " parameters");
-  a.constants = constants_of(o, a.variant);
+  a.constants = spline_constants(a.variant, a.bins, o.param_scale, o.min_bin, o.min_slope);
   a.low = a.tails == SplineTails::none ? 0 : -o.bound;
   a.high = a.tails == SplineTails::none ? 1 : o.bound;
   a.features = by_feature(o.tails, bounds) && x.dim() > 0 ? x.size(x.dim() - 1) : 1;

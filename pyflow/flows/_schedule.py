@@ -13,7 +13,7 @@ from .. import program as p
 Mask = Callable[[p.Dense], "Tensor | None"]
 
 
-def autoregressive(net: p.Net, transform: p.Affine, context: int, mask: Mask) -> p.Autoregressive | None:
+def autoregressive(net: p.Net, transform: p.Transform, context: int, mask: Mask) -> p.Autoregressive | None:
     """Return the instruction that solves x_c = transform(y_c; net(x)); None if the masks do not let it.
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._operators import register
-from .._schemas import PACKINGS, PRIORS, SCALE_MAPS
+from .._schemas import PACKINGS, PRIORS, SCALE_MAPS, SPLINE_VARIANTS, TAILS
 from .._torch import evaluated_while_traced, is_batched_gradient
 from ..program import (
     ACTIVATIONS,
@@ -35,9 +35,12 @@ from ..program import (
     Program,
     Residual,
     Scale,
+    Spline,
+    Transform,
     number_levels,
 )  # fmt: skip
 from ..reference import flow_program as ref
+from . import spline as splines
 
 
 def flow_program(
@@ -141,7 +144,7 @@ class _Checker:
     """Holds the instructions of a program to its columns and to the number of weights.
 
     `params` is how many numbers the last conditioner returns, `shapes` the weights that instructions name: what for,
-    place and shape; `masked` weights, `constants` and those that stand `alone` must not be used otherwise.
+    place and shape; `masked` weights, `constants`, `tables` and those that stand `alone` must not be used otherwise.
     """
 
     def __init__(self, program: Program, count: int) -> None:
@@ -150,6 +153,7 @@ class _Checker:
         self.masked: list[tuple[str, int]] = []
         self.constants: list[tuple[str, int]] = []
         self.alone: list[tuple[str, int]] = []
+        self.tables: list[tuple[str, int]] = []
 
     def fail(self, rule: str) -> NoReturn:
         raise ValueError(f"flow_program: {self.where}: {rule}")
@@ -175,7 +179,7 @@ class _Checker:
         self.shapes.append((f"{self.where}: {name}", place, shape))
 
     def uses(self) -> None:
-        """Hold weights with a mask to one use, and constants to have no gradient elsewhere."""
+        """Hold weights with a mask to one use, and constants and the numbers of splines to uses of their kind."""
         named = collections.Counter(place for _, place, _ in self.shapes)
         for where, place in self.masked:
             if named[place] > 1:
@@ -183,10 +187,11 @@ class _Checker:
         for where, place in self.alone:
             if named[place] > 1:
                 raise ValueError(f"flow_program: {where} must be named once in the program, got {named[place]} times")
-        constant = collections.Counter(place for _, place in self.constants)
-        for where, place in self.constants:
-            if named[place] > constant[place]:
-                raise ValueError(f"flow_program: {where}: a mask or scale must be no other weight, got {place}")
+        for what, uses in (("a mask or scale", self.constants), ("the params of a spline", self.tables)):
+            own = collections.Counter(place for _, place in uses)
+            for where, place in uses:
+                if named[place] > own[place]:
+                    raise ValueError(f"flow_program: {where}: {what} must be no other weight, got {place}")
 
     def takes(self, count: int) -> None:
         if self.params != count:
@@ -307,14 +312,48 @@ class _Checker:
             self.fail(f"map_arg must be positive for {SCALE_MAPS[affine.scale_map]}, got 0.0")
         self.flags(affine, "shift_first", "inverse")
 
+    def spline(self, spline: Spline) -> None:
+        n, bins, most = self.columns(spline.columns), spline.bins, splines.MOST_BINS
+        if n == 0:
+            self.fail("columns must be at least one, got ()")
+        if not isinstance(bins, int) or not 2 <= bins <= most:
+            self.fail(f"bins must be an integer, 2 to {most}, got {check.shown(bins)}")
+        for name, least in (("tails", 0), ("bound", 1)):
+            given = getattr(spline, name)
+            if not isinstance(given, tuple) or len(given) not in {least, 1, n}:
+                few = "none, one" if least == 0 else "one"
+                self.fail(f"{name} must be a tuple of {few} or one per column, got {check.shown(given)}")
+        for tail in spline.tails:
+            self.index("tails", tail, TAILS)
+        # linear tails need no outer slopes, circular ones have equal ones
+        fits = (bins + 1,) if len({*spline.tails}) != 1 else (bins - 1 + spline.tails[0], bins + 1)
+        if spline.slopes not in fits:
+            self.fail(f"slopes must be {' or '.join(map(str, fits))} with these bins and tails, got {spline.slopes!r}")
+        self.index("variant", spline.variant, SPLINE_VARIANTS)
+        try:
+            op = f"flow_program: {self.where}"
+            for bound in spline.bound:
+                splines.one_bound(op, bound, torch.float32)
+            splines.constants(op, bins, SPLINE_VARIANTS[spline.variant], *spline[6:9], torch.float32)
+        except TypeError as error:
+            raise ValueError(*error.args) from None
+        if spline.params == -1:
+            self.takes(n * (2 * bins + spline.slopes))
+        else:
+            self.weight("params", spline.params, (n, 2 * bins + spline.slopes))
+            self.tables.append((self.where, spline.params))
+        self.flags(spline, "inverse")
+
     def autoregressive(self, inverse: Autoregressive) -> None:
         net, transform = inverse.net, inverse.transform
-        if type(net) is not Net or type(transform) is not Affine:
-            self.fail(f"net and transform must be a Net and an Affine, got {check.shown((net, transform))}")
+        if type(net) is not Net or type(transform) not in get_args(Transform):
+            self.fail(f"net and transform must be a Net and an Affine or a Spline, got {check.shown((net, transform))}")
+        if getattr(transform, "params", -1) != -1:
+            self.fail("its net must return the numbers of its Spline")
         # a conditioner before it may serve a transform after it
         params, self.params, first = self.params, 0, len(self.shapes)
         self.net(net)
-        self.affine(transform)
+        getattr(self, type(transform).__name__.lower())(transform)
         self.params = params
         # kernels have their gradients in another order
         self.alone += [(where, place) for where, place, _ in self.shapes[first:]]

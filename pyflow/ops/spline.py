@@ -101,7 +101,7 @@ def rq_spline(
     indices = _tails(op, tails, features)
     count, text = _slopes(bins, tails)
     check.like(op, "params", params, f"x with {text} numbers per element", (*shape, 2 * bins + count), x.device)
-    param_scale, min_bin, min_slope = _constants(op, bins, variant, param_scale, min_bin, min_slope, dtype)
+    param_scale, min_bin, min_slope = constants(op, bins, variant, param_scale, min_bin, min_slope, dtype)
     bounds, bound = _bounds(op, bound, features, x)
     if tails is None:
         bounds, bound = None, 1.0
@@ -139,8 +139,8 @@ def _slopes(bins: int, tails: Any) -> tuple[int, str]:
     return (bins, "3 bins") if tails == "circular" else (bins + 1, "3 bins + 1")
 
 
-def _constants(
-    op: str, bins: int, variant: str, param_scale: float, min_bin: float, min_slope: float, dtype: torch.dtype
+def constants(
+    op: str, bins: int, variant: str, param_scale: Any, min_bin: Any, min_slope: Any, dtype: torch.dtype
 ) -> tuple[float, float, float]:
     """Return param_scale, min_bin and min_slope, checked."""
     param_scale = check.positive(op, "param_scale", param_scale)
@@ -159,13 +159,17 @@ def _constants(
     return param_scale, min_bin, min_slope
 
 
+def one_bound(op: str, bound: Any, dtype: torch.dtype) -> float:
+    bound = check.positive(op, "bound", bound)
+    # the inverse squares heights
+    check.moderate(op, "bound", bound, dtype, 2.0**-40, 2.0**40)
+    return bound
+
+
 def _bounds(op: str, bound: Any, features: int, x: Tensor) -> tuple[Tensor | None, float]:
     """Return bounds of the features, or None and the bound of all of them."""
     if not isinstance(bound, Tensor):
-        bound = check.positive(op, "bound", bound)
-        # the inverse squares heights
-        check.moderate(op, "bound", bound, x.dtype, 2.0**-40, 2.0**40)
-        return None, bound
+        return None, one_bound(op, bound, x.dtype)
     check.like(op, "bound", bound, "the last dim of x", (features,), x.device)
     if bound.requires_grad:
         raise ValueError(f"{op}: bound must not require a gradient, which is not computed")

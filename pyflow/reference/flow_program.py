@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._schemas import PACKINGS, PRIORS, SCALE_MAPS
+from .._schemas import PACKINGS, PRIORS, SCALE_MAPS, SPLINE_VARIANTS
 from ..program import (
     Activation,
     Additive,
@@ -28,12 +28,16 @@ from ..program import (
     Program,
     Residual,
     Scale,
+    Spline,
+    Transform,
     columns_of_numbers,
     runs_of,
+    some_columns,
 )  # fmt: skip
 from . import matmul
 from .coupling import additive_coupling, affine_coupling_packed, affine_coupling_packed_backward
 from .flow_head import flow_log_prob, flow_log_prob_backward
+from .spline import rq_spline, rq_spline_backward
 
 # in the order of ACTIVATIONS; the number is the slope of leaky_relu or alpha of elu
 ACTIVATE: tuple[Callable[[Tensor, float], Tensor], ...] = (
@@ -128,22 +132,37 @@ def _step(
         y = matmul(x, weights[instruction.weight].mT)
         y, more = y if bias < 0 else y + weights[bias], none if logdet < 0 else weights[logdet]
     else:
-        y, more = _transformed(instruction, x, params)
+        y, more = _transformed(instruction, x, _numbers(instruction, x, params, weights))
     return h.index_copy(1, at, y), params, more
 
 
-def _transformed(transform: Additive | Affine, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+def _numbers(
+    transform: Additive | Transform, x: Tensor, params: Tensor, weights: Sequence[Tensor]
+) -> Tensor:  # fmt: skip
+    """Return what a transform takes: the last conditioner's numbers, or in every row those of a weight."""
+    if isinstance(transform, Spline) and transform.params >= 0:
+        return weights[transform.params].flatten().expand(x.shape[0], -1)
+    return params
+
+
+def _transformed(transform: Additive | Transform, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(transform, Additive):
         return additive_coupling(x, params, inverse=transform.inverse), x.new_zeros(())
+    if isinstance(transform, Spline):
+        return rq_spline(x, *_spline_inputs(transform, x, params), **_spline_options(transform))
     return affine_coupling_packed(x, params, **_options(transform), mask=None)
 
 
 def _pulled(
-    transform: Additive | Affine, grad: Tensor, logdet: Tensor, x: Tensor, params: Tensor
+    transform: Additive | Transform, grad: Tensor, logdet: Tensor, x: Tensor, params: Tensor
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradients of a transform's columns and of the numbers that it takes."""
     if isinstance(transform, Additive):
         return grad, -grad if transform.inverse else grad
+    if isinstance(transform, Spline):
+        inputs = _spline_inputs(transform, x, params)
+        grad, of_params = rq_spline_backward(grad, logdet, x, *inputs, **_spline_options(transform))
+        return grad, of_params.flatten(1)
     return affine_coupling_packed_backward(grad, logdet, x, params, **_options(transform), mask=None)
 
 
@@ -162,13 +181,13 @@ def _solved(
     return h, logdet
 
 
-def _generations(inverse: Autoregressive) -> list[tuple[Affine, list[int]]]:
+def _generations(inverse: Autoregressive) -> list[tuple[Transform, list[int]]]:
     """Return for each generation the transform of its columns, and the places of their numbers."""
     of_numbers, found = columns_of_numbers(inverse.transform), []
     for generation in sorted(set(inverse.generations)):
         some = [i for i, of in enumerate(inverse.generations) if of == generation]
         places = [j for j, i in enumerate(of_numbers) if i in some]
-        found.append((inverse.transform._replace(columns=tuple(inverse.columns[i] for i in some)), places))
+        found.append((some_columns(inverse.transform, some), places))
     return found
 
 
@@ -181,6 +200,22 @@ def _options(affine: Affine) -> dict:
         "packing": PACKINGS[affine.packing], "dim": 1, "scale_map": SCALE_MAPS[affine.scale_map],
         "map_arg": affine.map_arg, "shift_first": affine.shift_first, "inverse": affine.inverse, "event_dims": 1,
     }  # fmt: skip
+
+
+def _spline_options(spline: Spline) -> dict:
+    same = set(spline.bound) if spline.tails else {1.0}
+    return {
+        "bound": same.pop(), "bins": spline.bins, "tails": spline.tails, "form": SPLINE_VARIANTS[spline.variant],
+        "param_scale": spline.param_scale, "min_bin": spline.min_bin, "min_slope": spline.min_slope,
+        "inverse": spline.inverse, "event_dims": 1,
+    }  # fmt: skip
+
+
+def _spline_inputs(spline: Spline, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    """Return the numbers of every row and column, bounds that differ, and no mask."""
+    differ = spline.tails and len({*spline.bound}) > 1
+    bounds = torch.tensor(spline.bound, dtype=x.dtype, device=x.device) if differ else None
+    return params.unflatten(1, (len(spline.columns), -1)), bounds, None
 
 
 def _scale(scale: Scale, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -295,7 +330,12 @@ class _Back:
             self.add(instruction.logdet, self.logdet.sum())
             grad = matmul(grad, self.weights[instruction.weight])
         else:
-            grad, self.params = _pulled(instruction, grad, self.logdet, x, params)
+            numbers = _numbers(instruction, x, params, self.weights)
+            grad, of_numbers = _pulled(instruction, grad, self.logdet, x, numbers)
+            if isinstance(instruction, Spline) and instruction.params >= 0:
+                self.add(instruction.params, of_numbers.sum(0).view(self.weights[instruction.params].shape))
+            else:
+                self.params = of_numbers
         self.h = self.h.index_copy(1, at, grad)
 
     def scale(self, scale: Scale, x: Tensor, grad: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflow._schemas import PACKINGS, PRIORS, SCALE_MAPS
+from pyflow._schemas import PACKINGS, PRIORS, SCALE_MAPS, SPLINE_VARIANTS, TAILS
 from pyflow.flows import _schedule
 from pyflow.program import (
     ACTIVATIONS,
@@ -28,6 +28,8 @@ from pyflow.program import (
     Program,
     Residual,
     Scale,
+    Spline,
+    Transform,
     columns_of_numbers,
 )  # fmt: skip
 
@@ -76,6 +78,20 @@ class Builder:
         map_arg = MAP_ARG.get(scale_map, 0.0)
         return Affine(tuple(columns), SCALE_MAPS.index(scale_map), PACKINGS.index(packing), map_arg, **options)
 
+    def spline(
+        self, columns: Sequence[int], tails: str | Sequence[str] | None = "linear", variant: str = "nflows", *,
+        bins: int = 4, bound: float | Sequence[float] = 3.0, own: bool = False, spread: float = 0.5, **options: Any,
+    ) -> Spline:  # fmt: skip
+        """With a weight of its own, or numbers of the conditioner before it."""
+        names = () if tails is None else (tails,) if isinstance(tails, str) else tuple(tails)
+        slopes = bins + {"linear": -1, "circular": 0}.get(str(tails), 1)
+        bounds = tuple(bound) if isinstance(bound, (list, tuple)) else (bound,)
+        params = self.weight(len(columns), 2 * bins + slopes, spread=spread) if own else -1
+        return Spline(
+            tuple(columns), bins, slopes, tuple(map(TAILS.index, names)), SPLINE_VARIANTS.index(variant), bounds,
+            params=params, **options,
+        )  # fmt: skip
+
     def masked(self, mask: Tensor, activation: str = "identity", bias: bool = True, arg: float = 0.1) -> Dense:
         """A layer with a mask (size, inputs)."""
         size, inputs = mask.shape
@@ -85,10 +101,10 @@ class Builder:
         return dense._replace(mask=len(self.weights) - 1)
 
     def made(
-        self, columns: Sequence[int], hidden: Sequence[int], transform: Affine, *, order: Sequence[int] | None = None,
+        self, columns: Sequence[int], hidden: Sequence[int], transform: Transform, *, order: Sequence[int] | None = None,
         kept: Sequence[int] = (), activation: str = "relu", residual: bool = False, context: str = "", bias: bool = True,
         periodic: Sequence[int] = (),
-    ) -> tuple[Net, Affine]:  # fmt: skip
+    ) -> tuple[Net, Transform]:  # fmt: skip
         """A masked net of `columns`, which come in an order, and of `kept` ones; the numbers are for the columns.
 
         context: "inputs" among them, "add" or "gate" in the blocks and after the first layer.
@@ -134,7 +150,7 @@ class Builder:
             parts.append(Elementwise(self.weight(size), self.weight(size)))
         return Net((*columns, *kept), context == "inputs", tuple(parts)), transform
 
-    def undo(self, net: Net, transform: Affine) -> Autoregressive:
+    def undo(self, net: Net, transform: Transform) -> Autoregressive:
         """What undoes a net and the transform after it."""
         found = _schedule.autoregressive(
             net, transform._replace(inverse=not transform.inverse), self.context,
@@ -186,9 +202,18 @@ def drawn(one: Callable[..., Any], build: Builder, steps: int, invertible: bool 
     def flags() -> dict[str, bool]:
         return {"shift_first": one(False, True), "inverse": one(False, True)}
 
+    def spline(chosen: list[int], own: bool) -> Spline:
+        tails = one("linear", "circular", [one(*TAILS) for _ in chosen])
+        bound = one(3.0, [one(3.0, 1.5) for _ in chosen])
+        # narrow bins and steep slopes lose digits
+        mild = {"param_scale": one(1.0, 0.3), "min_bin": 0.05, "min_slope": 0.1, "inverse": one(False, True)}
+        return build.spline(chosen, tails, one(*SPLINE_VARIANTS), bins=one(4, 2, 8), bound=bound, own=own, **mild)
+
     def undo(chosen: list[int], context: str) -> Autoregressive:
         # more generations, and scales without bounds, pass on errors that grow
-        transform = build.affine(chosen, one("tanh", "softsign", "atan"), one(*PACKINGS), **flags())
+        transform: Transform = spline(chosen, False)
+        if one(True, False):
+            transform = build.affine(chosen, one("tanh", "softsign", "atan"), one(*PACKINGS), **flags())
         pair = build.made(
             chosen, [one(1, 5, 8, 17)] * one(1, 0, 2), transform, order=[one(0, 1, 2) for _ in chosen],
             kept=[c for c in columns if c not in chosen], activation=one(*ACTIVATIONS), residual=one(False, True),
@@ -196,8 +221,8 @@ def drawn(one: Callable[..., Any], build: Builder, steps: int, invertible: bool 
         )  # fmt: skip
         return build.undo(*pair)
 
-    kinds = ["coupling"] * (build.columns > 1 or not invertible) + ["scale", "linear"] + ["prior"] * (not invertible)
-    kinds.append("autoregressive")
+    kinds = ["coupling"] * (build.columns > 1 or not invertible) + ["scale", "linear", "spline", "autoregressive"]
+    kinds += ["prior"] * (not invertible)
     for _ in range(steps):
         kind = one(*kinds)
         chosen = some()
@@ -210,6 +235,8 @@ def drawn(one: Callable[..., Any], build: Builder, steps: int, invertible: bool 
             bias, logdet = one(True, False), one(True, False)
             places = build.matrix(n), build.weight(n) if bias else -1, build.weight() if logdet else -1
             instructions.append(Linear(tuple(chosen), *places))
+        elif kind == "spline":
+            instructions.append(spline(chosen, True))
         elif kind == "autoregressive":
             context = one("", "inputs", "add", "gate") if build.context else ""
             asked |= context != ""
@@ -220,14 +247,18 @@ def drawn(one: Callable[..., Any], build: Builder, steps: int, invertible: bool 
             if invertible:
                 chosen = chosen[: build.columns - 1]
             seen = [c for c in columns if c not in chosen] if invertible else some(0)
-            affine = one(True, False)
+            transform = one("affine", "additive", "spline")
             context = build.context > 0 and one(True, False)
             asked |= context
-            sizes = [*[one(1, 5, 8, 17, 33)] * one(1, 0, 2), (2 if affine else 1) * len(chosen)]
+            splined = spline(chosen, False) if transform == "spline" else None
+            each = 2 * splined.bins + splined.slopes if splined else 2 if transform == "affine" else 1
+            sizes = [*[one(1, 5, 8, 17, 33)] * one(1, 0, 2), each * len(chosen)]
             net = build.net(seen, sizes, one(*ACTIVATIONS), context=context, bias=one(True, False))
             options = flags()
             instructions.append(net)
-            if affine:
+            if splined:
+                instructions.append(splined)
+            elif transform == "affine":
                 instructions.append(build.affine(chosen, one(*SCALE_MAPS), one(*PACKINGS), **options))
             else:
                 instructions.append(Additive(tuple(chosen), options["inverse"]))
@@ -259,6 +290,7 @@ def inverse_of(program: Program, weights: list[Tensor]) -> tuple[Program, list[T
             pairs.append((instruction.net, transform._replace(inverse=not transform.inverse)))
         else:
             turned = instruction._replace(inverse=not instruction.inverse)
-            pairs.append((turned,) if isinstance(instruction, Scale) else (net, turned))
+            alone = isinstance(instruction, Scale) or (isinstance(instruction, Spline) and instruction.params >= 0)
+            pairs.append((turned,) if alone else (net, turned))
     instructions = [instruction for pair in reversed(pairs) for instruction in pair]
     return program._replace(instructions=tuple(instructions)), weights

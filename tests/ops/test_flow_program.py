@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import pyflow
 from pyflow import _backend, ops, testing
 from pyflow._schemas import PACKINGS, PRIORS, SCALE_MAPS
-from pyflow.program import ACTIVATIONS, Additive, Affine, Dense, Linear, Net, Prior, Program, Scale
+from pyflow.program import ACTIVATIONS, Additive, Affine, Dense, Linear, Net, Prior, Program, Scale, Spline
 from pyflow.reference import flow_program as ref
 
 from .programs import Builder, drawn, inverse_of
@@ -86,7 +86,8 @@ def terms(x, program):
                 *(part.size for part in instruction.parts if isinstance(part, Dense)),
             ]
             total += len(instruction.parts)
-        total += 1
+        # an error of a knot counts 1 / width times within its bin
+        total += 3 * instruction.bins if isinstance(instruction, Spline) else 1
     # every step passes on the errors of those before it
     return max(sizes) + 16 * total
 

@@ -11,6 +11,7 @@ import torch
 
 import pyflow
 from pyflow import ops, testing
+from pyflow._schemas import SPLINE_VARIANTS
 from pyflow.flows import _schedule
 from pyflow.program import (
     ACTIVATIONS,
@@ -27,6 +28,7 @@ from pyflow.program import (
     Program,
     Residual,
     Scale,
+    Spline,
 )
 from pyflow.reference import flow_program as ref
 
@@ -130,6 +132,26 @@ def test_scale_maps(scale_map):
         build = Builder(4)
         pair = build.made((2, 0, 3), [12, 9], build.affine((2, 0, 3), scale_map, shift_first=first, inverse=forward))
         check(build, build.program(build.undo(*pair)), within=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", SPLINE_VARIANTS)
+@pytest.mark.parametrize("tails", ["linear", "circular", ("circular", "linear", "linear", "circular", "linear")])
+def test_splines(tails, variant, dtype):
+    mild = {"bins": 5, "bound": 2.5 if isinstance(tails, str) else [2.5, 2.0, 3.0, 1.5, 2.5]}
+    mild |= {"param_scale": 0.3, "min_bin": 0.05, "min_slope": 0.1}
+    for order, residual in itertools.product(ORDERS.values(), (False, True)):
+        build = Builder(7, 3)
+        spline = build.spline(COLUMNS, tails, variant, inverse=residual, **mild)
+        pair = build.made(
+            COLUMNS, (16, 9), spline, order=order, kept=[5], residual=residual, context="gate", activation="silu"
+        )
+        forward, inverse = build.program(*pair), build.program(build.undo(*pair))
+        check(build, inverse, dtype=dtype, within=1e-4)
+        (y, context), weights = rows(build, 37, dtype), [w.to(dtype) for w in build.weights]
+        x, _ = ops.flow_program(y, inverse, weights, context)
+        again, _ = ops.flow_program(x, forward, weights, context)
+        testing.assert_within(again, y.double(), 400 * testing.UNIT[dtype] * (1 + y.abs().max()), "y")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -251,6 +273,9 @@ def digest() -> str:
     hashes = hashlib.sha256(), hashlib.sha256()
     for context, residual, batch in itertools.product(CONTEXTS, (False, True), (1, 70)):
         build, _, inverse = made(context, None, residual, activation="silu")
+        if residual:
+            spline = build.spline(COLUMNS, "circular", inverse=True)
+            inverse = build.program(build.undo(*build.made(COLUMNS, (16,), spline, kept=[2], context=context)))
         x, given = rows(build, batch)
         for i, v in enumerate(run(x, inverse, [w.float() for w in build.weights], given)):
             hashes[i > 1].update(v.numpy().tobytes())
@@ -308,13 +333,16 @@ def test_reference_backward_is_the_derivative():
 
 X = torch.ones(4, 2)
 AFFINE = Affine((0, 1), 0, 2, 0.0)
+SPLINE = Spline((0, 1), 2, 1, (0,), 0, (3.0,))
 NET = Net((0, 1), False, (Dense(0, 1, 3), Dense(2, 3, 4)))
 WEIGHTS = [torch.ones(3, 2), torch.ones(3), torch.ones(4, 3), torch.ones(4), torch.ones(2, 2)]
 UNDO = Autoregressive(NET, AFFINE, (1, 2), ((0, 1, 2),))
 BLOCK = Residual((Dense(4, -1, 2),))
 BAD = [
-    (UNDO._replace(net=tuple(NET)), "net and transform must be a Net and an Affine, got .*"),
-    (UNDO._replace(transform=Prior((0, 1))), "net and transform must be a Net and an Affine, got .*"),
+    (UNDO._replace(net=tuple(NET)), "net and transform must be a Net and an Affine or a Spline, got .*"),
+    (UNDO._replace(transform=Prior((0, 1))), "net and transform must be a Net and an Affine or a Spline, got .*"),
+    (UNDO._replace(transform=SPLINE._replace(params=0)), "its net must return the numbers of its Spline"),
+    (UNDO._replace(transform=SPLINE), "the conditioner before it must return 10 numbers, got 4"),
     (UNDO._replace(transform=AFFINE._replace(columns=(0,))), "the conditioner before it must return 2 numbers, got 4"),
     (UNDO._replace(transform=AFFINE._replace(columns=(0, 0))), r"columns must differ, got \(0, 0\)"),
     (UNDO._replace(net=NET._replace(columns=(0, 7))), r"columns must be 0 to 1, got \(0, 7\)"),
@@ -360,6 +388,7 @@ TEXTS = {
     "no levels": UNDO._replace(levels=()), "more levels": UNDO._replace(levels=((0, 1, 2),) * 2),
     "residual": UNDO._replace(net=NET._replace(parts=(BLOCK, *NET.parts)), levels=((0, 1), (0, 1, 2))),
     "norm": UNDO._replace(net=NET._replace(parts=(Norm(-1, -1, 1.0), *NET.parts))), "numbers": UNDO._replace(transform=AFFINE._replace(columns=(0,))),
+    "table": UNDO._replace(transform=SPLINE._replace(columns=(0,), params=3)), "spline": UNDO._replace(transform=SPLINE),
     "column": UNDO._replace(transform=AFFINE._replace(columns=(0, 9))), "twice": UNDO._replace(net=NET._replace(parts=(NET.parts[0]._replace(weight=4, size=2), Dense(4, -1, 2), NET.parts[0], NET.parts[1])), levels=((0, 1), (0, 1), (0, 1, 2))),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@
 #include "affine.h"
 #include "net.h"
 #include "rule.h"
+#include "spline.h"
 
 namespace pyflow::PYFLOW_ISA {
 
@@ -95,7 +96,10 @@ struct Rule<Instruction::autoregressive> {
       for (int64_t level = 0; level < s.generations; ++level) {
         load(one, in, level);
         for (int64_t k = 0; k < in.part_count; ++k) run_part(one, in.parts[k], level);
-        Rule<Instruction::affine>::forward(one.tile, s.transforms[level]);
+        const ProgramInstruction& transform = s.transforms[level];
+        const bool affine = transform.kind == Instruction::affine;
+        affine ? Rule<Instruction::affine>::forward(one.tile, transform)
+               : Rule<Instruction::spline>::forward(one.tile, transform);
       }
     }
   }
@@ -236,7 +240,10 @@ struct Rule<Instruction::autoregressive> {
       for (int64_t level = s.generations - 1; level >= 0; --level) {
         if (level + 1 < s.generations) unload(one, in, level + 1);
         one.tile.arrays = one.grad(last.out + first(last.ends, level));
-        Rule<Instruction::affine>::backward(one.tile, s.transforms[level]);
+        const ProgramInstruction& transform = s.transforms[level];
+        const bool affine = transform.kind == Instruction::affine;
+        affine ? Rule<Instruction::affine>::backward(one.tile, transform)
+               : Rule<Instruction::spline>::backward(one.tile, transform);
         pull_level(one, in.parts, in.part_count, level, s.generations);
       }
       unload(one, in, 0);

@@ -8,7 +8,8 @@
 namespace pyflow {
 namespace {
 
-constexpr int64_t kColumns = 7, kContext = 2, kHidden = 19;
+constexpr int kBins = 3;
+constexpr int64_t kColumns = 7, kContext = 2, kHidden = 21;
 
 // a program of every instruction, and the memory of its weights
 class Flow {
@@ -21,6 +22,9 @@ class Flow {
     linear({4, 1, 0, 6, 3});
     every_part({0, 2}, Activation((map + 4) % 9), options & 1);
     add(Instruction::additive, {5, 1, 4}, inverse, false);
+    net({3, 6}, false, {2 * spline_params(kBins, tails_of(map))}, Activation::identity);
+    spline({4, 0}, map, inverse, false);
+    spline({2, 1, 6, 3}, map + 1, inverse, true);
     autoregressive(map, inverse, shift_first, Activation((map + 2) % 9), options & 2);
     add(Instruction::prior, {0, 1, 2, 3, 4, 5, 6}, false, false).prior = Prior(map % 2);
   }
@@ -115,6 +119,22 @@ class Flow {
   ProgramWeight vector(int64_t size) {
     const int64_t place = weight(size);
     return {data(place), place};
+  }
+
+  static SplineTails tails_of(int map) { return SplineTails(1 + map % 3); }
+
+  // its numbers are those of a weight or of the conditioner before it
+  void spline(std::vector<int64_t> columns, int map, bool inverse, bool own) {
+    ProgramInstruction& in = add(Instruction::spline, std::move(columns), inverse, false);
+    const SplineVariant variant = map % 2 ? SplineVariant::zuko : SplineVariant::nflows;
+    in.spline = {variant, tails_of(map), kBins, inverse, spline_constants(variant, kBins, 0.5, 1e-2, 1e-2)};
+    ends_.emplace_back();
+    const bool mixed = in.spline.tails == SplineTails::mixed, all = in.spline.tails == SplineTails::linear;
+    for (int i = 0; i < in.count; ++i) ends_.back().push_back({-2.0 - i, 2.0 + i, all || (mixed && i % 2 == 0)});
+    in.ends = ends_.back().data();
+    if (!own) return;
+    in.numbers.place = weight(in.count * spline_params(kBins, in.spline.tails));
+    in.numbers.data = data(in.numbers.place);
   }
 
   ProgramPart part(Part kind, int64_t size, Activation activation = Activation::identity) {
@@ -326,6 +346,7 @@ class Flow {
   std::deque<Weight> weights_;
   std::deque<std::vector<int64_t>> columns_;
   std::deque<std::vector<ProgramPart>> parts_;
+  std::deque<std::vector<ProgramSplineEnds>> ends_;
   std::vector<ProgramInstruction> instructions_;
   std::vector<float> masked_;
   ProgramSolve solve_{};
