@@ -213,6 +213,35 @@ class Spline(NamedTuple):
     zero_outside: bool = False
 
 
+# get_args of Python 3.10 takes no X | Y
+Transform = typing.Union[Affine, Spline]  # noqa: UP007
+
+
+class Autoregressive(NamedTuple):
+    """x solves x_c = transform(y_c; net(x)) for the transform's columns, one generation of columns after the other.
+
+    The masks of the net must let the numbers of a column depend on columns of lower generation alone. Parts of the net
+    are Dense, Activation, Residual, Context, Elementwise and, as the first, Periodic. Every unit is evaluated once,
+    when the columns up to its level are known.
+
+    Attributes:
+        net, transform: as they would follow each other; the transform is the map from y to x.
+        generations: of each of the transform's columns, from 1 on; 0 is that of all other columns and of the context.
+        levels: of the units of each Dense of the net but the last, in the order of the parts, contexts left out: at
+            least the highest generation that a unit depends on. A Residual leaves them as they are. The numbers of a
+            column have its generation less 1.
+    """
+
+    net: Net
+    transform: Transform
+    generations: Columns
+    levels: tuple[Columns, ...]
+
+    @property
+    def columns(self) -> Columns:
+        return self.transform.columns
+
+
 class Prior(NamedTuple):
     """logdet += log-density of some columns under a standard prior, an index into PRIORS."""
 
@@ -220,9 +249,36 @@ class Prior(NamedTuple):
     prior: int = 0
 
 
+def columns_of_numbers(transform: Transform) -> list[int]:
+    """Return which of the transform's columns each number of its conditioner is for, by their place."""
+    n = len(transform.columns)
+    if isinstance(transform, Spline):
+        return [i for i in range(n) for _ in range(2 * transform.bins + transform.slopes)]
+    if PACKINGS[transform.packing].startswith("interleaved"):
+        return [i // 2 for i in range(2 * n)]
+    return [i % n for i in range(2 * n)]
+
+
+def some_columns(transform: Transform, places: Sequence[int]) -> Transform:
+    """Return the transform of some of its columns, by their place."""
+
+    def some(values: tuple) -> tuple:
+        return tuple([values[place] for place in places]) if len(values) == len(transform.columns) else values
+
+    columns = some(transform.columns)
+    if isinstance(transform, Affine):
+        return transform._replace(columns=columns)
+    return transform._replace(columns=columns, tails=some(transform.tails), bound=some(transform.bound))
+
+
+def number_levels(inverse: Autoregressive) -> Columns:
+    """Return the levels of the numbers that the net of an autoregressive inverse returns."""
+    return tuple(inverse.generations[i] - 1 for i in columns_of_numbers(inverse.transform))
+
+
 # get_args of Python 3.10 takes no X | Y
-Instruction = typing.Union[Scale, Linear, Net, Additive, Multiplicative, Affine, Spline, Prior]  # noqa: UP007
-_NAMED = {union: {kind.__name__.lower(): kind for kind in get_args(union)} for union in (Instruction, Part)}
+Instruction = typing.Union[Scale, Linear, Net, Additive, Multiplicative, Affine, Spline, Autoregressive, Prior]  # noqa: UP007
+_NAMED = {union: {kind.__name__.lower(): kind for kind in get_args(union)} for union in (Instruction, Part, Transform)}
 
 
 class Program(NamedTuple):

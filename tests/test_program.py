@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pyflow.program import (
     Additive,
     Affine,
+    Autoregressive,
     Dense,
     Instruction,
     Linear,
@@ -23,13 +24,15 @@ from pyflow.program import (
     Scale,
     Spline,
     runs_of,
-)  # fmt: skip
+)
 
 NET = Net((5, 0, 5), True, (Dense(0, 1, 8, 1), Dense(2, -1, 4, 2, 0.01)))
 EVERY = (
     Scale((3, 2, 1), 4, -1, True, False), Linear((0, 2), 5), Linear((0, 2), 5, 6, 7), NET, Additive((1, 4), True), NET,
     Affine((1, 4), 3, 2, 0.1, False, True), Spline((0, 1), 8, 9, (0, 1), 2, (3.0, 0.1), 0.5, 0.01, 0.2, 3, True),
     Prior((0, 2, 4), 1), Prior(()), Scale((), -1, -1), NET, Multiplicative((1, 4), True),
+    Autoregressive(NET, Affine((1, 4), 3, 2, 0.1), (2, 1), ((0, 1, 2, 0, 1, 2, 0, 1),)),
+    Autoregressive(NET, Spline((1, 4), 8, 9, (0, 1), 2, (3.0, 0.1)), (1, 1), ()),
 )  # fmt: skip
 FLOATS = [0.0, 0.1, 1 / 3, -1.5, 1e-45, 5e-324, sys.float_info.max, sys.float_info.min, math.pi, 1e16 + 2, 2.0**-1074]
 
@@ -49,6 +52,11 @@ def test_the_text_of_a_program():
     assert program.encode() == (
         "6 2 1 5 -1 3 3 scale 1 3 -1 3 4 -1 1 0 net 2 5 -5 2 5 1 1 1 2 dense 0 1 8 1 0.0 -1 dense 2 -1 4 2 0.01 -1 "
         "affine 1 1 2 3 3 2 0.5 1 0"
+    )
+    undo = Autoregressive(NET, Affine((1, 4), 3, 2, 0.5), (1, 2), ((0, 1, 2, 2, 2, 0, 0, 0),))
+    assert Program(6, 2, (), (undo,)).encode() == (
+        "6 2 0 1 autoregressive 2 5 -5 2 5 1 1 1 2 dense 0 1 8 1 0.0 -1 dense 2 -1 4 2 0.01 -1 affine 1 1 3 2 3 2 0.5 0 0 "
+        "1 1 1 2 1 3 0 1 3 2 0 2 0 0 3"
     )
     assert Program(0, 0, (), ()).encode() == "0 0 0 0"
 

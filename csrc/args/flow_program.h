@@ -56,6 +56,9 @@ struct ProgramPart {
   ProgramWeight factor, shift, sine, cosine;
   const int64_t* columns;
   int64_t count;
+  // in an autoregressive inverse: how many of its inputs, of what it returns and of `columns` have a level up to the
+  // index; `columns` count from the first of their level
+  const int64_t *input_ends, *ends, *column_ends;
 };
 
 // the domain of a column's spline, and whether its tails are linear
@@ -63,6 +66,8 @@ struct ProgramSplineEnds {
   double low, high;
   bool linear;
 };
+
+struct ProgramSolve;
 
 struct ProgramInstruction {
   Instruction kind;
@@ -91,6 +96,28 @@ struct ProgramInstruction {
   const ProgramSplineEnds* ends;  // of every column
   bool zero_outside;              // of the ends, and not x
   ProgramWeight numbers;
+  // autoregressive: also parts, context
+  const ProgramSolve* solve;
+};
+
+// a copy of a weight in another order, times a mask
+struct ProgramOrdered {
+  ProgramWeight weight;
+  const char* mask;            // as the weight; null: absent
+  const int64_t *rows, *cols;  // which row and column of the weight is each; null: the same
+  int64_t row_count, col_count;
+  char* to;
+};
+
+// An autoregressive inverse. The numbers of every value are in the order of their levels, and so are the weights. A
+// block of rows has columns of its own on the tape; places of parts and transforms are among these.
+struct ProgramSolve {
+  int64_t tape, size;                    // first column on the tape, columns of a block
+  int64_t generations;                   // the last one, G; levels are 0 to G
+  const int64_t* sources;                // of the inputs: a column of the state, or behind all these of the context
+  const ProgramInstruction* transforms;  // of the columns of each generation from 1 on
+  const ProgramOrdered* ordered;
+  int64_t ordered_count;
 };
 
 struct ProgramArgs {
@@ -116,8 +143,10 @@ struct ProgramSum {
   int64_t uses;  // instructions that add to it
   int64_t rows, cols, width;
   bool matrix, transposed;
+  const int64_t *row_order, *col_order;  // which row and column of the result is each; null: the same
+  bool partial;                          // whether the tiles write some of it alone
   // whether the first tile of a group writes it; else it starts at 0
-  bool written() const { return matrix && uses == 1; }
+  bool written() const { return matrix && uses == 1 && !partial; }
   const char* mask;  // factor of the result, in its order; null: absent
   char* grad;        // the result, contiguous: (rows, cols) or, if transposed, (cols, rows); a vector (rows,)
 };
@@ -125,6 +154,7 @@ struct ProgramSum {
 struct ProgramBackward : ProgramArgs {
   int64_t unit_rows;
   int64_t arrays;                     // of gradients inside a net
+  int64_t solve_columns;              // most columns of a block of an autoregressive inverse
   ProgramMatrix grad_y, grad_logdet;  // null: zero; of grad_logdet `row` counts
   ProgramMatrix grad_x, grad_context;
   const ProgramSum* sum;  // one per weight; null: no gradients of weights
@@ -138,10 +168,12 @@ inline int64_t program_memory(const ProgramArgs& a) {
   return a.tile_rows * (a.columns + a.context_columns + a.width + a.tape);
 }
 
-// and the gradients of the state, arrays of gradients inside a net, and a transposed array
+// and the gradients of the state, of the values of an autoregressive inverse, arrays of gradients inside a net, and a
+// transposed array
 inline int64_t program_memory(const ProgramBackward& a) {
   const int64_t arrays = a.arrays * a.width + round_up(a.width, kProgramPad);
-  return program_memory((const ProgramArgs&)a) + a.tile_rows * (a.columns + a.context_columns + arrays);
+  const int64_t columns = a.columns + a.context_columns + a.solve_columns;
+  return program_memory((const ProgramArgs&)a) + a.tile_rows * (columns + arrays);
 }
 
 PYFLOW_CPU_KERNEL(flow_program_prepare, ProgramArgs)

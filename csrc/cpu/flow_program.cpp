@@ -4,6 +4,7 @@
 
 #include "program/additive.h"
 #include "program/affine.h"
+#include "program/autoregressive.h"
 #include "program/linear.h"
 #include "program/multiplicative.h"
 #include "program/net.h"
@@ -30,6 +31,7 @@ ProgramTile<T> new_tile(const ProgramArgs& a, const ProgramBackward* back) {
   if (!back) return t;
   t.grad = {take(a.columns), a.columns};
   t.grad_context = {take(a.context_columns), a.context_columns};
+  t.grad_solve = take(back->solve_columns);
   t.arrays = take(back->arrays * a.width);
   t.turned = take(round_up(a.width, kProgramPad));
   return t;
@@ -156,6 +158,23 @@ void prepare_net(const ProgramInstruction& in) {
   }
 }
 
+// the weights of an autoregressive inverse
+template <class T>
+void prepare_solve(const ProgramSolve& s) {
+  for (int64_t k = 0; k < s.ordered_count; ++k) {
+    const ProgramOrdered& o = s.ordered[k];
+    const T *weight = (const T*)o.weight.data, *mask = (const T*)o.mask;
+    T* to = (T*)o.to;
+    for (int64_t i = 0; i < o.row_count; ++i) {
+      const int64_t row = o.rows[i] * o.col_count;
+      for (int64_t j = 0; j < o.col_count; ++j) {
+        const int64_t at = row + (o.cols ? o.cols[j] : j);
+        *to++ = mask ? weight[at] * mask[at] : weight[at];
+      }
+    }
+  }
+}
+
 // what of an instruction is the same for all rows
 template <class T>
 void prepare_units(const ProgramArgs& a, int64_t begin, int64_t end) {
@@ -163,6 +182,7 @@ void prepare_units(const ProgramArgs& a, int64_t begin, int64_t end) {
     const ProgramInstruction& in = a.instruction[k];
     if (in.kind == Instruction::scale) prepare_scale<T>(in);
     if (in.kind == Instruction::net) prepare_net<T>(in);
+    if (in.kind == Instruction::autoregressive) prepare_solve<T>(*in.solve);
   }
 }
 
@@ -198,12 +218,16 @@ void reduce_matrix(const ProgramBackward& a, const ProgramSum& s) {
   alignas(64) T sum[kReduced];
   T* grad = (T*)s.grad;
   const T* mask = (const T*)s.mask;
+  const bool moved = s.transposed || s.row_order || s.col_order;
   for (int64_t i = 0; i < s.rows; ++i) {
+    const int64_t row = s.row_order ? s.row_order[i] : i;
     for (int64_t c = 0; c < s.cols; c += kReduced) {
       const int64_t n = smaller(kReduced, s.cols - c);
-      T* to = s.transposed ? sum : grad + i * s.cols + c;
-      add_groups(a, s.offset + i * s.width + c, n, to);
-      for (int64_t j = 0; s.transposed && j < n; ++j) grad[(c + j) * s.rows + i] = sum[j];
+      add_groups(a, s.offset + i * s.width + c, n, moved ? sum : grad + i * s.cols + c);
+      for (int64_t j = 0; moved && j < n; ++j) {
+        const int64_t col = s.col_order ? s.col_order[c + j] : c + j;
+        grad[s.transposed ? col * s.rows + row : row * s.cols + col] = sum[j];
+      }
     }
   }
   for (int64_t i = 0; mask && i < s.rows * s.cols; ++i) grad[i] *= mask[i];
@@ -215,7 +239,9 @@ void reduce_vector(const ProgramBackward& a, const ProgramSum& s) {
   for (int64_t i = 0; i < s.rows; i += kReduced / kProgramLanes) {
     const int64_t n = smaller(kReduced / kProgramLanes, s.rows - i);
     add_groups(a, s.offset + i * kProgramLanes, n * kProgramLanes, lanes);
-    for (int64_t j = 0; j < n; ++j) ((T*)s.grad)[i + j] = fold<kProgramLanes>(lanes + j * kProgramLanes);
+    for (int64_t j = 0; j < n; ++j) {
+      ((T*)s.grad)[s.row_order ? s.row_order[i + j] : i + j] = fold<kProgramLanes>(lanes + j * kProgramLanes);
+    }
   }
 }
 

@@ -15,6 +15,7 @@
   F(multiplicative)            \
   F(affine)                    \
   F(spline)                    \
+  F(autoregressive)            \
   F(prior)
 
 #define PYFLOW_PARTS(F) \

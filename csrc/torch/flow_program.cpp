@@ -56,7 +56,15 @@ std::vector<ProgramSum> sums_of(const Tensors& weights, const Tensors& grads, co
     s.rows = s.matrix ? w.size(0) : w.numel();
     s.cols = s.matrix ? w.size(1) : 1;
     s.transposed = s.matrix && round_up(s.cols, kProgramPad) * s.rows > round_up(s.rows, kProgramPad) * s.cols;
-    if (s.transposed) std::swap(s.rows, s.cols);
+    if (const ProgramOrdered* o = reader.ordered(int64_t(i))) {
+      s.partial = true;
+      s.row_order = o->rows;
+      s.col_order = o->cols;
+    }
+    if (s.transposed) {
+      std::swap(s.rows, s.cols);
+      std::swap(s.row_order, s.col_order);
+    }
     s.width = s.matrix ? round_up(s.cols, kProgramPad) : kProgramLanes;
     if (s.uses == 0) {  // not used, or a constant
       Tensor grad = grads[i];
@@ -113,6 +121,7 @@ Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, O
   const int64_t units = ceil_div(a.rows, a.unit_rows);
   a.tile_rows = round_up(ceil_div(a.unit_rows, ceil_div(a.unit_rows, kProgramMostRows)), kProgramRows);
   a.arrays = reader.gradient_arrays();
+  a.solve_columns = reader.solve_columns();
   reader.prepare(x);
   Tensor memory;
   if (!sums.empty()) {

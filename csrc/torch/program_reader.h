@@ -2,10 +2,12 @@
 #pragma once
 
 #include <deque>
+#include <utility>
 #include <vector>
 
 #include "../args/flow_program.h"
 #include "device.h"
+#include "program_solve.h"
 #include "program_words.h"
 
 namespace pyflow {
@@ -57,7 +59,11 @@ class Reader {
     a.instructions = int64_t(instructions_.size());
     a.instruction = instructions_.data();
     if (!taped_) place_arrays();
-    a.tape = taped_ ? taken_ : arrays_ * a.width;
+    a.tape = taped_ ? taken_ : arrays_ * a.width + solve_columns_;
+    for (const Solve& s : solves_) {
+      // gradients are in another order
+      for (const ProgramOrdered& o : s.ordered) require(uses_[size_t(o.weight.place)] <= 1);
+    }
   }
 
   // room for what of the program is the same for all rows, and its values
@@ -80,6 +86,7 @@ class Reader {
         if (part.mask.data) part.masked = take(part.size * part.inputs);
       }
     }
+    for (Solve& s : solves_) s.prepare(take);
     cpu::flow_program_prepare(a_, 0, a_.instructions);
   }
 
@@ -87,6 +94,17 @@ class Reader {
   // whether the gradient of a weight is summed in lanes, though it is a matrix
   bool in_lanes(size_t place) const { return lanes_[place] > 0; }
   const std::vector<const char*>& masks() const { return masks_; }  // of weights
+  // what gives the gradients of a weight another order; null for most
+  const ProgramOrdered* ordered(int64_t place) const {
+    for (const Solve& s : solves_) {
+      for (const ProgramOrdered& o : s.ordered) {
+        if (o.weight.place == place) return &o;
+      }
+    }
+    return nullptr;
+  }
+  // most columns of a block of an autoregressive inverse
+  int64_t solve_columns() const { return solve_columns_; }
   // arrays of gradients: those of a part, what a context needs, and one for every residual around
   int64_t gradient_arrays() const { return 3 + depth_; }
 
@@ -160,6 +178,7 @@ class Reader {
         for (int64_t* place : {&part.in, &part.out, &part.before, &part.given}) *place *= a_.width;
       }
     }
+    for (Solve& s : solves_) s.solve.tape = arrays_ * a_.width;
   }
 
   void read() {
@@ -176,9 +195,11 @@ class Reader {
       case Instruction::multiplicative: read_additive(in); break;
       case Instruction::affine: read_affine(in); break;
       case Instruction::spline: read_spline(in); break;
+      case Instruction::autoregressive: read_autoregressive(in); break;
       case Instruction::prior: in.prior = Prior(words_.below(std::size(kPriorNames))); break;
     }
-    if (taped_ && in.kind != Instruction::net && in.kind != Instruction::additive) in.saved = take(in.count);
+    const bool saves = in.kind != Instruction::net && in.kind != Instruction::additive;
+    if (taped_ && saves && in.kind != Instruction::autoregressive) in.saved = take(in.count);
     instructions_.push_back(in);
   }
 
@@ -397,6 +418,51 @@ class Reader {
     }
   }
 
+  void read_autoregressive(ProgramInstruction& in) {
+    Solve& s = solves_.emplace_back();
+    // its values have columns of their own, and what is kept outside of it stays
+    const bool taped = std::exchange(taped_, true);
+    const int64_t taken = std::exchange(taken_, 0), prepared = prepared_count_;
+    const int64_t params = std::exchange(params_, 0), params_at = params_at_;
+    const std::vector<int64_t> kept = kept_;
+    in.context = words_.flag();
+    int64_t size = in.count + (in.context ? a_.context_columns : 0), at = take(size);
+    kept_ = {at};
+    read_parts(s.parts, at, size);
+    params_ = size;
+    ProgramInstruction transform = read_solved();
+    const std::vector<int64_t>& generations = columns(transform.count + 1);
+    std::deque<std::vector<int64_t>> levels;
+    for (int64_t count = words_.integer(); count > 0; --count) levels.push_back(columns(transform.count + 1));
+    s.order(a_, in, taken_, transform, generations, std::move(levels));
+    in.parts = s.parts.data();
+    in.part_count = int64_t(s.parts.size());
+    in.solve = &s.solve;
+    solve_columns_ = std::max(solve_columns_, taken_);
+    s.solve.tape = taken;
+    taped_ = taped;
+    taken_ = taken + (taped ? s.solve.size : 0);
+    prepared_count_ = prepared;
+    for (const ProgramOrdered& o : s.ordered) prepared_count_ += o.row_count * o.col_count;
+    params_ = params;
+    params_at_ = params_at;
+    kept_ = kept;
+  }
+
+  // the transform of an autoregressive inverse
+  ProgramInstruction read_solved() {
+    ProgramInstruction in{};
+    in.kind = Instruction(words_.word(kInstructionNames));
+    const std::vector<int64_t>& named = columns(a_.columns);
+    in.columns = named.data();
+    in.count = int64_t(named.size());
+    require(in.kind == Instruction::affine || in.kind == Instruction::spline);
+    in.kind == Instruction::affine ? read_affine(in) : read_spline(in);
+    require(!in.numbers.data);
+    in.saved = take(in.count);
+    return in;
+  }
+
   ProgramArgs& a_;
   Tensors& weights_;
   Words words_;
@@ -409,6 +475,8 @@ class Reader {
   int64_t taken_ = 0, arrays_ = 0;              // columns of the tape, or arrays
   std::vector<int64_t> kept_;                   // arrays that are in use
   int64_t depth_ = 0;                           // most residuals around a part
+  std::deque<Solve> solves_;
+  int64_t solve_columns_ = 0;
   int64_t prepared_count_ = 0;
   std::vector<int64_t> uses_;   // of every weight
   std::vector<int64_t> lanes_;  // those whose gradients are summed in lanes

@@ -102,11 +102,14 @@ class Tape:
 
     def net(self, kept: p.Columns, net: Conditioner, before: Parts = (), after: Parts = ()) -> None:
         """Write a network of some columns, between more parts."""
+        self.add(self.net_of(kept, net, before, after))
+
+    def net_of(self, kept: p.Columns, net: Conditioner, before: Parts = (), after: Parts = ()) -> p.Net:
         parts = net.given if self.context else net.alone
         if parts is None:
             raise DoesNotFit
         joins = net.joins and self.context > 0
-        self.add(p.Net(() if net.blind else kept, joins, (*before, *parts, *after)))
+        return p.Net(() if net.blind else kept, joins, (*before, *parts, *after))
 
 
 class Computed(NamedTuple):
@@ -149,6 +152,7 @@ class Run:
         base: the base distribution, if the run ends with it.
         columns: for how many columns it is, 0 if it does not matter.
         checks: whether nan may stand for an error of a layer.
+        masks: of the weights at some places, as they were looked at.
     """
 
     def __init__(self) -> None:
@@ -160,6 +164,7 @@ class Run:
         self.conditioners = self.n_computed = self.columns = 0
         self.base: Base | None = None
         self.checks = False
+        self.masks: dict[int, Tensor] = {}
         self.codes: dict[Key, str | None] = {}
         self._picks: dict[bool, Callable[[list[Tensor]], list[Tensor]]] = {}
 

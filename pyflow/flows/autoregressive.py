@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..nn import ActNorm, MaskedAutoregressive
-from .lower import STACKS, register
+from ._run import Write
+from ._watch import Path
+from .lower import RULES, STACKS, Look, register
 from .nets import widths
 from .vectors import VectorFlow, stack_of
 
@@ -35,7 +37,8 @@ class MAF(VectorFlow):
 
     Notes:
         Sampling evaluates every hidden unit once (`pyflow.nn.MaskedAutoregressive`), about half of the work of a
-        density, where other packages make dim passes. Features are in ascending and descending order in turn, by the
+        density, where other packages make dim passes. On a CPU all layers run in one call, both ways, see
+        `pyflow.flows.fuse`. Features are in ascending and descending order in turn, by the
         masks alone (zuko reverses them likewise, nflows by permutations between layers). The paper has batch
         normalisation between layers, nflows leaves it out by default, zuko has none; here an ActNorm, initialised by
         the first training batch, comes before every layer: it standardises the data, and the density of a sample
@@ -152,3 +155,8 @@ def _made(
 
 
 register(STACKS, MAF, IAF)(stack_of)
+
+
+@register(RULES, _Inverted)
+def _inverted(look: Look, path: Path, layer: _Inverted) -> Write:
+    return look.inverted((*path, "layer"), layer.layer)

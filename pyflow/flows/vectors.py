@@ -31,15 +31,35 @@ class VectorFlow(Flow):
         self.dim = dim
         self.stack = ReversibleSequential(*layers, recompute=reversible)
 
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the log-density of each x (..., dim) in nats, given its context, whose leading dims broadcast."""
+        if (nats := self._program_log_prob(x, context)) is not None:
+            return nats
+        return super().log_prob(x, context)
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if (result := self._program(x, context)) is not None:
+            return result
         rows, given, lead = self._rows("x", x, context)
         z, logdet = self.stack(rows, *given)
         return z.reshape(*lead, self.dim), logdet.reshape(lead)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if (result := self._program(z, context, inverse=True)) is not None:
+            return result
         rows, given, lead = self._rows("z", z, context)
         x, logdet = self.stack.inverse(rows, *given)
         return x.reshape(*lead, self.dim), logdet.reshape(lead)
+
+    def _program(
+        self, x: Any, context: Any, inverse: bool = False, prior: str | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        rows, given, lead = self._rows("z" if inverse else "x", x, context)
+        result = self._fuser.run(self, rows, given, self.dim, inverse, prior)
+        if result is None:
+            return None
+        y, logdet = result
+        return y if prior else y.reshape(*lead, self.dim), logdet.reshape(lead)
 
     def _rows(self, label: str, x: Any, context: Any) -> tuple[Tensor, tuple[Tensor, ...], tuple[int, ...]]:
         """Return x (B, dim), the arguments after it, (B, context_features) if any, and the dims that B stands for."""

@@ -83,6 +83,7 @@ class MADE(HoldsNumbers):
     order: Tensor
     sorting: Tensor
     layers: ModuleListOf[MaskedLinear]
+    generations: tuple[int, ...]
 
     def __init__(
         self, order: Sequence[int], hidden: Sequence[int], count: int, *, residual: bool, context: int, activation: str
@@ -180,6 +181,7 @@ class MADE(HoldsNumbers):
         """Fill the buffers for an order."""
         places = sorted(set(order))
         generation = torch.tensor([places.index(place) + 1 for place in order], device="cpu")
+        self.generations = tuple(generation.tolist())
         most, least = len(places), 0 if self.context else min(1, len(places) - 1)
         degrees, level = generation, generation
         self._ends, sorting = [], []

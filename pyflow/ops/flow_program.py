@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, get_args
 
 import torch
@@ -21,6 +21,8 @@ from ..program import (
     Activation,
     Additive,
     Affine,
+    Autoregressive,
+    Columns,
     Context,
     Dense,
     Elementwise,
@@ -36,6 +38,8 @@ from ..program import (
     Residual,
     Scale,
     Spline,
+    Transform,
+    number_levels,
 )  # fmt: skip
 from ..reference import flow_program as ref
 from . import spline as splines
@@ -65,6 +69,7 @@ def flow_program(
         two instructions goes to memory. The backward keeps x alone: every tile runs forward again, then back. Each of
         its groups of rows has a sum as large as the weights, all together 64 MB or four times the weights. On a CPU
         (float32) a row has the same bits alone, in any batch, on any number of threads and for any instruction set.
+        An autoregressive inverse evaluates every unit once, as soon as the columns are known that it depends on.
         Matrix products add their terms in order, one fused multiply-add after the other, starting from the bias;
         log-determinants are summed in float32 within an instruction and in float64 over instructions. Gradients of
         weights are summed over at most 16 groups of rows, which depend on B and the weights' sizes alone: the same bits
@@ -141,7 +146,7 @@ class _Checker:
     """Holds the instructions of a program to its columns and to the number of weights.
 
     `params` is how many numbers the last conditioner returns, `shapes` the weights that instructions name: what for,
-    place and shape; `masked` weights, `constants` and `tables` name where a weight must not be used otherwise.
+    place and shape; `masked` weights, `constants`, `tables` and those that stand `alone` must not be used otherwise.
     """
 
     def __init__(self, program: Program, count: int) -> None:
@@ -149,6 +154,7 @@ class _Checker:
         self.shapes: list[tuple[str, int, tuple[int, ...]]] = []
         self.masked: list[tuple[str, int]] = []
         self.constants: list[tuple[str, int]] = []
+        self.alone: list[tuple[str, int]] = []
         self.tables: list[tuple[str, int]] = []
 
     def fail(self, rule: str) -> NoReturn:
@@ -180,6 +186,9 @@ class _Checker:
         for where, place in self.masked:
             if named[place] > 1:
                 raise ValueError(f"flow_program: {where}: a weight with a mask must be named once, got {named[place]}")
+        for where, place in self.alone:
+            if named[place] > 1:
+                raise ValueError(f"flow_program: {where} must be named once in the program, got {named[place]} times")
         for what, uses in (("a mask or scale", self.constants), ("the params of a spline", self.tables)):
             own = collections.Counter(place for _, place in uses)
             for where, place in uses:
@@ -342,6 +351,55 @@ class _Checker:
         self.flags(spline, "inverse", "zero_outside")
         if spline.zero_outside and not spline.tails:
             self.fail("zero_outside must be false without tails, got True")
+
+    def autoregressive(self, inverse: Autoregressive) -> None:
+        net, transform = inverse.net, inverse.transform
+        if type(net) is not Net or type(transform) not in get_args(Transform):
+            self.fail(f"net and transform must be a Net and an Affine or a Spline, got {check.shown((net, transform))}")
+        if getattr(transform, "params", -1) != -1:
+            self.fail("its net must return the numbers of its Spline")
+        # a conditioner before it may serve a transform after it
+        params, self.params, first = self.params, 0, len(self.shapes)
+        self.net(net)
+        getattr(self, type(transform).__name__.lower())(transform)
+        self.params = params
+        # kernels have their gradients in another order
+        self.alone += [(where, place) for where, place, _ in self.shapes[first:]]
+        n = len(transform.columns)
+        self.whole("generations", inverse.generations, n, 1, n)
+        if not isinstance(inverse.levels, tuple):
+            self.fail(f"levels must be a tuple of tuples, got {check.shown(inverse.levels)}")
+        generation = dict(zip(transform.columns, inverse.generations, strict=True))
+        of_inputs = [generation.get(column, 0) for column in net.columns] + [0] * (self.program.context * net.context)
+        levels = iter((*inverse.levels, number_levels(inverse)))
+        found = self.levels(net.parts, of_inputs, levels, max(inverse.generations, default=0), net.parts[0])
+        if next(levels, None) is not None:
+            self.fail("there must be levels for every Dense of the net but the last, got more")
+        if found != [*number_levels(inverse)]:
+            self.fail("the numbers of a column must have its generation less 1 as level")
+
+    def levels(
+        self, parts: tuple[Part, ...], levels: list[int], more: Iterator[Columns], most: int, first: Part | None = None
+    ) -> list[int]:
+        """Return the levels of what the parts return."""
+        for part in parts:
+            if isinstance(part, Dense):
+                given = next(more, None)
+                if given is None:
+                    self.fail("there must be levels for every Dense of the net but the last, got fewer")
+                self.whole("levels", given, part.size, 0, most)
+                levels = [*given]
+            elif isinstance(part, Residual):
+                if self.levels(part.parts, levels, more, most) != levels:
+                    self.fail("the parts of a Residual must leave the levels as they are")
+            elif isinstance(part, Norm) or (isinstance(part, Periodic) and part is not first):
+                self.fail(f"its net must have no {type(part).__name__} here")
+        return levels
+
+    def whole(self, name: str, values: Any, count: int, least: int, most: int) -> None:
+        fit = isinstance(values, tuple) and len(values) == count
+        if not fit or not all(isinstance(v, int) and least <= v <= most for v in values):
+            self.fail(f"{name} must be {count} integers from {least} to {most}, got {check.shown(values)}")
 
     def prior(self, prior: Prior) -> None:
         self.columns(prior.columns)

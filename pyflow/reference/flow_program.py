@@ -15,6 +15,7 @@ from ..program import (
     Activation,
     Additive,
     Affine,
+    Autoregressive,
     Context,
     Dense,
     Elementwise,
@@ -30,7 +31,10 @@ from ..program import (
     Residual,
     Scale,
     Spline,
+    Transform,
+    columns_of_numbers,
     runs_of,
+    some_columns,
 )  # fmt: skip
 from . import matmul
 from .coupling import additive_coupling, affine_coupling_packed, affine_coupling_packed_backward
@@ -118,6 +122,9 @@ def _step(
     x, none = h.index_select(1, at), h.new_zeros(())
     if isinstance(instruction, Net):
         return h, net_output(instruction, x, context, weights), none
+    if isinstance(instruction, Autoregressive):
+        y, more = _solved(instruction, h, context, weights)
+        return y, params, more
     if isinstance(instruction, Prior):
         return h, params, flow_log_prob(x, prior=PRIORS[instruction.prior])
     if isinstance(instruction, Scale):
@@ -126,17 +133,30 @@ def _step(
         bias, logdet = instruction.bias, instruction.logdet
         y = matmul(x, weights[instruction.weight].mT)
         y, more = y if bias < 0 else y + weights[bias], none if logdet < 0 else weights[logdet]
-    elif isinstance(instruction, Additive):
-        y, more = additive_coupling(x, params, inverse=instruction.inverse), none
-    elif isinstance(instruction, Multiplicative):
-        log_scale = -params if instruction.inverse else params
-        y, more = x * torch.exp(log_scale), log_scale.sum(1)
-    elif isinstance(instruction, Spline):
-        y, more = rq_spline(x, *_spline_inputs(instruction, x, params, weights), **_spline_options(instruction))
-        y = _where_inside(instruction, x, y)
     else:
-        y, more = affine_coupling_packed(x, _paired(instruction, params), **_options(instruction), mask=None)
+        y, more = _transformed(instruction, x, _numbers(instruction, x, params, weights))
     return h.index_copy(1, at, y), params, more
+
+
+def _numbers(
+    transform: Additive | Multiplicative | Transform, x: Tensor, params: Tensor, weights: Sequence[Tensor]
+) -> Tensor:  # fmt: skip
+    """Return what a transform takes: the last conditioner's numbers, or in every row those of a weight."""
+    if isinstance(transform, Spline) and transform.params >= 0:
+        return weights[transform.params].flatten().expand(x.shape[0], -1)
+    return params
+
+
+def _transformed(transform: Additive | Multiplicative | Transform, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(transform, Additive):
+        return additive_coupling(x, params, inverse=transform.inverse), x.new_zeros(())
+    if isinstance(transform, Multiplicative):
+        log_scale = -params if transform.inverse else params
+        return x * torch.exp(log_scale), log_scale.sum(1)
+    if isinstance(transform, Spline):
+        y, more = rq_spline(x, *_spline_inputs(transform, x, params), **_spline_options(transform))
+        return _where_inside(transform, x, y), more
+    return affine_coupling_packed(x, _paired(transform, params), **_options(transform), mask=None)
 
 
 def _paired(affine: Affine, numbers: Tensor) -> Tensor:
@@ -144,6 +164,55 @@ def _paired(affine: Affine, numbers: Tensor) -> Tensor:
     if PACKINGS[affine.packing] != "interleaved_scale_shift":
         return numbers
     return numbers.unflatten(1, (-1, 2)).flip(2).flatten(1)
+
+
+def _pulled(
+    transform: Additive | Multiplicative | Transform, grad: Tensor, logdet: Tensor, x: Tensor, params: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of a transform's columns and of the numbers that it takes."""
+    if isinstance(transform, Additive):
+        return grad, -grad if transform.inverse else grad
+    if isinstance(transform, Multiplicative):
+        sign = -1 if transform.inverse else 1
+        scaled = grad * torch.exp(sign * params)
+        return scaled, sign * (scaled * x + logdet[:, None])
+    if isinstance(transform, Spline):
+        inputs, grad = _spline_inputs(transform, x, params), _where_inside(transform, x, grad)
+        grad, of_params = rq_spline_backward(grad, logdet, x, *inputs, **_spline_options(transform))
+        return grad, of_params.flatten(1)
+    grad, of_params = affine_coupling_packed_backward(
+        grad, logdet, x, _paired(transform, params), **_options(transform), mask=None
+    )
+    return grad, _paired(transform, of_params)
+
+
+def _solved(
+    inverse: Autoregressive, h: Tensor, context: Tensor | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the state after an autoregressive inverse, and what it adds: a pass of the net for each generation."""
+    y, logdet = h, h.new_zeros(h.shape[0])
+    # nothing that is not known yet is in reach of the net, infinities neither
+    h = h.index_fill(1, _at(inverse.columns, h), 0.0)
+    for transform, places in _generations(inverse):
+        at = _at(transform.columns, h)
+        params = _conditioned(inverse.net, h, context, weights).index_select(1, _at(places, h))
+        x, more = _transformed(transform, y.index_select(1, at), params)
+        h, logdet = h.index_copy(1, at, x), logdet + more
+    return h, logdet
+
+
+def _generations(inverse: Autoregressive) -> list[tuple[Transform, list[int]]]:
+    """Return for each generation the transform of its columns, and the places of their numbers."""
+    of_numbers, found = columns_of_numbers(inverse.transform), []
+    for generation in sorted(set(inverse.generations)):
+        some = [i for i, of in enumerate(inverse.generations) if of == generation]
+        places = [j for j, i in enumerate(of_numbers) if i in some]
+        found.append((some_columns(inverse.transform, some), places))
+    return found
+
+
+def _conditioned(net: Net, h: Tensor, context: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
+    return net_output(net, h.index_select(1, _at(net.columns, h)), context, weights)
 
 
 def _options(affine: Affine) -> dict:
@@ -163,14 +232,10 @@ def _spline_options(spline: Spline) -> dict:
     }  # fmt: skip
 
 
-def _spline_inputs(
-    spline: Spline, x: Tensor, params: Tensor, weights: Sequence[Tensor]
-) -> tuple[Tensor, Tensor | None, None]:
+def _spline_inputs(spline: Spline, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor | None, None]:
     """Return the numbers of every row and column, bounds that differ, and no mask."""
     differ = spline.tails and len({*spline.bound}) > 1
     bounds = torch.tensor(spline.bound, dtype=x.dtype, device=x.device) if differ else None
-    if spline.params >= 0:
-        return weights[spline.params].expand(x.shape[0], -1, -1), bounds, None
     return params.unflatten(1, (len(spline.columns), -1)), bounds, None
 
 
@@ -278,7 +343,10 @@ class _Back:
         at = _at(instruction.columns, h)
         x, grad = h.index_select(1, at), self.h.index_select(1, at)
         if isinstance(instruction, Net):
-            self.net(instruction, x, at)
+            self.net(instruction, h, self.params)
+            return
+        if isinstance(instruction, Autoregressive):
+            self.autoregressive(instruction, h)
             return
         if isinstance(instruction, Prior):
             grad = grad + flow_log_prob_backward(self.logdet, x, None, prior=PRIORS[instruction.prior])[0]
@@ -290,19 +358,12 @@ class _Back:
             self.add(instruction.logdet, self.logdet.sum())
             grad = matmul(grad, self.weights[instruction.weight])
         else:
-            if isinstance(instruction, Additive):
-                self.params = -grad if instruction.inverse else grad
-            elif isinstance(instruction, Multiplicative):
-                sign = -1 if instruction.inverse else 1
-                scaled = grad * torch.exp(sign * params)
-                grad, self.params = scaled, sign * (scaled * x + self.logdet[:, None])
-            elif isinstance(instruction, Spline):
-                grad = self.spline(instruction, x, params, grad)
+            numbers = _numbers(instruction, x, params, self.weights)
+            grad, of_numbers = _pulled(instruction, grad, self.logdet, x, numbers)
+            if isinstance(instruction, Spline) and instruction.params >= 0:
+                self.add(instruction.params, of_numbers.sum(0).view(self.weights[instruction.params].shape))
             else:
-                grad, numbers = affine_coupling_packed_backward(
-                    grad, self.logdet, x, _paired(instruction, params), **_options(instruction), mask=None
-                )
-                self.params = _paired(instruction, numbers)
+                self.params = of_numbers
         self.h = self.h.index_copy(1, at, grad)
 
     def scale(self, scale: Scale, x: Tensor, grad: Tensor) -> Tensor:
@@ -317,18 +378,23 @@ class _Back:
         self.add(scale.log_scale, sign * ((grad * y).sum(0) + self.logdet.sum()))
         return scaled
 
-    def spline(self, spline: Spline, x: Tensor, params: Tensor, grad: Tensor) -> Tensor:
-        inputs = _spline_inputs(spline, x, params, self.weights)
-        grad = _where_inside(spline, x, grad)
-        grad, of_numbers = rq_spline_backward(grad, self.logdet, x, *inputs, **_spline_options(spline))
-        if spline.params >= 0:
-            self.add(spline.params, of_numbers.sum(0))
-        else:
-            self.params = of_numbers.flatten(1)
-        return grad
+    def autoregressive(self, inverse: Autoregressive, y: Tensor) -> None:
+        """The last generation first: those before it are what its numbers depend on."""
+        h, _ = _solved(inverse, y, self.given, self.weights)
+        params = _conditioned(inverse.net, h, self.given, self.weights)
+        for transform, places in reversed(_generations(inverse)):
+            at, of_numbers = _at(transform.columns, h), _at(places, h)
+            grad, of_params = _pulled(
+                transform, self.h.index_select(1, at), self.logdet, y.index_select(1, at),
+                params.index_select(1, of_numbers),
+            )  # fmt: skip
+            self.h = self.h.index_copy(1, at, grad)
+            self.net(inverse.net, h, torch.zeros_like(params).index_copy(1, of_numbers, of_params))
 
-    def net(self, net: Net, x: Tensor, at: Tensor) -> None:
-        grad = self.parts(net.parts, _inputs(net, x, self.given), self.params)
+    def net(self, net: Net, h: Tensor, grad: Tensor) -> None:
+        at = _at(net.columns, h)
+        x = h.index_select(1, at)
+        grad = self.parts(net.parts, _inputs(net, x, self.given), grad)
         count = x.shape[1]
         # the vmap of is_grads_batched has no rule for a slice of the whole
         self.h = self.h.index_add(1, at, grad[:, :count] if net.context else grad)

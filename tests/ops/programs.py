@@ -9,20 +9,30 @@ import torch
 from torch import Tensor
 
 from pyflow._schemas import PRIORS, SCALE_MAPS, SPLINE_VARIANTS, TAILS
+from pyflow.flows import _schedule
 from pyflow.program import (
     ACTIVATIONS,
     PACKINGS,
+    Activation,
     Additive,
     Affine,
+    Autoregressive,
+    Context,
     Dense,
+    Elementwise,
     Instruction,
     Linear,
     Multiplicative,
     Net,
+    Part,
+    Periodic,
     Prior,
     Program,
+    Residual,
     Scale,
     Spline,
+    Transform,
+    columns_of_numbers,
 )  # fmt: skip
 
 # the constant of every scale map
@@ -36,6 +46,7 @@ class Builder:
         self.columns, self.context = columns, context
         self.source = torch.Generator().manual_seed(seed)
         self.weights: list[Tensor] = []
+        self.constants: set[int] = set()  # places of weights without a gradient
 
     def draw(self, *shape: int, spread: float = 1.0) -> Tensor:
         return spread * torch.randn(shape, generator=self.source, dtype=torch.float64)
@@ -82,6 +93,73 @@ class Builder:
             tuple(columns), bins, slopes, tuple(map(TAILS.index, names)), SPLINE_VARIANTS.index(variant), bounds,
             params=params, **options,
         )  # fmt: skip
+
+    def masked(self, mask: Tensor, activation: str = "identity", bias: bool = True, arg: float = 0.1) -> Dense:
+        """A layer with a mask (size, inputs)."""
+        size, inputs = mask.shape
+        dense = self.dense(inputs, size, activation, bias, arg)
+        self.weights.append(mask.to(torch.float64))
+        self.constants.add(len(self.weights) - 1)
+        return dense._replace(mask=len(self.weights) - 1)
+
+    def made(
+        self, columns: Sequence[int], hidden: Sequence[int], transform: Transform, *, order: Sequence[int] | None = None,
+        kept: Sequence[int] = (), activation: str = "relu", residual: bool = False, context: str = "", bias: bool = True,
+        periodic: Sequence[int] = (),
+    ) -> tuple[Net, Transform]:  # fmt: skip
+        """A masked net of `columns`, which come in an order, and of `kept` ones; the numbers are for the columns.
+
+        context: "inputs" among them, "add" or "gate" in the blocks and after the first layer.
+        periodic: which inputs become waves.
+        """
+        places = list(range(len(columns))) if order is None else list(order)
+        more = self.context if context == "inputs" else 0
+        degrees = torch.tensor([*(sorted(set(places)).index(place) + 1 for place in places), *[0] * (len(kept) + more)])
+        parts: list[Part] = []
+        if periodic:
+            waves = [self.weight(len(periodic)) for _ in range(4)]
+            self.constants.add(waves[0])
+            parts.append(Periodic(tuple(periodic), *waves))
+        most = max(1, len(set(places)))
+
+        def layer(size: int, name: str) -> Dense:
+            nonlocal degrees
+            units = torch.arange(size) % most
+            dense = self.masked(units[:, None] >= degrees, name, bias)
+            degrees = units
+            return dense
+
+        def given(size: int, name: str, gate: bool) -> list[Part]:
+            if context not in ("add", "gate"):
+                return []
+            return [Context(self.dense(self.context, size, name, bias), gate)]
+
+        for i, size in enumerate(hidden):
+            if not residual or i == 0:
+                parts += [layer(size, "identity" if residual else activation)]
+                parts += given(size, activation, False) if i == 0 else []
+            if residual:
+                # the sum has the width of the first layer
+                inner = [Activation(ACTIVATIONS.index(activation), 0.1), layer(size, activation)]
+                inner += [*given(hidden[0], "sigmoid", context == "gate")] if size == hidden[0] else []
+                inner.append(layer(hidden[0], "identity"))
+                parts.append(Residual(tuple(inner)))
+        generations = torch.tensor([sorted(set(places)).index(place) + 1 for place in places])
+        of_numbers = generations[columns_of_numbers(transform)]
+        parts.append(self.masked(of_numbers[:, None] > degrees, "identity", bias))
+        if residual:
+            size = len(of_numbers)
+            parts.append(Elementwise(self.weight(size), self.weight(size)))
+        return Net((*columns, *kept), context == "inputs", tuple(parts)), transform
+
+    def undo(self, net: Net, transform: Transform) -> Autoregressive:
+        """What undoes a net and the transform after it."""
+        found = _schedule.autoregressive(
+            net, transform._replace(inverse=not transform.inverse), self.context,
+            lambda dense: None if dense.mask < 0 else self.weights[dense.mask],
+        )  # fmt: skip
+        assert found is not None
+        return found
 
     def program(self, *instructions: Instruction, outputs: Sequence[int] | None = None) -> Program:
         outputs = range(self.columns) if outputs is None else outputs
@@ -133,7 +211,19 @@ def drawn(one: Callable[..., Any], build: Builder, steps: int, invertible: bool 
         mild = {"param_scale": one(1.0, 0.3), "min_bin": 0.05, "min_slope": 0.1, "inverse": one(False, True)}
         return build.spline(chosen, tails, one(*SPLINE_VARIANTS), bins=one(4, 2, 8), bound=bound, own=own, **mild)
 
-    kinds = ["coupling"] * (build.columns > 1 or not invertible) + ["scale", "linear", "spline"]
+    def undo(chosen: list[int], context: str) -> Autoregressive:
+        # more generations, and scales without bounds, pass on errors that grow
+        transform: Transform = spline(chosen, False)
+        if one(True, False):
+            transform = build.affine(chosen, one("tanh", "softsign", "atan"), one(*PACKINGS), **flags())
+        pair = build.made(
+            chosen, [one(1, 5, 8, 17)] * one(1, 0, 2), transform, order=[one(0, 1, 2) for _ in chosen],
+            kept=[c for c in columns if c not in chosen], activation=one(*ACTIVATIONS), residual=one(False, True),
+            context=context, bias=one(True, False), periodic=[i for i in range(len(chosen)) if one(False, False, True)],
+        )  # fmt: skip
+        return build.undo(*pair)
+
+    kinds = ["coupling"] * (build.columns > 1 or not invertible) + ["scale", "linear", "spline", "autoregressive"]
     kinds += ["prior"] * (not invertible)
     for _ in range(steps):
         kind = one(*kinds)
@@ -149,6 +239,10 @@ def drawn(one: Callable[..., Any], build: Builder, steps: int, invertible: bool 
             instructions.append(Linear(tuple(chosen), *places))
         elif kind == "spline":
             instructions.append(spline(chosen, True))
+        elif kind == "autoregressive":
+            context = one("", "inputs", "add", "gate") if build.context else ""
+            asked |= context != ""
+            instructions.append(undo(chosen, context))
         elif kind == "prior":
             instructions.append(Prior(tuple(chosen), one(*range(len(PRIORS)))))
         else:
@@ -194,6 +288,9 @@ def inverse_of(program: Program, weights: list[Tensor]) -> tuple[Program, list[T
                 places[1] = len(weights) - 1
             weights.append(inverse)
             pairs.append((Linear(instruction.columns, len(weights) - 1, *places),))
+        elif isinstance(instruction, Autoregressive):
+            transform = instruction.transform
+            pairs.append((instruction.net, transform._replace(inverse=not transform.inverse)))
         else:
             turned = instruction._replace(inverse=not instruction.inverse)
             alone = isinstance(instruction, Scale) or (isinstance(instruction, Spline) and instruction.params >= 0)

@@ -79,11 +79,17 @@ void pull_activation(const ProgramTile<T>& t, const ProgramPart& part, const T* 
 
 // h = act(W from + b)
 template <class T>
-void run_dense(const ProgramTile<T>& t, const ProgramPart& part, const Columns<T>& from, const Columns<T>& h) {
-  if (part.activation == Activation::relu) return product<true>(factor<T>(part), from, h, t.blocks);
+void run_dense(const ProgramTile<T>& t, const ProgramPart& part, const Factor<T>& f, const Columns<T>& from,
+               const Columns<T>& h) {
+  if (part.activation == Activation::relu) return product<true>(f, from, h, t.blocks);
   const Columns<T> z = t.taped_at(part.before, part.size);
-  product<false>(factor<T>(part), from, z, t.blocks);
+  product<false>(f, from, z, t.blocks);
   if (part.activation != Activation::identity) activate_all(t, part, z.data, h.data);
+}
+
+template <class T>
+void run_dense(const ProgramTile<T>& t, const ProgramPart& part, const Columns<T>& from, const Columns<T>& h) {
+  run_dense(t, part, factor<T>(part), from, h);
 }
 
 // g: the gradient of h, then of W from + b; adds those of the weights

@@ -12,12 +12,12 @@ template <class T>
 constexpr int kWidth = kCols<T>;  // rows of a block
 static_assert(kProgramRows % kWidth<float> == 0 && kProgramRows % kWidth<double> == 0);
 
-// what a tile keeps of its columns: `count` columns of every block
+// what a tile keeps of its columns: `count` columns of every block, `step` columns apart
 template <class T>
 struct Columns {
   T* data;
-  int64_t count;
-  T* at(int64_t block, int64_t column) const { return data + (block * count + column) * kWidth<T>; }
+  int64_t count, step = count;
+  T* at(int64_t block, int64_t column) const { return data + (block * step + column) * kWidth<T>; }
 };
 
 template <class T>
@@ -30,7 +30,8 @@ struct ProgramTile {
   double* logdet = nullptr;  // of every row
   // backward
   Columns<T> grad{}, grad_context{};
-  T* arrays = nullptr;  // of gradients inside a net; in the first a transform leaves those of its numbers
+  T* arrays = nullptr;       // of gradients inside a net; in the first a transform leaves those of its numbers
+  T* grad_solve = nullptr;   // of the values of an autoregressive inverse
   T* grad_logdet = nullptr;  // of every row
   T* turned = nullptr;       // a transposed array
   T* sums = nullptr;         // of the group; null: no gradients of weights

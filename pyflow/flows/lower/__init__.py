@@ -8,6 +8,7 @@ pyflow imports none of them. A file for each package, `nets.py` for what conditi
 from __future__ import annotations
 
 # these fill the tables
+from . import autoregressive as autoregressive
 from . import couplings as couplings
 from . import nets as nets
 from . import nflows as nflows

@@ -1,4 +1,4 @@
-"""Rules for couplings and masked autoregressive layers of nflows, with affine transforms and splines.
+"""Rules for couplings of nflows, with affine transforms and splines.
 
 normflows has taken most of them over.
 """
@@ -14,7 +14,7 @@ import torch
 
 from ... import program as p
 from ..._schemas import SCALE_MAPS, SPLINE_VARIANTS, TAILS
-from .._run import DoesNotFit, Tape, Write
+from .._run import Tape, Write
 from .._watch import Path
 from .look import RULES, Look, NoInstruction, in_order, register
 
@@ -91,11 +91,11 @@ def _additive(look: Look, path: Path, layer: Any) -> Write:
 )  # fmt: skip
 def _spline_coupling(look: Look, path: Path, layer: Any) -> Write:
     bins = look.option(path, layer, "num_bins")
-    width = look.watch.option((*path, "transform_net"), layer.transform_net, _width)
+    width = look.watch.option((*path, "transform_net"), layer.transform_net, width_of)
     return coupling(look, path, layer, spline(look, path, layer, bins, 1 / math.sqrt(width)))
 
 
-def _width(net: Any) -> float:
+def width_of(net: Any) -> float:
     """Return what the widths and heights of bins are divided by, squared."""
     return getattr(net, "hidden_features", getattr(net, "hidden_channels", 1))
 
@@ -138,39 +138,3 @@ def spline(look: Look, path: Path, layer: Any, bins: int, param_scale: float, pa
         )  # fmt: skip
 
     return transform
-
-
-# autoregressive layers
-
-
-def autoregressive(look: Look, path: Path, layer: Any, transform: Transform) -> Write:
-    net = look.conditional((*path, "autoregressive_net"), layer.autoregressive_net)
-
-    def write(tape: Tape) -> None:
-        if tape.inverse:
-            raise DoesNotFit
-        tape.net(tape.order, net)
-        tape.add(transform(tape.order, False))
-
-    return write
-
-
-@register(RULES, "nflows.transforms.autoregressive.MaskedAffineAutoregressiveTransform")
-def _affine_autoregressive(look: Look, path: Path, layer: Any) -> Write:
-    eps, function = look.watch.option(path, layer, lambda m: [m._epsilon, getattr(m, "scale_activation", None)])
-    name = f"{type(layer).__qualname__}.__init__.<locals>.<lambda>"
-    # glasflow makes its default anew for each layer
-    if function is not None and (function.__module__, function.__qualname__) != (type(layer).__module__, name):
-        raise NoInstruction(path, layer, f"its scale_activation {function!r} has no instruction")
-    look.run.columns = look.option(path, layer, "features")
-    return autoregressive(look, path, layer, affine("softplus", float(eps), "interleaved_scale_shift"))
-
-
-@register(
-    RULES, "nflows.transforms.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform",
-    "normflows.flows.neural_spline.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive",
-)  # fmt: skip
-def _spline_autoregressive(look: Look, path: Path, layer: Any) -> Write:
-    bins = look.option(path, layer, "num_bins")
-    width = look.watch.option((*path, "autoregressive_net"), layer.autoregressive_net, _width)
-    return autoregressive(look, path, layer, spline(look, path, layer, bins, 1 / math.sqrt(width)))

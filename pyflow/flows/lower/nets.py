@@ -30,7 +30,10 @@ def _linear(look: Look, path: Path, module: Any, parts: Parts) -> None:
 
 @register(PARTS, "nflows.transforms.made.MaskedLinear", "normflows.nets.made.MaskedLinear")
 def _masked_linear(look: Look, path: Path, module: Any, parts: Parts) -> None:
-    parts.append(_dense(look, path, module)._replace(mask=look.tensor(path, module, "mask")))
+    dense = _dense(look, path, module)._replace(mask=look.tensor(path, module, "mask"))
+    # what its numbers depend on decides in which order an inverse finds columns
+    look.run.masks[dense.mask] = look.watch.buffer(path, module, "mask")
+    parts.append(dense)
 
 
 def _dense(look: Look, path: Path, module: Any) -> p.Dense:

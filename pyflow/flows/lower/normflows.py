@@ -11,7 +11,8 @@ from ... import program as p
 from ..._schemas import PRIORS
 from .._run import Conditioner, DoesNotFit, Tape, Write
 from .._watch import Path
-from .couplings import Transform, affine, autoregressive
+from .autoregressive import autoregressive
+from .couplings import Transform, affine
 from .look import BASES, PARTS, RULES, STACKS, Layers, Look, NoInstruction, children, in_order, named, register
 from .nets import Parts
 from .nflows import gaussian, scaled, standard

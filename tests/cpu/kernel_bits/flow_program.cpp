@@ -18,13 +18,7 @@ class Flow {
     const bool inverse = options & 1, shift_first = options & 2;
     scale({6, 0, 2}, inverse, shift_first);
     net({1, 3, 1}, true, {kHidden, kHidden, 6}, Activation(map % 9));
-    ProgramInstruction& affine = add(Instruction::affine, {0, 5, 2}, inverse, shift_first);
-    affine.map = ScaleMap(map);
-    affine.map_arg = affine.map == ScaleMap::sigmoid_eps || affine.map == ScaleMap::softplus_eps ? 0.01 : 2.0;
-    const int64_t second = map % 2 ? 3 : 1;  // blocks or pairs
-    affine.shift_from = map % 4 < 2 ? 0 : second;
-    affine.scale_from = map % 4 < 2 ? second : 0;
-    affine.params_step = map % 2 ? 1 : 2;
+    set_affine(add(Instruction::affine, {0, 5, 2}, inverse, shift_first), map);
     linear({4, 1, 0, 6, 3});
     every_part({0, 2}, Activation((map + 4) % 9), options & 1);
     add(Instruction::additive, {5, 1, 4}, inverse, false);
@@ -33,6 +27,7 @@ class Flow {
     net({3, 6}, false, {2 * spline_params(kBins, tails_of(map))}, Activation::identity);
     spline({4, 0}, map, inverse, false);
     spline({2, 1, 6, 3}, map + 1, inverse, true);
+    autoregressive(map, inverse, shift_first, Activation((map + 2) % 9), options & 2);
     add(Instruction::prior, {0, 1, 2, 3, 4, 5, 6}, false, false).prior = Prior(map % 2);
   }
 
@@ -56,6 +51,7 @@ class Flow {
     b.context = matrix(context, kContext);
     b.unit_rows = b.tile_rows = kProgramMostRows;
     b.arrays = 4;
+    b.solve_columns = solve_.size;
     b.tape = tape_;
     b.width = kHidden;
     b.outputs = outputs;
@@ -87,12 +83,14 @@ class Flow {
   struct Weight {
     int64_t rows, cols;  // cols 0: a vector
     std::vector<float> data, grad;
+    const int64_t *row_order = nullptr, *col_order = nullptr;
+    std::vector<float> ordered;
   };
 
   static ProgramMatrix matrix(std::vector<float>& v, int64_t cols) { return {(char*)v.data(), cols, 1}; }
 
   int64_t weight(int64_t rows, int64_t cols = 0) {
-    weights_.push_back({rows, cols, {}, {}});
+    weights_.push_back({rows, cols, {}, {}, nullptr, nullptr, {}});
     Weight& w = weights_.back();
     w.data.resize(rows * (cols > 0 ? cols : 1));
     w.grad.resize(w.data.size());
@@ -214,6 +212,74 @@ class Flow {
                    masked, context, residual, norm, elementwise, dense(Part::dense, h, 3, Activation::identity)});
   }
 
+  static void set_affine(ProgramInstruction& affine, int map) {
+    affine.map = ScaleMap(map);
+    affine.map_arg = affine.map == ScaleMap::sigmoid_eps || affine.map == ScaleMap::softplus_eps ? 0.01 : 2.0;
+    const int64_t second = map % 2 ? affine.count : 1;  // blocks or pairs
+    affine.shift_from = map % 4 < 2 ? 0 : second;
+    affine.scale_from = map % 4 < 2 ? second : 0;
+    affine.params_step = map % 2 ? 1 : 2;
+  }
+
+  // two generations of one column each, 1 and 3, whose numbers see column 4, and then column 1 too
+  void autoregressive(int map, bool inverse, bool shift_first, Activation activation, bool gate) {
+    static const int64_t sources[] = {4, 1, 3}, inputs[] = {1, 2, 3}, units[] = {9, kHidden, kHidden};
+    static const int64_t numbers[] = {2, 4, 4};
+    static int64_t mixed[kHidden];
+    for (int64_t i = 0; i < kHidden; ++i) mixed[i] = (7 * i + 3) % kHidden;
+    const int64_t h = kHidden;
+    ProgramPart residual = part(Part::residual, h);
+    residual.inner = 1;
+    ProgramInstruction& in =
+        linear_or_net(Instruction::autoregressive, {4, 1, 3},
+                      {dense(Part::dense, 3, h, Activation::identity), dense(Part::context, kContext, h, activation),
+                       dense(Part::dense, h, h, activation), residual, dense(Part::dense, h, 4, Activation::identity)});
+    std::vector<ProgramPart>& parts = parts_.back();
+    parts[1].gate = gate;
+    for (ProgramPart& p : parts) {
+      p.input_ends = units;
+      p.ends = units;
+    }
+    parts[0].input_ends = inputs;
+    parts[4].ends = numbers;
+    for (ProgramPart& p : parts) {
+      order(p.weight, p.ends == units ? mixed : nullptr,
+            p.input_ends == units && p.kind == Part::dense ? mixed : nullptr);
+      order(p.bias, p.ends == units ? mixed : nullptr, nullptr);
+    }
+    for (int64_t g = 0; g < 2; ++g) {
+      columns_.push_back({1 + 2 * g});
+      ProgramInstruction transform{};
+      transform.kind = Instruction::affine;
+      transform.columns = columns_.back().data();
+      transform.count = 1;
+      transform.inverse = inverse;
+      transform.shift_first = shift_first;
+      set_affine(transform, map);
+      transforms_.push_back(transform);
+    }
+    solve_.generations = 2;
+    solve_.sources = sources;
+    solve_.transforms = transforms_.data();
+    solve_.ordered = ordered_.data();
+    solve_.ordered_count = int64_t(ordered_.size());
+    in.solve = &solve_;
+  }
+
+  // lets a part read a weight in another order
+  void order(ProgramWeight& w, const int64_t* rows, const int64_t* cols) {
+    static const int64_t same[] = {0, 1, 2, 3};
+    if (!w.data) return;
+    Weight& weight = weights_[w.place];
+    weight.row_order = rows ? rows : same;
+    weight.col_order = cols;
+    weight.ordered.resize(weight.data.size());
+    const ProgramWeight given = w;
+    w.data = (const char*)weight.ordered.data();
+    ordered_.push_back({given, nullptr, weight.row_order, cols, weight.rows, weight.cols > 0 ? weight.cols : 1,
+                        (char*)weight.ordered.data()});
+  }
+
   // columns of the tape for every value
   void place() {
     tape_ = 0;
@@ -224,8 +290,11 @@ class Flow {
     int64_t params = 0;
     for (ProgramInstruction& in : instructions_) {
       in.params = params;
-      if (in.kind != Instruction::net) in.saved = take(in.count);
-      if (in.kind != Instruction::net) continue;
+      const bool solves = in.kind == Instruction::autoregressive;
+      if (in.kind != Instruction::net && !solves) in.saved = take(in.count);
+      if (in.kind != Instruction::net && !solves) continue;
+      const int64_t first = tape_;
+      if (solves) tape_ = 0;
       std::vector<ProgramPart>& parts =
           *std::find_if(parts_.begin(), parts_.end(), [&](const auto& list) { return list.data() == in.parts; });
       int64_t at = take(parts[0].inputs);
@@ -240,7 +309,17 @@ class Flow {
         parts[i].before = parts[i].in;
         parts[i].in = parts[i - parts[i].inner].in;
       }
-      params = at;
+      if (!solves) {
+        params = at;
+        continue;
+      }
+      for (size_t g = 0; g < 2; ++g) {
+        transforms_[g].params = at + 2 * int64_t(g);
+        transforms_[g].saved = take(1);
+      }
+      solve_.tape = first;
+      solve_.size = tape_;
+      tape_ += first;
     }
   }
 
@@ -254,7 +333,11 @@ class Flow {
       s.cols = s.matrix ? w.cols : 1;
       // some of both
       s.transposed = s.matrix && sums.size() % 4 == 0;
+      s.partial = w.row_order != nullptr;
+      s.row_order = w.row_order;
+      s.col_order = w.col_order;
       if (s.transposed) std::swap(s.rows, s.cols);
+      if (s.transposed) std::swap(s.row_order, s.col_order);
       s.width = s.matrix ? round_up(s.cols, kProgramPad) : kProgramLanes;
       s.offset = size;
       s.grad = (char*)w.grad.data();
@@ -271,6 +354,9 @@ class Flow {
   std::deque<std::vector<ProgramSplineEnds>> ends_;
   std::vector<ProgramInstruction> instructions_;
   std::vector<float> masked_;
+  ProgramSolve solve_{};
+  std::vector<ProgramInstruction> transforms_;
+  std::vector<ProgramOrdered> ordered_;
   int64_t tape_ = 0;
 };
 

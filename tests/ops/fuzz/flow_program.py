@@ -22,6 +22,8 @@ def flow_program(hand: Hand) -> Call:
         values = values.nan_to_num(1.0, 1.0, 1.0) if grad else values
         return hand.laid_out(values.to(dtype)).requires_grad_(grad and hand.maybe())
 
-    weights = [hand.laid_out(w.to(dtype)).requires_grad_(grad and hand.maybe()) for w in build.weights]
+    weights = [hand.laid_out(w.to(dtype)) for w in build.weights]
+    for place, weight in enumerate(weights):
+        weight.requires_grad_(place not in build.constants and grad and hand.maybe())
     context = tensor((batch, program.context)) if program.context else None
     return Call("flow_program", [tensor((batch, program.columns)), program, weights], {"context": context})

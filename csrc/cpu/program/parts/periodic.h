@@ -27,27 +27,31 @@ struct PartRule<Part::periodic> {
     }
   }
 
+  // turns the gradient of what comes of x, entry i of the columns, into that of x; adds those of the weights
+  template <class T>
+  static void pull_column(const ProgramTile<T>& t, const ProgramPart& part, int64_t b, int64_t i, const T* __restrict x,
+                          T* __restrict g) {
+    const T scale = entry(part.factor, i, T(1)), sine = entry(part.sine, i, T(0)), cosine = entry(part.cosine, i, T(0));
+    alignas(64) T of_sine[kWidth<T>], of_cosine[kWidth<T>];
+    if (t.sums && part.shift.data) add_lanes(b, g, lanes_of(t, part.shift.place, i));
+#pragma omp simd
+    for (int r = 0; r < kWidth<T>; ++r) {
+      const Angle<T> a = angle(scale * x[r]);
+      of_sine[r] = g[r] * a.sin;
+      of_cosine[r] = g[r] * a.cos;
+      g[r] = scale * fma_(sine, of_cosine[r], -cosine * of_sine[r]);
+    }
+    if (!t.sums) return;
+    add_lanes(b, of_sine, lanes_of(t, part.sine.place, i));
+    add_lanes(b, of_cosine, lanes_of(t, part.cosine.place, i));
+  }
+
   template <class T>
   static T* backward(const ProgramTile<T>& t, const ProgramPart& part, Arrays<T>&, T* g) {
     const Columns<T> from = input_of(t, part), grad{g, part.size};
-    alignas(64) T of_sine[kWidth<T>], of_cosine[kWidth<T>];
     for (int64_t b = 0; b < t.blocks; ++b) {
       for (int64_t i = 0; i < part.count; ++i) {
-        const T scale = entry(part.factor, i, T(1)), sine = entry(part.sine, i, T(0));
-        const T cosine = entry(part.cosine, i, T(0));
-        const T* __restrict x = from.at(b, part.columns[i]);
-        T* __restrict gi = grad.at(b, part.columns[i]);
-        if (t.sums && part.shift.data) add_lanes(b, gi, lanes_of(t, part.shift.place, i));
-#pragma omp simd
-        for (int r = 0; r < kWidth<T>; ++r) {
-          const Angle<T> a = angle(scale * x[r]);
-          of_sine[r] = gi[r] * a.sin;
-          of_cosine[r] = gi[r] * a.cos;
-          gi[r] = scale * fma_(sine, of_cosine[r], -cosine * of_sine[r]);
-        }
-        if (!t.sums) continue;
-        add_lanes(b, of_sine, lanes_of(t, part.sine.place, i));
-        add_lanes(b, of_cosine, lanes_of(t, part.cosine.place, i));
+        pull_column(t, part, b, i, from.at(b, part.columns[i]), grad.at(b, part.columns[i]));
       }
     }
     return g;
