@@ -51,7 +51,9 @@ def _reach(parts: Sequence[p.Part], reach: Tensor, mask: Mask) -> Tensor:
 
 def _mask(dense: p.Dense, inputs: int, mask: Mask) -> Tensor:
     found = mask(dense)
-    return torch.ones(dense.size, inputs, dtype=torch.float32, device="cpu") if found is None else (found.detach().cpu() != 0).float()
+    if found is None:
+        return torch.ones(dense.size, inputs, dtype=torch.float32, device="cpu")
+    return (found.detach().cpu() != 0).float()
 
 
 def _longest_paths(depends: Tensor) -> list[int] | None:
