@@ -8,16 +8,17 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .. import program as p
-from .._schemas import PACKINGS, SCALE_MAPS
+from .._schemas import PACKINGS, SCALE_MAPS, SPLINE_VARIANTS, TAILS
 from ..nn import MaskedAutoregressive
 from ..nn._made import MADE, MaskedLinear
-from ._lower import RULES, Look, NoInstruction, children, register
+from ._lower import RULES, Look, children, register
 from ._run import DoesNotFit, Tape, Write
 from ._schedule import autoregressive
 from ._watch import Path
 
-# the constant of the scale map of `MaskedAutoregressive`
-_LIMIT = -math.log(1e-3)
+# the maps of `MaskedAutoregressive`
+_SOFTSIGN, _INTERLEAVED, _LIMIT = SCALE_MAPS.index("softsign"), PACKINGS.index("interleaved"), -math.log(1e-3)
+_LINEAR, _NFLOWS = (TAILS.index("linear"),), SPLINE_VARIANTS.index("nflows")
 # the slopes that torch's activations have by themselves
 _ARGS = {"leaky_relu": 0.01, "elu": 1.0}
 
@@ -25,22 +26,22 @@ _ARGS = {"leaky_relu": 0.01, "elu": 1.0}
 @register(RULES, MaskedAutoregressive)
 def _masked(look: Look, path: Path, layer: MaskedAutoregressive) -> Write:
     kind, count, given = look.watch.option(path, layer, lambda m: (m.transform, m.features, m.context_features > 0))
-    if kind != "affine":
-        raise NoInstruction(path, layer, f"transform {kind!r} has no instruction")
+    bins, bound = look.watch.option(path, layer, lambda m: (m.bins, m.bound))
     first, parts = _made(look, (*path, "net"), layer.net)
     masks = [each.mask for each in layer.net.layers]
 
     def write(tape: Tape) -> None:
         if given != bool(tape.context):
             raise DoesNotFit
-        transform = p.Affine(tape.order, SCALE_MAPS.index("softsign"), PACKINGS.index("interleaved"), _LIMIT)
+        transform: p.Transform = p.Spline(tape.order, bins, bins - 1, _LINEAR, _NFLOWS, (bound,), inverse=tape.inverse)
+        if kind == "affine":
+            transform = p.Affine(tape.order, _SOFTSIGN, _INTERLEAVED, _LIMIT, inverse=tape.inverse)
         of_first = tape.computed + first
         net = p.Net(tape.order, False, parts(of_first))
         if not tape.inverse:
             tape.add(net)
             tape.add(transform)
             return
-        transform = transform._replace(inverse=True)
         known = None
         if len(tape.order) == count:
             known = autoregressive(net, transform, 0, lambda dense: masks[dense.mask - of_first])
