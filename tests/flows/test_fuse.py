@@ -113,6 +113,7 @@ FLOWS = {
     ),
     "realnvp_reversible": (lambda: RealNVP(2, couplings=3, hidden=(8,), reversible=True), 0),
     "maf": (lambda: MAF(4, layers=2, hidden=(8, 7)), 0),
+    "nsf": (lambda: NSF(3, layers=2, hidden=(8,), bins=4, autoregressive=True), 0),
     "iaf_context": (lambda: IAF(5, layers=2, hidden=(8,), context_features=2), 2),
 }  # fmt: skip
 

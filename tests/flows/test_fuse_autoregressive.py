@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.nn.utils import parametrizations
 
 import pyflow
 from pyflow import _backend
-from pyflow.flows import IAF, MAF, fuse
+from pyflow.flows import IAF, MAF, NSF, fuse
 from pyflow.nn import ActNorm, MaskedAutoregressive
 
 from .test_fuse import data, perturbed, programs
@@ -33,8 +35,9 @@ def outcome(flow, x, given):
 @pytest.mark.parametrize("order", [None, [3, 1, 2, 0, 4], [0, 0, 1, 1, 0], [7] * 5])
 def test_layers(order, context, residual):
     torch.manual_seed(0)
-    for hidden, activation in [((9,), "relu"), ((8, 8), "silu"), ((8, 5, 5), "elu"), ((6, 6), "leaky_relu")]:
+    for i, (hidden, activation) in enumerate([((9,), "relu"), ((8, 8), "silu"), ((8, 5, 5), "elu"), ((6, 6), "gelu")]):
         options = {"order": order, "residual": residual, "context_features": context, "activation": activation}
+        options |= {"transform": "rq_spline", "bins": 5, "bound": 2.0} if i % 2 else {}
         x, given = data(7, 5), (data(7, context),) if context else ()
         flow = perturbed(fuse([ActNorm(5), MaskedAutoregressive(5, hidden, **options)]), x, *given)
         with programs(2):
@@ -45,7 +48,7 @@ def test_layers(order, context, residual):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("make", [MAF, IAF])
+@pytest.mark.parametrize("make", [MAF, IAF, functools.partial(NSF, autoregressive=True)])
 def test_leading_dims(make):
     torch.manual_seed(0)
     flow = perturbed(make(3, layers=2, hidden=(8,), context_features=2), data(9, 3), data(9, 2))
