@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Transform
 
 from ._run import BASE
 from .lower import named
+from .lower.zuko import FLOWS
 
 
 class Stand:
@@ -109,6 +112,110 @@ class _ConditionalNormflows(_Normflows):
         return self._or_layers("forward_kld", _kld(self._density(x, context, inverse=True)), x, context)
 
 
+class _Zuko(Stand):
+    def forward(self, c: Any = None) -> Any:
+        flow = self._fused.flow(c)
+        flow.transform = _Transform(self._fused, flow.transform, c)
+        flow.__class__ = _with_density(flow.__class__)
+        return flow
+
+    __call__ = forward
+
+
+class _Transform(Transform):
+    """The layers of a flow of zuko as one transform.
+
+    Args:
+        fused: the module that holds the flow.
+        own: what it does, by zuko.
+        context: (*, C) or None.
+        inverse: whether it is the inverse of the layers.
+    """
+
+    def __init__(self, fused: Any, own: Any, context: Any, inverse: bool = False) -> None:
+        super().__init__()
+        self.fused, self.own, self.context, self.inverse = fused, own, context, inverse
+
+    @property
+    def inv(self) -> _Transform:
+        return _Transform(self.fused, self.own.inv, self.context, not self.inverse)
+
+    def call_and_ladj(self, x: Any) -> tuple[Tensor, Tensor]:
+        result = self.program(x)
+        return self.own.call_and_ladj(x) if result is None else result
+
+    def program(self, x: Any, prior: str | None = None) -> tuple[Tensor, Tensor] | None:
+        """Return y and logdet of x (*, D), None if the layers have to run; with a prior nothing and log-density."""
+        if not isinstance(x, Tensor) or x.is_nested or x.dim() == 0:
+            return None
+        rows, lead = x, x.shape[:-1]
+        given: tuple[Tensor, ...] = ()
+        if self.context is not None:
+            context = self.context
+            if not isinstance(context, Tensor) or context.is_nested or context.dim() == 0:
+                return None
+            if context.shape[:-1] != lead:
+                try:
+                    lead = torch.broadcast_shapes(lead, context.shape[:-1])
+                # zuko says so
+                except RuntimeError:
+                    return None
+                rows, context = rows.expand(*lead, -1), context.expand(*lead, -1)
+            given = (_rows(context),)
+        result = self.fused._program(_rows(rows), given, self.inverse, prior)
+        if result is None:
+            return None
+        y, logdet = result
+        return y if prior else y.view(*lead, x.shape[-1]), logdet.view(lead)
+
+    def _call(self, x: Any) -> Tensor:
+        result = self.program(x)
+        return self.own(x) if result is None else result[0]
+
+    def _inverse(self, y: Any) -> Tensor:
+        return self.inv(y)
+
+    def log_abs_det_jacobian(self, x: Any, y: Any) -> Tensor:
+        result = self.program(x)
+        return self.own.log_abs_det_jacobian(x, y) if result is None else result[1]
+
+    def forward_shape(self, shape: Any) -> Any:
+        return self.own.forward_shape(shape)
+
+    def inverse_shape(self, shape: Any) -> Any:
+        return self.own.inverse_shape(shape)
+
+    def __repr__(self) -> str:
+        return repr(self.own)
+
+    def __getattr__(self, name: str) -> Any:
+        # a copy has no attributes at first
+        if name.startswith("_") or "own" not in vars(self):
+            raise AttributeError(name)
+        return getattr(self.own, name)
+
+
+class _Density:
+    """A distribution of zuko that asks for its log-density by one program."""
+
+    def log_prob(self: Any, x: Any) -> Tensor:
+        result = self.transform.program(x, BASE)
+        # an x without density may be an error
+        if result is None or (self.base._validate_args and bool(result[1].isnan().any())):
+            return super().log_prob(x)  # type: ignore[misc]
+        nats: Tensor = result[1]
+        return nats.expand(torch.broadcast_shapes(nats.shape, self.batch_shape))
+
+
+@functools.cache
+def _with_density(kind: Any) -> type:
+    return type(kind.__name__, (_Density, kind), {"__module__": kind.__module__})
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
 def _kld(nats: Tensor | None) -> Tensor | None:
     # normflows adds in the default dtype
     return None if nats is None else -torch.mean(nats.to(torch.get_default_dtype()))
@@ -122,6 +229,7 @@ _STANDS: dict[str, type[Stand]] = {
     "glasflow.flows.nsf.CouplingNSF": _Glasflow,
     "normflows.core.NormalizingFlow": _Normflows,
     "normflows.core.ConditionalNormalizingFlow": _ConditionalNormflows,
+    **dict.fromkeys(FLOWS, _Zuko),
 }
 
 

@@ -150,7 +150,7 @@ class Run:
         starts: layers that the first batch may initialise.
         conditioners: how many networks it has.
         base: the base distribution, if the run ends with it.
-        columns: for how many columns it is, 0 if it does not matter.
+        columns, context: for how many columns it is, of x and of the context; 0 if it does not matter.
         checks: whether nan may stand for an error of a layer.
         masks: of the weights at some places, as they were looked at.
     """
@@ -161,7 +161,7 @@ class Run:
         self.places: list[int] = []
         self.computed: list[Computed] = []
         self.starts: list[Start] = []
-        self.conditioners = self.n_computed = self.columns = 0
+        self.conditioners = self.n_computed = self.columns = self.context = 0
         self.base: Base | None = None
         self.checks = False
         self.masks: dict[int, Tensor] = {}
@@ -246,9 +246,19 @@ class Run:
         """Return what the layers do, layer by layer."""
         total: Any = 0
         for _, layer in reversed(self.layers) if inverse else self.layers:
-            x, logdet = layer.inverse(x, *given) if inverse else layer(x, *given)
+            x, logdet = call_layer(layer, x, given, inverse)
             total = logdet + total
         return x, total
+
+
+def call_layer(layer: Any, x: Tensor, given: tuple[Any, ...], inverse: bool) -> Result:
+    if not hasattr(type(layer), "inv"):
+        result: Result = layer.inverse(x, *given) if inverse else layer(x, *given)
+        return result
+    # zuko's return their transform
+    transform = layer(*given)
+    y, logdet = (transform.inv if inverse else transform).call_and_ladj(x)
+    return y, logdet.flatten(1).sum(1) if logdet.dim() > 1 else logdet
 
 
 def may_run(x: Any, given: tuple[Any, ...]) -> bool:

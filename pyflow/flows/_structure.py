@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .. import _backend
-from ._run import DoesNotFit, Key, Result, Run, fits, has_kernel, may_run
+from ._run import DoesNotFit, Key, Result, Run, call_layer, fits, has_kernel, may_run
 from ._watch import Path, owned
 from .lower import Look, NoInstruction
 
@@ -61,7 +61,7 @@ class Structure:
         for part in reversed(self.parts) if inverse else self.parts:
             result: Any = None
             if isinstance(part, Left):
-                result = part.layer.inverse(x, *given) if inverse else part.layer(x, *given)
+                result = call_layer(part.layer, x, given, inverse)
             elif may_run(x, given) and fits(x, tensors):
                 result = part.call(x, context, (x.shape[1], *key[1:]), tensors)
             x, logdet = part.call_layers(x, given, inverse) if isinstance(part, Run) and result is None else result
@@ -124,7 +124,7 @@ def _base_line(structure: Structure, path: Path, base: nn.Module, inverse: bool)
 def _instructions(run: Run, inverse: bool) -> tuple[Any, ...] | None:
     """Return the instructions in one direction, None if there are none."""
     # their kinds depend neither on the number of columns nor on the context's
-    for context in (0, 1):
+    for context in (run.context, 0, 1):
         try:
             return run.program(run.columns or 2, context, inverse).instructions
         except DoesNotFit:

@@ -14,6 +14,7 @@ from . import nets as nets
 from . import nflows as nflows
 from . import normflows as normflows
 from . import own as own
+from . import zuko as zuko
 from .look import RULES, STACKS, Layers, Look, NoInstruction, children, named, register
 
 __all__ = ["RULES", "STACKS", "Layers", "Look", "NoInstruction", "children", "named", "register"]

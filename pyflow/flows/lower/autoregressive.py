@@ -34,7 +34,8 @@ def solved(look: Look, net: Conditioner, transform: Transform) -> Write:
             tape.add(of_columns)
             tape.add(step)
             return
-        assert isinstance(step, (p.Affine, p.Spline))
+        if not isinstance(step, (p.Affine, p.Spline)):
+            raise DoesNotFit
         undo = _schedule.autoregressive(of_columns, step, tape.context, lambda dense: masks.get(dense.mask))
         if undo is None:
             raise DoesNotFit

@@ -25,18 +25,18 @@ def sequential(look: Look, path: Path, module: Any, parts: Parts) -> None:
 
 @register(PARTS, nn.Linear)
 def _linear(look: Look, path: Path, module: Any, parts: Parts) -> None:
-    parts.append(_dense(look, path, module))
+    parts.append(dense(look, path, module))
 
 
 @register(PARTS, "nflows.transforms.made.MaskedLinear", "normflows.nets.made.MaskedLinear")
 def _masked_linear(look: Look, path: Path, module: Any, parts: Parts) -> None:
-    dense = _dense(look, path, module)._replace(mask=look.tensor(path, module, "mask"))
+    linear = dense(look, path, module)._replace(mask=look.tensor(path, module, "mask"))
     # what its numbers depend on decides in which order an inverse finds columns
-    look.run.masks[dense.mask] = look.watch.buffer(path, module, "mask")
-    parts.append(dense)
+    look.run.masks[linear.mask] = look.watch.buffer(path, module, "mask")
+    parts.append(linear)
 
 
-def _dense(look: Look, path: Path, module: Any) -> p.Dense:
+def dense(look: Look, path: Path, module: Any) -> p.Dense:
     weight = look.tensor(path, module, "weight")
     if weight < 0:
         raise NoInstruction(path, module, "its weight is None")

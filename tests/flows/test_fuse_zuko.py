@@ -1,0 +1,222 @@
+"""Flows of zuko as programs: fused against the flow itself."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import pyflow
+from pyflow import _backend
+from pyflow.flows import fuse
+
+from .peers import assert_same, data, programs, randomised, texts
+
+zuko = pytest.importorskip("zuko")
+from zuko import distributions, flows, lazy, transforms
+
+pytestmark = pytest.mark.skipif(bool(_backend.cpu_missing), reason="programs need compiled kernels")
+HIDDEN = {"hidden_features": (8, 8)}
+ADDITIVE = {"univariate": transforms.AdditiveTransform, "shapes": [()]}
+SPLINE = {"univariate": functools.partial(transforms.MonotonicRQSTransform, bound=2.0), "shapes": [(3,), (3,), (2,)]}
+
+FLOWS = {
+    "nice": lambda c: flows.NICE(5, c, **ADDITIVE, **HIDDEN),
+    "realnvp": lambda c: flows.RealNVP(5, c, activation=nn.ELU, **HIDDEN),
+    "normalize": lambda c: flows.RealNVP(5, c, randmask=True, normalize=True, **HIDDEN),
+    "coupling_spline": lambda c: flows.NICE(5, c, **SPLINE, **HIDDEN),
+    "slope": lambda c: flows.NICE(5, c, univariate=functools.partial(transforms.MonotonicAffineTransform, slope=0.1)),
+    "nsf": lambda c: flows.NSF(5, c, bins=4, **HIDDEN),
+    "nsf_passes": lambda c: flows.NSF(5, c, bins=4, slope=0.1, passes=2, **HIDDEN),
+    "maf": lambda c: flows.MAF(5, c, randperm=True, **HIDDEN),
+    "maf_residual": lambda c: flows.MAF(5, c, passes=3, residual=True, activation=nn.ELU, **HIDDEN),
+    "adjacency": lambda c: flows.MAF(5, c, adjacency=torch.ones(5, 5).tril().bool(), **HIDDEN),
+}
+
+
+def made(name, context=0):
+    torch.manual_seed(1)
+    return randomised(FLOWS[name](context))
+
+
+def flow_of(*layers):
+    base = lazy.UnconditionalDistribution(distributions.DiagNormal, torch.zeros(5), torch.ones(5), buffer=True)
+    return randomised(lazy.Flow(layers, base))
+
+
+def coupling(**options):
+    return flows.GeneralCouplingTransform(5, **HIDDEN, **options)
+
+
+def assert_same_flow(flow, *given, counts=(1, 1, 1)):
+    """Densities, samples and their gradients, with so many programs."""
+    fused, x = fuse(flow), data(16, 5).requires_grad_()
+    inputs = [*given, *flow.parameters()]
+    calls = [
+        lambda flow: flow(*given).log_prob(x),
+        lambda flow: flow(*given).rsample((2,)),
+        lambda flow: flow(*given).rsample_and_log_prob((2,)),
+    ]
+    for call, more, count in zip(calls, ([x], [], []), counts, strict=True):
+        assert_same(lambda call=call: call(fused), lambda call=call: call(flow), [*more, *inputs], count)
+    return fused
+
+
+@pytest.mark.parametrize("context", [0, 3])
+@pytest.mark.parametrize("name", FLOWS)
+def test_flows(name, context):
+    given = [data(16, context, seed=1).requires_grad_()] if context else []
+    fused = assert_same_flow(made(name, context), *given)
+    layers = fused.explain().splitlines()
+    assert len(layers) == 2 and ": fused, 3 " in layers[0] and "left" not in layers[0]
+    assert layers[1] == "flow.base: fused, 1 UnconditionalDistribution in log_prob"
+
+
+def test_additive_autoregressive_layers_are_undone_by_themselves():
+    fused = assert_same_flow(randomised(flows.MAF(5, **ADDITIVE, **HIDDEN)), counts=(1, 0, 0))
+    assert fused.explain().splitlines()[0].endswith("; its inverse left")
+
+
+def test_layers_without_a_network():
+    permutation = lazy.UnconditionalTransform(
+        transforms.PermutationTransform, torch.tensor([3, 0, 4, 1, 2]), buffer=True
+    )
+    matrices = [
+        lazy.UnconditionalTransform(kind, torch.randn(5, 5))
+        for kind in (transforms.RotationTransform, transforms.LULinearTransform)
+    ]
+    flow = flow_of(permutation, coupling(), *matrices, coupling().inv, lazy.LazyComposedTransform(coupling()))
+    assert ": fused, 1 UnconditionalTransform, " not in assert_same_flow(flow).explain()
+
+
+def test_layers_without_an_instruction_run_between():
+    clip = lazy.UnconditionalTransform(transforms.SoftclipTransform, bound=11.0)
+    flow = flow_of(coupling(), clip, flows.ElementWiseTransform(5), coupling())
+    lines = assert_same_flow(flow, counts=(2, 2, 2)).explain().splitlines()
+    assert lines[1:3] == [
+        "flow.transform.transforms.1 (UnconditionalTransform): left, its zuko.transforms.SoftclipTransform has no "
+        "instruction",
+        "flow.transform.transforms.2 (ElementWiseTransform): left, its class has no instruction",
+    ]
+
+
+@pytest.mark.parametrize("flow, reason", [
+    (lambda: flows.NCSF(5, **HIDDEN), "its univariate zuko.flows.spline.CircularRQSTransform has no instruction"),
+    (lambda: flows.NSF(5, bins=40, **HIDDEN), "its 40 bins are not between 2 and 32"),
+    (lambda: flows.BPF(5, **HIDDEN), "its univariate BoundedBernsteinTransform has no instruction"),
+    (lambda: flows.UNAF(5, **HIDDEN), "its univariate zuko.flows.neural.UMNN has no instruction"),
+])  # fmt: skip
+def test_flows_without_an_instruction(flow, reason):
+    torch.manual_seed(1)
+    flow = flow().double()
+    fused, x = fuse(flow), data(4, 5)
+    assert reason in fused.explain()
+    with programs(0):
+        assert fused().log_prob(x).equal(flow().log_prob(x))
+
+
+def test_leading_dims_and_broadcast_contexts():
+    flow = made("nsf", 3)
+    fused = fuse(flow)
+    for x, c in (((4, 2, 5), (3,)), ((5,), (3,)), ((5,), (6, 3)), ((4, 1, 5), (2, 3))):
+        x, c = data(*x).requires_grad_(), data(*c, seed=1).requires_grad_()
+        assert_same(lambda x=x, c=c: fused(c).log_prob(x), lambda x=x, c=c: flow(c).log_prob(x), [x, c])
+        assert_same(
+            lambda c=c: fused(c).rsample_and_log_prob((2, 3)), lambda c=c: flow(c).rsample_and_log_prob((2, 3)), [c]
+        )
+    # zuko takes no empty batches
+    assert fused(data(3)).log_prob(data(0, 5)).shape == (0,)
+
+
+def test_distributions_are_those_of_zuko():
+    flow, c, x = made("maf", 3), data(4, 3), data(4, 5)
+    fused, own = fuse(flow)(c), flow(c)
+    assert isinstance(fused, distributions.NormalizingFlow) and str(fused) == str(own)
+    assert fused.batch_shape == own.batch_shape and fused.event_shape == own.event_shape
+    torch.manual_seed(5)
+    got = fused.sample((2,))
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    torch.testing.assert_close(got, own.sample((2,)))
+    assert not got.requires_grad and after == torch.rand(1)
+    wide = fused.expand((2, 4))
+    torch.testing.assert_close(wide.log_prob(x), own.expand((2, 4)).log_prob(x))
+    assert wide.sample().shape == (2, 4, 5)
+    z, ladj = fused.transform.call_and_ladj(x)
+    torch.testing.assert_close((z, ladj), own.transform.call_and_ladj(x))
+    torch.testing.assert_close(fused.transform(x), z)
+    torch.testing.assert_close(fused.transform.inv(z), x)
+    torch.testing.assert_close(fused.transform.log_abs_det_jacobian(x, z), ladj)
+    assert len(fused.transform.transforms) == 3
+    torch.testing.assert_close(copy.deepcopy(fused).log_prob(x), own.log_prob(x))
+
+
+def test_other_base_distributions_run():
+    flow = made("realnvp")
+    flow.base = lazy.UnconditionalDistribution(distributions.DiagNormal, torch.zeros(5), 2 * torch.ones(5)).double()
+    assert "left, its loc and scale are not vectors that are buffers" in assert_same_flow(flow).explain()
+    flow.base = lazy.UnconditionalDistribution(
+        distributions.BoxUniform, -9 * torch.ones(5), 9 * torch.ones(5), buffer=True
+    ).double()
+    assert "left, its zuko.distributions.BoxUniform has no instruction" in assert_same_flow(flow).explain()
+
+
+def test_hooks_and_changes_are_seen():
+    flow, x = made("maf"), data(8, 5)
+    fused = fuse(flow)
+    first, second, third = flow.transform.transforms
+    changes = [
+        lambda: second.hyper[0].mask.logical_not_(),
+        lambda: setattr(second, "univariate", functools.partial(transforms.MonotonicAffineTransform, slope=0.5)),
+        lambda: third.hyper[2].weight.data.mul_(2),
+        lambda: setattr(first.hyper, "1", nn.Tanh()),
+        lambda: flow.base.loc.add_(1),
+    ]
+    for change in changes:
+        before = fused().log_prob(x)
+        change()
+        with programs(1):
+            got = fused().log_prob(x)
+        torch.testing.assert_close(got, flow().log_prob(x))
+        assert not got.allclose(before)
+    second.hyper[2].register_forward_hook(lambda module, args, output: 2 * output)
+    assert "flow.transform.transforms.1.hyper.2 (MaskedLinear): it has hooks" in fused.explain()
+    with programs(2):
+        got = fused().log_prob(x)
+    torch.testing.assert_close(got, flow().log_prob(x))
+    flow.register_forward_hook(lambda module, args, output: None)
+    with programs(0):
+        assert fused().log_prob(x).equal(flow().log_prob(x))
+
+
+def test_fewer_passes_are_no_inverse():
+    flow, z = made("maf"), data(8, 5)
+    flow.transform.transforms[1].passes = 2
+    with programs(0):
+        assert fuse(flow)().transform.inv(z).equal(flow().transform.inv(z))
+
+
+def test_wrong_arguments_have_the_texts_of_zuko():
+    flow, given, x, c = made("realnvp"), made("maf", 3), data(8, 5), data(8, 3)
+    for own, call in (
+        (flow, lambda f: f().log_prob(x[:, :4])),
+        (flow, lambda f: f().log_prob(x.float())),
+        (flow, lambda f: f(c).log_prob(x)),
+        (given, lambda f: f().log_prob(x)),
+        (given, lambda f: f(c[:3]).log_prob(x)),
+        (given, lambda f: f(c[:, :2]).sample((2,))),
+    ):
+        assert texts(lambda call=call, own=own: call(fuse(own))) == texts(lambda call=call, own=own: call(own))
+
+
+def test_frozen_and_other_backends():
+    flow, x = made("nsf"), data(8, 5)
+    frozen = fuse(flow, frozen=True)
+    for _ in range(2):
+        with programs(1):
+            torch.testing.assert_close(frozen().log_prob(x), flow().log_prob(x))
+    with pyflow.backend("reference"), programs(0):
+        assert fuse(flow)().log_prob(x).equal(flow().log_prob(x))
