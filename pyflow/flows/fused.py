@@ -22,7 +22,8 @@ def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fuse
 
     Args:
         flow: a flow of `pyflow.flows`, `pyflow.nn.ReversibleSequential`, one invertible layer, or invertible layers in
-            an nn.Sequential, an nn.ModuleList or a list; or a flow or layers of nflows, normflows or glasflow.
+            an nn.Sequential, an nn.ModuleList or a list; or a flow or layers of nflows, normflows or glasflow, or a
+            flow of zuko.
         frozen: a snapshot for inference: a copy of the flow in eval mode without gradients of parameters. Later changes
             of the flow are not seen, the copy must not be changed, and a call reads neither modules nor parameters.
 
@@ -49,10 +50,12 @@ def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fuse
         StandardNormal and ConditionalDiagonalNormal. Of normflows (1.7): AffineCouplingBlock by channels,
         MaskedAffineFlow, AffineConstFlow, ActNorm, Permute, InvertibleAffine, LULinearPermute,
         MaskedAffineAutoregressive, the rational-quadratic splines, Reverse and Composite; MLP, ResidualNet and MADE;
-        DiagGaussian and UniformGaussian. Embedding networks and other base distributions run before and behind the
-        program. Buffers of permutations, features and tail bounds, and the order that masks give an autoregressive
-        inverse, are read once, and again when the buffers are replaced or written to in place, but not through
-        `.data`; all other buffers are read at every call.
+        DiagGaussian and UniformGaussian. Of zuko (1.6): couplings, masked autoregressive and elementwise layers, additive,
+        affine or rational-quadratic; permutations, rotations, LULinearTransform, inverses; MLP and MaskedMLP; DiagNormal
+        with mean 0 and scale 1; the fused flow returns zuko's distributions. Embedding networks and other base
+        distributions run before and behind the program. Buffers of permutations, features and tail bounds, and the order
+        that masks give an autoregressive inverse, are read once, and again when the buffers are replaced or written to in
+        place, but not through `.data`; all other buffers are read at every call.
 
         Layers run as they are where a program has no kernel: on a GPU, with `pyflow.backend("reference")`, under
         torch.func transforms, forward-mode AD and torch.export; for x that is not a dense float32 or float64 matrix or

@@ -89,7 +89,21 @@ def test_layers_without_a_network():
         for kind in (transforms.RotationTransform, transforms.LULinearTransform)
     ]
     flow = flow_of(permutation, coupling(), *matrices, coupling().inv, lazy.LazyComposedTransform(coupling()))
-    assert ": fused, 1 UnconditionalTransform, " not in assert_same_flow(flow).explain()
+    first, _ = assert_same_flow(flow).explain().splitlines()
+    kinds = "3 UnconditionalTransform, 2 GeneralCouplingTransform, 1 LazyInverse"
+    assert first.endswith(f": fused, {kinds} as 3 Net, 3 Affine, 2 Linear")
+
+
+@pytest.mark.parametrize("columns", [1, 4])
+def test_elementwise_layers(columns):
+    torch.manual_seed(1)
+    flow, x, c = flows.MAF(1, 3, **SPLINE, **HIDDEN), data(16, columns).requires_grad_(), data(16, 3).requires_grad_()
+    if columns > 1:
+        flow = flows.MAF(columns, 3, **HIDDEN)
+        flow.transform.transforms.insert(1, flows.ElementWiseTransform(columns, 3, **HIDDEN))
+    fused, inputs = fuse(randomised(flow)), [x, c, *flow.parameters()]
+    assert_same(lambda: fused(c).log_prob(x), lambda: flow(c).log_prob(x), inputs)
+    assert_same(lambda: fused(c).transform.inv(x), lambda: flow(c).transform.inv(x), inputs)
 
 
 def test_layers_without_an_instruction_run_between():
@@ -99,7 +113,7 @@ def test_layers_without_an_instruction_run_between():
     assert lines[1:3] == [
         "flow.transform.transforms.1 (UnconditionalTransform): left, its zuko.transforms.SoftclipTransform has no "
         "instruction",
-        "flow.transform.transforms.2 (ElementWiseTransform): left, its class has no instruction",
+        "flow.transform.transforms.2 (ElementWiseTransform): left, it has no network",
     ]
 
 
@@ -210,6 +224,18 @@ def test_wrong_arguments_have_the_texts_of_zuko():
         (given, lambda f: f(c[:, :2]).sample((2,))),
     ):
         assert texts(lambda call=call, own=own: call(fuse(own))) == texts(lambda call=call, own=own: call(own))
+
+
+@torch.no_grad()
+def test_nan_is_an_error_where_arguments_are_validated():
+    flow, x = made("realnvp"), data(8, 5)
+    x[3, 2] = float("nan")
+    assert fuse(flow)().log_prob(x).isnan().sum() == 1
+    torch.distributions.Distribution.set_default_validate_args(True)
+    try:
+        assert texts(lambda: fuse(flow)().log_prob(x)) == texts(lambda: flow().log_prob(x))
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(False)
 
 
 def test_frozen_and_other_backends():

@@ -153,6 +153,23 @@ def _autoregressive(look: Look, path: Path, layer: Any) -> Write:
     return write
 
 
+@register(RULES, "zuko.flows.gaussianization.ElementWiseTransform")
+def _elementwise(look: Look, path: Path, layer: Any) -> Write:
+    if "hyper" not in layer._modules:
+        raise NoInstruction(path, layer, "it has no network")
+    transform, numbers = _univariate(look, path, layer), look.option(path, layer, "total")
+    net, inputs, outputs = _hyper(look, path, layer)
+    net = net._replace(alone=None, blind=True)
+    columns, context = look.run.columns, look.run.context = outputs // numbers, inputs
+
+    def write(tape: Tape) -> None:
+        _fit(tape, columns, context)
+        tape.net(tape.order, net)
+        tape.add(transform(tape.order, tape.inverse))
+
+    return write
+
+
 def _hyper(look: Look, path: Path, layer: Any) -> tuple[Conditioner, int, int]:
     """Return the network of a layer and its numbers of inputs and outputs."""
     at, module = (*path, "hyper"), layer.hyper
