@@ -11,11 +11,13 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+from . import _schemas
 from ._schemas import ACTIVATIONS as ACTIVATIONS
-from ._schemas import PACKINGS
 from ._torch import evaluated_while_traced
 
 Columns = tuple[int, ...]
+# those of couplings, and pairs with the scale first
+PACKINGS = (*_schemas.PACKINGS, "interleaved_scale_shift")
 
 
 class Scale(NamedTuple):
@@ -153,6 +155,13 @@ class Additive(NamedTuple):
     inverse: bool = False
 
 
+class Multiplicative(NamedTuple):
+    """x_c = x_c exp(scale_c) (inverse: exp(-scale_c)), the scales from the last conditioner."""
+
+    columns: Columns
+    inverse: bool = False
+
+
 class Affine(NamedTuple):
     """x_c = x_c exp(g(scale_c)) + shift_c, shifts and scales from the last conditioner; see `affine_coupling_packed`.
 
@@ -187,6 +196,7 @@ class Spline(NamedTuple):
         params: place of a tensor (n, 2 K + slopes) of weights, the numbers of the columns in all rows; no other kind of
             instruction may name it. -1: the last conditioner returns them, those of a column next to each other.
         inverse: the inverse map.
+        zero_outside: whether the result is 0 outside of the bound, as normflows' with a list of tails, and not x.
     """
 
     columns: Columns
@@ -200,6 +210,7 @@ class Spline(NamedTuple):
     min_slope: float = 1e-3
     params: int = -1
     inverse: bool = False
+    zero_outside: bool = False
 
 
 # get_args of Python 3.10 takes no X | Y
@@ -243,7 +254,7 @@ def columns_of_numbers(transform: Transform) -> list[int]:
     n = len(transform.columns)
     if isinstance(transform, Spline):
         return [i for i in range(n) for _ in range(2 * transform.bins + transform.slopes)]
-    if PACKINGS[transform.packing] == "interleaved":
+    if PACKINGS[transform.packing].startswith("interleaved"):
         return [i // 2 for i in range(2 * n)]
     return [i % n for i in range(2 * n)]
 
@@ -266,7 +277,7 @@ def number_levels(inverse: Autoregressive) -> Columns:
 
 
 # get_args of Python 3.10 takes no X | Y
-Instruction = typing.Union[Scale, Linear, Net, Additive, Affine, Spline, Autoregressive, Prior]  # noqa: UP007
+Instruction = typing.Union[Scale, Linear, Net, Additive, Multiplicative, Affine, Spline, Autoregressive, Prior]  # noqa: UP007
 _NAMED = {union: {kind.__name__.lower(): kind for kind in get_args(union)} for union in (Instruction, Part, Transform)}
 
 

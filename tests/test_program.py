@@ -17,6 +17,7 @@ from pyflow.program import (
     Dense,
     Instruction,
     Linear,
+    Multiplicative,
     Net,
     Prior,
     Program,
@@ -29,7 +30,7 @@ NET = Net((5, 0, 5), True, (Dense(0, 1, 8, 1), Dense(2, -1, 4, 2, 0.01)))
 EVERY = (
     Scale((3, 2, 1), 4, -1, True, False), Linear((0, 2), 5), Linear((0, 2), 5, 6, 7), NET, Additive((1, 4), True), NET,
     Affine((1, 4), 3, 2, 0.1, False, True), Spline((0, 1), 8, 9, (0, 1), 2, (3.0, 0.1), 0.5, 0.01, 0.2, 3, True),
-    Prior((0, 2, 4), 1), Prior(()), Scale((), -1, -1),
+    Prior((0, 2, 4), 1), Prior(()), Scale((), -1, -1), NET, Multiplicative((1, 4), True),
     Autoregressive(NET, Affine((1, 4), 3, 2, 0.1), (2, 1), ((0, 1, 2, 0, 1, 2, 0, 1),)),
     Autoregressive(NET, Spline((1, 4), 8, 9, (0, 1), 2, (3.0, 0.1)), (1, 1), ()),
 )  # fmt: skip

@@ -89,11 +89,12 @@ struct ProgramInstruction {
   // affine, prior
   ScaleMap map;
   double map_arg;
-  Packing packing;
+  int64_t shift_from, scale_from, params_step;  // places of the first column's numbers, and from one to the next
   Prior prior;
   // spline: of every column, numbers of the conditioner or, if there is one, a row of the weight (count, numbers)
   SplineForm spline;
   const ProgramSplineEnds* ends;  // of every column
+  bool zero_outside;              // of the ends, and not x
   ProgramWeight numbers;
   // autoregressive: also parts, context
   const ProgramSolve* solve;

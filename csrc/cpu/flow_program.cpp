@@ -6,6 +6,7 @@
 #include "program/affine.h"
 #include "program/autoregressive.h"
 #include "program/linear.h"
+#include "program/multiplicative.h"
 #include "program/net.h"
 #include "program/prior.h"
 #include "program/scale.h"

@@ -12,6 +12,7 @@
   F(linear)                    \
   F(net)                       \
   F(additive)                  \
+  F(multiplicative)            \
   F(affine)                    \
   F(spline)                    \
   F(autoregressive)            \

@@ -192,6 +192,7 @@ class Reader {
       case Instruction::linear: read_linear(in); break;
       case Instruction::net: read_net(in); break;
       case Instruction::additive: read_additive(in); break;
+      case Instruction::multiplicative: read_additive(in); break;
       case Instruction::affine: read_affine(in); break;
       case Instruction::spline: read_spline(in); break;
       case Instruction::autoregressive: read_autoregressive(in); break;
@@ -354,7 +355,14 @@ class Reader {
   void read_affine(ProgramInstruction& in) {
     take_params(in, 2 * in.count);
     const int map = words_.below(std::size(kScaleMapNames));
-    in.packing = Packing(words_.below(std::size(kPackingNames)));
+    // behind the packings of couplings: pairs with the scale first
+    const int packing = words_.below(std::size(kPackingNames) + 1), last = int(std::size(kPackingNames));
+    const bool pairs = packing == int(Packing::interleaved) || packing == last;
+    const bool shift_first = packing == int(Packing::interleaved) || packing == int(Packing::shift_scale);
+    const int64_t second = pairs ? 1 : in.count;
+    in.shift_from = shift_first ? 0 : second;
+    in.scale_from = shift_first ? second : 0;
+    in.params_step = pairs ? 2 : 1;
     in.map_arg = words_.real();
     in.map = resolve(map, in.map_arg);
     in.shift_first = words_.flag();
@@ -381,6 +389,8 @@ class Reader {
     form.constants = spline_constants(form.variant, form.bins, param_scale, min_bin, min_slope);
     read_numbers(in, 2 * bins + slopes);
     form.inverse = words_.flag();
+    in.zero_outside = words_.flag();
+    require(!in.zero_outside || given > 0);
     std::vector<ProgramSplineEnds>& ends = ends_.emplace_back();
     for (int64_t i = 0; i < in.count; ++i) {
       const double bound = bounds[bounds.size() == 1 ? 0 : size_t(i)];

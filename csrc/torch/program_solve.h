@@ -36,7 +36,7 @@ class Solve {
     for (int64_t i = 0; i < transform.count; ++i) of_column[size_t(transform.columns[i])] = generations[size_t(i)];
     // affine ones may have the numbers of a kind next to each other
     const bool spline = transform.kind == Instruction::spline;
-    const bool columns = spline || transform.packing == Packing::interleaved;
+    const bool columns = spline || transform.params_step == 2;
     each_ = spline ? spline_params(transform.spline.bins, transform.spline.tails) : 2;
     for (int64_t j = 0; j < each_ * transform.count; ++j) {
       const int64_t i = columns ? j / each_ : j % transform.count;
@@ -152,6 +152,7 @@ class Solve {
   }
 
   void set_transforms(const ProgramInstruction& transform, const Integers& generations) {
+    const bool spline = transform.kind == Instruction::spline;
     int64_t saved = transform.saved, params = parts.back().out;
     for (int64_t g = 1; g <= solve.generations; ++g) {
       Integers& some = columns_.emplace_back();
@@ -167,6 +168,8 @@ class Solve {
       in.count = int64_t(some.size());
       in.saved = saved;
       in.params = params;
+      // a block of shifts and one of scales
+      if (!spline && in.params_step == 1) (in.shift_from > 0 ? in.shift_from : in.scale_from) = in.count;
       saved += in.count;
       params += each_ * in.count;
       transforms_.push_back(in);

@@ -49,7 +49,10 @@ class Fuser:
             fuser = here()
             assert fuser is not None
             now = fuser.now(fuser.root())
-            return now is not None and now[0].whole is not None and now[0].whole.code(key, now[1]) is not None
+            run = None if now is None else now[0].whole
+            if now is None or run is None or run.checks or run.waits(key[2]):
+                return False
+            return run.code(key, now[1]) is not None
 
         self.prepare = prepare
 
@@ -82,7 +85,7 @@ class Fuser:
         structure, weights = now
         if structure.whole is None:
             return structure.run_parts(x, given, key, weights) if prior is None else None
-        if self.frozen:
+        if self.frozen and not structure.whole.checks:
             return self._run_frozen(structure.whole, x, context, key, weights)
         return structure.whole.call(x, context, key, weights)
 
@@ -102,24 +105,22 @@ class Fuser:
             return None
         assert self.structure is not None and self.structure.whole is not None
         run, inverse = self.structure.whole, key[2]
-        if not inverse and any([at(root, path).may_start for path, _ in run.starts]):
+        # what may have to be initialised by the next call is guarded
+        if not inverse and any([getattr(at(root, start.path), "may_start", False) for start in run.starts]):
             return None
         weights = self.structure.look.watch.traced_weights(root)
         if not all([w.dtype == x.dtype and w.device == x.device for w in weights]):
             return None
-        tensors = [weights[place] for place in run.places]
-        for path, _, compute in run.computed:
-            tensors += compute(at(root, path), inverse)
-        return run_program(x, context, tensors, run.codes[key])
+        return run_program(x, context, run.traced_weights(root, weights, key), run.codes[key])
 
     def _run_frozen(
         self, run: Run, x: Tensor, context: Tensor | None, key: Key, weights: list[Tensor]
     ) -> Result | None:
-        code = run.code(key, weights)
+        code = None if run.waits(key[2]) else run.code(key, weights)
         if code is None:
             return None
         # a tensor that is made in inference mode cannot be saved for a backward
         with torch.inference_mode(False), torch.no_grad():
-            kept = [tensor.detach() for tensor in run.tensors(weights, key[2])], code
+            kept = [tensor.detach() for tensor in run.weights(weights, key)], code
         self.snapshots[key, x.dtype, x.device] = kept
         return run_program(x, context, *kept)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,21 +12,41 @@ from torch import Tensor, nn
 from .. import _backend
 from .. import program as p
 from .._autograd import pick
+from .._checks import uncast
 from .._schemas import PRIORS
 from .._torch import any_global_module_hook, under_transform
 from ..ops.flow_program import _run as run_program
 from ..ops.flow_program import code_of
-from ._watch import Path
+from ._watch import Path, at
 
 Write = Callable[["Tape"], None]
+Parts = Sequence[p.Part]
 Key = tuple[int, int, bool, "str | None"]  # columns, columns of the context, inverse, prior
 Result = tuple[Tensor, Tensor]
+
+BASE = "base"  # in place of a prior: the base distribution that the run has
 
 PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 class DoesNotFit(Exception):
     """The layers do not take this input; running them says why."""
+
+
+class Conditioner(NamedTuple):
+    """A network that a transform is computed by.
+
+    Attributes:
+        given: its parts when it is called with a context; None if it takes none.
+        alone: its parts without; None if it needs one.
+        joins: whether a context is among the inputs of the first part.
+        blind: whether it reads nothing but the context.
+    """
+
+    given: tuple[p.Part, ...] | None
+    alone: tuple[p.Part, ...] | None
+    joins: bool = False
+    blind: bool = False
 
 
 class Tape:
@@ -35,12 +56,11 @@ class Tape:
         order: which column of the state is each column of the input of the next layer.
         context: columns of the context, 0 for none.
         inverse: direction of the layers.
-        computed: place of the first weight that is computed at every call.
     """
 
-    def __init__(self, columns: int, context: int, inverse: bool, computed: int) -> None:
+    def __init__(self, columns: int, context: int, inverse: bool) -> None:
         self.order = tuple(range(columns))
-        self.context, self.inverse, self.computed = context, inverse, computed
+        self.context, self.inverse = context, inverse
         self.instructions: list[p.Instruction] = []
 
     def add(self, instruction: p.Instruction) -> None:
@@ -60,19 +80,62 @@ class Tape:
             order[::2], order[1::2] = first, second
         self.order = tuple(order)
 
-    def conditioner(self, kept: p.Columns, context: bool, layers: tuple[p.Dense, ...]) -> None:
-        # a network that takes a context needs one, and others take none
-        if context != bool(self.context):
+    def at(self, places: Sequence[int]) -> p.Columns:
+        """Return the columns at these places of the next layer's input."""
+        return tuple([self.order[place] for place in places])
+
+    def fit(self, columns: int) -> None:
+        """Require so many columns."""
+        if columns != len(self.order):
             raise DoesNotFit
-        self.add(p.Net(kept, context, layers))
+
+    def permute(self, places: Sequence[int]) -> None:
+        """Let the next layer see the columns at these places."""
+        self.fit(len(places))
+        self.order = self.at(places)
+
+    def within(self, columns: p.Columns, write: Write) -> None:
+        """Write a layer of some columns, which it does not permute."""
+        order, self.order = self.order, columns
+        write(self)
+        self.order = order
+
+    def net(self, kept: p.Columns, net: Conditioner, before: Parts = (), after: Parts = ()) -> None:
+        """Write a network of some columns, between more parts."""
+        self.add(self.net_of(kept, net, before, after))
+
+    def net_of(self, kept: p.Columns, net: Conditioner, before: Parts = (), after: Parts = ()) -> p.Net:
+        parts = net.given if self.context else net.alone
+        if parts is None:
+            raise DoesNotFit
+        joins = net.joins and self.context > 0
+        return p.Net(() if net.blind else kept, joins, (*before, *parts, *after))
 
 
 class Computed(NamedTuple):
-    """Weights that a layer computes from its parameters at every call."""
+    """Weights that a layer computes from its tensors at every call."""
 
     path: Path
     layer: nn.Module
-    compute: Callable[[Any, bool], tuple[Tensor, ...]]  # of the layer and the direction
+    compute: Callable[[Any, bool, int], tuple[Tensor, ...]]  # of the layer, the direction and the number of columns
+    flipped: bool  # whether its direction is not the run's
+
+
+class Start(NamedTuple):
+    """A layer that runs as it is while a batch has to initialise it."""
+
+    path: Path
+    layer: nn.Module
+    pending: Callable[[Any, bool], bool]  # of the layer and the direction
+    flipped: bool
+
+
+class Base(NamedTuple):
+    """The base distribution of a run's results, and how many places and computed weights there are without it."""
+
+    write: Write
+    places: int
+    computed: int
 
 
 class Run:
@@ -81,10 +144,15 @@ class Run:
     Attributes:
         layers: with their paths.
         writes: what writes the instructions of each.
-        places: those of the program's weights among all parameters that are watched.
-        computed: of its weights behind these; `n_computed` tensors.
+        places: those of the program's weights among all tensors that are watched, and behind them from the end the
+            `n_computed` that are computed.
+        computed: what computes these.
         starts: layers that the first batch may initialise.
         conditioners: how many networks it has.
+        base: the base distribution, if the run ends with it.
+        columns: for how many columns it is, 0 if it does not matter.
+        checks: whether nan may stand for an error of a layer.
+        masks: of the weights at some places, as they were looked at.
     """
 
     def __init__(self) -> None:
@@ -92,49 +160,87 @@ class Run:
         self.writes: list[Write] = []
         self.places: list[int] = []
         self.computed: list[Computed] = []
-        self.starts: list[tuple[Path, Any]] = []
-        self.conditioners = self.n_computed = 0
+        self.starts: list[Start] = []
+        self.conditioners = self.n_computed = self.columns = 0
+        self.base: Base | None = None
+        self.checks = False
+        self.masks: dict[int, Tensor] = {}
         self.codes: dict[Key, str | None] = {}
-        self._pick: Callable[[list[Tensor]], list[Tensor]] | None = None
+        self._picks: dict[bool, Callable[[list[Tensor]], list[Tensor]]] = {}
 
     def program(self, columns: int, context: int, inverse: bool, prior: str | None = None) -> p.Program:
         """Return the program; raise DoesNotFit if the layers do not take a context, or need one."""
-        tape = Tape(columns, context, inverse, len(self.places))
+        tape = Tape(columns, context, inverse)
         for write in reversed(self.writes) if inverse else self.writes:
             write(tape)
         if prior is None:
             return p.Program(columns, context, tape.order, tuple(tape.instructions))
         # nothing but the density is stored
-        tape.add(p.Prior(tape.order, PRIORS.index(prior)))
+        if prior != BASE:
+            tape.add(p.Prior(tape.order, PRIORS.index(prior)))
+        elif self.base is None:
+            raise DoesNotFit
+        else:
+            self.base.write(tape)
         return p.Program(columns, context, (), tuple(tape.instructions))
 
-    def code(self, key: Key, parameters: list[Tensor]) -> str | None:
+    def code(self, key: Key, tensors: list[Tensor]) -> str | None:
         """Return the program's code, None if the layers do not take such an input."""
         if key not in self.codes:
             try:
                 program = self.program(*key)
                 with torch.no_grad():
-                    self.codes[key] = code_of(program, self.tensors(parameters, key[2]))
+                    self.codes[key] = code_of(program, self.weights(tensors, key))
             except (DoesNotFit, ValueError):
                 self.codes[key] = None
         return self.codes[key]
 
-    def tensors(self, parameters: list[Tensor], inverse: bool) -> list[Tensor]:
+    def weights(self, tensors: list[Tensor], key: Key) -> list[Tensor]:
         """Return the weights of the program."""
-        if self._pick is None:
-            self._pick = pick(self.places)
-        tensors = [*self._pick(parameters)]
-        for _, layer, compute in self.computed:
-            tensors += compute(layer, inverse)
-        return tensors
+        of_base = key[3] == BASE
+        if of_base not in self._picks:
+            self._picks[of_base] = pick(self._parts(of_base)[0])
+        every = tensors if not self.computed else [*tensors, *self.made(key, tensors)]
+        return [*self._picks[of_base](every)]
 
-    def call(self, x: Tensor, context: Tensor | None, key: Key, parameters: list[Tensor]) -> Result | None:
+    def traced_weights(self, root: nn.Module, tensors: list[Tensor], key: Key) -> list[Tensor]:
+        """Return the same in a trace of dynamo, which does not trace what `pick` returns."""
+        every = [*tensors, *self.made(key, tensors, root)]
+        return [every[place] for place in self._parts(key[3] == BASE)[0]]
+
+    def made(self, key: Key, tensors: list[Tensor], root: nn.Module | None = None) -> list[Tensor]:
+        """Return the weights that are computed, the last one first; from layers below the root if it is given."""
+        columns, _, inverse, prior = key
+        made: list[Tensor] = []
+        computed = self._parts(prior == BASE)[1]
+        if not computed:
+            return made
+        # autocast would cast products of matrices
+        casts = tensors[0].is_cpu and torch.is_autocast_enabled("cpu")
+        with uncast(tensors[0]) if casts else contextlib.nullcontext():
+            for path, layer, compute, flipped in computed:
+                made += compute(layer if root is None else at(root, path), inverse != flipped, columns)
+        return made[::-1]
+
+    def _parts(self, of_base: bool) -> tuple[list[int], list[Computed]]:
+        """Return places and computed weights, with those of the base distribution or without."""
+        if of_base or self.base is None:
+            return self.places, self.computed
+        return self.places[: self.base.places], self.computed[: self.base.computed]
+
+    def waits(self, inverse: bool) -> bool:
+        """Whether a batch has to initialise a layer."""
+        return any([pending(layer, inverse != flipped) for _, layer, pending, flipped in self.starts])
+
+    def call(self, x: Tensor, context: Tensor | None, key: Key, tensors: list[Tensor]) -> Result | None:
         """Return what the layers do, None if they have to run."""
-        inverse = key[2]
-        if not inverse and any([layer.is_pending for _, layer in self.starts]):
+        if self.starts and self.waits(key[2]):
             return None
-        code = self.code(key, parameters)
-        return None if code is None else run_program(x, context, self.tensors(parameters, inverse), code)
+        code = self.code(key, tensors)
+        if code is None:
+            return None
+        result = run_program(x, context, self.weights(tensors, key), code)
+        return None if self.checks and bool(result[1].isnan().any()) else result
 
     def call_layers(self, x: Tensor, given: tuple[Any, ...], inverse: bool) -> Result:
         """Return what the layers do, layer by layer."""
@@ -170,13 +276,13 @@ def has_kernel(x: Tensor) -> bool:
         return False
 
 
-def fits(x: Tensor, parameters: list[Tensor]) -> bool:
+def fits(x: Tensor, tensors: list[Tensor]) -> bool:
     """Whether all are plain tensors of x's dtype on its device."""
     dtype = x.dtype
-    if not PLAIN.issuperset(map(type, parameters)) or not all([each.dtype is dtype for each in parameters]):
+    if not PLAIN.issuperset(map(type, tensors)) or not all([each.dtype is dtype for each in tensors]):
         return False
     # costs half of a comparison of devices
     if x.is_cpu:
-        return all([each.is_cpu for each in parameters])
+        return all([each.is_cpu for each in tensors])
     device = x.device
-    return all([each.device == device for each in parameters])
+    return all([each.device == device for each in tensors])

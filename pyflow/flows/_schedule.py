@@ -26,7 +26,7 @@ def autoregressive(net: p.Net, transform: p.Transform, context: int, mask: Mask)
     of_numbers = torch.tensor(p.columns_of_numbers(transform), device="cpu")
     reach = _reach(net.parts, reach.view(len(inputs), len(transform.columns)).float(), mask)
     n = len(transform.columns)
-    depends = torch.zeros(n, n).index_add(0, of_numbers, reach) > 0
+    depends = reach.new_zeros(n, n).index_add(0, of_numbers, reach) > 0
     generations = _longest_paths(depends)
     if generations is None:
         return None
@@ -51,12 +51,14 @@ def _reach(parts: Sequence[p.Part], reach: Tensor, mask: Mask) -> Tensor:
 
 def _mask(dense: p.Dense, inputs: int, mask: Mask) -> Tensor:
     found = mask(dense)
-    return torch.ones(dense.size, inputs) if found is None else (found.detach().cpu() != 0).float()
+    if found is None:
+        return torch.ones(dense.size, inputs, dtype=torch.float32, device="cpu")
+    return (found.detach().cpu() != 0).float()
 
 
 def _longest_paths(depends: Tensor) -> list[int] | None:
     """Return for each node of a graph 1 + the most of those that it depends on; None if there is a cycle."""
-    found = torch.ones(len(depends), dtype=torch.int64)
+    found = torch.ones(len(depends), dtype=torch.int64, device="cpu")
     for _ in range(len(depends)):
         longer = torch.where(depends, found, 0).amax(1) + 1
         if torch.equal(longer, found):

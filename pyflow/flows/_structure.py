@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .. import _backend
-from ._lower import Look, NoInstruction
 from ._run import DoesNotFit, Key, Result, Run, fits, has_kernel, may_run
 from ._watch import Path, owned
+from .lower import Look, NoInstruction
 
 
 class Left(NamedTuple):
@@ -45,8 +45,14 @@ class Structure:
         alone = self.parts[0] if len(self.parts) == 1 else None
         self.whole = alone if isinstance(alone, Run) else None
         self.fuses = any(isinstance(part, Run) for part in self.parts)
+        self.base_left: Left | None = None
+        if self.whole is not None and self.look.base is not None:
+            try:
+                self.look.try_base(self.whole)
+            except NoInstruction as why:
+                self.base_left = _left(*self.look.base[:2], why)
 
-    def run_parts(self, x: Tensor, given: tuple[Any, ...], key: Key, parameters: list[Tensor]) -> Result | None:
+    def run_parts(self, x: Tensor, given: tuple[Any, ...], key: Key, tensors: list[Tensor]) -> Result | None:
         """Return what the layers do, with runs as programs; None if there are no runs."""
         if not self.fuses:
             return None
@@ -56,8 +62,8 @@ class Structure:
             result: Any = None
             if isinstance(part, Left):
                 result = part.layer.inverse(x, *given) if inverse else part.layer(x, *given)
-            elif may_run(x, given) and fits(x, parameters):
-                result = part.call(x, context, (x.shape[1], *key[1:]), parameters)
+            elif may_run(x, given) and fits(x, tensors):
+                result = part.call(x, context, (x.shape[1], *key[1:]), tensors)
             x, logdet = part.call_layers(x, given, inverse) if isinstance(part, Run) and result is None else result
             total = logdet + total
         return x, total
@@ -83,7 +89,10 @@ def _left_all(run: Run, reason: str) -> list[Left]:
 
 def explain(root: nn.Module) -> str:
     """Return a line for each run of layers and for each layer that is left, with the reason."""
-    lines = [_line(part) for part in Structure(root).parts]
+    structure = Structure(root)
+    lines = [_line(part) for part in structure.parts]
+    if structure.look.base is not None:
+        lines.append(_base_line(structure, *structure.look.base))
     like = next(root.parameters(), None)
     if like is not None and not has_kernel(like):
         lines.insert(0, f"on {like.device} with pyflow.backend {_backend.current()!r} no program runs, but every layer")
@@ -95,17 +104,32 @@ def _line(part: Run | Left) -> str:
         (first, _), (last, _) = part.layers[0], part.layers[-1]
         where = _name(first) if first == last else f"{_name(first)} to {_name(last)}"
         classes = Counter(layer.__class__.__name__ for _, layer in part.layers)
-        instructions = Counter(type(each).__name__ for each in _instructions(part))
-        return f"{where}: fused, {_counted(classes)} as {_counted(instructions)}"
+        programs = {inverse: _instructions(part, inverse) for inverse in (False, True)}
+        instructions = Counter(type(each).__name__ for each in programs[False] or programs[True] or ())
+        line = f"{where}: fused, {_counted(classes)} as {_counted(instructions)}"
+        left = [name for name, inverse in (("forward", False), ("inverse", True)) if programs[inverse] is None]
+        return f"{line}; its {' and '.join(left)} left" if left else line
     return f"{_name(part.path)} ({part.layer.__class__.__name__}): left, {part.module}{part.reason}"
 
 
-def _instructions(run: Run) -> tuple[Any, ...]:
-    # the kinds of instructions do not depend on the number of columns
-    try:
-        return run.program(2, 0, False).instructions
-    except DoesNotFit:
-        return run.program(2, 1, False).instructions
+def _base_line(structure: Structure, path: Path, base: nn.Module, inverse: bool) -> str:
+    if structure.base_left is not None:
+        return _line(structure.base_left)
+    run = structure.whole
+    if run is None or run.base is None or _instructions(run, inverse) is None:
+        return _line(Left(path, base, "", "the layers before it are not one program"))
+    return f"{_name(path)}: fused, 1 {base.__class__.__name__} in log_prob"
+
+
+def _instructions(run: Run, inverse: bool) -> tuple[Any, ...] | None:
+    """Return the instructions in one direction, None if there are none."""
+    # their kinds depend neither on the number of columns nor on the context's
+    for context in (0, 1):
+        try:
+            return run.program(run.columns or 2, context, inverse).instructions
+        except DoesNotFit:
+            pass
+    return None
 
 
 def _counted(names: Counter[str]) -> str:

@@ -18,7 +18,7 @@ _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "
 
 
 class Watch:
-    """The modules below a root, their parameters, and what of them must stay for a program to be theirs.
+    """The modules below a root, their tensors, and what of them must stay for a program to be theirs.
 
     It refers to the dicts of modules rather than to their entries, so that a call finds what replaced them; the root is
     passed to every call, since it owns the watch.
@@ -37,10 +37,11 @@ class Watch:
         self.parents: list[dict[str, Any]] = []
         self.children: list[list[nn.Module | None]] = []
         self.options: list[tuple[nn.Module | None, Path, Callable[[Any], Any], Any]] = []
-        self.absent: list[tuple[dict[str, Any], str]] = []  # parameters that are None
-        self.parameters: list[tuple[dict[str, Any], str]] = []
+        self.absent: list[tuple[dict[str, Any], str, str]] = []  # parameters and buffers that are None
+        self.tensors: list[tuple[dict[str, Any], str, str]] = []  # parameters and buffers
         self.sites: list[tuple[Path, str]] = []  # the same by path
         self.shapes: list[torch.Size] = []
+        self.read: list[_Read] = []
 
     def module(self, path: Path, module: nn.Module) -> None:
         if not path:
@@ -63,23 +64,28 @@ class Watch:
         self.options.append((module if path else None, path, get, dict(value) if isinstance(value, dict) else value))
         return value
 
-    def parameter(self, path: Path, module: nn.Module, name: str) -> int:
-        """Return the place of a parameter among all, -1 if it is None."""
-        value = module._parameters[name]
+    def tensor(self, path: Path, module: nn.Module, kind: str, name: str) -> int:
+        """Return the place of one of a module's "_parameters" or "_buffers" among all, -1 if it is None."""
+        value = vars(module)[kind][name]
         if value is None:
-            self.absent.append((vars(module), name))
+            self.absent.append((vars(module), kind, name))
             return -1
-        self.parameters.append((vars(module), name))
+        self.tensors.append((vars(module), kind, name))
         self.sites.append((path, name))
         self.shapes.append(value.shape)
-        return len(self.parameters) - 1
+        return len(self.tensors) - 1
+
+    def buffer(self, path: Path, module: nn.Module, name: str) -> Tensor:
+        """Return a buffer that nobody trains, and whose values must stay: a permutation, indices, a mask of columns."""
+        self.read.append(_Read(vars(module), name))
+        return self.read[-1].tensor
 
     def forget(self, count: int) -> None:
-        """Keep the first parameters only."""
-        del self.parameters[count:], self.sites[count:], self.shapes[count:]
+        """Keep the first tensors only."""
+        del self.tensors[count:], self.sites[count:], self.shapes[count:]
 
     def weights(self, root: nn.Module) -> list[Tensor] | None:
-        """Return the parameters as they are now; None if a module, a hook, an option or a shape has changed."""
+        """Return the tensors as they are now; None if a module, a hook, an option or a shape has changed."""
         try:
             same = (
                 type(root) is self.kind
@@ -90,19 +96,20 @@ class Watch:
                 and [*root._modules.values()] == self.children_of_root
                 and [[*space["_modules"].values()] for space in self.parents] == self.children
                 and all([get(root if m is None else m) == value for m, _, get, value in self.options])
-                and all([space["_parameters"][name] is None for space, name in self.absent])
+                and all([space[kind][name] is None for space, kind, name in self.absent])
+                and all([each.stays() for each in self.read])
             )
             if same:
-                weights = [space["_parameters"][name] for space, name in self.parameters]
+                weights = [space[kind][name] for space, kind, name in self.tensors]
                 if [weight.shape for weight in weights] == self.shapes:
                     return weights
-        # a parameter or an option is gone
+        # a tensor or an option is gone
         except (AttributeError, KeyError):
             pass
         return None
 
     def traced_weights(self, root: nn.Module) -> list[Tensor]:
-        """Return the parameters in a trace of dynamo, which guards what it reads: here every class and option."""
+        """Return the tensors in a trace of dynamo, which guards what it reads: here every class and option."""
         for path, kind in zip(self.paths, self.kinds, strict=True):
             assert type(at(root, path)) is kind
         for _, path, get, value in self.options:
@@ -110,11 +117,36 @@ class Watch:
         return [getattr(at(root, path), name) for path, name in self.sites]
 
 
+class _Read:
+    """A buffer whose values were read.
+
+    They are taken to stay while it is the same tensor of the same version, as one that is moved, loaded or written to
+    in place is not; what writes through `.data` or numpy is not seen.
+    """
+
+    def __init__(self, space: dict[str, Any], name: str) -> None:
+        self.space, self.name = space, name
+        self.tensor: Tensor = space["_buffers"][name]
+        self.version, self.values = _version(self.tensor), self.tensor.tolist()
+
+    def stays(self) -> bool:
+        tensor = self.space["_buffers"][self.name]
+        if tensor is self.tensor and _version(tensor) == self.version:
+            return True
+        # DistributedDataParallel writes the same values at every call
+        self.tensor, self.version = tensor, _version(tensor)
+        return self.tensor.tolist() == self.values
+
+
 def at(root: nn.Module, path: Path) -> Any:
     module: Any = root
     for name in path:
         module = getattr(module, name)
     return module
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -6,10 +6,9 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..nn import ActNorm, MaskedAutoregressive
-from . import _lower_autoregressive as _lower_autoregressive
-from ._lower import RULES, STACKS, Look, register
-from ._run import Tape, Write
+from ._run import Write
 from ._watch import Path
+from .lower import RULES, STACKS, Look, register
 from .nets import widths
 from .vectors import VectorFlow, stack_of
 
@@ -160,11 +159,4 @@ register(STACKS, MAF, IAF)(stack_of)
 
 @register(RULES, _Inverted)
 def _inverted(look: Look, path: Path, layer: _Inverted) -> Write:
-    inner = look.layer((*path, "layer"), layer.layer)
-
-    def write(tape: Tape) -> None:
-        tape.inverse = not tape.inverse
-        inner(tape)
-        tape.inverse = not tape.inverse
-
-    return write
+    return look.inverted((*path, "layer"), layer.layer)

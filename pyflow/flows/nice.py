@@ -12,10 +12,11 @@ from ..nn import Scale
 from ..nn._split import divide, join
 from ..ops import additive_coupling, flow_log_prob
 from ..program import Additive
-from ._lower import RULES, Look, NoInstruction, children, register
 from ._run import Tape, Write
 from ._watch import Path
 from .base import Flow
+from .lower import RULES, Look, NoInstruction, children, register
+from .lower.own import own_net
 from .nets import integer, mlp, widths
 
 _SPLITS = ("half", "interleave")
@@ -135,7 +136,7 @@ class NICE(Flow):
 @register(RULES, NICE)
 def _nice(look: Look, path: Path, flow: NICE) -> Write:
     split = look.watch.option(path, flow, lambda m: m.split)
-    nets = [look.conditioner(*net) for net in children(look, (*path, "nets"), flow.nets)]
+    nets = [own_net(look, *net) for net in children(look, (*path, "nets"), flow.nets)]
     if type(flow.scale) is not Scale:
         raise NoInstruction((*path, "scale"), flow.scale, "it is no Scale")
     scale = look.layer((*path, "scale"), flow.scale)
@@ -145,8 +146,8 @@ def _nice(look: Look, path: Path, flow: NICE) -> Write:
         parts = tape.split("half" if tape.inverse else split)
         if tape.inverse:
             scale(tape)
-        for i, (context, layers) in reversed(steps) if tape.inverse else steps:
-            tape.conditioner(parts[i % 2], context, layers)
+        for i, net in reversed(steps) if tape.inverse else steps:
+            tape.net(parts[i % 2], net)
             tape.add(Additive(parts[1 - i % 2], tape.inverse))
         tape.join(*parts, split if tape.inverse else "half")
         if not tape.inverse:

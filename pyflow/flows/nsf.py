@@ -9,8 +9,8 @@ from torch import nn
 from .. import _checks as check
 from ..nn import ActNorm, SplineCoupling
 from ..nn.autoregressive import identity_slopes
-from ._lower import STACKS, register
 from .autoregressive import masked_layers, with_act_norms
+from .lower import STACKS, register
 from .nets import mlp, start_at_zero, widths
 from .vectors import VectorFlow, stack_of
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from .. import _checks as check
 from ..nn import ActNorm, AffineCoupling, ReversibleSequential
-from ._lower import STACKS, Layers, Look, NoInstruction, children, register
 from ._watch import Path
+from .lower import STACKS, Layers, Look, NoInstruction, children, register
 from .multiscale import MultiScale, Squeeze, check_images
 from .nets import conv_net, counts, mlp, start_at_zero, widths
 

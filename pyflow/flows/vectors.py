@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..nn import ReversibleSequential
-from ._lower import Layers, Look
 from ._watch import Path
 from .base import Flow
+from .lower import Layers, Look
 
 
 class VectorFlow(Flow):

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._operators import register
-from .._schemas import PACKINGS, PRIORS, SCALE_MAPS, SPLINE_VARIANTS, TAILS
+from .._schemas import PRIORS, SCALE_MAPS, SPLINE_VARIANTS, TAILS
 from .._torch import evaluated_while_traced, is_batched_gradient
 from ..program import (
     ACTIVATIONS,
+    PACKINGS,
     Activation,
     Additive,
     Affine,
@@ -27,6 +28,7 @@ from ..program import (
     Elementwise,
     Instruction,
     Linear,
+    Multiplicative,
     Net,
     Norm,
     Part,
@@ -303,6 +305,10 @@ class _Checker:
         self.takes(self.columns(additive.columns))
         self.flags(additive, "inverse")
 
+    def multiplicative(self, multiplicative: Multiplicative) -> None:
+        self.takes(self.columns(multiplicative.columns))
+        self.flags(multiplicative, "inverse")
+
     def affine(self, affine: Affine) -> None:
         self.takes(2 * self.columns(affine.columns))
         self.index("scale_map", affine.scale_map, SCALE_MAPS)
@@ -342,7 +348,9 @@ class _Checker:
         else:
             self.weight("params", spline.params, (n, 2 * bins + spline.slopes))
             self.tables.append((self.where, spline.params))
-        self.flags(spline, "inverse")
+        self.flags(spline, "inverse", "zero_outside")
+        if spline.zero_outside and not spline.tails:
+            self.fail("zero_outside must be false without tails, got True")
 
     def autoregressive(self, inverse: Autoregressive) -> None:
         net, transform = inverse.net, inverse.transform

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._schemas import PACKINGS, PRIORS, SCALE_MAPS, SPLINE_VARIANTS
+from .._schemas import PRIORS, SCALE_MAPS, SPLINE_VARIANTS
 from ..program import (
+    PACKINGS,
     Activation,
     Additive,
     Affine,
@@ -20,6 +21,7 @@ from ..program import (
     Elementwise,
     Instruction,
     Linear,
+    Multiplicative,
     Net,
     Norm,
     Part,
@@ -137,7 +139,7 @@ def _step(
 
 
 def _numbers(
-    transform: Additive | Transform, x: Tensor, params: Tensor, weights: Sequence[Tensor]
+    transform: Additive | Multiplicative | Transform, x: Tensor, params: Tensor, weights: Sequence[Tensor]
 ) -> Tensor:  # fmt: skip
     """Return what a transform takes: the last conditioner's numbers, or in every row those of a weight."""
     if isinstance(transform, Spline) and transform.params >= 0:
@@ -145,25 +147,43 @@ def _numbers(
     return params
 
 
-def _transformed(transform: Additive | Transform, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+def _transformed(transform: Additive | Multiplicative | Transform, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(transform, Additive):
         return additive_coupling(x, params, inverse=transform.inverse), x.new_zeros(())
+    if isinstance(transform, Multiplicative):
+        log_scale = -params if transform.inverse else params
+        return x * torch.exp(log_scale), log_scale.sum(1)
     if isinstance(transform, Spline):
-        return rq_spline(x, *_spline_inputs(transform, x, params), **_spline_options(transform))
-    return affine_coupling_packed(x, params, **_options(transform), mask=None)
+        y, more = rq_spline(x, *_spline_inputs(transform, x, params), **_spline_options(transform))
+        return _where_inside(transform, x, y), more
+    return affine_coupling_packed(x, _paired(transform, params), **_options(transform), mask=None)
+
+
+def _paired(affine: Affine, numbers: Tensor) -> Tensor:
+    """Swap the numbers of pairs with the scale first, or their gradients."""
+    if PACKINGS[affine.packing] != "interleaved_scale_shift":
+        return numbers
+    return numbers.unflatten(1, (-1, 2)).flip(2).flatten(1)
 
 
 def _pulled(
-    transform: Additive | Transform, grad: Tensor, logdet: Tensor, x: Tensor, params: Tensor
+    transform: Additive | Multiplicative | Transform, grad: Tensor, logdet: Tensor, x: Tensor, params: Tensor
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradients of a transform's columns and of the numbers that it takes."""
     if isinstance(transform, Additive):
         return grad, -grad if transform.inverse else grad
+    if isinstance(transform, Multiplicative):
+        sign = -1 if transform.inverse else 1
+        scaled = grad * torch.exp(sign * params)
+        return scaled, sign * (scaled * x + logdet[:, None])
     if isinstance(transform, Spline):
-        inputs = _spline_inputs(transform, x, params)
+        inputs, grad = _spline_inputs(transform, x, params), _where_inside(transform, x, grad)
         grad, of_params = rq_spline_backward(grad, logdet, x, *inputs, **_spline_options(transform))
         return grad, of_params.flatten(1)
-    return affine_coupling_packed_backward(grad, logdet, x, params, **_options(transform), mask=None)
+    grad, of_params = affine_coupling_packed_backward(
+        grad, logdet, x, _paired(transform, params), **_options(transform), mask=None
+    )
+    return grad, _paired(transform, of_params)
 
 
 def _solved(
@@ -197,7 +217,8 @@ def _conditioned(net: Net, h: Tensor, context: Tensor | None, weights: Sequence[
 
 def _options(affine: Affine) -> dict:
     return {
-        "packing": PACKINGS[affine.packing], "dim": 1, "scale_map": SCALE_MAPS[affine.scale_map],
+        "packing": PACKINGS[affine.packing].removesuffix("_scale_shift"), "dim": 1,
+        "scale_map": SCALE_MAPS[affine.scale_map],
         "map_arg": affine.map_arg, "shift_first": affine.shift_first, "inverse": affine.inverse, "event_dims": 1,
     }  # fmt: skip
 
@@ -216,6 +237,13 @@ def _spline_inputs(spline: Spline, x: Tensor, params: Tensor) -> tuple[Tensor, T
     differ = spline.tails and len({*spline.bound}) > 1
     bounds = torch.tensor(spline.bound, dtype=x.dtype, device=x.device) if differ else None
     return params.unflatten(1, (len(spline.columns), -1)), bounds, None
+
+
+def _where_inside(spline: Spline, x: Tensor, y: Tensor) -> Tensor:
+    """Return y, or 0 where x is out of the bound if the spline says so."""
+    if not spline.zero_outside:
+        return y
+    return torch.where(x.abs() <= torch.tensor(spline.bound, dtype=x.dtype, device=x.device), y, 0.0)
 
 
 def _scale(scale: Scale, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

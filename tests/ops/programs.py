@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflow._schemas import PACKINGS, PRIORS, SCALE_MAPS, SPLINE_VARIANTS, TAILS
+from pyflow._schemas import PRIORS, SCALE_MAPS, SPLINE_VARIANTS, TAILS
 from pyflow.flows import _schedule
 from pyflow.program import (
     ACTIVATIONS,
+    PACKINGS,
     Activation,
     Additive,
     Affine,
@@ -21,6 +22,7 @@ from pyflow.program import (
     Elementwise,
     Instruction,
     Linear,
+    Multiplicative,
     Net,
     Part,
     Periodic,
@@ -247,7 +249,7 @@ def drawn(one: Callable[..., Any], build: Builder, steps: int, invertible: bool 
             if invertible:
                 chosen = chosen[: build.columns - 1]
             seen = [c for c in columns if c not in chosen] if invertible else some(0)
-            transform = one("affine", "additive", "spline")
+            transform = one("affine", "additive", "multiplicative", "spline")
             context = build.context > 0 and one(True, False)
             asked |= context
             splined = spline(chosen, False) if transform == "spline" else None
@@ -261,7 +263,8 @@ def drawn(one: Callable[..., Any], build: Builder, steps: int, invertible: bool 
             elif transform == "affine":
                 instructions.append(build.affine(chosen, one(*SCALE_MAPS), one(*PACKINGS), **options))
             else:
-                instructions.append(Additive(tuple(chosen), options["inverse"]))
+                kind = Additive if transform == "additive" else Multiplicative
+                instructions.append(kind(tuple(chosen), options["inverse"]))
     outputs = columns if invertible or one(True, False) else some(0)
     program = build.program(*instructions, outputs=outputs)
     return program if asked else program._replace(context=0)

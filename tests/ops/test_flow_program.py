@@ -15,8 +15,21 @@ from hypothesis import strategies as st
 
 import pyflow
 from pyflow import _backend, ops, testing
-from pyflow._schemas import PACKINGS, PRIORS, SCALE_MAPS
-from pyflow.program import ACTIVATIONS, Additive, Affine, Dense, Linear, Net, Prior, Program, Scale, Spline
+from pyflow._schemas import PRIORS, SCALE_MAPS
+from pyflow.program import (
+    ACTIVATIONS,
+    PACKINGS,
+    Additive,
+    Affine,
+    Dense,
+    Linear,
+    Multiplicative,
+    Net,
+    Prior,
+    Program,
+    Scale,
+    Spline,
+)  # fmt: skip
 from pyflow.reference import flow_program as ref
 
 from .programs import Builder, drawn, inverse_of
@@ -194,6 +207,15 @@ def test_affine(scale_map, dtype):
                 net, build.affine((5, 1, 2, 0, 6), scale_map, packing, shift_first=first, inverse=inverse)
             )
             check_built(build, program, 21, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_multiplicative(dtype):
+    for inverse in (False, True):
+        for columns in [(1,), (5, 1, 2, 0, 6), tuple(range(40))]:
+            build = Builder(40)
+            net = build.net((0, 3), [12, len(columns)], "elu")
+            check_built(build, build.program(net, Multiplicative(columns, inverse)), 21, dtype)
 
 
 @pytest.mark.parametrize("scale_map, arg", [("sigmoid", 1e-3), ("softplus", 0.1), ("tanh", 0.5), ("softsign", 7.0)])
@@ -920,7 +942,7 @@ BAD = [
     (of(NET, Additive((1, 2), 0.0)), ValueError, "instruction 1, Additive: inverse must be true or false, got 0.0"),
     (of(NET, Affine((1, 2), 0, 0, 0.0)), ValueError, "instruction 1, Affine: the conditioner before it must return 4 numbers, got 2"),
     (of(NET, Affine((1,), 8, 0, 0.0)), ValueError, "instruction 1, Affine: scale_map must be 0 to 7, got 8"),
-    (of(NET, Affine((1,), 0, 3, 0.0)), ValueError, "instruction 1, Affine: packing must be 0 to 2, got 3"),
+    (of(NET, Affine((1,), 0, 4, 0.0)), ValueError, "instruction 1, Affine: packing must be 0 to 3, got 4"),
     (of(NET, Affine((1,), 0, 0, -1.0)), ValueError, "instruction 1, Affine: map_arg must be a number, at least 0 and finite, got -1.0"),
     (of(NET, Affine((1,), 0, 0, math.nan)), ValueError, "instruction 1, Affine: map_arg must be a number, at least 0 and finite, got nan"),
     (of(NET, Affine((1,), SCALE_MAPS.index("tanh"), 0, 0.0)), ValueError, "instruction 1, Affine: map_arg must be positive for tanh, got 0.0"),

@@ -79,6 +79,24 @@ def test_numbers_of_a_conditioner(variant, tails, inverse, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("tails", [*TAILS, "list"])
+def test_zero_outside(tails, own, dtype):
+    for inverse in (False, True):
+        # narrow bins and steep slopes lose digits
+        build, spline = built(tails, inverse=inverse, own=own, param_scale=0.3, min_bin=0.05, min_slope=0.1)
+        zero, columns = spline._replace(zero_outside=True), list(COLUMNS)
+        nets = () if own else (build.net((0, 3), [9, 3 * (2 * spline.bins + spline.slopes)]),)
+        check_built(build, build.program(*nets, zero), 67, dtype)
+        x, weights = drawn_rows(build, 67, dtype, tails), [w.to(dtype) for w in build.weights]
+        x[:2, 4], x[2, 1] = torch.tensor([1.5, -1.5]), math.nan
+        got, want = (ops.flow_program(x, build.program(*nets, one), weights) for one in (zero, spline))
+        outside = ~(x[:, columns].abs() <= torch.tensor(BOUNDS))
+        assert got[0][:, columns].equal(want[0][:, columns].masked_fill(outside, 0)) and 0 < outside.sum() < 200
+        assert got[1].equal(want[1]) and not outside[:2, 0].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant, tails, inverse", FORMS)
 def test_numbers_of_a_weight(variant, tails, inverse, dtype):
     for bins, batch in [(8, 150), (2, 1), (32, 33)]:
@@ -301,6 +319,8 @@ def of(*instructions):
 
 
 BAD = [
+    (of(PLAIN._replace(tails=(), slopes=5, zero_outside=True)), "instruction 0, Spline: zero_outside must be false without tails, got True"),
+    (of(PLAIN._replace(zero_outside=0.5)), "instruction 0, Spline: zero_outside must be true or false, got 0.5"),
     (of(PLAIN._replace(columns=())), r"instruction 0, Spline: columns must be at least one, got \(\)"),
     (of(PLAIN._replace(columns=(0, 0))), r"instruction 0, Spline: columns must differ, got \(0, 0\)"),
     (of(PLAIN._replace(columns=(0, 3))), r"instruction 0, Spline: columns must be 0 to 2, got \(0, 3\)"),

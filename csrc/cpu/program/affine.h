@@ -8,12 +8,8 @@ namespace pyflow::PYFLOW_ISA {
 template <>
 struct Rule<Instruction::affine> {
   // places of shift and scale of column i
-  static int64_t shift_at(const ProgramInstruction& in, int64_t i) {
-    return in.packing == Packing::interleaved ? 2 * i : in.packing == Packing::shift_scale ? i : in.count + i;
-  }
-  static int64_t scale_at(const ProgramInstruction& in, int64_t i) {
-    return in.packing == Packing::interleaved ? 2 * i + 1 : in.packing == Packing::shift_scale ? in.count + i : i;
-  }
+  static int64_t shift_at(const ProgramInstruction& in, int64_t i) { return in.shift_from + in.params_step * i; }
+  static int64_t scale_at(const ProgramInstruction& in, int64_t i) { return in.scale_from + in.params_step * i; }
 
   template <ScaleMap M, bool Inverse, bool ShiftFirst, class T>
   static void run(const ProgramTile<T>& t, const ProgramInstruction& in) {

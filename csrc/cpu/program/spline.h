@@ -34,6 +34,13 @@ struct Rule<Instruction::spline> {
     for (int64_t j = 0; j < numbers(in); ++j) fill(to[j], from[j], kWidth<T>);
   }
 
+  // 0 outside of the ends
+  template <class T>
+  static void clear_outside(const Used<T, kWidth<T>>& used, T* __restrict values) {
+#pragma omp simd
+    for (int r = 0; r < kWidth<T>; ++r) values[r] = used.used[r] == T(0) ? T(0) : values[r];
+  }
+
   template <SplineVariant V, bool Inverse, class T>
   static void run(const ProgramTile<T>& t, const ProgramInstruction& in) {
     constexpr int W = kWidth<T>;
@@ -67,6 +74,7 @@ struct Rule<Instruction::spline> {
         find_bins<V, Inverse>(form, c, e, x, p, p + 2 * form.bins, total, bins);
         set_slopes<V>(bins, c);
         transform<Inverse>(bins, used, x, y, g);
+        if (in.zero_outside) clear_outside(used, y);
         copy_column(y, x);
         add_column(g, sum + b * W);
       }
@@ -118,6 +126,7 @@ struct Rule<Instruction::spline> {
         set_slope_rates<V>(bins, c, d.d0, d.d1);
         set_slopes<V>(bins, c);
         bin_gradients<Inverse>(bins, form.bins, used, x, g, t.grad_logdet + b * W, d, gx);
+        if (in.zero_outside) clear_outside(used, gx);
         copy_column(gx, g);
         copy_rows<T>(p, 2 * form.bins, grad);
         logit_gradients<V>(grad, parts, form.bins, c, total.w, e, used, bins.k, d.x0, d.x1, none);

@@ -22,6 +22,8 @@ class Flow {
     linear({4, 1, 0, 6, 3});
     every_part({0, 2}, Activation((map + 4) % 9), options & 1);
     add(Instruction::additive, {5, 1, 4}, inverse, false);
+    net({4, 0}, false, {kHidden, 2}, Activation::tanh);
+    add(Instruction::multiplicative, {2, 5}, inverse, false);
     net({3, 6}, false, {2 * spline_params(kBins, tails_of(map))}, Activation::identity);
     spline({4, 0}, map, inverse, false);
     spline({2, 1, 6, 3}, map + 1, inverse, true);
@@ -213,7 +215,10 @@ class Flow {
   static void set_affine(ProgramInstruction& affine, int map) {
     affine.map = ScaleMap(map);
     affine.map_arg = affine.map == ScaleMap::sigmoid_eps || affine.map == ScaleMap::softplus_eps ? 0.01 : 2.0;
-    affine.packing = Packing(map % 3);
+    const int64_t second = map % 2 ? affine.count : 1;  // blocks or pairs
+    affine.shift_from = map % 4 < 2 ? 0 : second;
+    affine.scale_from = map % 4 < 2 ? second : 0;
+    affine.params_step = map % 2 ? 1 : 2;
   }
 
   // two generations of one column each, 1 and 3, whose numbers see column 4, and then column 1 too

@@ -1,0 +1,130 @@
+"""Flows of other packages: the methods of their classes, run on an object that has their layers fused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._run import BASE
+from .lower import named
+
+
+class Stand:
+    """Stands for a flow in the methods of its class, and has what the flow has.
+
+    Args:
+        fused: the module that holds the flow.
+    """
+
+    def __init__(self, fused: Any) -> None:
+        self._fused = fused
+
+    def __getattr__(self, name: str) -> Any:
+        flow = self._fused.flow
+        found = getattr(type(flow), name, None)
+        # what every module has is the flow's
+        if not isinstance(found, FunctionType) or name in vars(flow) or found is getattr(nn.Module, name, None):
+            return getattr(flow, name)
+        return MethodType(found, self)
+
+    def _density(self, x: Any, context: Any, inverse: bool) -> Tensor | None:
+        """Return the log-density of x by one program, None if the layers or the base distribution have to run."""
+        result = self._fused._program(x, () if context is None else (context,), inverse, BASE)
+        return None if result is None else result[1]
+
+
+class _Layers:
+    """The layers of a flow as one."""
+
+    def __init__(self, fused: Any, layers: Iterable[nn.Module]) -> None:
+        self.fused, self.layers = fused, [*layers]
+
+    def forward(self, x: Any, **named: Any) -> tuple[Any, Any]:
+        return self._call(x, named, False)
+
+    def inverse(self, x: Any, **named: Any) -> tuple[Any, Any]:
+        return self._call(x, named, True)
+
+    __call__ = forward
+
+    def _call(self, x: Any, named: dict[str, Any], inverse: bool) -> tuple[Any, Any]:
+        result = self.fused._program(x, tuple([each for each in named.values() if each is not None]), inverse)
+        if result is not None:
+            return result
+        total: Any = 0
+        for layer in reversed(self.layers) if inverse else self.layers:
+            x, logdet = layer.inverse(x, **named) if inverse else layer(x, **named)  # type: ignore[operator]
+            total = total + logdet
+        return x, total
+
+
+class _Nflows(Stand):
+    @property
+    def _transform(self) -> _Layers:
+        return _Layers(self._fused, [self._fused.flow._transform])
+
+    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
+        context = self._embedding_net(context)
+        nats = self._density(inputs, context, inverse=False)
+        if nats is None:
+            noise, logdet = self._transform(inputs, context=context)
+            nats = self._distribution.log_prob(noise, context=context) + logdet
+        return nats
+
+
+class _Glasflow(Stand):
+    @property
+    def _transform(self) -> _Layers:
+        return _Layers(self._fused, [self._fused.flow._transform])
+
+    def log_prob(self, inputs: Any, conditional: Any = None) -> Tensor:
+        nats = self._density(inputs, conditional, inverse=False)
+        return type(self._fused.flow).log_prob(self, inputs, conditional) if nats is None else nats
+
+
+class _Normflows(Stand):
+    @property
+    def flows(self) -> list[_Layers]:
+        return [_Layers(self._fused, self._fused.flow.flows)]
+
+    def log_prob(self, x: Any) -> Tensor:
+        return self._or_layers("log_prob", self._density(x, None, inverse=True), x)
+
+    def forward_kld(self, x: Any) -> Tensor:
+        return self._or_layers("forward_kld", _kld(self._density(x, None, inverse=True)), x)
+
+    def _or_layers(self, method: str, result: Tensor | None, *args: Any) -> Tensor:
+        return getattr(type(self._fused.flow), method)(self, *args) if result is None else result
+
+
+class _ConditionalNormflows(_Normflows):
+    def log_prob(self, x: Any, context: Any = None) -> Tensor:
+        return self._or_layers("log_prob", self._density(x, context, inverse=True), x, context)
+
+    def forward_kld(self, x: Any, context: Any = None) -> Tensor:
+        return self._or_layers("forward_kld", _kld(self._density(x, context, inverse=True)), x, context)
+
+
+def _kld(nats: Tensor | None) -> Tensor | None:
+    # normflows adds in the default dtype
+    return None if nats is None else -torch.mean(nats.to(torch.get_default_dtype()))
+
+
+_STANDS: dict[str, type[Stand]] = {
+    "nflows.flows.base.Flow": _Nflows,
+    "nflows.flows.realnvp.SimpleRealNVP": _Nflows,
+    "nflows.flows.autoregressive.MaskedAutoregressiveFlow": _Nflows,
+    "glasflow.flows.realnvp.RealNVP": _Glasflow,
+    "glasflow.flows.nsf.CouplingNSF": _Glasflow,
+    "normflows.core.NormalizingFlow": _Normflows,
+    "normflows.core.ConditionalNormalizingFlow": _ConditionalNormflows,
+}
+
+
+def stand_of(flow: object) -> type[Stand] | None:
+    """Return what stands for a flow of another package, None for another object."""
+    return _STANDS.get(named(type(flow)))

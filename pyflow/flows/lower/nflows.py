@@ -1,0 +1,231 @@
+"""Rules for nflows and its copy in glasflow, and for what normflows has taken from it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ... import program as p
+from ..._schemas import PRIORS, SCALE_MAPS
+from ..._torch import evaluated_while_traced
+from .._run import Tape, Write
+from .._watch import Path
+from .look import BASES, PARTS, RULES, STACKS, Layers, Look, NoInstruction, children, register
+from .nets import activation
+
+# stacks and flows
+
+
+@register(
+    STACKS, "nflows.flows.base.Flow", "nflows.flows.realnvp.SimpleRealNVP",
+    "nflows.flows.autoregressive.MaskedAutoregressiveFlow", "glasflow.flows.realnvp.RealNVP",
+    "glasflow.flows.nsf.CouplingNSF",
+)  # fmt: skip
+def _flow(look: Look, path: Path, flow: Any) -> Layers:
+    look.base = (*path, "_distribution"), flow._distribution, False
+    yield (*path, "_transform"), flow._transform
+
+
+@register(STACKS, "nflows.transforms.base.CompositeTransform")
+def _composite(look: Look, path: Path, layer: Any) -> Layers:
+    return children(look, (*path, "_transforms"), layer._transforms)
+
+
+@register(RULES, "nflows.transforms.base.InverseTransform")
+def _inverse(look: Look, path: Path, layer: Any) -> Write:
+    return look.inverted((*path, "_transform"), layer._transform)
+
+
+# base distributions
+
+
+def standard(look: Look, path: Path, base: Any, name: str) -> tuple[int, ...]:
+    """Return the shape of a distribution of vectors."""
+    shape = tuple(look.option(path, base, name))
+    if len(shape) != 1:
+        raise NoInstruction(path, base, f"its shape is {shape}")
+    return shape
+
+
+def gaussian(tape: Tape) -> None:
+    tape.add(p.Prior(tape.order, PRIORS.index("gaussian")))
+
+
+@register(BASES, "nflows.distributions.normal.StandardNormal")
+def _standard_normal(look: Look, path: Path, base: Any) -> Write:
+    shape = standard(look, path, base, "_shape")
+
+    def write(tape: Tape) -> None:
+        tape.fit(*shape)
+        gaussian(tape)
+
+    return write
+
+
+@register(BASES, "nflows.distributions.normal.ConditionalDiagonalNormal")
+def _conditional_normal(look: Look, path: Path, base: Any) -> Write:
+    shape = standard(look, path, base, "_shape")
+    encoder = look.conditioner((*path, "_context_encoder"), base._context_encoder)
+    encoder = encoder._replace(given=encoder.alone, alone=None, joins=True, blind=True)
+
+    def write(tape: Tape) -> None:
+        tape.fit(*shape)
+        tape.net((), encoder)
+        # means first, then the logarithms of deviations
+        tape.add(p.Affine(tape.order, SCALE_MAPS.index("exp"), p.PACKINGS.index("shift_scale"), 0.0, inverse=True))
+        gaussian(tape)
+
+    return write
+
+
+# layers without a network
+
+
+@register(RULES, "nflows.transforms.standard.IdentityTransform")
+def _identity(look: Look, path: Path, layer: Any) -> Write:
+    return lambda tape: None
+
+
+@register(
+    RULES, "nflows.transforms.permutations.Permutation", "nflows.transforms.permutations.RandomPermutation",
+    "nflows.transforms.permutations.ReversePermutation", "normflows.flows.mixing._RandomPermutation",
+)  # fmt: skip
+def _permutation(look: Look, path: Path, layer: Any) -> Write:
+    dim, order = look.option(path, layer, "_dim"), look.values(path, layer, "_permutation")
+    if dim != 1:
+        raise NoInstruction(path, layer, f"it permutes dim {dim}")
+    back = sorted(range(len(order)), key=order.__getitem__)
+    look.run.columns = len(order)
+    return lambda tape: tape.permute(back if tape.inverse else order)
+
+
+@register(
+    RULES, "nflows.transforms.standard.PointwiseAffineTransform", "nflows.transforms.standard.AffineTransform"
+)  # fmt: skip
+def _pointwise(look: Look, path: Path, layer: Any) -> Write:
+    return scaled(look, path, layer, ("_shift", "_scale"), _pointwise_numbers)
+
+
+def _pointwise_numbers(layer: Any, inverse: bool, columns: int) -> tuple[Tensor, Tensor]:
+    # z-scores lose fewer digits if the mean is taken off first
+    return (layer._shift / layer._scale).expand(columns), torch.log(layer._scale).expand(columns)
+
+
+def scaled(
+    look: Look, path: Path, layer: Any, names: tuple[str, ...],
+    compute: Callable[[Any, bool, int], tuple[Tensor, ...]], shift_first: bool = True,
+) -> Write:  # fmt: skip
+    """Return what writes (x + shift) exp(log_scale), or x exp(log_scale) + shift, with numbers that are computed."""
+    place = look.computed(path, layer, names, compute, 2)
+    return lambda tape: tape.add(p.Scale(tape.order, place, place + 1, shift_first, tape.inverse))
+
+
+@register(RULES, "nflows.transforms.normalization.BatchNorm")
+def _batch_norm(look: Look, path: Path, layer: Any) -> Write:
+    if look.option(path, layer, "training"):
+        raise NoInstruction(path, layer, "it normalises by the batch")
+    return scaled(
+        look, path, layer, ("unconstrained_weight", "bias", "running_mean", "running_var"), _batch_norm_numbers
+    )
+
+
+def _batch_norm_numbers(layer: Any, inverse: bool, columns: int) -> tuple[Tensor, Tensor]:
+    weight, variance = layer.weight, layer.running_var + layer.eps
+    shift = layer.bias * torch.sqrt(variance) / weight - layer.running_mean
+    return shift, torch.log(weight) - 0.5 * torch.log(variance)
+
+
+@register(RULES, "nflows.transforms.normalization.ActNorm")
+def _act_norm(look: Look, path: Path, layer: Any) -> Write:
+    shift, log_scale = look.tensor(path, layer, "shift"), look.tensor(path, layer, "log_scale")
+    look.starts(path, layer, lambda m, inverse: not inverse and m.training and not m._buffers["initialized"])
+    return lambda tape: tape.add(p.Scale(tape.order, shift, log_scale, inverse=tape.inverse))
+
+
+_LINEAR = {
+    "nflows.transforms.linear.NaiveLinear": ("_weight",),
+    "nflows.transforms.lu.LULinear": ("lower_entries", "upper_entries", "unconstrained_upper_diag"),
+    "nflows.transforms.qr.QRLinear": ("upper_entries", "log_upper_diag"),
+    "nflows.transforms.svd.SVDLinear": ("unconstrained_diagonal",),
+    "normflows.flows.mixing._LULinear": ("lower_entries", "upper_entries", "unconstrained_upper_diag"),
+}
+_REFLECTIONS = ("orthogonal", "orthogonal_1", "orthogonal_2")
+
+
+@register(RULES, *_LINEAR)
+def _linear(look: Look, path: Path, layer: Any) -> Write:
+    using_cache, features = look.options(path, layer, "using_cache", "features")
+    if using_cache:
+        raise NoInstruction(path, layer, "it keeps its weight in a cache")
+    for name in _REFLECTIONS:
+        if name in layer._modules:
+            look.plain((*path, name), layer._modules[name])
+            look.tensor((*path, name), layer._modules[name], "q_vectors", given=False)
+    names = next(names for kind, names in _LINEAR.items() if kind.endswith(f".{type(layer).__name__}"))
+    place = look.computed(path, layer, ("bias", *names), _linear_numbers, 3)
+    look.run.columns = features
+    return lambda tape: tape.add(p.Linear(tape.order, place, place + 1, place + 2))
+
+
+def _linear_numbers(layer: Any, inverse: bool, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    if hasattr(layer, "lower_entries"):
+        weight, logdet = _product_of_triangles(layer)
+    else:
+        weight, logdet = layer.weight(), layer.logabsdet()
+    if not inverse:
+        return weight, layer.bias, logdet
+    weight = torch.linalg.inv(weight)
+    return weight, -(weight @ layer.bias), -logdet
+
+
+def _product_of_triangles(layer: Any) -> tuple[Tensor, Tensor]:
+    """Return what `weight` and `logabsdet` of LULinear do, in half of the time."""
+    diagonal = F.softplus(layer.unconstrained_upper_diag) + layer.eps
+    entries = torch.cat((layer.lower_entries, layer.upper_entries, diagonal))
+    # behind them a 0 and a 1
+    entries = F.pad(F.pad(entries, (0, 1)), (0, 1), value=1.0)
+    lower, upper = entries[_triangles(layer.features, entries.device)]
+    return lower @ upper, torch.log(diagonal).sum()
+
+
+@evaluated_while_traced
+def _triangles(n: int, device: torch.device) -> Tensor:
+    # a tensor that is made in inference mode cannot be saved for a backward
+    with torch.inference_mode(False):
+        return _cached_triangles(n, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_triangles(n: int, device: torch.device) -> Tensor:
+    """Return where the entries of a lower and an upper triangle are, (2, n, n)."""
+    count = n * (n - 1) // 2
+    place = torch.full((2, n, n), 2 * count + n)
+    for triangle, (rows, columns), first in (
+        (place[0], torch.tril_indices(n, n, -1), 0), (place[1], torch.triu_indices(n, n, 1), count)
+    ):  # fmt: skip
+        triangle[rows, columns] = torch.arange(first, first + count)
+    place[0].fill_diagonal_(2 * count + n + 1)
+    place[1].diagonal().copy_(torch.arange(2 * count, 2 * count + n))
+    return place.to(device)
+
+
+# a network of linear layers
+
+
+@register(PARTS, "nflows.nn.nets.mlp.MLP")
+def _mlp(look: Look, path: Path, module: Any, parts: list[p.Part]) -> None:
+    shapes, last = look.options(path, module, "_in_shape", "_activate_output")
+    if len(shapes) != 1:
+        raise NoInstruction(path, module, f"it takes inputs of shape {tuple(shapes)}")
+    hidden = children(look, (*path, "_hidden_layers"), module._hidden_layers)
+    for layer in (((*path, "_input_layer"), module._input_layer), *hidden):
+        look.part(*layer, parts)
+        activation(look, path, module, parts, "_activation")
+    look.part((*path, "_output_layer"), module._output_layer, parts)
+    if last:
+        activation(look, path, module, parts, "_activation")
