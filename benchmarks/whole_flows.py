@@ -1,4 +1,4 @@
-"""Measure the cases of flow_program and write their tables: python -m pyflow.benchmarks.whole_flows
+"""Measure the cases of flow_program and peer_flows and write their tables: python -m pyflow.benchmarks.whole_flows
 
 Beside the times stand the speed-ups over other packages, with those aimed at in parentheses, and which share of the
 machine's multiply-add rate the matrix products of the networks reach. That is the highest rate of those measured before
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from . import flow_program as flows
+from . import peer_flows as peers
 from . import registry, report
 from .flow_program import Shape
 from .report import Group
@@ -34,6 +35,7 @@ AIMS: dict[Shape, tuple[tuple[float, float], tuple[float, float]]] = {
 # matrix products of a network's size: forward; forward again and both gradients
 FORWARD, BACKWARD = 1, 3
 PEERS = ("nflows", "zuko")
+PEERS_HEAD = ("flow", "shape", "call", "pyflow", "nflows", "vs nflows", "vs zuko")
 HEAD = ("shape", "call", "pyflow", "vs normflows", "vs compiled", "vs best other", "vs layers", "of the rate")
 ROUND_SECONDS = 0.02
 
@@ -102,6 +104,23 @@ def one_row(groups: list[Group]) -> str:
     return "\n".join(lines)
 
 
+def peers_table(groups: list[Group]) -> str:
+    """Return the flows of other packages, as they are and fused, as a table in markdown."""
+    found = {group.name: group for group in groups}
+    lines = ["| " + " | ".join(PEERS_HEAD) + " |", "|---|---|---|" + "---:|" * (len(PEERS_HEAD) - 3)]
+    for (kind, shape), aims in peers.AIMS.items():
+        for what, aim in zip(peers.CALLS, aims, strict=True):
+            group = found.get(peers.case_name(kind, what, shape))
+            if group is None or aim is None or group.ours().reason:
+                continue
+            ours = group.ours()
+            nflows = f"{_times(group.speedup(ours, 'nflows'))} ({aim:g}x)"
+            times = report.duration(ours.median), report.duration(group.median("nflows"))
+            zuko = _times(group.speedup(ours, "zuko"))
+            lines.append("| " + " | ".join((kind, str(shape), what, *times, nflows, zuko)) + " |")
+    return "\n".join(lines)
+
+
 def _times(ratio: float) -> str:
     return "–" if ratio != ratio else f"{ratio:.2f}x"
 
@@ -119,7 +138,7 @@ def write(results: dict[str, Any], rates: list[float], threads: int) -> str:
         f"median of {len(rates)} measurements {statistics.median(rates) / 1e9:.0f}  "
     )
     notes = [f"- {text}" for text in report.remarks(groups)]
-    return "\n".join((*facts, "", table(groups, rate), "", one_row(groups), "", *notes, ""))
+    return "\n".join((*facts, "", table(groups, rate), "", one_row(groups), "", peers_table(groups), "", *notes, ""))
 
 
 def main() -> int:
@@ -133,7 +152,7 @@ def main() -> int:
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     parser.add_argument("--out", type=Path, help="file for the tables, which are printed too")
     args = parser.parse_args()
-    cases = registry.select(f"flow_program/*{args.case}")
+    cases = [*registry.select(f"flow_program/*{args.case}"), *registry.select(f"peer_flows/*{args.case}")]
     session = Session(cases, Settings("cpu", args.threads, args.budget, not args.no_compile), float("inf"))
     rates = [multiply_add_rate(args.threads)]
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyflow.benchmarks import flow_program, registry, report, whole_flows
+from pyflow.benchmarks import flow_program, peer_flows, registry, report, whole_flows
 
 
 def group(what, shape, times):
@@ -28,6 +28,15 @@ def test_speed_ups_and_shares_of_the_rate():
         f"{start} log_prob | 1.00 s | 8.00x (4x) | 4.00x (2.5x) | 6.00x (zuko) | 3.00x | 50% |",
         f"{start} log_prob+backward | 5.00 s | 4.00x (3x) | – (2.5x) | 6.00x (zuko) | – | 40%, backward 38% |",
     ]
+
+
+def test_speed_ups_over_peers():
+    shape = (32, 128, 5, 4096)
+    rows = {name: report.Row(name, seconds) for name, seconds in {"nflows": 12.0, "zuko": 3.0, "pyflow": 1.0}.items()}
+    name = peer_flows.case_name("MAF", "sample", shape)
+    groups = [report.Group(name, "reused", "nflows", [], None, False, 1, 1, 0.0, rows=rows)]
+    lines = whole_flows.peers_table(groups).splitlines()[2:]
+    assert lines == ["| MAF | (32, 128, 5, 4096) | sample | 1.00 s | 12.0 s | 12.00x (10x) | 3.00x |"]
 
 
 def test_times_of_one_row():

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyflow
 from pyflow import _backend
-from pyflow.flows import IAF, MAF, NICE, NSF, Glow, RealNVP, fuse
+from pyflow.flows import IAF, MAF, NICE, Glow, RealNVP, fuse
 from pyflow.flows.nets import Conditional
 from pyflow.nn import (
     ActNorm,
@@ -92,6 +92,11 @@ STACKS = {
     ],
     "shift_first": lambda: [affine(3, shift_first=True, clamp=1.5, scale_map="tanh"), affine(3, swap=True, scale_map="atan")],
     "convolution": lambda: [Invertible1x1Conv(5), affine(5), Invertible1x1Conv(5), affine(5, swap=True), ActNorm(5)],
+    "splines": lambda: [
+        SplineCoupling(net(3, 2 * 11), bins=4), SplineCoupling(net(2, 3 * 12), bins=4, tails="circular", swap=True),
+        SplineCoupling(net(3, 2 * 13), bins=4, tails=["linear", "circular"], bound=1.5, split="interleave"),
+        SplineCoupling(net(3, 2 * 14), bins=5, variant="zuko", bound=5.0),
+    ],
     "one_linear": lambda: [AffineCoupling(nn.Linear(2, 4)), AdditiveCoupling(nn.Linear(2, 2), swap=True)],
     "nested": lambda: [
         nn.Sequential(ActNorm(4), ReversibleSequential(affine(4), affine(4, swap=True), recompute=False)),
@@ -669,13 +674,17 @@ def test_state_dicts_both_ways(realnvp):
 
 
 def test_explain():
+    layers = [SplineCoupling(nn.Linear(1, 9), bins=3, tails=None), SplineCoupling(nn.Linear(1, 98), bins=33)]
+    assert fuse(layers).explain().splitlines() == [
+        "flow.layers.0 (SplineCoupling): left, without tails an x outside of the domain is an error",
+        "flow.layers.1 (SplineCoupling): left, its 33 bins are more than 32",
+    ]
     assert fuse(NICE(4, couplings=2, hidden=(8,))).explain() == "the flow: fused, 1 NICE as 2 Net, 2 Additive, 1 Scale"
     flow = NICE(4, couplings=2, hidden=(8,))
     flow.nets[1][1] = nn.Softplus()
     assert fuse(flow).explain() == "the flow (NICE): left, nets.1.1 (Softplus): its class has no instruction"
     assert "it is a flow of images" in fuse(RealNVP((1, 4, 4))).explain()
     assert fuse(Glow((1, 8, 8))).explain() == "the flow (Glow): left, its class has no instruction"
-    assert fuse(NSF(3, layers=1)).explain().endswith("left, its class has no instruction")
     assert fuse(MAF(3, layers=1)).explain().endswith("1 ActNorm, 1 MaskedAutoregressive as 1 Scale, 1 Net, 1 Affine")
     assert fuse(IAF(3, layers=1, context_features=2)).explain().endswith("1 _Inverted as 1 Autoregressive")
     flow = RealNVP(4, couplings=2, hidden=(8,), reversible=True)
@@ -689,10 +698,14 @@ def test_explain():
         fuse(nn.Linear(2, 2))
 
 
+class Own(SplineCoupling):
+    """A class that has no rule."""
+
+
 def test_layers_between_the_fused():
     torch.manual_seed(0)
     x = data(16, 4)
-    spline = SplineCoupling(net(2, 2 * 11), bins=4)
+    spline = Own(net(2, 2 * 11), bins=4)
     flow = perturbed(fuse([ActNorm(4), affine(4), spline, ActNorm(4), affine(4, swap=True), ActNorm(4)]), x)
     with programs(4):
         y, logdet = flow(x)

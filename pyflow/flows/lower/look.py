@@ -32,6 +32,10 @@ class NoInstruction(Exception):
         self.path, self.module, self.reason = path, module, reason
 
 
+def _fixed(value: Any) -> Any:
+    return tuple(value) if type(value) is list else value
+
+
 def register(table: dict[Kind, Any], *kinds: type | str) -> Callable[[F], F]:
     def add(rule: F) -> F:
         table.update(dict.fromkeys(kinds, rule))
@@ -122,8 +126,8 @@ class Look:
             yield from self.flat(inner, layer)
 
     def options(self, path: Path, module: nn.Module, *names: str) -> list[Any]:
-        """Return attributes that must stay."""
-        return self.watch.option(path, module, lambda m: [getattr(m, name) for name in names])
+        """Return attributes that must stay; lists as tuples."""
+        return self.watch.option(path, module, lambda m: [_fixed(getattr(m, name)) for name in names])
 
     def option(self, path: Path, module: nn.Module, name: str) -> Any:
         return self.options(path, module, name)[0]

@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 
 from ... import program as p
-from ..._schemas import PACKINGS
-from ...nn import ActNorm, AdditiveCoupling, AffineCoupling, Invertible1x1Conv, ReversibleSequential, Scale
+from ..._schemas import PACKINGS, SPLINE_VARIANTS, TAILS
+from ...nn import (
+    ActNorm,
+    AdditiveCoupling,
+    AffineCoupling,
+    Invertible1x1Conv,
+    ReversibleSequential,
+    Scale,
+    SplineCoupling,
+)  # fmt: skip
 from ...ops.coupling import scale_map_constant
+from ...ops.spline import MOST_BINS
 from .._run import Conditioner, Tape, Write
 from .._watch import Path
 from ..nets import Conditional
@@ -60,6 +69,22 @@ def _affine(look: Look, path: Path, layer: Any) -> Write:
 
     def transform(columns: p.Columns, inverse: bool) -> p.Affine:
         return p.Affine(columns, scale_map, packing, arg, shift_first, inverse)
+
+    return _coupling(look, path, layer, transform)
+
+
+@register(RULES, SplineCoupling)
+def _spline(look: Look, path: Path, layer: Any) -> Write:
+    bins, bound, tails, variant, count = look.options(path, layer, "bins", "bound", "tails", "variant", "count")
+    if tails is None:
+        raise NoInstruction(path, layer, "without tails an x outside of the domain is an error")
+    if bins > MOST_BINS:
+        raise NoInstruction(path, layer, f"its {bins} bins are more than {MOST_BINS}")
+    each = tuple(TAILS.index(tail) for tail in ([tails] if isinstance(tails, str) else tails))
+
+    def transform(columns: p.Columns, inverse: bool) -> p.Spline:
+        form = SPLINE_VARIANTS.index(variant)
+        return p.Spline(columns, bins, count - 2 * bins, each, form, (float(bound),), inverse=inverse)
 
     return _coupling(look, path, layer, transform)
 
