@@ -71,6 +71,14 @@ def differences(schemas: dict[str, str], file: str, source: str) -> dict[str, li
     return {name: list(_differing(name, schemas.get(name), file, of_function(source, f))) for name, f in registered}
 
 
+def with_aliases(path: Path) -> str:
+    """A C++ file, and the aliases of the headers beside it that it includes."""
+    source = path.read_text()
+    headers = [path.parent / name for name in re.findall(r'#include "(\w+\.h)"', source)]
+    aliases = [line for header in headers for line in re.findall(r"\busing \w+ = [^;]+;", header.read_text())]
+    return "\n".join([source, *aliases])
+
+
 def _differing(name, schema, file, function):
     if schema is None or function is None:
         missing = "schema" if schema is None else f"definition in {file} that can be read"
@@ -94,7 +102,7 @@ def _differing(name, schema, file, function):
 def found():
     if not SOURCES:
         pytest.skip("this folder holds the tests alone")
-    each = [differences(SCHEMAS, f"csrc/torch/{path.name}", path.read_text()) for path in SOURCES]
+    each = [differences(SCHEMAS, f"csrc/torch/{path.name}", with_aliases(path)) for path in SOURCES]
     merged = {name: sentences for file in each for name, sentences in file.items()}
     assert len(merged) == sum(map(len, each)), "an operator must be registered once"
     return merged

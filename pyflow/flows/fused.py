@@ -50,9 +50,9 @@ def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fuse
         MaskedAffineFlow, AffineConstFlow, ActNorm, Permute, InvertibleAffine, LULinearPermute,
         MaskedAffineAutoregressive, the rational-quadratic splines, Reverse and Composite; MLP, ResidualNet and MADE;
         DiagGaussian and UniformGaussian. Embedding networks and other base distributions run before and behind the
-        program. Autoregressive layers have programs in the direction that is one pass of their network. Buffers of
-        permutations, features and tail bounds are read once, and again when they are replaced or written to in place,
-        but not through `.data`; all other buffers are read at every call.
+        program. Buffers of permutations, features and tail bounds, and the order that masks give an autoregressive
+        inverse, are read once, and again when the buffers are replaced or written to in place, but not through
+        `.data`; all other buffers are read at every call.
 
         Layers run as they are where a program has no kernel: on a GPU, with `pyflow.backend("reference")`, under
         torch.func transforms, forward-mode AD and torch.export; for x that is not a dense float32 or float64 matrix or

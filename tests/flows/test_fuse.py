@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyflow
 from pyflow import _backend
-from pyflow.flows import IAF, MAF, NICE, Glow, RealNVP, fuse
+from pyflow.flows import IAF, MAF, NICE, NSF, Glow, RealNVP, fuse
 from pyflow.flows.nets import Conditional
 from pyflow.nn import (
     ActNorm,

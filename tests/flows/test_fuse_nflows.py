@@ -407,6 +407,18 @@ def test_changes_are_seen():
         assert not got.allclose(before)
 
 
+def test_masks_in_another_order():
+    flow, other = (randomised(flow_of([maf(None, use_residual_blocks=False, random_mask=True)])) for _ in range(2))
+    fused, x = fuse(flow._transform), data(8, 5)
+    before = fused.inverse(x)[0]
+    masks = {name: value for name, value in other.state_dict().items() if name.endswith(("mask", "degrees"))}
+    flow.load_state_dict(masks, strict=False)
+    with programs(1):
+        got = fused.inverse(x)
+    torch.testing.assert_close(got, flow._transform.inverse(x))
+    assert not got[0].allclose(before)
+
+
 def test_the_same_values_of_a_permutation_are_no_change():
     flow, x = made("nested"), data(8, 5)
     fused = fuse(flow)
