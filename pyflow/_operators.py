@@ -31,10 +31,10 @@ OPERATORS: dict[str, Operator] = {}
 
 Kinds = tuple[frozenset[type], ...]  # the types that a kernel takes for each argument
 
-# the types that the kernel of a GPU takes as they are; the dispatcher converts others
-_TENSORS, _LISTS = frozenset((Tensor, torch.nn.Parameter)), frozenset((list,))
+# the types that kernels take as they are; the dispatcher converts others, and a subclass may do something else
+TENSORS, _LISTS = frozenset((Tensor, torch.nn.Parameter)), frozenset((list,))
 _KINDS: dict[str, frozenset[type]] = {
-    "Tensor": _TENSORS, "List[Tensor]": _LISTS, "List[int]": frozenset((tuple, list)),
+    "Tensor": TENSORS, "List[Tensor]": _LISTS, "List[int]": frozenset((tuple, list)),
     "ScalarType": frozenset((torch.dtype,)), "int": frozenset((int,)), "float": frozenset((float,)),
     "bool": frozenset((bool,)), "str": frozenset((str,)),
 }  # fmt: skip
@@ -193,7 +193,7 @@ def passes_on(args: tuple, kinds: Kinds) -> bool:
             return False
         for tensor in value if kind is _LISTS else (value,) if isinstance(value, Tensor) else ():
             keys = _torch.keys_of(tensor)
-            if type(tensor) not in _TENSORS:
+            if type(tensor) not in TENSORS:
                 return False
             if keys in gpu:
                 on_gpu = True

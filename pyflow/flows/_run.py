@@ -13,6 +13,7 @@ from .. import _backend
 from .. import program as p
 from .._autograd import pick
 from .._checks import uncast
+from .._operators import TENSORS
 from .._schemas import PRIORS
 from .._torch import any_global_module_hook, under_transform
 from ..ops.flow_program import _run as run_program
@@ -25,8 +26,6 @@ Key = tuple[int, int, bool, "str | None"]  # columns, columns of the context, in
 Result = tuple[Tensor, Tensor]
 
 BASE = "base"  # in place of a prior: the base distribution that the run has
-
-PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 class DoesNotFit(Exception):
@@ -263,13 +262,13 @@ def call_layer(layer: Any, x: Tensor, given: tuple[Any, ...], inverse: bool) -> 
 
 def may_run(x: Any, given: tuple[Any, ...]) -> bool:
     """Whether an operator can take these inputs here, and modules are called without anything that watches them."""
-    if type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested or x.dim() != 2:
+    if type(x) not in TENSORS or x.layout is not torch.strided or x.is_nested or x.dim() != 2:
         return False
     if x.dtype not in (torch.float32, torch.float64) or under_transform() or any_global_module_hook():
         return False
     if given:
         context = given[0]
-        fit = len(given) == 1 and type(context) in PLAIN and context.layout is torch.strided and not context.is_nested
+        fit = len(given) == 1 and type(context) in TENSORS and context.layout is torch.strided and not context.is_nested
         if not fit or context.dim() != 2 or context.dtype is not x.dtype or context.device != x.device:
             return False
         if context.shape[0] != x.shape[0] or context.shape[1] == 0:
@@ -289,7 +288,7 @@ def has_kernel(x: Tensor) -> bool:
 def fits(x: Tensor, tensors: list[Tensor]) -> bool:
     """Whether all are plain tensors of x's dtype on its device."""
     dtype = x.dtype
-    if not PLAIN.issuperset(map(type, tensors)) or not all([each.dtype is dtype for each in tensors]):
+    if not TENSORS.issuperset(map(type, tensors)) or not all([each.dtype is dtype for each in tensors]):
         return False
     # costs half of a comparison of devices
     if x.is_cpu:

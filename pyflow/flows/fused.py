@@ -36,13 +36,15 @@ def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fuse
         TypeError: flow is no module with an inverse, nor a list of them.
 
     Notes:
-        NICE and RealNVP of vectors do this by themselves, so that they need `fuse` for `frozen` and `explain` only.
-        Layers with instructions: ActNorm, Scale, Invertible1x1Conv (of vectors), AdditiveCoupling and AffineCoupling
-        with split "half" or "interleave", and stacks of them. Their networks: nn.Linear, ReLU, LeakyReLU, Tanh, SiLU,
-        GELU, ELU, Sigmoid, LayerNorm, BatchNorm1d in eval mode, in an nn.Sequential; nn.Identity is nothing, nor is
-        nn.Dropout in eval mode. Other layers run as they are between the fused ones, as do subclasses of these, and
-        modules with hooks, parametrizations, pruned or normalised weights, or a forward of their own; a stack that
-        recomputes activations is fused whole or not at all. NICE is one layer here.
+        NICE, RealNVP of vectors, NSF, MAF and IAF do this by themselves: they need `fuse` for `frozen` and `explain`
+        only.
+        Layers with instructions: ActNorm, Scale, Invertible1x1Conv (of vectors), AdditiveCoupling, AffineCoupling and
+        SplineCoupling with split "half" or "interleave", MaskedAutoregressive, and stacks of them. Their networks:
+        nn.Linear, ReLU, LeakyReLU, Tanh, SiLU, GELU, ELU, Sigmoid, LayerNorm, BatchNorm1d in eval mode, in an
+        nn.Sequential; nn.Identity is nothing, nor is nn.Dropout in eval mode. Other layers run as they are between the
+        fused ones, as do subclasses of these, and modules with hooks, parametrizations, pruned or normalised weights,
+        or a forward of their own; a stack that recomputes activations is fused whole or not at all. NICE is one layer
+        here.
 
         Of nflows (0.14, and its copy in glasflow): couplings (affine, additive, rational-quadratic), masked
         autoregressive layers, linear layers without cache, permutations, PointwiseAffineTransform, ActNorm, BatchNorm

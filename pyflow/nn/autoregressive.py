@@ -49,7 +49,7 @@ class MaskedAutoregressive(nn.Module):
         The inverse evaluates every unit once, as soon as all features that it can see are known: about half of the
         multiply-adds of one forward pass, where D passes are usual. It sums in another order than the forward, so the
         result is exact up to rounding. Both are differentiable any number of times; without gradients the inverse
-        works in place. torch.compile unrolls its D steps.
+        works in place. torch.compile unrolls its D steps. In `pyflow.flows` all layers run in one call on a CPU.
         Masks are those of MADE as nflows builds them (degrees 1, ..., D - 1 in turn; units and residual blocks too),
         and for feed-forward nets also zuko's, for any order. With a context degrees begin at 0, as in zuko: units of
         degree 0 see the context alone, so the first feature depends on it (in nflows it does not). The order is part

@@ -683,6 +683,9 @@ def test_explain():
     flow = NICE(4, couplings=2, hidden=(8,))
     flow.nets[1][1] = nn.Softplus()
     assert fuse(flow).explain() == "the flow (NICE): left, nets.1.1 (Softplus): its class has no instruction"
+    for module, reason in ((nn.LeakyReLU(-0.1), "its negative_slope is -0.1"), (nn.ELU(-1.0), "its alpha is -1.0")):
+        flow.nets[1][1] = module
+        assert reason in fuse(flow).explain()
     assert "it is a flow of images" in fuse(RealNVP((1, 4, 4))).explain()
     assert fuse(Glow((1, 8, 8))).explain() == "the flow (Glow): left, its class has no instruction"
     assert fuse(MAF(3, layers=1)).explain().endswith("1 ActNorm, 1 MaskedAutoregressive as 1 Scale, 1 Net, 1 Affine")

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ... import program as p
-from .._run import PLAIN, Base, Computed, Conditioner, Run, Start, Tape, Write
+from ..._operators import TENSORS
+from .._run import Base, Computed, Conditioner, Run, Start, Tape, Write
 from .._watch import Path, Watch, has_hooks, owned
 
 Layers = Iterator[tuple[Path, nn.Module]]
@@ -144,7 +145,7 @@ class Look:
         """
         kind = "_buffers" if name in module._buffers else "_parameters"
         held = vars(module)[kind]
-        if type(held.get(name)) not in PLAIN and (name not in held or held[name] is not None):
+        if type(held.get(name)) not in TENSORS and (name not in held or held[name] is not None):
             self.watch.option(path, module, lambda m: type(vars(m)[kind].get(name)))
             found = f"a {type(held[name]).__name__}" if name in held else "no parameter"
             raise NoInstruction(path, module, f"its {name} is {found}")

@@ -115,12 +115,19 @@ PARTS.update({kind: _named_activation(name) for kind, name in _NAMES.items()})
 
 @register(PARTS, nn.LeakyReLU)
 def _leaky_relu(look: Look, path: Path, module: Any, parts: Parts) -> None:
-    activate(parts, "leaky_relu", float(look.option(path, module, "negative_slope")))
+    activate(parts, "leaky_relu", _at_least_0(look, path, module, "negative_slope"))
 
 
 @register(PARTS, nn.ELU)
 def _elu(look: Look, path: Path, module: Any, parts: Parts) -> None:
-    activate(parts, "elu", float(look.option(path, module, "alpha")))
+    activate(parts, "elu", _at_least_0(look, path, module, "alpha"))
+
+
+def _at_least_0(look: Look, path: Path, module: Any, name: str) -> float:
+    number = float(look.option(path, module, name))
+    if not 0 <= number < float("inf"):
+        raise NoInstruction(path, module, f"its {name} is {number}")
+    return number
 
 
 @register(PARTS, nn.GELU)
