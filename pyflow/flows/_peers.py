@@ -166,7 +166,7 @@ class _Transform(Transform):
         if result is None:
             return None
         y, logdet = result
-        return y if prior else y.view(*lead, x.shape[-1]), logdet.view(lead)
+        return y if prior else y.reshape(*lead, x.shape[-1]), logdet.reshape(lead)
 
     def _call(self, x: Any) -> Tensor:
         result = self.program(x)
@@ -213,7 +213,7 @@ def _with_density(kind: Any) -> type:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _kld(nats: Tensor | None) -> Tensor | None:

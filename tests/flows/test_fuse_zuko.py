@@ -54,7 +54,7 @@ def coupling(**options):
 def assert_same_flow(flow, *given, counts=(1, 1, 1)):
     """Densities, samples and their gradients, with so many programs."""
     fused, x = fuse(flow), data(16, 5).requires_grad_()
-    inputs = [*given, *flow.parameters()]
+    inputs = [*[each for each in given if each.requires_grad], *flow.parameters()]
     calls = [
         lambda flow: flow(*given).log_prob(x),
         lambda flow: flow(*given).rsample((2,)),
@@ -109,6 +109,8 @@ def test_elementwise_layers(columns):
 def test_layers_without_an_instruction_run_between():
     clip = lazy.UnconditionalTransform(transforms.SoftclipTransform, bound=11.0)
     flow = flow_of(coupling(), clip, flows.ElementWiseTransform(5), coupling())
+    given = flow_of(coupling(context=3), clip, coupling(context=3))
+    assert_same_flow(given, data(3, seed=1), counts=(2, 2, 2))
     lines = assert_same_flow(flow, counts=(2, 2, 2)).explain().splitlines()
     assert lines[1:3] == [
         "flow.transform.transforms.1 (UnconditionalTransform): left, its zuko.transforms.SoftclipTransform has no "
