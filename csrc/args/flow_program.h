@@ -85,6 +85,7 @@ struct ProgramInstruction {
   // net: parts, of which the first reads the columns and perhaps the context; linear: one
   const ProgramPart* parts;
   int64_t part_count;
+  int64_t inputs;  // of the first part
   bool context;
   // affine, prior
   ScaleMap map;

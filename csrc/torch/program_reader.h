@@ -37,7 +37,8 @@ class Reader {
     a.rows = x.size(0);
     a.columns = words_.integer();
     a.context_columns = words_.integer();
-    require(x.size(1) == a.columns && a.context_columns == (context ? context->size(1) : 0));
+    require(x.size(1) == a.columns && a.columns <= kMostColumns);
+    require(a.context_columns == (context ? context->size(1) : 0) && a.context_columns <= kMostColumns);
     if (context) {
       require(context->dim() == 2 && context->size(0) == a.rows && context->scalar_type() == x.scalar_type());
     }
@@ -233,7 +234,8 @@ class Reader {
     // every conditioner serves one transform
     require(params_ == 0);
     in.context = words_.flag();
-    int64_t size = in.count + (in.context ? a_.context_columns : 0), at = take(size);
+    in.inputs = in.count + (in.context ? a_.context_columns : 0);
+    int64_t size = in.inputs, at = take(size);
     std::vector<ProgramPart>& parts = parts_.emplace_back();
     kept_ = {at};
     read_parts(parts, at, size);
@@ -290,7 +292,7 @@ class Reader {
   void read_dense(ProgramPart& part, int64_t& out) {
     const int64_t weight_place = words_.integer(), bias_place = words_.integer();
     part.size = words_.integer();
-    require(part.size > 0);
+    require(part.size > 0 && part.size <= kMostColumns);
     part.weight = weight_at(weight_place, part.size, part.inputs);
     require(part.weight.place >= 0);
     part.bias = weight_at(bias_place, part.size);
@@ -426,7 +428,8 @@ class Reader {
     const int64_t params = std::exchange(params_, 0), params_at = params_at_;
     const std::vector<int64_t> kept = kept_;
     in.context = words_.flag();
-    int64_t size = in.count + (in.context ? a_.context_columns : 0), at = take(size);
+    in.inputs = in.count + (in.context ? a_.context_columns : 0);
+    int64_t size = in.inputs, at = take(size);
     kept_ = {at};
     read_parts(s.parts, at, size);
     params_ = size;

@@ -92,7 +92,7 @@ class Solve {
   void set_sources(const ProgramArgs& a, const ProgramInstruction& in, const Integers& of_column) {
     Integers levels;
     for (int64_t i = 0; i < in.count; ++i) levels.push_back(of_column[size_t(in.columns[i])]);
-    levels.resize(size_t(parts[0].inputs), 0);
+    levels.resize(size_t(in.inputs), 0);
     const Value& inputs = add(std::move(levels));
     values_[size_t(parts[0].in)] = &inputs;
     for (const int64_t i : inputs.order) sources_.push_back(i < in.count ? in.columns[i] : a.columns + i - in.count);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ class Stand:
         # what every module has is the flow's
         if not isinstance(found, FunctionType) or name in vars(flow) or found is getattr(nn.Module, name, None):
             return getattr(flow, name)
-        return MethodType(found, self)
+        # dynamo does not trace MethodType
+        return found.__get__(self)
 
     def _density(self, x: Any, context: Any, inverse: bool) -> Tensor | None:
         """Return the log-density of x by one program, None if the layers or the base distribution have to run."""

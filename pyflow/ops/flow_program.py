@@ -44,6 +44,9 @@ from ..program import (
 from ..reference import flow_program as ref
 from . import spline as splines
 
+# as many residuals around a part as kernels have arrays for
+_MOST_RESIDUALS = 13
+
 
 def flow_program(
     x: Tensor, program: Program, weights: Sequence[Tensor], context: Tensor | None = None
@@ -151,6 +154,7 @@ class _Checker:
 
     def __init__(self, program: Program, count: int) -> None:
         self.program, self.count, self.params, self.where = program, count, 0, ""
+        self.residuals = 0  # around a part
         self.shapes: list[tuple[str, int, tuple[int, ...]]] = []
         self.masked: list[tuple[str, int]] = []
         self.constants: list[tuple[str, int]] = []
@@ -266,7 +270,11 @@ class _Checker:
         return size
 
     def residual_part(self, residual: Residual, size: int) -> int:
+        self.residuals += 1
+        if self.residuals > _MOST_RESIDUALS:
+            self.fail(f"residuals must be nested at most {_MOST_RESIDUALS} deep, got more")
         inner = self.parts(residual.parts, size)
+        self.residuals -= 1
         if inner != size:
             self.fail(f"the parts of a Residual must return as many numbers as they take, {size}, got {inner}")
         return size

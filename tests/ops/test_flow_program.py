@@ -21,12 +21,14 @@ from pyflow.program import (
     PACKINGS,
     Additive,
     Affine,
+    Context,
     Dense,
     Linear,
     Multiplicative,
     Net,
     Prior,
     Program,
+    Residual,
     Scale,
     Spline,
 )  # fmt: skip
@@ -254,6 +256,39 @@ def test_instructions_between_a_conditioner_and_its_transform(dtype):
     )  # fmt: skip
     for batch in (1, 40):
         check_built(build, program, batch, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_net_that_begins_with_a_context(inside, dtype):
+    # more and fewer columns than the context has
+    for columns in (2, 5):
+        build = Builder(columns, 3, seed=7)
+        context = Context(build.dense(3, columns, "sigmoid"), gate=True)
+        parts = (Residual((context,)) if inside else context, build.dense(columns, 2))
+        net = Net((*range(columns),), False, parts)
+        check_built(build, build.program(net, build.affine((0,))), 50, dtype)
+
+
+def test_residuals_in_residuals():
+    part = Dense(0, -1, 1)
+    for _ in range(13):
+        part = Residual((part,))
+    weights, x = [torch.full((1, 1), 0.1)], torch.randn(3, 1)
+    check(x, Program(1, 0, (0,), (Net((0,), False, (part,)), Additive((0,)))), weights)
+    net = Net((0,), False, (Residual((part,)),))
+    with pytest.raises(ValueError, match="instruction 0, Net: residuals must be nested at most 13 deep, got more"):
+        ops.flow_program(x, Program(1, 0, (0,), (net, Additive((0,)))), weights)
+
+
+@bits
+def test_operators_refuse_sizes_whose_memory_has_no_number():
+    code = "2 0 1 0 1 2 2 net 0 0 1 dense 0 -1 {} 0 0.0 -1 additive 1 0 0 1 0"
+    for size in (1 << 40, 1 << 58):
+        with pytest.raises(RuntimeError, match="flow_program"):
+            torch.ops.pyflow.flow_program(torch.zeros(2, 2), None, [torch.empty(size, 0)], code.format(size))
+        with pytest.raises(RuntimeError, match="flow_program"):
+            torch.ops.pyflow.flow_program(torch.zeros(2, 1).expand(2, size), None, [], f"{size} 0 0 0")
 
 
 def test_few_columns():

@@ -174,6 +174,15 @@ def test_widths(count, hidden):
         check(build, build.program(build.undo(*pair)), batch)
 
 
+def test_a_net_that_begins_with_a_context():
+    # each column by itself
+    for columns in (2, 5):
+        build = Builder(columns, 3, seed=5)
+        net, transform = build.made(range(columns), [9], build.affine((*range(columns),)))
+        net = net._replace(parts=(Context(build.dense(3, columns, "tanh"), gate=True), *net.parts))
+        check(build, build.program(build.undo(net, transform)), 50, torch.float64)
+
+
 def test_with_other_instructions():
     build = Builder(6, 2)
     all_six = (5, 3, 1, 0, 2, 4)

@@ -24,7 +24,7 @@ template <>
 struct Rule<Instruction::net> {
   template <class T>
   static void forward(const ProgramTile<T>& t, const ProgramInstruction& in) {
-    const Columns<T> inputs = input_of(t, in.parts[0]);
+    const Columns<T> inputs = t.taped_at(in.parts[0].in, in.inputs);
     gather(t, in, t.state, inputs);
     for (int64_t b = 0; in.context && b < t.blocks; ++b) {
       for (int64_t c = 0; c < t.context.count; ++c) copy_column(t.context.at(b, c), inputs.at(b, in.count + c));
@@ -37,7 +37,7 @@ struct Rule<Instruction::net> {
   template <class T>
   static void backward(const ProgramTile<T>& t, const ProgramInstruction& in) {
     Arrays<T> arrays(t);
-    const Columns<T> g{pull_parts(t, in.parts, in.part_count, arrays, t.array(0, 0).data), in.parts[0].inputs};
+    const Columns<T> g{pull_parts(t, in.parts, in.part_count, arrays, t.array(0, 0).data), in.inputs};
     for_each_column(t, in, [&](int64_t b, int64_t c, int64_t i) { add_column(g.at(b, i), t.grad.at(b, c)); });
     for (int64_t b = 0; in.context && b < t.blocks; ++b) {
       for (int64_t c = 0; c < t.context.count; ++c) add_column(g.at(b, in.count + c), t.grad_context.at(b, c));
