@@ -38,9 +38,10 @@ class Reader {
     a.columns = words_.integer();
     a.context_columns = words_.integer();
     require(x.size(1) == a.columns && a.columns <= kMostColumns);
+    require(!context || context->dim() == 2);
     require(a.context_columns == (context ? context->size(1) : 0) && a.context_columns <= kMostColumns);
     if (context) {
-      require(context->dim() == 2 && context->size(0) == a.rows && context->scalar_type() == x.scalar_type());
+      require(context->size(0) == a.rows && context->scalar_type() == x.scalar_type());
     }
     for (Tensor& w : weights) {
       require(w.scalar_type() == x.scalar_type() && w.dim() <= 2);
@@ -124,6 +125,7 @@ class Reader {
     for (int64_t runs = words_.integer(); runs > 0; --runs) {
       const int64_t first = words_.integer(), step = words_.integer(), count = words_.integer();
       require(count <= kMostColumns - int64_t(list.size()));
+      for (const int64_t number : {first, step}) require(number >= -kMostColumns && number <= kMostColumns);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t column = first + step * i;
         require(column >= 0 && column < most);
