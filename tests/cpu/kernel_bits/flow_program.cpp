@@ -162,6 +162,7 @@ class Flow {
     parts_.push_back(std::move(parts));
     in.parts = parts_.back().data();
     in.part_count = int64_t(parts_.back().size());
+    in.inputs = parts_.back()[0].inputs;
     return in;
   }
 
