@@ -28,6 +28,17 @@ def programs(count):
     assert seen.count == count
 
 
+def assert_changes_are_seen(changes, got, want, without_effect=None):
+    """After each change one program returns what the layers do, and something else than before."""
+    for change in changes:
+        before = got()
+        change()
+        with programs(1):
+            after = got()
+        torch.testing.assert_close(after, want())
+        assert not after.allclose(before) or change is without_effect
+
+
 def data(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 

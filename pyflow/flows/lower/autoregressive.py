@@ -14,7 +14,7 @@ from ...nn._made import MADE, MaskedLinear
 from .. import _schedule
 from .._run import Conditioner, DoesNotFit, Tape, Write
 from .._watch import Path
-from .couplings import Transform, affine, spline, width_of
+from .couplings import Transform, affine, spline_of_net
 from .look import RULES, Look, NoInstruction, children, register
 from .nets import Parts, activate
 
@@ -64,9 +64,7 @@ def _affine_autoregressive(look: Look, path: Path, layer: Any) -> Write:
     "normflows.flows.neural_spline.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive",
 )  # fmt: skip
 def _spline_autoregressive(look: Look, path: Path, layer: Any) -> Write:
-    bins = look.option(path, layer, "num_bins")
-    width = look.watch.option((*path, "autoregressive_net"), layer.autoregressive_net, width_of)
-    return autoregressive(look, path, layer, spline(look, path, layer, bins, 1 / math.sqrt(width)))
+    return autoregressive(look, path, layer, spline_of_net(look, path, layer, "autoregressive_net"))
 
 
 @register(RULES, MaskedAutoregressive)

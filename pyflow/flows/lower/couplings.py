@@ -90,12 +90,17 @@ def _additive(look: Look, path: Path, layer: Any) -> Write:
     "normflows.flows.neural_spline.coupling.PiecewiseRationalQuadraticCoupling",
 )  # fmt: skip
 def _spline_coupling(look: Look, path: Path, layer: Any) -> Write:
+    return coupling(look, path, layer, spline_of_net(look, path, layer, "transform_net"))
+
+
+def spline_of_net(look: Look, path: Path, layer: Any, name: str) -> Transform:
+    """Return the splines of a layer whose numbers its network of this name computes."""
     bins = look.option(path, layer, "num_bins")
-    width = look.watch.option((*path, "transform_net"), layer.transform_net, width_of)
-    return coupling(look, path, layer, spline(look, path, layer, bins, 1 / math.sqrt(width)))
+    width = look.watch.option((*path, name), getattr(layer, name), _width)
+    return spline(look, path, layer, bins, 1 / math.sqrt(width))
 
 
-def width_of(net: Any) -> float:
+def _width(net: Any) -> float:
     """Return what the widths and heights of bins are divided by, squared."""
     return getattr(net, "hidden_features", getattr(net, "hidden_channels", 1))
 
