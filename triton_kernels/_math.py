@@ -19,6 +19,7 @@ ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to nearest eve
 ROUND_F64 = tl.constexpr(1.5 * 2.0**52)
 ROUND_BITS = tl.constexpr(0x4B400000)
 SMALLEST = tl.constexpr(2.0**-126)  # smallest normal float32; a smaller literal would become float64
+BITS_OF_4 = tl.constexpr(0x40800000)
 BITS_OF_20 = tl.constexpr(0x41A00000)
 BITS_OF_104 = tl.constexpr(0x42D00000)
 SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
@@ -332,3 +333,53 @@ def atan_f64(a):
     q = q * z2 + 1.945506571482613964425e2
     turns = tl.where(large, 2.0, tl.where(middle, 1.0, 0.0))
     return turns * quarter + (z * (z2 * p / q) + z + turns * quarter_lo)
+
+
+@triton.jit
+def erf(x):
+    if x.dtype == tl.float64:
+        return tl.erf(x)
+    else:
+        a = tl.abs(x)
+        s = a * a
+        p = tl.fma(s, 8.34521561046131e-05, -0.0008137435070239007)
+        p = tl.fma(p, s, 0.005200634244829416)
+        p = tl.fma(p, s, -0.02685927040874958)
+        p = tl.fma(p, s, 0.11283694207668304)
+        p = tl.fma(p, s, -0.37612634897232056)
+        p = tl.fma(p, s, 0.12837916612625122)
+        small = tl.fma(p, a, a)
+        t = clamp_magnitude(a, BITS_OF_4)
+        q = tl.fma(t, 2.116211544489488e-05, -0.0004352211835794151)
+        q = tl.fma(q, t, 0.0041746534407138824)
+        q = tl.fma(q, t, -0.025128651410341263)
+        q = tl.fma(q, t, 0.10829398781061172)
+        q = tl.fma(q, t, 0.6333346366882324)
+        q = tl.fma(q, t, 1.1295208930969238)
+        q = tl.fma(q, t, -0.000175877648871392)
+        return copysign(tl.where(a >= 0.93, 1.0 - exp(neg(q)), small), x)
+
+
+@triton.jit
+def sine_cosine(x):
+    """sin and cos. float32, |x| <= 2**17: the remainder has an absolute error of 2**-30; no float64 as in angle.h."""
+    if x.dtype == tl.float64:
+        return tl.sin(x), tl.cos(x)
+    else:
+        # the nearest multiple of pi / 2, subtracted in three parts
+        shifted = tl.fma(x, 0.636619747, ROUND)
+        quarter, k = bits(shifted), shifted - ROUND
+        r = tl.fma(k, -1.57079601, x)
+        r = tl.fma(k, -3.13916473e-7, r)
+        r = tl.fma(k, -5.39030253e-15, r)
+        s = r * r
+        p = tl.fma(s, -0.00019515296, 0.0083321608736)
+        p = tl.fma(p, s, -0.16666654611)
+        sine = tl.fma(r * s, p, r)
+        q = tl.fma(s, 2.443315711809948e-5, -0.001388731625493765)
+        q = tl.fma(q, s, 0.04166664568298827)
+        q = tl.fma(q, s, -0.5)
+        cosine = tl.fma(q, s, 1.0)
+        swapped = (quarter & 1) != 0
+        a, b = tl.where(swapped, cosine, sine), tl.where(swapped, sine, cosine)
+        return from_bits(bits(a) ^ ((quarter & 2) << 30)), from_bits(bits(b) ^ (((quarter + 1) & 2) << 30))

@@ -329,7 +329,11 @@ def root_of(u, s, b):
 @triton.jit
 def place_of(value, b, INVERSE: tl.constexpr):
     s = div(b.h, b.w)
-    theta = root_of(value - b.y0, s, b) if INVERSE else div(value - b.x0, b.w)
+    return place_at(root_of(value - b.y0, s, b) if INVERSE else div(value - b.x0, b.w), s, b)
+
+
+@triton.jit
+def place_at(theta, s, b):
     left, q = 1.0 - theta, b.d0 + b.d1 - 2.0 * s
     rest = theta * left
     top = tl.fma(s * theta, theta, b.d0 * rest)

@@ -462,7 +462,6 @@ def _backward_fake(grad_y, grad_logdet, x, context, weights, code, need_x, need_
 
 _run_backward = register(
     "flow_program_backward", "flow_program", reference=ref.flow_program_backward, fake=_backward_fake, cuda=False,
-    triton=False,
 )  # fmt: skip
 
 
@@ -480,7 +479,6 @@ def _gradients(grad_y, grad_logdet, x, context, weights, code, needs):
 
 _run = register(
     "flow_program", "flow_program", reference=ref.flow_program, fake=_fake, backward=_gradients, cuda=False,
-    triton=False,
 )  # fmt: skip
 
 
