@@ -26,9 +26,6 @@ EXEMPT = {
     ("center", "csrc/ops/{}.h"): "one element is a subtraction",
     ("center", "benchmarks/{}.py"): "its case is among those of hsic",
     ("flow_program", "csrc/cuda/{}.cu"): "its tiles are matrix products, which Triton schedules",
-    ("flow_program", "triton_kernels/{}.py"): "a GPU runs its reference",
-    ("flow_program", "tests/triton/interpreted/{}.py"): "it has no kernel for GPUs",
-    ("flow_program", "tests/triton/gpu/test_{}.py"): "it has no kernel for GPUs",
 }
 
 FAMILY = {name: operator.family for name, operator in OPERATORS.items()}

@@ -90,7 +90,7 @@ def name_of(form):
 
 @triton.jit
 def word(s, FIELD: tl.constexpr):
-    return tl.load(s + FIELD)
+    return tl.load(s + FIELD).to(tl.int32)
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def number(m, s, FIELD: tl.constexpr):
 @triton.jit
 def listed(m, at, i, n):
     """Entries i < n of a list."""
-    return tl.load(m.table + at + i, mask=(i < n) & (at >= 0), other=0)
+    return tl.load(m.table + at + i, mask=(i < n) & (at >= 0), other=0).to(tl.int32)
 
 
 @triton.jit
@@ -366,7 +366,7 @@ def form_of(m, s):
 @triton.jit
 def number_at(m, s, i, n, j):
     """Number j, of any shape that broadcasts to (I, ROWS), of columns i."""
-    place = tl.load(m.table + word(s, C) + i * word(s, PITCH) + j, mask=i < n, other=0)
+    place = tl.load(m.table + word(s, C) + i * word(s, PITCH) + j, mask=i < n, other=0).to(tl.int32)
     return tl.load(m.scratch + place * ROWS + m.r, mask=i < n, other=0.0)
 
 
@@ -454,7 +454,8 @@ def slopes_at(m, s, i, n, k, form):
 
 @triton.jit
 def domain_of(m, s, i, n):
-    high = as_number(listed(m, word(s, ROW_LIST), i, n), m.scratch.dtype.element_ty)
+    bits = tl.load(m.table + word(s, ROW_LIST) + i, mask=i < n, other=0)
+    high = as_number(bits, m.scratch.dtype.element_ty)
     return tl.where(word(s, TAILS) != 0, neg(high), 0.0), high
 
 

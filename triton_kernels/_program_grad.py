@@ -236,7 +236,7 @@ def prior_back_step(m, s):
 
 @triton.jit
 def write_number(m, s, i, n, j, v):
-    place = tl.load(m.table + word(s, OUT_B) + i * word(s, PITCH) + j, mask=i < n, other=0)
+    place = tl.load(m.table + word(s, OUT_B) + i * word(s, PITCH) + j, mask=i < n, other=0).to(tl.int32)
     tl.store(m.scratch + place * ROWS + m.r, v, mask=i < n)
 
 

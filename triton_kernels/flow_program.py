@@ -157,8 +157,8 @@ def machine_kernel(
     own = scratch + program * places * ROWS
     for first in range(program * ROWS, rows, tl.num_programs(0).to(tl.int64) * ROWS):
         m = Machine(table, own, weights, r, first + r, rows)
-        for k in range(0, steps):
-            s = table + k * WORDS
+        s = table
+        for _ in range(0, steps):
             kind = word(s, KIND)
             shared_step(m, s, kind, x, context, to_x, SPLINES)
             if BACK:
@@ -166,6 +166,7 @@ def machine_kernel(
             elif kind == TOTAL:
                 total_step(m, s, logdet)
             tl.debug_barrier()
+            s += WORDS
 
 
 class Call(NamedTuple):
@@ -201,10 +202,14 @@ def _launched(
     programs = min(-(-rows // ROWS.value), MOST_PROGRAMS, max(1, MOST_MEMORY // (x.itemsize * (scratch + sums))))
     memory = x.new_empty(programs * scratch)
     partial = x.new_zeros(programs, sums) if sums else memory
+    # no spills: three blocks of 128 threads per multiprocessor leave 168 registers each, two leave 255
+    limit = 168 if x.dtype == torch.float32 and not back else 255
+    options = {} if torch.version.hip else {"maxnreg": limit}
     _launch.launch(
         machine_kernel, programs, x.device, call.table, call.code.steps, x.contiguous(),
         x if context is None else context.contiguous(), *grads, _flat(weights, x), memory, partial, *to,
-        call.code.places, rows, sums, num_stages=1, maxnreg=168, SPLINES=call.code.splines, BACK=back,
+        call.code.places, rows, sums, num_stages=1, SPLINES=call.code.splines, BACK=back,
+        **options,
     )  # fmt: skip
     return partial
 

@@ -279,7 +279,7 @@ def may_run(x: Any, given: tuple[Any, ...]) -> bool:
 def has_kernel(x: Tensor) -> bool:
     """Whether programs have a kernel for tensors like x on the backend that is chosen."""
     try:
-        return not _backend.runs_reference("flow_program", x, cuda=False, triton=False)
+        return not _backend.runs_reference("flow_program", x, cuda=False)
     # a layer says so in its own name
     except _backend.BackendUnavailable:
         return False

@@ -23,21 +23,23 @@ from .aot.fsq import STACK, positions, quantizer
 from .aot.gan_qp import critic
 from .aot.hsic import PRODUCTS
 from .aot.spectral import normalised
-from .aot.spline import REGISTERS
 
 FAMILIES = aot.families()
+REGISTERS = {case: most for family in FAMILIES.values() for case, most in getattr(family, "REGISTERS", {}).items()}
 NAMED = [(name, launches) for family in FAMILIES.values() for name, launches in family.cases().items()]
 CASES = dict(NAMED)
 MOST_PARAMETERS = 19
 
 
 def params():
-    """Every case for sm_90; for other targets those that bring a kernel, the rest marked slow."""
+    """Every case for sm_90; for other targets those that bring a kernel, the rest and SLOW ones marked slow."""
     seen = set()
+    slow = {name for family in FAMILIES.values() for name in getattr(family, "SLOW", ())}
     for name, launches in NAMED:
         target = name.partition("-")[0]
         kernels = {(target, launch.name) for launch in launches}
-        yield pytest.param(name, marks=() if target == "sm_90" or kernels - seen else pytest.mark.slow)
+        quick = name not in slow and (target == "sm_90" or kernels - seen)
+        yield pytest.param(name, marks=() if quick else pytest.mark.slow)
         seen |= kernels
 
 

@@ -1,0 +1,220 @@
+"""Programs of flows under the interpreter, against their reference in float64; see tests/ops/test_flow_program.py."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import pyflow
+from pyflow import ops, testing
+from pyflow._schemas import PRIORS, SCALE_MAPS, SPLINE_VARIANTS, TAILS
+from pyflow.program import (
+    ACTIVATIONS,
+    PACKINGS,
+    Activation,
+    Additive,
+    Context,
+    Elementwise,
+    Linear,
+    Multiplicative,
+    Net,
+    Norm,
+    Periodic,
+    Prior,
+    Program,
+    Residual,
+    Scale,
+)
+from pyflow.reference import flow_program as ref
+from pyflow.triton_kernels import flow_program as launcher
+
+from ...ops.programs import Builder, drawn
+from ...ops.test_flow_program import check_built, rows, run
+
+DTYPES = [torch.float32, torch.float64]
+FORMS = [(first, inverse) for first in (False, True) for inverse in (False, True)]
+# narrow bins and steep slopes lose digits
+MILD = {"param_scale": 0.3, "min_bin": 0.05, "min_slope": 0.1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_linear_maps_and_priors(dtype):
+    build = Builder(5)
+    scales = [Scale((3, 0, 2), build.weight(3), build.weight(3), *form) for form in FORMS]
+    scales += [Scale((1, 2), build.weight(2), -1), Scale((0, 4), -1, build.weight(2)), Scale((1,), -1, -1)]
+    linear = Linear((4, 1, 0), build.matrix(3), build.weight(3), build.weight())
+    priors = [Prior((3, 1), prior) for prior in range(len(PRIORS))]
+    check_built(build, build.program(*scales, linear, *priors, Linear((2, 0), build.matrix(2))), 35, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_activation(dtype):
+    build = Builder(4)
+    for activation in ACTIVATIONS:
+        build.weights.clear()
+        program = build.program(
+            build.net((0, 2), [9, 70, 2], activation), Additive((1, 3)), build.net((1, 3), [17, 2], activation),
+            Multiplicative((0, 2), inverse=True),
+        )  # fmt: skip
+        check_built(build, program, 7, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_affine_maps(packing, dtype):
+    build = Builder(4)
+    instructions = []
+    for number, name in enumerate((*SCALE_MAPS, "sigmoid", "softplus")):
+        first, inverse = FORMS[number % 4]
+        affine = build.affine((3, 1), name, packing, shift_first=first, inverse=inverse)
+        # twice, then with eps
+        affine = affine._replace(map_arg=0.1) if number >= len(SCALE_MAPS) else affine
+        instructions += [build.net((0, 2), [4]), affine]
+    check_built(build, build.program(*instructions, outputs=(3, 3, 0)), 5, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_of_nets(dtype):
+    build = Builder(4, 3)
+    gelu = ACTIVATIONS.index("gelu")
+    parts = (
+        Periodic((2, 0), *(build.weight(2) for _ in range(4))), build.dense(7, 9, "tanh"),
+        Residual((Activation(gelu), build.dense(9, 9, "silu"), Context(build.dense(3, 9, "sigmoid"), True),
+                  Residual((build.dense(9, 9),)))),
+        Norm(build.weight(9), build.weight(9), 1e-3, True), Context(build.dense(3, 9, "elu")), Norm(-1, -1, 1e-2),
+        Context(build.dense(3, 9)), Elementwise(build.weight(9), build.weight(9)), Elementwise(-1, build.weight(9)),
+        build.masked(torch.tril(torch.ones(4, 9)), "tanh"), Periodic((1,), *(build.weight(1) for _ in range(3))),
+    )  # fmt: skip
+    program = build.program(Net((0, 2, 0, 3), True, parts), build.affine((1, 3)), Prior((0, 1, 2, 3)))
+    constants = build.constants | {parts[0].scale, parts[-1].scale}
+    got = check_built(build, program, 35, dtype)
+    assert all((got[4 + place] == 0).all() for place in constants)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", SPLINE_VARIANTS)
+def test_splines(variant, dtype):
+    for number, tails in enumerate((*TAILS, ("linear", "circular"), None)):
+        build = Builder(5)
+        # the domain without tails
+        inside = [Scale((0, 1, 2, 3, 4), build.weight(5, spread=0.01), -1)] if tails is None else []
+        options = {"bins": 3 + number, "bound": [2.0, 1.5] if number % 2 else 2.5, **MILD}
+        own = build.spline((3, 1), tails, variant, own=True, inverse=number % 2 == 1, **options)
+        spline = build.spline((4, 0), tails, variant, inverse=number % 2 == 0, **options)
+        spline = spline._replace(zero_outside=number == 2)
+        net = build.net((1, 2), [6, 2 * (2 * spline.bins + spline.slopes)])
+        program = build.program(*inside, own, net, spline)
+        x, _ = rows(build, 9, dtype)
+        check_built_at(torch.sigmoid(x) if tails is None else 1.5 * x, build, program, dtype)
+
+
+def check_built_at(x, build, program, dtype):
+    from ...ops.test_flow_program import check
+
+    check(x, program, [w.to(dtype) for w in build.weights])
+
+
+def test_outside_of_a_domain_without_tails_is_nan():
+    build = Builder(2)
+    program = build.program(build.spline((0,), None, own=True))
+    y, logdet, grad, table = run(torch.tensor([[1.5, 2.0], [0.5, 3.0]]), program, [build.weights[0].float()])
+    assert y.isnan().tolist() == [[True, False], [False, False]] and logdet.isnan().tolist() == [True, False]
+    assert grad.isnan().tolist() == [[True, False], [False, False]] and table.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("context", ["", "inputs", "add", "gate"])
+def test_autoregressive_inverses(context, dtype):
+    build = Builder(6, 2 if context else 0)
+    columns = (4, 1, 0, 3)
+    transforms = [build.affine(columns, "softsign", "scale_shift"), build.spline(columns, bins=4, **MILD)]
+    undone = [
+        build.undo(*build.made(columns, hidden, transform, order=order, kept=[5], residual=residual, context=context,
+                               activation="tanh", periodic=periodic))
+        for hidden, transform, order, residual, periodic in (
+            ((9, 6), transforms[0], [2, 0, 1, 0], False, [0, 3]), ((5, 3), transforms[1], None, True, []),
+        )
+    ]  # fmt: skip
+    check_built(build, build.program(*undone), 5, dtype)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_drawn_programs(seed):
+    choices = random.Random(seed)
+    one = lambda *several: choices.choice(several)
+    build = Builder(one(1, 2, 3, 5, 8), one(0, 0, 3), seed)
+    # an autoregressive inverse passes on errors, see its tests in tests/ops
+    while True:
+        program = drawn(one, build, one(1, 2, 3))
+        if not any(type(i).__name__ == "Autoregressive" for i in program.instructions):
+            break
+        build.weights.clear()
+    check_built(build, program, one(1, 5, 33), DTYPES[seed % 2])
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)])
+def test_only_what_needs_a_gradient_gets_one(needs):
+    build = Builder(4, 2)
+    program = build.real_nvp((5,), 3)
+    x, context = rows(build, 33)
+    weights = [w.float() for w in build.weights]
+    for grads in [(torch.ones(33, 4), torch.ones(33)), (None, torch.ones(())[None].expand(33)), (torch.ones(4, 33).mT, None)]:
+        got = torch.ops.pyflow.flow_program_backward(*grads, x, context, weights, program.encode(), *needs)
+        want = ref.flow_program_backward(*grads, x, context, weights, program.encode(), *needs)
+        for a, b in zip(got, want, strict=True):
+            if b is None:
+                assert a.numel() == 0
+            else:
+                testing.assert_within(a, b.double(), 1e-4 * (1 + b.abs().max()))
+
+
+def test_views_and_sizes():
+    build = Builder(3)
+    program = build.program(build.net((0,), [2]), build.affine((2,)), Linear((0, 1, 2), build.matrix(3)))
+    weights = [w.float().mT.contiguous().mT for w in build.weights]
+    x = rows(build, 66)[0].repeat(1, 2)[::2, 1:4]
+    y, logdet = ops.flow_program(x, program, weights)
+    want = ops.flow_program(x.contiguous(), program, [w.contiguous() for w in weights])
+    testing.assert_same_bits(y, want[0])
+    # neither the batch nor the number of programs
+    testing.assert_same_bits(ops.flow_program(x[3:9], program, weights)[0], y[3:9])
+    testing.assert_same_bits(ops.flow_program(x[3:9], program, weights)[1], logdet[3:9])
+    for batch in (0, 1, 33):
+        check_built(build, program, batch)
+    y, logdet = ops.flow_program(torch.ones(3, 0), Program(0, 0, (), ()), [])
+    assert y.shape == (3, 0) and torch.equal(logdet, torch.zeros(3))
+    few = Builder(3, 2)
+    check_built(few, few.program(few.net((), [5, 2]), Additive((0, 1)), few.net((), [2], context=True), few.affine((2,)), outputs=()), 3)  # fmt: skip
+
+
+def test_a_program_that_is_too_large_runs_the_reference(monkeypatch):
+    build = Builder(3)
+    program = build.program(build.net((0, 2), [7, 1]), Additive((1,)))
+    want = check_built(build, program)
+    monkeypatch.setattr(launcher, "MOST_WORDS", 10)
+    launcher._call.cache_clear()
+    got = check_built(build, program)
+    launcher._call.cache_clear()
+    assert [v.shape for v in got] == [v.shape for v in want]
+
+
+def test_programs_share_the_tiles(monkeypatch):
+    build = Builder(3)
+    program = build.program(build.net((0, 2), [7, 2]), build.affine((1,)))
+    monkeypatch.setattr(launcher, "MOST_PROGRAMS", 2)
+    check_built(build, program, 150)
+
+
+def test_a_row_that_is_not_finite_stays_alone():
+    build = Builder(3)
+    program = build.program(build.net((0, 2), [7, 2]), build.affine((1,)))
+    x, _ = rows(build, 20)
+    weights = [w.float() for w in build.weights]
+    with pyflow.backend("triton"):
+        clean = ops.flow_program(x, program, weights)
+        x[7, 0] = float("nan")
+        for a, b in zip(clean, ops.flow_program(x, program, weights), strict=True):
+            keep = torch.arange(20) != 7
+            assert torch.equal(a[keep], b[keep]) and b[7].isnan().any()
