@@ -1,23 +1,13 @@
-"""Compiles a program of a flow to the table of steps that _program.py runs, forward or forward and back.
-
-Every column of every step is a value, written once. The way back is the list of steps reversed, each replaced by those
-of its gradients. Then steps whose values nobody reads are dropped, and values get places, which are used again once
-nobody reads them: what the way back needs stays.
-"""
+"""Compiles a program of a flow to steps, see _program.py. Every column of every step is a value, written once."""
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from .._schemas import PRIORS, SCALE_MAPS, SPLINE_VARIANTS
 from ..program import (
-    ACTIVATIONS,
     PACKINGS,
     Activation,
     Additive,
@@ -31,7 +21,6 @@ from ..program import (
     Net,
     Norm,
     Part,
-    Periodic,
     Prior,
     Program,
     Residual,
@@ -40,17 +29,12 @@ from ..program import (
     Transform,
     number_levels,
 )  # fmt: skip
-from . import _launch
-from ._program import ABSENT, CONTEXT, FACTOR, FIELDS, GRAD_LOGDET, GRAD_Y, KINDS, MAPS, WORDS, X
+from ._program import CONTEXT, FACTOR, MAPS, X
 from ._spline import FREE
 
 ZERO = 0  # a value of every program
 PLACES = ("a", "b", "c", "g", "out", "out_b", "out_c", "log")
 WRITTEN = frozenset(("out", "out_b", "out_c"))
-EFFECTS = frozenset(("store", "total", "dense_weights", "sum_rows"))
-# activations whose gradient follows from their result
-OF_RESULT = frozenset(map(ACTIVATIONS.index, ("relu", "leaky_relu", "tanh")))
-
 Values = tuple[int, ...]
 
 
@@ -58,8 +42,13 @@ class Step:
     """A step before it has places: `values` by the names of PLACES, `lists` of numbers, other `words`, and floats."""
 
     def __init__(
-        self, kind: str, values: dict[str, Values], lists: dict[str, tuple], words: dict[str, int], floats: Sequence[float]
-    ) -> None:  # fmt: skip
+        self,
+        kind: str,
+        values: dict[str, Values],
+        lists: dict[str, tuple],
+        words: dict[str, int],
+        floats: Sequence[float],
+    ) -> None:
         self.kind, self.values, self.lists, self.words, self.floats = kind, values, lists, words, floats
         # a step forward writes its part of logdet, a step back reads the gradient
         self.adds = not kind.endswith("_back")
@@ -72,15 +61,6 @@ class Step:
 
     def writes(self) -> Iterator[int]:
         return (v for name, values in self.values.items() if self.written(name) for v in values)
-
-
-class Code(NamedTuple):
-    """A program as the machine takes it."""
-
-    words: list[int]
-    steps: int
-    places: int
-    splines: bool  # whether there are any
 
 
 class State:
@@ -344,210 +324,7 @@ class Builder:
     def outputs(self) -> list[int]:
         return self.named(self.program.outputs)
 
-    def finish_forward(self) -> None:
+    def finish(self) -> None:
         if self.program.outputs:
             self.add("store", (), n=len(self.program.outputs), a=self.outputs(), form=X.value)
         self.add("total", (), n=len(self.sums), a=self.sums)
-
-
-class Back:
-    """Writes the steps of the way back behind those of the forward."""
-
-    def __init__(self, builder: Builder, need_weights: bool) -> None:
-        self.builder, self.need_weights = builder, need_weights
-        self.grads: dict[int, int] = {}  # value -> its gradient
-        forward, outputs = list(builder.steps), builder.program.outputs
-        self.logdet = builder.load(GRAD_LOGDET.value, 1, (0,))
-        self.give(builder.outputs(), builder.load(GRAD_Y.value, len(outputs), range(len(outputs))))
-        for step in reversed(forward):
-            if "log" in step.values or any(v in self.grads for v in step.writes()):
-                getattr(self, step.kind)(step)
-
-    def store(self, values: Sequence[int], target: int) -> None:
-        if values:
-            self.builder.add("store", (), n=len(values), a=self.of(values), form=target)
-
-    def of(self, values: Sequence[int]) -> Values:
-        return tuple(self.grads.get(v, ZERO) for v in values)
-
-    def give(self, values: Sequence[int], grads: Sequence[int]) -> None:
-        """Add to the gradients of values, among which there may be equal ones."""
-        pairs = [(v, g) for v, g in zip(values, grads, strict=True) if v != ZERO]
-        while pairs:
-            now: dict[int, int] = {}
-            later = []
-            for value, grad in pairs:
-                if value not in self.grads:
-                    self.grads[value] = grad
-                elif value in now:
-                    later.append((value, grad))
-                else:
-                    now[value] = grad
-            if now:
-                sums = self.builder.add("couple", self.builder.fresh(len(now)), a=self.of([*now]), b=[*now.values()])
-                self.grads |= zip(now, sums, strict=True)
-            pairs = later
-
-    def again(self, kind: str, step: Step, n: int, values: dict[str, Any], **words: int) -> None:
-        """Add a step with the lists and words of another one."""
-        given = {name: tuple(v) for name, v in values.items() if v}
-        self.builder.steps.append(Step(kind, given, step.lists, {**step.words, **words, "n": n}, step.floats))
-
-    def sum_rows(self, step: Step, place: str, grads: Sequence[int]) -> None:
-        """Add the sums of values over rows to the gradients of a vector of weights, if there is one."""
-        if self.need_weights and step.words.get(place, -1) >= 0:
-            self.again("sum_rows", step, len(grads), {"g": grads}, weight=step.words[place])
-
-    def pull(self, kind: str, step: Step, *more: str) -> list[Values]:
-        """Add the step back of another one; return the gradients that it writes: of a, and those named `more`."""
-        out, a = step.values.get("out", ()), step.values["a"]
-        given = {name: step.values[name] for name in ("a", "b", "c") if name in step.values}
-        given |= {"g": self.of(out), "log": self.logdet if "log" in step.values else ()}
-        sizes = {"out": len(a), "out_b": len(a), "out_c": len(a)}
-        if kind == "spline_back":
-            sizes["out_b"] = len(step.values["c"])
-        written = {name: self.builder.fresh(sizes[name]) for name in ("out", *more)}
-        self.again(kind, step, len(a), given | written)
-        return [*written.values()]
-
-    def fill(self, step: Step) -> None: ...
-
-    def load(self, step: Step) -> None: ...
-
-    def dense(self, step: Step) -> None:
-        g, inputs = self.of(step.values["out"]), step.values.get("a", ())
-        if "b" in step.values:
-            self.give(step.values["b"], g)
-        self.sum_rows(step, "bias", g)
-        if not inputs:
-            return
-        if self.need_weights:
-            self.again("dense_weights", step, len(g), {"a": inputs, "g": g})
-        # joins what there is, if it can
-        unique = len(set(inputs)) == len(inputs)
-        other = self.of(inputs) if unique and any(v in self.grads for v in inputs) else ()
-        out = self.builder.fresh(len(inputs))
-        self.again("dense_inputs", step, len(inputs), {"g": g, "b": other, "out": out}, terms=len(g))
-        if unique:
-            self.grads |= zip(inputs, out, strict=True)
-        else:
-            self.give(inputs, out)
-
-    def couple(self, step: Step) -> None:
-        shifts, scales = (
-            name in step.values or step.words.get(place, -1) >= 0 for name, place in (("b", "bias"), ("c", "weight"))
-        )
-        names = ["out_b"] * shifts + ["out_c"] * scales
-        found = dict(zip(("out", *names), self.pull("couple_back", step, *names), strict=True))
-        # each gives way to what it is made of
-        self.give(step.values["a"], found["out"])
-        for name, values, place in (("out_b", "b", "bias"), ("out_c", "c", "weight")):
-            if name in found:
-                self.give(step.values.get(values, ()), found[name] if values in step.values else ())
-                self.sum_rows(step, place, found[name])
-
-    def activate(self, step: Step) -> None:
-        given = step.values["out" if step.words["form"] in OF_RESULT else "a"]
-        out = self.builder.fresh(len(given))
-        self.again("activate_back", step, len(given), {"a": given, "g": self.of(step.values["out"]), "out": out})
-        self.give(step.values["a"], out)
-
-    def spline(self, step: Step) -> None:
-        of_columns, of_numbers = self.pull("spline_back", step, "out_b")
-        self.give(step.values["a"], of_columns)
-        self.give(step.values["c"], of_numbers)
-
-    def norm(self, step: Step) -> None:
-        self.give(step.values["a"], *self.pull("norm_back", step))
-
-    def periodic(self, step: Step) -> None:
-        of_columns, of_sine, of_cosine = self.pull("periodic_back", step, "out_b", "out_c")
-        self.sum_rows(step, "bias", self.of(step.values["out"]))
-        self.sum_rows(step, "mask", of_sine)
-        self.sum_rows(step, "more", of_cosine)
-        self.give(step.values["a"], of_columns)
-
-    def prior(self, step: Step) -> None:
-        self.give(step.values["a"], *self.pull("prior_back", step))
-
-
-def compiled(
-    program: Program, sizes: Sequence[int], dtype: torch.dtype, back: bool = False, needs: tuple[bool, bool, bool] = (True,) * 3
-) -> Code:
-    """Return the steps of a program with weights of these sizes.
-
-    Args:
-        needs: whether the way back returns gradients of x, of the context and of the weights.
-    """
-    offsets = [0, *itertools.accumulate(sizes)]
-    builder = Builder(program, offsets)
-    x = tuple(builder.state)
-    builder.forward()
-    if back:
-        grads = Back(builder, needs[2])
-        for needed, values, target in zip(needs, (x, builder.context), (X.value, CONTEXT.value), strict=False):
-            if needed:
-                grads.store(values, target)
-    else:
-        builder.finish_forward()
-    return encoded(used(builder.steps), dtype)
-
-
-def used(steps: list[Step]) -> list[Step]:
-    """Return the steps of which something is read or stored."""
-    live: set[int] = set()
-    kept = []
-    for step in reversed(steps):
-        writes = [name for name in step.values if step.written(name)]
-        dead = [name for name in writes if live.isdisjoint(step.values[name])]
-        if step.kind in EFFECTS or len(dead) < len(writes):
-            for name in dead:
-                del step.values[name]
-            live.update(step.reads())
-            kept.append(step)
-    return kept[::-1]
-
-
-def placed(steps: list[Step]) -> tuple[dict[int, int], int]:
-    """Return the place of each value, and how many there are; values whose times overlap have places of their own."""
-    last = {v: k for k, step in enumerate(steps) for v in (*step.writes(), *step.reads())}
-    ending: list[list[int]] = [[] for _ in steps]
-    for value, k in last.items():
-        ending[k].append(value)
-    places: dict[int, int] = {}
-    free: list[int] = []
-    count = 0
-    for k, step in enumerate(steps):
-        for value in step.writes():
-            if free:
-                places[value] = heapq.heappop(free)
-            else:
-                places[value], count = count, count + 1
-        for value in ending[k]:
-            heapq.heappush(free, places[value])
-    return places, count
-
-
-def encoded(steps: list[Step], dtype: torch.dtype) -> Code:
-    places, count = placed(steps)
-    records, lists, firsts = [], [], {}
-    start = len(steps) * WORDS.value
-
-    def first(items: tuple) -> int:
-        # before they are compared: 1.0 is equal to 1
-        items = tuple([_launch.bits(item, dtype) if isinstance(item, float) else item for item in items])
-        if items not in firsts:
-            firsts[items] = start + len(lists)
-            lists.extend(items)
-        return firsts[items]
-
-    for step in steps:
-        record = dict.fromkeys(FIELDS[:ABSENT], -1) | dict.fromkeys(FIELDS[ABSENT:], 0) | step.words
-        record["kind"] = KINDS.index(step.kind)
-        for name, values in step.values.items():
-            at = tuple([places[value] for value in values])
-            record[name] = at[0] if name == "log" else first(at)
-        record |= {name: first(items) for name, items in step.lists.items()}
-        record |= {f"f{i}": _launch.bits(value, dtype) for i, value in enumerate(step.floats)}
-        records += [*record.values(), *[0] * (WORDS.value - len(FIELDS))]
-    return Code(records + lists, len(steps), max(1, count), any(step.kind.startswith("spline") for step in steps))

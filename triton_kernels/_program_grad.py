@@ -7,11 +7,7 @@ import triton.language as tl
 
 from ._math import constant, div, erf, exp, exp_less, neg, sigmoid
 from ._program import (
-    A,
     ACTIVE,
-    BIAS,
-    BINS,
-    C,
     CLAMP_EXP,
     COL_LIST,
     COLS,
@@ -21,7 +17,6 @@ from ._program import (
     F1,
     FACTOR,
     FORM,
-    G,
     GELU,
     INNER,
     INVERSE,
@@ -29,7 +24,6 @@ from ._program import (
     LOG,
     MASK,
     MORE,
-    N,
     OUT,
     OUT_B,
     OUT_C,
@@ -46,31 +40,27 @@ from ._program import (
     TERMS,
     UNITS,
     WEIGHT,
+    A,
     B,
-    bin_of,
+    G,
+    N,
     columns_from,
     couple_operands,
-    domain_of,
     entry_of,
-    form_of,
     listed,
-    logit,
     matrix,
     mean_and_rate,
     nothing,
     number,
-    number_at,
-    outside_of,
     product,
     read,
     scale_of,
-    theta_of,
-    used_of,
     wave_of,
     weight_at,
     word,
     write,
 )
+from ._program_spline import bin_of, domain_of, form_of, logit, number_at, outside_of, theta_of, used_of
 from ._spline import ZUKO, place_at
 from ._spline_grad import gradient_of, pulled
 from ._tiles import fold, fold_rows

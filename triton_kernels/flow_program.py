@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..program import Program
 from ..reference import flow_program as ref
-from . import _launch, _program_code
+from . import _launch
 from ._program import (
     ACTIVATE,
     ACTIVATE_BACK,
@@ -47,8 +47,8 @@ from ._program import (
     SUM_ROWS,
     TOTAL,
     WORDS,
-    X,
     Machine,
+    X,
     activate_step,
     couple_step,
     dense_step,
@@ -57,7 +57,6 @@ from ._program import (
     norm_step,
     periodic_step,
     prior_step,
-    spline_step,
     store_step,
     total_step,
     word,
@@ -73,6 +72,8 @@ from ._program_grad import (
     spline_back_step,
     sum_rows_step,
 )
+from ._program_spline import spline_step
+from ._program_table import Code, compiled
 
 # programs of a launch: four for each multiprocessor of an H100, fewer if their memory is more than this, in bytes
 MOST_PROGRAMS = 528
@@ -172,18 +173,18 @@ def machine_kernel(
 class Call(NamedTuple):
     """How a program runs on a device."""
 
-    code: _program_code.Code
+    code: Code
     table: Tensor
 
 
 # kept for ever: CUDA graphs hold addresses of tables
 @functools.cache
 def _call(
-    code: str, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, back: bool, needs: tuple[bool, ...]
+    code: str, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, needs: tuple[bool, ...] | None = None
 ) -> Call | None:  # fmt: skip
     """Return a program's steps, or None for one that is too large."""
-    steps = _program_code.compiled(Program.decode(code), sizes, dtype, back, needs)
-    memory = dtype.itemsize * (steps.places * ROWS.value + sum(sizes) * back)
+    steps = compiled(Program.decode(code), sizes, dtype, needs)
+    memory = dtype.itemsize * (steps.places * ROWS.value + sum(sizes) * (needs is not None))
     if len(steps.words) > MOST_WORDS or memory * LEAST_PROGRAMS > MOST_MEMORY:
         return None
     return Call(steps._replace(words=[]), torch.tensor(steps.words, dtype=torch.int64, device=device))
@@ -219,7 +220,7 @@ def flow_program(x: Tensor, context: Tensor | None, weights: list[Tensor], code:
     y, logdet = x.new_empty(x.shape[0], len(Program.decode(code).outputs)), x.new_empty(x.shape[0])
     if x.shape[0] == 0:
         return y, logdet
-    call = _call(code, sizes, x.dtype, x.device, False, ())
+    call = _call(code, sizes, x.dtype, x.device)
     if call is None:
         for to, value in zip((y, logdet), ref.flow_program(x, context, weights, code), strict=True):
             to.copy_(value)
@@ -242,7 +243,7 @@ def flow_program_backward(
     needs = need_x, need_context and context is not None, need_weights
     empty = x.new_empty(0)
     sizes = tuple([weight.numel() for weight in weights])
-    call = _call(code, sizes, x.dtype, x.device, True, needs) if x.shape[0] else None
+    call = _call(code, sizes, x.dtype, x.device, needs) if x.shape[0] else None
     if call is None:
         found = ref.flow_program_backward(grad_y, grad_logdet, x, context, weights, code, *needs)
         return [empty if grad is None else grad.contiguous() for grad in found]

@@ -31,7 +31,8 @@ from pyflow.reference import flow_program as ref
 from pyflow.triton_kernels import flow_program as launcher
 
 from ...ops.programs import Builder, drawn
-from ...ops.test_flow_program import check_built, rows, run
+from ...ops.test_flow_program import check, check_built, rows, run
+from ...ops.test_flow_program_autoregressive import check as check_autoregressive
 
 DTYPES = [torch.float32, torch.float64]
 FORMS = [(first, inverse) for first in (False, True) for inverse in (False, True)]
@@ -52,27 +53,24 @@ def test_scales_linear_maps_and_priors(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_activation(dtype):
     build = Builder(4)
-    for activation in ACTIVATIONS:
-        build.weights.clear()
-        program = build.program(
-            build.net((0, 2), [9, 70, 2], activation), Additive((1, 3)), build.net((1, 3), [17, 2], activation),
-            Multiplicative((0, 2), inverse=True),
-        )  # fmt: skip
-        check_built(build, program, 7, dtype)
+    # 70 units are more than a product computes at once
+    layers = [build.dense(2, 70, "relu"), *(build.dense(size, 6, name, arg=0.2) for size, name in zip([70] + [6] * 8, ACTIVATIONS, strict=True))]  # fmt: skip
+    net = Net((0, 2), False, (*layers, build.dense(6, 2)))
+    program = build.program(net, Additive((1, 3)), build.net((1, 3), [2]), Multiplicative((0, 2), inverse=True))
+    check_built(build, program, 7, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_affine_maps(packing, dtype):
+@pytest.mark.parametrize("number", range(len(PACKINGS)))
+def test_affine_maps(number):
     build = Builder(4)
     instructions = []
-    for number, name in enumerate((*SCALE_MAPS, "sigmoid", "softplus")):
-        first, inverse = FORMS[number % 4]
-        affine = build.affine((3, 1), name, packing, shift_first=first, inverse=inverse)
+    for i, name in enumerate((*SCALE_MAPS, "sigmoid", "softplus")):
+        first, inverse = FORMS[(i + number) % 4]
+        affine = build.affine((3, 1), name, PACKINGS[number], shift_first=first, inverse=inverse)
         # twice, then with eps
-        affine = affine._replace(map_arg=0.1) if number >= len(SCALE_MAPS) else affine
+        affine = affine._replace(map_arg=0.1) if i >= len(SCALE_MAPS) else affine
         instructions += [build.net((0, 2), [4]), affine]
-    check_built(build, build.program(*instructions, outputs=(3, 3, 0)), 5, dtype)
+    check_built(build, build.program(*instructions, outputs=(3, 3, 0)), 5, DTYPES[number % 2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,31 +87,24 @@ def test_parts_of_nets(dtype):
     )  # fmt: skip
     program = build.program(Net((0, 2, 0, 3), True, parts), build.affine((1, 3)), Prior((0, 1, 2, 3)))
     constants = build.constants | {parts[0].scale, parts[-1].scale}
-    got = check_built(build, program, 35, dtype)
+    got = check_built(build, program, 5, dtype)
     assert all((got[4 + place] == 0).all() for place in constants)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", SPLINE_VARIANTS)
-def test_splines(variant, dtype):
-    for number, tails in enumerate((*TAILS, ("linear", "circular"), None)):
-        build = Builder(5)
-        # the domain without tails
-        inside = [Scale((0, 1, 2, 3, 4), build.weight(5, spread=0.01), -1)] if tails is None else []
-        options = {"bins": 3 + number, "bound": [2.0, 1.5] if number % 2 else 2.5, **MILD}
-        own = build.spline((3, 1), tails, variant, own=True, inverse=number % 2 == 1, **options)
-        spline = build.spline((4, 0), tails, variant, inverse=number % 2 == 0, **options)
-        spline = spline._replace(zero_outside=number == 2)
-        net = build.net((1, 2), [6, 2 * (2 * spline.bins + spline.slopes)])
-        program = build.program(*inside, own, net, spline)
-        x, _ = rows(build, 9, dtype)
-        check_built_at(torch.sigmoid(x) if tails is None else 1.5 * x, build, program, dtype)
-
-
-def check_built_at(x, build, program, dtype):
-    from ...ops.test_flow_program import check
-
-    check(x, program, [w.to(dtype) for w in build.weights])
+@pytest.mark.parametrize("number, tails", enumerate((*TAILS, ("linear", "circular"), None)))
+def test_splines(number, tails, variant):
+    build, dtype = Builder(5), DTYPES[(number + SPLINE_VARIANTS.index(variant)) % 2]
+    # the domain without tails
+    inside = [Scale((0, 1, 2, 3, 4), build.weight(5, spread=0.01), -1)] if tails is None else []
+    options = {"bins": 3 + number, "bound": [2.0, 1.5] if number % 2 else 2.5, **MILD}
+    own = build.spline((3, 1), tails, variant, own=True, inverse=number % 2 == 1, **options)
+    spline = build.spline((4, 0), tails, variant, inverse=number % 2 == 0, **options)
+    spline = spline._replace(zero_outside=number == 2)
+    net = build.net((1, 2), [6, 2 * (2 * spline.bins + spline.slopes)])
+    x, _ = rows(build, 9, dtype)
+    x = torch.sigmoid(x) if tails is None else 1.5 * x
+    check(x, build.program(*inside, own, net, spline), [w.to(dtype) for w in build.weights])
 
 
 def test_outside_of_a_domain_without_tails_is_nan():
@@ -124,9 +115,8 @@ def test_outside_of_a_domain_without_tails_is_nan():
     assert grad.isnan().tolist() == [[True, False], [False, False]] and table.isnan().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("context", ["", "inputs", "add", "gate"])
-def test_autoregressive_inverses(context, dtype):
+@pytest.mark.parametrize("number, context", enumerate(["", "inputs", "add", "gate"]))
+def test_autoregressive_inverses(number, context):
     build = Builder(6, 2 if context else 0)
     columns = (4, 1, 0, 3)
     transforms = [build.affine(columns, "softsign", "scale_shift"), build.spline(columns, bins=4, **MILD)]
@@ -137,10 +127,10 @@ def test_autoregressive_inverses(context, dtype):
             ((9, 6), transforms[0], [2, 0, 1, 0], False, [0, 3]), ((5, 3), transforms[1], None, True, []),
         )
     ]  # fmt: skip
-    check_built(build, build.program(*undone), 5, dtype)
+    check_autoregressive(build, build.program(*undone), 5, DTYPES[number % 2], 1e-4)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_drawn_programs(seed):
     choices = random.Random(seed)
     one = lambda *several: choices.choice(several)
@@ -154,13 +144,19 @@ def test_drawn_programs(seed):
     check_built(build, program, one(1, 5, 33), DTYPES[seed % 2])
 
 
-@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)])
+@pytest.mark.parametrize(
+    "needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
+)
 def test_only_what_needs_a_gradient_gets_one(needs):
     build = Builder(4, 2)
     program = build.real_nvp((5,), 3)
     x, context = rows(build, 33)
     weights = [w.float() for w in build.weights]
-    for grads in [(torch.ones(33, 4), torch.ones(33)), (None, torch.ones(())[None].expand(33)), (torch.ones(4, 33).mT, None)]:
+    for grads in [
+        (torch.ones(33, 4), torch.ones(33)),
+        (None, torch.ones(())[None].expand(33)),
+        (torch.ones(4, 33).mT, None),
+    ]:
         got = torch.ops.pyflow.flow_program_backward(*grads, x, context, weights, program.encode(), *needs)
         want = ref.flow_program_backward(*grads, x, context, weights, program.encode(), *needs)
         for a, b in zip(got, want, strict=True):
@@ -173,7 +169,7 @@ def test_only_what_needs_a_gradient_gets_one(needs):
 def test_views_and_sizes():
     build = Builder(3)
     program = build.program(build.net((0,), [2]), build.affine((2,)), Linear((0, 1, 2), build.matrix(3)))
-    weights = [w.float().mT.contiguous().mT for w in build.weights]
+    weights = [w.float().repeat_interleave(2, -1)[..., ::2] for w in build.weights]
     x = rows(build, 66)[0].repeat(1, 2)[::2, 1:4]
     y, logdet = ops.flow_program(x, program, weights)
     want = ops.flow_program(x.contiguous(), program, [w.contiguous() for w in weights])
