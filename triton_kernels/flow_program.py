@@ -79,7 +79,7 @@ from ._program_table import Code, compiled
 MOST_PROGRAMS = 528
 MOST_MEMORY = 1 << 28
 LEAST_PROGRAMS = 16  # what leaves fewer runs the reference
-MOST_WORDS = 1 << 22  # of a table
+MOST_WORDS = 1 << 22  # of a table; of weights 512 times as many, whose offsets are int32
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def _call(
     """Return a program's steps, or None for one that is too large."""
     steps = compiled(Program.decode(code), sizes, dtype, needs)
     memory = dtype.itemsize * (steps.places * ROWS.value + sum(sizes) * (needs is not None))
-    if len(steps.words) > MOST_WORDS or memory * LEAST_PROGRAMS > MOST_MEMORY:
+    if max(len(steps.words), sum(sizes) >> 9) > MOST_WORDS or memory * LEAST_PROGRAMS > MOST_MEMORY:
         return None
     return Call(steps._replace(words=[]), torch.tensor(steps.words, dtype=torch.int64, device=device))
 

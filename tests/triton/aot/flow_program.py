@@ -9,6 +9,7 @@ from pyflow.triton_kernels import flow_program
 
 from . import F32, F64, recorded
 
+BOUNDED = {"flow_program.machine_kernel": "places of a tile, and weights, of which there are at most 2**31"}
 DTYPES = {"flow_program.machine_kernel": {F32, F64}}
 FORWARD, BACKWARD = range(2)
 # two blocks per multiprocessor
@@ -20,8 +21,9 @@ REGISTERS = {
 }
 
 
-def flow(dtype, splines, way, rows=64, width=8):
+def flow(dtype, splines, way):
     """Launches of forward or backward."""
+    rows, width = 64, 8
     net = Net(tuple(range(width)), False, (Dense(0, -1, width, ACTIVATIONS.index("tanh")),))
     spline = (Spline(tuple(range(width)), 4, 3, (0,), 0, (3.0,), params=1),) if splines else ()
     columns = tuple(range(width))
@@ -49,9 +51,3 @@ def cases():
 
 # half a minute each; the one that is left has the code of all others
 SLOW = cases().keys() - {"sm_90-float32-program-splines-1"}
-
-
-def large(shape):
-    rows, width = shape
-    # a program has a step for few columns, and its table has their number
-    return flow(F32, False, FORWARD, rows, width) if width < rows else []
