@@ -2,8 +2,8 @@
 
 Shapes are (columns, hidden, couplings, batch). A coupling changes half of the columns by a scale and a shift; its
 network has two hidden ReLU layers. All contenders have the same networks; normflows and pyflow compute the same
-numbers, nflows and zuko have other scale maps. A training step is one of Adam, fused. No case has a shape for a GPU:
-programs run on a CPU.
+numbers, nflows and zuko have other scale maps. A training step is one of Adam, fused. "eager" and "compile" are the
+layers of pyflow on the reference.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ SHAPES: tuple[Shape, ...] = (
     (8, 64, 8, 256), (8, 64, 8, 4096), (32, 128, 8, 512), (32, 128, 8, 8192), (64, 256, 12, 2048),
 )  # fmt: skip
 ONE_ROW: Shape = (8, 64, 8, 1)
+ON_GPU: Shape = (8, 64, 8, 4096)
 FORWARD, TRAINING = ("log_prob", "sample"), ("log_prob+backward", "train step")
 FROZEN, COMPILED = "pyflow frozen", "normflows compiled"
 # numbers of a network in its parameters, and where those of its last layer begin
@@ -72,6 +73,19 @@ def _layers(nets: Nets) -> Model:
         return pyflow.ops.flow_log_prob(z) + logdet
 
     return Model(log_prob, lambda z: stack.inverse(z)[0])
+
+
+def _eager(nets: Nets) -> Model:
+    model = _layers(nets)
+
+    def on_reference(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            with pyflow.backend("reference"):
+                return call(x)
+
+        return run
+
+    return Model(on_reference(model.log_prob), on_reference(model.sample))
 
 
 def _fused(nets: Nets, frozen: bool = False) -> Model:
@@ -134,19 +148,21 @@ MAKERS: dict[str, Callable[[Nets], Model]] = {
     "normflows": _normflows, COMPILED: _normflows, "nflows": _nflows, "zuko": _zuko, "pyflow layers": _layers,
     "pyflow": _fused, FROZEN: partial(_fused, frozen=True),
 }  # fmt: skip
+# with a shape for a GPU
+MORE: dict[str, Callable[[Nets], Model]] = {"eager": _eager, "compile": _eager}
 
 
 def _call(name: str, nets: Nets, x: Tensor, what: str) -> Call:
     """Return samples or log-densities without gradients, or the loss and the gradients of the networks."""
     nets = copy.deepcopy(nets)
-    model, parameters = MAKERS[name](nets), [p for net in nets for p in net.parameters()]
+    model, parameters = (MAKERS | MORE)[name](nets), [p for net in nets for p in net.parameters()]
     of_x: Callable[[Tensor], Any] = model.sample if what == "sample" else model.log_prob
     if what in TRAINING:
 
         def of_x(x: Tensor) -> Tensor:
             return -model.log_prob(x).mean()
 
-    if name == COMPILED:
+    if name in (COMPILED, "compile"):
         of_x = compiled(of_x)
     # at rate 0 all steps are alike
     optimizer = torch.optim.Adam(parameters, lr=0.0, fused=True)
@@ -207,10 +223,12 @@ def _problem(shape: Shape, device: torch.device, *, what: str, contenders: tuple
 
 
 def _case(what: str, shape: Shape) -> Case:
-    contenders = tuple(name for name in MAKERS if name != FROZEN or shape == ONE_ROW)
+    on_gpu = shape == ON_GPU and what in ("log_prob", "log_prob+backward")
+    contenders = tuple(name for name in MAKERS if name != FROZEN or shape == ONE_ROW) + tuple(MORE) * on_gpu
     tiny = (4, 8, 2, min(shape[-1], 5))
     build = partial(_problem, what=what, contenders=contenders)
-    return Case(case_name(what, shape), build, shape, tiny, contenders, "normflows")
+    gpu = shape if on_gpu else None
+    return Case(case_name(what, shape), build, shape, tiny, contenders, "normflows", gpu=gpu)
 
 
 CASES = [
