@@ -19,6 +19,7 @@ from ._backend import BackendUnavailable as BackendUnavailable
 from ._backend import backend as backend
 from ._version import __version__ as __version__
 from ._warmup import warmup as warmup
+from .integrations import accelerate as accelerate
 
 _operators.check_complete()
 _backend.finish()

@@ -276,6 +276,23 @@ def may_run(x: Any, given: tuple[Any, ...]) -> bool:
     return has_kernel(x)
 
 
+def why_not(x: Any, given: tuple[Any, ...]) -> str:
+    """Return why `may_run` is false, empty if it is not."""
+    if may_run(x, given):
+        return ""
+    if type(x) not in TENSORS or x.layout is not torch.strided or x.is_nested or x.dim() != 2:
+        return "x is no matrix"
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"x is {x.dtype}".replace("torch.", "")
+    if under_transform():
+        return "a transform of torch.func is active"
+    if any_global_module_hook():
+        return "there are hooks of all modules"
+    if not has_kernel(x):
+        return f"{x.device.type} has no kernel with pyflow.backend {_backend.current()!r}"
+    return "the context is no matrix of x's dtype and device with a row for each of x"
+
+
 def has_kernel(x: Tensor) -> bool:
     """Whether programs have a kernel for tensors like x on the backend that is chosen."""
     try:

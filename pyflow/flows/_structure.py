@@ -21,6 +21,9 @@ class Left(NamedTuple):
     module: str
     reason: str
 
+    def line(self) -> str:
+        return f"{_name(self.path)} ({self.layer.__class__.__name__}): left, {self.module}{self.reason}"
+
 
 class Structure:
     """What a look at a module found: its layers as runs, and those that are left between them."""
@@ -109,7 +112,7 @@ def _line(part: Run | Left) -> str:
         line = f"{where}: fused, {_counted(classes)} as {_counted(instructions)}"
         left = [name for name, inverse in (("forward", False), ("inverse", True)) if programs[inverse] is None]
         return f"{line}; its {' and '.join(left)} left" if left else line
-    return f"{_name(part.path)} ({part.layer.__class__.__name__}): left, {part.module}{part.reason}"
+    return part.line()
 
 
 def _base_line(structure: Structure, path: Path, base: nn.Module, inverse: bool) -> str:

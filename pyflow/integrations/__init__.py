@@ -1,1 +1,4 @@
-"""Classes of other packages that run on pyflow's ops; import the module of the package you use."""
+"""Classes of other packages on pyflow's ops: `accelerate` a model, or import the module of the package you use."""
+
+from . import _flows as _flows
+from ._accelerate import accelerate as accelerate

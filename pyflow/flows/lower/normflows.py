@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ... import program as p
+from ..._classes import named
 from ..._schemas import PRIORS
 from .._run import Conditioner, DoesNotFit, Tape, Write
 from .._watch import Path
 from .autoregressive import autoregressive
 from .couplings import Transform, affine
-from .look import BASES, PARTS, RULES, STACKS, Layers, Look, NoInstruction, children, in_order, named, register
+from .look import BASES, PARTS, RULES, STACKS, Layers, Look, NoInstruction, children, in_order, register
 from .nets import Parts
 from .nflows import gaussian, scaled, standard
 

@@ -1,0 +1,115 @@
+"""Fast methods of flows and of their layers: what `pyflow.flows.fuse` does, by their own classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._classes import own_method
+from ..flows._fuser import Fuser
+from ..flows._peers import Transform, stand_of
+from ..flows._structure import explain
+from ..flows.lower.zuko import FLOWS
+from ._fast import FAST, LEFT, RECORDS, SAYS, fell, ran, record
+
+
+def program(
+    module: Any, x: Any, given: tuple[Any, ...], inverse: bool, prior: str | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Return what the layers of a module do with x by programs, None if they have to run; count which it was."""
+    result = None
+    if isinstance(x, Tensor) and not x.is_nested and x.dim() == 2:
+        result = _fuser(module).run(module, x, given, int(x.shape[1]), inverse, prior)
+    if result is not None:
+        ran(module)
+    elif not torch.compiler.is_compiling():
+        fell(module, _fuser(module).why_not(module, x, given))
+    return result
+
+
+def _fuser(module: nn.Module) -> Fuser:
+    # dynamo finds what was made before it traces
+    found: Fuser | None = RECORDS[id(module)].made.get("fuser") if id(module) in RECORDS else None
+    if found is None:
+        found = record(module).made["fuser"] = Fuser(module)
+    return found
+
+
+class _View:
+    """What a stand has in place of the module that `fuse` returns."""
+
+    def __init__(self, flow: nn.Module) -> None:
+        self.flow = flow
+
+    def _program(
+        self, x: Any, given: tuple[Any, ...], inverse: bool, prior: str | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        return program(self.flow, x, given, inverse, prior)
+
+
+def _of_flow(name: str) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **named: Any) -> Any:
+        stand = stand_of(self)
+        assert stand is not None
+        return getattr(stand(_View(self)), name)(*args, **named)
+
+    return method
+
+
+# the methods that call the layers
+_FLOWS = {
+    ("nflows.flows.base.Flow", "nflows.flows.realnvp.SimpleRealNVP",
+     "nflows.flows.autoregressive.MaskedAutoregressiveFlow"):
+        ("_log_prob", "_sample", "sample_and_log_prob", "transform_to_noise"),
+    ("glasflow.flows.realnvp.RealNVP", "glasflow.flows.nsf.CouplingNSF"):
+        ("forward", "inverse", "sample", "log_prob", "forward_and_log_prob", "sample_and_log_prob"),
+    ("normflows.core.NormalizingFlow", "normflows.core.ConditionalNormalizingFlow"):
+        ("forward", "forward_and_log_det", "inverse", "inverse_and_log_det", "forward_kld", "reverse_kld",
+         "reverse_alpha_div", "sample", "log_prob"),
+    FLOWS: ("forward",),
+}  # fmt: skip
+for _kinds, _names in _FLOWS.items():
+    for _kind in _kinds:
+        FAST[_kind], SAYS[_kind] = {name: _of_flow(name) for name in _names}, explain
+
+
+def _layer(inverse: bool) -> Callable[..., Any]:
+    def method(self: Any, x: Any, context: Any = None) -> Any:
+        result = program(self, x, () if context is None else (context,), inverse)
+        return LEFT if result is None else result
+
+    return method
+
+
+_LAYERS = (
+    "nflows.transforms.base.CompositeTransform",
+    "nflows.transforms.base.InverseTransform",
+    "nflows.transforms.coupling.AffineCouplingTransform",
+    "nflows.transforms.coupling.AdditiveCouplingTransform",
+    "nflows.transforms.coupling.PiecewiseRationalQuadraticCouplingTransform",
+    "nflows.transforms.autoregressive.MaskedAffineAutoregressiveTransform",
+    "nflows.transforms.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform",
+    "normflows.flows.affine.coupling.AffineCouplingBlock",
+    "normflows.flows.affine.coupling.MaskedAffineFlow",
+    "normflows.flows.affine.autoregressive.MaskedAffineAutoregressive",
+    "normflows.flows.neural_spline.wrapper.CoupledRationalQuadraticSpline",
+    "normflows.flows.neural_spline.wrapper.CircularCoupledRationalQuadraticSpline",
+    "normflows.flows.neural_spline.wrapper.AutoregressiveRationalQuadraticSpline",
+    "normflows.flows.neural_spline.wrapper.CircularAutoregressiveRationalQuadraticSpline",
+)
+for _kind in _LAYERS:
+    FAST[_kind], SAYS[_kind] = {"forward": _layer(False), "inverse": _layer(True)}, explain
+
+
+def _of_zuko(self: Any, c: Any = None) -> Any:
+    return Transform(_View(self), own_method(type(self), "forward")(self, c), c)
+
+
+for _kind in (
+    "zuko.flows.autoregressive.MaskedAutoregressiveTransform",
+    "zuko.flows.coupling.GeneralCouplingTransform",
+):
+    FAST[_kind], SAYS[_kind] = {"forward": _of_zuko}, explain
