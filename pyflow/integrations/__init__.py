@@ -2,3 +2,5 @@
 
 from . import _flows as _flows
 from ._accelerate import accelerate as accelerate
+from ._patch import patch as patch
+from ._patch import unpatch as unpatch
