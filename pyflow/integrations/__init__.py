@@ -1,6 +1,7 @@
 """Classes of other packages on pyflow's ops: `accelerate` a model, or import the module of the package you use."""
 
 from . import _flows as _flows
+from . import _layers as _layers
 from ._accelerate import accelerate as accelerate
 from ._patch import patch as patch
 from ._patch import unpatch as unpatch
