@@ -21,11 +21,8 @@ from ..flows.lower.couplings import scale_map_of
 from ..flows.lower.normflows import SCALE_MAPS
 from ..ops import additive_coupling, affine_coupling_packed, rq_spline
 from ..ops.spline import MOST_BINS
-from ._fast import FAST, GAINS, SAYS, Falls, fast, fell, ran
+from ._fast import FAST, GAINS, LEFT, SAYS, Falls, fast, fell, ran
 from ._flows import layer_methods
-
-# with more numbers in vectors, torch's operations are as fast on a CPU
-_MOST_IN_VECTORS = 2**13
 
 
 def _register(kinds: tuple[str, ...], op: str, gain: str = "") -> None:
@@ -33,9 +30,9 @@ def _register(kinds: tuple[str, ...], op: str, gain: str = "") -> None:
     for kind in kinds:
         if "forward" in FAST.get(kind, ()):
             FAST[kind].update(layer_methods(counts=False))
-            SAYS[kind] = lambda module: f"{explain(module)}\nwhere no program runs: its transform as {op}"
+            SAYS[kind] = lambda module: f"{explain(module)}\nwhere no program runs: {op}"
         else:
-            SAYS[kind] = lambda module: f"its transform as {op}"
+            SAYS[kind] = lambda module: op
         if gain:
             GAINS[kind] = gain
 
@@ -66,11 +63,13 @@ def _run(op: Callable[..., Any], x: Tensor, params: Any, **options: Any) -> Any:
 # affine transforms
 
 
+def _pays(x: Tensor) -> bool:
+    # on a CPU torch's few passes take no more time, and both little beside the network
+    return not x.is_cpu
+
+
 def _why_not_affine(x: Any) -> str:
-    reason = _why_not(x)
-    if not reason and x.dim() == 2 and x.is_cpu and x.numel() > _MOST_IN_VECTORS:
-        return "torch's own operations are as fast on a CPU with so many vectors"
-    return reason
+    return _why_not(x) or ("" if _pays(x) else "on a CPU its own operations are as fast")
 
 
 def _affine(x: Any, params: Any, scale_map: str, constant: float, packing: str, inverse: bool) -> Any:
@@ -129,8 +128,8 @@ for _direction in ("forward", "inverse"):
     fast(*_AFFINE_COUPLINGS, name=f"_coupling_transform_{_direction}")(_affine_coupling(_inverse))
     fast(_ADDITIVE, name=f"_coupling_transform_{_direction}")(_additive_coupling(_inverse))
     fast(_MAF, _NORMFLOWS_MAF, name=f"_elementwise_{_direction}")(_affine_elementwise(_inverse))
-_register((*_AFFINE_COUPLINGS, _MAF, _NORMFLOWS_MAF), "affine_coupling")
-_register((_ADDITIVE,), "additive_coupling")
+_register((*_AFFINE_COUPLINGS, _MAF, _NORMFLOWS_MAF), "on a GPU its transform as affine_coupling")
+_register((_ADDITIVE,), "its transform as additive_coupling")
 
 
 _NORMFLOWS_COUPLING = "normflows.flows.affine.coupling.AffineCoupling"
@@ -160,7 +159,7 @@ def _of_two(name: str) -> Callable[..., Any]:
 
 
 FAST[_NORMFLOWS_COUPLING] = {name: _of_two(name) for name in ("forward", "inverse")}
-SAYS[_NORMFLOWS_COUPLING] = lambda _: "affine_coupling"
+SAYS[_NORMFLOWS_COUPLING] = lambda _: "on a GPU affine_coupling"
 
 
 # rational-quadratic splines
@@ -245,4 +244,39 @@ def _own_splines(self: Any, inputs: Any, inverse: bool = False) -> Any:
     return _spline(self, inputs, params, parts[0].shape[-1], 1.0, inverse)
 
 
-_register((*_SPLINE_COUPLINGS, *_SPLINE_AUTOREGRESSIVE, *_SPLINES), "rq_spline")
+_register((*_SPLINE_COUPLINGS, *_SPLINE_AUTOREGRESSIVE, *_SPLINES), "its transform as rq_spline")
+
+
+# checkerboards of normflows, which are written element by element in Python
+
+
+def _odd(sizes: tuple[int, ...], mode: str, device: torch.device) -> Tensor:
+    """Return for each row of an image whether its first element is in the first part, (..., 1)."""
+    odd = torch.zeros(*[1] * len(sizes), dtype=torch.int64, device=device)
+    for dim, size in enumerate(sizes):
+        odd = odd + torch.arange(size, device=device).view(-1, *[1] * (len(sizes) - dim - 1))
+    return (odd % 2 == (1 if "inv" not in mode else 0)).unsqueeze(-1)
+
+
+@fast("normflows.flows.reshape.Split", name="forward", says="strides instead of indices for checkerboards")
+@fast("normflows.flows.reshape.Merge", name="inverse", says="strides instead of indices for checkerboards")
+def _split(self: Any, z: Any) -> Any:
+    if self.mode in ("channel", "channel_inv"):
+        return LEFT
+    if "checkerboard" not in self.mode or z.dim() < 2 or z.shape[-1] % 2 or not z.numel():
+        return Falls("it is no checkerboard")
+    even, odd = z[..., ::2], z[..., 1::2]
+    first = _odd(z.shape[1:-1], self.mode, z.device)
+    return [torch.where(first, even, odd), torch.where(first, odd, even)], 0
+
+
+@fast("normflows.flows.reshape.Split", name="inverse")
+@fast("normflows.flows.reshape.Merge", name="forward")
+def _merge(self: Any, z: Any) -> Any:
+    z1, z2 = z
+    if self.mode in ("channel", "channel_inv"):
+        return LEFT
+    if "checkerboard" not in self.mode or z1.shape != z2.shape or z1.dtype is not z2.dtype:
+        return Falls("it is no checkerboard")
+    first = _odd(z1.shape[1:-1], self.mode, z1.device)
+    return torch.stack([torch.where(first, z1, z2), torch.where(first, z2, z1)], -1).flatten(-2), 0
