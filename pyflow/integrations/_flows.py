@@ -76,14 +76,14 @@ for _kinds, _names in _FLOWS.items():
         FAST[_kind], SAYS[_kind] = {name: _of_flow(name) for name in _names}, explain
 
 
-def layer_methods(counts: bool = True) -> dict[str, Callable[..., Any]]:
-    """Return fast methods of a layer that run it as a program; `counts`: whether they count where they do not."""
+def layer_methods(counts: Callable[[Any], bool] = lambda x: True) -> dict[str, Callable[..., Any]]:
+    """Return fast methods of a layer that run it as a program; `counts` of x: whether they count where they do not."""
     return {"forward": _layer(False, counts), "inverse": _layer(True, counts)}
 
 
-def _layer(inverse: bool, counts: bool) -> Callable[..., Any]:
+def _layer(inverse: bool, counts: Callable[[Any], bool]) -> Callable[..., Any]:
     def method(self: Any, x: Any, context: Any = None) -> Any:
-        result = program(self, x, () if context is None else (context,), inverse, counts=counts)
+        result = program(self, x, () if context is None else (context,), inverse, counts=counts(x))
         return LEFT if result is None else result
 
     return method

@@ -16,7 +16,6 @@ from .. import _checks as check
 from .._classes import own_method
 from .._torch import under_transform
 from ..flows._structure import explain
-from ..flows.lower.autoregressive import is_default_scale
 from ..flows.lower.couplings import scale_map_of
 from ..flows.lower.normflows import SCALE_MAPS
 from ..ops import additive_coupling, affine_coupling_packed, rq_spline
@@ -25,11 +24,15 @@ from ._fast import FAST, GAINS, LEFT, SAYS, Falls, fast, fell, ran
 from ._flows import layer_methods
 
 
-def _register(kinds: tuple[str, ...], op: str, gain: str = "") -> None:
-    """Let layers run as programs where they can, else with an op, which alone counts what runs as in the package."""
+def _register(kinds: tuple[str, ...], op: str, gain: str = "", counts: Callable[[Any], bool] = lambda x: False) -> None:
+    """Let layers run as programs where they can, else with an op.
+
+    Args:
+        counts: of x: whether what is no program is counted as a call that runs as in the package.
+    """
     for kind in kinds:
         if "forward" in FAST.get(kind, ()):
-            FAST[kind].update(layer_methods(counts=False))
+            FAST[kind].update(layer_methods(counts))
             SAYS[kind] = lambda module: f"{explain(module)}\nwhere no program runs: {op}"
         else:
             SAYS[kind] = lambda module: op
@@ -63,17 +66,13 @@ def _run(op: Callable[..., Any], x: Tensor, params: Any, **options: Any) -> Any:
 # affine transforms
 
 
-def _pays(x: Tensor) -> bool:
-    # on a CPU torch's few passes take no more time, and both little beside the network
-    return not x.is_cpu
-
-
-def _why_not_affine(x: Any) -> str:
-    return _why_not(x) or ("" if _pays(x) else "on a CPU its own operations are as fast")
+def _pays(x: Any) -> bool:
+    # on a CPU torch's operations on x take as long, and little beside the network
+    return isinstance(x, Tensor) and not x.is_cpu
 
 
 def _affine(x: Any, params: Any, scale_map: str, constant: float, packing: str, inverse: bool) -> Any:
-    if reason := _why_not_affine(x):
+    if reason := _why_not(x):
         return Falls(reason)
     clamp, eps = (constant, 0.0) if scale_map == "tanh" else (1.0, constant)
     return _run(
@@ -88,6 +87,8 @@ _AFFINE_COUPLINGS = (
 
 def _affine_coupling(inverse: bool) -> Callable[..., Any]:
     def method(self: Any, inputs: Any, transform_params: Any) -> Any:
+        if not _pays(inputs):
+            return LEFT
         scale_map = scale_map_of(type(self), getattr(self, "scale_activation", None))
         if scale_map is None:
             return Falls("its scale_activation is no scale map of affine_coupling")
@@ -109,26 +110,11 @@ def _additive_coupling(inverse: bool) -> Callable[..., Any]:
     return method
 
 
-_MAF = "nflows.transforms.autoregressive.MaskedAffineAutoregressiveTransform"
-_NORMFLOWS_MAF = "normflows.flows.affine.autoregressive.MaskedAffineAutoregressive"
-
-
-def _affine_elementwise(inverse: bool) -> Callable[..., Any]:
-    def method(self: Any, inputs: Any, autoregressive_params: Any) -> Any:
-        if not is_default_scale(type(self), getattr(self, "scale_activation", None)):
-            return Falls("its scale_activation is no scale map of affine_coupling")
-        scale_map, eps = ("softplus", float(self._epsilon)) if hasattr(self, "_epsilon") else ("sigmoid", 1e-3)
-        return _affine(inputs, autoregressive_params, scale_map, eps, "interleaved_scale_shift", inverse)
-
-    return method
-
-
 for _direction in ("forward", "inverse"):
     _inverse = _direction == "inverse"
     fast(*_AFFINE_COUPLINGS, name=f"_coupling_transform_{_direction}")(_affine_coupling(_inverse))
     fast(_ADDITIVE, name=f"_coupling_transform_{_direction}")(_additive_coupling(_inverse))
-    fast(_MAF, _NORMFLOWS_MAF, name=f"_elementwise_{_direction}")(_affine_elementwise(_inverse))
-_register((*_AFFINE_COUPLINGS, _MAF, _NORMFLOWS_MAF), "on a GPU its transform as affine_coupling")
+_register(_AFFINE_COUPLINGS, "on a GPU its transform as affine_coupling", counts=lambda x: not _pays(x))
 _register((_ADDITIVE,), "its transform as additive_coupling")
 
 
@@ -140,7 +126,9 @@ def _of_two(name: str) -> Callable[..., Any]:
 
     def method(self: Any, z: Any) -> Any:
         z1, z2 = z
-        reason = _why_not_affine(z2)
+        if not _pays(z2):
+            return LEFT
+        reason = _why_not(z2)
         if not reason and not (self.scale and self.scale_map in SCALE_MAPS):
             reason = "it does not scale" if not self.scale else f"its scale_map is {self.scale_map!r}"
         if reason:
@@ -252,10 +240,10 @@ _register((*_SPLINE_COUPLINGS, *_SPLINE_AUTOREGRESSIVE, *_SPLINES), "its transfo
 
 def _odd(sizes: tuple[int, ...], mode: str, device: torch.device) -> Tensor:
     """Return for each row of an image whether its first element is in the first part, (..., 1)."""
-    odd = torch.zeros(*[1] * len(sizes), dtype=torch.int64, device=device)
+    odd = torch.zeros([1] * len(sizes), dtype=torch.int64, device=device)
     for dim, size in enumerate(sizes):
         odd = odd + torch.arange(size, device=device).view(-1, *[1] * (len(sizes) - dim - 1))
-    return (odd % 2 == (1 if "inv" not in mode else 0)).unsqueeze(-1)
+    return (odd % 2 == ("inv" not in mode)).unsqueeze(-1)
 
 
 @fast("normflows.flows.reshape.Split", name="forward", says="strides instead of indices for checkerboards")

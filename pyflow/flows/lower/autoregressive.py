@@ -64,15 +64,11 @@ def fitted(write: Write, features: int) -> Write:
 @register(RULES, "nflows.transforms.autoregressive.MaskedAffineAutoregressiveTransform")
 def _affine_autoregressive(look: Look, path: Path, layer: Any) -> Write:
     eps, function = look.watch.option(path, layer, lambda m: [m._epsilon, getattr(m, "scale_activation", None)])
-    if not is_default_scale(type(layer), function):
+    name = f"{type(layer).__qualname__}.__init__.<locals>.<lambda>"
+    # glasflow makes its default anew for each layer
+    if function is not None and (function.__module__, function.__qualname__) != (type(layer).__module__, name):
         raise NoInstruction(path, layer, f"its scale_activation {function!r} has no instruction")
     return autoregressive(look, path, layer, affine("softplus", float(eps), "interleaved_scale_shift"))
-
-
-def is_default_scale(kind: type, function: Any) -> bool:
-    """Whether a scale activation is softplus; glasflow makes its default anew for each layer."""
-    name = f"{kind.__qualname__}.__init__.<locals>.<lambda>"
-    return function is None or (function.__module__, function.__qualname__) == (kind.__module__, name)
 
 
 @register(
