@@ -1,4 +1,8 @@
-"""Fast methods of single layers, for networks and inputs that have no program: their transforms are ops of pyflow."""
+"""Fast methods of single layers, for networks and inputs that have no program: their transforms are ops of pyflow.
+
+Activation norms, constant scales, 1x1 convolutions, LU layers, permutations, and masked affine layers of both packages
+run as in their package: on a CPU no op was faster than its few operations, or they take little beside the network.
+"""
 
 from __future__ import annotations
 
@@ -153,9 +157,7 @@ SAYS[_NORMFLOWS_COUPLING] = lambda _: "on a GPU affine_coupling"
 # rational-quadratic splines
 
 
-def _spline(
-    self: Any, x: Any, params: Any, bins: int, divisor: float, inverse: bool, event_dims: int | None = None
-) -> Any:
+def _spline(self: Any, x: Any, params: Any, bins: int, divisor: float, inverse: bool) -> Any:
     """Return the splines of a layer; in its package, widths and heights are divided by the root of `divisor`."""
     if reason := _why_not(x):
         return Falls(reason)
@@ -232,10 +234,24 @@ def _own_splines(self: Any, inputs: Any, inverse: bool = False) -> Any:
     return _spline(self, inputs, params, parts[0].shape[-1], 1.0, inverse)
 
 
-_register((*_SPLINE_COUPLINGS, *_SPLINE_AUTOREGRESSIVE, *_SPLINES), "its transform as rq_spline")
+_RQ_SPLINE = "its transform as rq_spline"
+_register(
+    _SPLINE_COUPLINGS, _RQ_SPLINE,
+    "with a network of your own, in training 3 times the speed for vectors (4096, 8) and 6 times for images "
+    "(64, 12, 16, 16), without gradients 4 and 9 times (8 bins, one core)",
+)  # fmt: skip
+_register(
+    _SPLINE_AUTOREGRESSIVE, _RQ_SPLINE, "with dropout, in training 2.3 times the speed for (256, 8) (8 bins, one core)"
+)
+_register(_SPLINES, "rq_spline", "in training 14 times the speed for (4096, 8) (10 bins, one core)")
 
 
-# checkerboards of normflows, which are written element by element in Python
+# checkerboards of normflows, which makes indices of them element by element at every call
+
+_STRIDES = dict(
+    says="a checkerboard by strides",
+    gain="for a checkerboard 2 to 4 times the speed for (16, 12, 16, 16), 1.2 to 1.5 of a coupling with it (one core)",
+)
 
 
 def _odd(sizes: tuple[int, ...], mode: str, device: torch.device) -> Tensor:
@@ -246,13 +262,14 @@ def _odd(sizes: tuple[int, ...], mode: str, device: torch.device) -> Tensor:
     return (odd % 2 == ("inv" not in mode)).unsqueeze(-1)
 
 
-@fast("normflows.flows.reshape.Split", name="forward", says="strides instead of indices for checkerboards")
-@fast("normflows.flows.reshape.Merge", name="inverse", says="strides instead of indices for checkerboards")
+@fast("normflows.flows.reshape.Split", name="forward", **_STRIDES)
+@fast("normflows.flows.reshape.Merge", name="inverse", **_STRIDES)
 def _split(self: Any, z: Any) -> Any:
     if self.mode in ("channel", "channel_inv"):
         return LEFT
     if "checkerboard" not in self.mode or z.dim() < 2 or z.shape[-1] % 2 or not z.numel():
         return Falls("it is no checkerboard")
+    z = z.contiguous()
     even, odd = z[..., ::2], z[..., 1::2]
     first = _odd(z.shape[1:-1], self.mode, z.device)
     return [torch.where(first, even, odd), torch.where(first, odd, even)], 0
@@ -264,7 +281,7 @@ def _merge(self: Any, z: Any) -> Any:
     z1, z2 = z
     if self.mode in ("channel", "channel_inv"):
         return LEFT
-    if "checkerboard" not in self.mode or z1.shape != z2.shape or z1.dtype is not z2.dtype:
+    if "checkerboard" not in self.mode or z1.dim() < 2 or z1.shape != z2.shape or z1.dtype is not z2.dtype:
         return Falls("it is no checkerboard")
     first = _odd(z1.shape[1:-1], self.mode, z1.device)
     return torch.stack([torch.where(first, z1, z2), torch.where(first, z2, z1)], -1).flatten(-2), 0
