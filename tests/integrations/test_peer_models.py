@@ -1,6 +1,10 @@
 """Models as their packages make them compute the same after `accelerate`, and train to the same place."""
 
 import contextlib
+import re
+import subprocess
+import sys
+import tempfile
 
 import pytest
 import torch
@@ -185,3 +189,21 @@ def test_the_posterior_of_sbi_trains_and_samples_as_before(kind):
     assert abs(own[2] - fast[2]) < 1e-3
     torch.testing.assert_close(fast[0], own[0], rtol=5e-3, atol=5e-3)
     torch.testing.assert_close(fast[1], own[1], rtol=1e-2, atol=1e-2)
+
+
+def test_the_tests_that_normflows_ships_pass_when_it_is_patched():
+    names = ("core_test", "flows.affine.coupling_test", "flows.neural_spline.wrapper_test")
+    words = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "python_files=*_test.py",
+        "--pyargs",
+        *[f"normflows.{n}" for n in names],
+    ]
+    command = [sys.executable, "-m", "pyflow", "run", "-m", "pytest", "--patch", "normflows", "-v", "--", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tempfile.gettempdir())
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"[1-9]\d* passed", done.stdout)
+    assert re.search(r"normflows.core.NormalizingFlow: [1-9]\d* fast", done.stderr), done.stderr
