@@ -37,30 +37,33 @@ TESTED = {
 }  # fmt: skip
 
 
-def own_class(kind: type) -> type:
+def own_class(kind: Any) -> Any:
     """Return the class itself, for a class with fast methods the one of the package."""
-    own: type = kind.__dict__.get("_pyflow_own_class", kind)
-    return own
+    return kind.__dict__.get("_pyflow_own_class", kind)
 
 
-def named(kind: type) -> str:
+def named(kind: Any) -> str:
     """Return the name of a class in the tables; glasflow carries a copy of nflows."""
     kind = own_class(kind)
     name = f"{kind.__module__}.{kind.__qualname__}"
     return name.removeprefix("glasflow.") if name.startswith("glasflow.nflows.") else name
 
 
-def own_method(kind: type, name: str) -> Callable[..., Any]:
+def own_method(kind: Any, name: str) -> Callable[..., Any]:
     """Return a method of a class as it is without ours."""
     method = getattr(own_class(kind), name)
     own: Callable[..., Any] = getattr(method, "_pyflow_own", method)
     return own
 
 
-@functools.cache
-def why_unknown(kind: type) -> str:
+def why_unknown(kind: Any) -> str:
     """Return why a class may do something else than the one that tests have run with; empty if it does not."""
-    for each in own_class(kind).__mro__:
+    return _why_unknown(own_class(kind))
+
+
+@functools.cache
+def _why_unknown(kind: Any) -> str:
+    for each in kind.__mro__:
         package = each.__module__.partition(".")[0]
         if package not in PACKAGES or each.__module__ not in sys.modules:
             continue
@@ -69,8 +72,8 @@ def why_unknown(kind: type) -> str:
             _warn(package)
             return f"the source of {each.__module__} is not that of {PACKAGES[package]} {' or '.join(TESTED[package])}"
         for name, value in vars(each).items():
-            value = getattr(value, "_pyflow_own", value)
-            if isinstance(value, FunctionType) and inspect.unwrap(value).__module__ != each.__module__:
+            ours = hasattr(value, "_pyflow_own")
+            if isinstance(value, FunctionType) and not ours and inspect.unwrap(value).__module__ != each.__module__:
                 return f"its method {name} has been replaced"
     return ""
 
@@ -108,7 +111,7 @@ def _warn(package: str) -> None:
         )
 
 
-def _modules() -> set[str]:
+def modules() -> set[str]:
     """Return the modules of all classes that the tables name, and of their bases."""
     from .flows import _peers
     from .flows.lower import look
@@ -133,7 +136,7 @@ def _modules() -> set[str]:
 def print_sources() -> None:
     """Print the table with the digests of the installed packages added."""
     table = {name: {*digests} for name, digests in _sources().items()}
-    for name in _modules():
+    for name in modules():
         table.setdefault(name, set()).add(_digest(importlib.import_module(name)))
     print('"""Digests of the modules of other packages that pyflow knows, written by `_classes.print_sources`."""')
     print("\nSOURCES: dict[str, tuple[str, ...]] = {")

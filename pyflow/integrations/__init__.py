@@ -5,3 +5,5 @@ from . import _flows as _flows
 from . import _spectral as _spectral
 from . import _vector_quantize as _vector_quantize
 from ._accelerate import accelerate as accelerate
+from ._patch import patch as patch
+from ._patch import unpatch as unpatch

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .._classes import PACKAGES, named, own_class, why_unknown
-from ._fast import FAST, GAINS, fast_class, record, said
+from ._fast import FAST, GAINS, record, said, swap
 from ._verify import verified
 
 Which = Iterable[str | type] | None
@@ -170,7 +170,7 @@ def accelerate(model: Any, *, include: Which = None, exclude: Which = None, veri
         reason = _why_left(path, each, *chosen)
         if not reason:
             try:
-                each.__class__ = fast_class(type(each))
+                swap(each)
             # its class forbids subclasses, or its objects have no __dict__
             except TypeError as error:
                 reason = str(error)

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import nn
 
 from .._classes import named, own_class, own_method
+from ..flows._fuser import Fuser
 
 Method = Callable[..., Any]
 F = TypeVar("F", bound=Method)
@@ -38,40 +40,63 @@ class Record:
     """What pyflow keeps of an object whose class has fast methods: nothing of it is in the object.
 
     Attributes:
+        kind: name of the class.
         fast: calls that ran on kernels.
         fallback: calls that ran as in the package, by reason.
-        made: what fast methods keep, by name.
+        fuser: runs a module as a program.
+        made: what other fast methods keep, by name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, of: Any) -> None:
+        self.kind = named(type(of))
         self.fast = 0
         self.fallback: Counter[str] = Counter()
+        self.fuser = Fuser(of if isinstance(of, nn.Module) else None)
         self.made: dict[str, Any] = {}
 
 
 # by id, which dynamo can look up
 RECORDS: dict[int, Record] = {}
+# of objects that are gone
+_GONE: dict[str, tuple[int, Counter[str]]] = {}
 
 
-def record(module: Any) -> Record:
-    key = id(module)
+def record(of: Any) -> Record:
+    key = id(of)
     found = RECORDS.get(key)
     if found is None:
-        found = RECORDS[key] = Record()
-        weakref.finalize(module, RECORDS.pop, key, None)
+        found = RECORDS[key] = Record(of)
+        weakref.finalize(of, _forget, key)
     return found
 
 
-def ran(module: Any) -> None:
+def _forget(key: int) -> None:
+    _add(_GONE, RECORDS.pop(key))
+
+
+def _add(to: dict[str, tuple[int, Counter[str]]], of: Record) -> None:
+    fast, fallback = to.get(of.kind, (0, Counter()))
+    to[of.kind] = fast + of.fast, fallback + of.fallback
+
+
+def totals() -> dict[str, tuple[int, Counter[str]]]:
+    """Return for each class how many calls ran on kernels, and how many as in the package, by reason."""
+    total = dict(_GONE)
+    for each in [*RECORDS.values()]:
+        _add(total, each)
+    return total
+
+
+def ran(of: Any) -> None:
     """Count a call that ran on kernels; a counter would break the graph of torch.compile."""
     if not torch.compiler.is_compiling():
-        record(module).fast += 1
+        record(of).fast += 1
 
 
-def fell(module: Any, reason: str) -> None:
+def fell(of: Any, reason: str) -> None:
     """Count a call that ran as in the package."""
     if not torch.compiler.is_compiling():
-        record(module).fallback[reason] += 1
+        record(of).fallback[reason] += 1
 
 
 def said(each: Any) -> str:
@@ -93,8 +118,8 @@ def fast(*kinds: str, name: str | None = None, says: str = "", gain: str = "") -
 
     def add(function: F) -> F:
         @functools.wraps(function)
-        def counted(self: Any, *args: Any, **named: Any) -> Any:
-            result = function(self, *args, **named)
+        def counted(self: Any, *args: Any, **given: Any) -> Any:
+            result = function(self, *args, **given)
             if type(result) is not Falls:
                 ran(self)
             return result
@@ -135,13 +160,20 @@ def _method(kind: type, name: str) -> Method:
     return method
 
 
-@functools.cache
-def fast_class(kind: type) -> type:
-    """Return the subclass of a class that has its fast methods, and neither state nor a constructor of its own.
+def swap(each: Any) -> None:
+    """Give an object the fast class of its own.
 
     Raises:
-        TypeError: the class cannot have subclasses.
+        TypeError: its class forbids it.
     """
+    kind: Any = type(each)
+    each.__class__ = _fast_class(kind)
+    record(each)
+
+
+@functools.cache
+def _fast_class(kind: type) -> type:
+    """Return the subclass of a class that has its fast methods, and neither state nor a constructor of its own."""
     space = {
         **fast_methods(kind), "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__,
         "_pyflow_own_class": kind, "__reduce_ex__": _reduce_ex, "__copy__": _copy, "__deepcopy__": _deepcopy,
@@ -152,46 +184,39 @@ def fast_class(kind: type) -> type:
 def _reduce_ex(self: Any, protocol: Any) -> Any:
     """Pickle as an object of the package's class, which loads where pyflow is not installed."""
     kind = own_class(type(self))
-    if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
+    if any(getattr(kind, name) is not getattr(object, name) for name in ("__reduce__", "__reduce_ex__")):
         rebuild, args, *rest = kind.__reduce_ex__(self, protocol)
-        return rebuild, tuple(kind if each is type(self) else each for each in args), *rest
-    return copyreg._reconstructor, (kind, object, None), _state(self)  # type: ignore[attr-defined]
-
-
-def _state(self: Any) -> Any:
+        return rebuild, tuple([kind if each is type(self) else each for each in args]), *rest
     # Python 3.10 has no object.__getstate__
-    get = getattr(self, "__getstate__", None)
-    return vars(self) if get is None else get()
+    state = self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
+    return copyreg._reconstructor, (kind, object, None), state  # type: ignore[attr-defined]
 
 
 def _copy(self: Any) -> Any:
     own = own_class(type(self))
-    return _again(self, own.__copy__(self) if hasattr(own, "__copy__") else _rebuilt(self, lambda state: state))
+    return _like(self, own.__copy__(self) if hasattr(own, "__copy__") else _rebuilt(self, None))
 
 
-def _deepcopy(self: Any, memo: Any) -> Any:
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
     own = own_class(type(self))
-    if hasattr(own, "__deepcopy__"):
-        return _again(self, own.__deepcopy__(self, memo))
-    return _again(self, _rebuilt(self, lambda state: copy.deepcopy(state, memo), memo))
+    return _like(self, own.__deepcopy__(self, memo) if hasattr(own, "__deepcopy__") else _rebuilt(self, memo))
 
 
-def _rebuilt(self: Any, copied: Callable[[Any], Any], memo: Any = None) -> Any:
+def _rebuilt(self: Any, memo: dict[int, Any] | None) -> Any:
+    """Return a copy as the module `copy` makes it, deep with a memo."""
     rebuild, args, *rest = self.__reduce_ex__(4)
-    new = rebuild(*args)
+    new, state = rebuild(*args), rest[0] if rest else None
     if memo is not None:
         memo[id(self)] = new
-    state = copied(rest[0]) if rest and rest[0] is not None else None
-    if state is not None:
-        if hasattr(new, "__setstate__"):
-            new.__setstate__(state)
-        else:
-            vars(new).update(state)
+        state = copy.deepcopy(state, memo)
+    if hasattr(new, "__setstate__"):
+        new.__setstate__(state)
+    else:
+        vars(new).update(state)
     return new
 
 
-def _again(self: Any, new: Any) -> Any:
-    """Let a copy have the fast class too."""
+def _like(self: Any, new: Any) -> Any:
     if type(new) is own_class(type(self)):
-        new.__class__ = type(self)
+        swap(new)
     return new

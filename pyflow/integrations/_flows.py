@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from .._classes import own_method
-from ..flows._fuser import Fuser
 from ..flows._peers import Transform, stand_of
 from ..flows._structure import explain
 from ..flows.lower.zuko import FLOWS
@@ -20,22 +19,19 @@ def program(
     module: Any, x: Any, given: tuple[Any, ...], inverse: bool, prior: str | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """Return what the layers of a module do with x by programs, None if they have to run; count which it was."""
-    result = None
+    traced = torch.compiler.is_compiling()
+    # dynamo finds what was made before it traces
+    if traced and id(module) not in RECORDS:
+        return None
+    fuser, result = (RECORDS[id(module)] if traced else record(module)).fuser, None
     if isinstance(x, Tensor) and not x.is_nested and x.dim() == 2:
-        result = _fuser(module).run(module, x, given, int(x.shape[1]), inverse, prior)
+        result = fuser.run(module, x, given, int(x.shape[1]), inverse, prior)
     if result is not None:
         ran(module)
-    elif not torch.compiler.is_compiling():
-        fell(module, _fuser(module).why_not(module, x, given))
+    # without a density the layers are asked next
+    elif not traced and prior is None:
+        fell(module, fuser.why_not(module, x, given))
     return result
-
-
-def _fuser(module: nn.Module) -> Fuser:
-    # dynamo finds what was made before it traces
-    found: Fuser | None = RECORDS[id(module)].made.get("fuser") if id(module) in RECORDS else None
-    if found is None:
-        found = record(module).made["fuser"] = Fuser(module)
-    return found
 
 
 class _View:

@@ -205,7 +205,6 @@ def _spline(look: Look, path: Path, layer: Any) -> Write:
 
 @register(RULES, "normflows.flows.affine.autoregressive.MaskedAffineAutoregressive")
 def _affine_autoregressive(look: Look, path: Path, layer: Any) -> Write:
-    look.run.columns = look.option(path, layer, "features")
     return autoregressive(look, path, layer, affine("sigmoid", 1e-3, "interleaved_scale_shift"))
 
 
