@@ -1,7 +1,8 @@
 """Fast methods of torch's spectral norm, layer by layer: iteration, division and gradient by one operator each.
 
 All layers in one call would be one node of the graph, which a backward through some of them would free for the others;
-`pyflow.nn.apply_spectral_norm` does so for a model that is called as a whole.
+`pyflow.nn.apply_spectral_norm` does so for a model that is called as a whole. On a CPU small weights are left to torch,
+whose operators cost less than a call of ours with a cold cache.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ from ..ops.spectral import _normalize
 from ..reference.spectral import FLOOR
 from ._fast import Falls, fast
 
-_SAYS = "power iteration and division by sigma in one pass, their gradient in another"
+# fewer elements are not faster on a CPU (2-core Zen 4, in training steps that evict the caches)
+FEWEST = {"parametrization": 2**18, "hook": 2**20}
 
 
 @fast(
     "torch.nn.utils.parametrizations._SpectralNorm",
     name="forward",
-    says=_SAYS,
-    gain="the time in spectral norm to be about half",
+    says="power iteration and division by sigma in one pass, their gradient in another; on a CPU for large weights",
+    gain="2 to 3.5 times less time in a weight of 300,000 to 2,400,000 elements, in smaller ones the same (one core)",
 )
 def _parametrized(self: Any, weight: Tensor) -> Any:
     if weight.dim() < 2:
         return Falls("a vector has no power iteration")
-    if reason := _why_not(weight, self._u, self._v, self.eps):
+    if reason := _why_not("parametrization", weight, self._u, self._v, self.eps):
         return Falls(reason)
     rounds = self.n_power_iterations if self.training else 0
     normalised, u, v = _normalised(weight, self.dim, self._u, self._v, rounds)
@@ -43,12 +45,12 @@ def _parametrized(self: Any, weight: Tensor) -> Any:
 @fast(
     "torch.nn.utils.spectral_norm.SpectralNorm",
     name="compute_weight",
-    says="division by sigma in one pass, its gradient in another",
-    gain="the time in spectral norm to be somewhat less",
+    says="division by sigma in one pass, its gradient in another; on a CPU for large weights",
+    gain="3 to 4 times less time in a weight of 1,200,000 elements and more, in smaller ones the same (one core)",
 )
 def _hooked(self: Any, module: Any, do_power_iteration: bool) -> Any:
     weight, u, v = (getattr(module, self.name + end) for end in ("_orig", "_u", "_v"))
-    if reason := _why_not(weight, u, v, self.eps):
+    if reason := _why_not("hook", weight, u, v, self.eps):
         return Falls(reason)
     if do_power_iteration:
         # v comes before u, the other way round than in the operator
@@ -59,12 +61,13 @@ def _hooked(self: Any, module: Any, do_power_iteration: bool) -> Any:
     return _normalised(weight, self.dim, u, v, 0)[0]
 
 
-def _why_not(weight: Tensor, u: Tensor, v: Tensor, eps: float) -> str:
-    if not all(each.dtype in check.FLOATS and each.layout is torch.strided for each in (weight, u, v)):
-        return "its dtype or layout is not that of a kernel"
-    if not all(type(each) in TENSORS for each in (weight, u, v)):
-        return "its weight is a subclass of a tensor"
-    if not weight.numel() or len({weight.device, u.device, v.device}) > 1:
+def _why_not(form: str, weight: Tensor, u: Tensor, v: Tensor, eps: float) -> str:
+    if weight.is_cpu and weight.numel() < FEWEST[form]:
+        return "its weight is small"
+    for each in (weight, u, v):
+        if each.dtype not in check.FLOATS or each.layout is not torch.strided or type(each) not in TENSORS:
+            return "its dtype, layout or class is not that of a kernel"
+    if not weight.numel() or not weight.device == u.device == v.device:
         return "its weight is empty or elsewhere than u and v"
     # a norm between the two limits would make a difference
     return "its eps is larger than that of a kernel" if eps > FLOOR else ""

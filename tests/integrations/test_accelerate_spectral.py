@@ -13,9 +13,15 @@ from torch.nn.utils import spectral_norm as hooked
 from torch.utils.checkpoint import checkpoint
 
 import pyflow
+from pyflow.integrations import _spectral
 from pyflow.testing import UNIT
 
 FORMS = [parametrizations.spectral_norm, hooked]
+
+
+@pytest.fixture(autouse=True)
+def _weights_of_all_sizes(monkeypatch):
+    monkeypatch.setattr(_spectral, "FEWEST", dict.fromkeys(_spectral.FEWEST, 0))
 
 
 def network(form, rounds=1):
@@ -151,13 +157,24 @@ def test_what_kernels_do_not_take_runs_as_in_torch():
     for layer, options, reason in [
         (nn.Linear(4, 3), {"eps": 1e-3}, "its eps is larger than that of a kernel"),
         (nn.LayerNorm(4), {}, "a vector has no power iteration"),
-        (nn.Linear(4, 3, dtype=torch.complex64), {}, "its dtype or layout is not that of a kernel"),
+        (nn.Linear(4, 3, dtype=torch.complex64), {}, "its dtype, layout or class is not that of a kernel"),
     ]:
         own = parametrizations.spectral_norm(layer, **options)
         accelerated = copy.deepcopy(own)
         report = pyflow.accelerate(accelerated)
         assert torch.equal(own.weight, accelerated.weight)
         assert report.calls()[0].reasons == {reason: 1}
+
+
+def test_small_weights_are_left_to_torch_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(_spectral, "FEWEST", {"parametrization": 13, "hook": 16})
+    for form in FORMS:
+        for size, fast in ((3, 0), (4, 1)):
+            layer = form(nn.Linear(4, size))
+            report = pyflow.accelerate(layer)
+            layer(torch.ones(1, 4))
+            assert report.calls()[0].fast == fast
+            assert report.calls()[0].reasons == ({} if fast else {"its weight is small": 1})
 
 
 def test_half_precision_is_that_of_torch_within_its_rounding():
