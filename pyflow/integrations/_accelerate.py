@@ -253,7 +253,8 @@ def _why_left(path: str, each: Any, included: Callable[[str, Any], bool], exclud
     if isinstance(each, nn.modules.lazy.LazyModuleMixin):
         return "its parameters are not initialised"
     kind = type(each)
-    own = [name for name in FAST[named(kind)] if name in vars(each)]
+    # helpers of the fast methods too
+    own = [name for name in vars(each) if callable(getattr(kind, name, None))]
     if own:
         return f"it has its own {own[0]}"
     for base in kind.__mro__:
