@@ -206,6 +206,27 @@ def test_state_copies_and_pickles(kind, options):
     assert type(accelerated) is kind
 
 
+def test_a_patched_package_makes_quantisers_that_compute_the_same():
+    torch.manual_seed(1)
+    own = [vq.FSQ([8, 5, 5]), vq.ResidualFSQ(levels=[8, 5, 5], num_quantizers=3)]
+    z = torch.randn(2, 50, 3)
+    want = [each(z) for each in own]
+    with pyflow.patch("vector_quantize_pytorch") as report:
+        assert len(report.replaced) == 3
+        made = [vq.FSQ([8, 5, 5]), vq.ResidualFSQ(levels=[8, 5, 5], num_quantizers=3)]
+        for each, other, expected in zip(made, own, want, strict=True):
+            for module in (each, other):
+                for got, wanted in zip(module(z), expected, strict=True):
+                    assert_same_bits(got, wanted)
+        assert_same_bits(made[1].codebooks, own[1].codebooks)
+
+
+@pytest.mark.parametrize("kind, options", [(vq.FSQ, {}), (vq.ResidualFSQ, {"num_quantizers": 3})])
+def test_verify_accepts(kind, options):
+    module = kind(levels=[8, 5], dim=6, **options)
+    assert pyflow.accelerate(module, verify=torch.randn(4, 500, 6)).replaced
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, options", [(vq.FSQ, {}), (vq.ResidualFSQ, {"num_quantizers": 3})])
 def test_compiles_without_a_break(kind, options):
