@@ -2,6 +2,7 @@
 
 from . import _diffusers as _diffusers
 from . import _flows as _flows
+from . import _layers as _layers
 from . import _spectral as _spectral
 from . import _vector_quantize as _vector_quantize
 from ._accelerate import accelerate as accelerate
