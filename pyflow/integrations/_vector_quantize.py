@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from .. import _checks as check
 from .._classes import named, own_class
 from .._schemas import FSQ_VARIANTS
+from .._torch import transform
 from ..flows._watch import has_hooks
 from ..ops import fsq, residual_fsq
 from ..ops.fsq import _decode
@@ -154,7 +155,7 @@ def _quantised(self: Any, z: Tensor, return_indices: bool) -> tuple[Tensor, Tens
     variant = "symmetric_hard" if self.preserve_symmetry else "hard"
     if not self.bound_hard_clamp:
         if not self.preserve_symmetry:
-            shift = _kept(self, f"shift on {z.device}", lambda: _shift(self._levels))
+            shift = _kept(self, f"shift on {self._levels.device}", lambda: _shift(self._levels))
             return fsq((z + shift).tanh_(), _levels(self), variant="bounded", return_indices=return_indices)
         z = z.tanh()
     return fsq(z, _levels(self), variant=variant, return_indices=return_indices)
@@ -171,7 +172,8 @@ def _kept(self: Any, name: str, make: Callable[[], Any]) -> Any:
     if _is_kept(self, name):
         return RECORDS[id(self)].made[name]
     made = make()
-    if not torch.compiler.is_compiling():
+    # not the wrapper of a trace or a transform, which ends
+    if not torch.compiler.is_compiling() and transform() is None and type(made) in (Tensor, tuple, bool):
         record(self).made[name] = made
     return made
 

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyflow
 from pyflow.testing import UNIT, assert_same_bits
@@ -179,6 +180,27 @@ def test_dtypes(kind, options, dtype):
     for got, want in zip(accelerated(z), own(z), strict=True):
         assert_same_bits(got, want)
     assert report.calls()[0].fast == 1
+
+
+def test_the_first_call_may_be_traced_or_transformed():
+    own, _, _ = twins(vq.FSQ, levels=[8, 5])
+    z = torch.randn(2, 9, 2)
+    total = lambda module: lambda z: module(z)[0].square().sum()
+
+    def fake(module):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            module(mode.from_tensor(z))
+
+    def inference(module):
+        with torch.inference_mode():
+            module(z)
+
+    for first in (fake, inference, lambda module: torch.func.grad(total(module))(z)):
+        accelerated = copy.deepcopy(own)
+        pyflow.accelerate(accelerated)
+        first(accelerated)
+        assert_same_step(accelerated, own, z)
+        torch.testing.assert_close(torch.func.grad(total(accelerated))(z), torch.func.grad(total(own))(z))
 
 
 def test_hooks_of_a_stage_run():
