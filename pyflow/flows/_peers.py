@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Transform
 
+from .._classes import named, own_class, own_method
 from ._run import BASE
-from .lower import named
 from .lower.zuko import FLOWS
 
 
@@ -28,7 +27,7 @@ class Stand:
 
     def __getattr__(self, name: str) -> Any:
         flow = self._fused.flow
-        found = getattr(type(flow), name, None)
+        found = getattr(own_class(type(flow)), name, None)
         # what every module has is the flow's
         if not isinstance(found, FunctionType) or name in vars(flow) or found is getattr(nn.Module, name, None):
             return getattr(flow, name)
@@ -87,7 +86,7 @@ class _Glasflow(Stand):
 
     def log_prob(self, inputs: Any, conditional: Any = None) -> Tensor:
         nats = self._density(inputs, conditional, inverse=False)
-        return type(self._fused.flow).log_prob(self, inputs, conditional) if nats is None else nats
+        return own_class(type(self._fused.flow)).log_prob(self, inputs, conditional) if nats is None else nats
 
 
 class _Normflows(Stand):
@@ -102,7 +101,7 @@ class _Normflows(Stand):
         return self._or_layers("forward_kld", _kld(self._density(x, None, inverse=True)), x)
 
     def _or_layers(self, method: str, result: Tensor | None, *args: Any) -> Tensor:
-        return getattr(type(self._fused.flow), method)(self, *args) if result is None else result
+        return getattr(own_class(type(self._fused.flow)), method)(self, *args) if result is None else result
 
 
 class _ConditionalNormflows(_Normflows):
@@ -115,15 +114,17 @@ class _ConditionalNormflows(_Normflows):
 
 class _Zuko(Stand):
     def forward(self, c: Any = None) -> Any:
-        flow = self._fused.flow(c)
-        flow.transform = _Transform(self._fused, flow.transform, c)
+        module = self._fused.flow
+        # a module with hooks runs as it is
+        flow = own_method(type(module), "forward")(module, c)
+        flow.transform = Transform(self._fused, flow.transform, c)
         flow.__class__ = _with_density(flow.__class__)
         return flow
 
     __call__ = forward
 
 
-class _Transform(Transform):
+class Transform(torch.distributions.Transform):
     """The layers of a flow of zuko as one transform.
 
     Args:
@@ -138,8 +139,8 @@ class _Transform(Transform):
         self.fused, self.own, self.context, self.inverse = fused, own, context, inverse
 
     @property
-    def inv(self) -> _Transform:
-        return _Transform(self.fused, self.own.inv, self.context, not self.inverse)
+    def inv(self) -> Transform:
+        return Transform(self.fused, self.own.inv, self.context, not self.inverse)
 
     def call_and_ladj(self, x: Any) -> tuple[Tensor, Tensor]:
         result = self.program(x)
@@ -222,7 +223,7 @@ def _kld(nats: Tensor | None) -> Tensor | None:
     return None if nats is None else -torch.mean(nats.to(torch.get_default_dtype()))
 
 
-_STANDS: dict[str, type[Stand]] = {
+STANDS: dict[str, type[Stand]] = {
     "nflows.flows.base.Flow": _Nflows,
     "nflows.flows.realnvp.SimpleRealNVP": _Nflows,
     "nflows.flows.autoregressive.MaskedAutoregressiveFlow": _Nflows,
@@ -236,4 +237,4 @@ _STANDS: dict[str, type[Stand]] = {
 
 def stand_of(flow: object) -> type[Stand] | None:
     """Return what stands for a flow of another package, None for another object."""
-    return _STANDS.get(named(type(flow)))
+    return STANDS.get(named(type(flow)))
