@@ -182,7 +182,10 @@ class Call(NamedTuple):
 def _call(
     code: str, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, needs: tuple[bool, ...] | None = None
 ) -> Call | None:  # fmt: skip
-    """Return a program's steps, or None for one that is too large."""
+    """Return a program's steps, or None for one that is too large, and on a GPU of AMD."""
+    if torch.version.hip:
+        # its barriers order shared memory alone
+        return None
     steps = compiled(Program.decode(code), sizes, dtype, needs)
     memory = dtype.itemsize * (steps.places * ROWS.value + sum(sizes) * (needs is not None))
     if max(len(steps.words), sum(sizes) >> 9) > MOST_WORDS or memory * LEAST_PROGRAMS > MOST_MEMORY:
@@ -204,13 +207,11 @@ def _launched(
     memory = x.new_empty(programs * scratch)
     partial = x.new_zeros(programs, sums) if sums else memory
     # no spills: three blocks of 128 threads per multiprocessor leave 168 registers each, two leave 255
-    limit = 168 if x.dtype == torch.float32 and not back else 255
-    options = {} if torch.version.hip else {"maxnreg": limit}
+    most = 168 if x.dtype == torch.float32 and not back else 255
     _launch.launch(
         machine_kernel, programs, x.device, call.table, call.code.steps, x.contiguous(),
         x if context is None else context.contiguous(), *grads, _flat(weights, x), memory, partial, *to,
-        call.code.places, rows, sums, num_stages=1, SPLINES=call.code.splines, BACK=back,
-        **options,
+        call.code.places, rows, sums, num_stages=1, maxnreg=most, SPLINES=call.code.splines, BACK=back,
     )  # fmt: skip
     return partial
 

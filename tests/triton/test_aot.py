@@ -19,13 +19,16 @@ from . import aot
 from .aot import BF16, F16, F32, F64, dense
 from .aot.coupling import affine, packed
 from .aot.flow_head import head
-from .aot.fsq import STACK, positions, quantizer
+from .aot.fsq import positions, quantizer
 from .aot.gan_qp import critic
 from .aot.hsic import PRODUCTS
 from .aot.spectral import normalised
 
 FAMILIES = aot.families()
-REGISTERS = {case: most for family in FAMILIES.values() for case, most in getattr(family, "REGISTERS", {}).items()}
+REGISTERS, STACK = (
+    {case: most for family in FAMILIES.values() for case, most in getattr(family, name, {}).items()}
+    for name in ("REGISTERS", "STACK")
+)
 NAMED = [(name, launches) for family in FAMILIES.values() for name, launches in family.cases().items()]
 CASES = dict(NAMED)
 MOST_PARAMETERS = 19

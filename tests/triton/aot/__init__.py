@@ -6,8 +6,8 @@ recorded launch for a target. Does not work under TRITON_INTERPRET.
 <family>.py in this folder has the launches of triton_kernels/<family>.py: `cases()` maps names, which start with the
 target, to launches that are compiled; `large(shape)` returns launches for tensors of more than 2**31 elements, whose
 products of integers are searched for overflows; BOUNDED names the kernels without, with the reason; DTYPES maps kernels
-to the dtypes of their tensors where these are not all four; REGISTERS maps a case and a kernel to the most registers,
-where they are not 168; SLOW names cases.
+to the dtypes of their tensors where these are not all four; REGISTERS and STACK map a case and a kernel to the most
+registers, where they are not 168, and bytes of stack, where they are not 0; SLOW names cases that are marked slow.
 """
 
 from __future__ import annotations
