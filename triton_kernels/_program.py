@@ -21,7 +21,6 @@ from .flow_head import GAUSSIAN, LOGISTIC, log_density
 
 WORDS = tl.constexpr(32)  # of a step
 ROWS = tl.constexpr(32)  # of a tile
-UNITS = tl.constexpr(64)  # outputs of a matrix product at once
 TERMS = tl.constexpr(16)  # terms of its sums at once
 COLS = tl.constexpr(8)  # columns of other steps at once
 ACTIVE = tl.constexpr(32)  # of an activation
@@ -68,6 +67,13 @@ class Machine(NamedTuple):
     r: Any  # in the tile
     row: Any  # in the batch
     rows: Any
+
+
+@triton.constexpr_function
+def units_of(values):
+    """How many outputs of a matrix product are computed at once."""
+    # Triton 3.7 does not compile 64 rows of float64 for sm_100
+    return 32 if values.dtype.element_ty == tl.float64 else 64
 
 
 @triton.constexpr_function
@@ -186,6 +192,7 @@ def activated(z, form, arg):
 @triton.jit
 def dense_step(m, s):
     """out = (mask * weight) a + bias + b."""
+    UNITS: tl.constexpr = units_of(m.scratch)
     n, count, rows, cols, inputs = word(s, N), word(s, COUNT), word(s, ROW_LIST), word(s, COL_LIST), word(s, A)
     for first in range(0, n, UNITS):
         i = columns_from(first, UNITS)

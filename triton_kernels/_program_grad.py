@@ -38,7 +38,6 @@ from ._program import (
     TAILS,
     TANH,
     TERMS,
-    UNITS,
     WEIGHT,
     A,
     B,
@@ -55,6 +54,7 @@ from ._program import (
     product,
     read,
     scale_of,
+    units_of,
     wave_of,
     weight_at,
     word,
@@ -72,6 +72,7 @@ INV_SQRT_2PI = tl.constexpr(0.39894228040143267794)
 @triton.jit
 def dense_inputs_step(m, s):
     """out = (mask * weight)' g + b."""
+    UNITS: tl.constexpr = units_of(m.scratch)
     n, count, rows, cols = word(s, N), word(s, COUNT), word(s, ROW_LIST), word(s, COL_LIST)
     for first in range(0, n, UNITS):
         i = columns_from(first, UNITS)
@@ -89,6 +90,7 @@ def dense_inputs_step(m, s):
 @triton.jit
 def dense_weights_step(m, s, grads):
     """grads += mask * g a', summed over the rows that exist."""
+    UNITS: tl.constexpr = units_of(m.scratch)
     n, count, rows, cols = word(s, N), word(s, COUNT), word(s, ROW_LIST), word(s, COL_LIST)
     exists, mask = m.row < m.rows, word(s, MASK)
     for first in range(0, n, UNITS):

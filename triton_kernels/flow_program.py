@@ -206,12 +206,15 @@ def _launched(
     programs = min(-(-rows // ROWS.value), MOST_PROGRAMS, max(1, MOST_MEMORY // (x.itemsize * (scratch + sums))))
     memory = x.new_empty(programs * scratch)
     partial = x.new_zeros(programs, sums) if sums else memory
-    # no spills: three blocks of 128 threads per multiprocessor leave 168 registers each, two leave 255
-    most = 168 if x.dtype == torch.float32 and not back else 255
+    # no spills: three blocks of 128 threads per multiprocessor leave 168 registers each, two leave 255. float64: twice
+    # the warps halve the elements per thread.
+    wide = x.dtype == torch.float64
+    warps, registers = 8 if wide else 4, 255 if wide or back else 168
     _launch.launch(
         machine_kernel, programs, x.device, call.table, call.code.steps, x.contiguous(),
         x if context is None else context.contiguous(), *grads, _flat(weights, x), memory, partial, *to,
-        call.code.places, rows, sums, num_stages=1, maxnreg=most, SPLINES=call.code.splines, BACK=back,
+        call.code.places, rows, sums, num_warps=warps, num_stages=1, maxnreg=registers,
+        SPLINES=call.code.splines, BACK=back,
     )  # fmt: skip
     return partial
 

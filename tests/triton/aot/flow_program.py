@@ -12,7 +12,7 @@ from . import F32, F64, recorded
 BOUNDED = {"flow_program.machine_kernel": "places of a tile, and weights, of which there are at most 2**31"}
 DTYPES = {"flow_program.machine_kernel": {F32, F64}}
 FORWARD, BACKWARD = range(2)
-# two blocks per multiprocessor
+# two blocks per multiprocessor, of twice the threads one
 REGISTERS = {
     (f"{target}-{dtype}-program{splines}-{way}", "flow_program.machine_kernel"): 255
     for target in ("sm_80", "sm_90", "sm_100")
