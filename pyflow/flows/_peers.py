@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from ._run import BASE
+from ._run import BASE, repeated
 from .lower import named
 from .lower.zuko import FLOWS
 
@@ -55,6 +55,14 @@ class _Layers:
 
     __call__ = forward
 
+    def inverse_of_draws(self, x: Any, context: Any) -> tuple[Any, Any]:
+        """Return the inverse of x (R, n, ...), n draws for each row of the context."""
+        rows, n = x.flatten(0, 1), x.shape[1]
+        result = self.fused._program(rows, (context,), True, None, n) if len(context) == len(x) else None
+        if result is None:
+            result = self.inverse(rows, context=context.repeat_interleave(n, 0))
+        return result[0].unflatten(0, (-1, n)), result[1].unflatten(0, (-1, n))
+
     def _call(self, x: Any, named: dict[str, Any], inverse: bool) -> tuple[Any, Any]:
         result = self.fused._program(x, tuple([each for each in named.values() if each is not None]), inverse)
         if result is not None:
@@ -78,6 +86,20 @@ class _Nflows(Stand):
             noise, logdet = self._transform(inputs, context=context)
             nats = self._distribution.log_prob(noise, context=context) + logdet
         return nats
+
+    def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
+        context = self._embedding_net(context)
+        return self._inverse(self._distribution.sample(num_samples, context=context), context)[0]
+
+    def sample_and_log_prob(self, num_samples: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        context = self._embedding_net(context)
+        noise, nats = self._distribution.sample_and_log_prob(num_samples, context=context)
+        samples, logdet = self._inverse(noise, context)
+        return samples, nats - logdet
+
+    def _inverse(self, noise: Any, context: Any) -> tuple[Any, Any]:
+        layers = self._transform
+        return layers.inverse(noise, context=None) if context is None else layers.inverse_of_draws(noise, context)
 
 
 class _Glasflow(Stand):
@@ -149,7 +171,7 @@ class _Transform(Transform):
         """Return y and logdet of x (*, D), None if the layers have to run; with a prior nothing and log-density."""
         if not isinstance(x, Tensor) or x.is_nested or x.dim() == 0:
             return None
-        rows, lead = x, x.shape[:-1]
+        rows, lead, repeats = x, x.shape[:-1], 1
         given: tuple[Tensor, ...] = ()
         if self.context is not None:
             context = self.context
@@ -161,9 +183,10 @@ class _Transform(Transform):
                 # zuko says so
                 except RuntimeError:
                     return None
-                rows, context = rows.expand(*lead, -1), context.expand(*lead, -1)
-            given = (_rows(context),)
-        result = self.fused._program(_rows(rows), given, self.inverse, prior)
+                rows = rows.expand(*lead, -1)
+            context, repeats = repeated(context, lead)
+            given = (context,)
+        result = self.fused._program(_rows(rows), given, self.inverse, prior, repeats)
         if result is None:
             return None
         y, logdet = result

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .. import _backend
+from ..reference.flow_program import of_rows
 from ._run import DoesNotFit, Key, Result, Run, call_layer, fits, has_kernel, may_run
 from ._watch import Path, owned
 from .lower import Look, NoInstruction
@@ -52,19 +53,22 @@ class Structure:
             except NoInstruction as why:
                 self.base_left = _left(*self.look.base[:2], why)
 
-    def run_parts(self, x: Tensor, given: tuple[Any, ...], key: Key, tensors: list[Tensor]) -> Result | None:
+    def run_parts(
+        self, x: Tensor, given: tuple[Any, ...], repeats: int, key: Key, tensors: list[Tensor]
+    ) -> Result | None:  # fmt: skip
         """Return what the layers do, with runs as programs; None if there are no runs."""
         if not self.fuses:
             return None
         context, inverse = given[0] if given else None, key[2]
+        whole = () if context is None else (of_rows(context, x.shape[0], repeats),)
         total: Any = 0
         for part in reversed(self.parts) if inverse else self.parts:
             result: Any = None
             if isinstance(part, Left):
-                result = call_layer(part.layer, x, given, inverse)
-            elif may_run(x, given) and fits(x, tensors):
-                result = part.call(x, context, (x.shape[1], *key[1:]), tensors)
-            x, logdet = part.call_layers(x, given, inverse) if isinstance(part, Run) and result is None else result
+                result = call_layer(part.layer, x, whole, inverse)
+            elif may_run(x, given, True) and fits(x, tensors):
+                result = part.call(x, context, repeats, (x.shape[1], *key[1:]), tensors)
+            x, logdet = part.call_layers(x, whole, inverse) if isinstance(part, Run) and result is None else result
             total = logdet + total
         return x, total
 
