@@ -115,6 +115,23 @@ def test_layers(name, context, double):
     assert_same(lambda: layers.inverse(x, **named), lambda: flow._transform.inverse(x, **named), inputs)
 
 
+def test_draws_share_a_context(double):
+    flow, c = made("nested", 3), data(3, 3, seed=1).requires_grad_()
+    with programs(1) as seen:
+        fuse(flow).sample(20, c)
+    assert seen.rows == [(60, 3)]
+    with programs(1) as seen:
+        fuse(flow).sample_and_log_prob(20, c[:1])
+    assert seen.rows == [(20, 1)]
+    # layers that are left see every row's
+    torch.manual_seed(1)
+    middle = T.AffineCouplingTransform(MASK, res(3))
+    middle.register_forward_hook(lambda *_: None)
+    flow = randomised(flow_of([*LAYERS["nested"](3), middle, *LAYERS["affine"](3)]))
+    inputs = [c, *flow.parameters()]
+    assert_same(lambda: fuse(flow).sample_and_log_prob(4, c), lambda: flow.sample_and_log_prob(4, c), inputs, 2)
+
+
 @pytest.mark.parametrize("name", ["affine", "unconditional", "maf", "maf_spline", "linear"])
 def test_float32(name):
     flow = made(name, spread=0.1)

@@ -143,6 +143,17 @@ def test_leading_dims_and_broadcast_contexts():
         assert_same(
             lambda c=c: fused(c).rsample_and_log_prob((2, 3)), lambda c=c: flow(c).rsample_and_log_prob((2, 3)), [c]
         )
+    c = data(4, 3)
+    for call, rows in (
+        (lambda d: d.sample((50,)), (200, 4)), (lambda d: d.log_prob(data(6, 4, 5)), (24, 4)),
+        (lambda d: d.expand((2, 4)).sample((3,)), (24, 4)),
+    ):  # fmt: skip
+        with programs(1) as seen:
+            call(fused(c))
+        assert seen.rows == [rows]
+    with programs(1) as seen:
+        fused(c[:, None]).log_prob(data(4, 7, 5))
+    assert seen.rows == [(28, 4)]
     # zuko takes no empty batches
     assert fused(data(3)).log_prob(data(0, 5)).shape == (0,)
 
