@@ -161,12 +161,12 @@ struct ProgramSum {
 
 struct ProgramBackward : ProgramArgs {
   int64_t unit_rows;
-  int64_t arrays;                     // of gradients inside a net
-  int64_t solve_columns;              // most columns of a block of an autoregressive inverse
-  ProgramMatrix grad_y, grad_logdet;  // null: zero; of grad_logdet `row` counts
+  int64_t arrays;                      // of gradients inside a net
+  int64_t solve_columns;               // most columns of a block of an autoregressive inverse
+  ProgramMatrix grad_y, grad_logdet;   // null: zero; of grad_logdet `row` counts
   ProgramMatrix grad_x, grad_context;  // of every row of x
   ProgramMatrix of_context;            // grad_context summed over the rows of x that share a row of the context
-  const ProgramSum* sum;  // one per weight; null: no gradients of weights
+  const ProgramSum* sum;               // one per weight; null: no gradients of weights
   int64_t sums;
   int64_t groups, group_size;  // elements of the sums of a group
   char* group_sums;            // (groups, group_size)

@@ -30,10 +30,12 @@ void run_tiles(void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int
   });
 }
 
-// whether the products of a row of the context cost more than reading them for every row of x that shares it
+// Whether the products of a row of the context cost more than reading them for every row of x that shares it. A number
+// costs as much as some multiply-adds: equal lanes are filled, runs of other rows transposed.
 bool shares_products(const ProgramArgs& a, int64_t products) {
-  if (products == 0 || a.context_rows * products > kMostProducts) return false;
-  return a.repeats > 1 ? a.repeats * a.context_columns >= 128 : a.context_rows < a.rows && a.context_columns >= 16;
+  if (a.context_rows * products > kMostProducts) return false;
+  const int64_t reading = a.repeats >= 16 ? 4 : a.repeats >= 8 ? 12 : 28;
+  return products > 0 && (a.rows - a.context_rows) * a.context_columns >= a.rows * reading;
 }
 
 std::tuple<Tensor, Tensor> flow_program(Tensor x, Optional context, int64_t repeats, Tensors weights,

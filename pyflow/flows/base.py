@@ -94,7 +94,7 @@ class Flow(Fusing):
         self, n: int, context: Tensor | None = None, temperature: float = 1.0, seed: int | None = None
     ) -> Tensor:
         """Return samples as `sample` does, differentiable in the parameters and the context."""
-        z, x, _, lead = self._drawn(n, context, temperature, seed)
+        _, x, _, lead = self._drawn(n, context, temperature, seed)
         return x.reshape(*lead, *x.shape[1:])
 
     def rsample_and_log_prob(

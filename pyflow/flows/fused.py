@@ -111,7 +111,7 @@ class Fused(Fusing):
     def _program(
         self, x: Any, given: tuple[Any, ...], inverse: bool, prior: str | None = None, repeats: int | None = None
     ) -> tuple[Tensor, Tensor] | None:
-        """Return what the layers do with x, and with what is given after it; None if they have to run. See `Fuser.run`."""
+        """Return what the layers do with x and what is given after it, see `Fuser.run`; None if they have to run."""
         # a flow checks its arguments, and runs its own programs
         if isinstance(self.flow, Flow) or not isinstance(x, Tensor) or x.is_nested or x.dim() != 2:
             return None

@@ -57,8 +57,8 @@ def flow_program(
         x: (B, D) with D = program.columns, float32 or float64, any strides.
         program: the instructions, see `pyflow.program`. `pyflow.flows.fuse` writes them for a module.
         weights: the tensors that the instructions name by their place; x's dtype and device, any strides.
-        context: (R, program.context), x's dtype and device, or None. Row r of x has its row r // repeats % R: with R = B
-            its own, with R repeats = B that of torch's `repeat_interleave`, with repeats = 1 that of its `repeat`.
+        context: (R, program.context), x's dtype and device, or None. Row r of x has its row r // repeats % R: that of
+            torch's `repeat_interleave` if R repeats = B, that of its `repeat` if repeats = 1, its own if R = B.
         repeats: how many rows of x next to each other share a row of the context; R repeats divides B.
 
     Returns:
@@ -75,11 +75,12 @@ def flow_program(
         its groups of rows has a sum as large as the weights, all together 64 MB or four times the weights. On a CPU
         (float32) a row has the same bits alone, in any batch, on any number of threads and for any instruction set.
         An autoregressive inverse evaluates every unit once, as soon as the columns are known that it depends on.
-        Matrix products add their terms in order, one fused multiply-add after the other, starting from the bias; a
-        Dense that begins a net adds those of the context first. So what a net makes of the context alone has the same
-        bits if it is computed once for rows that share a row of the context, as the forward does where that is less
-        work than reading it for each of them (up to 256 MB of them). The backward computes it for each, as it does
-        without repeats, and has a gradient for each, which it sums in float64. Log-determinants are summed in float32 within an instruction and in float64 over instructions. Gradients of
+        Matrix products add their terms in order, one fused multiply-add after the other, starting from the bias, those
+        of the context first where the first part of a net is a Dense. So what a net makes of the context alone has the
+        same bits when it is made once for the rows that share a row of the context; the forward does so where that is
+        less work than reading it for each of them, and if it takes at most 256 MB (float32). The backward makes it for
+        every row of x, and sums their gradients of a row of the context in float64.
+        Log-determinants are summed in float32 within an instruction and in float64 over instructions. Gradients of
         weights are summed over at most 16 groups of rows, which depend on B and the weights' sizes alone: the same bits
         for any number of threads. Double backward runs the plain-torch reference, as do GPUs. autocast changes nothing.
         A second program of one compiled function needs torch.compile(dynamic=False) on torch 2.11, but not with `fuse`.
@@ -120,7 +121,8 @@ def flow_program(
             raise ValueError(f"{op}: context must have {program.context} columns, got {context.shape[1]}")
         if rows * repeats != x.shape[0] and (rows == 0 or x.shape[0] % (rows * repeats) != 0):
             raise ValueError(
-                f"{op}: rows of context times repeats must divide the rows of x, {x.shape[0]}, got {rows} times {repeats}"
+                f"{op}: rows of context times repeats must divide the rows of x, {x.shape[0]}, got {rows} times "
+                f"{repeats}"
             )
         given.append(("context", context))
     for name, value in given:

@@ -108,7 +108,7 @@ def test_samples_and_their_densities(name, context_features):
 
 @pytest.mark.parametrize("name", ["nice", "realnvp", "maf", "iaf", "nsf"])
 def test_programs_get_every_context_once(name):
-    flow, x, context = started(name)
+    flow, _, context = started(name)
     for own, count in ((context, 4), (context.view(2, 2, 3), 4), (context[0], 1), (context[:1], 1)):
         with programs(1) as seen:
             samples = flow.sample(6, own, seed=3)
@@ -119,7 +119,8 @@ def test_programs_get_every_context_once(name):
     if not isinstance(flow, VectorFlow):
         return
     wide = context.view(2, 1, 2, 3)  # two dims between which it has one for all
-    for lead, own, count in (((3, 4), context, 4), ((4, 3), context[:, None], 4), ((2, 3, 2), wide, 12), ((), context, 4)):
+    cases = ((3, 4), context, 4), ((4, 3), context[:, None], 4), ((2, 3, 2), wide, 12), ((), context, 4)
+    for lead, own, count in cases:
         given = flow.draw_latent(math.prod(lead)).reshape(*lead, 5)
         whole = torch.broadcast_shapes(lead, own.shape[:-1])
         with programs(1) as seen:

@@ -13,7 +13,7 @@ from pyflow.reference import flow_program as ref
 from .programs import Builder
 from .test_flow_program import COMPILED, DTYPES, bits, cotangents, gradients, mixed, same
 
-C = 20  # enough columns for products that rows share
+C = 60  # enough columns for products that rows share
 # rows of x, of the context, repeats
 SHARED = [
     (150, 1, 1), (150, 1, 150), (150, 1, 3), (150, 3, 50), (150, 3, 1), (150, 50, 1), (150, 75, 2), (150, 5, 10),
@@ -24,7 +24,8 @@ SHARED = [
 def parts(build, first, inner):
     """Layers from `first` numbers to two, with contexts in between."""
     gate, more = (Context(build.dense(C, 9, name), name == "sigmoid") for name in ("sigmoid", "relu"))
-    return *inner, build.dense(first, 9, "silu"), more, Residual((Activation(3), build.dense(9, 9), gate)), build.dense(9, 2)
+    block = Residual((Activation(3), build.dense(9, 9), gate))
+    return *inner, build.dense(first, 9, "silu"), more, block, build.dense(9, 2)
 
 
 def blocks():
@@ -33,9 +34,7 @@ def blocks():
     weights = [build.weight(2) for _ in range(4)]
     build.constants.add(weights[0])
     waves, turned = Periodic((0, 3), *weights), Residual((build.dense(2 + C, 2 + C, "tanh"),))
-    nets = [
-        Net((0, 1), True, parts(build, 2 + C, inner)) for inner in ((), (waves,), (turned,), (Activation(3),))
-    ]  # fmt: skip
+    nets = [Net((0, 1), True, parts(build, 2 + C, inner)) for inner in ((), (waves,), (turned,), (Activation(3),))]
     blind = Net((), True, (build.dense(C, 2),))
     steps = [step for net in (*nets, blind) for step in (net, Affine((2,), 0, 0, 0.0))]
     return build, build.program(*steps, Prior((0, 1, 2, 3)))
@@ -138,8 +137,9 @@ def test_gradients_of_gradients_and_transforms():
         want = [call(x, c, *weights) for c in (context, context.flip(0))]
         for a, b in zip(got, zip(*want, strict=True), strict=True):
             torch.testing.assert_close(a, torch.stack(b))
-        jacobian = torch.func.jacrev(lambda c, call=call: call(x, c, *weights)[1])(context)
-        torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(lambda c, call=call: call(x, c, *weights)[1], context))
+        logdet = lambda c, call=call: call(x, c, *weights)[1]
+        jacobian = torch.autograd.functional.jacobian(logdet, context)
+        torch.testing.assert_close(torch.func.jacrev(logdet)(context), jacobian)
 
 
 def test_opcheck():
