@@ -34,8 +34,10 @@ class Flow {
   // y, logdet, and all gradients; rows that share a context share its products
   void run(int64_t rows, int64_t repeats, const char* name) {
     const int64_t contexts = rows / repeats;
-    auto x = values(rows * kColumns, 2), context = values(contexts * kContext, 2);
+    auto x = values(rows * kColumns, 2), context = values(rows * kContext, 2);
     auto gy = values(rows * 3, 1), gl = values(rows, 1);
+    // the same values for any number of repeats, of which no sum overflows
+    context.resize(contexts * kContext);
     std::vector<float> y(rows * 3), logdet(rows), gx(x.size()), gcontext(rows * kContext), factors(3);
     std::vector<float> of_context(context.size()), products(contexts * products_);
     std::vector<double> logdets(instructions_.size());
