@@ -35,7 +35,7 @@ AIMS: dict[Shape, tuple[tuple[float, float], tuple[float, float]]] = {
 # matrix products of a network's size: forward; forward again and both gradients
 FORWARD, BACKWARD = 1, 3
 PEERS = ("nflows", "zuko")
-PEERS_HEAD = ("flow", "shape", "call", "pyflow", "nflows", "vs nflows", "vs zuko")
+PEERS_HEAD = ("flow", "shape", "call", "as it is", "accelerated", "faster")
 HEAD = ("shape", "call", "pyflow", "vs normflows", "vs compiled", "vs best other", "vs layers", "of the rate")
 ROUND_SECONDS = 0.02
 
@@ -113,11 +113,10 @@ def peers_table(groups: list[Group]) -> str:
             group = found.get(peers.case_name(kind, what, shape))
             if group is None or aim is None or group.ours().reason:
                 continue
-            ours = group.ours()
-            nflows = f"{_times(group.speedup(ours, 'nflows'))} ({aim:g}x)"
-            times = report.duration(ours.median), report.duration(group.median("nflows"))
-            zuko = _times(group.speedup(ours, "zuko"))
-            lines.append("| " + " | ".join((kind, str(shape), what, *times, nflows, zuko)) + " |")
+            ours, own = group.ours(), peers.package(kind)
+            faster = _times(group.speedup(ours, own)) + (f" ({aim:g}x)" if aim else "")
+            times = report.duration(group.median(own)), report.duration(ours.median)
+            lines.append("| " + " | ".join((kind, str(shape), what, *times, faster)) + " |")
     return "\n".join(lines)
 
 

@@ -19,6 +19,11 @@ from ._backend import BackendUnavailable as BackendUnavailable
 from ._backend import backend as backend
 from ._version import __version__ as __version__
 from ._warmup import warmup as warmup
+from .integrations import accelerate as accelerate
+from .integrations import patch as patch
+from .integrations import unpatch as unpatch
+from .integrations._patch import patch_as_asked as _patch_as_asked
 
 _operators.check_complete()
 _backend.finish()
+_patch_as_asked()

@@ -1,8 +1,9 @@
-"""The command `pyflow`: info, demo, bench.
+"""The command `pyflow`: info, demo, bench, run.
 
 A demo is a module of pyflow.recipes with `add_arguments(parser)`, which adds at least --quick and --out FILE, and
 `run(args) -> int`. Demo names are printed with hyphens and also accepted with underscores. `demo all` is
-pyflow.recipes._all. pyflow.benchmarks.run has the same two functions. A module is imported only when its command runs.
+pyflow.recipes._all. pyflow.benchmarks.run and pyflow.integrations._run have the same two functions. A module is
+imported only when its command runs.
 """
 
 from __future__ import annotations
@@ -50,7 +51,12 @@ def _run(argv: Sequence[str] | None) -> int:
     names = [*demos(), "all"]
     demo.add_argument("name", nargs="?", type=shown, choices=names, metavar="name", help=", ".join(names))
     commands.add_parser("bench", help="time the operations against torch.compile and other packages", add_help=False)
-    args, rest = parser.parse_known_args(argv)
+    commands.add_parser("run", help="run a script with classes of other packages on pyflow's kernels", add_help=False)
+    words = [*(sys.argv[1:] if argv is None else argv)]
+    if words[:1] == ["run"]:
+        # what comes after a script is not for this parser
+        return delegate("pyflow.integrations._run", "pyflow run", "demo", words[1:])
+    args, rest = parser.parse_known_args(words)
     if args.command == "info":
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")

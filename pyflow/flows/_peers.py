@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Transform
 
+from .._classes import named, own_class, own_method
 from ._run import BASE, repeated
-from .lower import named
 from .lower.zuko import FLOWS
 
 
@@ -28,7 +27,7 @@ class Stand:
 
     def __getattr__(self, name: str) -> Any:
         flow = self._fused.flow
-        found = getattr(type(flow), name, None)
+        found = getattr(own_class(type(flow)), name, None)
         # what every module has is the flow's
         if not isinstance(found, FunctionType) or name in vars(flow) or found is getattr(nn.Module, name, None):
             return getattr(flow, name)
@@ -60,13 +59,15 @@ class _Layers:
         rows, n = x.flatten(0, 1), x.shape[1]
         result = self.fused._program(rows, (context,), True, None, n) if len(context) == len(x) else None
         if result is None:
-            result = self.inverse(rows, context=context.repeat_interleave(n, 0))
-        return result[0].unflatten(0, (-1, n)), result[1].unflatten(0, (-1, n))
+            result = self._run(rows, {"context": context.repeat_interleave(n, 0)}, True)
+        return result[0].unflatten(0, x.shape[:2]), result[1].unflatten(0, x.shape[:2])
 
     def _call(self, x: Any, named: dict[str, Any], inverse: bool) -> tuple[Any, Any]:
         result = self.fused._program(x, tuple([each for each in named.values() if each is not None]), inverse)
-        if result is not None:
-            return result
+        return self._run(x, named, inverse) if result is None else result
+
+    def _run(self, x: Any, named: dict[str, Any], inverse: bool) -> tuple[Any, Any]:
+        """Return what the layers do one after the other."""
         total: Any = 0
         for layer in reversed(self.layers) if inverse else self.layers:
             x, logdet = layer.inverse(x, **named) if inverse else layer(x, **named)  # type: ignore[operator]
@@ -109,7 +110,7 @@ class _Glasflow(Stand):
 
     def log_prob(self, inputs: Any, conditional: Any = None) -> Tensor:
         nats = self._density(inputs, conditional, inverse=False)
-        return type(self._fused.flow).log_prob(self, inputs, conditional) if nats is None else nats
+        return own_class(type(self._fused.flow)).log_prob(self, inputs, conditional) if nats is None else nats
 
 
 class _Normflows(Stand):
@@ -124,7 +125,7 @@ class _Normflows(Stand):
         return self._or_layers("forward_kld", _kld(self._density(x, None, inverse=True)), x)
 
     def _or_layers(self, method: str, result: Tensor | None, *args: Any) -> Tensor:
-        return getattr(type(self._fused.flow), method)(self, *args) if result is None else result
+        return getattr(own_class(type(self._fused.flow)), method)(self, *args) if result is None else result
 
 
 class _ConditionalNormflows(_Normflows):
@@ -137,15 +138,17 @@ class _ConditionalNormflows(_Normflows):
 
 class _Zuko(Stand):
     def forward(self, c: Any = None) -> Any:
-        flow = self._fused.flow(c)
-        flow.transform = _Transform(self._fused, flow.transform, c)
+        module = self._fused.flow
+        # a module with hooks runs as it is
+        flow = own_method(type(module), "forward")(module, c)
+        flow.transform = Transform(self._fused, flow.transform, c)
         flow.__class__ = _with_density(flow.__class__)
         return flow
 
     __call__ = forward
 
 
-class _Transform(Transform):
+class Transform(torch.distributions.Transform):
     """The layers of a flow of zuko as one transform.
 
     Args:
@@ -160,8 +163,8 @@ class _Transform(Transform):
         self.fused, self.own, self.context, self.inverse = fused, own, context, inverse
 
     @property
-    def inv(self) -> _Transform:
-        return _Transform(self.fused, self.own.inv, self.context, not self.inverse)
+    def inv(self) -> Transform:
+        return Transform(self.fused, self.own.inv, self.context, not self.inverse)
 
     def call_and_ladj(self, x: Any) -> tuple[Tensor, Tensor]:
         result = self.program(x)
@@ -245,7 +248,7 @@ def _kld(nats: Tensor | None) -> Tensor | None:
     return None if nats is None else -torch.mean(nats.to(torch.get_default_dtype()))
 
 
-_STANDS: dict[str, type[Stand]] = {
+STANDS: dict[str, type[Stand]] = {
     "nflows.flows.base.Flow": _Nflows,
     "nflows.flows.realnvp.SimpleRealNVP": _Nflows,
     "nflows.flows.autoregressive.MaskedAutoregressiveFlow": _Nflows,
@@ -259,4 +262,4 @@ _STANDS: dict[str, type[Stand]] = {
 
 def stand_of(flow: object) -> type[Stand] | None:
     """Return what stands for a flow of another package, None for another object."""
-    return _STANDS.get(named(type(flow)))
+    return STANDS.get(named(type(flow)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ Write = Callable[["Tape"], None]
 Parts = Sequence[p.Part]
 Key = tuple[int, int, bool, "str | None"]  # columns, columns of the context, inverse, prior
 Result = tuple[Tensor, Tensor]
+F = TypeVar("F", bound=Callable[..., Any])
 
 BASE = "base"  # in place of a prior: the base distribution that the run has
 
@@ -112,12 +113,29 @@ class Tape:
         return p.Net(() if net.blind else kept, joins, (*before, *parts, *after))
 
 
+Compute = Callable[[Any, bool, int], tuple[Tensor, ...]]  # of a layer, the direction and the number of columns
+Many = Callable[[Sequence[Any], bool, int], "list[tuple[Tensor, ...]]"]
+
+# what computes the weights of many layers as one, and of which layers: those with the same key
+_TOGETHER: dict[Compute, tuple[Many, Callable[[Any], Any]]] = {}
+
+
+def together(compute: Compute, key: Callable[[Any], Any]) -> Callable[[F], F]:
+    """Register what does the work of `compute` for many layers: small tensors cost their launches."""
+
+    def add(many: F) -> F:
+        _TOGETHER[compute] = many, key
+        return many
+
+    return add
+
+
 class Computed(NamedTuple):
     """Weights that a layer computes from its tensors at every call."""
 
     path: Path
     layer: nn.Module
-    compute: Callable[[Any, bool, int], tuple[Tensor, ...]]  # of the layer, the direction and the number of columns
+    compute: Compute
     flipped: bool  # whether its direction is not the run's
 
 
@@ -211,16 +229,27 @@ class Run:
     def made(self, key: Key, tensors: list[Tensor], root: nn.Module | None = None) -> list[Tensor]:
         """Return the weights that are computed, the last one first; from layers below the root if it is given."""
         columns, _, inverse, prior = key
-        made: list[Tensor] = []
         computed = self._parts(prior == BASE)[1]
         if not computed:
-            return made
+            return []
+        # layers with the same numbers to compute, by what computes them
+        groups: dict[Any, list[tuple[int, Any]]] = {}
+        for i, (path, layer, compute, flipped) in enumerate(computed):
+            here, which = layer if root is None else at(root, path), inverse != flipped
+            of_many = _TOGETHER.get(compute)
+            groups.setdefault((compute, which, i if of_many is None else of_many[1](here)), []).append((i, here))
+        made: list[tuple[Tensor, ...]] = [()] * len(computed)
         # autocast would cast products of matrices
         casts = tensors[0].is_cpu and torch.is_autocast_enabled("cpu")
         with uncast(tensors[0]) if casts else contextlib.nullcontext():
-            for path, layer, compute, flipped in computed:
-                made += compute(layer if root is None else at(root, path), inverse != flipped, columns)
-        return made[::-1]
+            for (compute, which, _), group in groups.items():
+                if len(group) == 1:
+                    made[group[0][0]] = compute(group[0][1], which, columns)
+                    continue
+                results = _TOGETHER[compute][0]([layer for _, layer in group], which, columns)
+                for (i, _), result in zip(group, results, strict=True):
+                    made[i] = result
+        return [tensor for tensors_of_layer in made for tensor in tensors_of_layer][::-1]
 
     def _parts(self, of_base: bool) -> tuple[list[int], list[Computed]]:
         """Return places and computed weights, with those of the base distribution or without."""
@@ -292,6 +321,23 @@ def repeated(context: Tensor, lead: tuple[int, ...]) -> tuple[Tensor, int]:
     # no copy, unless two of its dims differ with one between them that it shares
     rows = context.reshape(*own[first:last], size).expand(*block, size).reshape(math.prod(block), size)
     return rows, max(1, math.prod(lead[last:]))
+
+
+def why_not(x: Any, given: tuple[Any, ...], shared: bool = False) -> str:
+    """Return why `may_run` is false, empty if it is not."""
+    if may_run(x, given, shared):
+        return ""
+    if type(x) not in TENSORS or x.layout is not torch.strided or x.is_nested or x.dim() != 2:
+        return "x is no matrix"
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"x is {x.dtype}".replace("torch.", "")
+    if under_transform():
+        return "a transform of torch.func is active"
+    if any_global_module_hook():
+        return "there are hooks of all modules"
+    if not has_kernel(x):
+        return f"{x.device.type} has no kernel with pyflow.backend {_backend.current()!r}"
+    return "the context is no matrix of x's dtype and device with a row for each of x"
 
 
 def has_kernel(x: Tensor) -> bool:

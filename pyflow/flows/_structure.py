@@ -22,6 +22,9 @@ class Left(NamedTuple):
     module: str
     reason: str
 
+    def line(self) -> str:
+        return f"{_name(self.path)} ({self.layer.__class__.__name__}): left, {self.module}{self.reason}"
+
 
 class Structure:
     """What a look at a module found: its layers as runs, and those that are left between them."""
@@ -46,6 +49,7 @@ class Structure:
         alone = self.parts[0] if len(self.parts) == 1 else None
         self.whole = alone if isinstance(alone, Run) else None
         self.fuses = any(isinstance(part, Run) for part in self.parts)
+        self.first_left = next((part.line() for part in self.parts if isinstance(part, Left)), "")
         self.base_left: Left | None = None
         if self.whole is not None and self.look.base is not None:
             try:
@@ -113,7 +117,7 @@ def _line(part: Run | Left) -> str:
         line = f"{where}: fused, {_counted(classes)} as {_counted(instructions)}"
         left = [name for name, inverse in (("forward", False), ("inverse", True)) if programs[inverse] is None]
         return f"{line}; its {' and '.join(left)} left" if left else line
-    return f"{_name(part.path)} ({part.layer.__class__.__name__}): left, {part.module}{part.reason}"
+    return part.line()
 
 
 def _base_line(structure: Structure, path: Path, base: nn.Module, inverse: bool) -> str:

@@ -28,21 +28,16 @@ def check_kernels(op: str, specs: tuple[KernelSpec, KernelSpec]) -> None:
 
 
 def samples(op: str, name: str, value: object, kernel: str) -> Tensor:
-    """Return samples as rows of a tensor (n, d), from an array, a list or a tensor; (n,) is one column.
+    """Return samples as rows of a tensor (n, d), from an array, a list, a table or a tensor; (n,) is one column.
 
     Integers become float64, large ones less a constant. The kernel "delta" keeps integers, and replaces labels of other
     types by integers.
     """
     if not isinstance(value, Tensor):
-        array = array_of(op, name, value)
-        if array.dtype.kind == "O" and kernel != "delta":
-            array = _numbers(op, name, array)
+        array = numbers_of(op, name, value) if kernel != "delta" else array_of(op, name, value)
         if kernel == "delta" and array.dtype.kind in "OSTUMm":
             array = _codes(op, name, array)
-        if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
-            raise TypeError(f"{op}: {name} must hold numbers, got {array.dtype}")
-        # torch reads native byte order only
-        value = torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
+        value = tensor_of(op, name, array)
     check.tensor(op, name, value)
     if value.is_meta:
         raise ValueError(f"{op}: {name} must have values, got a meta tensor")
@@ -77,10 +72,48 @@ def _in_float64(value: Tensor, kernel: str) -> Tensor:
 def array_of(op: str, name: str, value: object) -> np.ndarray:
     if _masked(value):
         raise ValueError(f"{op}: {name} must have no missing values, got a masked array with some")
+    # pandas' tables and columns
+    isna = getattr(value, "isna", None)
+    if callable(isna) and (missing := np.argwhere(np.asarray(isna()))).size:
+        row, *column = missing[0].tolist()
+        raise ValueError(f"{op}: {name} must have no missing values, got one in row {row}{_column(value, *column)}")
     try:
         return np.asarray(value)
     except ValueError:
         raise ValueError(f"{op}: {name} must have rows of one length, got others") from None
+
+
+def numbers_of(
+    op: str, name: str, value: object, kind: type = numbers.Real, dtype: type = np.float64, rule: str = "hold numbers"
+) -> np.ndarray:
+    """Return an array; one of objects (such as a table of mixed columns) must hold numbers, and is converted."""
+    array = array_of(op, name, value)
+    if array.dtype.kind != "O" or not array.ndim:
+        return array
+    values = array.ravel().tolist()
+    _refuse(op, name, values, ("NoneType", *MISSING))
+    wrong = next((i for i, v in enumerate(values) if not isinstance(v, (kind, np.bool_))), None)
+    if wrong is not None:
+        column = _column(value, wrong % array.shape[1]) if array.ndim == 2 else ""
+        raise TypeError(f"{op}: {name} must {rule}, got {type(values[wrong]).__name__}{column}")
+    try:
+        return array.astype(dtype)
+    except OverflowError:
+        raise ValueError(f"{op}: {name} must fit into {np.dtype(dtype)}, got a larger number") from None
+
+
+def tensor_of(op: str, name: str, array: np.ndarray) -> Tensor:
+    """Return a tensor with a copy of the numbers of an array."""
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        raise TypeError(f"{op}: {name} must hold numbers, got {array.dtype}")
+    # torch reads native byte order only
+    return torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
+
+
+def _column(table: object, *number: int) -> str:
+    """Return the name of a column of a table, for an error text; nothing without a number or names."""
+    columns = getattr(table, "columns", None)
+    return f" of column {list(columns)[number[0]]!r}" if number and columns is not None else ""
 
 
 def _masked(value: object) -> bool:
@@ -95,18 +128,6 @@ def _refuse(op: str, name: str, values: list, kinds: tuple[str, ...]) -> None:
     missing = next((v for v in values if type(v).__name__ in kinds), values)
     if missing is not values:
         raise ValueError(f"{op}: {name} must have no missing values, got {missing}")
-
-
-def _numbers(op: str, name: str, array: np.ndarray) -> np.ndarray:
-    """Convert an object array of numbers (such as a table of mixed columns) to float64; return others unchanged."""
-    values = array.ravel().tolist()
-    _refuse(op, name, values, ("NoneType", *MISSING))
-    if not all(isinstance(v, (numbers.Real, np.bool_)) for v in values):
-        return array
-    try:
-        return array.astype(np.float64)
-    except OverflowError:
-        raise ValueError(f"{op}: {name} must fit into float64, got a larger number") from None
 
 
 def _codes(op: str, name: str, labels: np.ndarray) -> np.ndarray:

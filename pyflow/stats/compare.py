@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from ..hsic.inputs import variable
 from ..hsic.kernels import KernelSpec
 from ..hsic.powers import times_two_to
 from ._grams import CentredGram
-from ._inputs import bar, same
+from ._inputs import bar, numbers_of, same, tensor_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,7 +87,7 @@ class RepresentationComparison:
 def compare_representations(
     model1: nn.Module,
     model2: nn.Module,
-    loader: Iterable[Tensor | Sequence[object]],
+    loader: Iterable[object],
     *,
     layers1: Sequence[str] | None = None,
     layers2: Sequence[str] | None = None,
@@ -99,8 +100,8 @@ def compare_representations(
     Args:
         model1, model2: modules called with one tensor; may be the same module. They run in eval mode, each on its
             device, and then return to their previous mode.
-        loader: iterable of batches: tensors, or tuples and lists that start with the input tensor. Batches of fewer
-            than 4 samples are skipped.
+        loader: iterable of batches: tensors, arrays or pandas tables, or tuples and lists that start with one. Floats
+            of arrays and tables become torch's default dtype. Batches of fewer than 4 samples are skipped.
         layers1, layers2: names of submodules (as in `named_modules`); None: all submodules without children.
         kernel: "linear", "rbf", "laplacian" or "polynomial", applied to the flattened outputs.
         bandwidth: bandwidth of rbf and laplacian: a number, or "median", computed per layer and batch.
@@ -148,9 +149,13 @@ def compare_representations(
         for batch in loader:
             x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
             done(1)
+            if isinstance(x, np.ndarray) or hasattr(x, "to_numpy"):
+                x = tensor_of(OP, "loader", numbers_of(OP, "loader", x))
+                x = x.to(torch.get_default_dtype()) if x.is_floating_point() else x
             if not isinstance(x, Tensor):
                 kind = type(batch).__name__ if x is batch else f"{type(batch).__name__} of {type(x).__name__}"
-                raise TypeError(f"{OP}: loader must be of tensors, or tuples and lists that start with one, got {kind}")
+                rule = "of tensors or arrays, or tuples and lists that start with one"
+                raise TypeError(f"{OP}: loader must be {rule}, got {kind}")
             if not x.dim() or x.layout is not torch.strided:
                 raise ValueError(f"{OP}: loader must be of dense tensors of samples, got shape {tuple(x.shape)}")
             if len(x) < 4:

@@ -51,7 +51,8 @@ def hsic(
     """`pyflow.ops.hsic` for large n: with a progress bar, over several processes, or approximated with an error.
 
     Args:
-        x: (n, d_x) or (n,) array, list or tensor; (n, n) for the kernel "precomputed"; labels of any type for "delta".
+        x: (n, d_x) or (n,) array, list, tensor or pandas table; (n, n) for the kernel "precomputed"; labels of any type
+            for "delta". Rows of tables are paired by position.
         y: (n, d_y) or (n,) likewise.
         kernel, bandwidth, kernel_y, bandwidth_y, estimator, normalize, degree, gamma, coef0, allow_tf32: as for
             `pyflow.ops.hsic`.

@@ -86,7 +86,8 @@ def hsic_test(
     p = (1 + #{null >= statistic}) / (1 + permutations), where the null values are HSIC of x and permuted rows of y.
 
     Args:
-        x: (n, d_x) or (n,) array, list or tensor; (n, n) for the kernel "precomputed"; labels of any type for "delta".
+        x: (n, d_x) or (n,) array, list, tensor or pandas table; (n, n) for the kernel "precomputed"; labels of any type
+            for "delta". Rows of tables are paired by position.
         y: (n, d_y) or (n,) likewise.
         method: "permutation", exact at any n; or "gamma", which fits a gamma distribution to the mean and variance of
             the null, without permutations: for the biased estimators, kernels with k(x, x) = 1, and large n (p below

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from .. import _backend
 from .. import _checks as check
 from ..ops.sector import count, counts_for
 from ..reference import sector as ref
-from ._inputs import array_of, same
+from ._inputs import numbers_of, same
 
 # angles below this lose digits in a division
 TINY = 2.0**-900
@@ -185,9 +186,9 @@ def _device(op: str, **values: object) -> torch.device | None:
     return next(iter(devices), None)
 
 
-def _array(op: str, name: str, value: object) -> np.ndarray:
+def _array(op: str, name: str, value: object, kind: type, dtype: type, rule: str) -> np.ndarray:
     if not isinstance(value, Tensor):
-        return array_of(op, name, value)
+        return numbers_of(op, name, value, kind, dtype, rule)
     check.tensor(op, name, value)
     if value.is_meta:
         raise ValueError(f"{op}: {name} must have values, got a meta tensor")
@@ -197,7 +198,7 @@ def _array(op: str, name: str, value: object) -> np.ndarray:
 def _points(op: str, n: object) -> np.ndarray:
     if isinstance(n, Tensor):
         check.integer_tensor(op, "n", n)
-    points = _array(op, "n", n)
+    points = _array(op, "n", n, numbers.Integral, np.int64, "be integers")
     if points.size and points.dtype.kind not in "iu":
         raise TypeError(f"{op}: n must be integers, got {_kind(points)}")
     least, most = (points.min(), points.max()) if points.size else (1, 1)
@@ -210,7 +211,7 @@ def _points(op: str, n: object) -> np.ndarray:
 def _angle(op: str, theta: object) -> np.ndarray:
     if isinstance(theta, Tensor):
         theta = _checked_tensor(op, theta, values=False).double()
-    angle = _array(op, "theta", theta)
+    angle = _array(op, "theta", theta, numbers.Real, np.float64, "be real numbers")
     if angle.dtype.kind not in "iuf":
         raise TypeError(f"{op}: theta must be real numbers, got {_kind(angle)}")
     angle = angle.astype(np.float64)

@@ -35,8 +35,8 @@ def no_peers(monkeypatch):
 def test_a_missing_package_removes_only_its_own_contenders(name, no_peers):
     case = CASES[name]
     problem = case.build(case.tiny, torch.device("cpu"))
-    # there pyflow runs flows of nflows
-    needs = PEERS | ({"pyflow": "nflows"} if name.startswith("peer_flows/") else {})
+    # there pyflow runs flows of the peer
+    needs = PEERS | ({"pyflow": PEERS[case.peer]} if name.startswith("peer_flows/") else {})
     assert set(problem.missing) == set(needs) & set(case.contenders)
     assert set(problem.calls) == set(case.contenders) - set(needs)
     for contender, why in problem.missing.items():

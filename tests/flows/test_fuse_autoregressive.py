@@ -124,3 +124,22 @@ def test_training_through_the_inverse():
             losses.append(loss.item())
     exact = -torch.distributions.Normal(1.0, target).log_prob(x).sum(1).mean()
     assert losses[0] > exact + 1 and losses[-1] < exact + 0.1
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: pytest.importorskip("normflows").flows.AutoregressiveRationalQuadraticSpline(4, 1, 16),
+        lambda: pytest.importorskip("nflows.transforms").MaskedAffineAutoregressiveTransform(4, 16),
+    ],
+)
+def test_a_lone_layer_knows_its_columns(made):
+    layer = made()
+    assert "1 Autoregressive" in fuse(layer).explain() or "1 Net" in fuse(layer).explain()
+    for name in ("forward", "inverse"):
+        messages = []
+        for each in (layer, fuse(layer)):
+            with pytest.raises(RuntimeError) as raised:
+                getattr(each, name)(torch.zeros(3, 5))
+            messages.append(str(raised.value))
+        assert messages[0] == messages[1]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -35,6 +38,16 @@ def test_one_batch_is_cka(kernel):
             a, b = first[: i + 1](x), second[: j + 1](x)
             expected = pyflow.ops.cka(a, b, kernel=kernel, estimator="unbiased").item()
             assert result.cka[i, j].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_batches_of_arrays_and_tables():
+    (x,) = batches(1)
+    want = quietly(net(0), net(1), [x])
+    given = [x.numpy(), x.double().numpy(), (x.numpy(), None)]
+    if importlib.util.find_spec("pandas"):
+        given.append(importlib.import_module("pandas").DataFrame(x.numpy(), columns=list("abcde")))
+    for batch in given:
+        assert quietly(net(0), net(1), [batch]) == want
 
 
 def test_minibatches_average_hsic_not_cka():
@@ -196,11 +209,10 @@ def test_small_batches_are_left_out():
         (ValueError, "bandwidth must be positive and finite, got 0", (net(0), net(0), batches()),
          {"kernel": "rbf", "bandwidth": 0}),
         (ValueError, "loader must have a batch of at least 4 samples, got none", (net(0), net(0), batches(2, 3)), {}),
-        (TypeError, "loader must be of tensors, or tuples and lists that start with one, got dict",
+        (TypeError, "loader must be of tensors or arrays, or tuples and lists that start with one, got dict",
          (net(0), net(0), [{"x": torch.randn(9, 5), "y": 1, "z": 2, "w": 3}]), {}),
-        (TypeError, "loader must be of tensors, or tuples and lists that start with one, got ndarray",
-         (net(0), net(0), [torch.randn(9, 5).numpy()]), {}),
-        (TypeError, "loader must be of tensors, or tuples and lists that start with one, got list of str",
+        (TypeError, "loader must hold numbers, got <U1", (net(0), net(0), [np.full((9, 5), "a")]), {}),
+        (TypeError, "loader must be of tensors or arrays, or tuples and lists that start with one, got list of str",
          (net(0), net(0), [["name", torch.randn(9, 5)]]), {}),
         (ValueError, "loader must be of dense tensors of samples, got shape ()", (net(0), net(0), torch.zeros(3)), {}),
         (ValueError, "x must be finite, got NaN or infinity", (net(0), net(0), [torch.full((4, 5), torch.nan)]), {}),

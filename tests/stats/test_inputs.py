@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pyflow
-from pyflow.stats import hsic_test
+from pyflow.stats import hsic, hsic_test
 
 
 def data(n=40, seed=0, columns=(2, 3)):
@@ -67,8 +67,36 @@ def test_tables_whose_columns_differ_in_type():
     assert hsic_test(table, numbers, permutations=19) == hsic_test(plain, numbers, permutations=19)
     table.loc[3, "a"] = pandas.NA
     for options in ({}, {"kernel": "delta", "kernel_y": "rbf"}):
-        with pytest.raises(ValueError, match=r"^hsic_test: x must have no missing values, got <NA>$"):
+        with pytest.raises(
+            ValueError, match=r"^hsic_test: x must have no missing values, got one in row 3 of column 'a'$"
+        ):
             hsic_test(table, numbers, **options)
+
+
+def test_columns_of_tables():
+    pandas = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 20))
+    want = hsic(x, y)
+    for kind in ("float64", "Float64", "object", "category"):
+        column = pandas.Series(x, dtype=kind)
+        assert hsic(column, y) == hsic(column.to_frame(), pandas.Series(y)) == want
+    labels = pandas.Series(rng.integers(0, 3, 20)).map({0: "a", 1: "b", 2: "c"})
+    assert hsic(labels, y, kernel="delta", kernel_y="rbf") == hsic(list(labels), y, kernel="delta", kernel_y="rbf")
+    x[5] = np.nan
+    gaps = [pandas.Series(x), pandas.Series(x, dtype="Float64"), pandas.Series(x, dtype="object"), pandas.Index(x)]
+    for column in gaps:
+        with pytest.raises(ValueError, match=r"^hsic: x must have no missing values, got one in row 5$"):
+            hsic(column, y)
+    with pytest.raises(ValueError, match=r"^hsic: x must have no missing values, got one in row 2$"):
+        hsic(labels.where(labels.index != 2), y, kernel="delta", kernel_y="rbf")
+    days = pandas.date_range("2020", periods=20)
+    for wrong, text in [
+        (labels, "str"), (labels.to_frame("c"), "str of column 'c'"), (days, r"datetime64\[.s\]"),
+        (pandas.DataFrame({"y": y, "day": days}), "Timestamp of column 'day'"),
+    ]:  # fmt: skip
+        with pytest.raises(TypeError, match=f"^hsic: x must hold numbers, got {text}$"):
+            hsic(wrong, y)
 
 
 X = np.arange(12.0).reshape(6, 2)
@@ -128,7 +156,7 @@ def test_integers_beyond_2_to_the_53_keep_their_differences(start, kernel):
         (ValueError, "hsic_test: x must be (n,) or (n, d), got shape ()", (1.0, X), {}),
         (TypeError, "hsic_test: y must hold numbers, got <U1", (X, list("abcdef")), {}),
         (TypeError, "hsic_test: x must hold numbers, got complex128", (X * 1j, X), {}),
-        (TypeError, "hsic_test: x must hold numbers, got object", ([{}] * 6, X), {}),
+        (TypeError, "hsic_test: x must hold numbers, got dict", ([{}] * 6, X), {}),
         (ValueError, "hsic_test: x must have no missing values, got None", ([None, *range(5)], X), {}),
         (ValueError, "hsic_test: y must fit into float64, got a larger number", (X, [10**400, *range(5)]), {}),
         (ValueError, "hsic_test: x must have no missing values, got a masked array with some", (HIDDEN, X), {}),

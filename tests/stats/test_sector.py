@@ -158,6 +158,29 @@ def test_logarithms_of_the_smallest_angles(backend):
         assert sector_probability(5, 5e-324, log=True, complement=True) == 0
 
 
+def test_pandas_columns_and_tables():
+    pandas = pytest.importorskip("pandas")
+    n, theta = [3, 4, 50], [1.0, 2.5, 6.0]
+    want = sector_probability(n, theta)
+    trials = sector_probability_mc(4, np.array(theta), 50, 0)
+    for kinds in (("int64", "float64"), ("Int64", "Float64"), ("object", "object")):
+        columns = pandas.Series(n, dtype=kinds[0]), pandas.Series(theta, dtype=kinds[1])
+        assert np.array_equal(sector_probability(*columns), want)
+        assert sector_probability_mc(4, columns[1], 50, 0) == trials
+    table = pandas.DataFrame({"a": theta, "b": list("xyz")})
+    assert np.array_equal(sector_probability(4, table[["a"]]), sector_probability(4, np.array(theta)[:, None]))
+    with pytest.raises(TypeError, match=r"^sector_probability_mc: theta must be real numbers, got str of column 'b'$"):
+        sector_probability_mc(4, table, 50, 0)
+    with pytest.raises(TypeError, match=r"^sector_probability: n must be integers, got float$"):
+        sector_probability(pandas.Series(theta, dtype="object"), 1.0)
+    table.loc[1, "a"] = None
+    for name, arguments in (("n", (table["a"], 1.0)), ("theta", (3, table["a"]))):
+        with pytest.raises(
+            ValueError, match=f"^sector_probability: {name} must have no missing values, got one in row 1$"
+        ):
+            sector_probability(*arguments)
+
+
 def test_ragged_lists():
     for name, arguments in (("n", ([[1, 2], [3]], 1.0)), ("theta", (3, [[1.0, 2.0], [3.0]]))):
         with pytest.raises(ValueError, match=f"^sector_probability: {name} must have rows of one length, got others$"):

@@ -15,6 +15,6 @@ from . import nflows as nflows
 from . import normflows as normflows
 from . import own as own
 from . import zuko as zuko
-from .look import RULES, STACKS, Layers, Look, NoInstruction, children, named, register
+from .look import RULES, STACKS, Layers, Look, NoInstruction, children, register
 
-__all__ = ["RULES", "STACKS", "Layers", "Look", "NoInstruction", "children", "named", "register"]
+__all__ = ["RULES", "STACKS", "Layers", "Look", "NoInstruction", "children", "register"]

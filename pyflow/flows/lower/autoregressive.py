@@ -45,7 +45,20 @@ def solved(look: Look, net: Conditioner, transform: Transform) -> Write:
 
 
 def autoregressive(look: Look, path: Path, layer: Any, transform: Transform) -> Write:
-    return solved(look, look.conditional((*path, "autoregressive_net"), layer.autoregressive_net), transform)
+    at, net = (*path, "autoregressive_net"), layer.autoregressive_net
+    write = solved(look, look.conditional(at, net), transform)
+    look.run.columns = features = look.watch.option(at, net, lambda m: m.initial_layer.in_features)
+    return fitted(write, features)
+
+
+def fitted(write: Write, features: int) -> Write:
+    """Return what writes a layer that takes so many columns."""
+
+    def fit(tape: Tape) -> None:
+        tape.fit(features)
+        write(tape)
+
+    return fit
 
 
 @register(RULES, "nflows.transforms.autoregressive.MaskedAffineAutoregressiveTransform")
@@ -55,7 +68,6 @@ def _affine_autoregressive(look: Look, path: Path, layer: Any) -> Write:
     # glasflow makes its default anew for each layer
     if function is not None and (function.__module__, function.__qualname__) != (type(layer).__module__, name):
         raise NoInstruction(path, layer, f"its scale_activation {function!r} has no instruction")
-    look.run.columns = look.option(path, layer, "features")
     return autoregressive(look, path, layer, affine("softplus", float(eps), "interleaved_scale_shift"))
 
 
@@ -83,13 +95,7 @@ def _masked(look: Look, path: Path, layer: Any) -> Write:
         variant = SPLINE_VARIANTS.index("nflows")
         return p.Spline(columns, bins, bins - 1, (TAILS.index("linear"),), variant, (bound,), inverse=inverse)
 
-    write = solved(look, net, transform)
-
-    def fitted(tape: Tape) -> None:
-        tape.fit(features)
-        write(tape)
-
-    return fitted
+    return fitted(solved(look, net, transform), features)
 
 
 def _made(look: Look, path: Path, net: MADE) -> Conditioner:

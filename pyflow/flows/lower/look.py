@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ... import program as p
+from ..._classes import named, own_class, why_unknown
 from ..._operators import TENSORS
 from .._run import Base, Computed, Conditioner, Run, Start, Tape, Write
 from .._watch import Path, Watch, has_hooks, owned
@@ -45,14 +46,8 @@ def register(table: dict[Kind, Any], *kinds: type | str) -> Callable[[F], F]:
     return add
 
 
-def named(kind: type) -> str:
-    """Return the name of a class in the tables; glasflow carries a copy of nflows."""
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    return name.removeprefix("glasflow.") if name.startswith("glasflow.nflows.") else name
-
-
 def _found(table: dict[Kind, F], module: object) -> F | None:
-    kind = type(module)
+    kind = own_class(type(module))
     return table.get(kind) or table.get(named(kind))
 
 
@@ -119,7 +114,7 @@ class Look:
     def flat(self, path: Path, module: nn.Module) -> Layers:
         """Yield the layers of a module, with stacks of layers flattened."""
         rule = _found(STACKS, module)
-        if rule is None or (path and _why_not(module)):
+        if rule is None or _why_not(path, module):
             yield path, module
             return
         self.watch.module(path, module)
@@ -204,8 +199,7 @@ class Look:
         if not isinstance(module, nn.Module):
             raise NoInstruction(path, module, "it is no module")
         self.watch.module(path, module)
-        reason = _why_not(module) if path else ""
-        if reason:
+        if reason := _why_not(path, module):
             raise NoInstruction(path, module, reason)
 
     def _rule(self, rules: dict[Kind, F], path: Path, module: Any) -> F:
@@ -216,13 +210,17 @@ class Look:
         return rule
 
 
-def _why_not(module: nn.Module) -> str:
+def _why_not(path: Path, module: nn.Module) -> str:
+    """Return what a module does beyond its class, or that its class is not the one we know; empty if neither."""
+    # a root is called by its own methods
+    if not path:
+        return why_unknown(type(module))
     if has_hooks(module):
         return "it has hooks"
     if parametrize.is_parametrized(module):
         return "it has parametrizations"
     own = [name for name in ("forward", "inverse") if name in vars(module)]
-    return f"it has its own {own[0]}" if own else ""
+    return f"it has its own {own[0]}" if own else why_unknown(type(module))
 
 
 def children(look: Look, path: Path, modules: Any) -> Layers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ... import program as p
 from ..._schemas import PRIORS, SCALE_MAPS
 from ..._torch import evaluated_while_traced
-from .._run import Tape, Write
+from .._run import Tape, Write, together
 from .._watch import Path
 from .look import BASES, PARTS, RULES, STACKS, Layers, Look, NoInstruction, children, register
 from .nets import activation
@@ -167,30 +167,40 @@ def _linear(look: Look, path: Path, layer: Any) -> Write:
             look.plain((*path, name), layer._modules[name])
             look.tensor((*path, name), layer._modules[name], "q_vectors", given=False)
     names = next(names for kind, names in _LINEAR.items() if kind.endswith(f".{type(layer).__name__}"))
-    place = look.computed(path, layer, ("bias", *names), _linear_numbers, 3)
+    numbers = _numbers_of_triangles if "lower_entries" in names else _linear_numbers
+    place = look.computed(path, layer, ("bias", *names), numbers, 3)
     look.run.columns = features
     return lambda tape: tape.add(p.Linear(tape.order, place, place + 1, place + 2))
 
 
 def _linear_numbers(layer: Any, inverse: bool, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    if hasattr(layer, "lower_entries"):
-        weight, logdet = _product_of_triangles(layer)
-    else:
-        weight, logdet = layer.weight(), layer.logabsdet()
+    weight, logdet = layer.weight(), layer.logabsdet()
     if not inverse:
         return weight, layer.bias, logdet
     weight = torch.linalg.inv(weight)
     return weight, -(weight @ layer.bias), -logdet
 
 
-def _product_of_triangles(layer: Any) -> tuple[Tensor, Tensor]:
-    """Return what `weight` and `logabsdet` of LULinear do, in half of the time."""
-    diagonal = F.softplus(layer.unconstrained_upper_diag) + layer.eps
-    entries = torch.cat((layer.lower_entries, layer.upper_entries, diagonal))
+def _numbers_of_triangles(layer: Any, inverse: bool, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _numbers_of_many([layer], inverse, columns)[0]
+
+
+@together(_numbers_of_triangles, lambda layer: (layer.features, layer.eps))
+def _numbers_of_many(layers: Sequence[Any], inverse: bool, columns: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return what `weight`, `bias` and `logabsdet` of some LULinear are, or those of their inverses."""
+    raw = torch.stack([layer.unconstrained_upper_diag for layer in layers])
+    diagonal = F.softplus(raw) + layers[0].eps
+    lower = torch.stack([layer.lower_entries for layer in layers])
+    upper = torch.stack([layer.upper_entries for layer in layers])
     # behind them a 0 and a 1
-    entries = F.pad(F.pad(entries, (0, 1)), (0, 1), value=1.0)
-    lower, upper = entries[_triangles(layer.features, entries.device)]
-    return lower @ upper, torch.log(diagonal).sum()
+    entries = F.pad(F.pad(torch.cat((lower, upper, diagonal), 1), (0, 1)), (0, 1), value=1.0)
+    triangles = entries[:, _triangles(layers[0].features, raw.device)]
+    weights, logdets = triangles[:, 0] @ triangles[:, 1], torch.log(diagonal).sum(1)
+    if not inverse:
+        return [*zip(weights.unbind(), [layer.bias for layer in layers], logdets.unbind(), strict=True)]
+    weights = torch.linalg.inv(weights)
+    biases = -(weights @ torch.stack([layer.bias for layer in layers]).unsqueeze(2)).squeeze(2)
+    return [*zip(weights.unbind(), biases.unbind(), (-logdets).unbind(), strict=True)]
 
 
 @evaluated_while_traced

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ... import program as p
+from ..._classes import named
 from ..._schemas import SPLINE_VARIANTS, TAILS
 from ...ops.spline import MOST_BINS
 from .._run import Conditioner, DoesNotFit, Tape, Write
 from .._watch import Path
 from .autoregressive import solved
 from .couplings import Transform, affine
-from .look import BASES, PARTS, RULES, STACKS, Layers, Look, NoInstruction, children, named, register
+from .look import BASES, PARTS, RULES, STACKS, Layers, Look, NoInstruction, children, register
 from .nets import Parts, dense, sequential
 from .nflows import gaussian
 
