@@ -73,7 +73,17 @@ for _kinds, _names in _FLOWS.items():
 
 
 def _layer(inverse: bool) -> Callable[..., Any]:
-    def method(self: Any, x: Any, context: Any = None) -> Any:
+    name = "inverse" if inverse else "forward"
+
+    def method(self: Any, *args: Any, **named: Any) -> Any:
+        if len(args) != 1 or named:
+            # the layer has a name of its own for x
+            names = own_method(type(self), name).__code__.co_varnames[1], "context"
+            args = *args, *[named.pop(each, None) for each in names[len(args) :]]
+        # it says so itself
+        if named or len(args) > 2 or args[0] is None:
+            return LEFT
+        x, context = args if len(args) == 2 else (*args, None)
         result = program(self, x, () if context is None else (context,), inverse)
         return LEFT if result is None else result
 
