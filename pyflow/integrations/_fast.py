@@ -193,7 +193,7 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
     """Pickle as an object of the package's class, which loads where pyflow is not installed."""
     kind = _below(type(self))
     if own_class(type(self)) is not kind:
-        return kind.__reduce_ex__(self, protocol)
+        return kind.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
     if any(getattr(kind, name) is not getattr(object, name) for name in ("__reduce__", "__reduce_ex__")):
         rebuild, args, *rest = kind.__reduce_ex__(self, protocol)
         return rebuild, tuple([kind if each is type(self) else each for each in args]), *rest
@@ -214,9 +214,10 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
 
 def _rebuilt(self: Any, memo: dict[int, Any] | None) -> Any:
     """Return a copy as the module `copy` makes it, deep with a memo."""
-    if own_class(type(self)) is type(self):
+    kind = type(self)
+    if own_class(kind) is kind:
         # a class over ours, which torch's parametrizations forbid to pickle
-        new, state = type(self).__new__(type(self)), vars(self)
+        new, state = kind.__new__(kind), vars(self)
     else:
         rebuild, args, *rest = self.__reduce_ex__(4)
         new, state = rebuild(*args), rest[0] if rest else None

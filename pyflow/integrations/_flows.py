@@ -75,15 +75,16 @@ for _kinds, _names in _FLOWS.items():
 def _layer(inverse: bool) -> Callable[..., Any]:
     name = "inverse" if inverse else "forward"
 
-    def method(self: Any, *args: Any, **named: Any) -> Any:
-        if len(args) != 1 or named:
-            # the layer has a name of its own for x
-            names = own_method(type(self), name).__code__.co_varnames[1], "context"
-            args = *args, *[named.pop(each, None) for each in names[len(args) :]]
-        # it says so itself
-        if named or len(args) > 2 or args[0] is None:
+    def method(self: Any, *args: Any, context: Any = None, **named: Any) -> Any:
+        if len(args) == 2 and context is None:
+            *args, context = args  # type: ignore[assignment]
+        # the layer has a name of its own for x
+        if not args and [*named] == [own_method(type(self), name).__code__.co_varnames[1]]:
+            args, named = tuple(named.values()), {}
+        # the layer says so itself
+        if named or len(args) != 1:
             return LEFT
-        x, context = args if len(args) == 2 else (*args, None)
+        (x,) = args
         result = program(self, x, () if context is None else (context,), inverse)
         return LEFT if result is None else result
 

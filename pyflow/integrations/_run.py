@@ -61,8 +61,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _split(words: Sequence[str]) -> tuple[list[str], bool, list[str]]:
     """Return packages and verbosity as asked among the words after a script, and its own words: all after a --."""
-    names, verbose, rest = [], False, []
-    each = iter(words)
+    names: list[str] = []
+    rest: list[str] = []
+    verbose, each = False, iter(words)
     for word in each:
         if word == "--":
             rest += each
