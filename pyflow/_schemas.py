@@ -96,7 +96,7 @@ NOISES = ("uniform", "normal")
 # the purpose of a draw is the top byte of the last counter word, so that draws of two purposes share no words
 PURPOSES = ("noise", "corrector", "prior", "accept", "data", "permutation", "monte_carlo")
 DISTANCES = ("l1", "l2")
-FSQ_VARIANTS = ("vqp", "paper", "symmetric", "sigmoid", "hard", "symmetric_hard")
+FSQ_VARIANTS = ("vqp", "paper", "symmetric", "sigmoid", "hard", "symmetric_hard", "bounded")
 
 # kernels of HSIC; a linear kernel is a polynomial kernel of degree 1
 HSIC_KERNELS = ("rbf", "laplacian", "polynomial", "delta", "precomputed")

@@ -1,6 +1,15 @@
 """Digests of the modules of other packages that pyflow knows, written by `_classes.print_sources`."""
 
 SOURCES: dict[str, tuple[str, ...]] = {
+    "diffusers.configuration_utils": ("171d261410e4",),
+    "diffusers.schedulers.deprecated.scheduling_sde_vp": ("378f8b25b186",),
+    "diffusers.schedulers.scheduling_sde_ve": ("019c7bee4e8e",),
+    "diffusers.schedulers.scheduling_utils": ("bdc8b9061084",),
+    "diffusers.utils.deprecation_utils": ("211017269b9b",),
+    "diffusers.utils.hub_utils": ("43efedf940a7",),
+    "diffusers.utils.import_utils": ("a192506e62dc",),
+    "diffusers.utils.outputs": ("9362bb9b3b2c",),
+    "diffusers.utils.torch_utils": ("bce0a1a44885",),
     "dingo.core.nn.resnet": ("0cd275d2aa5e",),
     "glasflow.flows.base": ("793591fcc306",),
     "glasflow.flows.coupling": ("9a92aa99dfed",),
@@ -74,6 +83,8 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "normflows.utils.optim": ("eefff222a8bc",),
     "normflows.utils.splines": ("78656d2c910d",),
     "sbi.neural_nets.net_builders.flow": ("2febd851244c",),
+    "vector_quantize_pytorch.finite_scalar_quantization": ("76c30a4c826f",),
+    "vector_quantize_pytorch.residual_fsq": ("12b935027649",),
     "zuko.distributions": ("5fd53159ad85",),
     "zuko.flows.autoregressive": ("1575d5fe979a",),
     "zuko.flows.continuous": ("adc99e661c15",),

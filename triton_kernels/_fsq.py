@@ -20,6 +20,7 @@ SIGMOID = tl.constexpr(FSQ_VARIANTS.index("sigmoid"))
 SYMMETRIC = tl.constexpr(FSQ_VARIANTS.index("symmetric"))
 HARD = tl.constexpr(FSQ_VARIANTS.index("hard"))
 SYMMETRIC_HARD = tl.constexpr(FSQ_VARIANTS.index("symmetric_hard"))
+BOUNDED = tl.constexpr(FSQ_VARIANTS.index("bounded"))
 
 
 class Divisors(NamedTuple):
@@ -105,7 +106,7 @@ def clamp(x, low, high):
 
 @triton.jit
 def squash(x, VARIANT: tl.constexpr):
-    if VARIANT == HARD or VARIANT == SYMMETRIC_HARD:
+    if VARIANT == HARD or VARIANT == SYMMETRIC_HARD or VARIANT == BOUNDED:
         return clamp(x, constant(-1.0, x), constant(1.0, x))
     else:
         return tanh_unfused(x)
@@ -148,7 +149,7 @@ def slope_of(z, c, CHANNELS: tl.constexpr, VARIANT: tl.constexpr):
     else:
         u = z
         gain = constant(1.0, z)
-    if VARIANT == HARD or VARIANT == SYMMETRIC_HARD:
+    if VARIANT == HARD or VARIANT == SYMMETRIC_HARD or VARIANT == BOUNDED:
         return tl.where((u >= -1.0) & (u <= 1.0), gain, constant(0.0, z))
     else:
         k: tl.constexpr = 1.0 if VARIANT == SIGMOID else 2.0
@@ -160,7 +161,7 @@ def slope_of(z, c, CHANNELS: tl.constexpr, VARIANT: tl.constexpr):
 @triton.jit
 def gradient(grad, slope, VARIANT: tl.constexpr):
     """grad * slope; 0 for a clamped value, even if grad is infinite."""
-    if VARIANT == HARD or VARIANT == SYMMETRIC_HARD:
+    if VARIANT == HARD or VARIANT == SYMMETRIC_HARD or VARIANT == BOUNDED:
         return tl.where(slope == 0.0, 0.0, grad * slope)
     else:
         return grad * slope

@@ -13,7 +13,8 @@
   F(symmetric)                 \
   F(sigmoid)                   \
   F(hard)                      \
-  F(symmetric_hard)
+  F(symmetric_hard)            \
+  F(bounded)
 
 namespace pyflow {
 
@@ -31,7 +32,9 @@ struct FsqChannel {
 PYFLOW_FN constexpr bool is_symmetric(FsqVariant v) {
   return v == FsqVariant::symmetric || v == FsqVariant::symmetric_hard;
 }
-PYFLOW_FN constexpr bool is_hard(FsqVariant v) { return v == FsqVariant::hard || v == FsqVariant::symmetric_hard; }
+PYFLOW_FN constexpr bool is_hard(FsqVariant v) {
+  return v == FsqVariant::hard || v == FsqVariant::symmetric_hard || v == FsqVariant::bounded;
+}
 
 #if defined(__CUDA_ARCH__)
 PYFLOW_FN float round_even(float x) { return rintf(x); }

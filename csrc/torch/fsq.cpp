@@ -17,7 +17,10 @@ FsqChannel<float> channel_of(int64_t level, FsqVariant v) {
   const float half = float(level - 1) * (v == FsqVariant::paper ? 0.999f : 1.001f) / 2.f;
   const float offset = level % 2 == 0 ? 0.5f : 0.f;
   const double ratio = double(offset / half);
-  const double shift = v == FsqVariant::paper ? std::tan(ratio) : v == FsqVariant::hard ? ratio : std::atanh(ratio);
+  const double shift = v == FsqVariant::bounded ? 0.
+                       : v == FsqVariant::paper ? std::tan(ratio)
+                       : v == FsqVariant::hard  ? ratio
+                                                : std::atanh(ratio);
   return {float(shift), half, offset, float(level / 2), float(level - 1), 2.f / float(level - 1)};
 }
 

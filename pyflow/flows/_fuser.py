@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._torch import evaluated_while_traced, exporting
 from ..ops.flow_program import _run as run_program
 from ._run import Key, Result, Run, fits, may_run, why_not
-from ._structure import Left, Structure
+from ._structure import Structure
 from ._watch import at
 
 
@@ -90,15 +90,17 @@ class Fuser:
         return structure.whole.call(x, context, key, weights)
 
     def why_not(self, root: nn.Module, x: Any, given: tuple[Any, ...]) -> str:
-        """Return why the layers have to run with these inputs."""
+        """Return why the layers have to run with these inputs, after `run` has returned None."""
+        structure = self.structure
+        if structure is not None and not structure.fuses:
+            return structure.first_left
         if (reason := why_not(x, given)) or (now := self.now(root)) is None:
             return reason or "its modules have changed"
         structure, weights = now
         if not fits(x, weights):
             return "its parameters are not plain tensors of x's dtype and device"
-        left = [part for part in structure.parts if isinstance(part, Left)]
-        if left:
-            return left[0].line()
+        if structure.first_left:
+            return structure.first_left
         if structure.whole is not None and structure.whole.starts:
             return "a batch has to initialise its layers"
         return "its layers do not take this input as it is"

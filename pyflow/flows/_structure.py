@@ -52,6 +52,7 @@ class Structure:
         alone = self.parts[0] if len(self.parts) == 1 else None
         self.whole = alone if isinstance(alone, Run) else None
         self.fuses = any(isinstance(part, Run) for part in self.parts)
+        self.first_left = next((part.line() for part in self.parts if isinstance(part, Left)), "")
         self.base_left: Left | None = None
         if self.whole is not None and self.look.base is not None:
             try:

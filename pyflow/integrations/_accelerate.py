@@ -185,15 +185,23 @@ def accelerate(model: Any, *, include: Which = None, exclude: Which = None, veri
 def _objects(model: Any) -> Iterator[tuple[str, Any]]:
     """Yield path and object for a module and those in it, for what a pipeline has, or for a scheduler."""
     if isinstance(model, nn.Module):
-        yield from model.named_modules()
+        yield from _modules(model)
     elif isinstance(parts := getattr(model, "components", None), dict):
         for name, part in parts.items():
-            inner = part.named_modules(prefix=name) if isinstance(part, nn.Module) else [(name, part)]
-            yield from inner
+            yield from _modules(part, name) if isinstance(part, nn.Module) else [(name, part)]
     elif named(type(model)) in FAST:
         yield "", model
     else:
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield modules, and those of their hooks that are objects with fast methods."""
+    for path, module in model.named_modules(prefix=prefix):
+        yield path, module
+        for hook in module._forward_pre_hooks.values():
+            if named(type(hook)) in FAST:
+                yield f"{path}.{type(hook).__name__}".removeprefix("."), hook
 
 
 def _check(model: Any, objects: list[tuple[str, Any]]) -> None:
@@ -245,7 +253,8 @@ def _why_left(path: str, each: Any, included: Callable[[str, Any], bool], exclud
     if isinstance(each, nn.modules.lazy.LazyModuleMixin):
         return "its parameters are not initialised"
     kind = type(each)
-    own = [name for name in FAST[named(kind)] if name in vars(each)]
+    # helpers of the fast methods too
+    own = [name for name in vars(each) if callable(getattr(kind, name, None))]
     if own:
         return f"it has its own {own[0]}"
     for base in kind.__mro__:

@@ -16,9 +16,13 @@ from ._fast import FAST, LEFT, RECORDS, SAYS, fell, ran, record
 
 
 def program(
-    module: Any, x: Any, given: tuple[Any, ...], inverse: bool, prior: str | None = None
+    module: Any, x: Any, given: tuple[Any, ...], inverse: bool, prior: str | None = None, counts: bool = True
 ) -> tuple[Tensor, Tensor] | None:
-    """Return what the layers of a module do with x by programs, None if they have to run; count which it was."""
+    """Return what the layers of a module do with x by programs, None if they have to run; count which it was.
+
+    Args:
+        counts: whether to count that the layers have to run.
+    """
     traced = torch.compiler.is_compiling()
     # dynamo finds what was made before it traces
     if traced and id(module) not in RECORDS:
@@ -29,7 +33,7 @@ def program(
     if result is not None:
         ran(module)
     # without a density the layers are asked next
-    elif not traced and prior is None:
+    elif counts and not traced and prior is None:
         fell(module, fuser.why_not(module, x, given))
     return result
 
@@ -72,7 +76,12 @@ for _kinds, _names in _FLOWS.items():
         FAST[_kind], SAYS[_kind] = {name: _of_flow(name) for name in _names}, explain
 
 
-def _layer(inverse: bool) -> Callable[..., Any]:
+def layer_methods(counts: Callable[[Any], bool] = lambda x: True) -> dict[str, Callable[..., Any]]:
+    """Return fast methods of a layer that run it as a program; `counts` of x: whether they count where they do not."""
+    return {"forward": _layer(False, counts), "inverse": _layer(True, counts)}
+
+
+def _layer(inverse: bool, counts: Callable[[Any], bool]) -> Callable[..., Any]:
     name = "inverse" if inverse else "forward"
 
     def method(self: Any, *args: Any, context: Any = None, **named: Any) -> Any:
@@ -85,7 +94,7 @@ def _layer(inverse: bool) -> Callable[..., Any]:
         if named or len(args) != 1:
             return LEFT
         (x,) = args
-        result = program(self, x, () if context is None else (context,), inverse)
+        result = program(self, x, () if context is None else (context,), inverse, counts=counts(x))
         return LEFT if result is None else result
 
     return method
@@ -108,7 +117,7 @@ _LAYERS = (
     "normflows.flows.neural_spline.wrapper.CircularAutoregressiveRationalQuadraticSpline",
 )
 for _kind in _LAYERS:
-    FAST[_kind], SAYS[_kind] = {"forward": _layer(False), "inverse": _layer(True)}, explain
+    FAST[_kind], SAYS[_kind] = layer_methods(), explain
 
 
 def _of_zuko(self: Any, c: Any = None) -> Any:

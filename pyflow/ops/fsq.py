@@ -35,7 +35,8 @@ def fsq(
 
     "vqp" (vector-quantize-pytorch, Cosmos) and "paper" (google-research, NeMo): round(tanh(z + shift) half - offset);
     "symmetric": floor((L - 1) (tanh(z) + 1) / 2 + 1/2); "sigmoid": round((L - 1) sigmoid(z)); "hard" and
-    "symmetric_hard": as "vqp" and "symmetric" with a clamp for tanh. Use the variant a model was trained with.
+    "symmetric_hard": as "vqp" and "symmetric" with a clamp for tanh; "bounded": round(clamp(z) half - offset), for a z
+    that is tanh(z + shift) already. Use the variant a model was trained with.
 
     Args:
         z: float32, float64, bfloat16 or float16 of any rank and strides, with len(levels) channels in `dim`.

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from . import compute_dtype
 
+# variants that clamp, instead of a tanh or a sigmoid
+CLAMPED = ("hard", "symmetric_hard", "bounded")
+
 
 class Constants(NamedTuple):
     """Constants per channel, exact in float32: the bound is half * f(z + shift) - offset, digits are 0 to top."""
@@ -64,7 +67,7 @@ def _squash(z: Tensor, levels: Sequence[int], variant: str) -> Tensor:
     z = z.to(compute_dtype(z.dtype))
     if variant in ("vqp", "paper", "hard"):
         z = z + _columns(constants(levels, variant).shift, z, z.dtype)
-    if variant in ("hard", "symmetric_hard"):
+    if variant in CLAMPED:
         return z.clamp(-1, 1)
     return torch.sigmoid(z) if variant == "sigmoid" else torch.tanh(z)
 
@@ -123,7 +126,7 @@ def fsq(z: Tensor, levels: Sequence[int], *, variant: str, return_indices: bool 
     squashed = _squash(z, levels, variant)
     b = _spread(squashed, levels, variant)
     digits = _digits(b.detach(), levels, variant)
-    centred = variant in ("vqp", "paper", "hard")
+    centred = variant in ("vqp", "paper", "hard", "bounded")
     soft = b / _columns(constants(levels, variant).width, b, b.dtype) if centred else squashed
     codes = (soft - soft.detach() + _code(digits, levels, variant)).to(z.dtype)
     return codes, _indices(digits, levels, index_dtype(levels)) if return_indices else None
@@ -142,7 +145,7 @@ def slope(z: Tensor, levels: Sequence[int], variant: str) -> Tensor:
         return ((z >= -1) & (z <= 1)).to(dtype)
     gain = _columns(c.half, z, dtype) / _columns(c.width, z, dtype)
     u = z + _columns(c.shift, z, dtype)
-    if variant == "hard":
+    if variant in CLAMPED:
         return torch.where((u >= -1) & (u <= 1), gain, 0)
     return gain * (1 - torch.tanh(u) ** 2)
 
@@ -150,7 +153,7 @@ def slope(z: Tensor, levels: Sequence[int], variant: str) -> Tensor:
 def _through(grad: Tensor, slope: Tensor, variant: str) -> Tensor:
     """grad * slope; a clamped value passes no gradient, not even an infinite one."""
     grad = grad.to(slope.dtype)
-    return torch.where(slope == 0, 0, grad * slope) if variant in ("hard", "symmetric_hard") else grad * slope
+    return torch.where(slope == 0, 0, grad * slope) if variant in CLAMPED else grad * slope
 
 
 def fsq_backward(grad: Tensor, z: Tensor, levels: Sequence[int], *, variant: str) -> Tensor:

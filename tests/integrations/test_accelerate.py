@@ -176,7 +176,8 @@ def test_layers_run_alone_and_in_models(flow):
 def test_a_model_without_anything_known_says_what_it_looked_for():
     report = pyflow.accelerate(nn.Linear(2, 2))
     assert not report.replaced and not report.left
-    assert str(report).startswith("Linear: nothing to accelerate. Looked for\n  nflows: AdditiveCouplingTransform, ")
+    assert str(report).startswith("Linear: nothing to accelerate. Looked for\n  ")
+    assert "nflows: AdditiveCouplingTransform, " in str(report)
 
 
 def test_what_a_user_names_is_left_or_taken(flow):

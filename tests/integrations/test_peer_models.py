@@ -166,7 +166,9 @@ def test_normflows_realnvp_reverse_kld_trains_as_before():
 
 
 @pytest.mark.parametrize("kind", ["nsf", "maf"])
-def test_the_posterior_of_sbi_trains_and_samples_as_before(kind):
+def test_the_posterior_of_sbi_trains_and_samples_as_before(kind, monkeypatch, tmp_path):
+    # sbi writes logs where it runs
+    monkeypatch.chdir(tmp_path)
     inference = pytest.importorskip("sbi.inference")
     from sbi.utils import BoxUniform
 

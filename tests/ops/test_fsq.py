@@ -283,7 +283,7 @@ def test_nan_and_infinity(variant, backend):
                 assert torch.equal(out.isnan(), z.isnan()) and (stages[[1, 4]] == -1).all()
 
 
-@pytest.mark.parametrize("variant", ["hard", "symmetric_hard"])
+@pytest.mark.parametrize("variant", ["hard", "symmetric_hard", "bounded"])
 def test_a_clamped_value_passes_no_gradient_by_selection(variant):
     z = torch.tensor([[3.0, 0.1], [-3.0, 1.0]], requires_grad=True)
     for backend in ("auto", "reference"):
@@ -499,7 +499,7 @@ FOUR = (5, 5, 5, 5)
         (
             lambda: ops.fsq(Z, FOUR, variant="round"),
             ValueError,
-            "fsq: variant must be one of vqp, paper, symmetric, sigmoid, hard, symmetric_hard, got 'round'",
+            "fsq: variant must be one of vqp, paper, symmetric, sigmoid, hard, symmetric_hard, bounded, got 'round'",
         ),
         (lambda: ops.fsq_decode([0], FOUR), TypeError, "fsq_decode: indices must be a tensor, got list"),
         (lambda: ops.fsq_decode(I.float(), FOUR), TypeError, "fsq_decode: indices must be integers, got float32"),

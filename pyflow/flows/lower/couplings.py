@@ -56,7 +56,7 @@ _AFFINE_COUPLINGS = (
 @register(RULES, *_AFFINE_COUPLINGS)
 def _affine(look: Look, path: Path, layer: Any) -> Write:
     function = look.watch.option(path, layer, lambda m: getattr(m, "scale_activation", None))
-    scale_map = _scale_map(type(layer), function)
+    scale_map = scale_map_of(type(layer), function)
     if scale_map is None:
         raise NoInstruction(path, layer, f"its scale_activation {function!r} has no instruction")
     return coupling(look, path, layer, affine(*scale_map, "shift_scale"))
@@ -67,7 +67,7 @@ def affine(scale_map: str, arg: float, packing: str) -> Transform:
     return lambda columns, inverse: p.Affine(columns, number, packed, arg, inverse=inverse)
 
 
-def _scale_map(kind: type, function: Any) -> tuple[str, float] | None:
+def scale_map_of(kind: type, function: Any) -> tuple[str, float] | None:
     """Return scale map and constant of a coupling's scale activation, None if it is another; nflows 0.14 has one."""
     table = getattr(sys.modules.get("glasflow.transforms.utils"), "SCALE_ACTIVATIONS", {})
     default = [None, getattr(kind, "DEFAULT_SCALE_ACTIVATION", None), table.get("nflows")]

@@ -140,9 +140,9 @@ def _coupling_block(look: Look, path: Path, block: Any) -> Write:
         raise NoInstruction(path, block, f"its split mode is {mode!r}")
     at, layer = flows[1]  # type: Path, Any
     scale, scale_map = look.options(at, layer, "scale", "scale_map")
-    if scale and scale_map not in _SCALE_MAPS:
+    if scale and scale_map not in SCALE_MAPS:
         raise NoInstruction(at, layer, f"its scale_map is {scale_map!r}")
-    transform: Transform = affine(_SCALE_MAPS[scale_map], 0.0, "interleaved") if scale else p.Additive
+    transform: Transform = affine(SCALE_MAPS[scale_map], 0.0, "interleaved") if scale else p.Additive
     net = look.conditioner((*at, "param_map"), layer._modules.get("param_map", layer.param_map))
 
     def write(tape: Tape) -> None:
@@ -155,7 +155,7 @@ def _coupling_block(look: Look, path: Path, block: Any) -> Write:
 
 
 # normflows divides by the sigmoid, and multiplies by it in "sigmoid_inv"
-_SCALE_MAPS = {"exp": "exp", "sigmoid": "sigmoid_inv", "sigmoid_inv": "sigmoid"}
+SCALE_MAPS = {"exp": "exp", "sigmoid": "sigmoid_inv", "sigmoid_inv": "sigmoid"}
 
 
 def alone(tape: Tape, columns: p.Columns, net: Conditioner, around: tuple[Parts, Parts] = ([], [])) -> None:

@@ -69,7 +69,7 @@ void fsq(FsqVariant variant, bool flat) {
 }  // namespace
 
 PYFLOW_BITS(fsq) {
-  for (int variant = 0; variant <= int(FsqVariant::symmetric_hard); ++variant) {
+  for (int variant = 0; variant <= int(FsqVariant::bounded); ++variant) {
     for (int flat = 0; flat < 2; ++flat) fsq(FsqVariant(variant), flat);
   }
 }
