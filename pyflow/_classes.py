@@ -30,8 +30,8 @@ _INSIDE = (
     "normflows.flows.reshape.Split",
     "normflows.flows.reshape.Merge",
 )
-# where what wraps a method comes from that is still the method of its class
-_DECORATORS = ("torch", "functools", "contextlib")
+# packages whose wrappers leave a method what it is
+_DECORATORS = ("torch", "functools", "contextlib", "huggingface_hub")
 # the releases that tests have run with
 TESTED = {
     "nflows": ("0.14",), "glasflow": ("0.4.1",), "normflows": ("1.7.3",), "zuko": ("1.6.0",), "sbi": ("0.27.0",),

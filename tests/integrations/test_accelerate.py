@@ -336,6 +336,10 @@ def test_every_class_that_is_installed_has_a_known_source():
         if digest not in _classes._sources().get(name, ()):
             unknown[name] = digest
     assert not unknown, "write pyflow/_sources.py anew: _classes.print_sources()"
+    for name in _fast.FAST:
+        module, _, kind = name.rpartition(".")
+        if module.partition(".")[0] in _classes.PACKAGES and module in sys.modules:
+            assert not _classes.why_unknown(getattr(sys.modules[module], kind))
 
 
 def test_nothing_is_kept_of_objects_that_are_gone(flow):
