@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections.abc import Iterable
 from types import FunctionType
@@ -166,6 +167,14 @@ class Transform(torch.distributions.Transform):
     def inv(self) -> Transform:
         return Transform(self.fused, self.own.inv, self.context, not self.inverse)
 
+    @property
+    def bijective(self) -> bool:  # type: ignore[override]
+        return bool(self.own.bijective)
+
+    @property
+    def sign(self) -> Any:
+        return self.own.sign
+
     def call_and_ladj(self, x: Any) -> tuple[Tensor, Tensor]:
         result = self.program(x)
         return self.own.call_and_ladj(x) if result is None else result
@@ -212,6 +221,9 @@ class Transform(torch.distributions.Transform):
     def inverse_shape(self, shape: Any) -> Any:
         return self.own.inverse_shape(shape)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _pickled(self.own, type(self.own))
+
     def __repr__(self) -> str:
         return repr(self.own)
 
@@ -225,6 +237,9 @@ class Transform(torch.distributions.Transform):
 class _Density:
     """A distribution of zuko that asks for its log-density by one program."""
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _pickled(self, type(self).__mro__[2])
+
     def log_prob(self: Any, x: Any) -> Tensor:
         result = self.transform.program(x, BASE)
         # an x without density may be an error
@@ -237,6 +252,13 @@ class _Density:
 @functools.cache
 def _with_density(kind: Any) -> type:
     return type(kind.__name__, (_Density, kind), {"__module__": kind.__module__})
+
+
+def _pickled(what: Any, kind: type) -> tuple[Any, ...]:
+    """Return what a pickle or a copy has of an object: one of zuko's class."""
+    # Python 3.10 has no object.__getstate__
+    state = what.__getstate__() if hasattr(what, "__getstate__") else vars(what)
+    return copyreg._reconstructor, (kind, object, None), state  # type: ignore[attr-defined]
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -280,8 +280,8 @@ class Run:
         return x, total
 
 
-def call_layer(layer: Any, x: Tensor, given: tuple[Any, ...], inverse: bool) -> Result:
-    if not hasattr(type(layer), "inv"):
+def call_layer(layer: Any, x: Tensor, given: tuple[Any, ...], inverse: bool, lazy: bool = False) -> Result:
+    if not lazy and not hasattr(type(layer), "inv"):
         result: Result = layer.inverse(x, *given) if inverse else layer(x, *given)
         return result
     # zuko's return their transform

@@ -84,7 +84,18 @@ def layer_methods(counts: Callable[[Any], bool] = lambda x: True) -> dict[str, C
 
 
 def _layer(inverse: bool, counts: Callable[[Any], bool]) -> Callable[..., Any]:
-    def method(self: Any, x: Any, context: Any = None) -> Any:
+    name = "inverse" if inverse else "forward"
+
+    def method(self: Any, *args: Any, context: Any = None, **named: Any) -> Any:
+        if len(args) == 2 and context is None:
+            *args, context = args  # type: ignore[assignment]
+        # the layer has a name of its own for x
+        if not args and [*named] == [own_method(type(self), name).__code__.co_varnames[1]]:
+            args, named = tuple(named.values()), {}
+        # the layer says so itself
+        if named or len(args) != 1:
+            return LEFT
+        (x,) = args
         result = program(self, x, () if context is None else (context,), inverse, counts=counts(x))
         return LEFT if result is None else result
 

@@ -333,6 +333,21 @@ def unknown_module(flow):
     net(flow).blocks[0].activation = nn.Softplus()
 
 
+def in_place(flow):
+    net(flow).blocks[0].activation = nn.ReLU(inplace=True)
+
+
+def own_method(flow):
+    layer = flow._transform._transforms[2]
+    count = layer.num_transform_features
+    layer._scale_and_shift = lambda params: (params[:, count:].exp(), params[:, :count])
+
+
+def own_density(flow):
+    own = flow._distribution._log_prob
+    flow._distribution._log_prob = lambda inputs, context: 2 * own(inputs, context)
+
+
 def dropping(flow):
     net(flow).blocks[0].dropout.p = 0.5
     flow.train()
@@ -354,6 +369,9 @@ CHANGES = {
     subclass: f"{PLACE}.2.transform_net (Shifted): its class has no instruction",
     unknown_activation: f"{PLACE}.2.transform_net.blocks.0 (ResidualBlock): its activation softplus has no instruction",
     unknown_module: f"{PLACE}.2.transform_net.blocks.0.activation (Softplus): its class has no instruction",
+    in_place: f"{PLACE}.2.transform_net.blocks.0.activation (ReLU): it changes the input of its network or block in place",
+    own_method: f"{PLACE}.2 (AffineCouplingTransform): left, it has its own _scale_and_shift",
+    own_density: "flow._distribution (StandardNormal): left, it has its own _log_prob",
     dropping: f"{PLACE}.2.transform_net.blocks.0.dropout (Dropout): it drops with p=0.5",
     cached: f"{PLACE}.1 (LULinear): left, it keeps its weight in a cache",
     training: f"{PLACE}.0 (BatchNorm): left, it normalises by the batch",

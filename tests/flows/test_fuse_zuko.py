@@ -134,6 +134,21 @@ def test_flows_without_an_instruction(flow, reason):
         assert fused().log_prob(x).equal(flow().log_prob(x))
 
 
+class Wrapped(nn.Module):
+    """A module around a layer, which is no LazyTransform."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, c=None):
+        return self.layer(c)
+
+
+def test_a_module_around_a_layer_runs_between():
+    assert_same_flow(flow_of(coupling(), Wrapped(coupling()), coupling()), counts=(2, 2, 2))
+
+
 def test_leading_dims_and_broadcast_contexts():
     flow = made("nsf", 3)
     fused = fuse(flow)

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyflow
 from pyflow.testing import UNIT, assert_same_bits
@@ -181,6 +182,27 @@ def test_dtypes(kind, options, dtype):
     assert report.calls()[0].fast == 1
 
 
+def test_the_first_call_may_be_traced_or_transformed():
+    own, _, _ = twins(vq.FSQ, levels=[8, 5])
+    z = torch.randn(2, 9, 2)
+    total = lambda module: lambda z: module(z)[0].square().sum()
+
+    def fake(module):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            module(mode.from_tensor(z))
+
+    def inference(module):
+        with torch.inference_mode():
+            module(z)
+
+    for first in (fake, inference, lambda module: torch.func.grad(total(module))(z)):
+        accelerated = copy.deepcopy(own)
+        pyflow.accelerate(accelerated)
+        first(accelerated)
+        assert_same_step(accelerated, own, z)
+        torch.testing.assert_close(torch.func.grad(total(accelerated))(z), torch.func.grad(total(own))(z))
+
+
 def test_hooks_of_a_stage_run():
     own, accelerated, report = twins(vq.ResidualFSQ, levels=[5, 5], num_quantizers=2)
     seen = []
@@ -204,6 +226,27 @@ def test_state_copies_and_pickles(kind, options):
     assert_same_step(accelerated, own, z)
     report.restore()
     assert type(accelerated) is kind
+
+
+def test_a_patched_package_makes_quantisers_that_compute_the_same():
+    torch.manual_seed(1)
+    own = [vq.FSQ([8, 5, 5]), vq.ResidualFSQ(levels=[8, 5, 5], num_quantizers=3)]
+    z = torch.randn(2, 50, 3)
+    want = [each(z) for each in own]
+    with pyflow.patch("vector_quantize_pytorch") as report:
+        assert len(report.replaced) == 3
+        made = [vq.FSQ([8, 5, 5]), vq.ResidualFSQ(levels=[8, 5, 5], num_quantizers=3)]
+        for each, other, expected in zip(made, own, want, strict=True):
+            for module in (each, other):
+                for got, wanted in zip(module(z), expected, strict=True):
+                    assert_same_bits(got, wanted)
+        assert_same_bits(made[1].codebooks, own[1].codebooks)
+
+
+@pytest.mark.parametrize("kind, options", [(vq.FSQ, {}), (vq.ResidualFSQ, {"num_quantizers": 3})])
+def test_verify_accepts(kind, options):
+    module = kind(levels=[8, 5], dim=6, **options)
+    assert pyflow.accelerate(module, verify=torch.randn(4, 500, 6)).replaced
 
 
 @pytest.mark.slow
