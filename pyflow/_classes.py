@@ -14,9 +14,9 @@ import importlib.util
 import inspect
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 # packages whose classes are known by name, and the distributions that bring them
@@ -30,6 +30,8 @@ _INSIDE = (
     "normflows.flows.reshape.Split",
     "normflows.flows.reshape.Merge",
 )
+# packages whose wrappers leave a method what it is
+_DECORATORS = ("torch", "functools", "contextlib", "huggingface_hub")
 # the releases that tests have run with
 TESTED = {
     "nflows": ("0.14",), "glasflow": ("0.4.1",), "normflows": ("1.7.3",), "zuko": ("1.6.0",), "sbi": ("0.27.0",),
@@ -51,31 +53,95 @@ def named(kind: Any) -> str:
 
 def own_method(kind: Any, name: str) -> Callable[..., Any]:
     """Return a method of a class as it is without ours."""
-    method = getattr(own_class(kind), name)
-    own: Callable[..., Any] = getattr(method, "_pyflow_own", method)
-    return own
+    method: Callable[..., Any] = getattr(own_class(kind), name)
+    return method.__dict__["_pyflow_own"] if _is_ours(method) else method
+
+
+def _is_ours(method: Any) -> bool:
+    # somebody's functools.wraps around ours has its attributes
+    return isinstance(method, FunctionType) and method.__globals__["__name__"] == "pyflow.integrations._fast"
 
 
 def why_unknown(kind: Any) -> str:
     """Return why a class may do something else than the one that tests have run with; empty if it does not."""
-    return _why_unknown(own_class(kind))
+    kind = own_class(kind)
+    # others may replace methods at any time
+    replaced = _replaced(kind)
+    return f"its method {replaced} has been replaced" if replaced else _why_unknown(kind)
+
+
+def _replaced(kind: Any) -> str:
+    """Return the name of a method that is not the one of the class's source; empty if there is none."""
+    for each in kind.__mro__:
+        package = each.__module__.partition(".")[0]
+        if package in PACKAGES and each.__module__ in sys.modules:
+            for name, value in vars(each).items():
+                if not _is_ours(value) and not _of_package(value, each.__module__):
+                    return name
+    return ""
+
+
+def _of_package(value: Any, module: str) -> bool:
+    """Whether an attribute of a class may be one that its module has written there."""
+    value = getattr(value, "__func__", value)  # of a static or a class method
+    value = value.fget if isinstance(value, property) else value
+    if not isinstance(value, FunctionType):
+        # a mock, a partial, a function in C
+        return not callable(value) or isinstance(value, type)
+    while (inner := getattr(value, "__wrapped__", None)) is not None:
+        # a decorator of torch or of Python, not somebody's around the method
+        if value.__globals__.get("__name__", "").partition(".")[0] not in (*_DECORATORS, module.partition(".")[0]):
+            return False
+        value = inner
+    return bool(value.__module__ == module)
 
 
 @functools.cache
 def _why_unknown(kind: Any) -> str:
-    for each in kind.__mro__:
-        package = each.__module__.partition(".")[0]
-        if package not in PACKAGES or each.__module__ not in sys.modules:
-            continue
-        module = sys.modules[each.__module__]
-        if _digest(module) not in _sources().get(each.__module__, ()):
+    # its own first
+    for name in sorted(_modules_of(kind), key=lambda name: (name != kind.__module__, name)):
+        package = name.partition(".")[0]
+        if _digest(sys.modules[name]) not in _sources().get(name, ()):
             _warn(package)
-            return f"the source of {each.__module__} is not that of {PACKAGES[package]} {' or '.join(TESTED[package])}"
-        for name, value in vars(each).items():
-            ours = hasattr(value, "_pyflow_own")
-            if isinstance(value, FunctionType) and not ours and inspect.unwrap(value).__module__ != each.__module__:
-                return f"its method {name} has been replaced"
+            return f"the source of {name} is not that of {PACKAGES[package]} {' or '.join(TESTED[package])}"
     return ""
+
+
+def _modules_of(kind: Any) -> set[str]:
+    """Return the modules of packages that hold a class, its bases, and what their methods use of the same package."""
+    found, seen, queue = set(), set(), [*kind.__mro__]
+    while queue:
+        each = queue.pop()
+        name = getattr(each, "__module__", None) or ""
+        if id(each) in seen or name.partition(".")[0] not in PACKAGES or name not in sys.modules:
+            continue
+        seen.add(id(each))
+        found.add(name)
+        if isinstance(each, type):
+            queue += [*each.__mro__, *[v.__dict__["_pyflow_own"] if _is_ours(v) else v for v in vars(each).values()]]
+        elif isinstance(each := inspect.unwrap(each), FunctionType):
+            queue += _used(each)
+    return found
+
+
+def _used(function: FunctionType) -> Iterator[Any]:
+    """Yield what a function uses of the globals of its module, and of modules among them."""
+    codes, names = [function.__code__], set()
+    while codes:
+        code = codes.pop()
+        names |= {*code.co_names}
+        codes += [const for const in code.co_consts if isinstance(const, CodeType)]
+    yield from function.__defaults__ or ()
+    modules = [vars(sys.modules[function.__module__])]
+    while modules:
+        space = modules.pop()
+        for value in [space[name] for name in names if name in space]:
+            if isinstance(value, ModuleType):
+                # a package may have modules of its own
+                if value.__name__.partition(".")[0] == function.__module__.partition(".")[0]:
+                    modules.append(vars(value))
+            else:
+                yield value
 
 
 @functools.cache
@@ -129,7 +195,7 @@ def modules() -> set[str]:
             kind = getattr(importlib.import_module(module), qualname)
         except (ImportError, AttributeError):
             continue
-        modules |= {each.__module__ for each in kind.__mro__ if each.__module__.partition(".")[0] in PACKAGES}
+        modules |= _modules_of(kind)
     return modules
 
 

@@ -35,8 +35,8 @@ Kinds = tuple[frozenset[type], ...]  # the types that a kernel takes for each ar
 TENSORS, _LISTS = frozenset((Tensor, torch.nn.Parameter)), frozenset((list,))
 _KINDS: dict[str, frozenset[type]] = {
     "Tensor": TENSORS, "List[Tensor]": _LISTS, "List[int]": frozenset((tuple, list)),
-    "ScalarType": frozenset((torch.dtype,)), "int": frozenset((int,)), "float": frozenset((float,)),
-    "bool": frozenset((bool,)), "str": frozenset((str,)),
+    "ScalarType": frozenset((torch.dtype,)), "int": frozenset((int,)), "SymInt": frozenset((int,)),
+    "float": frozenset((float,)), "bool": frozenset((bool,)), "str": frozenset((str,)),
 }  # fmt: skip
 
 

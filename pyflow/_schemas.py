@@ -32,8 +32,9 @@ Splines (formulas: `pyflow.ops.rq_spline`):
 
 Whole flows:
 
-- flow_program: x (B, D), an optional context (B, C) and the weights that `code`, the text of a
-  `pyflow.program.Program`, names; float32 or float64, all of one dtype -> y (B, outputs) and logdet (B,).
+- flow_program: x (B, D), an optional context (R, C), of which row r of x has row r // repeats % R, and the weights that
+  `code`, the text of a `pyflow.program.Program`, names; float32 or float64, all of one dtype -> y (B, outputs) and
+  logdet (B,).
   backward -> gradients of x, the context and each of the weights in one list, empty where not needed.
 
 Noise and steps of SDEs:
@@ -112,7 +113,7 @@ _SPLINE = (
     "Tensor x, Tensor params, Tensor? bounds, Tensor? mask, float bound, int bins, int[] tails, int form, "
     "float param_scale, float min_bin, float min_slope, bool inverse, int event_dims"
 )
-_PROGRAM = "Tensor x, Tensor? context, Tensor[] weights, str code"
+_PROGRAM = "Tensor x, Tensor? context, SymInt repeats, Tensor[] weights, str code"
 _GRAMS = "int[] kernels, int[] degrees, int[] pairs, bool allow_tf32"
 
 SCHEMAS = {

@@ -118,3 +118,12 @@ def keys_of(tensor: Tensor) -> int:
 def makes_graph() -> bool:
     """Whether make_fx records a graph of real tensors."""
     return dispatch_modes() > 0 and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+# the class of the parametrization that torch's spectral norm registers
+SPECTRAL_NORM = "torch.nn.utils.parametrizations._SpectralNorm"
+
+
+def is_compiled(module: Any) -> bool:
+    """Whether torch.compile has made the object, or its calls are compiled by `module.compile()`."""
+    return type(module).__module__.startswith("torch._dynamo.") or vars(module).get("_compiled_call_impl") is not None

@@ -219,17 +219,20 @@ def _launched(
     return partial
 
 
-def flow_program(x: Tensor, context: Tensor | None, weights: list[Tensor], code: str) -> tuple[Tensor, Tensor]:
+def flow_program(
+    x: Tensor, context: Tensor | None, repeats: int, weights: list[Tensor], code: str
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     sizes = tuple([weight.numel() for weight in weights])
     y, logdet = x.new_empty(x.shape[0], len(Program.decode(code).outputs)), x.new_empty(x.shape[0])
     if x.shape[0] == 0:
         return y, logdet
     call = _call(code, sizes, x.dtype, x.device)
     if call is None:
-        for to, value in zip((y, logdet), ref.flow_program(x, context, weights, code), strict=True):
+        for to, value in zip((y, logdet), ref.flow_program(x, context, repeats, weights, code), strict=True):
             to.copy_(value)
         return y, logdet
-    _launched(call, x, context, (x, x), weights, (y, y, logdet), False, 0)
+    by_row = None if context is None else ref.of_rows(context, x.shape[0], repeats)
+    _launched(call, x, by_row, (x, x), weights, (y, y, logdet), False, 0)
     return y, logdet
 
 
@@ -238,6 +241,7 @@ def flow_program_backward(
     grad_logdet: Tensor | None,
     x: Tensor,
     context: Tensor | None,
+    repeats: int,
     weights: list[Tensor],
     code: str,
     need_x: bool,
@@ -249,7 +253,7 @@ def flow_program_backward(
     sizes = tuple([weight.numel() for weight in weights])
     call = _call(code, sizes, x.dtype, x.device, needs) if x.shape[0] else None
     if call is None:
-        found = ref.flow_program_backward(grad_y, grad_logdet, x, context, weights, code, *needs)
+        found = ref.flow_program_backward(grad_y, grad_logdet, x, context, repeats, weights, code, *needs)
         return [empty if grad is None else grad.contiguous() for grad in found]
     outputs = len(Program.decode(code).outputs)
     given = [
@@ -257,11 +261,14 @@ def flow_program_backward(
         for grad, shape in ((grad_y, (x.shape[0], outputs)), (grad_logdet, (x.shape[0],)))
     ]
     to_x = x.new_empty(x.shape) if needs[0] else empty
-    to_context = x.new_empty(context.shape) if needs[1] and context is not None else empty
+    by_row = None if context is None else ref.of_rows(context, x.shape[0], repeats)
+    to_context = empty if by_row is None or not needs[1] else x.new_empty(by_row.shape)
     sums = sum(sizes) * need_weights
-    partial = _launched(call, x, context, given, weights, (to_x, to_context, empty), True, sums)
+    partial = _launched(call, x, by_row, given, weights, (to_x, to_context, empty), True, sums)
     grads = [weight.new_empty(weight.shape if need_weights else 0) for weight in weights]
     if sums:
         each = partial.sum(0).split(sizes)
         grads = [part.view(weight.shape) for part, weight in zip(each, weights, strict=True)]
+    if context is not None and needs[1] and len(context) < len(x):
+        to_context = to_context.view(-1, len(context), repeats, context.shape[1]).sum((0, 2))
     return [to_x, to_context, *grads]

@@ -44,6 +44,11 @@ struct ProgramPart {
   char* masked;                      // weight * mask, set by `prepare`
   Activation activation;
   double arg;
+  // dense that `joins`: the context's columns are among its inputs, from `first` on, and their terms are added first
+  bool joins;
+  int64_t first;
+  // context, dense that joins: place of what the context gives, of a dense before the activation, in its products
+  int64_t once;
   // place of the numbers before the activation, or of those after it if they are not needed; of a residual: of what its
   // parts return
   int64_t before;
@@ -126,7 +131,9 @@ struct ProgramArgs {
   const ProgramInstruction* instruction;
   int64_t instructions;
   int64_t rows, columns, context_columns;
+  int64_t context_rows, repeats;  // row r of x has the row r / repeats % context_rows of the context
   ProgramMatrix x, context;
+  ProgramMatrix products;  // what nets make of the context alone, by its rows; null: every row of x makes its own
   int64_t tile_rows;
   char* memory;   // of this thread: program_memory elements, at a multiple of 64 bytes
   int64_t tape;   // columns of a tile's tape
@@ -154,11 +161,12 @@ struct ProgramSum {
 
 struct ProgramBackward : ProgramArgs {
   int64_t unit_rows;
-  int64_t arrays;                     // of gradients inside a net
-  int64_t solve_columns;              // most columns of a block of an autoregressive inverse
-  ProgramMatrix grad_y, grad_logdet;  // null: zero; of grad_logdet `row` counts
-  ProgramMatrix grad_x, grad_context;
-  const ProgramSum* sum;  // one per weight; null: no gradients of weights
+  int64_t arrays;                      // of gradients inside a net
+  int64_t solve_columns;               // most columns of a block of an autoregressive inverse
+  ProgramMatrix grad_y, grad_logdet;   // null: zero; of grad_logdet `row` counts
+  ProgramMatrix grad_x, grad_context;  // of every row of x
+  ProgramMatrix of_context;            // grad_context summed over the rows of x that share a row of the context
+  const ProgramSum* sum;               // one per weight; null: no gradients of weights
   int64_t sums;
   int64_t groups, group_size;  // elements of the sums of a group
   char* group_sums;            // (groups, group_size)
@@ -178,8 +186,10 @@ inline int64_t program_memory(const ProgramBackward& a) {
 }
 
 PYFLOW_CPU_KERNEL(flow_program_prepare, ProgramArgs)
+PYFLOW_CPU_KERNEL(flow_program_context, ProgramArgs)
 PYFLOW_CPU_KERNEL(flow_program_forward, ProgramArgs)
 PYFLOW_CPU_KERNEL(flow_program_backward, ProgramBackward)
 PYFLOW_CPU_KERNEL(flow_program_reduce, ProgramBackward)
+PYFLOW_CPU_KERNEL(flow_program_reduce_context, ProgramBackward)
 
 }  // namespace pyflow

@@ -47,7 +47,7 @@ void place_rows(ProgramTile<T>& t, int64_t row, int64_t rows) {
 template <class T>
 void run_forward(const ProgramTile<T>& t) {
   load_rows<false>(t, t.args.x, t.state);
-  if (t.context.count) load_rows<false>(t, t.args.context, t.context);
+  if (t.context.count) load_given(t, t.args.context, 0, t.context);
   fill(t.logdet, 0.0, t.padded());
   for (int64_t i = 0; i < t.args.instructions; ++i) {
     const ProgramInstruction& in = t.args.instruction[i];
@@ -75,6 +75,35 @@ void store_outputs(const ProgramTile<T>& t) {
   }
   T* logdet = (T*)a.logdet + t.row;
   for (int64_t r = 0; r < t.rows; ++r) logdet[r] = T(t.logdet[r]);
+}
+
+// what a part makes of the context alone
+template <class T>
+void run_context(const ProgramTile<T>& t, const ProgramPart& part) {
+  Factor<T> f = factor<T>(part);
+  f.weight += part.first;
+  const Columns<T> to{t.scratch.data, part.size};
+  product<false>(f, t.context, to, t.blocks);
+  if (part.kind == Part::context) activate_all(t, part, to.data, to.data);
+  ProgramMatrix products = t.args.products;
+  products.data += part.once * int64_t(sizeof(T));
+  store_rows(t, to, products);
+}
+
+// a unit is a tile of rows of the context
+template <class T>
+void context_units(const ProgramArgs& a, int64_t begin, int64_t end) {
+  ProgramTile<T> t = new_tile<T>(a, nullptr);
+  for (int64_t u = begin; u < end; ++u) {
+    place_rows(t, u * a.tile_rows, smaller(a.tile_rows, a.context_rows - u * a.tile_rows));
+    load_rows<false>(t, a.context, t.context);
+    for (int64_t i = 0; i < a.instructions; ++i) {
+      const ProgramInstruction& in = a.instruction[i];
+      for (int64_t k = 0; k < in.part_count; ++k) {
+        if (in.parts[k].joins || in.parts[k].kind == Part::context) run_context(t, in.parts[k]);
+      }
+    }
+  }
 }
 
 template <class T>
@@ -250,10 +279,37 @@ void reduce_units(const ProgramBackward& a, int64_t begin, int64_t end) {
   for (int64_t k = begin; k < end; ++k) a.sum[k].matrix ? reduce_matrix<T>(a, a.sum[k]) : reduce_vector<T>(a, a.sum[k]);
 }
 
+// the gradients of rows [begin, end) of the context
+template <class T>
+void reduce_context_units(const ProgramBackward& a, int64_t begin, int64_t end) {
+  const int64_t step = a.context_rows * a.repeats;
+  for (int64_t k = begin; k < end; ++k) {
+    for (int64_t c = 0; c < a.context_columns; c += kReduced) {
+      const int64_t n = smaller(kReduced, a.context_columns - c);
+      double sum[kReduced] = {};
+      for (int64_t first = k * a.repeats; first < a.rows; first += step) {
+        for (int64_t row = first; row < first + a.repeats; ++row) {
+          const T* __restrict grad = (const T*)a.grad_context.data + row * a.grad_context.row + c;
+#pragma omp simd
+          for (int64_t j = 0; j < n; ++j) {
+            sum[j] += double(grad[j]);
+          }
+        }
+      }
+      T* to = (T*)a.of_context.data + k * a.of_context.row + c;
+      for (int64_t j = 0; j < n; ++j) to[j] = T(sum[j]);
+    }
+  }
+}
+
 }  // namespace
 
 void flow_program_prepare(const ProgramArgs& a, int64_t begin, int64_t end) {
   a.f64 ? prepare_units<double>(a, begin, end) : prepare_units<float>(a, begin, end);
+}
+
+void flow_program_context(const ProgramArgs& a, int64_t begin, int64_t end) {
+  a.f64 ? context_units<double>(a, begin, end) : context_units<float>(a, begin, end);
 }
 
 void flow_program_forward(const ProgramArgs& a, int64_t begin, int64_t end) {
@@ -266,6 +322,10 @@ void flow_program_backward(const ProgramBackward& a, int64_t begin, int64_t end)
 
 void flow_program_reduce(const ProgramBackward& a, int64_t begin, int64_t end) {
   a.f64 ? reduce_units<double>(a, begin, end) : reduce_units<float>(a, begin, end);
+}
+
+void flow_program_reduce_context(const ProgramBackward& a, int64_t begin, int64_t end) {
+  a.f64 ? reduce_context_units<double>(a, begin, end) : reduce_context_units<float>(a, begin, end);
 }
 
 }  // namespace pyflow::PYFLOW_ISA

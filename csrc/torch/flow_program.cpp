@@ -10,6 +10,8 @@
 namespace pyflow {
 namespace {
 
+constexpr int64_t kMostProducts = int64_t(1) << 26;  // numbers
+
 // rows of a tile: at least eight tiles to share among threads, as long as they are not too small
 int64_t rows_of_tile(int64_t rows) {
   const int64_t share = round_up(ceil_div(rows, 8), kProgramRows);
@@ -28,9 +30,18 @@ void run_tiles(void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int
   });
 }
 
-std::tuple<Tensor, Tensor> flow_program(Tensor x, Optional context, Tensors weights, std::string code) {
+// Whether the products of a row of the context cost more than reading them for every row of x that shares it. A number
+// costs as much as some multiply-adds: equal lanes are filled, runs of other rows transposed.
+bool shares_products(const ProgramArgs& a, int64_t products) {
+  if (a.context_rows * products > kMostProducts) return false;
+  const int64_t reading = a.repeats >= 16 ? 4 : a.repeats >= 8 ? 12 : 28;
+  return products > 0 && (a.rows - a.context_rows) * a.context_columns >= a.rows * reading;
+}
+
+std::tuple<Tensor, Tensor> flow_program(Tensor x, Optional context, int64_t repeats, Tensors weights,
+                                        std::string code) {
   ProgramArgs a{};
-  Reader reader(a, x, context, weights, code, false);
+  Reader reader(a, x, context, repeats, weights, code, false);
   const int64_t sizes[] = {a.rows, a.output_count};
   Tensor y = new_empty(x, sizes, 2, x.scalar_type()), logdet = new_rows(x, a.rows, x.scalar_type());
   if (a.rows == 0) return {y, logdet};
@@ -38,6 +49,12 @@ std::tuple<Tensor, Tensor> flow_program(Tensor x, Optional context, Tensors weig
   a.logdet = (char*)logdet.data_ptr();
   a.tile_rows = rows_of_tile(a.rows);
   reader.prepare(x);
+  Tensor products;
+  if (shares_products(a, reader.products())) {
+    products = new_rows(x, a.context_rows * reader.products(), x.scalar_type());
+    a.products = {(char*)products.data_ptr(), reader.products(), 1};
+    run_tiles(cpu::flow_program_context, a, ceil_div(a.context_rows, a.tile_rows), 1);
+  }
   run_tiles(cpu::flow_program_forward, a, ceil_div(a.rows, a.tile_rows), reader.grain());
   return {y, logdet};
 }
@@ -89,10 +106,10 @@ int64_t rows_of_group(int64_t rows, int64_t size) {
   return std::max(share(groups), least);
 }
 
-Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, Optional context, Tensors weights,
-                              std::string code, bool need_x, bool need_context, bool need_weights) {
+Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, Optional context, int64_t repeats,
+                              Tensors weights, std::string code, bool need_x, bool need_context, bool need_weights) {
   ProgramBackward a{};
-  Reader reader(a, x, context, weights, code, true);
+  Reader reader(a, x, context, repeats, weights, code, true);
   const auto result = [&](const Tensor& like, bool needed) {
     const auto sizes = like.sizes();
     return needed ? new_empty(like, sizes.data(), like.dim(), x.scalar_type()) : new_none(x, x.scalar_type());
@@ -114,7 +131,14 @@ Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, O
     a.grad_logdet = Reader::rows_of(*grad_logdet);
   }
   if (need_x) a.grad_x = Reader::rows_of(grads[0]);
-  if (need_context && context) a.grad_context = Reader::rows_of(grads[1]);
+  Tensor of_rows;
+  if (need_context && context) {
+    a.grad_context = a.of_context = Reader::rows_of(grads[1]);
+    if (a.context_rows < a.rows) {
+      of_rows = new_rows(x, a.rows * a.context_columns, x.scalar_type());
+      a.grad_context = {(char*)of_rows.data_ptr(), a.context_columns, 1};
+    }
+  }
   std::vector<ProgramSum> sums;
   if (need_weights) sums = sums_of(weights, of_weights, reader, a.group_size);
   a.unit_rows = rows_of_group(a.rows, a.group_size);
@@ -133,6 +157,10 @@ Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, O
   }
   run_tiles(cpu::flow_program_backward, a, units, reader.grain());
   run_units(cpu::flow_program_reduce, a, 0, a.sums, 1);
+  if (a.grad_context.data != a.of_context.data) {
+    const int64_t size = a.rows / a.context_rows * a.context_columns;
+    run_units(cpu::flow_program_reduce_context, a, 0, a.context_rows, ceil_div(kGrain, 8 * size));
+  }
   return grads;
 }
 

@@ -23,8 +23,8 @@ constexpr int64_t kGrain = 1 << 19;        // multiply-adds that are worth a thr
 // a program read from its code, and held to its tensors
 class Reader {
  public:
-  Reader(ProgramArgs& a, const Tensor& x, const Optional& context, Tensors& weights, const std::string& code,
-         bool taped)
+  Reader(ProgramArgs& a, const Tensor& x, const Optional& context, int64_t repeats, Tensors& weights,
+         const std::string& code, bool taped)
       : a_(a),
         weights_(weights),
         words_(code),
@@ -40,9 +40,7 @@ class Reader {
     require(x.size(1) == a.columns && a.columns <= kMostColumns);
     require(!context || context->dim() == 2);
     require(a.context_columns == (context ? context->size(1) : 0) && a.context_columns <= kMostColumns);
-    if (context) {
-      require(context->size(0) == a.rows && context->scalar_type() == x.scalar_type());
-    }
+    if (context) read_context_rows(*context, repeats, x);
     for (Tensor& w : weights) {
       require(w.scalar_type() == x.scalar_type() && w.dim() <= 2);
       if (!w.is_contiguous()) w = torch::stable::contiguous(w);
@@ -105,6 +103,8 @@ class Reader {
     }
     return nullptr;
   }
+  // numbers that the nets make of a row of the context alone
+  int64_t products() const { return products_; }
   // most columns of a block of an autoregressive inverse
   int64_t solve_columns() const { return solve_columns_; }
   // arrays of gradients: those of a part, what a context needs, and one for every residual around
@@ -118,6 +118,18 @@ class Reader {
   }
 
  private:
+  void read_context_rows(const Tensor& context, int64_t repeats, const Tensor& x) {
+    const int64_t rows = context.size(0);
+    require(context.scalar_type() == x.scalar_type() && repeats > 0);
+    a_.context_rows = rows;
+    a_.repeats = repeats;
+    if (a_.rows == 0) return;
+    require(rows > 0 && repeats <= a_.rows / rows && a_.rows % (rows * repeats) == 0);
+    // an expanded row has one gradient per row of x
+    if (!taped_ && context.stride(0) == 0) a_.context_rows = 1;
+    if (a_.context_rows == 1) a_.repeats = a_.rows;
+  }
+
   // columns that an instruction or a part names, of `most`
   const std::vector<int64_t>& columns(int64_t most) {
     columns_.emplace_back();
@@ -240,6 +252,8 @@ class Reader {
     int64_t size = in.inputs, at = take(size);
     std::vector<ProgramPart>& parts = parts_.emplace_back();
     kept_ = {at};
+    joins_ = in.context;
+    first_ = in.count;
     read_parts(parts, at, size);
     in.parts = parts.data();
     in.part_count = int64_t(parts.size());
@@ -257,6 +271,8 @@ class Reader {
       part.kind = Part(words_.word(kPartNames));
       part.in = at;
       part.inputs = part.size = size;
+      part.joins = std::exchange(joins_, false) && part.kind == Part::dense;
+      part.first = part.joins ? first_ : 0;
       read_part(parts, part);
       parts.push_back(part);
       at = kept_.back() = part.out;
@@ -305,6 +321,10 @@ class Reader {
       prepared_count_ += part.size * part.inputs;
     }
     work_ += part.size * part.inputs;
+    if (part.joins || part.kind == Part::context) {
+      part.once = products_;
+      products_ += part.size;
+    }
     part.before = out = take(part.size);
     if (taped_ && needs_before(part.activation)) out = take(part.size);
   }
@@ -433,6 +453,8 @@ class Reader {
     in.inputs = in.count + (in.context ? a_.context_columns : 0);
     int64_t size = in.inputs, at = take(size);
     kept_ = {at};
+    joins_ = in.context;
+    first_ = 0;  // in the order of levels
     read_parts(s.parts, at, size);
     params_ = size;
     ProgramInstruction transform = read_solved();
@@ -479,6 +501,9 @@ class Reader {
   int64_t params_ = 0, params_at_ = 0;          // numbers that the last conditioner returns, until they are taken
   int64_t taken_ = 0, arrays_ = 0;              // columns of the tape, or arrays
   std::vector<int64_t> kept_;                   // arrays that are in use
+  bool joins_ = false;                          // whether the next part reads the context among its inputs
+  int64_t first_ = 0;                           // from here on
+  int64_t products_ = 0;                        // numbers of a row of the context
   int64_t depth_ = 0;                           // most residuals around a part
   std::deque<Solve> solves_;
   int64_t solve_columns_ = 0;

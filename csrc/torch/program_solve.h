@@ -93,7 +93,10 @@ class Solve {
     Integers levels;
     for (int64_t i = 0; i < in.count; ++i) levels.push_back(of_column[size_t(in.columns[i])]);
     levels.resize(size_t(in.inputs), 0);
-    const Value& inputs = add(std::move(levels));
+    Value& inputs = add(std::move(levels));
+    // those of the context, of level 0, come first
+    std::stable_partition(inputs.order.begin(), inputs.order.begin() + inputs.ends[0],
+                          [&](int64_t i) { return i >= in.count; });
     values_[size_t(parts[0].in)] = &inputs;
     for (const int64_t i : inputs.order) sources_.push_back(i < in.count ? in.columns[i] : a.columns + i - in.count);
     solve.sources = sources_.data();

@@ -61,40 +61,42 @@ class Fuser:
 
     def run(
         self, root: nn.Module, x: Tensor, given: tuple[Any, ...], columns: int, inverse: bool = False,
-        prior: str | None = None,
+        prior: str | None = None, repeats: int | None = None,
     ) -> Result | None:  # fmt: skip
         """Return (y, logdet), with a prior (nothing, log-density); None where the layers have to run.
 
         Args:
             root: the module that owns this fuser.
             x: (B, columns).
-            given: the layers' arguments after x: nothing, or a context.
+            given: the layers' arguments after x: nothing, or a context (R, C).
+            repeats: row r of x has the row r // repeats % R of the context; None: its own.
         """
-        if not may_run(x, given):
+        if not may_run(x, given, repeats is not None):
             return None
+        repeats = repeats or 1
         context = given[0] if given else None
         key = (columns, 0 if context is None else int(context.shape[1]), inverse, prior)
         if torch.compiler.is_compiling():
-            return self._run_traced(root, x, context, key)
+            return self._run_traced(root, x, context, repeats, key)
         if self.frozen and (kept := self.snapshots.get((key, x.dtype, x.device))):
-            return run_program(x, context, *kept)
+            return run_program(x, context, repeats, *kept)
         # replicas of DataParallel share their fuser
         now = self.now(root) if self.root() is root else None
         if now is None or not fits(x, now[1]):
             return None
         structure, weights = now
         if structure.whole is None:
-            return structure.run_parts(x, given, key, weights) if prior is None else None
+            return structure.run_parts(x, given, repeats, key, weights) if prior is None else None
         if self.frozen and not structure.whole.checks:
-            return self._run_frozen(structure.whole, x, context, key, weights)
-        return structure.whole.call(x, context, key, weights)
+            return self._run_frozen(structure.whole, x, context, repeats, key, weights)
+        return structure.whole.call(x, context, repeats, key, weights)
 
-    def why_not(self, root: nn.Module, x: Any, given: tuple[Any, ...]) -> str:
+    def why_not(self, root: nn.Module, x: Any, given: tuple[Any, ...], shared: bool = False) -> str:
         """Return why the layers have to run with these inputs, after `run` has returned None."""
         structure = self.structure
         if structure is not None and not structure.fuses:
             return structure.first_left
-        if (reason := why_not(x, given)) or (now := self.now(root)) is None:
+        if (reason := why_not(x, given, shared)) or (now := self.now(root)) is None:
             return reason or "its modules have changed"
         structure, weights = now
         if not fits(x, weights):
@@ -116,7 +118,7 @@ class Fuser:
             weights = structure.look.watch.weights(root)
         return None if weights is None else (structure, weights)
 
-    def _run_traced(self, root: nn.Module, x: Tensor, context: Tensor | None, key: Key) -> Result | None:
+    def _run_traced(self, root: nn.Module, x: Tensor, context: Tensor | None, repeats: int, key: Key) -> Result | None:
         if exporting() or not self.prepare(*key):
             return None
         assert self.structure is not None and self.structure.whole is not None
@@ -127,10 +129,10 @@ class Fuser:
         weights = self.structure.look.watch.traced_weights(root)
         if not all([w.dtype == x.dtype and w.device == x.device for w in weights]):
             return None
-        return run_program(x, context, run.traced_weights(root, weights, key), run.codes[key])
+        return run_program(x, context, repeats, run.traced_weights(root, weights, key), run.codes[key])
 
     def _run_frozen(
-        self, run: Run, x: Tensor, context: Tensor | None, key: Key, weights: list[Tensor]
+        self, run: Run, x: Tensor, context: Tensor | None, repeats: int, key: Key, weights: list[Tensor]
     ) -> Result | None:
         code = None if run.waits(key[2]) else run.code(key, weights)
         if code is None:
@@ -139,4 +141,4 @@ class Fuser:
         with torch.inference_mode(False), torch.no_grad():
             kept = [tensor.detach() for tensor in run.weights(weights, key)], code
         self.snapshots[key, x.dtype, x.device] = kept
-        return run_program(x, context, *kept)
+        return run_program(x, context, repeats, *kept)

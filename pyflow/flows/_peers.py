@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections.abc import Iterable
 from types import FunctionType
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._classes import named, own_class, own_method
-from ._run import BASE
+from ._run import BASE, repeated
 from .lower.zuko import FLOWS
 
 
@@ -54,10 +55,20 @@ class _Layers:
 
     __call__ = forward
 
+    def inverse_of_draws(self, x: Any, context: Any) -> tuple[Any, Any]:
+        """Return the inverse of x (R, n, ...), n draws for each row of the context."""
+        rows, n = x.flatten(0, 1), x.shape[1]
+        result = self.fused._program(rows, (context,), True, None, n) if len(context) == len(x) else None
+        if result is None:
+            result = self._run(rows, {"context": context.repeat_interleave(n, 0)}, True)
+        return result[0].unflatten(0, x.shape[:2]), result[1].unflatten(0, x.shape[:2])
+
     def _call(self, x: Any, named: dict[str, Any], inverse: bool) -> tuple[Any, Any]:
         result = self.fused._program(x, tuple([each for each in named.values() if each is not None]), inverse)
-        if result is not None:
-            return result
+        return self._run(x, named, inverse) if result is None else result
+
+    def _run(self, x: Any, named: dict[str, Any], inverse: bool) -> tuple[Any, Any]:
+        """Return what the layers do one after the other."""
         total: Any = 0
         for layer in reversed(self.layers) if inverse else self.layers:
             x, logdet = layer.inverse(x, **named) if inverse else layer(x, **named)  # type: ignore[operator]
@@ -77,6 +88,20 @@ class _Nflows(Stand):
             noise, logdet = self._transform(inputs, context=context)
             nats = self._distribution.log_prob(noise, context=context) + logdet
         return nats
+
+    def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
+        context = self._embedding_net(context)
+        return self._inverse(self._distribution.sample(num_samples, context=context), context)[0]
+
+    def sample_and_log_prob(self, num_samples: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        context = self._embedding_net(context)
+        noise, nats = self._distribution.sample_and_log_prob(num_samples, context=context)
+        samples, logdet = self._inverse(noise, context)
+        return samples, nats - logdet
+
+    def _inverse(self, noise: Any, context: Any) -> tuple[Any, Any]:
+        layers = self._transform
+        return layers.inverse(noise, context=None) if context is None else layers.inverse_of_draws(noise, context)
 
 
 class _Glasflow(Stand):
@@ -142,6 +167,14 @@ class Transform(torch.distributions.Transform):
     def inv(self) -> Transform:
         return Transform(self.fused, self.own.inv, self.context, not self.inverse)
 
+    @property
+    def bijective(self) -> bool:  # type: ignore[override]
+        return bool(self.own.bijective)
+
+    @property
+    def sign(self) -> Any:
+        return self.own.sign
+
     def call_and_ladj(self, x: Any) -> tuple[Tensor, Tensor]:
         result = self.program(x)
         return self.own.call_and_ladj(x) if result is None else result
@@ -150,7 +183,7 @@ class Transform(torch.distributions.Transform):
         """Return y and logdet of x (*, D), None if the layers have to run; with a prior nothing and log-density."""
         if not isinstance(x, Tensor) or x.is_nested or x.dim() == 0:
             return None
-        rows, lead = x, x.shape[:-1]
+        rows, lead, repeats = x, x.shape[:-1], 1
         given: tuple[Tensor, ...] = ()
         if self.context is not None:
             context = self.context
@@ -162,9 +195,10 @@ class Transform(torch.distributions.Transform):
                 # zuko says so
                 except RuntimeError:
                     return None
-                rows, context = rows.expand(*lead, -1), context.expand(*lead, -1)
-            given = (_rows(context),)
-        result = self.fused._program(_rows(rows), given, self.inverse, prior)
+                rows = rows.expand(*lead, -1)
+            context, repeats = repeated(context, lead)
+            given = (context,)
+        result = self.fused._program(_rows(rows), given, self.inverse, prior, repeats)
         if result is None:
             return None
         y, logdet = result
@@ -187,6 +221,9 @@ class Transform(torch.distributions.Transform):
     def inverse_shape(self, shape: Any) -> Any:
         return self.own.inverse_shape(shape)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _pickled(self.own, type(self.own))
+
     def __repr__(self) -> str:
         return repr(self.own)
 
@@ -200,6 +237,9 @@ class Transform(torch.distributions.Transform):
 class _Density:
     """A distribution of zuko that asks for its log-density by one program."""
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _pickled(self, type(self).__mro__[2])
+
     def log_prob(self: Any, x: Any) -> Tensor:
         result = self.transform.program(x, BASE)
         # an x without density may be an error
@@ -212,6 +252,13 @@ class _Density:
 @functools.cache
 def _with_density(kind: Any) -> type:
     return type(kind.__name__, (_Density, kind), {"__module__": kind.__module__})
+
+
+def _pickled(what: Any, kind: type) -> tuple[Any, ...]:
+    """Return what a pickle or a copy has of an object: one of zuko's class."""
+    # Python 3.10 has no object.__getstate__
+    state = what.__getstate__() if hasattr(what, "__getstate__") else vars(what)
+    return copyreg._reconstructor, (kind, object, None), state  # type: ignore[attr-defined]
 
 
 def _rows(x: Tensor) -> Tensor:

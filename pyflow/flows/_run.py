@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -260,14 +261,14 @@ class Run:
         """Whether a batch has to initialise a layer."""
         return any([pending(layer, inverse != flipped) for _, layer, pending, flipped in self.starts])
 
-    def call(self, x: Tensor, context: Tensor | None, key: Key, tensors: list[Tensor]) -> Result | None:
+    def call(self, x: Tensor, context: Tensor | None, repeats: int, key: Key, tensors: list[Tensor]) -> Result | None:
         """Return what the layers do, None if they have to run."""
         if self.starts and self.waits(key[2]):
             return None
         code = self.code(key, tensors)
         if code is None:
             return None
-        result = run_program(x, context, self.weights(tensors, key), code)
+        result = run_program(x, context, repeats, self.weights(tensors, key), code)
         return None if self.checks and bool(result[1].isnan().any()) else result
 
     def call_layers(self, x: Tensor, given: tuple[Any, ...], inverse: bool) -> Result:
@@ -279,8 +280,8 @@ class Run:
         return x, total
 
 
-def call_layer(layer: Any, x: Tensor, given: tuple[Any, ...], inverse: bool) -> Result:
-    if not hasattr(type(layer), "inv"):
+def call_layer(layer: Any, x: Tensor, given: tuple[Any, ...], inverse: bool, lazy: bool = False) -> Result:
+    if not lazy and not hasattr(type(layer), "inv"):
         result: Result = layer.inverse(x, *given) if inverse else layer(x, *given)
         return result
     # zuko's return their transform
@@ -289,8 +290,11 @@ def call_layer(layer: Any, x: Tensor, given: tuple[Any, ...], inverse: bool) -> 
     return y, logdet.flatten(1).sum(1) if logdet.dim() > 1 else logdet
 
 
-def may_run(x: Any, given: tuple[Any, ...]) -> bool:
-    """Whether an operator can take these inputs here, and modules are called without anything that watches them."""
+def may_run(x: Any, given: tuple[Any, ...], shared: bool = False) -> bool:
+    """Whether an operator can take these inputs here, and modules are called without anything that watches them.
+
+    `shared`: rows of x may share a row of the context.
+    """
     if type(x) not in TENSORS or x.layout is not torch.strided or x.is_nested or x.dim() != 2:
         return False
     if x.dtype not in (torch.float32, torch.float64) or under_transform() or any_global_module_hook():
@@ -300,14 +304,28 @@ def may_run(x: Any, given: tuple[Any, ...]) -> bool:
         fit = len(given) == 1 and type(context) in TENSORS and context.layout is torch.strided and not context.is_nested
         if not fit or context.dim() != 2 or context.dtype is not x.dtype or context.device != x.device:
             return False
-        if context.shape[0] != x.shape[0] or context.shape[1] == 0:
+        if context.shape[1] == 0 or (not shared and context.shape[0] != x.shape[0]):
             return False
     return has_kernel(x)
 
 
-def why_not(x: Any, given: tuple[Any, ...]) -> str:
+def repeated(context: Tensor, lead: tuple[int, ...]) -> tuple[Tensor, int]:
+    """Return the context (..., C) of rows with these leading dims as (R, C), and how often each row repeats.
+
+    Row r of x has the row r // repeats % R.
+    """
+    own = (*[1] * (len(lead) + 1 - context.dim()), *context.shape[:-1])
+    differ = [i for i, n in enumerate(own) if n != 1]
+    first, last = (differ[0], differ[-1] + 1) if differ else (0, 0)
+    block, size = lead[first:last], context.shape[-1]
+    # no copy, unless two of its dims differ with one between them that it shares
+    rows = context.reshape(*own[first:last], size).expand(*block, size).reshape(math.prod(block), size)
+    return rows, max(1, math.prod(lead[last:]))
+
+
+def why_not(x: Any, given: tuple[Any, ...], shared: bool = False) -> str:
     """Return why `may_run` is false, empty if it is not."""
-    if may_run(x, given):
+    if may_run(x, given, shared):
         return ""
     if type(x) not in TENSORS or x.layout is not torch.strided or x.is_nested or x.dim() != 2:
         return "x is no matrix"

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .. import _backend
+from .._classes import named
+from ..reference.flow_program import of_rows
 from ._run import DoesNotFit, Key, Result, Run, call_layer, fits, has_kernel, may_run
-from ._watch import Path, owned
+from ._watch import Path, at, owned
 from .lower import Look, NoInstruction
 
 
@@ -20,6 +22,7 @@ class Left(NamedTuple):
     layer: Any
     module: str
     reason: str
+    lazy: bool = False  # called with a context it returns its transform
 
     def line(self) -> str:
         return f"{_name(self.path)} ({self.layer.__class__.__name__}): left, {self.module}{self.reason}"
@@ -37,7 +40,9 @@ class Structure:
                     self.look.try_layer(path, layer)
                 except NoInstruction as why:
                     self._close()
-                    self.parts.append(_left(path, layer, why))
+                    # whatever wraps a layer of zuko
+                    lazy = any(named(type(at(root, path[:i]))).startswith("zuko.") for i in range(len(path)))
+                    self.parts.append(_left(path, layer, why)._replace(lazy=lazy))
         except NoInstruction as why:
             self.parts.append(_left((), root, why))
         self._close()
@@ -56,19 +61,22 @@ class Structure:
             except NoInstruction as why:
                 self.base_left = _left(*self.look.base[:2], why)
 
-    def run_parts(self, x: Tensor, given: tuple[Any, ...], key: Key, tensors: list[Tensor]) -> Result | None:
+    def run_parts(
+        self, x: Tensor, given: tuple[Any, ...], repeats: int, key: Key, tensors: list[Tensor]
+    ) -> Result | None:  # fmt: skip
         """Return what the layers do, with runs as programs; None if there are no runs."""
         if not self.fuses:
             return None
         context, inverse = given[0] if given else None, key[2]
+        whole = () if context is None else (of_rows(context, x.shape[0], repeats),)
         total: Any = 0
         for part in reversed(self.parts) if inverse else self.parts:
             result: Any = None
             if isinstance(part, Left):
-                result = call_layer(part.layer, x, given, inverse)
-            elif may_run(x, given) and fits(x, tensors):
-                result = part.call(x, context, (x.shape[1], *key[1:]), tensors)
-            x, logdet = part.call_layers(x, given, inverse) if isinstance(part, Run) and result is None else result
+                result = call_layer(part.layer, x, whole, inverse, part.lazy)
+            elif may_run(x, given, True) and fits(x, tensors):
+                result = part.call(x, context, repeats, (x.shape[1], *key[1:]), tensors)
+            x, logdet = part.call_layers(x, whole, inverse) if isinstance(part, Run) and result is None else result
             total = logdet + total
         return x, total
 

@@ -25,7 +25,7 @@ class Watch:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self.kind = type(root)
+        self.kind, self.length = type(root), len(vars(root))
         self.children_of_root = [*root._modules.values()]
         self.modules: list[nn.Module] = []
         self.paths: list[Path] = []
@@ -89,6 +89,7 @@ class Watch:
         try:
             same = (
                 type(root) is self.kind
+                and len(vars(root)) == self.length
                 and [*map(type, self.modules)] == self.kinds
                 and [*map(len, self.spaces)] == self.lengths
                 and not any(chain.from_iterable(map(_HOOKS, self.quiet)))

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._schemas import PRIORS
 from ..ops import flow_log_prob, normal, uniform
+from ..reference.flow_program import of_rows
 from ._fuser import Fusing
 from ._watch import has_hooks
 
@@ -32,6 +33,7 @@ class Flow(Fusing):
     """
 
     inverse: Callable[..., tuple[Tensor, Tensor]]
+    _inverts_vectors = True  # whether an inverse may be that of a program
 
     def __init__(self, latent_shape: tuple[int, ...], prior: str, context_features: int = 0) -> None:
         super().__init__()
@@ -92,31 +94,36 @@ class Flow(Fusing):
         self, n: int, context: Tensor | None = None, temperature: float = 1.0, seed: int | None = None
     ) -> Tensor:
         """Return samples as `sample` does, differentiable in the parameters and the context."""
-        z, given, lead = self._drawn(n, context, temperature, seed)
-        x = self.inverse(z, *given)[0]
+        _, x, _, lead = self._drawn(n, context, temperature, seed)
         return x.reshape(*lead, *x.shape[1:])
 
     def rsample_and_log_prob(
         self, n: int, context: Tensor | None = None, temperature: float = 1.0, seed: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return what `sample_and_log_prob` does, differentiable in the parameters and the context."""
-        z, given, lead = self._drawn(n, context, temperature, seed)
-        x, logdet = self.inverse(z, *given)
+        z, x, logdet, lead = self._drawn(n, context, temperature, seed)
         nats = self._prior_log_prob(z) - logdet
         return x.reshape(*lead, *x.shape[1:]), nats.reshape(lead)
 
     def _drawn(
         self, n: int, context: Any, temperature: float, seed: int | None
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[int, ...]]:
-        """Return z (N, ...), the arguments after z, (N, context_features) if any, and the dims that N stands for."""
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+        """Return z (N, ...), its inverse, the log-determinants (N,), and the dims that N stands for."""
         n = check.at_least(type(self).__name__, "n", n, 0)
         device = next(self.parameters()).device
         context = check.context(type(self).__name__, context, self.context_features, device=device)
         if context is None:
-            return self.draw_latent(n, temperature, seed), (), (n,)
+            z = self.draw_latent(n, temperature, seed)
+            return z, *self.inverse(z), (n,)
         lead = (n, *context.shape[:-1])
-        rows = context.expand(*lead, -1).reshape(math.prod(lead), self.context_features)
-        return self.draw_latent(math.prod(lead), temperature, seed), (rows,), lead
+        z = self.draw_latent(math.prod(lead), temperature, seed)
+        context = context.reshape(math.prod(lead[1:]), self.context_features)
+        # an inverse of the module itself gathers the parameters, with fully_shard
+        if self._inverts_vectors and "inverse" not in vars(self):
+            result = self._fuser.run(self, z, (context.to(z.dtype),), self.latent_shape[0], True, repeats=1)
+            if result is not None:
+                return z, *result, lead
+        return z, *self.inverse(z, of_rows(context, z.shape[0], 1)), lead
 
     def _program(
         self, x: Any, context: Any, inverse: bool = False, prior: str | None = None

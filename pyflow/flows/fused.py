@@ -109,13 +109,13 @@ class Fused(Fusing):
         return explain(self.flow if isinstance(self.flow, Flow) else self)
 
     def _program(
-        self, x: Any, given: tuple[Any, ...], inverse: bool, prior: str | None = None
+        self, x: Any, given: tuple[Any, ...], inverse: bool, prior: str | None = None, repeats: int | None = None
     ) -> tuple[Tensor, Tensor] | None:
-        """Return what the layers do with x, and with what is given after it; None if they have to run."""
+        """Return what the layers do with x and what is given after it, see `Fuser.run`; None if they have to run."""
         # a flow checks its arguments, and runs its own programs
         if isinstance(self.flow, Flow) or not isinstance(x, Tensor) or x.is_nested or x.dim() != 2:
             return None
-        return self._fuser.run(self, x, given, int(x.shape[1]), inverse, prior)
+        return self._fuser.run(self, x, given, int(x.shape[1]), inverse, prior, repeats)
 
     def __getattr__(self, name: str) -> Any:
         flow = self.__dict__.get("_modules", {}).get("flow")

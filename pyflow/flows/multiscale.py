@@ -34,7 +34,7 @@ class MultiScale(Flow):
         context_features: int,
     ) -> None:
         super().__init__((math.prod(shape),), prior, context_features)
-        self.shape = shape
+        self.shape, self._inverts_vectors = shape, len(shape) == 1
         self.stages, self.splits = nn.ModuleList(stages), nn.ModuleList(splits)
         self._parts: list[tuple[int, ...]] = []  # shapes of the parts of z
         for _ in stages[1:]:
@@ -73,7 +73,7 @@ class MultiScale(Flow):
         return torch.cat((*parts, x.flatten(1)), 1), total
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if len(self.shape) == 1 and (result := self._program(z, context, inverse=True)) is not None:
+        if self._inverts_vectors and (result := self._program(z, context, inverse=True)) is not None:
             return result
         name = type(self).__name__
         check.float_tensor(name, "z", z)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..nn import ReversibleSequential
+from ..reference.flow_program import of_rows
+from ._run import repeated
 from ._watch import Path
 from .base import Flow
 from .lower import Layers, Look
@@ -54,8 +56,8 @@ class VectorFlow(Flow):
     def _program(
         self, x: Any, context: Any, inverse: bool = False, prior: str | None = None
     ) -> tuple[Tensor, Tensor] | None:
-        rows, given, lead = self._rows("z" if inverse else "x", x, context)
-        result = self._fuser.run(self, rows, given, self.dim, inverse, prior)
+        rows, given, lead, repeats = self._shared("z" if inverse else "x", x, context)
+        result = self._fuser.run(self, rows, given, self.dim, inverse, prior, repeats)
         if result is None:
             return None
         y, logdet = result
@@ -63,6 +65,11 @@ class VectorFlow(Flow):
 
     def _rows(self, label: str, x: Any, context: Any) -> tuple[Tensor, tuple[Tensor, ...], tuple[int, ...]]:
         """Return x (B, dim), the arguments after it, (B, context_features) if any, and the dims that B stands for."""
+        x, given, lead, repeats = self._shared(label, x, context)
+        return x, tuple([of_rows(context, x.shape[0], repeats) for context in given]), lead
+
+    def _shared(self, label: str, x: Any, context: Any) -> tuple[Tensor, tuple[Tensor, ...], tuple[int, ...], int]:
+        """Return the same with a context (R, context_features), of which row r of x has the row r // repeats % R."""
         name = type(self).__name__
         check.float_tensor(name, label, x)
         if x.dim() == 0 or x.shape[-1] != self.dim:
@@ -70,11 +77,10 @@ class VectorFlow(Flow):
         lead = x.shape[:-1]
         context = check.context(name, context, self.context_features, lead, x.device)
         if context is None:
-            return x.reshape(math.prod(lead), self.dim), (), lead
+            return x.reshape(math.prod(lead), self.dim), (), lead, 1
         lead = torch.broadcast_shapes(lead, context.shape[:-1])
-        rows = (v.expand(*lead, -1).reshape(math.prod(lead), v.shape[-1]) for v in (x, context.to(x.dtype)))
-        x, context = rows
-        return x, (context,), lead
+        context, repeats = repeated(context.to(x.dtype), lead)
+        return x.expand(*lead, -1).reshape(math.prod(lead), self.dim), (context,), lead, repeats
 
 
 def stack_of(look: Look, path: Path, flow: VectorFlow) -> Layers:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .._classes import PACKAGES, named, own_class, why_unknown
+from .._torch import is_compiled
 from ._fast import FAST, GAINS, record, said, swap
 from ._verify import verified
 
@@ -210,14 +211,10 @@ def _check(model: Any, objects: list[tuple[str, Any]]) -> None:
     for path, each in objects:
         if own_class(type(each)) is not type(each):
             raise ValueError(f"accelerate: {_shown(path)} is accelerated already; call restore() of its report first")
-        if _is_compiled(each):
+        if is_compiled(each):
             raise ValueError(f"accelerate: {_shown(path)} is compiled already; accelerate it before")
         if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(each).__mro__):
             raise ValueError(f"accelerate: {_shown(path)} is sharded already; accelerate it before")
-
-
-def _is_compiled(each: Any) -> bool:
-    return type(each).__module__.startswith("torch._dynamo.") or vars(each).get("_compiled_call_impl") is not None
 
 
 def _chooser(name: str, which: Which, default: bool) -> Callable[[str, Any], bool]:

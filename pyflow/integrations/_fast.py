@@ -65,8 +65,11 @@ def record(of: Any) -> Record:
     key = id(of)
     found = RECORDS.get(key)
     if found is None:
-        found = RECORDS[key] = Record(of)
-        weakref.finalize(of, _forget, key)
+        # threads may make one each
+        made = Record(of)
+        found = RECORDS.setdefault(key, made)
+        if found is made:
+            weakref.finalize(of, _forget, key)
     return found
 
 
@@ -181,9 +184,16 @@ def _fast_class(kind: type) -> type:
     return type(kind)(kind.__name__, (kind,), space)
 
 
+def _below(kind: type) -> type:
+    """Return the class of the package below a fast one, over which another may lie, as that of parametrizations."""
+    return next(own_class(each) for each in kind.__mro__ if own_class(each) is not each)
+
+
 def _reduce_ex(self: Any, protocol: Any) -> Any:
     """Pickle as an object of the package's class, which loads where pyflow is not installed."""
-    kind = own_class(type(self))
+    kind = _below(type(self))
+    if own_class(type(self)) is not kind:
+        return kind.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
     if any(getattr(kind, name) is not getattr(object, name) for name in ("__reduce__", "__reduce_ex__")):
         rebuild, args, *rest = kind.__reduce_ex__(self, protocol)
         return rebuild, tuple([kind if each is type(self) else each for each in args]), *rest
@@ -193,19 +203,24 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
 
 
 def _copy(self: Any) -> Any:
-    own = own_class(type(self))
+    own = _below(type(self))
     return _like(self, own.__copy__(self) if hasattr(own, "__copy__") else _rebuilt(self, None))
 
 
 def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-    own = own_class(type(self))
+    own = _below(type(self))
     return _like(self, own.__deepcopy__(self, memo) if hasattr(own, "__deepcopy__") else _rebuilt(self, memo))
 
 
 def _rebuilt(self: Any, memo: dict[int, Any] | None) -> Any:
     """Return a copy as the module `copy` makes it, deep with a memo."""
-    rebuild, args, *rest = self.__reduce_ex__(4)
-    new, state = rebuild(*args), rest[0] if rest else None
+    kind = type(self)
+    if own_class(kind) is kind:
+        # a class over ours, which torch's parametrizations forbid to pickle
+        new, state = kind.__new__(kind), vars(self)
+    else:
+        rebuild, args, *rest = self.__reduce_ex__(4)
+        new, state = rebuild(*args), rest[0] if rest else None
     if memo is not None:
         memo[id(self)] = new
         state = copy.deepcopy(state, memo)
@@ -217,6 +232,7 @@ def _rebuilt(self: Any, memo: dict[int, Any] | None) -> Any:
 
 
 def _like(self: Any, new: Any) -> Any:
-    if type(new) is own_class(type(self)):
+    # if no other class lies over ours
+    if type(new) is own_class(type(self)) is not type(self):
         swap(new)
     return new

@@ -16,11 +16,13 @@ from ._fast import FAST, LEFT, RECORDS, SAYS, fell, ran, record
 
 
 def program(
-    module: Any, x: Any, given: tuple[Any, ...], inverse: bool, prior: str | None = None, counts: bool = True
-) -> tuple[Tensor, Tensor] | None:
+    module: Any, x: Any, given: tuple[Any, ...], inverse: bool, prior: str | None = None, repeats: int | None = None,
+    counts: bool = True,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Return what the layers of a module do with x by programs, None if they have to run; count which it was.
 
     Args:
+        repeats: see `Fuser.run`.
         counts: whether to count that the layers have to run.
     """
     traced = torch.compiler.is_compiling()
@@ -29,12 +31,12 @@ def program(
         return None
     fuser, result = (RECORDS[id(module)] if traced else record(module)).fuser, None
     if isinstance(x, Tensor) and not x.is_nested and x.dim() == 2:
-        result = fuser.run(module, x, given, int(x.shape[1]), inverse, prior)
+        result = fuser.run(module, x, given, int(x.shape[1]), inverse, prior, repeats)
     if result is not None:
         ran(module)
     # without a density the layers are asked next
     elif counts and not traced and prior is None:
-        fell(module, fuser.why_not(module, x, given))
+        fell(module, fuser.why_not(module, x, given, repeats is not None))
     return result
 
 
@@ -45,9 +47,9 @@ class _View:
         self.flow = flow
 
     def _program(
-        self, x: Any, given: tuple[Any, ...], inverse: bool, prior: str | None = None
+        self, x: Any, given: tuple[Any, ...], inverse: bool, prior: str | None = None, repeats: int | None = None
     ) -> tuple[Tensor, Tensor] | None:
-        return program(self.flow, x, given, inverse, prior)
+        return program(self.flow, x, given, inverse, prior, repeats)
 
 
 def _of_flow(name: str) -> Callable[..., Any]:
@@ -82,7 +84,18 @@ def layer_methods(counts: Callable[[Any], bool] = lambda x: True) -> dict[str, C
 
 
 def _layer(inverse: bool, counts: Callable[[Any], bool]) -> Callable[..., Any]:
-    def method(self: Any, x: Any, context: Any = None) -> Any:
+    name = "inverse" if inverse else "forward"
+
+    def method(self: Any, *args: Any, context: Any = None, **named: Any) -> Any:
+        if len(args) == 2 and context is None:
+            *args, context = args  # type: ignore[assignment]
+        # the layer has a name of its own for x
+        if not args and [*named] == [own_method(type(self), name).__code__.co_varnames[1]]:
+            args, named = tuple(named.values()), {}
+        # the layer says so itself
+        if named or len(args) != 1:
+            return LEFT
+        (x,) = args
         result = program(self, x, () if context is None else (context,), inverse, counts=counts(x))
         return LEFT if result is None else result
 

@@ -37,7 +37,9 @@ class Patch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        unpatch(*self._packages)
+        # no names would be all packages
+        if self._packages:
+            unpatch(*self._packages)
 
     def __str__(self) -> str:
         lines = [f"{len(self.replaced)} classes patched, {len(self.left)} left"]
@@ -81,7 +83,7 @@ def patch(*names: str) -> Patch:
             raise ValueError(f"patch: packages are {', '.join(known)}, got {name!r}")
     result = Patch()
     with _LOCK:
-        for name in names or [each for each in known if importlib.util.find_spec(each) is not None]:
+        for name in names or [each for each in known if _is_installed(each)]:
             _patch(name, result)
     return result
 
@@ -110,12 +112,21 @@ def patch_as_asked() -> None:
         warnings.warn(f"PYFLOW_PATCH={os.environ['PYFLOW_PATCH']!r} did nothing: {error}", stacklevel=2)
 
 
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    # something else has its name among the modules
+    except ValueError:
+        return True
+
+
 def _patch(package: str, result: Patch) -> None:
     if package in _PATCHED:
         return
     try:
         importlib.import_module(package)
-    except ImportError as error:
+    # a package may fail in any way
+    except Exception as error:
         result.left.append((package, f"it cannot be imported: {error}"))
         return
     before = _PATCHED[package] = {}
@@ -141,6 +152,6 @@ def _found(name: str) -> type | None:
     module, _, kind = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), kind, None)
-    except ImportError:
+    except Exception:
         return None
     return found if isinstance(found, type) else None

@@ -17,12 +17,6 @@ _USAGE = "%(prog)s script.py [--patch PACKAGE] [-v] [arguments of the script] [-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = _USAGE
-    _add_options(parser)
-    parser.add_argument("script", help="a Python file, or a module after -m")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
     known = ", ".join(packages())
     parser.add_argument(
         "--patch", action="append", default=[], metavar="PACKAGE",
@@ -30,47 +24,56 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("-v", "--verbose", action="store_true", help="print what was patched, and at the end what ran")
     parser.add_argument("-m", dest="module", action="store_true", help="run a module, as python -m does")
+    # unlike REMAINDER it keeps a -- behind the first
+    parser.add_argument("script", nargs=argparse.PARSER, help="a Python file, or a module after -m; its arguments")
 
 
 def run(args: argparse.Namespace) -> int:
-    asked, arguments = _split(args.arguments)
-    names = [name for each in [*args.patch, *asked.patch] for name in each.replace(",", " ").split()]
-    verbose = args.verbose or asked.verbose
+    script, *words = args.script
+    asked, verbose, arguments = _split(words)
+    names = [name for each in [*args.patch, *asked] for name in each.replace(",", " ").split()]
+    verbose = verbose or args.verbose
     try:
         report = patch(*names)
     except ValueError as error:
         print(f"pyflow run: {error}", file=sys.stderr)
         return 2
-    if not args.module and not Path(args.script).is_file():
-        print(f"pyflow run: {args.script} is no file", file=sys.stderr)
+    if not args.module and not Path(script).is_file():
+        print(f"pyflow run: {script} is no file", file=sys.stderr)
         return 2
-    # processes that the script starts
+    # processes that the script starts and that import pyflow
     os.environ["PYFLOW_PATCH"] = ",".join(names) or "all"
     if verbose:
         print(f"pyflow run: {report}", file=sys.stderr)
-    sys.argv = [args.script, *arguments]
+    sys.argv = [script, *arguments]
     try:
         if args.module:
             sys.path.insert(0, os.getcwd())
-            runpy.run_module(args.script, run_name="__main__", alter_sys=True)
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
         else:
-            sys.path.insert(0, str(Path(args.script).resolve().parent))
-            runpy.run_path(args.script, run_name="__main__")
+            sys.path.insert(0, str(Path(script).resolve().parent))
+            runpy.run_path(script, run_name="__main__")
     finally:
         if verbose:
             print(f"pyflow run: {_summary()}", file=sys.stderr)
     return 0
 
 
-def _split(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the options among the words after a script, and the words that are the script's: all after a --."""
-    words = list(words)
-    end = words.index("--") if "--" in words else len(words)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    _add_options(parser)
-    # those that it does not know stay in order
-    options, rest = parser.parse_known_args(words[:end])
-    return options, rest + words[end + 1 :]
+def _split(words: Sequence[str]) -> tuple[list[str], bool, list[str]]:
+    """Return packages and verbosity as asked among the words after a script, and its own words: all after a --."""
+    names: list[str] = []
+    rest: list[str] = []
+    verbose, each = False, iter(words)
+    for word in each:
+        if word == "--":
+            rest += each
+        elif word in ("-v", "--verbose"):
+            verbose = True
+        elif word == "--patch" or word.startswith("--patch="):
+            names.append(next(each, word) if word == "--patch" else word.partition("=")[2])
+        else:
+            rest.append(word)
+    return names, verbose, rest
 
 
 def _summary() -> str:

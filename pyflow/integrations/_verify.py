@@ -19,6 +19,7 @@ _ROUNDINGS, _FACTOR = 3, 16
 _SHOWN = 3  # how many differences an error names
 
 
+@torch.inference_mode(False)
 def verified(model: Any, batch: Any, accelerate: Callable[[Any], Any]) -> None:
     """Raise ValueError if a copy of the model computes something else when it is accelerated.
 
@@ -117,7 +118,7 @@ def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in a result, with names."""
     if isinstance(value, Tensor):
-        yield name, value
+        yield name, torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
     elif isinstance(value, Mapping):
         for key, each in value.items():
             yield from _tensors(f"{name}[{key!r}]", each)

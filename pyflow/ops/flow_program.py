@@ -49,7 +49,7 @@ _MOST_RESIDUALS = 13
 
 
 def flow_program(
-    x: Tensor, program: Program, weights: Sequence[Tensor], context: Tensor | None = None
+    x: Tensor, program: Program, weights: Sequence[Tensor], context: Tensor | None = None, repeats: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Run a flow: y and the log-determinant of dy/dx, or with a `Prior` the log-density of x.
 
@@ -57,7 +57,9 @@ def flow_program(
         x: (B, D) with D = program.columns, float32 or float64, any strides.
         program: the instructions, see `pyflow.program`. `pyflow.flows.fuse` writes them for a module.
         weights: the tensors that the instructions name by their place; x's dtype and device, any strides.
-        context: (B, program.context), x's dtype and device, or None.
+        context: (R, program.context), x's dtype and device, or None. Row r of x has its row r // repeats % R: that of
+            torch's `repeat_interleave` if R repeats = B, that of its `repeat` if repeats = 1, its own if R = B.
+        repeats: how many rows of x next to each other share a row of the context; R repeats divides B.
 
     Returns:
         y (B, len(program.outputs)) and logdet (B,), both of x's dtype.
@@ -73,11 +75,16 @@ def flow_program(
         its groups of rows has a sum as large as the weights, all together 64 MB or four times the weights. On a CPU
         (float32) a row has the same bits alone, in any batch, on any number of threads and for any instruction set.
         An autoregressive inverse evaluates every unit once, as soon as the columns are known that it depends on.
-        Matrix products add their terms in order, one fused multiply-add after the other, starting from the bias;
-        log-determinants are summed in float32 within an instruction and in float64 over instructions. Gradients of
+        Matrix products add their terms in order, one fused multiply-add after the other, starting from the bias, those
+        of the context first where the first part of a net is a Dense. So what a net makes of the context alone has the
+        same bits when it is made once for the rows that share a row of the context; the forward does so where that is
+        less work than reading it for each of them, and if it takes at most 256 MB (float32). The backward makes it for
+        every row of x, and sums their gradients of a row of the context in float64.
+        Log-determinants are summed in float32 within an instruction and in float64 over instructions. Gradients of
         weights are summed over at most 16 groups of rows, which depend on B and the weights' sizes alone: the same bits
         for any number of threads. Double backward runs the plain-torch reference. autocast changes nothing.
-        On a GPU one Triton kernel runs a table of steps, the same kernel for every program; a row has the same bits in
+        On a GPU one Triton kernel runs a table of steps, the same kernel for every program, and makes what nets make of
+        the context for every row of x; a row has the same bits in
         any batch, but not those of a CPU: products are three of TF32 each, which leave the error of float32, and
         log-determinants are summed in float32, over instructions with the rounding errors of the sums. Its programs
         each sum gradients of weights over their tiles, 256 MB in all: the same bits in every run. The first call of a
@@ -108,15 +115,21 @@ def flow_program(
             raise ValueError(f"{op}: program: {name} must be an integer of at least 0, got {check.shown(count)}")
     if x.shape[1] != program.columns:
         raise ValueError(f"{op}: x must have {program.columns} columns, got {x.shape[1]}")
+    if not isinstance(repeats, torch.SymInt):
+        repeats = check.at_least(op, "repeats", repeats, 1)
     if program.context == 0 and context is not None:
         raise ValueError(f"{op}: context must be None for a program without, got {type(context).__name__}")
     given = [(f"weights[{i}]", weight) for i, weight in enumerate(weights)]
     if program.context:
         _two_dims(op, "context", context)
         assert context is not None
-        if context.shape != (x.shape[0], program.context):
+        rows = context.shape[0]
+        if context.shape[1] != program.context:
+            raise ValueError(f"{op}: context must have {program.context} columns, got {context.shape[1]}")
+        if rows * repeats != x.shape[0] and (rows == 0 or x.shape[0] % (rows * repeats) != 0):
             raise ValueError(
-                f"{op}: context must have the shape {(x.shape[0], program.context)}, got {tuple(context.shape)}"
+                f"{op}: rows of context times repeats must divide the rows of x, {x.shape[0]}, got {rows} times "
+                f"{repeats}"
             )
         given.append(("context", context))
     for name, value in given:
@@ -129,7 +142,7 @@ def flow_program(
             raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {value.device}")
     if not isinstance(program.instructions, tuple):
         raise ValueError(f"{op}: instructions must be a tuple, got {type(program.instructions).__name__}")
-    return _run.pick(op, x)(x, context, list(weights), code_of(program, weights))
+    return _run.pick(op, x)(x, context, repeats, list(weights), code_of(program, weights))
 
 
 def code_of(program: Program, weights: Sequence[Tensor]) -> str:
@@ -455,12 +468,12 @@ def _lay(program: Program, kinds: tuple, count: int) -> tuple[str, list[tuple[st
 # registration with torch
 
 
-def _fake(x, context, weights, code):
+def _fake(x, context, repeats, weights, code):
     outputs = Program.decode(code).outputs
     return x.new_empty(x.shape[0], len(outputs)), x.new_empty(x.shape[0])
 
 
-def _backward_fake(grad_y, grad_logdet, x, context, weights, code, need_x, need_context, need_weights):
+def _backward_fake(grad_y, grad_logdet, x, context, repeats, weights, code, need_x, need_context, need_weights):
     needed = [need_x, need_context and context is not None, *(need_weights for _ in weights)]
     every = [x, context, *weights]
     return [v.new_empty(v.shape) if need else x.new_empty(0) for need, v in zip(needed, every, strict=True)]
@@ -471,14 +484,14 @@ _run_backward = register(
 )  # fmt: skip
 
 
-def _gradients(grad_y, grad_logdet, x, context, weights, code, needs):
-    need_x, need_context, need_weights, _ = needs
+def _gradients(grad_y, grad_logdet, x, context, repeats, weights, code, needs):
+    need_x, need_context, _, need_weights, _ = needs
     some = any(need_weights)
     # the vmap of is_grads_batched has no rule for operators with lists of tensors
     batched = any(grad is not None and is_batched_gradient(grad) for grad in (grad_y, grad_logdet))
     operator = _run_backward.reference if batched else _run_backward
     grad_x, grad_context, *grads = operator(
-        grad_y, grad_logdet, x, context, weights, code, need_x, need_context and context is not None, some
+        grad_y, grad_logdet, x, context, repeats, weights, code, need_x, need_context and context is not None, some
     )
     return {"x": grad_x, "context": grad_context, "weights": grads if some else [None] * len(weights)}
 

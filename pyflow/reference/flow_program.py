@@ -67,8 +67,11 @@ PULL: tuple[Callable[[Tensor, Tensor, float], Tensor], ...] = (
 )
 
 
-def flow_program(x: Tensor, context: Tensor | None, weights: Sequence[Tensor], code: str) -> tuple[Tensor, Tensor]:
+def flow_program(
+    x: Tensor, context: Tensor | None, repeats: int, weights: Sequence[Tensor], code: str
+) -> tuple[Tensor, Tensor]:
     program = Program.decode(code)
+    context = None if context is None else of_rows(context, x.shape[0], repeats)
     h, logdet, params = x, x.new_zeros(x.shape[0]), x
     for instruction in program.instructions:
         h, params, more = _step(instruction, h, params, context, weights)
@@ -81,6 +84,7 @@ def flow_program_backward(
     grad_logdet: Tensor | None,
     x: Tensor,
     context: Tensor | None,
+    repeats: int,
     weights: Sequence[Tensor],
     code: str,
     need_x: bool,
@@ -88,7 +92,8 @@ def flow_program_backward(
     need_weights: bool,
 ) -> list[Tensor | None]:
     """Return the gradients of x, context and each of the weights in one list, None where not needed."""
-    program = Program.decode(code)
+    program, given = Program.decode(code), context
+    context = None if given is None else of_rows(given, x.shape[0], repeats)
     states, h, params = [], x, x
     for instruction in program.instructions:
         states.append((h, params))
@@ -100,9 +105,25 @@ def flow_program_backward(
         back.through(instruction, h, params)
     return [
         back.h if need_x else None,
-        back.context if need_context else None,
+        _of_given(back.context, given, repeats) if need_context else None,
         *(grad if need_weights else None for grad in back.grads),
     ]
+
+
+def of_rows(context: Tensor, rows: int, repeats: int) -> Tensor:
+    """Return a row of the context (R, C) for every row: for row r the row r // repeats % R."""
+    count, columns = context.shape
+    if count == rows:
+        return context
+    return context[None, :, None].expand(rows // (count * repeats), -1, repeats, -1).reshape(rows, columns)
+
+
+def _of_given(grad: Tensor | None, context: Tensor | None, repeats: int) -> Tensor | None:
+    """Return the gradient of the context from that of what `of_rows` makes of it."""
+    if grad is None or context is None or grad.shape[0] == context.shape[0]:
+        return grad
+    rows, columns = context.shape
+    return grad.reshape(grad.shape[0] // (rows * repeats), rows, repeats, columns).sum((0, 2))
 
 
 def _at(columns: Sequence[int], x: Tensor) -> Tensor:

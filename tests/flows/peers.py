@@ -11,12 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Programs(TorchDispatchMode):
-    """Counts the programs that run forward inside the block."""
+    """Counts the programs that run forward inside the block, and keeps how many rows x and the context of each have."""
 
-    count = 0
+    def __init__(self):
+        super().__init__()
+        self.count, self.rows = 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.pyflow.flow_program.default
+        if func is torch.ops.pyflow.flow_program.default:
+            self.count += 1
+            self.rows.append((len(args[0]), 0 if args[1] is None else len(args[1])))
         return func(*args, **(kwargs or {}))
 
 
@@ -24,7 +28,7 @@ class Programs(TorchDispatchMode):
 def programs(count):
     """Require that the block runs so many programs."""
     with Programs() as seen:
-        yield
+        yield seen
     assert seen.count == count
 
 

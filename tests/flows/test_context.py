@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 
 from pyflow.flows import IAF, MAF, NICE, NSF, Glow, RealNVP
 from pyflow.flows.vectors import VectorFlow
+
+from .peers import programs
 
 MAKERS = {
     "nice": (lambda c=0: NICE(5, hidden=(16,), context_features=c), (5,)),
@@ -101,6 +104,30 @@ def test_samples_and_their_densities(name, context_features):
     assert free.equal(flow.sample(3, context)) and not free.equal(flow.sample(3, context))
     cold = flow.sample(2, context, temperature=0.0)
     assert cold.diff(dim=0).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", ["nice", "realnvp", "maf", "iaf", "nsf"])
+def test_programs_get_every_context_once(name):
+    flow, _, context = started(name)
+    for own, count in ((context, 4), (context.view(2, 2, 3), 4), (context[0], 1), (context[:1], 1)):
+        with programs(1) as seen:
+            samples = flow.sample(6, own, seed=3)
+        assert seen.rows == [(6 * count, count)]
+        z = flow.draw_latent(6 * count, seed=3)
+        back = flow.inverse(z, own.expand(6, *own.shape).reshape(-1, 3))[0]
+        torch.testing.assert_close(samples.reshape(back.shape), back)
+    if not isinstance(flow, VectorFlow):
+        return
+    wide = context.view(2, 1, 2, 3)  # two dims between which it has one for all
+    cases = ((3, 4), context, 4), ((4, 3), context[:, None], 4), ((2, 3, 2), wide, 12), ((), context, 4)
+    for lead, own, count in cases:
+        given = flow.draw_latent(math.prod(lead)).reshape(*lead, 5)
+        whole = torch.broadcast_shapes(lead, own.shape[:-1])
+        with programs(1) as seen:
+            nats = flow.log_prob(given, own)
+        assert nats.shape == whole and seen.rows == [(math.prod(whole), count)]
+        rows = [each.expand(*whole, -1).reshape(-1, each.shape[-1]) for each in (given, own)]
+        torch.testing.assert_close(nats.flatten(), flow.log_prob(*rows))
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -115,6 +115,23 @@ def test_layers(name, context, double):
     assert_same(lambda: layers.inverse(x, **named), lambda: flow._transform.inverse(x, **named), inputs)
 
 
+def test_draws_share_a_context(double):
+    flow, c = made("nested", 3), data(3, 3, seed=1).requires_grad_()
+    with programs(1) as seen:
+        fuse(flow).sample(20, c)
+    assert seen.rows == [(60, 3)]
+    with programs(1) as seen:
+        fuse(flow).sample_and_log_prob(20, c[:1])
+    assert seen.rows == [(20, 1)]
+    # layers that are left see every row's
+    torch.manual_seed(1)
+    middle = T.AffineCouplingTransform(MASK, res(3))
+    middle.register_forward_hook(lambda *_: None)
+    flow = randomised(flow_of([*LAYERS["nested"](3), middle, *LAYERS["affine"](3)]))
+    inputs = [c, *flow.parameters()]
+    assert_same(lambda: fuse(flow).sample_and_log_prob(4, c), lambda: flow.sample_and_log_prob(4, c), inputs, 2)
+
+
 @pytest.mark.parametrize("name", ["affine", "unconditional", "maf", "maf_spline", "linear"])
 def test_float32(name):
     flow = made(name, spread=0.1)
@@ -316,6 +333,21 @@ def unknown_module(flow):
     net(flow).blocks[0].activation = nn.Softplus()
 
 
+def in_place(flow):
+    net(flow).blocks[0].activation = nn.ReLU(inplace=True)
+
+
+def own_method(flow):
+    layer = flow._transform._transforms[2]
+    count = layer.num_transform_features
+    layer._scale_and_shift = lambda params: (params[:, count:].exp(), params[:, :count])
+
+
+def own_density(flow):
+    own = flow._distribution._log_prob
+    flow._distribution._log_prob = lambda inputs, context: 2 * own(inputs, context)
+
+
 def dropping(flow):
     net(flow).blocks[0].dropout.p = 0.5
     flow.train()
@@ -337,6 +369,9 @@ CHANGES = {
     subclass: f"{PLACE}.2.transform_net (Shifted): its class has no instruction",
     unknown_activation: f"{PLACE}.2.transform_net.blocks.0 (ResidualBlock): its activation softplus has no instruction",
     unknown_module: f"{PLACE}.2.transform_net.blocks.0.activation (Softplus): its class has no instruction",
+    in_place: f"{PLACE}.2.transform_net.blocks.0.activation (ReLU): it changes the input of its network or block in place",
+    own_method: f"{PLACE}.2 (AffineCouplingTransform): left, it has its own _scale_and_shift",
+    own_density: "flow._distribution (StandardNormal): left, it has its own _log_prob",
     dropping: f"{PLACE}.2.transform_net.blocks.0.dropout (Dropout): it drops with p=0.5",
     cached: f"{PLACE}.1 (LULinear): left, it keeps its weight in a cache",
     training: f"{PLACE}.0 (BatchNorm): left, it normalises by the batch",

@@ -134,6 +134,21 @@ def test_flows_without_an_instruction(flow, reason):
         assert fused().log_prob(x).equal(flow().log_prob(x))
 
 
+class Wrapped(nn.Module):
+    """A module around a layer, which is no LazyTransform."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, c=None):
+        return self.layer(c)
+
+
+def test_a_module_around_a_layer_runs_between():
+    assert_same_flow(flow_of(coupling(), Wrapped(coupling()), coupling()), counts=(2, 2, 2))
+
+
 def test_leading_dims_and_broadcast_contexts():
     flow = made("nsf", 3)
     fused = fuse(flow)
@@ -143,6 +158,17 @@ def test_leading_dims_and_broadcast_contexts():
         assert_same(
             lambda c=c: fused(c).rsample_and_log_prob((2, 3)), lambda c=c: flow(c).rsample_and_log_prob((2, 3)), [c]
         )
+    c = data(4, 3)
+    for call, rows in (
+        (lambda d: d.sample((50,)), (200, 4)), (lambda d: d.log_prob(data(6, 4, 5)), (24, 4)),
+        (lambda d: d.expand((2, 4)).sample((3,)), (24, 4)),
+    ):  # fmt: skip
+        with programs(1) as seen:
+            call(fused(c))
+        assert seen.rows == [rows]
+    with programs(1) as seen:
+        fused(c[:, None]).log_prob(data(4, 7, 5))
+    assert seen.rows == [(28, 4)]
     # zuko takes no empty batches
     assert fused(data(3)).log_prob(data(0, 5)).shape == (0,)
 

@@ -1,6 +1,7 @@
 """`pyflow.accelerate`, `patch` and `pyflow run`: what they do to objects and classes, whatever the kernels are."""
 
 import copy
+import functools
 import gc
 import importlib
 import pickle
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 import types
+import unittest.mock
 import warnings
 import weakref
 
@@ -334,6 +336,10 @@ def test_every_class_that_is_installed_has_a_known_source():
         if digest not in _classes._sources().get(name, ()):
             unknown[name] = digest
     assert not unknown, "write pyflow/_sources.py anew: _classes.print_sources()"
+    for name in _fast.FAST:
+        module, _, kind = name.rpartition(".")
+        if module.partition(".")[0] in _classes.PACKAGES and module in sys.modules:
+            assert not _classes.why_unknown(getattr(sys.modules[module], kind))
 
 
 def test_nothing_is_kept_of_objects_that_are_gone(flow):
@@ -420,3 +426,138 @@ def test_the_environment_patches_when_pyflow_is_imported(monkeypatch):
     monkeypatch.setenv("PYFLOW_PATCH", "numpy")
     with pytest.warns(UserWarning, match="PYFLOW_PATCH='numpy' did nothing: patch: packages are"):
         pyflow._patch_as_asked()
+
+
+def test_nested_patches_end_with_the_outer_one(monkeypatch):
+    with pyflow.patch("nflows"):
+        with pyflow.patch("nflows"):
+            pass
+        monkeypatch.setitem(sys.modules, "zuko", None)
+        with pyflow.patch("zuko"):
+            pass
+        assert hasattr(flows.Flow._log_prob, "_pyflow_own")
+    assert not hasattr(flows.Flow._log_prob, "_pyflow_own")
+
+
+def test_a_package_that_cannot_be_imported_is_named(monkeypatch, tmp_path):
+    (tmp_path / "zuko.py").write_text("raise OSError('no disk')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "zuko")
+    assert pyflow.patch("zuko").left[0] == ("zuko", "it cannot be imported: no disk")
+    pyflow.unpatch()
+
+
+def test_copies_keep_a_class_that_lies_over_ours(flow):
+    want = flow.log_prob(x())
+    pyflow.accelerate(flow)
+    layer = flow._transform
+    layer.register_parameter("w", nn.Parameter(torch.ones(1)))
+    nn.utils.parametrize.register_parametrization(layer, "w", nn.Identity())
+    for twin in (copy.deepcopy(flow), copy.copy(flow)):
+        assert type(twin._transform) is type(layer)
+        close(twin.log_prob(x()), want)
+    with pytest.raises(RuntimeError, match="Serialization of parametrized modules"):
+        pickle.dumps(flow)
+
+
+def test_methods_that_a_layer_has_of_its_own_run(flow):
+    pyflow.accelerate(flow)
+    flow.log_prob(x())
+    layer = flow._transform._transforms[0]
+    layer._scale_and_shift = lambda params: (params[:, 2:].exp(), params[:, :2])
+    got, alone = flow.log_prob(x()), layer(x())[0]
+    own = made()
+    own._transform._transforms[0]._scale_and_shift = layer._scale_and_shift
+    close(got, own.log_prob(x()))
+    close(alone, own._transform._transforms[0](x())[0])
+
+
+def test_layers_take_their_arguments_by_name(flow):
+    layer = flow._transform._transforms[0]
+    want = layer(x())
+    report = pyflow.accelerate(layer)
+    for got in (layer(inputs=x(), context=None), layer(x(), None), layer(context=None, inputs=x())):
+        close(got, want)
+    close(layer.inverse(inputs=want[0])[0], x())
+    assert report.calls()[0].fast == 4
+    for args, named in (((), {}), ((), {"z": x()}), ((x(), None, None), {}), ((x(),), {"more": 1})):
+        with pytest.raises(TypeError):
+            layer(*args, **named)
+
+
+def test_a_distribution_of_zuko_pickles_as_zukos_own():
+    flow = zuko.flows.MAF(2, 1, transforms=1, hidden_features=(8,))
+    given, seen = torch.zeros(3, 1), torch.ones(3, 2)
+    own = flow(given)
+    pyflow.accelerate(flow)
+    fast = flow(given)
+    for each in (fast, fast.transform, flow.transform.transforms[0](given)):
+        assert b"pyflow" not in pickle.dumps(each)
+    for twin in (pickle.loads(pickle.dumps(fast)), copy.deepcopy(fast), copy.copy(fast)):
+        assert type(twin) is type(own)
+        close(twin.log_prob(seen), own.log_prob(seen))
+    for name in ("bijective", "domain", "codomain"):
+        assert getattr(fast.transform, name) == getattr(own.transform, name)
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda own: lambda self, params: params,
+        lambda own: functools.wraps(own)(lambda self, params: params),
+        lambda own: functools.partial(own),
+        lambda own: unittest.mock.MagicMock(),
+        lambda own: torch.exp,
+    ],
+)
+def test_a_method_that_is_replaced_later_makes_a_class_unknown(monkeypatch, replace):
+    kind = transforms.AdditiveCouplingTransform
+    assert not _classes.why_unknown(kind)
+    monkeypatch.setattr(kind, "_coupling_transform_forward", replace(kind._coupling_transform_forward))
+    assert _classes.why_unknown(kind) == "its method _coupling_transform_forward has been replaced"
+
+
+def test_a_class_is_unknown_once_what_it_uses_is(monkeypatch):
+    table = dict(_classes._sources())
+    assert table.pop("nflows.transforms.splines.rational_quadratic") and table.pop("zuko.transforms")
+    monkeypatch.setattr(_classes, "_sources", lambda: table)
+    _classes._why_unknown.cache_clear()
+    try:
+        spline = transforms.PiecewiseRationalQuadraticCouplingTransform
+        for kind, module in (
+            (spline, "nflows.transforms.splines.rational_quadratic"),
+            (zuko.flows.NSF, "zuko.transforms"),
+        ):
+            assert _classes.why_unknown(kind).startswith(f"the source of {module} is not that of")
+        assert not _classes.why_unknown(transforms.AdditiveCouplingTransform)
+    finally:
+        _classes._why_unknown.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("words", "own"),
+    [
+        (["-m", "resnet", "-v", "-vv", "-m5"], ["-m", "resnet", "-vv", "-m5"]),
+        (["--", "-v", "--", "a"], ["-v", "--", "a"]),
+        (["a", "--patch=zuko", "--patch", "zuko", "--", "--patch"], ["a", "--patch"]),
+    ],
+)
+def test_what_a_script_gets_of_the_words_behind_it(words, own, tmp_path, capsys):
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print(sys.argv[1:])")
+    assert pyflow.cli.main(["run", "--patch", "zuko", str(script), *words]) == 0
+    pyflow.unpatch()
+    assert capsys.readouterr().out == f"{own}\n"
+
+
+def test_verify_takes_complex_outputs_and_runs_in_inference_mode(flow):
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flow = flow
+
+        def forward(self, x):
+            return torch.complex(self.flow.log_prob(x), x[:, 0])
+
+    with torch.inference_mode():
+        assert pyflow.accelerate(Complex(), verify=x().clone()).replaced

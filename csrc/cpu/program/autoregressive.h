@@ -54,6 +54,7 @@ struct Rule<Instruction::autoregressive> {
       for (ProgramWeight* w : {&some.factor, &some.sine, &some.cosine, &some.shift}) skip<T>(*w, column);
     } else {
       const bool matrix = part.kind == Part::dense || part.kind == Part::context;
+      some.once += from;
       skip<T>(some.weight, matrix ? from * part.inputs : from);
       for (ProgramWeight* w : {&some.bias, &some.factor, &some.shift}) skip<T>(*w, from);
     }
@@ -71,8 +72,13 @@ struct Rule<Instruction::autoregressive> {
     const ProgramTile<T>& t = block.tile;
     if (some.size == 0) return;
     if (part.kind == Part::dense) {
-      const Columns<T> from{block.value(part.in), part.input_ends[level]};
-      return run_dense(t, some, factor<T>(some), from, Columns<T>{block.value(some.out), some.size});
+      // the context's are the first of its inputs
+      const int64_t given = is_given(t, part) ? t.context.count : 0;
+      const Columns<T> from{block.value(part.in + given), part.input_ends[level] - given};
+      Factor<T> f = factor<T>(some);
+      f.weight += given;
+      f.adds = given > 0;
+      return run_dense(t, some, f, from, Columns<T>{block.value(some.out), some.size});
     }
     as_constant(part.kind, [&](auto kind) { PartRule<kind.value>::forward(t, some); });
   }
@@ -82,7 +88,8 @@ struct Rule<Instruction::autoregressive> {
   static void load(const Block<T>& block, const ProgramInstruction& in, int64_t level) {
     const ProgramTile<T>& t = block.tile;
     const ProgramPart& part = in.parts[0];
-    for (int64_t i = first(part.input_ends, level); i < part.input_ends[level]; ++i) {
+    const int64_t given = level == 0 && is_given(t, part) ? t.context.count : 0;
+    for (int64_t i = given + first(part.input_ends, level); i < part.input_ends[level]; ++i) {
       const int64_t c = in.solve->sources[i], more = c - t.state.count;
       copy_column(more < 0 ? t.state.at(0, c) : t.context.at(0, more), block.value(part.in + i));
     }

@@ -26,7 +26,8 @@ struct Rule<Instruction::net> {
   static void forward(const ProgramTile<T>& t, const ProgramInstruction& in) {
     const Columns<T> inputs = t.taped_at(in.parts[0].in, in.inputs);
     gather(t, in, t.state, inputs);
-    for (int64_t b = 0; in.context && b < t.blocks; ++b) {
+    const bool copies = in.context && !is_given(t, in.parts[0]);
+    for (int64_t b = 0; copies && b < t.blocks; ++b) {
       for (int64_t c = 0; c < t.context.count; ++c) copy_column(t.context.at(b, c), inputs.at(b, in.count + c));
     }
     for (int64_t i = 0; i < in.part_count; ++i) {

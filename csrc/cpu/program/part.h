@@ -77,19 +77,22 @@ void pull_activation(const ProgramTile<T>& t, const ProgramPart& part, const T* 
   as_constant(part.activation, [&](auto a) { pull_activation<a.value>(z, h, T(part.arg), part.size * t.padded(), g); });
 }
 
-// h = act(W from + b)
+// h = act(W from + b); a factor that adds does so to what the context gives
 template <class T>
 void run_dense(const ProgramTile<T>& t, const ProgramPart& part, const Factor<T>& f, const Columns<T>& from,
                const Columns<T>& h) {
-  if (part.activation == Activation::relu) return product<true>(f, from, h, t.blocks);
-  const Columns<T> z = t.taped_at(part.before, part.size);
+  const bool relu = part.activation == Activation::relu;
+  const Columns<T> z = relu ? h : t.taped_at(part.before, part.size);
+  if (f.adds) load_given(t, t.args.products, part.once, z);
+  if (relu) return product<true>(f, from, z, t.blocks);
   product<false>(f, from, z, t.blocks);
   if (part.activation != Activation::identity) activate_all(t, part, z.data, h.data);
 }
 
+// whether the products of the context have the terms of its columns among the part's inputs
 template <class T>
-void run_dense(const ProgramTile<T>& t, const ProgramPart& part, const Columns<T>& from, const Columns<T>& h) {
-  run_dense(t, part, factor<T>(part), from, h);
+PYFLOW_FN bool is_given(const ProgramTile<T>& t, const ProgramPart& part) {
+  return part.joins && t.args.products.data;
 }
 
 // g: the gradient of h, then of W from + b; adds those of the weights

@@ -12,20 +12,20 @@ template <class T>
 struct Factor {
   const T* weight;
   int64_t row, step;
-  const T* bias;  // null: 0
+  const T* bias;      // null: 0
+  bool adds = false;  // to the result, and not to the bias
+  int64_t first = 0;  // the terms from here on are added before the others
 };
 
 constexpr int64_t kStepBytes = 4096;  // steps that are multiples of this meet in one set of the first-level cache
 constexpr int64_t kPackedSteps = 1024;
 
-template <int Rows, bool Relu, class T>
-PYFLOW_FN void product_tile(const Factor<T>& f, const T* __restrict in, int64_t inputs, T* __restrict out) {
+// adds terms [begin, end)
+template <int Rows, class T>
+PYFLOW_FN void add_terms(const Factor<T>& f, const T* __restrict in, int64_t begin, int64_t end,
+                         T (&sum)[Rows][kWidth<T>]) {
   const T* __restrict w = f.weight;
-  T sum[Rows][kWidth<T>];
-  for (int i = 0; i < Rows; ++i) {
-    for (int r = 0; r < kWidth<T>; ++r) sum[i][r] = f.bias ? f.bias[i] : T(0);
-  }
-  for (int64_t k = 0; k < inputs; ++k) {
+  for (int64_t k = begin; k < end; ++k) {
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
       const T value = w[i * f.row + k * f.step];
@@ -35,6 +35,17 @@ PYFLOW_FN void product_tile(const Factor<T>& f, const T* __restrict in, int64_t 
       }
     }
   }
+}
+
+// `Turns`: with terms that are added before the others
+template <int Rows, bool Relu, bool Turns, class T>
+PYFLOW_FN void product_tile(const Factor<T>& f, const T* __restrict in, int64_t inputs, T* __restrict out) {
+  T sum[Rows][kWidth<T>];
+  for (int i = 0; i < Rows; ++i) {
+    for (int r = 0; r < kWidth<T>; ++r) sum[i][r] = f.adds ? out[i * kWidth<T> + r] : f.bias ? f.bias[i] : T(0);
+  }
+  if constexpr (Turns) add_terms<Rows>(f, in, f.first, inputs, sum);
+  add_terms<Rows>(f, in, 0, Turns ? f.first : inputs, sum);
   for (int i = 0; i < Rows; ++i) {
     for (int r = 0; r < kWidth<T>; ++r) {
       out[i * kWidth<T> + r] = Relu ? activate<Activation::relu>(sum[i][r], T(0)) : sum[i][r];
@@ -43,26 +54,31 @@ PYFLOW_FN void product_tile(const Factor<T>& f, const T* __restrict in, int64_t 
 }
 
 // columns [i, to.count) of the result, Rows at a time, then the rest
-template <int Rows, bool Relu, class T>
+template <int Rows, bool Relu, bool Turns, class T>
 void product_columns(Factor<T> f, const Columns<T>& from, const Columns<T>& to, int64_t blocks, int64_t i) {
   alignas(64) T packed[kPackedSteps * Rows];
   const bool pack = f.row == 1 && f.step * int64_t(sizeof(T)) % kStepBytes == 0 && from.count <= kPackedSteps;
   for (; i + Rows <= to.count; i += Rows) {
-    Factor<T> part{f.weight + i * f.row, f.row, f.step, f.bias ? f.bias + i : nullptr};
+    Factor<T> part = f;
+    part.weight += i * f.row;
+    part.bias = f.bias ? f.bias + i : nullptr;
     if (pack) {
       for (int64_t k = 0; k < from.count; ++k) {
         for (int j = 0; j < Rows; ++j) packed[k * Rows + j] = part.weight[k * f.step + j];
       }
-      part = {packed, 1, Rows, part.bias};
+      part.weight = packed;
+      part.row = 1;
+      part.step = Rows;
     }
-    for (int64_t b = 0; b < blocks; ++b) product_tile<Rows, Relu>(part, from.at(b, 0), from.count, to.at(b, i));
+    for (int64_t b = 0; b < blocks; ++b) product_tile<Rows, Relu, Turns>(part, from.at(b, 0), from.count, to.at(b, i));
   }
-  if constexpr (Rows > 1) product_columns<Rows / 2, Relu>(f, from, to, blocks, i);
+  if constexpr (Rows > 1) product_columns<Rows / 2, Relu, Turns>(f, from, to, blocks, i);
 }
 
 template <bool Relu, class T>
 void product(const Factor<T>& f, const Columns<T>& from, const Columns<T>& to, int64_t blocks) {
-  product_columns<kRows, Relu>(f, from, to, blocks, 0);
+  f.first > 0 ? product_columns<kRows, Relu, true>(f, from, to, blocks, 0)
+              : product_columns<kRows, Relu, false>(f, from, to, blocks, 0);
 }
 
 // the array as one row of padded columns per row of the tile

@@ -96,26 +96,52 @@ PYFLOW_FN int64_t rows_of(const ProgramTile<T>& t, int64_t block) {
   return smaller(kWidth<T>, t.rows - block * kWidth<T>);
 }
 
-// reads the tile's rows of a matrix. Lanes after the last row hold it again, so that they have no NaN of their own;
-// `Clear`: they hold 0.
-template <bool Clear, class T>
-void load_block(const ProgramTile<T>& t, const ProgramMatrix& m, int64_t b, const Columns<T>& to) {
-  const int64_t n = rows_of(t, b), first = t.row + b * kWidth<T>;
+// reads n rows of a matrix, from `first` on, to the lanes of a block from `lane` on
+template <class T>
+void load_lanes(const ProgramMatrix& m, int64_t first, int64_t n, const Columns<T>& to, int64_t b, int64_t lane) {
   const T* from = (const T*)m.data + first * m.row;
-  if (m.col == 1) {
-    transpose(from, m.row, to.count, n, to.at(b, 0), kWidth<T>);
-  } else {
-    for (int64_t c = 0; c < to.count; ++c) {
-      for (int64_t r = 0; r < n; ++r) to.at(b, c)[r] = from[r * m.row + c * m.col];
-    }
+  if (m.col == 1) return transpose(from, m.row, to.count, n, to.at(b, 0) + lane, kWidth<T>);
+  for (int64_t c = 0; c < to.count; ++c) {
+    for (int64_t r = 0; r < n; ++r) to.at(b, c)[lane + r] = from[r * m.row + c * m.col];
   }
+}
+
+// Lanes after the last row hold it again, so that they have no NaN of their own; `Clear`: they hold 0.
+template <bool Clear, class T>
+void fill_lanes(const ProgramTile<T>& t, const Columns<T>& to, int64_t b) {
+  const int64_t n = rows_of(t, b);
   for (int64_t c = 0; c < to.count && n < kWidth<T>; ++c)
     fill(to.at(b, c) + n, Clear ? T(0) : to.at(b, c)[n - 1], kWidth<T> - n);
 }
 
+// reads the tile's rows of a matrix
 template <bool Clear, class T>
 void load_rows(const ProgramTile<T>& t, const ProgramMatrix& m, const Columns<T>& to) {
-  for (int64_t b = 0; b < t.blocks; ++b) load_block<Clear>(t, m, b, to);
+  for (int64_t b = 0; b < t.blocks; ++b) {
+    load_lanes(m, t.row + b * kWidth<T>, rows_of(t, b), to, b, 0);
+    fill_lanes<Clear>(t, to, b);
+  }
+}
+
+// reads what the tile's rows have in a matrix with the rows of the context, from column `first` on
+template <class T>
+void load_given(const ProgramTile<T>& t, const ProgramMatrix& m, int64_t first, const Columns<T>& to) {
+  const int64_t rows = t.args.context_rows, repeats = t.args.repeats;
+  const ProgramMatrix some{m.data + first * m.col * int64_t(sizeof(T)), m.row, m.col};
+  for (int64_t b = 0; b < t.blocks; ++b) {
+    const int64_t n = rows_of(t, b);
+    for (int64_t lane = 0, count; lane < n; lane += count) {
+      const int64_t row = t.row + b * kWidth<T> + lane, of_context = row / repeats % rows;
+      count = smaller(n - lane, repeats > 1 ? repeats - row % repeats : rows - of_context);
+      if (repeats == 1) {
+        load_lanes(some, of_context, count, to, b, lane);
+        continue;
+      }
+      const T* from = (const T*)some.data + of_context * m.row;
+      for (int64_t c = 0; c < to.count; ++c) fill(to.at(b, c) + lane, from[c * m.col], count);
+    }
+    fill_lanes<false>(t, to, b);
+  }
 }
 
 template <class T>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -212,14 +213,15 @@ class Look:
 
 def _why_not(path: Path, module: nn.Module) -> str:
     """Return what a module does beyond its class, or that its class is not the one we know; empty if neither."""
-    # a root is called by its own methods
+    own = [name for name in vars(module) if isinstance(getattr(type(module), name, None), FunctionType)]
+    # a root is called by its own methods, and a flow's are not the program's
     if not path:
-        return why_unknown(type(module))
+        inner = [] if _found(STACKS, module) else [name for name in own if name not in ("forward", "inverse")]
+        return f"it has its own {inner[0]}" if inner else why_unknown(type(module))
     if has_hooks(module):
         return "it has hooks"
     if parametrize.is_parametrized(module):
         return "it has parametrizations"
-    own = [name for name in ("forward", "inverse") if name in vars(module)]
     return f"it has its own {own[0]}" if own else why_unknown(type(module))
 
 

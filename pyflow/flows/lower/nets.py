@@ -107,7 +107,17 @@ _FUNCTIONS: tuple[tuple[Callable[..., Tensor], str, float], ...] = (
 
 
 def _named_activation(name: str) -> Callable[[Look, Path, Any, Parts], None]:
-    return lambda look, path, module, parts: activate(parts, name)
+    def add(look: Look, path: Path, module: Any, parts: Parts) -> None:
+        _in_place(look, path, module, parts)
+        activate(parts, name)
+
+    return add
+
+
+def _in_place(look: Look, path: Path, module: Any, parts: Parts) -> None:
+    # a residual block adds its input, and a coupling keeps its own, as they are then
+    if look.watch.option(path, module, lambda m: getattr(m, "inplace", False)) and not parts:
+        raise NoInstruction(path, module, "it changes the input of its network or block in place")
 
 
 PARTS.update({kind: _named_activation(name) for kind, name in _NAMES.items()})
@@ -115,11 +125,13 @@ PARTS.update({kind: _named_activation(name) for kind, name in _NAMES.items()})
 
 @register(PARTS, nn.LeakyReLU)
 def _leaky_relu(look: Look, path: Path, module: Any, parts: Parts) -> None:
+    _in_place(look, path, module, parts)
     activate(parts, "leaky_relu", _at_least_0(look, path, module, "negative_slope"))
 
 
 @register(PARTS, nn.ELU)
 def _elu(look: Look, path: Path, module: Any, parts: Parts) -> None:
+    _in_place(look, path, module, parts)
     activate(parts, "elu", _at_least_0(look, path, module, "alpha"))
 
 

@@ -31,11 +31,15 @@ class Flow {
     add(Instruction::prior, {0, 1, 2, 3, 4, 5, 6}, false, false).prior = Prior(map % 2);
   }
 
-  // y, logdet, and all gradients
-  void run(int64_t rows, const char* name) {
+  // y, logdet, and all gradients; rows that share a context share its products
+  void run(int64_t rows, int64_t repeats, const char* name) {
+    const int64_t contexts = rows / repeats;
     auto x = values(rows * kColumns, 2), context = values(rows * kContext, 2);
     auto gy = values(rows * 3, 1), gl = values(rows, 1);
-    std::vector<float> y(rows * 3), logdet(rows), gx(x.size()), gcontext(context.size()), factors(3);
+    // the same values for any number of repeats, of which no sum overflows
+    context.resize(contexts * kContext);
+    std::vector<float> y(rows * 3), logdet(rows), gx(x.size()), gcontext(rows * kContext), factors(3);
+    std::vector<float> of_context(context.size()), products(contexts * products_);
     std::vector<double> logdets(instructions_.size());
     place();
     for (size_t i = 0; i < instructions_.size(); ++i) instructions_[i].logdet = &logdets[i];
@@ -47,6 +51,8 @@ class Flow {
     b.rows = rows;
     b.columns = kColumns;
     b.context_columns = kContext;
+    b.context_rows = contexts;
+    b.repeats = repeats;
     b.x = matrix(x, kColumns);
     b.context = matrix(context, kContext);
     b.unit_rows = b.tile_rows = kProgramMostRows;
@@ -62,11 +68,17 @@ class Flow {
     std::vector<float> memory(program_memory(b) + 16);
     b.memory = (char*)((uintptr_t(memory.data()) + 63) / 64 * 64);
     cpu::flow_program_prepare(b, 0, b.instructions);
+    if (repeats > 1) {
+      b.products = matrix(products, products_);
+      cpu::flow_program_context(b, 0, ceil_div(contexts, b.tile_rows));
+    }
     cpu::flow_program_forward(b, 0, units);
+    b.products = {};
     b.grad_y = matrix(gy, 3);
     b.grad_logdet = matrix(gl, 1);
     b.grad_x = matrix(gx, kColumns);
     b.grad_context = matrix(gcontext, kContext);
+    b.of_context = matrix(of_context, kContext);
     std::vector<ProgramSum> sums = summed(b.group_size);
     std::vector<float> group_sums(units * b.group_size);
     b.sum = sums.data();
@@ -75,7 +87,8 @@ class Flow {
     b.group_sums = (char*)group_sums.data();
     cpu::flow_program_backward(b, 0, units);
     cpu::flow_program_reduce(b, 0, b.sums);
-    for (const auto* v : {&y, &logdet, &gx, &gcontext}) print(name, *v);
+    cpu::flow_program_reduce_context(b, 0, contexts);
+    for (const auto* v : {&y, &logdet, &gx, &of_context}) print(name, *v);
     for (const Weight& w : weights_) print(name, w.grad);
   }
 
@@ -154,7 +167,14 @@ class Flow {
     const int64_t place = weight(size, inputs);
     p.weight = {data(place), place};
     p.bias = vector(size);
+    if (kind == Part::context) p.once = product(size);
     return p;
+  }
+
+  // place of numbers that are made of the context alone
+  int64_t product(int64_t size) {
+    products_ += size;
+    return products_ - size;
   }
 
   ProgramInstruction& linear_or_net(Instruction kind, std::vector<int64_t> columns, std::vector<ProgramPart> parts) {
@@ -181,6 +201,9 @@ class Flow {
       parts.push_back(dense(Part::dense, inputs, size, last ? Activation::identity : activation));
       inputs = size;
     }
+    parts[0].joins = context;
+    parts[0].first = context ? int64_t(columns.size()) : 0;
+    if (context) parts[0].once = product(parts[0].size);
     linear_or_net(Instruction::net, std::move(columns), std::move(parts)).context = context;
   }
 
@@ -358,7 +381,7 @@ class Flow {
   ProgramSolve solve_{};
   std::vector<ProgramInstruction> transforms_;
   std::vector<ProgramOrdered> ordered_;
-  int64_t tape_ = 0;
+  int64_t tape_ = 0, products_ = 0;
 };
 
 }  // namespace
@@ -366,10 +389,11 @@ class Flow {
 PYFLOW_BITS(flow_program) {
   for (int map = 0; map <= int(ScaleMap::softplus_eps); ++map) {
     for (int options = 0; options < 4; ++options) {
-      for (const int64_t rows : {1, 150}) {
+      for (const int64_t repeats : {1, 50}) {
+        const int64_t rows = repeats > 1 ? 3 * repeats : 1;
         char name[64];
         std::snprintf(name, sizeof name, "flow_program[map=%d,options=%d,%d]", map, options, int(rows));
-        Flow(map, options).run(rows, name);
+        Flow(map, options).run(rows, repeats, name);
       }
     }
   }

@@ -155,13 +155,29 @@ def test_only_what_needs_a_gradient_gets_one(needs):
         (None, torch.ones(())[None].expand(33)),
         (torch.ones(4, 33).mT, None),
     ]:
-        got = torch.ops.pyflow.flow_program_backward(*grads, x, context, weights, program.encode(), *needs)
-        want = ref.flow_program_backward(*grads, x, context, weights, program.encode(), *needs)
+        got = torch.ops.pyflow.flow_program_backward(*grads, x, context, 1, weights, program.encode(), *needs)
+        want = ref.flow_program_backward(*grads, x, context, 1, weights, program.encode(), *needs)
         for a, b in zip(got, want, strict=True):
             if b is None:
                 assert a.numel() == 0
             else:
                 testing.assert_within(a, b.double(), 1e-4 * (1 + b.abs().max()))
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_rows_share_a_row_of_the_context(repeats):
+    build = Builder(3, 2)
+    program = build.program(build.net((0,), [4, 2], context=True), build.affine((2,)))
+    x, context = rows(build, 12)
+    weights = [w.float() for w in build.weights]
+    leaves = [v.requires_grad_() for v in (x, context[:2].clone())]
+    y, logdet = ops.flow_program(leaves[0], program, weights, leaves[1], repeats)
+    got = torch.autograd.grad(y.square().sum() + logdet.sum(), leaves)
+    spread = ref.of_rows(leaves[1], 12, repeats)
+    y, logdet = ops.flow_program(leaves[0], program, weights, spread)
+    want = torch.autograd.grad(y.square().sum() + logdet.sum(), leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_views_and_sizes():

@@ -23,7 +23,11 @@ struct PartRule<Part::context> {
   template <class T>
   static void forward(const ProgramTile<T>& t, const ProgramPart& part) {
     const Columns<T> c = given(t, part);
-    run_dense(t, part, t.context, c);
+    if (t.args.products.data) {
+      load_given(t, t.args.products, part.once, c);
+    } else {
+      run_dense(t, part, factor<T>(part), t.context, c);
+    }
     const T* h = t.taped_at(part.in, part.size).data;
     T* to = output_of(t, part).data;
     const int64_t count = part.size * t.padded();

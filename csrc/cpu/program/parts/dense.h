@@ -9,7 +9,15 @@ template <>
 struct PartRule<Part::dense> {
   template <class T>
   static void forward(const ProgramTile<T>& t, const ProgramPart& part) {
-    run_dense(t, part, input_of(t, part), output_of(t, part));
+    Columns<T> from = input_of(t, part);
+    Factor<T> f = factor<T>(part);
+    if (is_given(t, part)) {
+      f.adds = true;
+      from.count = part.first;
+    } else {
+      f.first = part.first;
+    }
+    run_dense(t, part, f, from, output_of(t, part));
   }
 
   template <class T>
