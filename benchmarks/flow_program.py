@@ -75,19 +75,6 @@ def _layers(nets: Nets) -> Model:
     return Model(log_prob, lambda z: stack.inverse(z)[0])
 
 
-def _eager(nets: Nets) -> Model:
-    model = _layers(nets)
-
-    def on_reference(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def run(x: Tensor) -> Tensor:
-            with pyflow.backend("reference"):
-                return call(x)
-
-        return run
-
-    return Model(on_reference(model.log_prob), on_reference(model.sample))
-
-
 def _fused(nets: Nets, frozen: bool = False) -> Model:
     flow: Any = RealNVP(_columns(nets))
     flow.stages[0] = _couplings(nets)
@@ -149,7 +136,15 @@ MAKERS: dict[str, Callable[[Nets], Model]] = {
     "pyflow": _fused, FROZEN: partial(_fused, frozen=True),
 }  # fmt: skip
 # with a shape for a GPU
-MORE: dict[str, Callable[[Nets], Model]] = {"eager": _eager, "compile": _eager}
+MORE: dict[str, Callable[[Nets], Model]] = {"eager": _layers, "compile": _layers}
+
+
+def _on_reference(call: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    def run(x: Tensor) -> Any:
+        with pyflow.backend("reference"):
+            return call(x)
+
+    return run
 
 
 def _call(name: str, nets: Nets, x: Tensor, what: str) -> Call:
@@ -164,6 +159,8 @@ def _call(name: str, nets: Nets, x: Tensor, what: str) -> Call:
 
     if name in (COMPILED, "compile"):
         of_x = compiled(of_x)
+    if name in MORE:
+        of_x = _on_reference(of_x)
     # at rate 0 all steps are alike
     optimizer = torch.optim.Adam(parameters, lr=0.0, fused=True)
 
