@@ -59,8 +59,8 @@ def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fuse
         order that masks give an autoregressive inverse, are read once, and again when the buffers are replaced or
         written to in place, but not through `.data`; all other buffers are read at every call.
 
-        Layers run as they are where a program has no kernel: on a GPU without Triton, with `pyflow.backend` "reference"
-        or "cuda", under torch.func transforms, forward-mode AD and torch.export; for x that is not a dense float32 or
+        Layers run as they are where a program has no kernel: on a GPU, but with `pyflow.backend("triton")`; with the
+        backends "reference" and "cuda"; under torch.func transforms, forward-mode AD and torch.export; for x that is not a dense float32 or
         float64 matrix or not of the parameters' dtype and device; with a mask; with global module hooks; while the
         first batch of a training has to initialise a layer. The result is the same but for rounding.
 
