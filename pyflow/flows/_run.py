@@ -343,7 +343,7 @@ def why_not(x: Any, given: tuple[Any, ...], shared: bool = False) -> str:
 def has_kernel(x: Tensor) -> bool:
     """Whether programs have a kernel for tensors like x on the backend that is chosen."""
     # no GPU has run Triton's kernel of programs yet: it runs where it is asked for
-    if not x.is_cpu and _backend.current() == "auto":
+    if x.device.type != "cpu" and _backend.current() == "auto":
         return False
     try:
         return not _backend.runs_reference("flow_program", x, cuda=False)

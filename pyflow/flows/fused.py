@@ -60,9 +60,10 @@ def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fuse
         written to in place, but not through `.data`; all other buffers are read at every call.
 
         Layers run as they are where a program has no kernel: on a GPU, but with `pyflow.backend("triton")`; with the
-        backends "reference" and "cuda"; under torch.func transforms, forward-mode AD and torch.export; for x that is not a dense float32 or
-        float64 matrix or not of the parameters' dtype and device; with a mask; with global module hooks; while the
-        first batch of a training has to initialise a layer. The result is the same but for rounding.
+        backends "reference" and "cuda"; under torch.func transforms, forward-mode AD and torch.export; for x that is
+        not a dense float32 or float64 matrix or not of the parameters' dtype and device; with a mask; with global
+        module hooks; while the first batch of a training has to initialise a layer. The result is the same but for
+        rounding.
 
         A fused stretch computes in its own dtype under autocast. It keeps x for the backward, no activations. Modules
         are looked at once; every call compares what was found with what is there (30 us for eight couplings), and reads

@@ -83,13 +83,13 @@ def flow_program(
         Log-determinants are summed in float32 within an instruction and in float64 over instructions. Gradients of
         weights are summed over at most 16 groups of rows, which depend on B and the weights' sizes alone: the same bits
         for any number of threads. Double backward runs the plain-torch reference. autocast changes nothing.
-        On a GPU one Triton kernel runs a table of steps, the same kernel for every program, and makes what nets make of
-        the context for every row of x; a row has the same bits in
-        any batch, but not those of a CPU: products are three of TF32 each, which leave the error of float32, and
-        log-determinants are summed in float32, over instructions with the rounding errors of the sums. Its programs
-        each sum gradients of weights over their tiles, 256 MB in all: the same bits in every run. The first call of a
-        program on a device copies its table there, before a CUDA graph is captured. A program whose tile takes more
-        than 16 MB of scratch and sums, or whose table takes 32 MB, and a GPU without Triton, run the reference.
+        On a GPU one Triton kernel runs a table of steps, the same kernel for every program, and makes what nets make
+        of the context for every row of x; a row has the same bits in any batch, but not those of a CPU: products are
+        three of TF32 each, which leave the error of float32, and log-determinants are summed in float32, over
+        instructions with the rounding errors of the sums. Its programs each sum gradients of weights over their
+        tiles, 256 MB in all: the same bits in every run. The first call of a program on a device copies its table
+        there, before a CUDA graph is captured. A program whose tile takes more than 16 MB of scratch and sums, or
+        whose table takes 32 MB, and a GPU without Triton, run the reference.
         A second program of one compiled function needs torch.compile(dynamic=False) on torch 2.11, but not with `fuse`.
 
     Source:
