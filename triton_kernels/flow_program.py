@@ -269,6 +269,6 @@ def flow_program_backward(
     if sums:
         each = partial.sum(0).split(sizes)
         grads = [part.view(weight.shape) for part, weight in zip(each, weights, strict=True)]
-    if context is not None and needs[1] and len(context) < len(x):
-        to_context = to_context.view(-1, len(context), repeats, context.shape[1]).sum((0, 2))
+    if context is not None and need_context:
+        to_context = ref.of_given(to_context, context, repeats)
     return [to_x, to_context, *grads]

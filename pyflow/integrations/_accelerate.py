@@ -103,10 +103,11 @@ class Report:
             return f"{self.kind}: nothing to accelerate. Looked for\n" + "\n".join(
                 textwrap.wrap(_known(), 118, initial_indent="  ", subsequent_indent="  ")
             )
-        outer = [entry for entry in self.replaced if not _inside(entry.path, [e.path for e in self.replaced])]
+        paths = [entry.path for entry in self.replaced]
+        outer = [entry for entry in self.replaced if not _inside(entry.path, paths)]
         lines = [f"{self.kind}: {_count(len(self.replaced), 'object')} accelerated, {len(self.left)} left"]
         for entry in outer:
-            inner = sum(_inside(each.path, [entry.path]) for each in self.replaced)
+            inner = sum(_inside(path, [entry.path]) for path in paths)
             more = f" (and {_count(inner, 'layer')} in it, for calls of their own)" if inner else ""
             lines.append(f"  {_shown(entry.path)}: {entry.kind}{more}")
             lines += [f"    {line}" for line in entry.reason.splitlines()]

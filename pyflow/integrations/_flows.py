@@ -84,7 +84,8 @@ _OF_NFLOWS = (
 )
 _OF_NORMFLOWS = "log_prob 3 to 5 times as fast with affine couplings, 11 to 14 with splines; training 2 to 3 and 6 to 8"
 _OF_ZUKO = (
-    "log_prob 2 to 2.5 times as fast with affine layers, 7 to 13 with splines; training 2 and 5; samples 9 to 500"
+    "log_prob 1.9 to 2.5 times as fast with affine layers, 7 to 13 with splines; training 1.8 to 2.4 and 4.5 to 7; "
+    "samples 9 to 500"
 )
 for _kind in (kind for kinds in _FLOWS for kind in kinds):
     GAINS[_kind] = {"normflows": _OF_NORMFLOWS, "zuko": _OF_ZUKO}.get(_kind.partition(".")[0], _OF_NFLOWS)

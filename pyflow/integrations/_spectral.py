@@ -28,7 +28,7 @@ FEWEST = {"parametrization": 2**18, "hook": 2**20}
     SPECTRAL_NORM,
     name="forward",
     says="power iteration and division by sigma in one pass, their gradient in another; on a CPU for large weights",
-    gain="2 to 3.5 times less time in a weight of 300,000 to 2,400,000 elements, in smaller ones the same (one core)",
+    gain="1.2 times as fast for a weight of 295,000 elements, 1.8 for 590,000, 3.9 for 2,400,000 (one core)",
 )
 def _parametrized(self: Any, weight: Tensor) -> Any:
     if weight.dim() < 2:
@@ -49,7 +49,7 @@ def _parametrized(self: Any, weight: Tensor) -> Any:
     "torch.nn.utils.spectral_norm.SpectralNorm",
     name="compute_weight",
     says="division by sigma in one pass, its gradient in another; on a CPU for large weights",
-    gain="3 to 4 times less time in a weight of 1,200,000 elements and more, in smaller ones the same (one core)",
+    gain="1.9 times as fast for a weight of 1,200,000 elements, 4.2 for 2,400,000 (one core)",
 )
 def _hooked(self: Any, module: Any, do_power_iteration: bool) -> Any:
     weight, u, v = (getattr(module, self.name + end) for end in ("_orig", "_u", "_v"))

@@ -105,7 +105,7 @@ def flow_program_backward(
         back.through(instruction, h, params)
     return [
         back.h if need_x else None,
-        _of_given(back.context, given, repeats) if need_context else None,
+        None if not need_context or given is None or back.context is None else of_given(back.context, given, repeats),
         *(grad if need_weights else None for grad in back.grads),
     ]
 
@@ -118,9 +118,9 @@ def of_rows(context: Tensor, rows: int, repeats: int) -> Tensor:
     return context[None, :, None].expand(rows // (count * repeats), -1, repeats, -1).reshape(rows, columns)
 
 
-def _of_given(grad: Tensor | None, context: Tensor | None, repeats: int) -> Tensor | None:
+def of_given(grad: Tensor, context: Tensor, repeats: int) -> Tensor:
     """Return the gradient of the context from that of what `of_rows` makes of it."""
-    if grad is None or context is None or grad.shape[0] == context.shape[0]:
+    if grad.shape[0] == context.shape[0]:
         return grad
     rows, columns = context.shape
     return grad.reshape(grad.shape[0] // (rows * repeats), rows, repeats, columns).sum((0, 2))
