@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-all test bench lint format gpu asan ubsan new-op build clean
+.PHONY: help demo demo-all test bench lint format gpu asan ubsan new-op build wheel clean
 
 # the first Python 3.11 or newer
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -30,6 +30,7 @@ help:
 	@echo 'make asan   tests the C++ kernels under the address sanitizer; make ubsan for undefined behaviour'
 	@echo 'make new-op NAME=my_op  lays the files of a new family of operations, with an example that works'
 	@echo 'make gpu    on a machine with a GPU: builds with CUDA, tests and measures in eight minutes, with the installed torch'
+	@echo 'make wheel  builds the wheel of a release in dist, for every Python and every torch from 2.11; OUT=folder'
 	@echo 'make build  makes .venv and builds the native modules; make clean removes build products'
 
 demo: $(BUILT)
@@ -79,6 +80,10 @@ new-op:
 	@$(PYTHON) .ci/new_op.py "$${NAME-}"
 
 build: $(BUILT)
+
+wheel: OUT = dist
+wheel: $(READY)
+	@$(BIN)/python .ci/wheel.py '$(OUT)'
 
 $(READY): requirements.txt requirements-torch.txt .ci/environment.py
 	@test -n '$(PYTHON)' || { echo 'pyflow: Python 3.11 or newer is not on PATH; make PYTHON=/path/to/python3.11' >&2; exit 1; }

@@ -6,9 +6,11 @@ found and of the CUDA version torch was built for. CUDAARCHS names the architect
 PYFLOW_BUILD is release, debug (no optimisation), asan or ubsan (gcc's sanitizers; asan's must be loaded before Python).
 A native build that fails ends in one sentence that says what to do.
 
-`python setup.py native` builds the modules in place without setuptools' commands, so an old setuptools will do.
+`python setup.py native` builds the modules in place without setuptools' commands, so an old setuptools will do. A wheel
+has the operators alone, which run on every Python; what is built in place also has pyflow._host, for the tests.
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -124,6 +126,17 @@ def wants_cuda(torch):
     return bool(built_for) and why is None, why if built_for and nvcc else None
 
 
+def host_options():
+    """Return CMake's options for pyflow._host; none without pybind11 or Python.h, as only tests need that module."""
+    include = Path(sysconfig.get_path("include"))
+    if importlib.util.find_spec("pybind11") is None or not (include / "Python.h").exists():
+        return {}
+    import pybind11
+
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    return {"PYTHON_INCLUDE": include, "PYBIND11_INCLUDE": pybind11.get_include(), "HOST_SUFFIX": suffix}
+
+
 def configuration():
     """Return the CMake command of the native build and the advice to print if it fails; raises NotNative."""
     if os.environ.get("PYFLOW_NATIVE") == "0":
@@ -133,13 +146,6 @@ def configuration():
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise NotNative(f"native kernels are for Linux on x86-64 and aarch64, not {platform.platform()}")
     (torch, version), compiler = find_torch(), find_compiler()
-    try:
-        import pybind11
-    except ImportError as error:
-        raise NotNative("pybind11 is not installed") from error
-    python_include = Path(sysconfig.get_path("include"))
-    if not (python_include / "Python.h").exists():
-        raise NotNative("Python.h is missing (Debian and Ubuntu: apt-get install python3-dev)")
     cuda, cuda_missing = wants_cuda(torch)
     if cuda_missing:
         print(f"pyflow: the CUDA operators are left out, Triton's are not: {cuda_missing}", file=sys.stderr)
@@ -148,11 +154,9 @@ def configuration():
         "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
         "TORCH_INCLUDE": torch / "include",
         "TORCH_LIB": torch / "lib",
-        "PYTHON_INCLUDE": python_include,
-        "PYBIND11_INCLUDE": pybind11.get_include(),
-        "HOST_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
         "PYFLOW_CUDA": "ON" if cuda else "OFF",
         "PYFLOW_BUILD": KIND,
+        **host_options(),
     }
     if os.environ.get("CUDAARCHS"):
         options["CMAKE_CUDA_ARCHITECTURES"] = os.environ["CUDAARCHS"]
@@ -179,7 +183,8 @@ def step(*command):
         sys.exit(f"\n{''.join(said[first : first + 3])}{ADVICE}")
 
 
-def build_native(folder):
+def build_native(folder, host):
+    """Build the modules into a folder: the operators, and with `host` pyflow._host."""
     # start over if the folder was configured for another Python, torch or compiler
     stamp = BUILD / "configure.json"
     if not stamp.exists() or json.loads(stamp.read_text()) != CONFIGURE:
@@ -187,13 +192,19 @@ def build_native(folder):
         BUILD.mkdir(parents=True)
     step(*CONFIGURE)
     stamp.write_text(json.dumps(CONFIGURE))
-    step(CONFIGURE[0], "--build", BUILD)
+    targets = [] if host else ["--target", *(f"pyflow{module.stem}" for module in operators())]
+    step(CONFIGURE[0], "--build", BUILD, *targets)
     folder.mkdir(parents=True, exist_ok=True)
-    for module in BUILD.glob("_*.so"):
+    for module in BUILD.glob("_*.so") if host else operators():
         # os.replace is atomic: a process that has mapped the old file keeps it
         target = folder / module.name
         shutil.copy2(module, f"{target}.new")
         os.replace(f"{target}.new", target)
+
+
+def operators():
+    """Return the libraries of operators that this build makes."""
+    return [BUILD / "_C.so", *([BUILD / "_CUDA.so"] if "-DPYFLOW_CUDA=ON" in CONFIGURE else [])]
 
 
 try:
@@ -206,21 +217,30 @@ except NotNative as reason:
 if sys.argv[1:] == ["native"]:
     if MISSING:
         sys.exit(f"pyflow: the native modules cannot be built: {MISSING}")
-    build_native(ROOT / "pyflow")
+    build_native(ROOT / "pyflow", host=True)
     sys.exit()
 if int(setuptools.__version__.partition(".")[0]) < 77:
     sys.exit(f"pyflow: setuptools {setuptools.__version__} is older than 77 (pip install 'setuptools>=77')")
 
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402  an old setuptools has none
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self):
+        # torch's stable ABI and no symbol of Python
+        return "py3", "none", super().get_tag()[-1]
+
 
 class BuildNative(build_ext):
     def run(self):
-        build_native(self.folder())
+        # a wheel has none of the modules that fit one version of Python
+        build_native(self.folder(), host=self.inplace)
 
     def folder(self):
         return (ROOT if self.inplace else Path(self.build_lib)) / "pyflow"
 
     def get_outputs(self):
-        return [] if self.inplace else [str(self.folder() / module.name) for module in BUILD.glob("_*.so")]
+        return [] if self.inplace else [str(self.folder() / module.name) for module in operators()]
 
     def get_output_mapping(self):
         return {}
@@ -239,8 +259,8 @@ setup(
     # installed at the top level, these two would shadow other packages (Triton has a triton_kernels)
     package_dir={"pyflow.triton_kernels": "triton_kernels", "pyflow.benchmarks": "benchmarks"},
     packages=sorted({*find_packages(include=["pyflow", "pyflow.*"]), "pyflow.triton_kernels", "pyflow.benchmarks"}),
-    package_data={"pyflow": ["py.typed", "_host.pyi"]},
+    package_data={"pyflow": ["py.typed"]},
     include_package_data=False,
     ext_modules=[] if MISSING else [Extension("pyflow._C", sources=[])],
-    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+    cmdclass={"bdist_wheel": Wheel, "build_ext": BuildNative, "build_py": BuildPython},
 )

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import pyflow
+from pyflow import _native
 
 HERE = Path(__file__).resolve().parent
 
@@ -62,19 +63,11 @@ def _cpu_name() -> str:
 
 
 def _isa() -> str:
-    try:
-        from pyflow import _host
-    except ImportError:
-        return "none (reference)"
-    return _host.isa() or "none (reference)"
+    return _native.isa() or "none (reference)"
 
 
 def _compiler() -> str:
-    try:
-        from pyflow import _host
-    except ImportError:
-        return "none"
-    return _host.compiler()
+    return _native.compiler() or "none"
 
 
 def _version(package: str) -> str:

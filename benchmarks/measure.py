@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflow import _backend
+from pyflow import _backend, _native
 
 from .gpu import Clock, Gpu, Sample, backend_of, other_backends, reduced
 from .machine import cpu_seconds
@@ -250,11 +250,7 @@ def _with_sizes(truths: Outputs) -> list[tuple[Tensor, Tensor]]:
 
 def _isas() -> list[str]:
     """Return the compiled instruction sets other than the one in use."""
-    try:
-        from pyflow import _host
-    except ImportError:
-        return []
-    return [isa for isa in _host.compiled_isas().split(",") if isa.strip() and isa != _host.isa()]
+    return [isa for isa in _native.compiled_isas() if isa != _native.isa()]
 
 
 class Worker:
@@ -302,8 +298,6 @@ class Worker:
 
 
 def _serve(pipe: Connection, isa: str, settings: Settings) -> None:
-    from pyflow import _host
-
     # Ctrl-C reaches all processes of the terminal; only the harness handles it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     runner, cases = Runner(settings), all_cases(settings.pages)
@@ -312,7 +306,7 @@ def _serve(pipe: Connection, isa: str, settings: Settings) -> None:
         for action, *args in iter(pipe.recv, None):
             if action == "prepare":
                 name, names = args
-                if _host.isa() != isa or _backend.cpu_missing:
+                if _native.isa() != isa or _backend.cpu_missing:
                     pipe.send(Measured(missing=dict.fromkeys(names, f"this CPU does not run {isa}")))
                 else:
                     pipe.send(runner.prepare(cases[name], names))

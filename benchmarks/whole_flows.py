@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from pyflow import _native
+
 from . import flow_program as flows
 from . import peer_flows as peers
 from . import registry, report
@@ -42,13 +44,11 @@ ROUND_SECONDS = 0.02
 
 def multiply_add_rate(threads: int) -> float:
     """Return the multiply-adds per second that this many threads do in registers."""
-    from pyflow._host import multiply_adds
-
     with ThreadPoolExecutor(threads) as pool:
 
         def run(rounds: int) -> tuple[float, int]:
             began = time.perf_counter()
-            done = sum(pool.map(multiply_adds, [rounds] * threads))
+            done = sum(pool.map(_native.multiply_adds, [rounds] * threads))
             return time.perf_counter() - began, done
 
         rounds = 1000

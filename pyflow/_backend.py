@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 import os
 import threading
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _native
 from ._schemas import define
 from ._torch import under_transform_without_rule
 
@@ -59,18 +59,14 @@ def _load_cpu() -> str | None:
     if not (here / "_C.so").exists():
         return "this installation has no compiled kernels (built without a C++ compiler, or torch was not found)"
     try:
-        host = importlib.import_module("pyflow._host")
-    except ImportError as error:
-        return f"the compiled module does not import: {error}"
-    if host.isa() is None:
-        wanted = os.environ.get("PYFLOW_CPU_ISA")
-        if wanted:
-            return f"PYFLOW_CPU_ISA={wanted} is not available here (compiled: {host.compiled_isas()})"
-        return f"the CPU has none of the compiled instruction sets ({host.compiled_isas()})"
-    try:
-        torch.ops.load_library(str(here / "_C.so"))
+        _native.load(here / "_C.so")
     except OSError as error:
         return f"the compiled operators do not load: {error}"
+    if _native.isa() is None:
+        wanted, compiled = os.environ.get("PYFLOW_CPU_ISA"), ",".join(_native.compiled_isas())
+        if wanted:
+            return f"PYFLOW_CPU_ISA={wanted} is not available here (compiled: {compiled})"
+        return f"the CPU has none of the compiled instruction sets ({compiled})"
     return None
 
 

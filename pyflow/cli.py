@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import pkgutil
 import platform
@@ -109,7 +110,7 @@ def facts() -> Iterator[tuple[str, object]]:
     """Yield (name, value) lines for a bug report."""
     import torch
 
-    from . import _backend
+    from . import _backend, _native
 
     yield "pyflow", f"{__version__} in {Path(__file__).parent}"
     yield "Python", f"{platform.python_version()} ({platform.python_implementation()})"
@@ -118,15 +119,15 @@ def facts() -> Iterator[tuple[str, object]]:
         yield package, installed_version(package)
     yield "system", platform.platform()
     yield "CPU", f"{cpu_model()}, {os.cpu_count()} logical cores"
-    try:
-        from . import _host
-    except ImportError:
-        yield "compiled for", "nothing"
+    if _native.compiled_isas():
+        yield "CPU features", " ".join(_native.cpu_features())
+        yield "compiled for", " ".join(_native.compiled_isas())
+        yield "in use", _native.isa() or "none"
+        yield "compiler", _native.compiler()
     else:
-        yield "CPU features", _host.cpu_features().replace(",", " ")
-        yield "compiled for", _host.compiled_isas().replace(",", " ")
-        yield "in use", _host.isa() or "none"
-        yield "compiler", _host.compiler()
+        yield "compiled for", "nothing"
+    if importlib.util.find_spec("pyflow._host") is None:
+        yield "pyflow._host", "left out, as in every wheel: only the tests of a checkout need it"
     yield "threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')})"
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pyflow import _backend
+from pyflow import _backend, _native
 
 FOLDER = Path(__file__).parent
 RUN = """
@@ -18,8 +18,8 @@ import importlib, sys, types
 sys.modules["tests"] = types.ModuleType("tests")
 sys.modules["tests"].__path__ = [sys.argv[1]]
 module = importlib.import_module(sys.argv[2])
-from pyflow import _host
-print(_host.isa(), module.digest())
+from pyflow import _native
+print(_native.isa(), module.digest())
 """
 
 
@@ -28,11 +28,9 @@ def every_instruction_set(request):
     """Results of the test file's `digest()` for every compiled instruction set that this CPU supports."""
     if _backend.cpu_missing:
         pytest.skip(f"no compiled kernels: {_backend.cpu_missing}")
-    from pyflow import _host
-
-    isas = _host.supported_isas().split(",")
+    isas = _native.supported_isas()
     if len(isas) < 2:
-        pytest.skip(f"this CPU runs only {isas[0]} of {_host.compiled_isas()}")
+        pytest.skip(f"this CPU runs only {isas[0]} of {_native.compiled_isas()}")
     name = ".".join(("tests", *request.path.relative_to(FOLDER).with_suffix("").parts))
     results = set()
     for isa in isas:

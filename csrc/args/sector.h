@@ -7,7 +7,7 @@
 
 namespace pyflow {
 
-// called by pyflow._host only
+// called by csrc/host/exports.cpp only
 struct SectorFormula {
   const int64_t* n;
   const double* theta;

@@ -20,7 +20,13 @@
 #elif defined(PYFLOW_CUDA)
 #define PYFLOW_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(pyflow_cuda, CUDA, m)
 #else
-#define PYFLOW_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(pyflow, CPU, m)
+// none on a CPU that runs none of the compiled instruction sets
+#define PYFLOW_OPERATORS(m)                                              \
+  static void register_operators(torch::stable::detail::StableLibrary&); \
+  STABLE_TORCH_LIBRARY_IMPL(pyflow, CPU, library) {                      \
+    if (cpu_isa() >= 0) register_operators(library);                     \
+  }                                                                      \
+  static void register_operators(torch::stable::detail::StableLibrary& m)
 #endif
 
 namespace pyflow {

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .. import _backend
+from .. import _backend, _native
 from .. import _checks as check
 from ..ops.sector import count, counts_for
 from ..reference import sector as ref
@@ -97,9 +97,7 @@ def sector_probability(
         raise ValueError(f"{op}: n and theta must broadcast, got {points.shape} and {angle.shape}") from None
     flat = points.ravel(), angle.ravel()
     if _backend.cpu_missing is None and _backend.current() != "reference":
-        from .. import _host
-
-        values = _host.sector_probability(*flat, complement, log)
+        values = _native.sector_probability(*flat, complement, log)
     else:
         values = np.array(
             [ref.sector_probability(int(a), float(b), complement, log) for a, b in zip(*flat, strict=True)], float

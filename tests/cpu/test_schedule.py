@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-host = pytest.importorskip("pyflow._host")
+host = pytest.importorskip("pyflow._host", reason="built in a checkout alone")
 
 
 @pytest.mark.parametrize("n", [1, 2, 127, 128, 129, 512, 513, 1000, 4096, 10_001])

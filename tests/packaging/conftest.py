@@ -70,7 +70,9 @@ def install(wheel, folder):
     """Return the python of a new virtual environment with the wheel and the current environment's packages."""
     run(sys.executable, "-m", "venv", "--without-pip", folder)
     python = folder / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--no-cache-dir", wheel)
+    # PYTHONPATH may hold a checkout, which pip would take for this version
+    options = ("--no-deps", "--no-index", "--no-cache-dir", "--ignore-installed")
+    run(sys.executable, "-m", "pip", "--python", python, "install", *options, wheel)
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
     # .pth files inside these folders are not read, so an editable pyflow is not found
     (site / "borrowed.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")) + "\n")
