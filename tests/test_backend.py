@@ -7,12 +7,13 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 import pyflow
-from pyflow import _backend
+from pyflow import _backend, _native
 from pyflow._operators import OPERATORS
 from pyflow._schemas import SCHEMAS
 
@@ -197,6 +198,13 @@ def test_an_unavailable_instruction_set():
     assert done.stdout.startswith("PYFLOW_CPU_ISA=sse2 is not available here")
     code = "import torch, pyflow; print(pyflow.ops.additive_coupling(torch.ones(2, 2), torch.ones(2, 2)).sum().item())"
     assert run(code, PYFLOW_CPU_ISA="sse2").stdout.strip() == "8.0"
+
+
+@needs_kernels
+def test_a_library_that_is_not_ours_is_refused_in_one_sentence():
+    other = Path(torch.__file__).parent / "lib/libtorch_cpu.so"
+    with pytest.raises(OSError, match=r"libtorch_cpu\.so is of another version of pyflow: build it again$"):
+        _native.load(other)
 
 
 def test_the_reference_is_registered_for_every_operator():
