@@ -60,7 +60,7 @@ def main(folder):
         if libc is None or libc > NEWEST_LIBC:
             return (
                 f"pyflow: auditwheel calls this wheel {system}, a release needs manylinux_2_34 or older: build it on "
-                "Debian 12 or Ubuntu 22.04, or in the container quay.io/pypa/manylinux_2_34_x86_64"
+                "Debian 12 or an older system"
             )
         symbols = json.loads(run("auditwheel", "show", "--json", tagged))["versioned_symbols"]
         os.replace(tagged, folder / tagged.name)
