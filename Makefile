@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-all test bench lint format gpu asan ubsan new-op build clean
+.PHONY: help demo demo-all test bench docs lint format gpu asan ubsan new-op build clean
 
 # the first Python 3.11 or newer
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -26,6 +26,7 @@ help:
 	@echo 'make demo-all  runs every demo and puts pictures and figures on one page (quickly: ARGS=--quick)'
 	@echo 'make test   runs every test'
 	@echo 'make bench  runs the benchmarks'
+	@echo 'make docs   builds the documentation site in build/docs and checks its links'
 	@echo 'make lint   checks the source: ruff, clang-format, mypy; make format rewrites what ruff and clang-format can'
 	@echo 'make asan   tests the C++ kernels under the address sanitizer; make ubsan for undefined behaviour'
 	@echo 'make new-op NAME=my_op  lays the files of a new family of operations, with an example that works'
@@ -43,6 +44,9 @@ test: $(BUILT)
 
 bench: $(BUILT)
 	$(BIN)/python -m pyflow bench $(ARGS)
+
+docs: $(READY)
+	@$(BIN)/python .ci/docs.py
 
 # the C++ and CUDA files; their style is in .clang-format
 CXX_FILES = $(shell find csrc tests docs -name '*.h' -o -name '*.cpp' -o -name '*.cu')
