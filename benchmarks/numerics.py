@@ -40,13 +40,13 @@ def errors(name: str) -> dict[str, float]:
 
 def main() -> None:
     about = facts("cpu", torch.get_num_threads(), None)
-    header = ", ".join(about[key] for key in ("CPU", "instruction set", "commit", "date"))
     rows = []
     for name in CASES:
         found = [f"{error:.1e}" for error in errors(name).values()]
         rows.append(f"| {name} | {' | '.join([*found, '–'][:2])} |\n")
         print(rows[-1], end="", flush=True)
-    text = f"{HEAD}{''.join(rows)}\nMeasured on: {header}, torch {about['torch']}.\n"
+    where = f"{about['CPU']}, {about['instruction set']}, torch {about['torch']}, {about['date']}, {about['commit']}"
+    text = f"{HEAD}{''.join(rows)}\nMeasured on: {where}.\n"
     PAGE.write_text(TABLE.sub(lambda _: text, PAGE.read_text()))
 
 
