@@ -19,6 +19,8 @@ NEEDED = ("mkdocs", "material", "mkdocstrings", "griffe")
 
 def missing():
     """Return why the site cannot be built here, or None."""
+    if not (ROOT / "mkdocs.yml").exists():
+        return f"pyflow: the pages are in a checkout, got {ROOT} without mkdocs.yml"
     without = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if without:
         return f"pyflow: the site needs {', '.join(without)}: pip install -r requirements.txt, or pip install '.[docs]'"

@@ -18,12 +18,17 @@ from .registry import all_cases
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "numerics.md"
 CASES = (
-    "coupling/forward", "coupling/inverse", "coupling/forward+backward", "coupling/forward, sigmoid",
-    "coupling/bf16 forward", "spline/forward", "spline/inverse", "spline/zuko forward", "flow_head/gaussian forward",
-    "flow_head/logistic forward", "flow_program/log_prob, 32-128-8, batch 512", "fsq/8-5-5-5 forward",
-    "hsic/4096 forward", "hsic/32 of 256 forward+backward", "hsic/center_gram", "sde/step, given noise",
-    "sde/denoising loss", "gan_qp/l1 forward", "energy/mala accept", "energy/gradient penalty",
-    "spectral/ResNet-50 forward",
+    "coupling/additive forward", "coupling/forward", "coupling/inverse", "coupling/forward+backward",
+    "coupling/inverse+backward", "coupling/forward, exp", "coupling/forward, sigmoid", "coupling/bf16 forward",
+    "coupling/packed interleaved forward+backward", "spline/forward", "spline/inverse", "spline/forward+backward",
+    "spline/zuko forward", "spline/zuko inverse", "flow_head/gaussian forward", "flow_head/gaussian forward+backward",
+    "flow_head/logistic forward", "flow_head/logistic forward+backward", "flow_program/log_prob, 32-128-8, batch 512",
+    "flow_program/sample, 32-128-8, batch 512", "flow_program/log_prob+backward, 32-128-8, batch 512",
+    "fsq/8-5-5-5 forward", "fsq/8-5-5-5 forward+backward", "fsq/residual, 8 stages, forward", "hsic/4096 forward",
+    "hsic/4096 forward+backward", "hsic/center_gram", "sde/step, given noise", "sde/step, given noise forward+backward",
+    "sde/denoising loss", "sde/denoising loss forward+backward", "gan_qp/l1 forward", "gan_qp/l1 forward+backward",
+    "gan_qp/l2 forward+backward", "energy/mala step", "energy/mala accept", "energy/gradient penalty",
+    "energy/gradient penalty forward+backward", "spectral/ResNet-50 forward", "spectral/ResNet-50 forward+backward",
 )  # fmt: skip
 HEAD = "| case | pyflow | plain torch |\n|---|---:|---:|\n"
 TABLE = re.compile(r"(?<=<!-- measured -->\n).*?(?=<!-- end -->)", re.DOTALL)
