@@ -27,7 +27,7 @@ CASES = (
     "fsq/8-5-5-5 forward", "fsq/8-5-5-5 forward+backward", "fsq/residual, 8 stages, forward", "hsic/4096 forward",
     "hsic/4096 forward+backward", "hsic/center_gram", "sde/step, given noise", "sde/step, given noise forward+backward",
     "sde/denoising loss", "sde/denoising loss forward+backward", "gan_qp/l1 forward", "gan_qp/l1 forward+backward",
-    "gan_qp/l2 forward+backward", "energy/mala step", "energy/mala accept", "energy/gradient penalty",
+    "gan_qp/l2 forward+backward", "energy/gradient penalty",
     "energy/gradient penalty forward+backward", "spectral/ResNet-50 forward", "spectral/ResNet-50 forward+backward",
 )  # fmt: skip
 HEAD = "| case | pyflow | plain torch |\n|---|---:|---:|\n"
