@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-all test bench docs lint format gpu asan ubsan new-op build clean
+.PHONY: help demo demo-all test bench lint format gpu asan ubsan new-op build clean
 
 # the first Python 3.11 or newer
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -45,6 +45,8 @@ test: $(BUILT)
 bench: $(BUILT)
 	$(BIN)/python -m pyflow bench $(ARGS)
 
+# there is a folder of this name
+.PHONY: docs
 docs: $(READY)
 	@$(BIN)/python .ci/docs.py
 
