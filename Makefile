@@ -26,6 +26,7 @@ help:
 	@echo 'make demo-all  runs every demo and puts pictures and figures on one page (quickly: ARGS=--quick)'
 	@echo 'make test   runs every test'
 	@echo 'make bench  runs the benchmarks'
+	@echo 'make docs   builds the documentation site in build/docs and checks its links'
 	@echo 'make lint   checks the source: ruff, clang-format, mypy; make format rewrites what ruff and clang-format can'
 	@echo 'make asan   tests the C++ kernels under the address sanitizer; make ubsan for undefined behaviour'
 	@echo 'make new-op NAME=my_op  lays the files of a new family of operations, with an example that works'
@@ -44,6 +45,11 @@ test: $(BUILT)
 
 bench: $(BUILT)
 	$(BIN)/python -m pyflow bench $(ARGS)
+
+# there is a folder of this name
+.PHONY: docs
+docs: $(READY)
+	@$(BIN)/python .ci/docs.py
 
 # the C++ and CUDA files; their style is in .clang-format
 CXX_FILES = $(shell find csrc tests docs -name '*.h' -o -name '*.cpp' -o -name '*.cu')

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +51,14 @@ def worst_error(name: str, bits: np.ndarray) -> float:
 def test_error_on_a_sample(name):
     bits = np.arange(0, 2**32, 1009, dtype=np.uint64)
     assert worst_error(name, bits) <= FUNCTIONS[name][2]
+
+
+def test_the_page_states_these_errors():
+    page = Path(__file__).parents[2] / "docs" / "numerics.md"
+    if not page.exists():
+        pytest.skip("this folder holds the tests alone")
+    stated = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", page.read_text(), re.MULTILINE))
+    assert stated == {name: str(bound) for name, (_, _, bound) in FUNCTIONS.items()}
 
 
 @pytest.mark.slow
