@@ -139,11 +139,11 @@ def test_each_loss_trains_its_own_networks(settings):
     # with a critic of zeros only the reconstruction terms have gradients
     for parameter in model.critic.parameters():
         torch.nn.init.zeros_(parameter)
-    bigan_qp.generator_loss(model, x, z, (1.0, 0.0)).backward()
+    bigan_qp.generator_loss(model, x, z, (1.0, 0.0), settings.noise).backward()
     assert all(p.grad.count_nonzero() for p in networks["encoder"][:1])
     assert not any(p.grad is not None and p.grad.count_nonzero() for p in networks["generator"])
     model.zero_grad()
-    bigan_qp.generator_loss(model, x, z, (0.0, 1.0)).backward()
+    bigan_qp.generator_loss(model, x, z, (0.0, 1.0), settings.noise).backward()
     assert all(p.grad.count_nonzero() for p in networks["generator"][:1])
     assert not any(p.grad is not None and p.grad.count_nonzero() for p in networks["encoder"])
 
