@@ -1,11 +1,22 @@
-"""Train a BiGAN-QP on real images: generator, encoder and critic, without Lipschitz constraint or gradient penalty."""
+"""Train a BiGAN-QP on real images: generator, encoder and critic, without Lipschitz constraint or gradient penalty.
+
+With Delta = T(x, E(x)) - T(G(z), z), d = mean |x - G(z)| + mean |E(x) - z| and sg = detach,
+
+- the critic T minimises mean(-Delta + Delta**2 / (2 lam d)),
+- generator G and encoder E minimise mean(Delta) + betas[0] MSE(z, E(sg[G(z)] + n)) + betas[1] MSE(x, G(sg[E(x)])),
+  where n is 0 or, for faces and folders, a little noise.
+
+Source: Su 2018, GAN-QP, arXiv:1811.07296, and its BiGAN-QP code.
+"""
 
 from __future__ import annotations
 
 import argparse
 import copy
 import itertools
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,12 +39,11 @@ COLUMNS = 10
 class Settings:
     """Networks and training."""
 
+    # units of a linear layer, or channels of the first convolution
     width: int = 256
+    convolutional: bool = False
     latent: int = 16
     steps: int = 4000
-    # without --steps, training stops when the critic has seen each image this often: samples of the 80 faces get
-    # sharper until then, although the reconstruction error is lowest after a third of it
-    showings: int = 1500
     batch: int = 64
     rate: float = 5e-4
     # steps of the critic per step of generator and encoder
@@ -41,6 +51,10 @@ class Settings:
     lam: float = 10.0
     # weights of the reconstruction errors of z and of x
     betas: tuple[float, float] = (2.0, 3.0)
+    # training images are reflected at random, and moved by affine maps this far from the identity; 0: neither
+    jitter: float = 0.0
+    # standard deviation of what is added to G(z) before E recovers z: E then ignores what G never draws
+    noise: float = 0.0
     # decay of the running average of the weights, which is kept
     average: float = 0.998
     # number of times that the reconstruction error is measured
@@ -49,7 +63,14 @@ class Settings:
     threads: int | None = 1
 
 
-QUICK = Settings(width=64, steps=150, looks=3)
+# faces and folders: the critic soon tells all pairs of so few images apart, so the reconstruction terms weigh more
+FEW = Settings(
+    width=32, convolutional=True, latent=24, steps=1200, batch=32, critic_steps=1, lam=1.0, betas=(150.0, 250.0),
+    jitter=0.05, noise=0.1,
+)  # fmt: skip
+QUICK = {"width": 32, "steps": 150, "looks": 3}
+# the linear components that every run is compared with, beside as many as the latent has dimensions
+COMPONENTS = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,18 +80,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--steps", type=_demo.positive,
-        help=f"training steps of generator and encoder (default {Settings.steps}, fewer for small data sets)",
+        help=f"training steps of generator and encoder (default {Settings.steps}, for faces and folders {FEW.steps})",
     )  # fmt: skip
-    parser.add_argument("--latent", type=_demo.positive, help=f"dimensions of the latent (default {Settings.latent})")
+    parser.add_argument(
+        "--latent", type=_demo.positive,
+        help=f"dimensions of the latent (default {Settings.latent}, for faces and folders {FEW.latent})",
+    )  # fmt: skip
     _demo.add_arguments(parser, out="outputs/bigan_qp.png", seed="weights, batches and latents")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; returns the exit status."""
     device = _demo.chosen_device(args)
-    settings = QUICK if args.quick else Settings()
     given = {name: getattr(args, name) for name in ("steps", "latent") if getattr(args, name)}
-    settings = replace(settings, **given)
+    settings = Settings() if args.data in _data.NAMES else FEW
+    settings = replace(settings, **(QUICK if args.quick else {}) | given)
 
     def work() -> dict[str, object]:
         with threads(settings.threads):
@@ -83,32 +107,31 @@ def demo(images: _data.Images, settings: Settings, args: argparse.Namespace, dev
     """Train, measure, draw; returns the metrics."""
     began = time.perf_counter()
     torch.manual_seed(args.seed)
-    if not args.steps:
-        per_step = settings.critic_steps * settings.batch
-        most = settings.showings * len(images.train) // per_step
-        settings = replace(settings, steps=max(1, min(settings.steps, most)))
     train, test = (scaled(part, images.levels).to(device) for part in (images.train, images.test))
-    model = BiGan(images.dim, settings).to(device)
+    model = BiGan(images.shape, settings).to(device)
     print(
         f"BiGAN-QP on {args.data}: {len(train):,} training images, {len(test):,} held out, {images.dim:,} values each; "
         f"latents of {settings.latent} dimensions\n{model.critic_facts(settings)}"
     )
     average, errors = fit(model, train, test, settings)
     fitted = time.perf_counter() - began
-    mean, linear = baselines(train, test, settings.latent)
-    print(
-        f"\n{verdict(errors)}\n(for comparison, the mean image: {mean:.4f}; the first {settings.latent} principal "
-        f"components: {linear:.4f})"
-    )
+    # what is compared sees the reflections too
+    known = torch.cat((train, reflected(train, images.shape))) if settings.jitter else train
+    mean, linear = baselines(known, test, sorted({COMPONENTS, settings.latent}))
+    compared = ", ".join(f"{count} principal components: {error:.4f}" for count, error in linear.items())
+    print(f"\n{verdict(errors)}\n(for comparison, the mean image: {mean:.4f}, {compared})")
     samples = average.samples(max(2 * COLUMNS, min(len(test), 256)), args.seed)
-    near = {name: nearest(part, train)[0].mean().item() for name, part in (("samples", samples), ("held out", test))}
+    near = {name: nearest(part, known)[0].mean().item() for name, part in (("samples", samples), ("held out", test))}
     print(
         f"root mean square distance to the nearest training image: samples {near['samples']:.3f}, held-out images "
         f"{near['held out']:.3f}"
     )
     first, last = errors[0]["held_out"], errors[-1]["held_out"]
-    subtitle = f"{settings.steps:,} steps, reconstruction error {first:.4f} to {last:.4f}, seed {args.seed}"
-    picture(average, train, test, samples, images, f"{args.data}: {subtitle}", args.out)
+    subtitle = (
+        f"{args.data}, seed {args.seed}: {settings.steps:,} steps, reconstruction error of held-out images from "
+        f"{first:.4f} to {last:.4f}\n({compared})"
+    )
+    picture(average, known, test, samples, images, subtitle, args.out)
     return {
         "data": args.data, "seed": args.seed, "device": str(device), "backend": args.backend,
         "settings": asdict(settings), "errors": errors, "error_of_the_mean": mean, "error_of_linear_components": linear,
@@ -124,23 +147,77 @@ def layers(*sizes: int) -> nn.Sequential:
     return nn.Sequential(*parts[:-1])
 
 
-class BiGan(nn.Module):
-    """Generator G(z) with values in [-1, 1], encoder E(x) and critic T(x, z)."""
+class Planes(nn.Module):
+    """Unflatten images of a shape (H, W) or (H, W, C): (B, H W C) to (B, C, H, W), channels last in memory."""
 
-    def __init__(self, dim: int, settings: Settings) -> None:
+    def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
-        width, self.latent = settings.width, settings.latent
-        self.generator = nn.Sequential(*layers(self.latent, width, width, dim), nn.Tanh())
-        self.encoder = layers(dim, width, width, self.latent)
-        self.critic = layers(dim + self.latent, width, width, 1)
+        self.shape = (*shape, 1)[:3]
 
-    def values(self, x: Tensor, z: Tensor) -> Tensor:
-        return self.critic(torch.cat((x, z), 1))
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, self.shape).movedim(-1, 1)
+
+
+class Flat(nn.Module):
+    """Inverse of Planes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.movedim(1, -1).flatten(1)
+
+
+def shrinking(shape: tuple[int, ...], width: int, out: int) -> nn.Sequential:
+    """Return convolutions that halve the sides three times, and a linear layer."""
+    planes = Planes(shape)
+    parts: list[nn.Module] = [planes]
+    for inputs, outputs in itertools.pairwise((planes.shape[2], width, 2 * width, 4 * width)):
+        parts += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.LeakyReLU(0.2)]
+    area = math.prod(math.ceil(side / 8) for side in shape[:2])
+    return nn.Sequential(*parts, nn.Flatten(), nn.Linear(4 * width * area, out))
+
+
+def growing(latent: int, width: int, shape: tuple[int, ...]) -> nn.Sequential:
+    """Return a linear layer and convolutions after bilinear resizing: transposed ones would leave a grain."""
+    planes = Planes(shape)
+    quarter, half, whole = (tuple(math.ceil(side / part) for side in shape[:2]) for part in (4, 2, 1))
+    parts: list[nn.Module] = [
+        nn.Linear(latent, 2 * width * math.prod(quarter)), nn.LeakyReLU(0.2), nn.Unflatten(1, (2 * width, *quarter)),
+    ]  # fmt: skip
+    for size, inputs, outputs in ((half, 2 * width, width), (whole, width, width // 2)):
+        parts += [nn.Upsample(size, mode="bilinear"), nn.Conv2d(inputs, outputs, 3, padding=1), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*parts, nn.Conv2d(width // 2, planes.shape[2], 3, padding=1), Flat())
+
+
+class Critic(nn.Module):
+    """T(x, z): a network of the features of x, joined to z."""
+
+    def __init__(self, features: nn.Module, joint: nn.Module) -> None:
+        super().__init__()
+        self.features, self.joint = features, joint
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.joint(torch.cat((self.features(x), z), 1))
+
+
+class BiGan(nn.Module):
+    """Generator G(z) with values in [-1, 1], encoder E(x) and critic T(x, z) of flattened images."""
+
+    def __init__(self, shape: tuple[int, ...], settings: Settings) -> None:
+        super().__init__()
+        self.shape, self.latent = shape, settings.latent
+        width, latent, dim = settings.width, settings.latent, math.prod(shape)
+        if settings.convolutional:
+            generator, self.encoder = growing(latent, width, shape), shrinking(shape, width, latent)
+            features = nn.Sequential(*shrinking(shape, width, 4 * width), nn.LeakyReLU(0.2))
+            self.critic = Critic(features, layers(4 * width + latent, 4 * width, 1))
+        else:
+            generator, self.encoder = layers(latent, width, width, dim), layers(dim, width, width, latent)
+            self.critic = Critic(nn.Identity(), layers(dim + latent, width, width, 1))
+        self.generator = nn.Sequential(*generator, nn.Tanh())
 
     def critic_facts(self, settings: Settings) -> str:
-        kinds = sorted({type(module).__name__ for module in self.critic})
+        kinds = sorted({type(part).__name__ for part in self.critic.modules() if [*part.parameters(recurse=False)]})
         return (
-            f"critic: {' and '.join(kinds)} layers, {settings.critic_steps} steps per step of generator and encoder; "
+            f"critic: {' and '.join(kinds)} layers, steps per step of generator and encoder: {settings.critic_steps}; "
             f"no Lipschitz constraint and no gradient penalty is used: the term D^2 / (2 {settings.lam:g} d) bounds it"
         )
 
@@ -157,14 +234,17 @@ class BiGan(nn.Module):
 def critic_loss(model: BiGan, x: Tensor, z: Tensor, lam: float) -> Tensor:
     with torch.no_grad():
         x_fake, z_real = model.generator(z), model.encoder(x)
-    return gan_qp_loss(model.values(x, z_real), model.values(x_fake, z), x, x_fake, z_real, z, lam=lam)
+    return gan_qp_loss(model.critic(x, z_real), model.critic(x_fake, z), x, x_fake, z_real, z, lam=lam)
 
 
-def generator_loss(model: BiGan, x: Tensor, z: Tensor, betas: tuple[float, float]) -> Tensor:
+def generator_loss(model: BiGan, x: Tensor, z: Tensor, betas: tuple[float, float], noise: float = 0.0) -> Tensor:
     """Return the loss of generator and encoder; each reconstruction term has a gradient to only one of them."""
     x_fake, z_real = model.generator(z), model.encoder(x)
-    x_rec, z_rec = model.generator(z_real.detach()), model.encoder(x_fake.detach())
-    return gan_qp_generator_loss(model.values(x, z_real), model.values(x_fake, z), x, x_rec, z, z_rec, betas)
+    seen = x_fake.detach()
+    if noise:
+        seen = seen + noise * torch.randn_like(seen)
+    x_rec, z_rec = model.generator(z_real.detach()), model.encoder(seen)
+    return gan_qp_generator_loss(model.critic(x, z_real), model.critic(x_fake, z), x, x_rec, z, z_rec, betas)
 
 
 def fit(model: BiGan, train: Tensor, test: Tensor, settings: Settings) -> tuple[BiGan, list[dict[str, float]]]:
@@ -185,6 +265,7 @@ def fit(model: BiGan, train: Tensor, test: Tensor, settings: Settings) -> tuple[
 
     def batch() -> tuple[Tensor, Tensor]:
         x = train[torch.randint(len(train), (settings.batch,), device=device)]
+        x = moved(x, model.shape, settings.jitter) if settings.jitter else x
         return x, torch.randn(settings.batch, settings.latent, device=device)
 
     looks = {round(i * settings.steps / settings.looks) for i in range(1, settings.looks + 1)}
@@ -195,7 +276,7 @@ def fit(model: BiGan, train: Tensor, test: Tensor, settings: Settings) -> tuple[
                 of_critic = step(critic, critic_loss(model, *batch(), settings.lam))
             for parameter in model.critic.parameters():
                 parameter.requires_grad_(False)
-            of_others = step(others, generator_loss(model, *batch(), settings.betas))
+            of_others = step(others, generator_loss(model, *batch(), settings.betas, settings.noise))
             for parameter in model.critic.parameters():
                 parameter.requires_grad_(True)
             follow(average, model, max(1 - settings.average, 9 / (10 + taken)))
@@ -209,6 +290,20 @@ def fit(model: BiGan, train: Tensor, test: Tensor, settings: Settings) -> tuple[
                 )
         synchronize(device)
     return average, errors
+
+
+def reflected(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return flattened images with left and right exchanged."""
+    return x.unflatten(1, shape).flip(2).flatten(1)
+
+
+def moved(x: Tensor, shape: tuple[int, ...], jitter: float) -> Tensor:
+    """Return flattened images, reflected at random and moved by affine maps whose entries spread by `jitter`."""
+    maps = torch.eye(2, 3, device=x.device) + jitter * torch.randn(len(x), 2, 3, device=x.device)
+    maps[:, :, 0] *= torch.randint(2, (len(x), 1), device=x.device) * 2 - 1
+    planes = Planes(shape)(x)
+    grid = F.affine_grid(maps, list(planes.shape), align_corners=False)
+    return Flat()(F.grid_sample(planes, grid, padding_mode="reflection", align_corners=False))
 
 
 def look(model: BiGan, train: Tensor, test: Tensor, step: int) -> dict[str, float]:
@@ -226,13 +321,13 @@ def verdict(errors: list[dict[str, float]]) -> str:
     return "\n".join([*lines, f"the reconstruction error of held-out images {fell}"])
 
 
-def baselines(train: Tensor, test: Tensor, components: int) -> tuple[float, float]:
-    """Return the errors of the mean training image and of principal components, in the units of `look`."""
+def baselines(train: Tensor, test: Tensor, counts: Sequence[int]) -> tuple[float, dict[int, float]]:
+    """Return the errors of the mean training image and of each number of principal components, as `look` does."""
     mean = train.mean(0)
-    directions = torch.linalg.svd(train - mean, full_matrices=False).Vh[:components]
+    directions = torch.linalg.svd(train - mean, full_matrices=False).Vh
     centred = test - mean
-    rest = centred - centred @ directions.T @ directions
-    return centred.square().mean().item() / 4, rest.square().mean().item() / 4
+    rest = {n: centred - centred @ directions[:n].T @ directions[:n] for n in counts}
+    return centred.square().mean().item() / 4, {n: r.square().mean().item() / 4 for n, r in rest.items()}
 
 
 def nearest(x: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:

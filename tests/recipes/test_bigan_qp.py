@@ -17,6 +17,8 @@ from PIL import Image
 from pyflow.recipes import _data, _demo, bigan_qp
 
 SETTINGS = bigan_qp.Settings(width=16, latent=4, steps=30, batch=16, looks=2)
+CONVOLUTIONAL = bigan_qp.replace(bigan_qp.FEW, width=4, latent=4, batch=16)
+QUICK = {"width": 16, "latent": 4, "steps": 30, "batch": 16, "looks": 2}
 
 
 def run(*argv):
@@ -34,7 +36,7 @@ def one_thread():
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(bigan_qp, "QUICK", SETTINGS)
+    monkeypatch.setattr(bigan_qp, "QUICK", QUICK)
 
 
 @pytest.fixture
@@ -68,7 +70,9 @@ def test_a_seed_repeats_the_run(small, tmp_path, capsys):
     assert 0 < last < first and f"{first:.4f}" in printed.out and f"{last / first:.1%}" in printed.out
     assert "fell to" in printed.out and str(out) in printed.out
     assert "no Lipschitz constraint and no gradient penalty is used" in printed.out.replace("\n", " ")
-    assert 0 < got["error_of_linear_components"] < got["error_of_the_mean"] < 0.1
+    assert [*got["error_of_linear_components"]] == ["4", "16"]
+    few, more = got["error_of_linear_components"].values()
+    assert 0 < more < few < got["error_of_the_mean"] < 0.1 and f"16 principal components: {more:.4f}" in printed.out
     assert "reconstruction" in printed.err and "critic" in printed.err
     for each in metrics:
         each.pop("training_seconds"), each.pop("total_seconds")
@@ -85,13 +89,28 @@ def test_faces_and_folders_can_be_trained_on(data, shape, folder, small, tmp_pat
     assert _data.gallery(str(data), tmp_path).shape == shape
 
 
-def test_small_data_sets_get_fewer_default_steps(small, monkeypatch, tmp_path):
-    monkeypatch.setattr(bigan_qp, "QUICK", bigan_qp.replace(SETTINGS, showings=2))
-    out = tmp_path / "x.png"
-    for given, steps in (((), 2 * 80 // (2 * 16)), (("--steps", 7), 7)):
-        assert run("--quick", "--data", "faces", *given, "--out", out) == 0
-        metrics = json.loads(out.with_suffix(".json").read_text())
-        assert metrics["settings"]["steps"] == metrics["errors"][-1]["step"] == steps
+@pytest.mark.parametrize("shape", [(25, 25), (8, 9), (12, 7, 3)])
+def test_convolutional_networks_keep_the_shape_of_images(shape):
+    model = bigan_qp.BiGan(shape, CONVOLUTIONAL)
+    x = torch.rand(5, np.prod(shape)) * 2 - 1
+    z = model.encoder(x)
+    assert z.shape == (5, 4) and model.generator(z).shape == x.shape and model.critic(x, z).shape == (5, 1)
+    assert "Conv2d and Linear layers" in model.critic_facts(CONVOLUTIONAL)
+    assert torch.equal(bigan_qp.Flat()(bigan_qp.Planes(shape)(x)), x)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3)])
+def test_images_are_reflected_at_random_and_moved(shape):
+    torch.manual_seed(0)
+    x = torch.rand(64, np.prod(shape))
+    mirrored = torch.from_numpy(np.flip(x.numpy().reshape(-1, *shape), 2).copy()).flatten(1)
+    assert torch.equal(bigan_qp.reflected(x, shape), mirrored)
+    still = bigan_qp.moved(x, shape, 0.0)
+    same, turned = ((still - y).abs().amax(1) < 1e-5 for y in (x, mirrored))
+    assert (same ^ turned).all() and 16 < same.sum() < 48
+    near = bigan_qp.moved(x, shape, 0.05)
+    error = torch.minimum((near - x).square().mean(1), (near - mirrored).square().mean(1))
+    assert 0 < error.mean() < 0.5 * (x - mirrored).square().mean() and near.min() >= 0 and near.max() <= 1
 
 
 def test_every_face_and_file_is_in_one_split(folder, tmp_path):
@@ -107,9 +126,10 @@ def test_every_face_and_file_is_in_one_split(folder, tmp_path):
     assert torch.equal(images.train, again.train) and torch.equal(images.test, again.test)
 
 
-def test_each_loss_trains_its_own_networks():
+@pytest.mark.parametrize("settings", [SETTINGS, CONVOLUTIONAL])
+def test_each_loss_trains_its_own_networks(settings):
     torch.manual_seed(0)
-    model = bigan_qp.BiGan(6, SETTINGS)
+    model = bigan_qp.BiGan((2, 3), settings)
     x, z = torch.rand(16, 6) * 2 - 1, torch.randn(16, 4)
     networks = {name: list(getattr(model, name).parameters()) for name in ("generator", "encoder", "critic")}
     trained = lambda: {n for n, ps in networks.items() if any(p.grad is not None for p in ps)}
@@ -119,11 +139,11 @@ def test_each_loss_trains_its_own_networks():
     # with a critic of zeros only the reconstruction terms have gradients
     for parameter in model.critic.parameters():
         torch.nn.init.zeros_(parameter)
-    bigan_qp.generator_loss(model, x, z, (1.0, 0.0)).backward()
+    bigan_qp.generator_loss(model, x, z, (1.0, 0.0), settings.noise).backward()
     assert all(p.grad.count_nonzero() for p in networks["encoder"][:1])
     assert not any(p.grad is not None and p.grad.count_nonzero() for p in networks["generator"])
     model.zero_grad()
-    bigan_qp.generator_loss(model, x, z, (0.0, 1.0)).backward()
+    bigan_qp.generator_loss(model, x, z, (0.0, 1.0), settings.noise).backward()
     assert all(p.grad.count_nonzero() for p in networks["generator"][:1])
     assert not any(p.grad is not None and p.grad.count_nonzero() for p in networks["encoder"])
 
@@ -131,8 +151,8 @@ def test_each_loss_trains_its_own_networks():
 def test_baselines_and_neighbours():
     torch.manual_seed(0)
     train = torch.randn(50, 2) @ torch.randn(2, 8)
-    mean, linear = bigan_qp.baselines(train, train, 2)
-    assert linear < 1e-8 < mean == pytest.approx((train - train.mean(0)).square().mean().item() / 4)
+    mean, linear = bigan_qp.baselines(train, train, [1, 2])
+    assert linear[2] < 1e-8 < linear[1] < mean == pytest.approx((train - train.mean(0)).square().mean().item() / 4)
     distance, which = bigan_qp.nearest(train[[7, 3]] + torch.tensor([[0.0], [1e-3]]), train)
     assert which.tolist() == [7, 3] and distance.tolist() == pytest.approx([0, 5e-4], abs=1e-4)
 
