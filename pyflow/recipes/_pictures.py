@@ -12,6 +12,7 @@ import torch
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
@@ -52,7 +53,7 @@ def draw(
     cell: float = 0.62,
     charts: Sequence[Chart] = (),
 ) -> None:
-    """Write the panels, one below the other; each image is `cell` inches wide. The charts stand side by side on top."""
+    """Write the charts side by side and the panels below, one under the other; each image is `cell` inches wide."""
     columns = max(panel.images.shape[1] for panel in panels)
     rows = sum(panel.images.shape[0] for panel in panels)
     head, left = 0.55, 1.3  # inches
@@ -63,22 +64,11 @@ def draw(
     figure.text(0.2 / width, 1 - 0.3 / height, title, fontsize=13, fontweight="bold", va="center")
     figure.text(0.2 / width, 1 - 0.58 / height, subtitle, fontsize=9, color="0.35", va="center")
     y = height - top
-    row = GridSpec(
-        1, max(1, len(charts)), figure, left=0.6 / width, right=1 - 0.2 / width, top=1 - 1.05 / height,
-        bottom=(y + 0.45) / height, wspace=0.16,
-    )  # fmt: skip
-    for n, chart in enumerate(charts):
-        axes = figure.add_subplot(row[0, n])
-        for colour, (label, curve) in zip(COLOURS, chart.curves.items(), strict=False):
-            axes.plot([*curve], [*curve.values()], "o-", color=colour, ms=3, lw=1.5, label=label, clip_on=False)
-        axes.set_title(chart.title, fontsize=10.5, loc="left")
-        axes.set_xlabel(chart.across, fontsize=9)
-        axes.set(xlim=(0, None), ylim=(0, 1))
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+    if charts:
+        edges = {"left": 0.6 / width, "right": 1 - 0.2 / width, "top": 1 - 1.05 / height, "bottom": (y + 0.45) / height}
+        row = figure.subplots(1, len(charts), squeeze=False, gridspec_kw={**edges, "wspace": 0.16})[0]
+        for axes, chart in zip(row, charts, strict=True):
+            plot(axes, chart)
     for panel in panels:
         figure.text(0.2 / width, (y - 0.32) / height, panel.title, fontsize=10.5, va="center")
         y -= head
@@ -103,3 +93,16 @@ def draw(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def plot(axes: Axes, chart: Chart) -> None:
+    for colour, (label, curve) in zip(COLOURS, chart.curves.items(), strict=False):
+        axes.plot([*curve], [*curve.values()], "o-", color=colour, ms=3, lw=1.5, label=label, clip_on=False)
+    axes.set_title(chart.title, fontsize=10.5, loc="left", pad=9)
+    axes.set_xlabel(chart.across, fontsize=9)
+    axes.set(xlim=(0, None), ylim=(0, 1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")

@@ -147,12 +147,7 @@ def demo(
         "MSE and PSNR over held-out tiles\n"
     )
     sentences = verdict(scores)
-    print(
-        *sentences,
-        f"The paper's results are on ImageNet; these models had {settings.steps:,} steps on {len(photographs.names)} "
-        f"photographs, {LONG} {LONGER} times as many.",
-        sep="\n",
-    )
+    print(*sentences, f"The paper's results are on ImageNet, these on {len(photographs.names)} photographs.", sep="\n")
     subtitle = f"{settings.steps:,} steps each, {LONG} {LONGER} times as many; seed {args.seed}"
     picture(models, scores, test, subtitle, args.out)
     return {
@@ -388,11 +383,15 @@ def picture(models: Sequence[Autoencoder], scores: Sequence[Score], test: Tensor
     charts = [
         _pictures.Chart(
             f"{codes:,} codes: share used within {COUNTED} steps", "training step",
-            {s.quantizer: s.training.usage for s in scores if s.codes == codes},
+            {legend(s): s.training.usage for s in scores if s.codes == codes},
         )
         for codes in sizes
     ]  # fmt: skip
     _pictures.draw(out, "FSQ and VQ on photographs", subtitle, panels, cell=0.9, charts=charts)
+
+
+def legend(score: Score) -> str:
+    return score.quantizer + (f", {score.offsets_usage:.0%} over all offsets" if isinstance(score, FSQScore) else "")
 
 
 def shortened(names: Sequence[str], most: int = 8) -> str:
