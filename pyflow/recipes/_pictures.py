@@ -1,8 +1,8 @@
-"""Grids of small images with titles, in one style."""
+"""Grids of small images with titles, and charts above them, in one style."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,21 @@ import torch
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.gridspec import GridSpec
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
+
+COLOURS = ("#c2552d", "#6c757d", "#3a6ea5", "#e09f3e")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Titled curves, at most one for each of COLOURS: label -> x -> share in [0, 1]."""
+
+    title: str
+    across: str
+    curves: Mapping[str, Mapping[int, float]]
 
 
 @dataclass(frozen=True)
@@ -32,17 +45,30 @@ def code_map(indices: Tensor, size: int) -> Tensor:
     return (channels * (0.35 + 0.65 * value[:, None]))[indices.cpu().long()].float()
 
 
-def draw(path: Path, title: str, subtitle: str, panels: Sequence[Panel], cell: float = 0.62) -> None:
-    """Write the panels, one below the other; each image is `cell` inches wide."""
+def draw(
+    path: Path,
+    title: str,
+    subtitle: str,
+    panels: Sequence[Panel],
+    cell: float = 0.62,
+    charts: Sequence[Chart] = (),
+) -> None:
+    """Write the charts side by side and the panels below, one under the other; each image is `cell` inches wide."""
     columns = max(panel.images.shape[1] for panel in panels)
     rows = sum(panel.images.shape[0] for panel in panels)
-    head, top, left = 0.55, 0.75, 1.3  # inches
+    head, left = 0.55, 1.3  # inches
+    top = 3.7 if charts else 0.75
     width = left + columns * cell + 0.2
     height = top + rows * cell + head * len(panels) + 0.15
     figure = plt.figure(figsize=(width, height), facecolor="white")
     figure.text(0.2 / width, 1 - 0.3 / height, title, fontsize=13, fontweight="bold", va="center")
     figure.text(0.2 / width, 1 - 0.58 / height, subtitle, fontsize=9, color="0.35", va="center")
     y = height - top
+    if charts:
+        edges = {"left": 0.6 / width, "right": 1 - 0.2 / width, "top": 1 - 1.05 / height, "bottom": (y + 0.45) / height}
+        row = figure.subplots(1, len(charts), squeeze=False, gridspec_kw={**edges, "wspace": 0.16})[0]
+        for axes, chart in zip(row, charts, strict=True):
+            plot(axes, chart)
     for panel in panels:
         figure.text(0.2 / width, (y - 0.32) / height, panel.title, fontsize=10.5, va="center")
         y -= head
@@ -67,3 +93,16 @@ def draw(path: Path, title: str, subtitle: str, panels: Sequence[Panel], cell: f
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def plot(axes: Axes, chart: Chart) -> None:
+    for colour, (label, curve) in zip(COLOURS, chart.curves.items(), strict=False):
+        axes.plot([*curve], [*curve.values()], "o-", color=colour, ms=3, lw=1.5, label=label, clip_on=False)
+    axes.set_title(chart.title, fontsize=10.5, loc="left", pad=9)
+    axes.set_xlabel(chart.across, fontsize=9)
+    axes.set(xlim=(0, None), ylim=(0, 1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")

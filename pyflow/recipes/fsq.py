@@ -1,4 +1,4 @@
-"""Train an autoencoder on photographs with FSQ and with VQ at two codebook sizes, and compare them."""
+"""Train an autoencoder on photographs with FSQ and with VQ at two codebook sizes; follow which codes they use."""
 
 from __future__ import annotations
 
@@ -28,12 +28,18 @@ CROSSOVER = 1000
 # the options that vector-quantize-pytorch's README recommends against unused codes
 REVIVED = {"kmeans_init": True, "threshold_ema_dead_code": 2}
 VQS = {"plain": ("VQ",), "revived": ("VQ revived",), "both": ("VQ", "VQ revived")}
+# FSQ at the larger size also trains LONGER times as many steps: an unused code may be one that is not used yet
+LONG, LONGER = "FSQ longer", 4
+# every point of a curve counts the codes in the crops of this many steps: nearly as many tokens as all tiles have
+COUNTED = 100
 # usage from which the verdict says "nearly every code"
 NEAR = 0.95
 # difference in PSNR, in dB, up to which two models count as equal
 EQUAL = 0.1
 # one token per DOWN x DOWN pixels
 DOWN = 4
+# tiles in one evaluation: few, since VQ stores a distance for every pair of token and code
+PART = 3
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,15 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Training:
+    """What a training took; usage maps every COUNTED-th step to the share of the codes in use since the last."""
+
+    steps: int
+    step_seconds: float
+    usage: dict[int, float]
+
+
+@dataclass(frozen=True)
 class Score:
     """Scores of one trained autoencoder; usage and perplexity over all tiles, and over the held-out tiles."""
 
@@ -64,16 +79,22 @@ class Score:
     perplexity: float
     held_out_usage: float
     held_out_perplexity: float
-    step_seconds: float
+    training: Training
+
+
+@dataclass(frozen=True)
+class FSQScore(Score):
+    """Also the usage over the tiles at every offset, and the perplexity if the channels were independent."""
+
+    offsets_usage: float
+    independent_perplexity: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="FOLDER",
+        "--data", type=Path, metavar="FOLDER",
         help="folder of images (default: photographs that come with scikit-image, scikit-learn)",
-    )
+    )  # fmt: skip
     parser.add_argument("--steps", type=_demo.positive, help=f"training steps of each model (default {Settings.steps})")
     parser.add_argument(
         "--vq", choices=VQS, default="both",
@@ -107,29 +128,28 @@ def demo(
     print(
         f"{len(train):,} training tiles of {_data.TILE} x {_data.TILE} pixels and {len(test):,} held-out tiles, "
         f"without overlap, from {len(photographs.names)} photographs: {shortened(photographs.names)}\n"
-        f"all models: same initial weights and batches, {settings.steps:,} steps; one token per {DOWN} x {DOWN} pixels"
+        f"all models: same initial weights and batches, {settings.steps:,} steps ({LONG}: {LONGER} times as many); "
+        f"one token per {DOWN} x {DOWN} pixels"
     )
     for name in VQS[args.vq]:
         options = [f"{key}={value}" for key, value in REVIVED.items() if name == "VQ revived"]
         print(f"{name}: VectorQuantize({', '.join([str(settings.latent), 'codes', *options])}), defaults otherwise")
     models, scores = [], []
-    for levels in LEVELS:
-        for name in ("FSQ", *VQS[args.vq]):
-            model = build(name, levels, settings, args.seed).to(device)
-            seconds = fit(model, train, settings, args.seed, f"{name} {math.prod(levels):,}")
-            models.append(model)
-            scores.append(score(model, photographs, name, math.prod(levels), seconds))
+    plan = [(name, levels) for levels in LEVELS for name in ("FSQ", *VQS[args.vq])]
+    for name, levels in (*plan, (LONG, LEVELS[-1])):
+        model = build(name, levels, settings, args.seed).to(device)
+        schedule = replace(settings, steps=settings.steps * (LONGER if name == LONG else 1))
+        training = fit(model, train, schedule, args.seed, f"{name} {math.prod(levels):,}")
+        models.append(model)
+        scores.append(score(model, photographs, name, training))
     print(
         f"\n{table(scores)}\nusage and perplexity over the {tokens:,} tokens of all tiles, then over held-out tiles; "
         "MSE and PSNR over held-out tiles\n"
     )
     sentences = verdict(scores)
-    print("\n".join(sentences))
-    print(
-        f"The paper's results are on ImageNet; these models had {settings.steps:,} steps on {len(photographs.names)} "
-        "photographs."
-    )
-    picture(models, scores, test, f"{settings.steps:,} steps each, seed {args.seed}", args.out)
+    print(*sentences, f"The paper's results are on ImageNet, these on {len(photographs.names)} photographs.", sep="\n")
+    subtitle = f"{settings.steps:,} steps each, {LONG} {LONGER} times as many; seed {args.seed}"
+    picture(models, scores, test, subtitle, args.out)
     return {
         "data": str(args.data or "scikit-image, scikit-learn"), "photographs": photographs.names, "seed": args.seed,
         "device": str(device), "backend": args.backend, "settings": asdict(settings), "tokens": tokens,
@@ -151,7 +171,7 @@ class Residual(nn.Module):
 class Autoencoder(nn.Module):
     """Encoder, quantiser and decoder with one token per DOWN x DOWN pixels."""
 
-    quantizer: nn.Module
+    quantizer: Any  # FSQ or VectorQuantize
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -175,7 +195,7 @@ def build(name: str, levels: Sequence[int], settings: Settings, seed: int) -> Au
     """Return an autoencoder; the initial encoder and decoder do not depend on the quantiser."""
     torch.manual_seed(seed)
     model = Autoencoder(settings)
-    if name == "FSQ":
+    if name in ("FSQ", LONG):
         model.quantizer = FSQ(levels, dim=settings.latent)
     else:
         options = REVIVED if name == "VQ revived" else {}
@@ -183,42 +203,46 @@ def build(name: str, levels: Sequence[int], settings: Settings, seed: int) -> Au
     return model
 
 
-def fit(model: Autoencoder, tiles: Tensor, settings: Settings, seed: int, name: str) -> float:
-    """Train on random crops; returns seconds per step."""
+def fit(model: Autoencoder, tiles: Tensor, settings: Settings, seed: int, name: str) -> Training:
+    """Train on random crops."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model.quantizer, VectorQuantize):
         start_codebook(model, tiles, settings, device)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
     model.train()
+    tokens: list[Tensor] = []
+    usage: dict[int, float] = {}
     running, began = None, time.perf_counter()
     with _demo.bar(settings.steps, name) as bar:
         for step in range(settings.steps):
             for group in optimizer.param_groups:
                 group["lr"] = cosine_rate(step, settings.rate, settings.warmup, settings.steps)
             x = scaled(crops(tiles, settings.batch, settings.crop, generator).to(device))
-            reconstruction, _, penalty = model(x)
+            reconstruction, indices, penalty = model(x)
             error = F.mse_loss(reconstruction, x)
             optimizer.zero_grad()
             (error + penalty).backward()
             optimizer.step()
-            error = error.detach()
-            running = error if running is None else running.lerp(error, 0.05)
+            tokens.append(indices)
+            if len(tokens) == min(COUNTED, settings.steps):
+                usage[step + 1] = codebook_usage(torch.cat(tokens), model.quantizer.codebook_size).fraction.item()
+                tokens.clear()
+            running = error.detach() if running is None else running.lerp(error.detach(), 0.05)
             bar.update()
             if step % 20 == 19 or step + 1 == settings.steps:
                 bar.set_postfix_str(f"loss {running.item():.4f}, {decibels(running.item() / 4):.2f} dB")
         synchronize(device)
-    return (time.perf_counter() - began) / settings.steps
+    return Training(settings.steps, (time.perf_counter() - began) / settings.steps, usage)
 
 
 @torch.no_grad()
 def start_codebook(model: Autoencoder, tiles: Tensor, settings: Settings, device: torch.device) -> None:
     """Run the k-means initialisation, if it is on, with two tokens per code: one batch has fewer tokens than codes."""
-    quantizer: Any = model.quantizer
-    if not quantizer._codebook.initted:
-        n = -(-2 * quantizer.codebook_size * DOWN**2 // settings.crop**2)
+    if not model.quantizer._codebook.initted:
+        n = -(-2 * model.quantizer.codebook_size * DOWN**2 // settings.crop**2)
         x = crops(tiles, n, settings.crop, torch.Generator().manual_seed(0))
-        quantizer(model.encoder(scaled(x.to(device))))
+        model.quantizer(model.encoder(scaled(x.to(device))))
 
 
 def crops(tiles: Tensor, n: int, size: int, generator: torch.Generator) -> Tensor:
@@ -239,36 +263,53 @@ def decibels(mse: float) -> float:
 
 
 @torch.no_grad()
+def encode(model: Autoencoder, tiles: Tensor) -> Tensor:
+    """Return the tokens of the tiles, on the CPU."""
+    device = next(model.parameters()).device
+    model.eval()
+    return torch.cat([model.quantizer(model.encoder(scaled(part.to(device))))[1].cpu() for part in tiles.split(PART)])
+
+
+@torch.no_grad()
 def reconstruct(model: Autoencoder, tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Return (reconstructions in [0, 1] of the tiles' shape, tokens), both on the CPU."""
     device = next(model.parameters()).device
     model.eval()
     pixels, tokens = [], []
-    # small parts: VQ stores a distance for every pair of token and code
-    for part in tiles.split(3):
+    for part in tiles.split(PART):
         reconstruction, indices, _ = model(scaled(part.to(device)))
         pixels.append((reconstruction.clamp(-1, 1) / 2 + 0.5).cpu())
         tokens.append(indices.cpu())
     return torch.cat(pixels), torch.cat(tokens)
 
 
-def score(model: Autoencoder, photographs: _data.Photographs, name: str, codes: int, seconds: float) -> Score:
+def score(model: Autoencoder, photographs: _data.Photographs, name: str, training: Training) -> Score:
+    quantizer, codes = model.quantizer, model.quantizer.codebook_size
     pixels, held_out = reconstruct(model, photographs.test)
     mse = F.mse_loss(pixels.double(), photographs.test.double() / 255).item()
-    tokens = torch.cat((held_out, reconstruct(model, photographs.train)[1]))
+    tokens = torch.cat((held_out, encode(model, photographs.train)))
     every, some = codebook_usage(tokens, codes), codebook_usage(held_out, codes)
-    return Score(
+    values = (
         name, codes, mse, decibels(mse), every.fraction.item(), every.perplexity.item(), some.fraction.item(),
-        some.perplexity.item(), seconds,
+        some.perplexity.item(), training,
     )  # fmt: skip
+    if not isinstance(quantizer, FSQ):
+        return Score(*values)
+    # one token for every pixel: the tiles, less DOWN rows and columns, at every offset
+    tiles, edge = torch.cat((photographs.test, photographs.train)), _data.TILE - DOWN
+    offsets = [encode(model, tiles[..., y : y + edge, x : x + edge]) for y in range(DOWN) for x in range(DOWN)]
+    digits = quantizer.indices_to_level_indices(tokens).flatten(0, -2).unbind(-1)
+    alone = [codebook_usage(d, n).perplexity.item() for d, n in zip(digits, quantizer.levels, strict=True)]
+    return FSQScore(*values, codebook_usage(torch.cat(offsets), codes).fraction.item(), math.prod(alone))
 
 
 def table(scores: Sequence[Score]) -> str:
-    words = ("codes", "MSE", "PSNR", "usage", "perplexity", "held out", "perplexity", "s/step")
-    lines = [" " * 12 + "".join(f"{word:>{n}}" for word, n in zip(words, (7, 10, 10, 9, 12, 10, 12, 9), strict=True))]
+    words = ("codes", "steps", "MSE", "PSNR", "usage", "perplexity", "held out", "perplexity", "s/step")
+    widths = (7, 8, 10, 10, 9, 12, 10, 12, 9)
+    lines = [" " * 12 + "".join(f"{word:>{n}}" for word, n in zip(words, widths, strict=True))]
     lines += [
-        f"{s.quantizer:<12}{s.codes:>7,}{s.mse:>10.5f}{s.psnr:>7.2f} dB{s.usage:>8.1%} {s.perplexity:>11,.0f}"
-        f"{s.held_out_usage:>10.1%}{s.held_out_perplexity:>12,.0f}{s.step_seconds:>9.4f}"
+        f"{s.quantizer:<12}{s.codes:>7,}{s.training.steps:>8,}{s.mse:>10.5f}{s.psnr:>7.2f} dB{s.usage:>8.1%} "
+        f"{s.perplexity:>11,.0f}{s.held_out_usage:>10.1%}{s.held_out_perplexity:>12,.0f}{s.training.step_seconds:>9.4f}"
         for s in scores
     ]
     return "\n".join(lines)
@@ -276,21 +317,30 @@ def table(scores: Sequence[Score]) -> str:
 
 def verdict(scores: Sequence[Score]) -> list[str]:
     """Return sentences that say whether the paper's findings hold in these scores."""
-    fsq = [s for s in scores if s.quantizer == "FSQ"]
-    near = [s.usage >= NEAR for s in fsq]
-    used = " and ".join(f"{s.usage:.1%} of {s.codes:,} codes" for s in fsq)
-    sentences = [
-        f"Paper: FSQ uses nearly every code. Here it uses {used}: "
-        + ("this holds." if all(near) else "this does not hold." if not any(near) else partly(fsq))
+    *fsq, long = [s for s in scores if isinstance(s, FSQScore)]
+    names = dict.fromkeys(s.quantizer for s in scores if not isinstance(s, FSQScore))
+    used = " and ".join(f"{s.usage:.1%} of {s.codes:,} codes ({held(s.usage >= NEAR)})" for s in fsq)
+    return [
+        f"Paper: FSQ uses nearly every code. Here it uses {used}.",
+        *unused(fsq[-1], long),
+        *(crossover(fsq, [s for s in scores if s.quantizer == name]) for name in names),
     ]
-    for name in dict.fromkeys(s.quantizer for s in scores if s.quantizer != "FSQ"):
-        sentences.append(crossover(fsq, [s for s in scores if s.quantizer == name]))
-    return sentences
 
 
-def partly(fsq: Sequence[Score]) -> str:
-    held, missed = ([f"{s.codes:,}" for s in fsq if (s.usage >= NEAR) == near] for near in (True, False))
-    return f"this holds at {' and '.join(held)}, not at {' and '.join(missed)}."
+def held(holds: bool) -> str:
+    return "this holds" if holds else "this does not hold"
+
+
+def unused(short: FSQScore, long: FSQScore) -> list[str]:
+    """Return sentences on what brings the unused codes into use, and on what keeps them unused."""
+    more = (1 - DOWN / _data.TILE) ** 2 * DOWN**2
+    return [
+        f"After {short.training.steps:,} and {long.training.steps:,} steps FSQ uses {short.usage:.1%} and "
+        f"{long.usage:.1%} of {long.codes:,} codes; over the tiles at every offset, {more:.0f} times as many tokens, "
+        f"{short.offsets_usage:.1%} and {long.offsets_usage:.1%}: {held(long.offsets_usage >= NEAR)} in the end.",
+        f"Its tokens have perplexities of {short.perplexity:,.0f} and {long.perplexity:,.0f}; if its channels were "
+        f"independent these would be {short.independent_perplexity:,.0f} and {long.independent_perplexity:,.0f}.",
+    ]
 
 
 def crossover(fsq: Sequence[Score], vq: Sequence[Score]) -> str:
@@ -301,7 +351,7 @@ def crossover(fsq: Sequence[Score], vq: Sequence[Score]) -> str:
     more = [f"{s[0].quantizer} {s[-1].psnr - s[0].psnr:+.2f} dB" for s in (fsq, vq)]
     return (
         f"Paper: VQ reconstructs better below about {CROSSOVER:,} codes, FSQ above. Here, {' and '.join(found)}: "
-        f"this {'holds' if holds else 'does not hold'}; the larger codebook brings {' and '.join(more)}, "
+        f"{held(holds)}; the larger codebook brings {' and '.join(more)}, "
         f"and {vq[0].quantizer} uses {vq[-1].usage:.1%} of it."
     )
 
@@ -313,7 +363,7 @@ def winner(gain: float, name: str) -> str:
 
 
 def picture(models: Sequence[Autoencoder], scores: Sequence[Score], test: Tensor, subtitle: str, out: Path) -> None:
-    """Draw held-out tiles, their reconstructions and their tokens, at both codebook sizes."""
+    """Draw the usage over the steps, and held-out tiles with their reconstructions and tokens, at both sizes."""
     # ten tiles from the half with more contrast
     rich = test.float().std((1, 2, 3)).argsort(descending=True)[: max(1, len(test) // 2)].sort().values
     tiles = test[rich[:: -(-len(rich) // 10)]]
@@ -330,7 +380,18 @@ def picture(models: Sequence[Autoencoder], scores: Sequence[Score], test: Tensor
     sizes = list(dict.fromkeys(s.codes for s in scores))
     panels += [rows("reconstruction", codes, reconstructions) for codes in sizes]
     panels += [rows("code map, one colour per code", codes, maps) for codes in sizes]
-    _pictures.draw(out, "FSQ and VQ on photographs", subtitle, panels, cell=0.9)
+    charts = [
+        _pictures.Chart(
+            f"{codes:,} codes: share used within {COUNTED} steps", "training step",
+            {legend(s): s.training.usage for s in scores if s.codes == codes},
+        )
+        for codes in sizes
+    ]  # fmt: skip
+    _pictures.draw(out, "FSQ and VQ on photographs", subtitle, panels, cell=0.9, charts=charts)
+
+
+def legend(score: Score) -> str:
+    return score.quantizer + (f", {score.offsets_usage:.0%} over all offsets" if isinstance(score, FSQScore) else "")
 
 
 def shortened(names: Sequence[str], most: int = 8) -> str:

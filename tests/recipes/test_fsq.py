@@ -18,6 +18,7 @@ from PIL import Image
 from pyflow.recipes import _data, _pictures, fsq
 
 SETTINGS = fsq.Settings(width=8, latent=4, blocks=1, batch=4, warmup=2, threads=1)
+TRAINING = fsq.Training(700, 0.1, {100: 0.5})
 
 
 def run(*argv):
@@ -45,6 +46,7 @@ def folder(tmp_path):
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(fsq, "LEVELS", ((5, 4), (11, 10, 10)))
+    monkeypatch.setattr(fsq, "COUNTED", 6)
     monkeypatch.setattr(fsq, "Settings", lambda **changes: fsq.replace(SETTINGS, **changes))
     fsq.Settings.steps = 4
 
@@ -61,21 +63,28 @@ def test_a_seed_repeats_the_run(folder, small, tmp_path, capsys):
     picture = imread(out)
     assert picture.shape[0] > 1000 and picture.shape[1] > 300 and picture.std() > 0.1
     scores = metrics[0]["scores"]
-    assert [(s["quantizer"], s["codes"]) for s in scores] == [
-        (name, codes) for codes in (20, 1100) for name in ("FSQ", "VQ", "VQ revived")
+    assert [(s["quantizer"], s["codes"], s["training"]["steps"]) for s in scores] == [
+        *((name, codes, 4) for codes in (20, 1100) for name in ("FSQ", "VQ", "VQ revived")),
+        ("FSQ longer", 1100, 4 * fsq.LONGER),
     ]
+    assert all(s["training"]["usage"].keys() == {"4"} for s in scores[:-1])
+    assert [*scores[-1]["training"]["usage"]] == ["6", "12"]
     for s in scores:
+        training = s.pop("training")
+        assert training["step_seconds"] > 0 and all(0 < share <= 1 for share in training["usage"].values())
         assert all(math.isfinite(v) for v in s.values() if not isinstance(v, str)), s
         assert s["psnr"] == pytest.approx(-10 * math.log10(s["mse"])) and 3 < s["psnr"] < 40
         assert 0 < s["held_out_usage"] <= s["usage"] <= 1 <= s["held_out_perplexity"]
-        assert s["perplexity"] <= s["usage"] * s["codes"] * (1 + 1e-5) and s["step_seconds"] > 0
+        assert s["perplexity"] <= s["usage"] * s["codes"] * (1 + 1e-5)
+        if s["quantizer"].startswith("FSQ"):
+            assert 0 < s["offsets_usage"] <= 1 and s["perplexity"] <= s["independent_perplexity"] * (1 + 1e-5)
         assert f"{s['psnr']:.2f} dB" in printed.out and f"{s['usage']:.1%}" in printed.out
     assert "without overlap, from 2 photographs" in printed.out and str(out) in printed.out
     assert "VQ revived: VectorQuantize(4, codes, kmeans_init=True, threshold_ema_dead_code=2)" in printed.out
     assert all(sentence in printed.out for sentence in metrics[1]["verdict"]) and "duplicates" not in printed.err
     assert "loss" in printed.err and "dB" in printed.err
-    for s in (*scores, *metrics[1]["scores"]):
-        s.pop("step_seconds")
+    for s in metrics[1]["scores"]:
+        s.pop("training")
     assert scores == metrics[1]["scores"]
 
 
@@ -83,7 +92,7 @@ def test_scores_match_the_tokens_and_pixels(folder):
     photographs = _data.photographs(folder)
     for name in ("FSQ", "VQ"):
         model = fsq.build(name, (5, 4), SETTINGS, seed=0)
-        got = fsq.score(model, photographs, name, 20, 0.5)
+        got = fsq.score(model, photographs, name, TRAINING)
         tokens = []
         for tiles in (photographs.train, photographs.test):
             with torch.no_grad():
@@ -97,6 +106,21 @@ def test_scores_match_the_tokens_and_pixels(folder):
         entropy = torch.special.entr(counts / counts.sum()).sum()
         assert got.perplexity == pytest.approx(entropy.exp().item(), rel=1e-5)
         assert got.held_out_usage == pytest.approx(len(tokens[1].unique()) / 20)
+        if name == "FSQ":
+            digits = torch.cat(tokens).flatten().long()
+            entropy = sum(
+                torch.special.entr(torch.bincount(d, minlength=5) / len(d)).sum() for d in (digits % 5, digits // 5)
+            )
+            assert got.independent_perplexity == pytest.approx(entropy.exp().item(), rel=1e-4)
+
+
+def test_offsets_give_every_pixel_a_token(folder, monkeypatch):
+    photographs, seen = _data.photographs(folder), []
+    encode = fsq.encode
+    monkeypatch.setattr(fsq, "encode", lambda model, tiles: seen.append(tiles[0, :, 0, 0]) or encode(model, tiles))
+    got = fsq.score(fsq.build("FSQ", (5, 4), SETTINGS, seed=0), photographs, "FSQ", TRAINING)
+    corners = photographs.test[0, :, : fsq.DOWN, : fsq.DOWN].flatten(1).mT
+    assert torch.stack(seen[1:]).equal(corners) and got.offsets_usage > 0
 
 
 def test_initial_weights_are_shared_and_k_means_gets_enough_tokens(folder):
@@ -141,7 +165,8 @@ def test_the_default_photographs():
 
 
 def made_up(quantizer, codes, psnr, usage):
-    return fsq.Score(quantizer, codes, 10 ** (-psnr / 10), psnr, usage, 2.0, usage, 2.0, 0.1)
+    values = (quantizer, codes, 10 ** (-psnr / 10), psnr, usage, 2.0, usage, 2.0, TRAINING)
+    return fsq.FSQScore(*values, usage, 30.0) if quantizer.startswith("FSQ") else fsq.Score(*values)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +191,7 @@ def test_the_crossover_verdict_follows_the_scores(ours, theirs, said):
         for name, both in (("FSQ", ours), ("VQ", theirs))
         for codes, psnr in zip((240, 4375), both, strict=True)
     ]
-    sentence = fsq.verdict(scores)[1]
+    sentence = fsq.verdict([*scores, made_up(fsq.LONG, 4375, 28.0, 0.99)])[-1]
     assert said in sentence and ("holds" in sentence) == ("this holds" in said)
     assert f"FSQ {ours[1] - ours[0]:+.2f} dB and VQ {theirs[1] - theirs[0]:+.2f} dB" in sentence
 
@@ -174,14 +199,17 @@ def test_the_crossover_verdict_follows_the_scores(ours, theirs, said):
 @pytest.mark.parametrize(
     ("usages", "said"),
     [
-        ((1.0, 0.96), "100.0% of 240 codes and 96.0% of 4,375 codes: this holds."),
-        ((1.0, 0.4), "this holds at 240, not at 4,375."),
-        ((0.5, 0.4), "this does not hold."),
+        ((1.0, 0.96), "100.0% of 240 codes (this holds) and 96.0% of 4,375 codes (this holds)."),
+        ((1.0, 0.4), "100.0% of 240 codes (this holds) and 40.0% of 4,375 codes (this does not hold)."),
     ],
 )
-def test_the_usage_verdict_follows_the_scores(usages, said):
+@pytest.mark.parametrize(("longer", "found"), [(0.97, "this holds"), (0.7, "this does not hold")])
+def test_the_usage_verdict_follows_the_scores(usages, said, longer, found):
     scores = [made_up("FSQ", codes, 25.0, usage) for codes, usage in zip((240, 4375), usages, strict=True)]
-    assert fsq.verdict(scores) == [s for s in fsq.verdict(scores) if s.endswith(said)] and len(fsq.verdict(scores)) == 1
+    paper, more, channels = fsq.verdict([*scores, made_up(fsq.LONG, 4375, 26.0, longer)])
+    assert paper.endswith(said)
+    assert f"{usages[1]:.1%} and {longer:.1%} of 4,375 codes" in more and more.endswith(f": {found} in the end.")
+    assert "14 times as many tokens" in more and "perplexities of 2 and 2" in channels and "30 and 30" in channels
 
 
 def test_code_maps_give_each_code_its_own_colour():
