@@ -22,20 +22,33 @@ from ._peers import Unconditional, installed
 PEERS = ("normflows", "nflows", "zuko")
 # calls that are timed at once
 CALLS = 5
+SAMPLES = 1000
 Density = Callable[[Tensor], Tensor]
 
 
+Sampler = Callable[[int], Tensor]
+
+
+class Built(NamedTuple):
+    """A flow of some library, its log-density and its sampler."""
+
+    module: nn.Module
+    log_prob: Density
+    sample: Sampler
+
+
 class Seconds(NamedTuple):
-    """Of a batch: its log-densities without gradients, and a training step."""
+    """Of a batch: its log-densities without gradients, and a training step; and of SAMPLES samples."""
 
     log_prob: float
     step: float
+    samples: float
 
 
 def times(flow: NICE, x: Tensor, rounds: int) -> tuple[dict[str, Seconds], list[str]]:
     """Return the median times of each library, taken in turn, and one sentence for each that is left out."""
     names, missing = installed(PEERS)
-    works = {name: _works(*build(name, flow), x) for name in names}
+    works = {name: _works(build(name, flow), x) for name in names}
     taken: dict[str, list[Seconds]] = {name: [] for name in names}
     for _ in range(rounds + 1):
         for name, work in works.items():
@@ -45,20 +58,21 @@ def times(flow: NICE, x: Tensor, rounds: int) -> tuple[dict[str, Seconds], list[
     return medians, missing
 
 
-def build(library: str, flow: NICE) -> tuple[nn.Module, Density]:
-    """Return a flow of this library on copies of NICE's networks, and its log-density."""
+def build(library: str, flow: NICE) -> Built:
+    """Return a flow of this library on copies of NICE's networks."""
     makers = {"pyflow": _pyflow, "normflows": _normflows, "nflows": _nflows, "zuko": _zuko}
-    made, log_prob = makers[library](flow.dim, copy.deepcopy(list(flow.nets)))
-    return made.to(flow.scale.log_scale), log_prob
+    made = makers[library](flow.dim, copy.deepcopy(list(flow.nets)))
+    made.module.to(flow.scale.log_scale)
+    return made
 
 
-def _pyflow(dim: int, nets: list[nn.Module]) -> tuple[nn.Module, Density]:
+def _pyflow(dim: int, nets: list[nn.Module]) -> Built:
     flow = NICE(dim, couplings=len(nets), hidden=(1,), prior="gaussian")
     flow.nets = nn.ModuleList(nets)
-    return flow, flow.log_prob
+    return Built(flow, flow.log_prob, flow.sample)
 
 
-def _normflows(dim: int, nets: list[nn.Module]) -> tuple[nn.Module, Density]:
+def _normflows(dim: int, nets: list[nn.Module]) -> Built:
     from normflows import NormalizingFlow, distributions, flows
 
     parts: list[nn.Module] = [flows.AffineConstFlow((dim,), shift=False)]
@@ -66,10 +80,10 @@ def _normflows(dim: int, nets: list[nn.Module]) -> tuple[nn.Module, Density]:
     for net in reversed(nets):
         parts += [flows.Permute(dim, mode="swap"), flows.AffineCouplingBlock(net, scale=False)]
     flow = NormalizingFlow(distributions.DiagGaussian(dim, trainable=False), parts)
-    return flow, flow.log_prob
+    return Built(flow, flow.log_prob, lambda n: flow.sample(n)[0])
 
 
-def _nflows(dim: int, nets: list[nn.Module]) -> tuple[nn.Module, Density]:
+def _nflows(dim: int, nets: list[nn.Module]) -> Built:
     from nflows.distributions.normal import StandardNormal
     from nflows.flows.base import Flow
     from nflows.transforms import base, coupling, normalization
@@ -79,10 +93,10 @@ def _nflows(dim: int, nets: list[nn.Module]) -> tuple[nn.Module, Density]:
         for i, net in enumerate(nets)
     ]
     flow = Flow(base.CompositeTransform([*layers, normalization.ActNorm(dim)]), StandardNormal([dim]))
-    return flow, flow.log_prob
+    return Built(flow, flow.log_prob, flow.sample)
 
 
-def _zuko(dim: int, nets: list[nn.Module]) -> tuple[nn.Module, Density]:
+def _zuko(dim: int, nets: list[nn.Module]) -> Built:
     from zuko.distributions import DiagNormal
     from zuko.flows import ElementWiseTransform, GeneralCouplingTransform
     from zuko.lazy import Flow, UnconditionalDistribution
@@ -97,27 +111,31 @@ def _zuko(dim: int, nets: list[nn.Module]) -> tuple[nn.Module, Density]:
         layers.append(layer)
     base = UnconditionalDistribution(DiagNormal, torch.zeros(dim), torch.ones(dim), buffer=True)
     flow = Flow([*layers, ElementWiseTransform(dim)], base)
-    return flow, lambda x: flow().log_prob(x)
+    return Built(flow, lambda x: flow().log_prob(x), lambda n: flow().sample((n,)))
 
 
 def _changed(dim: int, number: int) -> Tensor:
     return torch.arange(dim) % 2 == 1 - number % 2
 
 
-def _works(flow: nn.Module, log_prob: Density, x: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
+def _works(flow: Built, x: Tensor) -> tuple[Callable[[], None], ...]:
     fused = x.device.type in ("cpu", "cuda")
-    optimizer = torch.optim.Adam(flow.parameters(), lr=0.0, fused=fused)
+    optimizer = torch.optim.Adam(flow.module.parameters(), lr=0.0, fused=fused)
 
     @torch.no_grad()
     def density() -> None:
-        log_prob(x)
+        flow.log_prob(x)
 
     def step() -> None:
         optimizer.zero_grad()
-        (-log_prob(x).mean()).backward()
+        (-flow.log_prob(x).mean()).backward()
         optimizer.step()
 
-    return density, step
+    @torch.no_grad()
+    def samples() -> None:
+        flow.sample(SAMPLES)
+
+    return density, step, samples
 
 
 def _seconds(work: Callable[[], None], device: torch.device) -> float:

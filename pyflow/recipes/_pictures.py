@@ -28,6 +28,32 @@ class Chart:
     across: str
     curves: Mapping[str, Mapping[int, float]]
 
+    def plot(self, axes: Axes) -> None:
+        for colour, (label, curve) in zip(COLOURS, self.curves.items(), strict=False):
+            axes.plot([*curve], [*curve.values()], "o-", color=colour, ms=3, lw=1.5, label=label, clip_on=False)
+        axes.set_xlabel(self.across, fontsize=9)
+        axes.set(xlim=(0, None), ylim=(0, 1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Titled bars, the first one in the first of COLOURS: label -> value."""
+
+    title: str
+    values: Mapping[str, float]
+
+    def plot(self, axes: Axes) -> None:
+        first, other = COLOURS[:2]
+        bars = axes.barh([*self.values], [*self.values.values()], 0.6, color=[first, *[other] * (len(self.values) - 1)])
+        axes.bar_label(bars, fmt="%.3g", fontsize=8, padding=3)
+        axes.invert_yaxis()
+        axes.xaxis.set_visible(False)
+        axes.margins(x=0.12)
+        axes.spines["bottom"].set_visible(False)
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -51,7 +77,7 @@ def draw(
     subtitle: str,
     panels: Sequence[Panel],
     cell: float = 0.62,
-    charts: Sequence[Chart] = (),
+    charts: Sequence[Chart | Bars] = (),
 ) -> None:
     """Write the charts side by side and the panels below, one under the other; each image is `cell` inches wide."""
     columns = max(panel.images.shape[1] for panel in panels)
@@ -68,7 +94,10 @@ def draw(
         edges = {"left": 0.6 / width, "right": 1 - 0.2 / width, "top": 1 - 1.05 / height, "bottom": (y + 0.45) / height}
         row = figure.subplots(1, len(charts), squeeze=False, gridspec_kw={**edges, "wspace": 0.16})[0]
         for axes, chart in zip(row, charts, strict=True):
-            plot(axes, chart)
+            axes.set_title(chart.title, fontsize=10.5, loc="left", pad=9)
+            axes.tick_params(labelsize=8)
+            axes.spines[["top", "right"]].set_visible(False)
+            chart.plot(axes)
     for panel in panels:
         figure.text(0.2 / width, (y - 0.32) / height, panel.title, fontsize=10.5, va="center")
         y -= head
@@ -93,16 +122,3 @@ def draw(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-def plot(axes: Axes, chart: Chart) -> None:
-    for colour, (label, curve) in zip(COLOURS, chart.curves.items(), strict=False):
-        axes.plot([*curve], [*curve.values()], "o-", color=colour, ms=3, lw=1.5, label=label, clip_on=False)
-    axes.set_title(chart.title, fontsize=10.5, loc="left", pad=9)
-    axes.set_xlabel(chart.across, fontsize=9)
-    axes.set(xlim=(0, None), ylim=(0, 1))
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")

@@ -1,4 +1,4 @@
-"""Train an energy and its sampler (a maximum-entropy generator) on a grid of Gaussians and on digits."""
+"""Train energies and their samplers (maximum-entropy generators, MEG) on a grid of Gaussians and on digits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import matplotlib
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score
@@ -23,6 +24,7 @@ from pyflow.ops.energy import EnergyFunction, energy_and_grad
 
 from . import _demo
 from ._demo import threads
+from ._sample_scores import SURE, Scores, digit_classifier, scores
 
 matplotlib.use("Agg")
 
@@ -51,11 +53,16 @@ class Settings:
     # scale of the random Fourier features of x and z that the networks get as input; None: x and z themselves
     of_x: float | None = None
     of_z: float | None = None
+    # hidden layers of the generator
+    depth: int = 2
+    # width of the code if U(x) is the error of an autoencoder, as in EBGAN; None: a network with one output
+    code: int | None = None
     # updates of the energy per update of the generator
     critic: int = 1
     rate: float = 1e-3
-    # learning rate of the generator
     generator_rate: float = 2e-3
+    # Adam's first coefficient
+    momentum: float = 0.5
     batch: int = 256
     width: int = 128
     # weight of E U^2: the loss fixes neither the offset of U nor its slope far from the data
@@ -67,19 +74,29 @@ class Settings:
 
 
 GRID = Settings(steps=2500, latent=2, noise=(1.0, 0.1), penalty=0.3, of_x=1.0, of_z=2.0)
-DIGITS = Settings(steps=800, latent=16, noise=(0.5, 0.1), penalty=0.1, critic=2, generator_rate=4e-3, level=1e-3)
+DIGITS = Settings(
+    steps=2500, latent=16, noise=(0.5, 0.1), penalty=1.0, depth=3, code=32, critic=2, rate=2e-3, generator_rate=1e-3,
+    momentum=0.0, batch=128, width=256, level=1e-3, average=0.995, samples=500, chain_steps=30,
+)  # fmt: skip
+# of each model that never sees one digit
+WITHOUT = replace(DIGITS, steps=1000)
 # CPU threads: layers this small gain nothing from two
 THREADS = 1
-QUICK: dict[str, Any] = {"steps": 200, "average": 0.98, "samples": 500, "chain_steps": 40}
+QUICK: dict[str, Any] = {"steps": 200, "average": 0.98, "samples": 500, "chain_steps": 30}
+# training steps of the classifier that scores drawn digits
+CLASSIFIER_STEPS = 1500
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=_demo.positive,
-        help=f"training steps of each generator (default {GRID.steps} on the grid, {DIGITS.steps} on digits)",
+        help=f"training steps of each generator (default {GRID.steps} on the grid, {DIGITS.steps} on digits, "
+        f"{WITHOUT.steps} without one digit)",
     )  # fmt: skip
     parser.add_argument(
-        "--chain-steps", type=_demo.positive, help=f"MALA steps of each chain (default {GRID.chain_steps})"
+        "--chain-steps",
+        type=_demo.positive,
+        help=f"MALA steps of each chain (default {GRID.chain_steps} on the grid, {DIGITS.chain_steps} on digits)",
     )
     parser.add_argument(
         "--held-out", type=_held_out, help="digits that serve as the anomaly, one model each: a list such as 1,5 or "
@@ -104,15 +121,17 @@ def run(args: argparse.Namespace) -> int:
 
     def work() -> dict[str, object]:
         with threads(THREADS):
-            return demo(replace(GRID, **changes), replace(DIGITS, **changes), held_out, args, device)
+            grid, digits, without = (replace(each, **changes) for each in (GRID, DIGITS, WITHOUT))
+            return demo(grid, digits, without, held_out, args, device)
 
     return _demo.run("energy", args, work)
 
 
 def demo(
-    of_grid: Settings, of_digits: Settings, held_out: tuple[int, ...], args: argparse.Namespace, device: torch.device
-) -> dict[str, object]:
-    """Train on both data sets, run chains, count modes, score anomalies, draw; returns the metrics."""
+    of_grid: Settings, of_digits: Settings, without: Settings, held_out: tuple[int, ...], args: argparse.Namespace,
+    device: torch.device,
+) -> dict[str, object]:  # fmt: skip
+    """Train on both data sets, run chains, score samples and anomalies, draw; returns the metrics."""
     began = time.perf_counter()
     torch.manual_seed(args.seed)
     centres = torch.cartesian_prod(*(torch.tensor(PLACES),) * 2).to(device)
@@ -134,45 +153,55 @@ def demo(
         print(f"{name:<16}{found:>7}{near:>13.1%}")
     print(f"MALA accepted {chains.acceptance.mean().item():.1%} of the proposals\n")
 
-    models, rows, scores = [], [], []
+    train, labels, held, held_labels = digits(device)
+    classifier = digit_classifier(train, labels, min(of_digits.steps, CLASSIFIER_STEPS))
+    with torch.no_grad():
+        accuracy = (classifier(held).argmax(1) == held_labels).double().mean().item()
+    model = fit(MEG(train.shape[1], of_digits, bounded=True).to(device), picked(train), of_digits, "digits")
+    z = model.prior(of_digits.samples)
+    latent = run_chains(model.latent_energy, z, of_digits.chain_steps, args.seed)
+    with torch.no_grad():
+        drawn = {"generator": model.generator(z), "after MALA": model.generator(latent.z)}
+        energies = {name: model.energy_of(x).mean().item() for name, x in {**drawn, "held-out": held}.items()}
+    quality = {name: scores(x, classifier, train, held) for name, x in drawn.items()}
+    # training digits take the place of held-out ones
+    quality["held-out"] = scores(held, classifier, train, train[: len(held)])
+    print(f"\n{'Digits':<16}{'sure':>9}{'classes':>9}{'precision':>11}{'recall':>9}{'nearest':>9}{'energy':>9}")
+    for name, q in quality.items():
+        print(f"{name:<16}{q.sure:>9.1%}{q.classes:>9}{q.precision:>11.3f}{q.recall:>9.3f}{q.nearest:>9.2f}"
+              f"{energies[name]:>9.2f}")  # fmt: skip
+    print(
+        f"sure: a classifier that is right on {accuracy:.1%} of held-out digits gives a digit at least {SURE:.0%}\n"
+        "precision, recall: against held-out digits; those of held-out digits against training digits\n"
+        "nearest: median distance to the nearest training digit\n"
+        f"MALA accepted {latent.acceptance.mean().item():.1%} of the proposals\n"
+    )
+
+    rows, by_energy = [], []
     for digit in held_out:
-        train, test, anomalous = digits(digit, device)
-        model = MEG(train.shape[1], of_digits, bounded=True).to(device)
-        model = fit(model, lambda count: train[torch.randint(len(train), (count,), device=device)],  # noqa: B023
-                    of_digits, f"without {digit}")  # fmt: skip
-        u, slope = energy_and_grad(model.energy_of, test)
-        by_score = {
-            "energy": u, "score norm": grad_norm_penalty(slope).sqrt(), "nearest": torch.cdist(test, train).amin(1),
+        known, anomalous = train[labels != digit], held_labels == digit
+        detector = fit(MEG(train.shape[1], without, bounded=True).to(device), picked(known), without,
+                       f"without {digit}")  # fmt: skip
+        u, slope = energy_and_grad(detector.energy_of, held)
+        anomaly = {
+            "energy": u, "score norm": grad_norm_penalty(slope).sqrt(), "nearest": torch.cdist(held, known).amin(1),
         }  # fmt: skip
-        row = {name: average_precision_score(anomalous.cpu(), by.cpu()) for name, by in by_score.items()}
+        row = {name: average_precision_score(anomalous.cpu(), by.cpu()) for name, by in anomaly.items()}
         rows.append({**row, "chance": anomalous.double().mean().item()})
-        models.append((model, train))
-        scores.append((u, anomalous))
+        by_energy.append((u, anomalous))
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     print(f"\n{'AUPRC, held out':<16}" + "".join(f"{name:>12}" for name in mean))
     for label, row in (*zip(held_out, rows, strict=True), ("mean", mean)):
         print(f"{label!s:<16}" + "".join(f"{value:>12.3f}" for value in row.values()))
-
-    model, train = models[0]
-    z = torch.randn(64, of_digits.latent, device=device)
-    latent = run_chains(model.latent_energy, z, of_digits.chain_steps, args.seed)
-    with torch.no_grad():
-        drawn = {"generator": model.generator(z), "after MALA": model.generator(latent.z)}
-        energies = {name: model.energy_of(x).mean().item() for name, x in {**drawn, "data": train}.items()}
-    print(
-        f"\nmean energy, model trained without {held_out[0]}: "
-        + ", ".join(f"{name} {u:.2f}" for name, u in energies.items())
-    )
-    print(f"MALA accepted {latent.acceptance.mean().item():.1%} of the proposals")
-    picture(grid, before, chains.z, drawn, *scores[0], held_out[0], rows[0]["energy"], args)
+    picture(grid, before, chains.z, held, drawn, quality, by_energy, dict(zip(held_out, rows, strict=True)), args)
     return {
         "seed": args.seed, "device": str(device), "backend": args.backend,
-        "settings": {"grid": asdict(of_grid), "digits": asdict(of_digits)},
+        "settings": {"grid": asdict(of_grid), "digits": asdict(of_digits), "without": asdict(without)},
         "grid": {name: {"modes": found, "near": near} for name, (found, near) in on_grid.items()},
         "grid_acceptance": chains.acceptance.mean().item(),
-        "held_out": held_out, "auprc": rows, "auprc_mean": mean,
+        "classifier_accuracy": accuracy, "digits": {name: asdict(q) for name, q in quality.items()},
         "digits_energy": energies, "digits_acceptance": latent.acceptance.mean().item(),
-        "total_seconds": time.perf_counter() - began,
+        "held_out": held_out, "auprc": rows, "auprc_mean": mean, "total_seconds": time.perf_counter() - began,
     }  # fmt: skip
 
 
@@ -190,10 +219,27 @@ class Waves(nn.Module):
         return torch.cat((angles.sin(), angles.cos()), 1)
 
 
-def mlp(inputs: int, outputs: int, width: int, waves: float | None) -> nn.Sequential:
+def mlp(inputs: int, outputs: int, width: int, waves: float | None, depth: int = 2) -> nn.Sequential:
+    """Return a network with `depth` hidden layers; `waves` is the scale of the Fourier features it gets as input."""
     first = nn.Linear(inputs, width) if waves is None else nn.Sequential(Waves(inputs, width, waves),
                                                                          nn.Linear(width, width))  # fmt: skip
-    return nn.Sequential(first, nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs))
+    hidden = (layer for _ in range(depth - 1) for layer in (nn.SiLU(), nn.Linear(width, width)))
+    return nn.Sequential(first, *hidden, nn.SiLU(), nn.Linear(width, outputs))
+
+
+class Error(nn.Module):
+    """Squared error of an autoencoder, times a learned scale: an energy that is high far from the data."""
+
+    def __init__(self, inputs: int, width: int, code: int) -> None:
+        super().__init__()
+        self.reconstruction = nn.Sequential(
+            nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, code), nn.Linear(code, width), nn.SiLU(),
+            nn.Linear(width, inputs),
+        )  # fmt: skip
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.log_scale.exp() * (x - self.reconstruction(x)).square().sum(1, keepdim=True)
 
 
 class MEG(nn.Module):
@@ -203,9 +249,11 @@ class MEG(nn.Module):
         super().__init__()
         latent, width = settings.latent, settings.width
         self.latent = latent
-        self.energy = mlp(dim, 1, width, settings.of_x)
+        self.energy: nn.Module = (
+            mlp(dim, 1, width, settings.of_x) if settings.code is None else Error(dim, width, settings.code)
+        )
         self.generator = nn.Sequential(
-            mlp(latent, dim, width, settings.of_z), nn.Tanh() if bounded else nn.Identity()
+            mlp(latent, dim, width, settings.of_z, settings.depth), nn.Tanh() if bounded else nn.Identity()
         )  # fmt: skip
         self.pairing = mlp(dim + latent, 1, width, settings.of_x)
 
@@ -247,7 +295,7 @@ def fit(model: MEG, draw: Callable[[int], Tensor], settings: Settings, name: str
     parts = (model.energy, model.generator, model.pairing)
     rates = (settings.rate, settings.generator_rate, settings.rate)
     optimizers = [
-        torch.optim.Adam(part.parameters(), rate, betas=(0.5, 0.9), fused=True)
+        torch.optim.Adam(part.parameters(), rate, betas=(settings.momentum, 0.9), fused=True)
         for part, rate in zip(parts, rates, strict=True)
     ]
     # constant rate for the first half, then linear to 0
@@ -311,22 +359,26 @@ def modes(x: Tensor, centres: Tensor) -> tuple[int, float]:
     return int((counts >= 0.2 * len(x) / len(centres)).sum()), near.double().mean().item()
 
 
-def digits(held_out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (training digits without one class, test digits of all classes, mask of that class in the test set)."""
+def digits(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (training digits, their labels, held-out digits, their labels); a fifth is held out."""
     data = load_digits()
-    pixels, labels = torch.from_numpy(data.images).flatten(1), torch.from_numpy(data.target)
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    test, train = order.split([len(order) // 5, len(order) - len(order) // 5])
-    train = train[labels[train] != held_out]
-    scaled = (2 * pixels / DIGITS_LEVELS - 1).float().to(device)
-    return scaled[train.to(device)], scaled[test.to(device)], (labels[test] == held_out).to(device)
+    pixels = torch.from_numpy(2 * data.data / DIGITS_LEVELS - 1).float().to(device)
+    labels = torch.from_numpy(data.target).to(device)
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0)).to(device)
+    held_out, train = order.split([len(order) // 5, len(order) - len(order) // 5])
+    return pixels[train], labels[train], pixels[held_out], labels[held_out]
+
+
+def picked(rows: Tensor) -> Callable[[int], Tensor]:
+    """Return a function that draws rows at random."""
+    return lambda count: rows[torch.randint(len(rows), (count,), device=rows.device)]
 
 
 def picture(
-    grid: MEG, before: Tensor, after: Tensor, drawn: dict[str, Tensor], scores: Tensor, anomalous: Tensor,
-    digit: int, auprc: float, args: argparse.Namespace,
+    grid: MEG, before: Tensor, after: Tensor, held_out: Tensor, drawn: dict[str, Tensor], quality: dict[str, Scores],
+    by_energy: list[tuple[Tensor, Tensor]], auprc: dict[int, dict[str, float]], args: argparse.Namespace,
 ) -> None:  # fmt: skip
-    figure, axes = plt.subplots(2, 3, figsize=(12, 8), facecolor="white")
+    figure, axes = plt.subplots(2, 4, figsize=(15.5, 8), facecolor="white")
     limit = 1.25 * PLACES[-1]
     line = torch.linspace(-limit, limit, 200, device=before.device)
     with torch.no_grad():
@@ -337,17 +389,34 @@ def picture(
     for axis, x, title in ((axes[0, 1], before, "generator"), (axes[0, 2], after, "after MALA")):
         axis.plot(*x.cpu().numpy().T, ".", markersize=1.5, color="0.2")
         axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-    for axis, (name, x) in zip(axes[1], drawn.items(), strict=False):
-        tiles = x.reshape(8, 8, 8, 8).permute(0, 2, 1, 3).reshape(64, 64).cpu().numpy()
-        axis.imshow(tiles, cmap="gray", vmin=-1, vmax=1)
-        axis.set_title(f"digits, {name}")
+    (energy, anomalous), digit = by_energy[0], next(iter(auprc))
+    for mask, label in ((~anomalous, "other digits"), (anomalous, f"digit {digit}, never seen")):
+        axes[0, 3].hist(energy[mask].cpu().numpy(), bins=30, density=True, alpha=0.6, label=label)
+    axes[0, 3].set_title("energy of held-out digits")
+    axes[0, 3].legend()
+    for axis, (name, x) in zip(axes[1], {"held-out": held_out, **drawn}.items(), strict=False):
+        axis.imshow(tiled(x[:100]), cmap="gray_r", vmin=-1, vmax=1)
+        q = quality[name]
+        axis.set_title(f"digits, {name}: {q.sure:.0%} sure\nprecision {q.precision:.2f}, recall {q.recall:.2f}")
         axis.axis("off")
-    for mask, label in ((~anomalous, "other digits"), (anomalous, f"digit {digit}, held out")):
-        axes[1, 2].hist(scores[mask].cpu().numpy(), bins=30, density=True, alpha=0.6, label=label)
-    axes[1, 2].set_title(f"energy of test digits, AUPRC {auprc:.3f}")
-    axes[1, 2].legend()
+    for shift, name in ((-0.2, "energy"), (0.2, "nearest")):
+        heights = [row[name] for row in auprc.values()]
+        label = "energy" if name == "energy" else "distance to training digits"
+        axes[1, 3].bar([place + shift for place in range(len(auprc))], heights, 0.4, label=label)
+    axes[1, 3].plot([-0.5, len(auprc) - 0.5], [sum(row["chance"] for row in auprc.values()) / len(auprc)] * 2,
+                    "--", color="0.3", label="chance")  # fmt: skip
+    axes[1, 3].set(title="AUPRC of a digit never seen", xlabel="digit", ylim=(0, 1.25), xticks=range(len(auprc)))
+    axes[1, 3].set_xticklabels(auprc)
+    axes[1, 3].legend(loc="upper right", fontsize=8)
     figure.suptitle(f"Maximum-entropy generators, seed {args.seed}")
-    figure.tight_layout()
+    figure.tight_layout(h_pad=2)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)
     plt.close(figure)
+
+
+def tiled(images: Tensor, across: int = 10) -> np.ndarray:
+    """Lay images (N, 64) side by side, with a white line between them."""
+    framed = F.pad(images.unflatten(1, (8, 8)), (1, 1, 1, 1), value=-1.0)
+    rows = framed.unflatten(0, (-1, across)).transpose(1, 2)
+    return rows.flatten(0, 1).flatten(1).cpu().numpy()

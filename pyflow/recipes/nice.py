@@ -109,9 +109,11 @@ def demo(
     why = ": nearly all of a NICE epoch is matrix products" if 0.8 < theirs / ours < 1.25 else ""
     print(f"time per epoch: {ours:.3f} s, reference {theirs:.3f} s, ratio {theirs / ours:.2f}{why}")
 
-    error = picture(flow, images, device, args, nats, gaussian, out)
+    steps = len(train) // settings.batch
+    first = dequantize(train[: settings.batch], images.levels)
+    libraries = compare(flow, first, steps, rounds=1 if args.quick else 11)
+    error = picture(flow, images, device, args, nats, gaussian, libraries, out)
     print(f"reconstruction x -> z -> x of held-out images: largest error {error:.1e}")
-    libraries = compare(flow, dequantize(train[: settings.batch], images.levels), rounds=1 if args.quick else 11)
     return {
         "data": args.data, "prior": args.prior, "seed": args.seed, "device": str(device), "backend": args.backend,
         "epochs": epochs, "settings": asdict(settings), "nats": nats,
@@ -208,15 +210,17 @@ def epoch_seconds(flow: NICE, train: Tensor, levels: int, settings: Settings, ro
     return statistics.median(ours), statistics.median(theirs)
 
 
-def compare(flow: NICE, x: Tensor, rounds: int) -> dict[str, dict[str, float]]:
-    """Print and return what a batch takes in other libraries, with the same networks and a Gaussian prior."""
+def compare(flow: NICE, x: Tensor, steps: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Print and return times in other libraries, with the same networks and a Gaussian prior; x is one batch."""
     found, missing = _nice_peers.times(flow, x, rounds)
-    print(f"\n{f'{len(x)} images, this machine':<28}{'log_prob':>10}{'training step':>15}")
-    for name, seconds in found.items():
-        print(f"{name:<28}{seconds.log_prob * 1e3:>7.2f} ms{seconds.step * 1e3:>12.2f} ms")
+    all_times = {name: {**seconds._asdict(), "epoch": steps * seconds.step} for name, seconds in found.items()}
+    titles = {"log_prob": f"log_prob of {len(x)}", "epoch": f"epoch, {steps} steps", "samples": "1,000 samples"}
+    print(f"\n{'Median times, this machine':<28}" + "".join(f"{title:>18}" for title in titles.values()))
+    for name, seconds in all_times.items():
+        print(f"{name:<28}" + "".join(f"{seconds[each] * 1e3:>15.2f} ms" for each in titles))
     for sentence in missing:
         print(sentence)
-    return {name: seconds._asdict() for name, seconds in found.items()}
+    return all_times
 
 
 @torch.no_grad()
@@ -227,9 +231,10 @@ def picture(
     args: argparse.Namespace,
     nats: float,
     gaussian: float,
+    libraries: dict[str, dict[str, float]],
     out: Path,
 ) -> float:
-    """Draw samples, reconstructions and interpolations; returns the largest reconstruction error."""
+    """Draw times, samples, reconstructions and interpolations; returns the largest reconstruction error."""
     across = 12
     samples = torch.stack([flow.sample(across, temperature=t, seed=args.seed + 1) for t in TEMPERATURES])
     x = noisy(images.test, images.levels, device, seed=2)[: len(images.test)]
@@ -256,6 +261,10 @@ def picture(
                 torch.stack((x[:across], back[:across])),
             ),
             panel("Linear interpolation in z between two held-out images", ["z → z′"] * len(ends), between),
+        ],
+        charts=[
+            _pictures.Bars(f"{title}, milliseconds", {name: 1e3 * times[key] for name, times in libraries.items()})
+            for title, key in (("A training epoch", "epoch"), ("1,000 samples", "samples"))
         ],
     )
     return error

@@ -12,7 +12,7 @@ import torch
 for package in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(package)
 
-from pyflow.recipes import energy
+from pyflow.recipes import _sample_scores, energy
 
 SHORT = {"steps": 8, "batch": 32, "width": 16, "samples": 500, "chain_steps": 5}
 CENTRES = torch.cartesian_prod(*(torch.tensor(energy.PLACES),) * 2)
@@ -39,6 +39,10 @@ def test_a_seed_repeats_the_run(monkeypatch, tmp_path, capsys):
         assert name in printed and f"{mean:.3f}" in printed
         assert mean == pytest.approx(sum(row[name] for row in got["auprc"]) / 2)
     assert 0 <= got["grid_acceptance"] <= 1 and 0 <= got["digits_acceptance"] <= 1
+    assert set(got["digits"]) == {"generator", "after MALA", "held-out"} == set(got["digits_energy"])
+    # eight steps draw nothing that looks like a digit
+    assert got["digits"]["generator"]["recall"] < 0.1 < 0.8 < got["digits"]["held-out"]["recall"]
+    assert got["digits"]["held-out"]["nearest"] == pytest.approx(2.07, abs=0.02)
     from matplotlib.image import imread
 
     assert imread(out).std() > 0.1
@@ -80,7 +84,32 @@ def test_modes_are_counted():
     assert energy.modes(CENTRES + 0.5, CENTRES) == (0, 0.0)
 
 
-def test_held_out_digits_are_not_trained_on():
-    train, test, anomalous = energy.digits(7, torch.device("cpu"))
-    assert len(test) == 359 and len(train) + 359 < 1797 and 20 < anomalous.sum() < 60
+def test_digits_are_split_and_scaled():
+    train, labels, held_out, held_labels = energy.digits(torch.device("cpu"))
+    assert len(train) == len(labels) == 1438 and len(held_out) == len(held_labels) == 359
     assert train.shape[1] == 64 and train.min() == -1 and train.max() == 1
+    assert torch.cdist(held_out, train).min() > 0 and torch.bincount(held_labels).min() > 25
+    rows = energy.picked(train[:3])(50)
+    assert rows.shape == (50, 64) and torch.cdist(rows, train[:3]).amin(1).max() == 0
+
+
+def test_scores_of_samples():
+    torch.manual_seed(0)
+    # three classes on a line, told apart by where they are
+    centres = torch.tensor([[0.0], [10.0], [20.0]])
+    classifier = lambda x: -((x - centres.T) ** 2)
+    train, held_out = (centres.repeat(40, 1) + torch.rand(120, 1) for _ in range(2))
+    real = _sample_scores.scores(centres.repeat(40, 1) + torch.rand(120, 1), classifier, train, held_out)
+    assert real.sure == 1 and real.classes == 3 and real.precision > 0.8 and real.recall > 0.8 and real.nearest < 0.1
+    copies = _sample_scores.scores(train, classifier, train, held_out)
+    assert copies.nearest == 0
+    one_class = _sample_scores.scores(torch.rand(120, 1), classifier, train, held_out)
+    assert one_class.classes == 1 and one_class.precision > 0.8 and 0.2 < one_class.recall < 0.4
+    between = _sample_scores.scores(torch.full((120, 1), 5.0), classifier, train, held_out)
+    assert between.sure == 0 and between.classes == 0 and between.precision == 0 and between.recall == 0
+
+
+def test_images_are_tiled_in_reading_order():
+    images = torch.arange(20.0)[:, None].expand(20, 64)
+    picture = energy.tiled(images)
+    assert picture.shape == (20, 100) and picture[5, 15] == 1 and picture[15, 5] == 10 and picture[0, 5] == -1

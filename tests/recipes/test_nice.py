@@ -43,7 +43,7 @@ def test_short_run(tmp_path, capsys):
     assert metrics["reconstruction_error"] < 1e-4
     assert metrics["epoch_seconds"] > 0 and metrics["reference_epoch_seconds"] > 0
     printed = capsys.readouterr()
-    for text in ("held out", "Gaussian, full covariance", "time per epoch", "largest error", "training step", str(out)):
+    for text in ("held out", "Gaussian, full covariance", "time per epoch", "largest error", "1,000 samples", str(out)):
         assert text in printed.out
     assert "bits/dim" in printed.err and "nats" in printed.err
 
@@ -121,24 +121,25 @@ def test_the_libraries_are_compared_and_a_missing_one_leaves_its_row(capsys, mon
     flow, x = NICE(6, hidden=(5, 4)), torch.randn(7, 6)
     built = {name: _nice_peers.build(name, flow) for name in ("pyflow", *_nice_peers.PEERS)}
     # the networks and 6 log-scales; nflows' ActNorm also has shifts
-    sizes = {name: sum(p.numel() for p in module.parameters()) for name, (module, _) in built.items()}
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, (module, *_) in built.items()}
     own = sum(p.numel() for p in flow.parameters())
     assert sizes == {"pyflow": own, "normflows": own, "nflows": own + 6, "zuko": own + 6}
-    for module, log_prob in built.values():
+    for module, log_prob, sample in built.values():
         # zuko starts its scales at random, nflows by the first batch
         for parameter in module.parameters():
             if parameter.numel() == 6:
                 parameter.data.zero_()
         module.eval()
         assert log_prob(x).shape == (7,) and log_prob(x).isfinite().all()
+        assert sample(3).shape == (3, 6)
     torch.testing.assert_close(built["pyflow"][1](x), built["nflows"][1](x))
     torch.testing.assert_close(built["pyflow"][1](x), built["zuko"][1](x))
     monkeypatch.setitem(sys.modules, "zuko", None)
-    found = nice.compare(flow, x, rounds=1)
+    found = nice.compare(flow, x, steps=9, rounds=1)
     assert list(found) == ["pyflow", "normflows", "nflows"]
-    assert all(seconds["log_prob"] > 0 and seconds["step"] > 0 for seconds in found.values())
+    assert all(min(times.values()) > 0 and times["epoch"] == 9 * times["step"] for times in found.values())
     printed = capsys.readouterr().out
-    assert "7 images, this machine" in printed and "zuko is left out, it does not import here" in printed
+    assert "log_prob of 7" in printed and "zuko is left out, it does not import here" in printed
 
 
 def test_wrong_arguments(capsys):
