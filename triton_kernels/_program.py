@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .._schemas import ACTIVATIONS, SCALE_MAPS
-from ._math import constant, div, erf, exp, exp_less, neg, sigmoid, sine_cosine, sqrt, tanh
+from ._math import constant, div, erf, exp, exp_less, floor, neg, sigmoid, sine_cosine, sqrt, tanh
 from ._tiles import fold_rows
 from .coupling import log_scale_slope
 from .flow_head import GAUSSIAN, LOGISTIC, log_density
@@ -270,7 +270,7 @@ def wrap_step(m, s):
         x = read(m, word(s, A), i, n)
         x = tl.where(inner, x + shift + bound, x)
         period = bound * 2.0 + x * 0.0
-        turns = tl.floor(div(x, period))
+        turns = floor(div(x, period))
         rest = tl.fma(neg(turns), period, x)
         # a quotient just below a whole number is rounded to it
         rest = tl.where(rest < 0.0, tl.fma(1.0 - turns, period, x), rest)
