@@ -211,7 +211,7 @@ def test_bases(base, fuses):
         assert_same(lambda: fused.log_prob(x), lambda: flow.log_prob(x), [x, *flow.parameters()])
 
 
-@pytest.mark.parametrize("name", ["exp", "masked", "linear", "spline"])
+@pytest.mark.parametrize("name", ["exp", "masked", "linear", "spline", "periodic"])
 def test_float32(name):
     flow = made(LAYERS[name], spread=0.1)
     assert_float32_as_exact_as("log_prob", flow, fuse(flow), data(256, 5))
