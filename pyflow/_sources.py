@@ -74,6 +74,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "normflows.flows.neural_spline.coupling": ("e8b874c1cc40",),
     "normflows.flows.neural_spline.wrapper": ("03f74b6804b3",),
     "normflows.flows.normalization": ("fad79344fa99",),
+    "normflows.flows.periodic": ("fda6056df1e9",),
     "normflows.flows.reshape": ("9bd595bfc131",),
     "normflows.nets.made": ("48e3ee1ca2ad",),
     "normflows.nets.mlp": ("c24e8a1b9a5d",),

@@ -51,6 +51,23 @@ class Linear(NamedTuple):
     logdet: int = -1
 
 
+class Wrap(NamedTuple):
+    """x_c = (x_c + shift_c + bound_c) mod 2 bound_c - bound_c for some columns; inverse: with -shift_c.
+
+    Exact for up to 2^22 periods in float32. The gradient is that of x + shift.
+
+    Attributes:
+        columns: which columns.
+        bound, shift: one for all columns, or one per column; > 0 and finite.
+        inverse: the inverse map, within the bound.
+    """
+
+    columns: Columns
+    bound: tuple[float, ...]
+    shift: tuple[float, ...] = (0.0,)
+    inverse: bool = False
+
+
 class Dense(NamedTuple):
     """Part of a `Net`: h = act(W h + b), with (mask * W) h if there is a mask.
 
@@ -197,6 +214,7 @@ class Spline(NamedTuple):
             instruction may name it. -1: the last conditioner returns them, those of a column next to each other.
         inverse: the inverse map.
         zero_outside: whether the result is 0 outside of the bound, as normflows' with a list of tails, and not x.
+        turned: whether it is of x mod 2 bound - bound, as zuko's circular ones; the inverse returns that of its result.
     """
 
     columns: Columns
@@ -211,6 +229,7 @@ class Spline(NamedTuple):
     params: int = -1
     inverse: bool = False
     zero_outside: bool = False
+    turned: bool = False
 
 
 # get_args of Python 3.10 takes no X | Y
@@ -277,7 +296,9 @@ def number_levels(inverse: Autoregressive) -> Columns:
 
 
 # get_args of Python 3.10 takes no X | Y
-Instruction = typing.Union[Scale, Linear, Net, Additive, Multiplicative, Affine, Spline, Autoregressive, Prior]  # noqa: UP007
+Instruction = typing.Union[  # noqa: UP007
+    Scale, Linear, Wrap, Net, Additive, Multiplicative, Affine, Spline, Autoregressive, Prior
+]
 _NAMED = {union: {kind.__name__.lower(): kind for kind in get_args(union)} for union in (Instruction, Part, Transform)}
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .._schemas import ACTIVATIONS, SCALE_MAPS
-from ._math import constant, div, erf, exp, exp_less, neg, sigmoid, sine_cosine, sqrt, tanh
+from ._math import constant, div, erf, exp, exp_less, floor, neg, sigmoid, sine_cosine, sqrt, tanh
 from ._tiles import fold_rows
 from .coupling import log_scale_slope
 from .flow_head import GAUSSIAN, LOGISTIC, log_density
@@ -27,19 +27,20 @@ ACTIVE = tl.constexpr(32)  # of an activation
 SPLINE_COLS = tl.constexpr(4)  # of a spline: an element for each of 128 threads
 
 KINDS = (
-    "dense", "couple", "activate", "spline", "norm", "periodic", "prior", "load", "store", "fill", "total",
+    "dense", "couple", "activate", "spline", "wrap", "norm", "periodic", "prior", "load", "store", "fill", "total",
     "dense_inputs", "dense_weights", "sum_rows", "couple_back", "activate_back", "spline_back", "norm_back",
     "periodic_back", "prior_back",
 )  # fmt: skip
 (
-    DENSE, COUPLE, ACTIVATE, SPLINE, NORM, PERIODIC, PRIOR, LOAD, STORE, FILL, TOTAL,
+    DENSE, COUPLE, ACTIVATE, SPLINE, WRAP, NORM, PERIODIC, PRIOR, LOAD, STORE, FILL, TOTAL,
     DENSE_INPUTS, DENSE_WEIGHTS, SUM_ROWS, COUPLE_BACK, ACTIVATE_BACK, SPLINE_BACK, NORM_BACK,
     PERIODIC_BACK, PRIOR_BACK,
 ) = map(tl.constexpr, range(len(KINDS)))  # fmt: skip
 
 # n columns; lists of places that are read (a to g) and written, of rows and columns of a matrix (of a spline: bits of
-# the ends of domains, and their kinds), by their first entry in the table; the place of the sum that joins logdet, or
-# of the gradient of logdet; first entries among the weights; -1: absent. Then numbers, and bits of floats.
+# the ends of domains, and their kinds; of a wrap: bits of bounds and shifts), by their first entry in the table; the
+# place of the sum that joins logdet, or of the gradient of logdet; first entries among the weights; -1: absent. Then
+# numbers, and bits of floats.
 FIELDS = (
     "kind", "n", "a", "b", "c", "g", "out", "out_b", "out_c", "log", "rows", "cols", "weight", "bias", "mask", "more",
     "terms", "pitch", "form", "bins", "shift", "inverse", "inner", "clear", "tails", "f0", "f1", "f2", "f3", "f4",
@@ -249,6 +250,31 @@ def couple_step(m, s):
         write(m, word(s, OUT), i, n, tl.where(word(s, INNER) != 0, (x + shift) * e, tl.fma(x, e, shift)))
         total += tl.where(i < n, g, 0.0)
     write_sum(m, s, total)
+
+
+@triton.jit
+def numbers_listed(m, at, i, inside):
+    """Floats of a list of their bits, 1 where not inside."""
+    v = as_number(tl.load(m.table + at + i, mask=inside, other=0), m.scratch.dtype.element_ty)
+    return tl.where(inside, v, 1.0)
+
+
+@triton.jit
+def wrap_step(m, s):
+    """out = a mod 2 bound - bound, or (a + shift + bound) mod 2 bound - bound if `inner`."""
+    n, inner = word(s, N), word(s, INNER) != 0
+    for first in range(0, n, COLS):
+        i = columns_from(first, COLS)
+        bound = numbers_listed(m, word(s, ROW_LIST), i, i < n)
+        shift = numbers_listed(m, word(s, COL_LIST), i, (i < n) & inner)
+        x = read(m, word(s, A), i, n)
+        x = tl.where(inner, x + shift + bound, x)
+        period = bound * 2.0 + x * 0.0
+        turns = floor(div(x, period))
+        rest = tl.fma(neg(turns), period, x)
+        # a quotient just below a whole number is rounded to it
+        rest = tl.where(rest < 0.0, tl.fma(1.0 - turns, period, x), rest)
+        write(m, word(s, OUT), i, n, rest - bound)
 
 
 @triton.jit

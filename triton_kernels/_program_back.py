@@ -120,6 +120,9 @@ class Back:
         self.give(step.values["a"], of_columns)
         self.give(step.values["c"], of_numbers)
 
+    def wrap(self, step: Step) -> None:
+        self.give(step.values["a"], self.of(step.values["out"]))
+
     def norm(self, step: Step) -> None:
         self.give(step.values["a"], *self.pull("norm_back", step))
 

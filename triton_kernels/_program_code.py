@@ -27,6 +27,7 @@ from ..program import (
     Scale,
     Spline,
     Transform,
+    Wrap,
     number_levels,
 )  # fmt: skip
 from ._program import CONTEXT, FACTOR, MAPS, X
@@ -159,6 +160,20 @@ class Builder:
             # the log-scale of a column of no interest
             self.add("couple", self.fresh(1), a=(ZERO,), weight=linear.logdet, log=self.sum_of())
 
+    def wrap(self, wrap: Wrap) -> None:
+        n = len(wrap.columns)
+        sign = -1.0 if wrap.inverse else 1.0
+        bounds, shifts = (values * n if len(values) == 1 else values for values in (wrap.bound, wrap.shift))
+        self.wrapped(wrap.columns, bounds, [sign * shift for shift in shifts])
+
+    def wrapped(self, columns: Sequence[int], bounds: Sequence[float], shifts: Sequence[float] = ()) -> None:
+        if columns:
+            out = self.add(
+                "wrap", self.fresh(len(columns)), a=self.named(columns), rows=[*map(float, bounds)], cols=shifts,
+                inner=bool(shifts),
+            )  # fmt: skip
+            self.set(columns, out)
+
     def net(self, net: Net) -> None:
         inputs: list[Any] = [*self.named(net.columns), *self.context * net.context]
         states = self.begin(net.parts, len(inputs), None)
@@ -205,6 +220,8 @@ class Builder:
         one = lambda values, i: values[i if len(values) == len(spline.columns) else 0]
         highs = [float(one(spline.bound, i)) if spline.tails else 1.0 for i in places]
         ends = [one(spline.tails, i) if spline.tails else FREE.value for i in places]
+        if spline.turned and not spline.inverse:
+            self.wrapped(columns, highs)
         out = self.add(
             "spline", self.fresh(len(columns)), spline.param_scale, limit, least, 1.0 - bins * least, spline.min_slope,
             a=self.named(columns), c=numbers, log=self.sum_of(), rows=highs, cols=ends, pitch=2 * bins + spline.slopes,
@@ -212,6 +229,8 @@ class Builder:
             clear=spline.zero_outside, tails=bool(spline.tails),
         )  # fmt: skip
         self.set(columns, out)
+        if spline.turned and spline.inverse:
+            self.wrapped(columns, highs)
 
     def autoregressive(self, inverse: Autoregressive) -> None:
         net, transform, numbers = inverse.net, inverse.transform, self.numbers

@@ -47,6 +47,7 @@ from ._program import (
     SUM_ROWS,
     TOTAL,
     WORDS,
+    WRAP,
     Machine,
     X,
     activate_step,
@@ -60,6 +61,7 @@ from ._program import (
     store_step,
     total_step,
     word,
+    wrap_step,
 )
 from ._program_grad import (
     activate_back_step,
@@ -91,6 +93,8 @@ def shared_step(m, s, kind, x, context, to_x, SPLINES: tl.constexpr):
         couple_step(m, s)
     elif kind == ACTIVATE:
         activate_step(m, s)
+    elif kind == WRAP:
+        wrap_step(m, s)
     elif kind == NORM:
         norm_step(m, s)
     elif kind == PERIODIC:

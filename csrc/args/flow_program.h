@@ -87,6 +87,7 @@ struct ProgramInstruction {
   double* logdet;
   int64_t shift_place, log_scale_place, logdet_place;  // among the weights
   const char* given_logdet;                            // linear: a number, null if absent
+  const double *bounds, *shifts;                       // wrap: of every column
   // net: parts, of which the first reads the columns and perhaps the context; linear: one
   const ProgramPart* parts;
   int64_t part_count;
@@ -101,6 +102,7 @@ struct ProgramInstruction {
   SplineForm spline;
   const ProgramSplineEnds* ends;  // of every column
   bool zero_outside;              // of the ends, and not x
+  bool turned;                    // of x mod 2 bound - bound; inverse: returns that of its result
   ProgramWeight numbers;
   // autoregressive: also parts, context
   const ProgramSolve* solve;

@@ -42,6 +42,8 @@ template <bool Fused>
 PYFLOW_FN float mul_add(float a, float b, float c) {
   return Fused ? fma_(a, b, c) : a * b + c;
 }
+PYFLOW_FN float floor_(float x) { return __builtin_floorf(x); }
+PYFLOW_FN double floor_(double x) { return __builtin_floor(x); }
 PYFLOW_FN float abs_(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 PYFLOW_FN double abs_(double x) { return __builtin_fabs(x); }
 

@@ -10,6 +10,7 @@
 #define PYFLOW_INSTRUCTIONS(F) \
   F(scale)                     \
   F(linear)                    \
+  F(wrap)                      \
   F(net)                       \
   F(additive)                  \
   F(multiplicative)            \
@@ -100,6 +101,14 @@ PYFLOW_FN T activation_grad(T g, T z, T h, T arg) {
   } else {
     return g;
   }
+}
+
+// x mod 2 bound - bound; the remainder is rounded once, as torch's is, if x is up to 2^22 periods
+template <class T>
+PYFLOW_FN T wrap(T x, T bound) {
+  const T period = T(2) * bound, turns = floor_(x / period), rest = fma_(-turns, period, x);
+  // a quotient just below a whole number is rounded to it
+  return (rest < T(0) ? fma_(T(1) - turns, period, x) : rest) - bound;
 }
 
 }  // namespace pyflow

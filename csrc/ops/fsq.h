@@ -39,13 +39,9 @@ PYFLOW_FN constexpr bool is_hard(FsqVariant v) {
 #if defined(__CUDA_ARCH__)
 PYFLOW_FN float round_even(float x) { return rintf(x); }
 PYFLOW_FN double round_even(double x) { return rint(x); }
-PYFLOW_FN float floor_(float x) { return floorf(x); }
-PYFLOW_FN double floor_(double x) { return floor(x); }
 #else
 PYFLOW_FN float round_even(float x) { return __builtin_rintf(x); }
 PYFLOW_FN double round_even(double x) { return __builtin_rint(x); }
-PYFLOW_FN float floor_(float x) { return __builtin_floorf(x); }
-PYFLOW_FN double floor_(double x) { return __builtin_floor(x); }
 #endif
 
 // NaN stays NaN

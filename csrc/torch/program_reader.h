@@ -205,6 +205,7 @@ class Reader {
     switch (in.kind) {
       case Instruction::scale: read_scale(in); break;
       case Instruction::linear: read_linear(in); break;
+      case Instruction::wrap: read_wrap(in); break;
       case Instruction::net: read_net(in); break;
       case Instruction::additive: read_additive(in); break;
       case Instruction::multiplicative: read_additive(in); break;
@@ -213,8 +214,10 @@ class Reader {
       case Instruction::autoregressive: read_autoregressive(in); break;
       case Instruction::prior: in.prior = Prior(words_.below(std::size(kPriorNames))); break;
     }
-    const bool saves = in.kind != Instruction::net && in.kind != Instruction::additive;
-    if (taped_ && saves && in.kind != Instruction::autoregressive) in.saved = take(in.count);
+    const Instruction saves_none[] = {Instruction::net, Instruction::additive, Instruction::wrap,
+                                      Instruction::autoregressive};
+    const bool saves = std::find(std::begin(saves_none), std::end(saves_none), in.kind) == std::end(saves_none);
+    if (taped_ && saves) in.saved = take(in.count);
     instructions_.push_back(in);
   }
 
@@ -242,6 +245,25 @@ class Reader {
     in.parts = &part;
     work_ += in.count * in.count;
     if (!taped_) in.saved = take(in.count);
+  }
+
+  void read_wrap(ProgramInstruction& in) {
+    std::vector<double>&bounds = constants_.emplace_back(), &shifts = constants_.emplace_back();
+    bounds = constants_of(in.count);
+    shifts = constants_of(in.count);
+    if (words_.flag()) {
+      for (double& shift : shifts) shift = -shift;
+    }
+    in.bounds = bounds.data();
+    in.shifts = shifts.data();
+  }
+
+  // numbers of every column, of one for all or one for each
+  std::vector<double> constants_of(int64_t count) {
+    std::vector<double> list = reals();
+    require(list.size() == 1 || list.size() == size_t(count));
+    if (list.size() == 1) list.resize(size_t(count), list[0]);
+    return list;
   }
 
   void read_net(ProgramInstruction& in) {
@@ -407,17 +429,17 @@ class Reader {
                  : slopes == bins     ? SplineTails::circular
                                       : SplineTails::mixed;
     form.variant = SplineVariant(words_.below(std::size(kSplineVariantNames)));
-    const std::vector<double> bounds = reals();
-    require(bounds.size() == 1 || bounds.size() == size_t(in.count));
+    const std::vector<double> bounds = constants_of(in.count);
     const double param_scale = words_.real(), min_bin = words_.real(), min_slope = words_.real();
     form.constants = spline_constants(form.variant, form.bins, param_scale, min_bin, min_slope);
     read_numbers(in, 2 * bins + slopes);
     form.inverse = words_.flag();
     in.zero_outside = words_.flag();
-    require(!in.zero_outside || given > 0);
+    in.turned = words_.flag();
+    require(given > 0 || !(in.zero_outside || in.turned));
     std::vector<ProgramSplineEnds>& ends = ends_.emplace_back();
     for (int64_t i = 0; i < in.count; ++i) {
-      const double bound = bounds[bounds.size() == 1 ? 0 : size_t(i)];
+      const double bound = bounds[size_t(i)];
       const bool linear = given > 0 && tails[given == 1 ? 0 : size_t(i)] == 0;
       ends.push_back(given > 0 ? ProgramSplineEnds{-bound, bound, linear} : ProgramSplineEnds{0, 1, false});
     }
@@ -511,6 +533,7 @@ class Reader {
   std::vector<int64_t> uses_;   // of every weight
   std::vector<int64_t> lanes_;  // those whose gradients are summed in lanes
   std::deque<std::vector<ProgramSplineEnds>> ends_;
+  std::deque<std::vector<double>> constants_;
   std::vector<const char*> masks_;
   int64_t work_ = 0;  // multiply-adds of a row
   std::vector<double> logdets_;

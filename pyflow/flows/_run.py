@@ -168,7 +168,7 @@ class Run:
         starts: layers that the first batch may initialise.
         conditioners: how many networks it has.
         base: the base distribution, if the run ends with it.
-        columns, context: for how many columns it is, of x and of the context; 0 if it does not matter.
+        columns, context: for how many columns it is, of x (or at least) and of the context; 0 if it does not matter.
         checks: whether nan may stand for an error of a layer.
         masks: of the weights at some places, as they were looked at.
     """

@@ -39,6 +39,7 @@ from ..program import (
     Scale,
     Spline,
     Transform,
+    Wrap,
     number_levels,
 )  # fmt: skip
 from ..reference import flow_program as ref
@@ -249,6 +250,27 @@ class _Checker:
         self.weight("bias", linear.bias, (n,))
         self.weight("logdet", linear.logdet, ())
 
+    def wrap(self, wrap: Wrap) -> None:
+        n = self.columns(wrap.columns)
+        self.some("bound", wrap.bound, (1, n))
+        self.some("shift", wrap.shift, (1, n))
+        self.bounds(wrap.bound)
+        for shift in wrap.shift:
+            self.number("shift", abs(shift) if isinstance(shift, (int, float)) else shift)
+        self.flags(wrap, "inverse")
+
+    def some(self, name: str, given: Any, counts: tuple[int, ...]) -> None:
+        if not isinstance(given, tuple) or len(given) not in counts:
+            few = "none, one" if 0 in counts else "one"
+            self.fail(f"{name} must be a tuple of {few} or one per column, got {check.shown(given)}")
+
+    def bounds(self, bounds: tuple[Any, ...]) -> None:
+        try:
+            for bound in bounds:
+                splines.one_bound(f"flow_program: {self.where}", bound, torch.float32)
+        except TypeError as error:
+            raise ValueError(*error.args) from None
+
     def net(self, net: Net) -> None:
         size = self.columns(net.columns, unique=False)
         self.flags(net, "context")
@@ -351,11 +373,8 @@ class _Checker:
             self.fail("columns must be at least one, got ()")
         if not isinstance(bins, int) or not 2 <= bins <= most:
             self.fail(f"bins must be an integer, 2 to {most}, got {check.shown(bins)}")
-        for name, least in (("tails", 0), ("bound", 1)):
-            given = getattr(spline, name)
-            if not isinstance(given, tuple) or len(given) not in {least, 1, n}:
-                few = "none, one" if least == 0 else "one"
-                self.fail(f"{name} must be a tuple of {few} or one per column, got {check.shown(given)}")
+        self.some("tails", spline.tails, (0, 1, n))
+        self.some("bound", spline.bound, (1, n))
         for tail in spline.tails:
             self.index("tails", tail, TAILS)
         # linear tails need no outer slopes, circular ones have equal ones
@@ -363,10 +382,9 @@ class _Checker:
         if spline.slopes not in fits:
             self.fail(f"slopes must be {' or '.join(map(str, fits))} with these bins and tails, got {spline.slopes!r}")
         self.index("variant", spline.variant, SPLINE_VARIANTS)
+        self.bounds(spline.bound)
         try:
             op = f"flow_program: {self.where}"
-            for bound in spline.bound:
-                splines.one_bound(op, bound, torch.float32)
             splines.constants(op, bins, SPLINE_VARIANTS[spline.variant], *spline[6:9], torch.float32)
         except TypeError as error:
             raise ValueError(*error.args) from None
@@ -375,9 +393,10 @@ class _Checker:
         else:
             self.weight("params", spline.params, (n, 2 * bins + spline.slopes))
             self.tables.append((self.where, spline.params))
-        self.flags(spline, "inverse", "zero_outside")
-        if spline.zero_outside and not spline.tails:
-            self.fail("zero_outside must be false without tails, got True")
+        self.flags(spline, "inverse", "zero_outside", "turned")
+        for name in ("zero_outside", "turned"):
+            if getattr(spline, name) and not spline.tails:
+                self.fail(f"{name} must be false without tails, got True")
 
     def autoregressive(self, inverse: Autoregressive) -> None:
         net, transform = inverse.net, inverse.transform

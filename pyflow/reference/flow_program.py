@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from ..program import (
     Scale,
     Spline,
     Transform,
+    Wrap,
     columns_of_numbers,
     runs_of,
     some_columns,
@@ -150,6 +152,10 @@ def _step(
         return h, params, flow_log_prob(x, prior=PRIORS[instruction.prior])
     if isinstance(instruction, Scale):
         y, more = _scale(instruction, x, weights)
+    elif isinstance(instruction, Wrap):
+        sign = -1 if instruction.inverse else 1
+        shift, bound = (_constants(values, x) for values in (instruction.shift, instruction.bound))
+        y, more = _wrapped(x + sign * shift + bound, bound), none
     elif isinstance(instruction, Linear):
         bias, logdet = instruction.bias, instruction.logdet
         y = matmul(x, weights[instruction.weight].mT)
@@ -175,8 +181,11 @@ def _transformed(transform: Additive | Multiplicative | Transform, x: Tensor, pa
         log_scale = -params if transform.inverse else params
         return x * torch.exp(log_scale), log_scale.sum(1)
     if isinstance(transform, Spline):
+        before, after = transform.turned and not transform.inverse, transform.turned and transform.inverse
+        x = _turned(transform, x) if before else x
         y, more = rq_spline(x, *_spline_inputs(transform, x, params), **_spline_options(transform))
-        return _where_inside(transform, x, y), more
+        y = _where_inside(transform, x, y)
+        return _turned(transform, y) if after else y, more
     return affine_coupling_packed(x, _paired(transform, params), **_options(transform), mask=None)
 
 
@@ -198,6 +207,7 @@ def _pulled(
         scaled = grad * torch.exp(sign * params)
         return scaled, sign * (scaled * x + logdet[:, None])
     if isinstance(transform, Spline):
+        x = _turned(transform, x) if transform.turned and not transform.inverse else x
         inputs, grad = _spline_inputs(transform, x, params), _where_inside(transform, x, grad)
         grad, of_params = rq_spline_backward(grad, logdet, x, *inputs, **_spline_options(transform))
         return grad, of_params.flatten(1)
@@ -265,6 +275,18 @@ def _where_inside(spline: Spline, x: Tensor, y: Tensor) -> Tensor:
     if not spline.zero_outside:
         return y
     return torch.where(x.abs() <= torch.tensor(spline.bound, dtype=x.dtype, device=x.device), y, 0.0)
+
+
+def _turned(spline: Spline, x: Tensor) -> Tensor:
+    return _wrapped(x, _constants(spline.bound, x))
+
+
+def _constants(values: tuple[float, ...], x: Tensor) -> Any:
+    return values[0] if len({*values}) == 1 else torch.tensor(values, dtype=x.dtype, device=x.device)
+
+
+def _wrapped(x: Tensor, bound: Any) -> Tensor:
+    return torch.remainder(x, 2 * bound) - bound
 
 
 def _scale(scale: Scale, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -365,6 +387,8 @@ class _Back:
         x, grad = h.index_select(1, at), self.h.index_select(1, at)
         if isinstance(instruction, Net):
             self.net(instruction, h, self.params)
+            return
+        if isinstance(instruction, Wrap):
             return
         if isinstance(instruction, Autoregressive):
             self.autoregressive(instruction, h)

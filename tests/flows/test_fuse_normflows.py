@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -40,6 +41,10 @@ def coupled(context=None, kind=N.CoupledRationalQuadraticSpline, **options):
     return kind(5, 2, 8, num_context_channels=context, num_bins=4, **options)
 
 
+def circular(places, kind):
+    return coupled(None, kind, ind_circ=places, tail_bound=math.pi, init_identity=False)
+
+
 def autoregressive(context=None, **options):
     return coupled(context, N.AutoregressiveRationalQuadraticSpline, init_identity=False, **options)
 
@@ -70,6 +75,12 @@ LAYERS = {
     ],
     "torus_autoregressive": lambda: [
         coupled(None, N.CircularAutoregressiveRationalQuadraticSpline, ind_circ=[0], tail_bound=1.5, init_identity=False)
+    ],
+    "periodic": lambda: [
+        N.PeriodicWrap([1, 3], 2.0), N.Permute(5), circular([0, 3], N.CircularCoupledRationalQuadraticSpline),
+        N.PeriodicShift([0, 3], math.pi, torch.tensor([0.4, -2.0])), N.LULinearPermute(5, identity_init=False),
+        circular([1, 2], N.CircularAutoregressiveRationalQuadraticSpline),
+        N.PeriodicShift((2, 1), torch.tensor([0.7, 1.5]), 0.3), N.Reverse(N.PeriodicShift(4, 1.0, 0.25)), N.PeriodicWrap([4]),
     ],
     "maf": lambda: [N.MaskedAffineAutoregressive(5, 12), N.Permute(5)],
     "maf_feedforward": lambda: [
@@ -130,6 +141,33 @@ def test_layers(name):
     check(made(LAYERS[name]))
 
 
+def test_periodic_layers_that_change():
+    flow, x = made(LAYERS["periodic"]), data(8, 5)
+    fused, shift = fuse(flow), flow.flows[3]
+    changes = [
+        lambda: shift.shift.add_(0.5), lambda: setattr(flow.flows[0], "bound", 1.5), lambda: setattr(shift, "ind", [0, 1]),
+    ]  # fmt: skip
+    assert_changes_are_seen(changes, lambda: fused.log_prob(x), lambda: flow.log_prob(x))
+    # as in normflows
+    shift.ind = [0, 7]
+    assert texts(lambda: fused.log_prob(x)) == texts(lambda: flow.log_prob(x))
+
+
+@pytest.mark.parametrize("layer, reason", [
+    (lambda: N.PeriodicWrap(torch.tensor([1, 2])), "its ind is no list of integers from 0 on"),
+    (lambda: N.PeriodicWrap([-1]), "its ind is no list of integers from 0 on"),
+    (lambda: N.PeriodicWrap([1, 1]), r"its ind is (1, 1), its bound (1.0,) and its shift (0.0,)"),
+    (lambda: N.PeriodicWrap([1], bound=-1.0), r"its ind is (1,), its bound (-1.0,) and its shift (0.0,)"),
+    (lambda: N.PeriodicShift([1], shift=torch.tensor(0.5, requires_grad=True)), "its shift is neither a number nor"),
+])  # fmt: skip
+def test_periodic_layers_without_an_instruction(layer, reason):
+    flow = made(lambda: [coupled(), layer()])
+    fused, x = fuse(flow), data(4, 5)
+    assert f"flow.flows.1 ({type(flow.flows[1]).__name__}): left, {reason}" in fused.explain()
+    with programs(1):
+        torch.testing.assert_close(fused.log_prob(x), flow.log_prob(x))
+
+
 def test_a_direction_without_a_program_is_named():
     flow = made(LAYERS["maf"])
     flow.flows[0].autoregressive_net.initial_layer.mask.fill_(1)
@@ -173,7 +211,7 @@ def test_bases(base, fuses):
         assert_same(lambda: fused.log_prob(x), lambda: flow.log_prob(x), [x, *flow.parameters()])
 
 
-@pytest.mark.parametrize("name", ["exp", "masked", "linear", "spline"])
+@pytest.mark.parametrize("name", ["exp", "masked", "linear", "spline", "periodic"])
 def test_float32(name):
     flow = made(LAYERS[name], spread=0.1)
     assert_float32_as_exact_as("log_prob", flow, fuse(flow), data(256, 5))

@@ -72,6 +72,7 @@ MODELS = {
     "nflows_maf": (nflows_maf, False),
     "zuko_nice": (zuko_flow("NICE"), True),
     "zuko_nsf": (zuko_flow("NSF"), True),
+    "zuko_ncsf": (zuko_flow("NCSF"), True),
     "zuko_maf": (zuko_flow("MAF"), True),
 }
 

@@ -83,9 +83,23 @@ struct Rule<Instruction::spline> {
   }
 
   template <class T>
+  static void turn(const ProgramTile<T>& t, const ProgramInstruction& in) {
+    for_each_column(t, in, [&](int64_t b, int64_t c, int64_t i) {
+      T* __restrict x = t.state.at(b, c);
+      const T bound = T(in.ends[i].high);
+#pragma omp simd
+      for (int r = 0; r < kWidth<T>; ++r) {
+        x[r] = wrap(x[r], bound);
+      }
+    });
+  }
+
+  template <class T>
   static void forward(const ProgramTile<T>& t, const ProgramInstruction& in) {
+    if (in.turned && !in.spline.inverse) turn(t, in);
     save(t, in);
     with_form(in.spline, [&](auto variant, auto inverse) { run<variant.value, inverse.value>(t, in); });
+    if (in.turned && in.spline.inverse) turn(t, in);
   }
 
   template <SplineVariant V, bool Inverse, class T>

@@ -124,6 +124,54 @@ def _lu_linear_permute(look: Look, path: Path, layer: Any) -> Write:
     return in_order(both)
 
 
+@register(RULES, "normflows.flows.periodic.PeriodicWrap")
+def _periodic_wrap(look: Look, path: Path, layer: Any) -> Write:
+    wrap = _circle(look, path, layer, (0.0,))
+    # the other way it does nothing
+    return lambda tape: wrap(tape) if tape.inverse else None
+
+
+@register(RULES, "normflows.flows.periodic.PeriodicShift")
+def _periodic_shift(look: Look, path: Path, layer: Any) -> Write:
+    return _circle(look, path, layer, _constant(look, path, layer, "shift"))
+
+
+def _circle(look: Look, path: Path, layer: Any, shift: tuple[float, ...]) -> Write:
+    places, bound = look.watch.option(path, layer, _places), _constant(look, path, layer, "bound")
+    if not places:
+        raise NoInstruction(path, layer, "its ind is no list of integers from 0 on")
+    if len({*places}) < len(places) or not {len(bound), len(shift)} <= {1, len(places)} or not min(bound) > 0:
+        raise NoInstruction(path, layer, f"its ind is {places}, its bound {bound} and its shift {shift}")
+    look.run.columns = max(look.run.columns, 1 + max(places))
+
+    def write(tape: Tape) -> None:
+        if max(places) >= len(tape.order):
+            raise DoesNotFit
+        tape.add(p.Wrap(tape.at(places), bound, shift, tape.inverse))
+
+    return write
+
+
+def _places(layer: Any) -> p.Columns:
+    places = [layer.ind] if type(layer.ind) is int else layer.ind
+    fits = type(places) in (list, tuple) and all(type(place) is int and place >= 0 for place in places)
+    return tuple(places) if fits else ()
+
+
+def _constant(look: Look, path: Path, layer: Any, name: str) -> tuple[float, ...]:
+    """Return a number, or those of a buffer."""
+    if name in layer._buffers and not layer._buffers[name].requires_grad:
+        return tuple(look.values(path, layer, name))
+    value = look.watch.option(path, layer, lambda m: _number(getattr(m, name)))
+    if value is None:
+        raise NoInstruction(path, layer, f"its {name} is neither a number nor a constant buffer")
+    return (value,)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
+
+
 # couplings
 
 

@@ -191,7 +191,8 @@ def _univariate(look: Look, path: Path, layer: Any) -> Transform:
     known, wanted = _UNIVARIATE.get(name, ((), []))
     if not plain or not {*options} <= {*known}:
         raise NoInstruction(path, layer, f"its univariate {name} has no instruction")
-    if name == "MonotonicRQSTransform":
+    circular = name == _CIRCULAR
+    if circular or name == "MonotonicRQSTransform":
         bins = shapes[0][0] if shapes and shapes[0] else 0
         wanted = [(bins,), (bins,), (bins - 1,)]
         if not 2 <= bins <= MOST_BINS:
@@ -205,17 +206,20 @@ def _univariate(look: Look, path: Path, layer: Any) -> Transform:
         raise NoInstruction(path, layer, f"its slope is {slope}")
     if name == "MonotonicAffineTransform":
         return affine("softsign", -math.log(slope), "interleaved")
-    tails, variant, bound = (TAILS.index("linear"),), SPLINE_VARIANTS.index("zuko"), (float(options.get("bound", 5.0)),)
+    tails, variant = (TAILS.index("linear"),), SPLINE_VARIANTS.index("zuko")
+    bound = (math.pi if circular else float(options.get("bound", 5.0)),)
     return lambda columns, inverse: p.Spline(
-        columns, bins, bins - 1, tails, variant, bound, min_slope=slope, inverse=inverse
+        columns, bins, bins - 1, tails, variant, bound, min_slope=slope, inverse=inverse, turned=circular
     )
 
 
+_CIRCULAR = "zuko.flows.spline.CircularRQSTransform"
 # options that are known, and the shapes of a column's numbers
 _UNIVARIATE: dict[str, tuple[tuple[str, ...], list[tuple[int, ...]]]] = {
     "AdditiveTransform": ((), [()]),
     "MonotonicAffineTransform": (("slope",), [(), ()]),
     "MonotonicRQSTransform": (("bound", "slope"), []),
+    _CIRCULAR: (("slope",), []),
 }
 
 

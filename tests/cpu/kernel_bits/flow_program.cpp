@@ -17,6 +17,7 @@ class Flow {
   Flow(int map, int options) {
     const bool inverse = options & 1, shift_first = options & 2;
     scale({6, 0, 2}, inverse, shift_first);
+    wrap({3, 5});
     net({1, 3, 1}, true, {kHidden, kHidden, 6}, Activation(map % 9));
     set_affine(add(Instruction::affine, {0, 5, 2}, inverse, shift_first), map);
     linear({4, 1, 0, 6, 3});
@@ -131,6 +132,13 @@ class Flow {
     in.log_scale = data(in.log_scale_place = weight(in.count));
   }
 
+  void wrap(std::vector<int64_t> columns) {
+    static const double bounds[] = {0.5, 1.25}, shifts[] = {0.75, -0.125};
+    ProgramInstruction& in = add(Instruction::wrap, std::move(columns), false, false);
+    in.bounds = bounds;
+    in.shifts = shifts;
+  }
+
   ProgramWeight vector(int64_t size) {
     const int64_t place = weight(size);
     return {data(place), place};
@@ -147,6 +155,7 @@ class Flow {
     const bool mixed = in.spline.tails == SplineTails::mixed, all = in.spline.tails == SplineTails::linear;
     for (int i = 0; i < in.count; ++i) ends_.back().push_back({-2.0 - i, 2.0 + i, all || (mixed && i % 2 == 0)});
     in.ends = ends_.back().data();
+    in.turned = own;
     if (!own) return;
     in.numbers.place = weight(in.count * spline_params(kBins, in.spline.tails));
     in.numbers.data = data(in.numbers.place);

@@ -11,9 +11,11 @@ import torch
 import pyflow
 from pyflow import ops, testing
 from pyflow.flows import NSF, RealNVP, fuse
+from pyflow.program import Program, Wrap
 
 from ...ops.programs import Builder, drawn
 from ...ops.test_flow_program import exact, rows, terms
+from ...ops.test_flow_program_wrap import edges
 from .common import DEVICE, INTERPRETED, check_compiled, check_graph, moved, run
 
 DTYPES = [torch.float32, torch.float64]
@@ -79,6 +81,14 @@ def test_drawn_programs_match_float64(triton, seed):
     program = drawn(one, build, one(1, 2, 3))
     # an autoregressive inverse passes on errors
     check(triton, build, program, one(1, 5, 33, 67), DTYPES[seed % 2], 10.0)
+
+
+# the interpreter's fma of float64 rounds twice
+@pytest.mark.parametrize("dtype", DTYPES[:1] if INTERPRETED else DTYPES)
+def test_wraps_have_the_bits_of_a_cpu(triton, dtype):
+    x = edges(dtype, 3.0)[:, None]
+    y, _ = ops.flow_program(x.to(DEVICE), Program(1, 0, (0,), (Wrap((0,), (3.0,), (0.1,)),)), [])
+    testing.assert_same_bits(y.cpu(), torch.remainder(x + 0.1 + 3.0, 6.0) - 3.0)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from pyflow.program import (
     Program,
     Residual,
     Scale,
+    Wrap,
 )
 from pyflow.reference import flow_program as ref
 from pyflow.triton_kernels import flow_program as launcher
@@ -33,6 +34,7 @@ from pyflow.triton_kernels import flow_program as launcher
 from ...ops.programs import Builder, drawn
 from ...ops.test_flow_program import check, check_built, rows, run
 from ...ops.test_flow_program_autoregressive import check as check_autoregressive
+from ...ops.test_flow_program_wrap import edges
 
 DTYPES = [torch.float32, torch.float64]
 FORMS = [(first, inverse) for first in (False, True) for inverse in (False, True)]
@@ -113,6 +115,23 @@ def test_outside_of_a_domain_without_tails_is_nan():
     y, logdet, grad, table = run(torch.tensor([[1.5, 2.0], [0.5, 3.0]]), program, [build.weights[0].float()])
     assert y.isnan().tolist() == [[True, False], [False, False]] and logdet.isnan().tolist() == [True, False]
     assert grad.isnan().tolist() == [[True, False], [False, False]] and table.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wraps(dtype):
+    build = Builder(5)
+    wraps = Wrap((4, 0), (3.0, 0.4), (0.1, -2.0)), Wrap((0, 2), (0.5,), (0.2,), True), Wrap((), (1.0,))
+    x = torch.cat((3 * rows(build, 40, dtype)[0], edges(dtype, 3.0)[:95, None].expand(-1, 5)))
+    y, _ = ops.flow_program(x, build.program(*wraps), [])
+    # the interpreter's fma of float64 rounds twice
+    if dtype == torch.float32:
+        with pyflow.backend("reference"):
+            testing.assert_same_bits(y, ops.flow_program(x, build.program(*wraps), [])[0])
+    turned = {"own": True, "turned": True, "bound": [3.0, 2.0], **MILD}
+    splines = [build.spline((3, 1), "linear", "zuko", inverse=inverse, **turned) for inverse in (False, True)]
+    masked = build.spline((4, 1, 0), "linear", "zuko", turned=True, **MILD)
+    undone = build.undo(*build.made((4, 1, 0), (5,), masked))
+    check_autoregressive(build, build.program(*wraps, *splines, undone), 9, dtype, 1e-4)
 
 
 @pytest.mark.parametrize("number, context", enumerate(["", "inputs", "add", "gate"]))
