@@ -24,6 +24,9 @@ COLOURS = ("#c2552d", "#6c757d", "#3a6ea5", "#e09f3e")
 class Chart:
     """Titled curves, at most one for each of COLOURS: label -> x -> share in [0, 1]."""
 
+    # inches: height, and room for the labels on the left
+    HEIGHT, LEFT = 2.2, 0.6
+
     title: str
     across: str
     curves: Mapping[str, Mapping[int, float]]
@@ -41,6 +44,8 @@ class Chart:
 @dataclass(frozen=True)
 class Bars:
     """Titled bars, the first one in the first of COLOURS: label -> value."""
+
+    HEIGHT, LEFT = 1.3, 1.0
 
     title: str
     values: Mapping[str, float]
@@ -83,7 +88,8 @@ def draw(
     columns = max(panel.images.shape[1] for panel in panels)
     rows = sum(panel.images.shape[0] for panel in panels)
     head, left = 0.55, 1.3  # inches
-    top = 3.7 if charts else 0.75
+    tall = max((chart.HEIGHT for chart in charts), default=0)
+    top = tall + 1.5 if charts else 0.75
     width = left + columns * cell + 0.2
     height = top + rows * cell + head * len(panels) + 0.15
     figure = plt.figure(figsize=(width, height), facecolor="white")
@@ -91,8 +97,11 @@ def draw(
     figure.text(0.2 / width, 1 - 0.58 / height, subtitle, fontsize=9, color="0.35", va="center")
     y = height - top
     if charts:
-        edges = {"left": 0.6 / width, "right": 1 - 0.2 / width, "top": 1 - 1.05 / height, "bottom": (y + 0.45) / height}
-        row = figure.subplots(1, len(charts), squeeze=False, gridspec_kw={**edges, "wspace": 0.16})[0]
+        room = max(chart.LEFT for chart in charts)
+        each = (width - 0.2) / len(charts) - room
+        edges = {"left": room / width, "right": 1 - 0.2 / width, "top": 1 - 1.05 / height,
+                 "bottom": 1 - (1.05 + tall) / height, "wspace": room / each}  # fmt: skip
+        row = figure.subplots(1, len(charts), squeeze=False, gridspec_kw=edges)[0]
         for axes, chart in zip(row, charts, strict=True):
             axes.set_title(chart.title, fontsize=10.5, loc="left", pad=9)
             axes.tick_params(labelsize=8)

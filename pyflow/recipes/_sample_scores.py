@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from . import _demo
 
 # neighbours of the balls that stand for a set of images, as in Kynkaanniemi et al. 2019, arXiv:1904.06991
 NEIGHBOURS = 3
+# images at a time for the recall, which grows with their number
+AT_A_TIME = 500
 # probability from which the classifier is sure
 SURE = 0.9
 # share of the expected number of sure samples from which a class is present
@@ -24,7 +27,7 @@ class Scores:
 
     `sure` is the fraction to which the classifier gives a class a probability of at least SURE, `classes` the number of
     classes among them; `precision` is the fraction of images inside a ball of the held-out ones, `recall` the fraction
-    of held-out ones inside a ball of the images; `nearest` is the median distance to the nearest training image.
+    of held-out ones inside a ball of AT_A_TIME images; `nearest` is the median distance to the nearest training image.
     """
 
     sure: float
@@ -42,9 +45,12 @@ def scores(images: Tensor, classifier: nn.Module, train: Tensor, held_out: Tenso
     counts = torch.bincount(label[sure])
     outputs = classifier(images[:1]).shape[1]
     return Scores(
-        sure.double().mean().item(), int((counts >= PRESENT * len(images) / outputs).sum()), covered(images, held_out),
-        covered(held_out, images), torch.cdist(images, train).amin(1).median().item(),
-    )  # fmt: skip
+        sure=sure.double().mean().item(),
+        classes=int((counts >= PRESENT * len(images) / outputs).sum()),
+        precision=covered(images, held_out),
+        recall=statistics.mean(covered(held_out, part) for part in images.split(AT_A_TIME)),
+        nearest=torch.cdist(images, train).amin(1).median().item(),
+    )
 
 
 def covered(points: Tensor, images: Tensor) -> float:
