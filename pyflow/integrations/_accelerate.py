@@ -68,22 +68,32 @@ class Report:
         counts = [(path, record(each)) for path, each, _ in self._alive()]
         return [Calls(path, of.fast, of.fallback.total(), dict(of.fallback)) for path, of in counts]
 
-    def restore(self) -> None:
+    def restore(self, copied: Any = None) -> None:
         """Give every object its own class again.
 
+        Args:
+            copied: a copy of the model, which is restored instead: copies of an accelerated model are accelerated.
+
         Raises:
+            TypeError: copied is no module.
             RuntimeError: another class has been put over ours since, as by weight_norm or fully_shard; nothing is
                 restored.
         """
-        for path, each, kind in self._alive():
+        if copied is None:
+            objects = [*self._alive()]
+        else:
+            found = [(path, each, _fast_class(each)) for path, each in _objects(copied, "restore: copied")]
+            objects = [(path, each, kind) for path, each, kind in found if kind]
+        for path, each, kind in objects:
             if type(each) not in (kind, own_class(kind)):
                 raise RuntimeError(
                     f"restore: {_shown(path)} has got the class {type(each).__name__} since it was accelerated; "
                     "take that off first"
                 )
-        for _, each, kind in self._alive():
+        for _, each, kind in objects:
             each.__class__ = own_class(kind)
-        self._swapped = []
+        if copied is None:
+            self._swapped = []
 
     def _alive(self) -> Iterator[tuple[str, Any, type]]:
         for path, ref, kind in self._swapped:
@@ -184,7 +194,12 @@ def accelerate(model: Any, *, include: Which = None, exclude: Which = None, veri
     return Report(type(model).__name__, replaced, left, swapped)
 
 
-def _objects(model: Any) -> Iterator[tuple[str, Any]]:
+def _fast_class(each: Any) -> type | None:
+    """Return the class of ours that an object has, perhaps below another one."""
+    return next((base for base in type(each).__mro__ if own_class(base) is not base), None)
+
+
+def _objects(model: Any, argument: str = "accelerate: model") -> Iterator[tuple[str, Any]]:
     """Yield path and object for a module and those in it, for what a pipeline has, or for a scheduler."""
     if isinstance(model, nn.Module):
         yield from _modules(model)
@@ -194,7 +209,7 @@ def _objects(model: Any) -> Iterator[tuple[str, Any]]:
     elif named(type(model)) in FAST:
         yield "", model
     else:
-        raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{argument} must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -211,7 +226,10 @@ def _check(model: Any, objects: list[tuple[str, Any]]) -> None:
         raise ValueError(f"accelerate: model must not be scripted or traced, got {type(model).__name__}")
     for path, each in objects:
         if own_class(type(each)) is not type(each):
-            raise ValueError(f"accelerate: {_shown(path)} is accelerated already; call restore() of its report first")
+            raise ValueError(
+                f"accelerate: {_shown(path)} is accelerated already; call restore() of its report first, for a copy "
+                "restore(copy)"
+            )
         if is_compiled(each):
             raise ValueError(f"accelerate: {_shown(path)} is compiled already; accelerate it before")
         if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(each).__mro__):

@@ -118,6 +118,26 @@ def test_copies_are_fast_and_pickles_are_the_packages_own(flow):
         close(back.log_prob(x()), want)
 
 
+def test_a_copy_is_restored_alone(flow):
+    report = pyflow.accelerate(flow)
+    deep = copy.deepcopy(flow)
+    with pytest.raises(ValueError, match=r"accelerated already; call restore\(\) .* for a copy restore\(copy\)$"):
+        pyflow.accelerate(deep)
+    deep._transform.register_parameter("w", nn.Parameter(torch.ones(1)))
+    nn.utils.parametrize.register_parametrization(deep._transform, "w", nn.Identity())
+    with pytest.raises(RuntimeError, match="_transform has got the class Parametrized"):
+        report.restore(deep)
+    nn.utils.parametrize.remove_parametrizations(deep._transform, "w")
+    report.restore(deep)
+    assert type(deep) is flows.Flow and type(deep._transform) is transforms.CompositeTransform
+    assert type(flow) is not flows.Flow and report.calls()
+    report.restore(deep)
+    with pytest.raises(TypeError, match=r"^restore: copied must be a torch.nn.Module, got list$"):
+        report.restore([deep])
+    report.restore()
+    assert type(flow) is flows.Flow
+
+
 def test_a_pickle_loads_where_pyflow_is_not_installed(flow, tmp_path):
     pyflow.accelerate(flow)
     torch.save(flow, tmp_path / "flow.pt")
