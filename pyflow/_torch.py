@@ -91,6 +91,12 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether calls of a module run hooks of its own."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
 def entry(overload: Overload) -> Callable[..., Any]:
     """Return the dispatcher's own entry of an operator: OpOverload.__call__ adds a Python frame."""
     return overload._op

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import has_hooks
+
 Path = tuple[str, ...]
 
-# a look at a module holds only while none of these is filled
+# a look at a module holds only while none of these is filled; dynamo does not trace it
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -148,12 +150,6 @@ def at(root: nn.Module, path: Path) -> Any:
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
-
-
-def has_hooks(module: nn.Module) -> bool:
-    # dynamo does not trace itemgetter
-    forward = module._forward_hooks or module._forward_pre_hooks
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def owned(path: Path, module: nn.Module) -> Any:

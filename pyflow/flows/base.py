@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._schemas import PRIORS
+from .._torch import has_hooks
 from ..ops import flow_log_prob, normal, uniform
 from ..reference.flow_program import of_rows
 from ._fuser import Fusing
-from ._watch import has_hooks
 
 
 class Flow(Fusing):

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._torch import has_hooks
 from ..nn import ReversibleSequential
 from ._fuser import Fuser, Fusing
 from ._peers import stand_of
 from ._structure import explain
-from ._watch import Path, has_hooks
+from ._watch import Path
 from .base import Flow
 from .lower import STACKS, Layers, Look, register
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import _checks as check
+from .._torch import forward_mode, has_hooks, tracing, transform
 from ..ops import fsq, fsq_decode
 from ..ops.fsq import CodebookUsage, checked_levels, signed
 from ..reference import compute_dtype, matmul
@@ -171,7 +174,7 @@ class FSQ(CountsUsage):
             z = torch.where(valid[..., None], z, 0)
         z = self.project_in(z).unflatten(-1, (self.num_codebooks, self.codebook_dim))
         codes, indices = self._encode(z, self.return_indices or self._counts is not None)
-        out = self.project_out(codes.flatten(-2))
+        out = _projected_out(self.project_out, codes.flatten(-2))
         if valid is not None:
             out = torch.where(valid[..., None], out, 0)
             indices = None if indices is None else torch.where(valid[..., None], indices, -1)
@@ -279,7 +282,7 @@ class FSQ(CountsUsage):
         codes = self._indices_to_codes(indices, dtype)
         if self.orthogonal_rotation:
             codes = _rotate(codes, self.orthogonal_rot.t())
-        out = self.project_out(codes.to(dtype).flatten(-2))
+        out = _projected_out(self.project_out, codes.to(dtype).flatten(-2))
         if valid is not None:
             out = torch.where(valid[..., None], out, 0)
         return out.movedim(-1, 1) if self._channels_in_front(out.dim()) else out
@@ -323,6 +326,55 @@ class FSQ(CountsUsage):
     def extra_repr(self) -> str:
         return (
             f"levels={tuple(self.levels)}, dim={self.dim}, num_codebooks={self.num_codebooks}, variant={self.variant}"
+        )
+
+
+def _projected_out(projection: nn.Module, codes: Tensor) -> Tensor:
+    """Return projection(codes)."""
+    if (
+        type(projection) is nn.Linear
+        and projection.in_features < projection.out_features
+        and _trains_plainly(codes, projection.weight)
+        and not has_hooks(projection)
+        and "forward" not in projection.__dict__
+    ):
+        return _Widened.apply(codes, projection.weight, projection.bias)
+    out: Tensor = projection(codes)
+    return out
+
+
+def _trains_plainly(codes: Tensor, weight: Tensor) -> bool:
+    """Whether autograd alone sees a product of two tensors on a CPU: no compiler, transform, autocast or subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and type(codes) is Tensor
+        and type(weight) is nn.Parameter
+        and codes.device.type == weight.device.type == "cpu"
+        and codes.dtype == weight.dtype
+        and codes.dim() > 1
+        and transform() is None
+        and not (forward_mode() or torch.is_autocast_enabled("cpu") or tracing())
+    )
+
+
+class _Widened(torch.autograd.Function):
+    """F.linear from few columns to many, with the layouts in which a CPU takes a third of the time for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(codes, weight)
+        return F.linear(codes, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        codes, weight = ctx.saved_tensors
+        of_codes, of_weight, of_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            F.linear(grad, weight.t().contiguous()) if of_codes else None,
+            (codes.flatten(0, -2).t() @ rows).t() if of_weight else None,
+            rows.sum(0) if of_bias else None,
         )
 
 

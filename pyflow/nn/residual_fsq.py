@@ -18,7 +18,7 @@ from ..ops.fsq import CodebookUsage, _check_active, checked_levels, signed
 from ..reference import compute_dtype
 from ..reference import fsq as ref
 from ._tokens import Constant, CountsUsage, valid_positions
-from .fsq import FSQ, _rotate
+from .fsq import FSQ, _projected_out, _rotate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -194,7 +194,7 @@ class ResidualFSQ(CountsUsage):
             _check_active("residual_fsq", active, x)
         h = self.project_in(x)
         out, indices = self._quantize(h, active)
-        out = self.project_out(out.to(h.dtype))
+        out = _projected_out(self.project_out, out.to(h.dtype))
         if valid is not None:
             out = torch.where(valid[..., None], out, 0)
             indices = torch.where(valid[..., None], indices, -1)
@@ -257,7 +257,7 @@ class ResidualFSQ(CountsUsage):
         dtype = self._like.dtype if dtype is None else dtype
         # adds the stages in the order of forward; Tensor.sum(0) may use another order
         out: Any = sum(self._stages(indices, dtype))
-        return self.project_out(out.to(dtype))
+        return _projected_out(self.project_out, out.to(dtype))
 
     def _stages(self, indices: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         op = "ResidualFSQ"

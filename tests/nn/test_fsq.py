@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import pyflow
 from pyflow import _backend
 from pyflow.nn import FSQ
+from pyflow.nn.fsq import _projected_out, _Widened
 from pyflow.reference import fsq as reference
 from pyflow.testing import assert_same_bits
 
@@ -723,3 +724,29 @@ def test_trains_an_encoder_and_a_decoder():
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("lead", ((7,), (3, 5)))
+def test_the_projection_behind_the_codes_is_a_linear_layer(lead, bias):
+    linear, other = nn.Linear(3, 10, bias).double(), nn.Linear(10, 3).double()
+    codes = torch.randn(*lead, 3, dtype=torch.float64, requires_grad=True)
+    inputs = (codes, *linear.parameters())
+    out = _projected_out(linear, codes)
+    assert "Widened" in type(out.grad_fn).__name__ and torch.equal(out, linear(codes))
+    grad = torch.randn_like(out)
+    for got, want in zip(
+        torch.autograd.grad(out, inputs, grad), torch.autograd.grad(linear(codes), inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    call = lambda x, *parts: _Widened.apply(x, *parts, *[None] * (2 - len(parts)))
+    assert torch.autograd.gradcheck(call, inputs) and torch.autograd.gradgradcheck(call, inputs)
+    # torch's own product under everything that looks into it
+    narrower = _projected_out(other, torch.randn(4, 10, dtype=torch.float64))
+    assert "Widened" not in type(narrower.grad_fn).__name__
+    tangent = torch.func.jvp(lambda x: _projected_out(linear, x), (codes.detach(),), (codes.detach(),))[1]
+    torch.testing.assert_close(tangent, codes.detach() @ linear.weight.detach().T)
+    seen = []
+    linear.register_forward_hook(lambda *_: seen.append(1))
+    _projected_out(linear, codes)
+    assert seen == [1]

@@ -12,8 +12,9 @@ from torch.nn.utils import parametrize
 from ... import program as p
 from ..._classes import named, own_class, why_unknown
 from ..._operators import TENSORS
+from ..._torch import has_hooks
 from .._run import Base, Computed, Conditioner, Run, Start, Tape, Write
-from .._watch import Path, Watch, has_hooks, owned
+from .._watch import Path, Watch, owned
 
 Layers = Iterator[tuple[Path, nn.Module]]
 Kind = Any  # a class, or the name of one
