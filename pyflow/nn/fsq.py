@@ -359,7 +359,7 @@ def _trains_plainly(codes: Tensor, weight: Tensor) -> bool:
 
 
 class _Widened(torch.autograd.Function):
-    """F.linear from few columns to many, with the layouts in which a CPU takes a third of the time for its gradient."""
+    """F.linear from few columns to many, with the layouts in which a CPU takes a half to a third of the time."""
 
     @staticmethod
     def forward(ctx: Any, codes: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
