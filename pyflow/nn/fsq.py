@@ -20,6 +20,8 @@ from ..reference import fsq as ref
 from ._tokens import Constant, CountsUsage, valid_positions
 
 EPS = 1e-3  # the operator's margin of the bound
+# rows from which a product saves more than a function of autograd costs
+_ROWS = 512
 
 
 class FSQ(CountsUsage):
@@ -334,6 +336,7 @@ def _projected_out(projection: nn.Module, codes: Tensor) -> Tensor:
     if (
         type(projection) is nn.Linear
         and projection.in_features < projection.out_features
+        and codes.numel() >= _ROWS * projection.in_features
         and _trains_plainly(codes, projection.weight)
         and not has_hooks(projection)
         and "forward" not in projection.__dict__
