@@ -12,7 +12,7 @@ import torch
 for package in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(package)
 
-from pyflow.recipes import _sample_scores, energy
+from pyflow.recipes import _energy_picture, _sample_scores, energy
 
 SHORT = {"steps": 8, "batch": 32, "width": 16, "samples": 500, "chain_steps": 5}
 CENTRES = torch.cartesian_prod(*(torch.tensor(energy.PLACES),) * 2)
@@ -111,5 +111,5 @@ def test_scores_of_samples():
 
 def test_images_are_tiled_in_reading_order():
     images = torch.arange(20.0)[:, None].expand(20, 64)
-    picture = energy.tiled(images)
+    picture = _energy_picture.tiled(images)
     assert picture.shape == (20, 100) and picture[5, 15] == 1 and picture[15, 5] == 10 and picture[0, 5] == -1
