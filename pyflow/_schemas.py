@@ -136,10 +136,10 @@ SCHEMAS = {
     "flow_log_prob_backward": (
         "(Tensor grad, Tensor h, Tensor? log_scale, int prior) -> (Tensor grad_h, Tensor grad_log_scale)"
     ),
-    "flow_program": f"({_PROGRAM}) -> (Tensor y, Tensor logdet)",
+    "flow_program": f"({_PROGRAM}, int kept) -> (Tensor y, Tensor logdet, Tensor tape)",
     "flow_program_backward": (
-        f"(Tensor? grad_y, Tensor? grad_logdet, {_PROGRAM}, bool need_x, bool need_context, bool need_weights) "
-        "-> Tensor[] grads"
+        f"(Tensor? grad_y, Tensor? grad_logdet, {_PROGRAM}, Tensor? tape, bool need_x, bool need_context, "
+        "bool need_weights) -> Tensor[] grads"
     ),
     "philox": "(Tensor counter, Tensor key) -> Tensor",
     "noise": "(SymInt[] size, Tensor seed, Tensor step, int kind, int purpose, ScalarType dtype) -> Tensor",

@@ -12,7 +12,7 @@ namespace pyflow {
 
 // Rows are processed in tiles. A unit of the forward is a tile; a unit of the backward is a group of neighbouring tiles
 // whose gradients of weights are summed one after the other. Tiles depend on the batch alone, groups on the sizes of
-// the weights too.
+// the weights too. A forward that keeps its tape has the tiles of the backward.
 constexpr int64_t kProgramRows = 32;  // tiles are multiples of this, as are the rows that an instruction set handles
 constexpr int64_t kProgramForwardRows = 64;  // of a tile of the forward, at most
 constexpr int64_t kProgramMostRows = 128;    // of a tile
@@ -135,10 +135,11 @@ struct ProgramArgs {
   int64_t rows, columns, context_columns;
   int64_t context_rows, repeats;  // row r of x has the row r / repeats % context_rows of the context
   ProgramMatrix x, context;
-  ProgramMatrix products;  // what nets make of the context alone, by its rows; null: every row of x makes its own
-  int64_t tile_rows;
-  char* memory;   // of this thread: program_memory elements, at a multiple of 64 bytes
-  int64_t tape;   // columns of a tile's tape
+  ProgramMatrix products;        // what nets make of the context alone, by its rows; null: every row of x makes its own
+  int64_t tile_rows, unit_rows;  // units are of whole tiles, the last tile of each may be smaller
+  char* memory;                  // of this thread: program_memory elements, at a multiple of 64 bytes
+  int64_t tape;                  // columns of a tile's tape
+  char* kept;     // the tapes of all tiles, which the forward leaves to the backward; null: each thread has one
   int64_t width;  // most columns of an array besides the tape
   const int64_t* outputs;
   int64_t output_count;
@@ -162,7 +163,6 @@ struct ProgramSum {
 };
 
 struct ProgramBackward : ProgramArgs {
-  int64_t unit_rows;
   int64_t arrays;                      // of gradients inside a net
   int64_t solve_columns;               // most columns of a block of an autoregressive inverse
   ProgramMatrix grad_y, grad_logdet;   // null: zero; of grad_logdet `row` counts
@@ -176,7 +176,7 @@ struct ProgramBackward : ProgramArgs {
 
 // elements of a tile: its state, scratch and tape
 inline int64_t program_memory(const ProgramArgs& a) {
-  return a.tile_rows * (a.columns + a.context_columns + a.width + a.tape);
+  return a.tile_rows * (a.columns + a.context_columns + a.width + (a.kept ? 0 : a.tape));
 }
 
 // and the gradients of the state, of the values of an autoregressive inverse, arrays of gradients inside a net, and a

@@ -1,11 +1,12 @@
 #include "../args/flow_program.h"
 
 #include <algorithm>
-#include <memory>
+#include <optional>
 #include <vector>
 
 #include "device.h"
 #include "program_reader.h"
+#include "workspace.h"
 
 namespace pyflow {
 namespace {
@@ -23,9 +24,9 @@ template <class Args>
 void run_tiles(void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int64_t units, int64_t grain) {
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     const int64_t bytes = program_memory(a) * (a.f64 ? 8 : 4);
-    const std::unique_ptr<char[]> memory(new char[size_t(bytes) + 64]);
+    const Workspace memory(bytes);
     Args mine = a;
-    mine.memory = (char*)((uintptr_t(memory.get()) + 63) / 64 * 64);
+    mine.memory = memory.data;
     kernel(mine, begin, end);
   });
 }
@@ -38,35 +39,13 @@ bool shares_products(const ProgramArgs& a, int64_t products) {
   return products > 0 && (a.rows - a.context_rows) * a.context_columns >= a.rows * reading;
 }
 
-std::tuple<Tensor, Tensor> flow_program(Tensor x, Optional context, int64_t repeats, Tensors weights,
-                                        std::string code) {
-  ProgramArgs a{};
-  Reader reader(a, x, context, repeats, weights, code, false);
-  const int64_t sizes[] = {a.rows, a.output_count};
-  Tensor y = new_empty(x, sizes, 2, x.scalar_type()), logdet = new_rows(x, a.rows, x.scalar_type());
-  if (a.rows == 0) return {y, logdet};
-  a.y = Reader::rows_of(y);
-  a.logdet = (char*)logdet.data_ptr();
-  a.tile_rows = rows_of_tile(a.rows);
-  reader.prepare(x);
-  Tensor products;
-  if (shares_products(a, reader.products())) {
-    products = new_rows(x, a.context_rows * reader.products(), x.scalar_type());
-    a.products = {(char*)products.data_ptr(), reader.products(), 1};
-    run_tiles(cpu::flow_program_context, a, ceil_div(a.context_rows, a.tile_rows), 1);
-  }
-  run_tiles(cpu::flow_program_forward, a, ceil_div(a.rows, a.tile_rows), reader.grain());
-  return {y, logdet};
-}
-
 // sums of the gradients of the weights: a matrix as (rows, cols), or transposed where that wastes less padding
-std::vector<ProgramSum> sums_of(const Tensors& weights, const Tensors& grads, const Reader& reader, int64_t& size) {
+std::vector<ProgramSum> sums_of(const Tensors& weights, const Reader& reader, int64_t& size) {
   std::vector<ProgramSum> sums;
   size = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& w = weights[i];
     ProgramSum s{};
-    s.grad = (char*)grads[i].data_ptr();
     s.uses = reader.uses()[i];
     s.mask = reader.masks()[i];
     s.matrix = w.dim() == 2 && !reader.in_lanes(i);
@@ -83,11 +62,7 @@ std::vector<ProgramSum> sums_of(const Tensors& weights, const Tensors& grads, co
       std::swap(s.row_order, s.col_order);
     }
     s.width = s.matrix ? round_up(s.cols, kProgramPad) : kProgramLanes;
-    if (s.uses == 0) {  // not used, or a constant
-      Tensor grad = grads[i];
-      torch::stable::zero_(grad);
-      s.rows = 0;
-    }
+    if (s.uses == 0) s.rows = 0;  // not used, or a constant
     s.offset = size;
     size += s.rows * s.width;
     sums.push_back(s);
@@ -106,8 +81,49 @@ int64_t rows_of_group(int64_t rows, int64_t size) {
   return std::max(share(groups), least);
 }
 
+// sets the units of the backward and their tiles
+void set_units(ProgramArgs& a, int64_t group_size) {
+  a.unit_rows = rows_of_group(a.rows, group_size);
+  a.tile_rows = round_up(ceil_div(a.unit_rows, ceil_div(a.unit_rows, kProgramMostRows)), kProgramRows);
+}
+
+// a tape is (rows, columns), with rows for whole blocks
+int64_t tape_rows(int64_t rows) { return round_up(rows, kProgramRows); }
+
+std::tuple<Tensor, Tensor, Tensor> flow_program(Tensor x, Optional context, int64_t repeats, Tensors weights,
+                                                std::string code, int64_t kept) {
+  ProgramArgs a{};
+  Reader reader(a, x, context, repeats, weights, code, kept > 0);
+  require(kept == 0 || kept == a.tape);
+  const int64_t sizes[] = {a.rows, a.output_count};
+  Tensor y = new_empty(x, sizes, 2, x.scalar_type()), logdet = new_rows(x, a.rows, x.scalar_type());
+  Tensor tape = kept ? new_workspace(x, tape_rows(a.rows), kept) : new_none(x, x.scalar_type());
+  if (a.rows == 0) return {y, logdet, tape};
+  a.y = Reader::rows_of(y);
+  a.logdet = (char*)logdet.data_ptr();
+  if (kept) {
+    int64_t size = 0;
+    sums_of(weights, reader, size);
+    set_units(a, size);
+    a.kept = (char*)tape.data_ptr();
+  } else {
+    a.unit_rows = a.tile_rows = rows_of_tile(a.rows);
+  }
+  reader.prepare(x);
+  Tensor products;
+  if (!kept && shares_products(a, reader.products())) {
+    products = new_rows(x, a.context_rows * reader.products(), x.scalar_type());
+    a.products = {(char*)products.data_ptr(), reader.products(), 1};
+    run_tiles(cpu::flow_program_context, a, ceil_div(a.context_rows, a.tile_rows), 1);
+  }
+  const int64_t tiles = ceil_div(a.rows, a.unit_rows) * ceil_div(a.unit_rows, a.tile_rows);
+  run_tiles(cpu::flow_program_forward, a, tiles, reader.grain());
+  return {y, logdet, tape};
+}
+
 Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, Optional context, int64_t repeats,
-                              Tensors weights, std::string code, bool need_x, bool need_context, bool need_weights) {
+                              Tensors weights, std::string code, Optional tape, bool need_x, bool need_context,
+                              bool need_weights) {
   ProgramBackward a{};
   Reader reader(a, x, context, repeats, weights, code, true);
   const auto result = [&](const Tensor& like, bool needed) {
@@ -139,21 +155,28 @@ Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, O
       a.grad_context = {(char*)of_rows.data_ptr(), a.context_columns, 1};
     }
   }
-  std::vector<ProgramSum> sums;
-  if (need_weights) sums = sums_of(weights, of_weights, reader, a.group_size);
-  a.unit_rows = rows_of_group(a.rows, a.group_size);
+  std::vector<ProgramSum> sums = sums_of(weights, reader, a.group_size);
+  set_units(a, a.group_size);
   const int64_t units = ceil_div(a.rows, a.unit_rows);
-  a.tile_rows = round_up(ceil_div(a.unit_rows, ceil_div(a.unit_rows, kProgramMostRows)), kProgramRows);
+  if (tape && tape->numel() > 0) {
+    require(tape->is_contiguous() && tape->dim() == 2 && tape->scalar_type() == x.scalar_type());
+    require(tape->size(0) == tape_rows(a.rows) && tape->size(1) == a.tape);
+    a.kept = (char*)tape->data_ptr();
+  }
   a.arrays = reader.gradient_arrays();
   a.solve_columns = reader.solve_columns();
   reader.prepare(x);
-  Tensor memory;
-  if (!sums.empty()) {
+  std::optional<Workspace> memory;
+  if (need_weights && !sums.empty()) {
+    for (size_t i = 0; i < sums.size(); ++i) {
+      sums[i].grad = (char*)of_weights[i].data_ptr();
+      if (sums[i].uses == 0) torch::stable::zero_(of_weights[i]);
+    }
     a.sum = sums.data();
     a.sums = int64_t(sums.size());
     a.groups = units;
-    memory = new_rows(x, units * a.group_size, x.scalar_type());
-    a.group_sums = (char*)memory.data_ptr();
+    memory.emplace(units * a.group_size * int64_t(x.element_size()));
+    a.group_sums = memory->data;
   }
   run_tiles(cpu::flow_program_backward, a, units, reader.grain());
   run_units(cpu::flow_program_reduce, a, 0, a.sums, 1);

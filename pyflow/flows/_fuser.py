@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import evaluated_while_traced, exporting
-from ..ops.flow_program import _run as run_program
+from ..ops.flow_program import run as run_program
 from ._run import Key, Result, Run, fits, may_run, why_not
 from ._structure import Structure
 from ._watch import at
@@ -122,14 +122,15 @@ class Fuser:
         if exporting() or not self.prepare(*key):
             return None
         assert self.structure is not None and self.structure.whole is not None
-        run, inverse = self.structure.whole, key[2]
+        run, inverse, code = self.structure.whole, key[2], self.structure.whole.codes[key]
+        assert code is not None
         # what may have to be initialised by the next call is guarded
         if not inverse and any([getattr(at(root, start.path), "may_start", False) for start in run.starts]):
             return None
         weights = self.structure.look.watch.traced_weights(root)
         if not all([w.dtype == x.dtype and w.device == x.device for w in weights]):
             return None
-        return run_program(x, context, repeats, run.traced_weights(root, weights, key), run.codes[key])
+        return run_program(x, context, repeats, run.traced_weights(root, weights, key), code)
 
     def _run_frozen(
         self, run: Run, x: Tensor, context: Tensor | None, repeats: int, key: Key, weights: list[Tensor]

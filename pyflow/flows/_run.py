@@ -17,8 +17,8 @@ from .._checks import uncast
 from .._operators import TENSORS
 from .._schemas import PRIORS
 from .._torch import any_global_module_hook, under_transform
-from ..ops.flow_program import _run as run_program
 from ..ops.flow_program import code_of
+from ..ops.flow_program import run as run_program
 from ._watch import Path, at
 
 Write = Callable[["Tape"], None]

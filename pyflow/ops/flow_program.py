@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._operators import register
 from .._schemas import PRIORS, SCALE_MAPS, SPLINE_VARIANTS, TAILS
+from .._tape import kept_columns, tape_shape
 from .._torch import evaluated_while_traced, is_batched_gradient
 from ..program import (
     ACTIVATIONS,
@@ -72,9 +73,14 @@ def flow_program(
 
     Notes:
         The rows of a tile, its log-determinants and the activations of its networks stay in the caches; nothing between
-        two instructions goes to memory. The backward keeps x alone: every tile runs forward again, then back. Each of
-        its groups of rows has a sum as large as the weights, all together 64 MB or four times the weights. On a CPU
-        (float32) a row has the same bits alone, in any batch, on any number of threads and for any instruction set.
+        two instructions goes to memory. In the backward every tile runs forward again, then back, so that x alone is
+        kept. On a CPU the forward leaves what it makes of the rows to the backward where that is faster: up to 2^21
+        numbers (8 MB in float32) for any program, up to 2^25 if a number stands for 48 multiply-adds or more; not under
+        torch.compile or a transform, for an autoregressive inverse, or where rows share a row of the context. Each
+        group of rows of the backward has a sum as large as the weights, all together 64 MB or four times the weights.
+        Up to 256 MB of such memory stay allocated for the next call.
+        On a CPU (float32) a row has the same bits alone, in any batch, on any number of threads and for any instruction
+        set.
         An autoregressive inverse evaluates every unit once, as soon as the columns are known that it depends on.
         Matrix products add their terms in order, one fused multiply-add after the other, starting from the bias, those
         of the context first where the first part of a net is a Dense. So what a net makes of the context alone has the
@@ -143,7 +149,17 @@ def flow_program(
             raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {value.device}")
     if not isinstance(program.instructions, tuple):
         raise ValueError(f"{op}: instructions must be a tuple, got {type(program.instructions).__name__}")
-    return _run.pick(op, x)(x, context, repeats, list(weights), code_of(program, weights))
+    code = code_of(program, weights)
+    if (operator := _run.pick(op, x)) is _run:
+        return run(x, context, repeats, list(weights), code)
+    y, logdet, _ = operator(x, context, repeats, list(weights), code, 0)
+    return y, logdet
+
+
+def run(x: Tensor, context: Tensor | None, repeats: int, weights: list[Tensor], code: str) -> tuple[Tensor, Tensor]:
+    """Run the kernel for arguments that were checked."""
+    y, logdet, _ = _run(x, context, repeats, weights, code, kept_columns(x, context, weights, code))
+    return y, logdet
 
 
 def code_of(program: Program, weights: Sequence[Tensor]) -> str:
@@ -487,12 +503,12 @@ def _lay(program: Program, kinds: tuple, count: int) -> tuple[str, list[tuple[st
 # registration with torch
 
 
-def _fake(x, context, repeats, weights, code):
-    outputs = Program.decode(code).outputs
-    return x.new_empty(x.shape[0], len(outputs)), x.new_empty(x.shape[0])
+def _fake(x, context, repeats, weights, code, kept):
+    rows, outputs = x.shape[0], Program.decode(code).outputs
+    return x.new_empty(rows, len(outputs)), x.new_empty(rows), x.new_empty(tape_shape(rows, kept))
 
 
-def _backward_fake(grad_y, grad_logdet, x, context, repeats, weights, code, need_x, need_context, need_weights):
+def _backward_fake(grad_y, grad_logdet, x, context, repeats, weights, code, tape, need_x, need_context, need_weights):
     needed = [need_x, need_context and context is not None, *(need_weights for _ in weights)]
     every = [x, context, *weights]
     return [v.new_empty(v.shape) if need else x.new_empty(0) for need, v in zip(needed, every, strict=True)]
@@ -503,14 +519,24 @@ _run_backward = register(
 )  # fmt: skip
 
 
-def _gradients(grad_y, grad_logdet, x, context, repeats, weights, code, needs):
-    need_x, need_context, _, need_weights, _ = needs
+def _gradients(grad_y, grad_logdet, x, context, repeats, weights, code, tape, needs):
+    need_x, need_context, _, need_weights, *_ = needs
     some = any(need_weights)
     # the vmap of is_grads_batched has no rule for operators with lists of tensors
     batched = any(grad is not None and is_batched_gradient(grad) for grad in (grad_y, grad_logdet))
     operator = _run_backward.reference if batched else _run_backward
     grad_x, grad_context, *grads = operator(
-        grad_y, grad_logdet, x, context, repeats, weights, code, need_x, need_context and context is not None, some
+        grad_y,
+        grad_logdet,
+        x,
+        context,
+        repeats,
+        weights,
+        code,
+        tape,
+        need_x,
+        need_context and context is not None,
+        some,
     )
     return {"x": grad_x, "context": grad_context, "weights": grads if some else [None] * len(weights)}
 

@@ -70,15 +70,16 @@ PULL: tuple[Callable[[Tensor, Tensor, float], Tensor], ...] = (
 
 
 def flow_program(
-    x: Tensor, context: Tensor | None, repeats: int, weights: Sequence[Tensor], code: str
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, context: Tensor | None, repeats: int, weights: Sequence[Tensor], code: str, kept: int = 0
+) -> tuple[Tensor, Tensor, None]:
+    """Return y and logdet; there is no tape."""
     program = Program.decode(code)
     context = None if context is None else of_rows(context, x.shape[0], repeats)
     h, logdet, params = x, x.new_zeros(x.shape[0]), x
     for instruction in program.instructions:
         h, params, more = _step(instruction, h, params, context, weights)
         logdet = logdet + more
-    return h.index_select(1, _at(program.outputs, x)), logdet
+    return h.index_select(1, _at(program.outputs, x)), logdet, None
 
 
 def flow_program_backward(
@@ -89,6 +90,7 @@ def flow_program_backward(
     repeats: int,
     weights: Sequence[Tensor],
     code: str,
+    tape: Tensor | None,
     need_x: bool,
     need_context: bool,
     need_weights: bool,

@@ -332,8 +332,8 @@ def layers(parts):
 def test_reference_backward_is_the_derivative():
     build, _, inverse = made("gate", ORDERS["equal"], True, activation="silu")
     x, context = rows(build, 6, torch.float64)
-    given = cotangents(*ref.flow_program(x, context, 1, build.weights, inverse.encode()))
-    got = ref.flow_program_backward(*given, x, context, 1, build.weights, inverse.encode(), True, True, True)
+    given = cotangents(*ref.flow_program(x, context, 1, build.weights, inverse.encode())[:2])
+    got = ref.flow_program_backward(*given, x, context, 1, build.weights, inverse.encode(), None, True, True, True)
     for a, b in zip(got, exact(x, inverse, build.weights, context, given)[2:], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
@@ -407,9 +407,9 @@ TEXTS = {
 def test_operators_refuse_what_kernels_do_not_take(undo):
     code = Program(2, 0, (0, 1), (undo,)).encode()
     with pytest.raises(RuntimeError, match="flow_program"):
-        torch.ops.pyflow.flow_program(X, None, 1, WEIGHTS, code)
+        torch.ops.pyflow.flow_program(X, None, 1, WEIGHTS, code, 0)
     with pytest.raises(RuntimeError, match="flow_program"):
-        torch.ops.pyflow.flow_program_backward(None, X[:, 0], X, None, 1, WEIGHTS, code, True, False, True)
+        torch.ops.pyflow.flow_program_backward(None, X[:, 0], X, None, 1, WEIGHTS, code, None, True, False, True)
 
 
 @bits

@@ -123,7 +123,7 @@ def test_errors_against_float64(variant, tails, inverse):
     weight = build.weights[0].float()
     program = build.program(spline)
     y, logdet = ops.flow_program(x, program, [weight])
-    want, exact = ref.flow_program(x.double(), None, 1, [weight.double()], program.encode())
+    want, exact = ref.flow_program(x.double(), None, 1, [weight.double()], program.encode())[:2]
     eps, b = 2 * testing.UNIT[torch.float32], torch.tensor(BOUNDS, dtype=torch.float64) if tails else torch.tensor(1.0)
     named = ["circular", "linear", "circular"] if tails == "list" else tails
     at = torch.tensor(COLUMNS)
@@ -302,7 +302,7 @@ def test_gradients_of_gradients(own, variant, inverse):
 def test_opcheck():
     x, program, weights, context = small(False)
     given = [v.float().requires_grad_() for v in (x, context)]
-    args = (given[0], given[1], 1, [w.float().requires_grad_() for w in weights], program.encode())
+    args = (given[0], given[1], 1, [w.float().requires_grad_() for w in weights], program.encode(), 0)
     torch.library.opcheck(torch.ops.pyflow.flow_program.default, args)
 
 
@@ -376,8 +376,8 @@ TEXTS = {
 def test_operators_refuse_what_kernels_do_not_take(spline):
     text = of(spline)[1].encode()
     calls = [
-        lambda: torch.ops.pyflow.flow_program(X, None, 1, W, text),
-        lambda: torch.ops.pyflow.flow_program_backward(None, X[:, 0], X, None, 1, W, text, True, False, True),
+        lambda: torch.ops.pyflow.flow_program(X, None, 1, W, text, 0),
+        lambda: torch.ops.pyflow.flow_program_backward(None, X[:, 0], X, None, 1, W, text, None, True, False, True),
     ]
     for call in calls:
         with pytest.raises(RuntimeError, match="flow_program"):

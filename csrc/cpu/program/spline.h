@@ -65,8 +65,8 @@ struct Rule<Instruction::spline> {
         if (!in.numbers.data) {
           const Rows<T, W> given = of_column(in, params, b, i);
           // the tape keeps what the backward needs
-          p = t.back ? own : given;
-          if (t.back) copy_rows<T>(given, numbers(in), own);
+          p = t.taped ? own : given;
+          if (t.taped) copy_rows<T>(given, numbers(in), own);
           softmaxes<V>(form, c, p, none, total);
         }
         T* x = t.state.at(b, in.columns[i]);

@@ -23,7 +23,8 @@ struct Columns {
 template <class T>
 struct ProgramTile {
   const ProgramArgs& args;
-  const ProgramBackward* back;            // null in the forward, which keeps no tape
+  const ProgramBackward* back;            // null in the forward
+  bool taped;                             // whether everything that the backward needs is kept on the tape
   int64_t row = 0, rows = 0, blocks = 0;  // first row, rows of the batch, blocks that hold them
   Columns<T> state{}, context{}, scratch{};
   T* tape = nullptr;
@@ -76,7 +77,7 @@ PYFLOW_FN void scatter(const ProgramTile<T>& t, const ProgramInstruction& in, co
 // keeps the named columns for the backward
 template <class T>
 PYFLOW_FN void save(const ProgramTile<T>& t, const ProgramInstruction& in) {
-  if (t.back) gather(t, in, t.state, t.taped_at(in.saved, in.count));
+  if (t.taped) gather(t, in, t.state, t.taped_at(in.saved, in.count));
 }
 
 template <class T>

@@ -35,9 +35,9 @@ def flow(dtype, splines, way):
     weights += [torch.empty(width, 11, dtype=dtype)] * splines
     with recorded() as launches:
         if way == FORWARD:
-            flow_program.flow_program(x, None, 1, weights, code)
+            flow_program.flow_program(x, None, 1, weights, code, 0)
         else:
-            flow_program.flow_program_backward(None, x[:, 0], x, None, 1, weights, code, True, False, True)
+            flow_program.flow_program_backward(None, x[:, 0], x, None, 1, weights, code, None, True, False, True)
     return launches
 
 

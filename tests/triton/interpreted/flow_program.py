@@ -174,8 +174,8 @@ def test_only_what_needs_a_gradient_gets_one(needs):
         (None, torch.ones(())[None].expand(33)),
         (torch.ones(4, 33).mT, None),
     ]:
-        got = torch.ops.pyflow.flow_program_backward(*grads, x, context, 1, weights, program.encode(), *needs)
-        want = ref.flow_program_backward(*grads, x, context, 1, weights, program.encode(), *needs)
+        got = torch.ops.pyflow.flow_program_backward(*grads, x, context, 1, weights, program.encode(), None, *needs)
+        want = ref.flow_program_backward(*grads, x, context, 1, weights, program.encode(), None, *needs)
         for a, b in zip(got, want, strict=True):
             if b is None:
                 assert a.numel() == 0
