@@ -70,7 +70,8 @@ def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fuse
         A fused stretch computes in its own dtype under autocast. It keeps x for the backward, and activations where
         that is faster, at most 128 MB in float32. Modules are looked at once; every call compares what was found with
         what is there (30 us for eight couplings), and reads the parameters anew: hooks of parameters, optimisers, EMA,
-        `.data`, functional_call and replaced submodules work. Under torch.compile hooks that are added after the compilation are not seen, as for any module.
+        `.data`, functional_call and replaced submodules work. Under torch.compile hooks that are added after the
+        compilation are not seen, as for any module.
 
     Source:
         Layer by layer: Dinh et al. 2014, arXiv:1410.8516; Dinh et al. 2016, arXiv:1605.08803.
