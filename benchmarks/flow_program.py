@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import pyflow
+from pyflow._kept import INPUTS
 from pyflow.flows import RealNVP, fuse
 from pyflow.flows.nets import mlp
 from pyflow.nn import AffineCoupling, ReversibleSequential
@@ -49,6 +50,13 @@ def multiply_adds(shape: Shape) -> int:
     """Return how many multiply-adds the networks have forward; the gradients have twice as many."""
     dim, hidden, couplings, batch = shape
     return batch * couplings * (dim // 2 * hidden + hidden * hidden + hidden * dim)
+
+
+def multiply_adds_again(shape: Shape) -> int:
+    """Return how many of these the backward does again: those of layers with few inputs, others are kept."""
+    dim, hidden, couplings, batch = shape
+    layers = (dim // 2, hidden), (hidden, hidden), (hidden, dim)
+    return batch * couplings * sum(inputs * size for inputs, size in layers if inputs < INPUTS)
 
 
 def case_name(what: str, shape: Shape) -> str:

@@ -34,8 +34,8 @@ from .registry import REDUCED, Call, Case, Missing, Outputs, Problem, all_cases
 COPIES = ("copy", "warm copy")
 NO_TIME = "no time left"
 MIN_ROUNDS, MAX_ROUNDS = 10, 50
-# Long compared with the clock's resolution, and with what the first calls of a round cost more than those of a loop: a
-# training step of 0.8 ms takes 1.4 ms the first time after another contender's, 0.9 ms the second (two cores of a Zen 5).
+# long compared with the clock's resolution, and with what the first calls of a round cost more than those of a loop: a
+# training step of 0.8 ms takes 1.4 ms the first time after another contender's, 0.9 ms the second (a Zen 5)
 ROUND_SECONDS = 8e-3
 SETTLE_SECONDS = 8e-3
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}

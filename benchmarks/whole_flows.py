@@ -34,8 +34,6 @@ AIMS: dict[Shape, tuple[tuple[float, float], tuple[float, float]]] = {
     (32, 128, 8, 8192): ((2.3, 1.8), (2.0, 2.0)),
     (64, 256, 12, 2048): ((1.6, 1.3), (1.5, 2.0)),
 }
-# matrix products of a network's size: forward; forward again and both gradients
-FORWARD, BACKWARD = 1, 3
 PEERS = ("nflows", "zuko")
 PEERS_HEAD = ("flow", "shape", "call", "as it is", "accelerated", "faster")
 HEAD = ("shape", "call", "pyflow", "vs normflows", "vs compiled", "vs best other", "vs layers", "of the rate")
@@ -81,15 +79,13 @@ def _cells(group: Group, what: str, shape: Shape, found: dict[str, Group], rate:
     best = min(PEERS, key=lambda name: _last_if_nan(group.median(name)))
     yield f"{_times(group.speedup(ours, best))} ({best})"
     yield _times(group.speedup(ours, "pyflow layers"))
-    products, seconds = FORWARD, ours.median
-    if training:
-        products += BACKWARD
-    share = products * flows.multiply_adds(shape) / seconds / rate
-    text = f"{share:.0%}"
-    forward = found.get(flows.case_name("log_prob", shape))
-    if what == "log_prob+backward" and forward is not None and not forward.ours().reason:
-        alone = BACKWARD * flows.multiply_adds(shape) / (seconds - forward.ours().median) / rate
-        text += f", backward {alone:.0%}"
+    forward, seconds = flows.multiply_adds(shape), ours.median
+    # both gradients, and what is not kept
+    backward = 2 * forward + flows.multiply_adds_again(shape)
+    text = f"{(forward + backward * training) / seconds / rate:.0%}"
+    alone = found.get(flows.case_name("log_prob", shape))
+    if what == "log_prob+backward" and alone is not None and not alone.ours().reason:
+        text += f", backward {backward / (seconds - alone.ours().median) / rate:.0%}"
     yield text
 
 

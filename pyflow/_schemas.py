@@ -136,9 +136,9 @@ SCHEMAS = {
     "flow_log_prob_backward": (
         "(Tensor grad, Tensor h, Tensor? log_scale, int prior) -> (Tensor grad_h, Tensor grad_log_scale)"
     ),
-    "flow_program": f"({_PROGRAM}, int kept) -> (Tensor y, Tensor logdet, Tensor tape)",
+    "flow_program": f"({_PROGRAM}, int keep) -> (Tensor y, Tensor logdet, Tensor kept)",
     "flow_program_backward": (
-        f"(Tensor? grad_y, Tensor? grad_logdet, {_PROGRAM}, Tensor? tape, bool need_x, bool need_context, "
+        f"(Tensor? grad_y, Tensor? grad_logdet, {_PROGRAM}, Tensor? kept, bool need_x, bool need_context, "
         "bool need_weights) -> Tensor[] grads"
     ),
     "philox": "(Tensor counter, Tensor key) -> Tensor",

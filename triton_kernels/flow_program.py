@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._tape import tape_shape
+from .._kept import kept_shape
 from ..program import Program
 from ..reference import flow_program as ref
 from . import _launch
@@ -225,22 +225,22 @@ def _launched(
 
 
 def flow_program(
-    x: Tensor, context: Tensor | None, repeats: int, weights: list[Tensor], code: str, kept: int
+    x: Tensor, context: Tensor | None, repeats: int, weights: list[Tensor], code: str, keep: int
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     sizes = tuple([weight.numel() for weight in weights])
     y, logdet = x.new_empty(x.shape[0], len(Program.decode(code).outputs)), x.new_empty(x.shape[0])
-    # its backward runs forward again
-    tape = x.new_empty(tape_shape(x.shape[0], kept))
+    # its backward computes all of it again
+    kept = x.new_empty(kept_shape(x.shape[0], keep))
     if x.shape[0] == 0:
-        return y, logdet, tape
+        return y, logdet, kept
     call = _call(code, sizes, x.dtype, x.device)
     if call is None:
         for to, value in zip((y, logdet), ref.flow_program(x, context, repeats, weights, code)[:2], strict=True):
             to.copy_(value)
-        return y, logdet, tape
+        return y, logdet, kept
     by_row = None if context is None else ref.of_rows(context, x.shape[0], repeats)
     _launched(call, x, by_row, (x, x), weights, (y, y, logdet), False, 0)
-    return y, logdet, tape
+    return y, logdet, kept
 
 
 def flow_program_backward(
@@ -251,7 +251,7 @@ def flow_program_backward(
     repeats: int,
     weights: list[Tensor],
     code: str,
-    tape: Tensor | None,
+    kept: Tensor | None,
     need_x: bool,
     need_context: bool,
     need_weights: bool,
@@ -261,7 +261,7 @@ def flow_program_backward(
     sizes = tuple([weight.numel() for weight in weights])
     call = _call(code, sizes, x.dtype, x.device, needs) if x.shape[0] else None
     if call is None:
-        found = ref.flow_program_backward(grad_y, grad_logdet, x, context, repeats, weights, code, tape, *needs)
+        found = ref.flow_program_backward(grad_y, grad_logdet, x, context, repeats, weights, code, kept, *needs)
         return [empty if grad is None else grad.contiguous() for grad in found]
     outputs = len(Program.decode(code).outputs)
     given = [

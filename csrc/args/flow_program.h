@@ -12,7 +12,7 @@ namespace pyflow {
 
 // Rows are processed in tiles. A unit of the forward is a tile; a unit of the backward is a group of neighbouring tiles
 // whose gradients of weights are summed one after the other. Tiles depend on the batch alone, groups on the sizes of
-// the weights too. A forward that keeps its tape has the tiles of the backward.
+// the weights too. A forward that keeps values has the tiles of the backward.
 constexpr int64_t kProgramRows = 32;  // tiles are multiples of this, as are the rows that an instruction set handles
 constexpr int64_t kProgramForwardRows = 64;  // of a tile of the forward, at most
 constexpr int64_t kProgramMostRows = 128;    // of a tile
@@ -20,6 +20,12 @@ constexpr int64_t kProgramGroups = 16;       // most groups of a batch
 constexpr int64_t kProgramLanes = 16;        // sums over rows are kept in lanes until the end
 constexpr int64_t kProgramMostArrays = 16;   // of gradients inside a net
 constexpr int64_t kProgramPad = 16;          // rows of summed matrices are padded to a multiple of this
+
+// a layer with so many inputs is kept: computing a number again costs more than writing and reading it
+constexpr int64_t kProgramKeptInputs = 48;
+// places of kept columns
+constexpr int64_t kept_place(int64_t column) { return ~column; }
+constexpr bool is_kept(int64_t place) { return place < 0; }
 
 struct ProgramMatrix {
   char* data;        // of the compute type; null: absent
@@ -33,7 +39,7 @@ struct ProgramWeight {
 };
 
 // A part of a net; a linear map is one too. Places are columns of the tape, where a tile keeps the values of an
-// instruction.
+// instruction, or of what the forward leaves to the backward.
 struct ProgramPart {
   Part kind;
   int64_t inputs, size;  // numbers before and after; of a context: of the context, and of what it adds
@@ -80,6 +86,7 @@ struct ProgramInstruction {
   int64_t count;   // of the columns
   int64_t saved;   // place of the columns before the instruction
   int64_t params;  // place of what the last conditioner returned
+  int64_t after;   // place of the columns after a transform that are kept; 0: they are not
   bool inverse, shift_first;
   // scale: vectors (count,), null if absent; factor is e^{+-log_scale}, and `logdet` its logarithm, set by `prepare`
   const char *shift, *log_scale;
@@ -139,7 +146,9 @@ struct ProgramArgs {
   int64_t tile_rows, unit_rows;  // units are of whole tiles, the last tile of each may be smaller
   char* memory;                  // of this thread: program_memory elements, at a multiple of 64 bytes
   int64_t tape;                  // columns of a tile's tape
-  char* kept;     // the tapes of all tiles, which the forward leaves to the backward; null: each thread has one
+  // what the forward leaves to the backward of every tile, (columns, rows) each; null: the backward computes all again
+  char* kept;
+  int64_t kept_columns;
   int64_t width;  // most columns of an array besides the tape
   const int64_t* outputs;
   int64_t output_count;
@@ -176,7 +185,7 @@ struct ProgramBackward : ProgramArgs {
 
 // elements of a tile: its state, scratch and tape
 inline int64_t program_memory(const ProgramArgs& a) {
-  return a.tile_rows * (a.columns + a.context_columns + a.width + (a.kept ? 0 : a.tape));
+  return a.tile_rows * (a.columns + a.context_columns + a.width + a.tape);
 }
 
 // and the gradients of the state, of the values of an autoregressive inverse, arrays of gradients inside a net, and a

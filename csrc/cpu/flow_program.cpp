@@ -1,5 +1,5 @@
 // Programs of flows: tile by tile, all instructions forward; in the backward forward again with everything that they
-// need kept on a tape, unless the forward has left it, then back.
+// need kept on a tape, but for what the forward has left, then back.
 #include "../args/flow_program.h"
 
 #include "program/additive.h"
@@ -24,11 +24,11 @@ ProgramTile<T> new_tile(const ProgramArgs& a, const ProgramBackward* back) {
     next += a.tile_rows * columns;
     return next - a.tile_rows * columns;
   };
-  ProgramTile<T> t{a, back, back || a.kept};
+  ProgramTile<T> t{a, back};
   t.state = {take(a.columns), a.columns};
   t.context = {take(a.context_columns), a.context_columns};
   t.scratch = {take(a.width), a.width};
-  if (!a.kept) t.tape = take(a.tape);
+  t.tape = take(a.tape);
   if (!back) return t;
   t.grad = {take(a.columns), a.columns};
   t.grad_context = {take(a.context_columns), a.context_columns};
@@ -43,18 +43,13 @@ void place_rows(ProgramTile<T>& t, int64_t row, int64_t rows) {
   t.row = row;
   t.rows = rows;
   t.blocks = ceil_div(rows, kWidth<T>);
-  if (t.args.kept) t.tape = (T*)t.args.kept + row * t.args.tape;
-}
-
-template <class T>
-void load_context(const ProgramTile<T>& t) {
-  if (t.context.count) load_given(t, t.args.context, 0, t.context);
+  t.kept = (T*)t.args.kept + row * t.args.kept_columns;
 }
 
 template <class T>
 void run_forward(const ProgramTile<T>& t) {
   load_rows<false>(t, t.args.x, t.state);
-  load_context(t);
+  if (t.context.count) load_given(t, t.args.context, 0, t.context);
   fill(t.logdet, 0.0, t.padded());
   for (int64_t i = 0; i < t.args.instructions; ++i) {
     const ProgramInstruction& in = t.args.instruction[i];
@@ -163,7 +158,7 @@ void backward_units(const ProgramBackward& a, int64_t begin, int64_t end) {
     for (int64_t row = u * a.unit_rows; row < last; row += a.tile_rows) {
       place_rows(t, row, smaller(a.tile_rows, last - row));
       t.adds = row > u * a.unit_rows;
-      a.kept ? load_context(t) : run_forward(t);
+      run_forward(t);
       load_gradients(t);
       run_backward(t);
       if (a.grad_x.data) store_rows(t, t.grad, a.grad_x);

@@ -87,45 +87,46 @@ void set_units(ProgramArgs& a, int64_t group_size) {
   a.tile_rows = round_up(ceil_div(a.unit_rows, ceil_div(a.unit_rows, kProgramMostRows)), kProgramRows);
 }
 
-// a tape is (rows, columns), with rows for whole blocks
-int64_t tape_rows(int64_t rows) { return round_up(rows, kProgramRows); }
+// what is kept is (rows, columns), with rows for whole blocks
+int64_t kept_rows(int64_t rows) { return round_up(rows, kProgramRows); }
 
 std::tuple<Tensor, Tensor, Tensor> flow_program(Tensor x, Optional context, int64_t repeats, Tensors weights,
-                                                std::string code, int64_t kept) {
+                                                std::string code, int64_t keep) {
   ProgramArgs a{};
-  Reader reader(a, x, context, repeats, weights, code, kept > 0);
-  require(kept == 0 || kept == a.tape);
+  Reader reader(a, x, context, repeats, weights, code, false, keep > 0);
+  require(keep == a.kept_columns);
   const int64_t sizes[] = {a.rows, a.output_count};
   Tensor y = new_empty(x, sizes, 2, x.scalar_type()), logdet = new_rows(x, a.rows, x.scalar_type());
-  Tensor tape = kept ? new_workspace(x, tape_rows(a.rows), kept) : new_none(x, x.scalar_type());
-  if (a.rows == 0) return {y, logdet, tape};
+  Tensor kept = keep ? new_workspace(x, kept_rows(a.rows), keep) : new_none(x, x.scalar_type());
+  if (a.rows == 0) return {y, logdet, kept};
   a.y = Reader::rows_of(y);
   a.logdet = (char*)logdet.data_ptr();
-  if (kept) {
+  if (keep) {
     int64_t size = 0;
     sums_of(weights, reader, size);
     set_units(a, size);
-    a.kept = (char*)tape.data_ptr();
+    a.kept = (char*)kept.data_ptr();
   } else {
     a.unit_rows = a.tile_rows = rows_of_tile(a.rows);
   }
   reader.prepare(x);
   Tensor products;
-  if (!kept && shares_products(a, reader.products())) {
+  if (!keep && shares_products(a, reader.products())) {
     products = new_rows(x, a.context_rows * reader.products(), x.scalar_type());
     a.products = {(char*)products.data_ptr(), reader.products(), 1};
     run_tiles(cpu::flow_program_context, a, ceil_div(a.context_rows, a.tile_rows), 1);
   }
   const int64_t tiles = ceil_div(a.rows, a.unit_rows) * ceil_div(a.unit_rows, a.tile_rows);
   run_tiles(cpu::flow_program_forward, a, tiles, reader.grain());
-  return {y, logdet, tape};
+  return {y, logdet, kept};
 }
 
 Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, Optional context, int64_t repeats,
-                              Tensors weights, std::string code, Optional tape, bool need_x, bool need_context,
+                              Tensors weights, std::string code, Optional kept, bool need_x, bool need_context,
                               bool need_weights) {
   ProgramBackward a{};
-  Reader reader(a, x, context, repeats, weights, code, true);
+  const bool given = kept && kept->numel() > 0;
+  Reader reader(a, x, context, repeats, weights, code, true, given);
   const auto result = [&](const Tensor& like, bool needed) {
     const auto sizes = like.sizes();
     return needed ? new_empty(like, sizes.data(), like.dim(), x.scalar_type()) : new_none(x, x.scalar_type());
@@ -158,10 +159,10 @@ Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, O
   std::vector<ProgramSum> sums = sums_of(weights, reader, a.group_size);
   set_units(a, a.group_size);
   const int64_t units = ceil_div(a.rows, a.unit_rows);
-  if (tape && tape->numel() > 0) {
-    require(tape->is_contiguous() && tape->dim() == 2 && tape->scalar_type() == x.scalar_type());
-    require(tape->size(0) == tape_rows(a.rows) && tape->size(1) == a.tape);
-    a.kept = (char*)tape->data_ptr();
+  if (given) {
+    require(kept->is_contiguous() && kept->dim() == 2 && kept->scalar_type() == x.scalar_type());
+    require(kept->size(0) == kept_rows(a.rows) && kept->size(1) == a.kept_columns);
+    a.kept = (char*)kept->data_ptr();
   }
   a.arrays = reader.gradient_arrays();
   a.solve_columns = reader.solve_columns();

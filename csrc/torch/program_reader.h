@@ -2,6 +2,7 @@
 #pragma once
 
 #include <deque>
+#include <initializer_list>
 #include <utility>
 #include <vector>
 
@@ -24,11 +25,12 @@ constexpr int64_t kGrain = 1 << 19;        // multiply-adds that are worth a thr
 class Reader {
  public:
   Reader(ProgramArgs& a, const Tensor& x, const Optional& context, int64_t repeats, Tensors& weights,
-         const std::string& code, bool taped)
+         const std::string& code, bool taped, bool keeps)
       : a_(a),
         weights_(weights),
         words_(code),
         taped_(taped),
+        keeps_(keeps),
         uses_(weights.size()),
         lanes_(weights.size()),
         masks_(weights.size()) {
@@ -60,6 +62,7 @@ class Reader {
     a.instruction = instructions_.data();
     if (!taped_) place_arrays();
     a.tape = taped_ ? taken_ : arrays_ * a.width + solve_columns_;
+    a.kept_columns = kept_;
     for (const Solve& s : solves_) {
       // gradients are in another order
       for (const ProgramOrdered& o : s.ordered) require(uses_[size_t(o.weight.place)] <= 1);
@@ -172,25 +175,34 @@ class Reader {
       return taken_ - count;
     }
     int64_t array = 0;
-    while (std::find(kept_.begin(), kept_.end(), array) != kept_.end()) ++array;
+    while (std::find(in_use_.begin(), in_use_.end(), array) != in_use_.end()) ++array;
     arrays_ = std::max(arrays_, array + 1);
     return array;
   }
 
   // place of a value that an elementwise map makes of the one at `from`, the last that is kept
   int64_t take_over(int64_t from, int64_t count) {
-    const bool once = std::count(kept_.begin(), kept_.end(), from) == 1;
-    return !taped_ && once ? from : take(count);
+    const bool once = std::count(in_use_.begin(), in_use_.end(), from) == 1;
+    return !taped_ && once && !is_kept(from) ? from : take(count);
+  }
+
+  // place of values that the forward leaves to the backward
+  int64_t keep(int64_t count) {
+    widen(count);
+    kept_ += count;
+    return kept_place(kept_ - count);
   }
 
   void place_arrays() {
     for (ProgramInstruction& in : instructions_) {
       in.saved *= a_.width;
-      in.params *= a_.width;
+      if (!is_kept(in.params)) in.params *= a_.width;
     }
     for (std::vector<ProgramPart>& parts : parts_) {
       for (ProgramPart& part : parts) {
-        for (int64_t* place : {&part.in, &part.out, &part.before, &part.given}) *place *= a_.width;
+        for (int64_t* place : {&part.in, &part.out, &part.before, &part.given}) {
+          if (!is_kept(*place)) *place *= a_.width;
+        }
       }
     }
     for (Solve& s : solves_) s.solve.tape = arrays_ * a_.width;
@@ -214,10 +226,15 @@ class Reader {
       case Instruction::autoregressive: read_autoregressive(in); break;
       case Instruction::prior: in.prior = Prior(words_.below(std::size(kPriorNames))); break;
     }
-    const Instruction saves_none[] = {Instruction::net, Instruction::additive, Instruction::wrap,
-                                      Instruction::autoregressive};
-    const bool saves = std::find(std::begin(saves_none), std::end(saves_none), in.kind) == std::end(saves_none);
+    const auto among = [&](std::initializer_list<Instruction> kinds) {
+      return std::find(kinds.begin(), kinds.end(), in.kind) != kinds.end();
+    };
+    const bool saves =
+        !among({Instruction::net, Instruction::additive, Instruction::wrap, Instruction::autoregressive});
     if (taped_ && saves) in.saved = take(in.count);
+    if (keeps_ && among({Instruction::affine, Instruction::multiplicative, Instruction::spline})) {
+      in.after = keep(in.count);
+    }
     instructions_.push_back(in);
   }
 
@@ -273,7 +290,7 @@ class Reader {
     in.inputs = in.count + (in.context ? a_.context_columns : 0);
     int64_t size = in.inputs, at = take(size);
     std::vector<ProgramPart>& parts = parts_.emplace_back();
-    kept_ = {at};
+    in_use_ = {at};
     joins_ = in.context;
     first_ = in.count;
     read_parts(parts, at, size);
@@ -297,7 +314,7 @@ class Reader {
       part.first = part.joins ? first_ : 0;
       read_part(parts, part);
       parts.push_back(part);
-      at = kept_.back() = part.out;
+      at = in_use_.back() = part.out;
       size = part.size;
     }
   }
@@ -347,22 +364,23 @@ class Reader {
       part.once = products_;
       products_ += part.size;
     }
-    part.before = out = take(part.size);
-    if (taped_ && needs_before(part.activation)) out = take(part.size);
+    const bool kept = keeps_ && part.kind == Part::dense && part.inputs >= kProgramKeptInputs;
+    part.before = out = kept ? keep(part.size) : take(part.size);
+    if ((taped_ || kept) && needs_before(part.activation)) out = take(part.size);
   }
 
   void read_residual(std::vector<ProgramPart>& parts, ProgramPart& part) {
     const size_t before = parts.size();
     int64_t at = part.in, size = part.size;
-    kept_.push_back(at);
-    depth_ = std::max(depth_, int64_t(kept_.size()) - 1);
+    in_use_.push_back(at);
+    depth_ = std::max(depth_, int64_t(in_use_.size()) - 1);
     require(gradient_arrays() <= kProgramMostArrays);
     read_parts(parts, at, size);
-    kept_.pop_back();
+    in_use_.pop_back();
     require(size == part.size);
     part.inner = int64_t(parts.size() - before);
     part.before = at;
-    part.out = taped_ ? take(size) : at;
+    part.out = taped_ || is_kept(at) ? take(size) : at;
   }
 
   void read_context(ProgramPart& part) {
@@ -467,14 +485,14 @@ class Reader {
   void read_autoregressive(ProgramInstruction& in) {
     Solve& s = solves_.emplace_back();
     // its values have columns of their own, and what is kept outside of it stays
-    const bool taped = std::exchange(taped_, true);
+    const bool taped = std::exchange(taped_, true), keeps = std::exchange(keeps_, false);
     const int64_t taken = std::exchange(taken_, 0), prepared = prepared_count_;
     const int64_t params = std::exchange(params_, 0), params_at = params_at_;
-    const std::vector<int64_t> kept = kept_;
+    const std::vector<int64_t> in_use = in_use_;
     in.context = words_.flag();
     in.inputs = in.count + (in.context ? a_.context_columns : 0);
     int64_t size = in.inputs, at = take(size);
-    kept_ = {at};
+    in_use_ = {at};
     joins_ = in.context;
     first_ = 0;  // in the order of levels
     read_parts(s.parts, at, size);
@@ -490,12 +508,13 @@ class Reader {
     solve_columns_ = std::max(solve_columns_, taken_);
     s.solve.tape = taken;
     taped_ = taped;
+    keeps_ = keeps;
     taken_ = taken + (taped ? s.solve.size : 0);
     prepared_count_ = prepared;
     for (const ProgramOrdered& o : s.ordered) prepared_count_ += o.row_count * o.col_count;
     params_ = params;
     params_at_ = params_at;
-    kept_ = kept;
+    in_use_ = in_use;
   }
 
   // the transform of an autoregressive inverse
@@ -516,13 +535,15 @@ class Reader {
   Tensors& weights_;
   Words words_;
   bool taped_;
+  bool keeps_;  // whether values are left to the backward
   std::vector<ProgramInstruction> instructions_;
   // deques do not move their elements
   std::deque<std::vector<int64_t>> columns_;
   std::deque<std::vector<ProgramPart>> parts_;  // of nets and linear maps
   int64_t params_ = 0, params_at_ = 0;          // numbers that the last conditioner returns, until they are taken
   int64_t taken_ = 0, arrays_ = 0;              // columns of the tape, or arrays
-  std::vector<int64_t> kept_;                   // arrays that are in use
+  int64_t kept_ = 0;                            // columns that are left to the backward
+  std::vector<int64_t> in_use_;                 // arrays that are in use
   bool joins_ = false;                          // whether the next part reads the context among its inputs
   int64_t first_ = 0;                           // from here on
   int64_t products_ = 0;                        // numbers of a row of the context

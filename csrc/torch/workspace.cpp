@@ -11,6 +11,7 @@ namespace pyflow {
 namespace {
 
 constexpr size_t kAlignment = 64;
+constexpr size_t kMostUnused = 64;  // pieces of memory
 
 // in front of the memory
 struct alignas(kAlignment) Header {
@@ -76,7 +77,7 @@ void give_memory(void* memory) {
     const std::lock_guard<std::mutex> guard(all.lock);
     all.list.push_back(header);
     all.bytes += header->bytes;
-    while (all.bytes > size_t(kMostKept)) {
+    while (all.bytes > size_t(kMostKept) || all.list.size() > kMostUnused) {
       old.push_back(all.list.front());
       all.bytes -= all.list.front()->bytes;
       all.list.erase(all.list.begin());
@@ -86,6 +87,7 @@ void give_memory(void* memory) {
 }
 
 Tensor new_workspace(const Tensor& like, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(rows <= (int64_t(1) << 50) / columns, "pyflow: too large");
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   char* memory = take_memory(rows * columns * int64_t(like.element_size()));
   return torch::stable::from_blob(memory, {sizes, 2}, {strides, 2}, like.device(), like.scalar_type(), &give_memory);

@@ -67,10 +67,10 @@ def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fuse
         module hooks; while the first batch of a training has to initialise a layer. The result is the same but for
         rounding.
 
-        A fused stretch computes in its own dtype under autocast. It keeps x for the backward, and activations where
-        that is faster, at most 128 MB in float32. Modules are looked at once; every call compares what was found with
-        what is there (30 us for eight couplings), and reads the parameters anew: hooks of parameters, optimisers, EMA,
-        `.data`, functional_call and replaced submodules work. Under torch.compile hooks that are added after the
+        A fused stretch computes in its own dtype under autocast. It keeps x for the backward, and results of wide
+        layers up to 128 MB (float32). Modules are looked at once; every call compares what was found with what is there
+        (30 us for eight couplings), and reads the parameters anew: hooks of parameters, optimisers, EMA, `.data`,
+        functional_call and replaced submodules work. Under torch.compile hooks that are added after the
         compilation are not seen, as for any module.
 
     Source:

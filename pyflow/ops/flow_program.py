@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._kept import columns_to_keep, kept_shape
 from .._operators import register
 from .._schemas import PRIORS, SCALE_MAPS, SPLINE_VARIANTS, TAILS
-from .._tape import kept_columns, tape_shape
 from .._torch import evaluated_while_traced, is_batched_gradient
 from ..program import (
     ACTIVATIONS,
@@ -74,11 +74,11 @@ def flow_program(
     Notes:
         The rows of a tile, its log-determinants and the activations of its networks stay in the caches; nothing between
         two instructions goes to memory. In the backward every tile runs forward again, then back, so that x alone is
-        kept. On a CPU the forward leaves what it makes of the rows to the backward where that is faster: up to 2^21
-        numbers (8 MB in float32) for any program, up to 2^25 if a number stands for 48 multiply-adds or more; not under
-        torch.compile or a transform, for an autoregressive inverse, or where rows share a row of the context. Each
-        group of rows of the backward has a sum as large as the weights, all together 64 MB or four times the weights.
-        Up to 256 MB of such memory stay allocated for the next call.
+        kept. On a CPU the forward also leaves it the results of layers with 48 inputs or more and the columns after a
+        transform, if these are at most 2^25 numbers (128 MB in float32): not under torch.compile or a transform of
+        torch.func, within an autoregressive inverse, or where rows share a row of the context. Each group of rows of
+        the backward has a sum as large as the weights, all together 64 MB or four times the weights. Up to 256 MB of
+        such memory stay allocated for the next call.
         On a CPU (float32) a row has the same bits alone, in any batch, on any number of threads and for any instruction
         set.
         An autoregressive inverse evaluates every unit once, as soon as the columns are known that it depends on.
@@ -158,7 +158,7 @@ def flow_program(
 
 def run(x: Tensor, context: Tensor | None, repeats: int, weights: list[Tensor], code: str) -> tuple[Tensor, Tensor]:
     """Run the kernel for arguments that were checked."""
-    y, logdet, _ = _run(x, context, repeats, weights, code, kept_columns(x, context, weights, code))
+    y, logdet, _ = _run(x, context, repeats, weights, code, columns_to_keep(x, context, weights, code))
     return y, logdet
 
 
@@ -503,12 +503,12 @@ def _lay(program: Program, kinds: tuple, count: int) -> tuple[str, list[tuple[st
 # registration with torch
 
 
-def _fake(x, context, repeats, weights, code, kept):
+def _fake(x, context, repeats, weights, code, keep):
     rows, outputs = x.shape[0], Program.decode(code).outputs
-    return x.new_empty(rows, len(outputs)), x.new_empty(rows), x.new_empty(tape_shape(rows, kept))
+    return x.new_empty(rows, len(outputs)), x.new_empty(rows), x.new_empty(kept_shape(rows, keep))
 
 
-def _backward_fake(grad_y, grad_logdet, x, context, repeats, weights, code, tape, need_x, need_context, need_weights):
+def _backward_fake(grad_y, grad_logdet, x, context, repeats, weights, code, kept, need_x, need_context, need_weights):
     needed = [need_x, need_context and context is not None, *(need_weights for _ in weights)]
     every = [x, context, *weights]
     return [v.new_empty(v.shape) if need else x.new_empty(0) for need, v in zip(needed, every, strict=True)]
@@ -519,24 +519,15 @@ _run_backward = register(
 )  # fmt: skip
 
 
-def _gradients(grad_y, grad_logdet, x, context, repeats, weights, code, tape, needs):
+def _gradients(grad_y, grad_logdet, x, context, repeats, weights, code, kept, needs):
     need_x, need_context, _, need_weights, *_ = needs
     some = any(need_weights)
     # the vmap of is_grads_batched has no rule for operators with lists of tensors
     batched = any(grad is not None and is_batched_gradient(grad) for grad in (grad_y, grad_logdet))
     operator = _run_backward.reference if batched else _run_backward
+    need_context = need_context and context is not None
     grad_x, grad_context, *grads = operator(
-        grad_y,
-        grad_logdet,
-        x,
-        context,
-        repeats,
-        weights,
-        code,
-        tape,
-        need_x,
-        need_context and context is not None,
-        some,
+        grad_y, grad_logdet, x, context, repeats, weights, code, kept, need_x, need_context, some
     )
     return {"x": grad_x, "context": grad_context, "weights": grads if some else [None] * len(weights)}
 

@@ -70,9 +70,9 @@ PULL: tuple[Callable[[Tensor, Tensor, float], Tensor], ...] = (
 
 
 def flow_program(
-    x: Tensor, context: Tensor | None, repeats: int, weights: Sequence[Tensor], code: str, kept: int = 0
+    x: Tensor, context: Tensor | None, repeats: int, weights: Sequence[Tensor], code: str, keep: int = 0
 ) -> tuple[Tensor, Tensor, None]:
-    """Return y and logdet; there is no tape."""
+    """Return y and logdet; nothing else is kept."""
     program = Program.decode(code)
     context = None if context is None else of_rows(context, x.shape[0], repeats)
     h, logdet, params = x, x.new_zeros(x.shape[0]), x
@@ -90,7 +90,7 @@ def flow_program_backward(
     repeats: int,
     weights: Sequence[Tensor],
     code: str,
-    tape: Tensor | None,
+    kept: Tensor | None,
     need_x: bool,
     need_context: bool,
     need_weights: bool,

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import pyflow
 from pyflow import _backend, ops, testing
+from pyflow._kept import columns_of
 from pyflow._schemas import PRIORS, SCALE_MAPS
-from pyflow._tape import size_of
 from pyflow.program import (
     ACTIVATIONS,
     PACKINGS,
@@ -770,7 +770,7 @@ def operator_calls():
     code, shift = program.encode(), [w.float().requires_grad_() for w in bare.weights]
     stepped = testing.laid_out(x, "stepped").requires_grad_()
     slow = lambda *call: pytest.param(*call, marks=pytest.mark.slow)
-    yield "flow_program", (leaves[0], leaves[1], 1, leaves[2:], code, size_of(code).columns if COMPILED else 0)
+    yield "flow_program", (leaves[0], leaves[1], 1, leaves[2:], code, columns_of(code) if COMPILED else 0)
     yield "flow_program_backward", (gy, gl, leaves[0], leaves[1], 1, leaves[2:], code, None, True, True, True)
     yield slow("flow_program", (stepped, None, 1, shift, plain.encode(), 0))
     yield slow("flow_program", (leaves[0], None, 1, [], Program(3, 0, (), (Prior((1,)),)).encode(), 0))

@@ -39,8 +39,7 @@ struct Rule<Instruction::affine> {
 
   template <class T>
   static void forward(const ProgramTile<T>& t, const ProgramInstruction& in) {
-    save(t, in);
-    as_constant(in.map, [&](auto map) { run_map<map.value>(t, in); });
+    transform_once(t, in, [&] { as_constant(in.map, [&](auto map) { run_map<map.value>(t, in); }); });
   }
 
   template <ScaleMap M, bool Inverse, bool ShiftFirst, class T>

@@ -8,8 +8,7 @@ namespace pyflow::PYFLOW_ISA {
 template <>
 struct Rule<Instruction::multiplicative> {
   template <class T>
-  static void forward(const ProgramTile<T>& t, const ProgramInstruction& in) {
-    save(t, in);
+  static void run(const ProgramTile<T>& t, const ProgramInstruction& in) {
     const Columns<T> scales = t.taped_at(in.params, in.count);
     const T sign = in.inverse ? T(-1) : T(1);
     for (int64_t b = 0; b < t.blocks; ++b) {
@@ -26,6 +25,11 @@ struct Rule<Instruction::multiplicative> {
       }
       add_logdet(t, b, sum);
     }
+  }
+
+  template <class T>
+  static void forward(const ProgramTile<T>& t, const ProgramInstruction& in) {
+    transform_once(t, in, [&] { run(t, in); });
   }
 
   template <class T>

@@ -64,9 +64,10 @@ struct Rule<Instruction::spline> {
         Rows<T, W> p = own;
         if (!in.numbers.data) {
           const Rows<T, W> given = of_column(in, params, b, i);
-          // the tape keeps what the backward needs
-          p = t.taped ? own : given;
-          if (t.taped) copy_rows<T>(given, numbers(in), own);
+          // the backward needs them as they are
+          const bool needed = t.back || is_kept(in.params);
+          p = needed ? own : given;
+          if (needed) copy_rows<T>(given, numbers(in), own);
           softmaxes<V>(form, c, p, none, total);
         }
         T* x = t.state.at(b, in.columns[i]);
@@ -97,9 +98,10 @@ struct Rule<Instruction::spline> {
   template <class T>
   static void forward(const ProgramTile<T>& t, const ProgramInstruction& in) {
     if (in.turned && !in.spline.inverse) turn(t, in);
-    save(t, in);
-    with_form(in.spline, [&](auto variant, auto inverse) { run<variant.value, inverse.value>(t, in); });
-    if (in.turned && in.spline.inverse) turn(t, in);
+    transform_once(t, in, [&] {
+      with_form(in.spline, [&](auto variant, auto inverse) { run<variant.value, inverse.value>(t, in); });
+      if (in.turned && in.spline.inverse) turn(t, in);
+    });
   }
 
   template <SplineVariant V, bool Inverse, class T>

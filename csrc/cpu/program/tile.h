@@ -23,11 +23,10 @@ struct Columns {
 template <class T>
 struct ProgramTile {
   const ProgramArgs& args;
-  const ProgramBackward* back;            // null in the forward
-  bool taped;                             // whether everything that the backward needs is kept on the tape
+  const ProgramBackward* back;            // null in the forward, which keeps no tape
   int64_t row = 0, rows = 0, blocks = 0;  // first row, rows of the batch, blocks that hold them
   Columns<T> state{}, context{}, scratch{};
-  T* tape = nullptr;
+  T *tape = nullptr, *kept = nullptr;
   double* logdet = nullptr;  // of every row
   // backward
   Columns<T> grad{}, grad_context{};
@@ -39,7 +38,9 @@ struct ProgramTile {
   bool adds = false;         // whether the group has sums of tiles before this one
 
   int64_t padded() const { return blocks * kWidth<T>; }
-  Columns<T> taped_at(int64_t place, int64_t count) const { return {tape + place * padded(), count}; }
+  Columns<T> taped_at(int64_t place, int64_t count) const {
+    return {is_kept(place) ? kept + kept_place(place) * padded() : tape + place * padded(), count};
+  }
   Columns<T> array(int64_t k, int64_t count) const { return {arrays + k * args.width * args.tile_rows, count}; }
 };
 
@@ -77,7 +78,16 @@ PYFLOW_FN void scatter(const ProgramTile<T>& t, const ProgramInstruction& in, co
 // keeps the named columns for the backward
 template <class T>
 PYFLOW_FN void save(const ProgramTile<T>& t, const ProgramInstruction& in) {
-  if (t.taped) gather(t, in, t.state, t.taped_at(in.saved, in.count));
+  if (t.back) gather(t, in, t.state, t.taped_at(in.saved, in.count));
+}
+
+// runs a transform, or takes what the forward has left of it; its columns before and after it are kept
+template <class T, class F>
+PYFLOW_FN void transform_once(const ProgramTile<T>& t, const ProgramInstruction& in, F run) {
+  save(t, in);
+  if (t.back && is_kept(in.after)) return scatter(t, in, t.taped_at(in.after, in.count), t.state);
+  run();
+  if (is_kept(in.after)) gather(t, in, t.state, t.taped_at(in.after, in.count));
 }
 
 template <class T>

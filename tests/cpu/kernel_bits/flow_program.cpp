@@ -86,18 +86,11 @@ class Flow {
     b.sums = int64_t(sums.size());
     b.groups = units;
     b.group_sums = (char*)group_sums.data();
-    // with a tape of its own, then with that of the forward
-    std::vector<float> tape((round_up(rows, kProgramRows) * b.tape + 16) * (repeats == 1));
-    for (char* kept : {(char*)nullptr, (char*)((uintptr_t(tape.data()) + 63) / 64 * 64)}) {
-      if (kept && repeats > 1) continue;
-      b.kept = kept;
-      if (kept) cpu::flow_program_forward(b, 0, units);
-      cpu::flow_program_backward(b, 0, units);
-      cpu::flow_program_reduce(b, 0, b.sums);
-      cpu::flow_program_reduce_context(b, 0, contexts);
-      for (const auto* v : {&y, &logdet, &gx, &of_context}) print(name, *v);
-      for (const Weight& w : weights_) print(name, w.grad);
-    }
+    cpu::flow_program_backward(b, 0, units);
+    cpu::flow_program_reduce(b, 0, b.sums);
+    cpu::flow_program_reduce_context(b, 0, contexts);
+    for (const auto* v : {&y, &logdet, &gx, &of_context}) print(name, *v);
+    for (const Weight& w : weights_) print(name, w.grad);
   }
 
  private:

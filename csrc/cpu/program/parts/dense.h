@@ -9,6 +9,10 @@ template <>
 struct PartRule<Part::dense> {
   template <class T>
   static void forward(const ProgramTile<T>& t, const ProgramPart& part) {
+    if (t.back && is_kept(part.before)) {
+      if (!is_kept(part.out)) activate_all(t, part, t.taped_at(part.before, part.size).data, output_of(t, part).data);
+      return;
+    }
     Columns<T> from = input_of(t, part);
     Factor<T> f = factor<T>(part);
     if (is_given(t, part)) {
