@@ -4,9 +4,8 @@
 #include <optional>
 #include <vector>
 
-#include "device.h"
+#include "memory.h"
 #include "program_reader.h"
-#include "workspace.h"
 
 namespace pyflow {
 namespace {
@@ -24,7 +23,7 @@ template <class Args>
 void run_tiles(void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int64_t units, int64_t grain) {
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     const int64_t bytes = program_memory(a) * (a.f64 ? 8 : 4);
-    const Workspace memory(bytes);
+    const Memory memory(bytes);
     Args mine = a;
     mine.memory = memory.data;
     kernel(mine, begin, end);
@@ -97,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_program(Tensor x, Optional context, int6
   require(keep == a.kept_columns);
   const int64_t sizes[] = {a.rows, a.output_count};
   Tensor y = new_empty(x, sizes, 2, x.scalar_type()), logdet = new_rows(x, a.rows, x.scalar_type());
-  Tensor kept = keep ? new_workspace(x, kept_rows(a.rows), keep) : new_none(x, x.scalar_type());
+  Tensor kept = keep ? new_reused(x, kept_rows(a.rows), keep, a.f64) : new_none(x, x.scalar_type());
   if (a.rows == 0) return {y, logdet, kept};
   a.y = Reader::rows_of(y);
   a.logdet = (char*)logdet.data_ptr();
@@ -167,7 +166,7 @@ Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, O
   a.arrays = reader.gradient_arrays();
   a.solve_columns = reader.solve_columns();
   reader.prepare(x);
-  std::optional<Workspace> memory;
+  std::optional<Memory> memory;
   if (need_weights && !sums.empty()) {
     for (size_t i = 0; i < sums.size(); ++i) {
       sums[i].grad = (char*)of_weights[i].data_ptr();

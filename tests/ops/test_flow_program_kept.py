@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ try:
 except ImportError:
     resource = None
 
+THREADS = torch.get_num_threads()
 WIDE, INPUTS = 50, _kept.INPUTS
 run = torch.ops.pyflow.flow_program
 run_backward = torch.ops.pyflow.flow_program_backward
@@ -95,7 +98,7 @@ def wide(build, activation="relu"):
 
 @bits
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_part(activation):
+def test_sizes_of_every_part(activation):
     build = Builder(4, 2)
     numbers = 2 * (2 * 4 + 3)
     layers = 3 * WIDE + 3 * WIDE + (4 + 2 + 2 + numbers)
@@ -203,3 +206,35 @@ def test_backward_twice(batch):
     first, second = (torch.autograd.grad(density, weights, retain_graph=True) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         testing.assert_same_bits(a, b)
+
+
+@bits
+def test_threads_do_not_share_memory():
+    program, weights, x, context = made(65)
+
+    def train(rows_of_x):
+        density = ops.flow_program(x[:rows_of_x], program, weights, context[:rows_of_x])[1].sum()
+        return torch.autograd.grad(density, weights)
+
+    sizes = [1, 31, 64, 65] * 12
+    want = {size: train(size) for size in set(sizes)}
+    with ThreadPoolExecutor(4) as pool:
+        for size, got in zip(sizes, pool.map(train, sizes), strict=True):
+            for a, b in zip(got, want[size], strict=True):
+                testing.assert_same_bits(a, b)
+
+
+@bits
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_child_process_takes_memory():
+    program, weights, x, context = made(65)
+    torch.set_num_threads(1)
+    try:
+        ops.flow_program(x, program, weights, context)[1].sum().backward()
+        child = os.fork()
+        if child == 0:
+            density = ops.flow_program(x, program, weights, context)[1]
+            os._exit(int(not density.isfinite().all()))
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(THREADS)

@@ -2,7 +2,7 @@
 // as filling them.
 #pragma once
 
-#include "tensor.h"
+#include "device.h"
 
 namespace pyflow {
 
@@ -14,16 +14,16 @@ char* take_memory(int64_t bytes);
 void give_memory(void* memory);
 
 // memory of a scope
-class Workspace {
+class Memory {
  public:
-  explicit Workspace(int64_t bytes) : data(take_memory(bytes)) {}
-  ~Workspace() { give_memory(data); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
+  explicit Memory(int64_t bytes) : data(take_memory(bytes)) {}
+  ~Memory() { give_memory(data); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
   char* const data;
 };
 
-// a tensor (rows, columns) whose memory goes back with it
-Tensor new_workspace(const Tensor& like, int64_t rows, int64_t columns);
+// a tensor (rows, columns) of float64 or float32 on the CPU, whose memory goes back with it
+Tensor new_reused(const Tensor& like, int64_t rows, int64_t columns, bool f64);
 
 }  // namespace pyflow

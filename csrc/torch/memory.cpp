@@ -1,4 +1,4 @@
-#include "workspace.h"
+#include "memory.h"
 
 #include <pthread.h>
 
@@ -86,11 +86,12 @@ void give_memory(void* memory) {
   for (Header* each : old) std::free(each);
 }
 
-Tensor new_workspace(const Tensor& like, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(rows <= (int64_t(1) << 50) / columns, "pyflow: too large");
+Tensor new_reused(const Tensor& like, int64_t rows, int64_t columns, bool f64) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
-  char* memory = take_memory(rows * columns * int64_t(like.element_size()));
-  return torch::stable::from_blob(memory, {sizes, 2}, {strides, 2}, like.device(), like.scalar_type(), &give_memory);
+  if (rows == 0 || columns == 0) return new_empty(like, sizes, 2, compute_type(f64));
+  STD_TORCH_CHECK(rows <= (int64_t(1) << 50) / columns, "pyflow: too large");
+  char* memory = take_memory(rows * columns * (f64 ? 8 : 4));
+  return torch::stable::from_blob(memory, {sizes, 2}, {strides, 2}, like.device(), compute_type(f64), &give_memory);
 }
 
 }  // namespace pyflow
