@@ -32,7 +32,7 @@ def columns_to_keep(x: Tensor, context: Tensor | None, weights: Sequence[Tensor]
     if _backend.current() != "auto" or not any_requires_grad(x, context, weights):
         return 0
     rows = x.shape[0]
-    # what nets make of a row of the context is made once for all rows of x that share it, without a backward
+    # where rows of x share a row of the context, the forward does once what nets make of that row alone
     if context is not None and (context.shape[0] != rows or context.stride(0) == 0):
         return 0
     columns = columns_of(code)

@@ -74,7 +74,7 @@ def flow_program(
     Notes:
         The rows of a tile, its log-determinants and the activations of its networks stay in the caches; nothing between
         two instructions goes to memory. In the backward every tile runs forward again, then back, so that x alone is
-        kept. On a CPU the forward also leaves it the results of layers with 48 inputs or more and the columns after a
+        kept. On a CPU the forward keeps for it the results of layers with 48 inputs or more and the columns after a
         transform, if these are at most 2^25 numbers (128 MB in float32): not under torch.compile or a transform of
         torch.func, within an autoregressive inverse, or where rows share a row of the context. Each group of rows of
         the backward has a sum as large as the weights, all together 64 MB or four times the weights. Up to 256 MB of
