@@ -40,6 +40,7 @@ class Fuser:
         self.root: Callable[[], nn.Module | None] = (lambda: None) if root is None else weakref.ref(root)
         self.frozen = frozen
         self.structure: Structure | None = None
+        self.other: Structure | None = None  # of the same modules, as they were before a change of mode
         self.snapshots: dict[Any, tuple[list[Tensor], str]] = {}
         here = weakref.ref(self)
 
@@ -111,11 +112,17 @@ class Fuser:
         """Return what the module is made of now, and its parameters."""
         if root is None:
             return None
-        structure = self.structure
-        weights = None if structure is None else structure.look.watch.weights(root)
-        if structure is None or weights is None:
-            structure = self.structure = Structure(root)
-            weights = structure.look.watch.weights(root)
+        for structure in (self.structure, self.other):
+            weights = None if structure is None else structure.look.watch.weights(root)
+            if structure is not None and weights is not None:
+                if structure is not self.structure:
+                    self.structure, self.other = structure, self.structure
+                return structure, weights
+        structure, before = Structure(root), self.structure
+        # training and evaluation take turns; modules that were replaced are let go
+        keeps = before is not None and {*before.look.watch.modules} <= {*root.modules()}
+        self.structure, self.other = structure, before if keeps else None
+        weights = structure.look.watch.weights(root)
         return None if weights is None else (structure, weights)
 
     def _run_traced(self, root: nn.Module, x: Tensor, context: Tensor | None, repeats: int, key: Key) -> Result | None:

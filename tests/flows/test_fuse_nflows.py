@@ -451,6 +451,26 @@ def test_the_same_values_of_a_permutation_are_no_change():
     assert fused.log_prob(x).equal(want) and fused._fuser.structure is structure
 
 
+def test_training_and_evaluation_take_turns():
+    flow, x = made("dropout"), data(8, 5)
+    fused, found = fuse(flow), []
+    for training in [True, False] * 3:
+        fused.train(training)
+        torch.manual_seed(0)
+        got = fused.log_prob(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(got, flow.log_prob(x))
+        found.append(fused._fuser.structure)
+    assert len(set(found)) == 2 and found[:2] * 3 == found
+    # what was replaced is not kept
+    old = weakref.ref(flow._transform._transforms[0])
+    flow._transform._transforms[0] = LAYERS["affine"](None)[0].double()
+    del found
+    fused.log_prob(x)
+    gc.collect()
+    assert old() is None
+
+
 def test_a_pending_act_norm_runs():
     torch.manual_seed(1)
     flow = flow_of([T.ActNorm(5), T.AffineCouplingTransform(MASK, res())]).double().train()
