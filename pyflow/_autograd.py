@@ -210,11 +210,22 @@ def pick(places: Sequence[int]) -> Callable[[Sequence[Any]], Any]:
 
 def flat(values: Sequence[Any], lists: Sequence[int]) -> tuple[list[Any], list[int | None]]:
     """Replace the lists at some places by their elements; return also their lengths, None for other values."""
-    counts = [len(value) if i in lists else None for i, value in enumerate(values)]
-    return [x for v, n in zip(values, counts, strict=True) for x in ((v,) if n is None else v)], counts
+    every: list[Any] = []
+    counts: list[int | None] = [None] * len(values)
+    last = 0
+    for i in lists:
+        every += values[last:i]
+        every += values[i]
+        counts[i], last = len(values[i]), i + 1
+    every += values[last:]
+    return every, counts
 
 
 def nested(values: Sequence[Any], counts: Sequence[int | None]) -> list[Any]:
     """The inverse of `flat`."""
-    each = iter(values)
-    return [next(each) if n is None else [next(each) for _ in range(n)] for n in counts]
+    found: list[Any] = []
+    at = 0
+    for n in counts:
+        found.append(values[at] if n is None else [*values[at : at + n]])
+        at += 1 if n is None else n
+    return found

@@ -38,35 +38,38 @@ bool shares_products(const ProgramArgs& a, int64_t products) {
   return products > 0 && (a.rows - a.context_rows) * a.context_columns >= a.rows * reading;
 }
 
-// sums of the gradients of the weights: a matrix as (rows, cols), or transposed where that wastes less padding
-std::vector<ProgramSum> sums_of(const Tensors& weights, const Reader& reader, int64_t& size) {
-  std::vector<ProgramSum> sums;
-  size = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor& w = weights[i];
-    ProgramSum s{};
-    s.uses = reader.uses()[i];
-    s.mask = reader.masks()[i];
-    s.matrix = w.dim() == 2 && !reader.in_lanes(i);
-    s.rows = s.matrix ? w.size(0) : w.numel();
-    s.cols = s.matrix ? w.size(1) : 1;
-    s.transposed = s.matrix && round_up(s.cols, kProgramPad) * s.rows > round_up(s.rows, kProgramPad) * s.cols;
-    if (const ProgramOrdered* o = reader.ordered(int64_t(i))) {
-      s.partial = true;
-      s.row_order = o->rows;
-      s.col_order = o->cols;
-    }
-    if (s.transposed) {
-      std::swap(s.rows, s.cols);
-      std::swap(s.row_order, s.col_order);
-    }
-    s.width = s.matrix ? round_up(s.cols, kProgramPad) : kProgramLanes;
-    if (s.uses == 0) s.rows = 0;  // not used, or a constant
-    s.offset = size;
-    size += s.rows * s.width;
-    sums.push_back(s);
+// the sum of the gradients of the weight at a place: a matrix as (rows, cols), or transposed where that wastes less
+// padding
+ProgramSum sum_of(const Tensor& w, const Reader& reader, size_t place) {
+  ProgramSum s{};
+  s.uses = reader.uses()[place];
+  s.mask = reader.masks()[place];
+  s.matrix = w.dim() == 2 && !reader.in_lanes(place);
+  s.rows = s.matrix ? w.size(0) : w.numel();
+  s.cols = s.matrix ? w.size(1) : 1;
+  s.transposed = s.matrix && round_up(s.cols, kProgramPad) * s.rows > round_up(s.rows, kProgramPad) * s.cols;
+  if (const ProgramOrdered* o = reader.ordered(int64_t(place))) {
+    s.partial = true;
+    s.row_order = o->rows;
+    s.col_order = o->cols;
   }
-  return sums;
+  if (s.transposed) {
+    std::swap(s.rows, s.cols);
+    std::swap(s.row_order, s.col_order);
+  }
+  s.width = s.matrix ? round_up(s.cols, kProgramPad) : kProgramLanes;
+  if (s.uses == 0) s.rows = 0;  // not used, or a constant
+  return s;
+}
+
+// elements of the sums of a group
+int64_t size_of_group(const Tensors& weights, const Reader& reader) {
+  int64_t size = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const ProgramSum s = sum_of(weights[i], reader, i);
+    size += s.rows * s.width;
+  }
+  return size;
 }
 
 // Rows of a group whose sums have `size` elements. Groups are of equal size; the memory of their sums is limited; and
@@ -101,9 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_program(Tensor x, Optional context, int6
   a.y = Reader::rows_of(y);
   a.logdet = (char*)logdet.data_ptr();
   if (keep) {
-    int64_t size = 0;
-    sums_of(weights, reader, size);
-    set_units(a, size);
+    set_units(a, size_of_group(weights, reader));
     a.kept = (char*)kept.data_ptr();
   } else {
     a.unit_rows = a.tile_rows = rows_of_tile(a.rows);
@@ -155,7 +156,7 @@ Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, O
       a.grad_context = {(char*)of_rows.data_ptr(), a.context_columns, 1};
     }
   }
-  std::vector<ProgramSum> sums = sums_of(weights, reader, a.group_size);
+  a.group_size = size_of_group(weights, reader);
   set_units(a, a.group_size);
   const int64_t units = ceil_div(a.rows, a.unit_rows);
   if (given) {
@@ -166,11 +167,16 @@ Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, O
   a.arrays = reader.gradient_arrays();
   a.solve_columns = reader.solve_columns();
   reader.prepare(x);
+  std::vector<ProgramSum> sums;
   std::optional<Memory> memory;
-  if (need_weights && !sums.empty()) {
-    for (size_t i = 0; i < sums.size(); ++i) {
-      sums[i].grad = (char*)of_weights[i].data_ptr();
-      if (sums[i].uses == 0) torch::stable::zero_(of_weights[i]);
+  if (need_weights && !weights.empty()) {
+    int64_t offset = 0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      ProgramSum& s = sums.emplace_back(sum_of(weights[i], reader, i));
+      s.offset = offset;
+      s.grad = (char*)of_weights[i].data_ptr();
+      offset += s.rows * s.width;
+      if (s.uses == 0) torch::stable::zero_(of_weights[i]);
     }
     a.sum = sums.data();
     a.sums = int64_t(sums.size());

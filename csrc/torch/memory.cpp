@@ -11,7 +11,7 @@ namespace pyflow {
 namespace {
 
 constexpr size_t kAlignment = 64;
-constexpr size_t kMostUnused = 64;  // pieces of memory
+constexpr size_t kMostPieces = 64;  // of memory that is not in use
 
 // in front of the memory
 struct alignas(kAlignment) Header {
@@ -77,7 +77,7 @@ void give_memory(void* memory) {
     const std::lock_guard<std::mutex> guard(all.lock);
     all.list.push_back(header);
     all.bytes += header->bytes;
-    while (all.bytes > size_t(kMostKept) || all.list.size() > kMostUnused) {
+    while (all.bytes > size_t(kMostUnused) || all.list.size() > kMostPieces) {
       old.push_back(all.list.front());
       all.bytes -= all.list.front()->bytes;
       all.list.erase(all.list.begin());

@@ -6,8 +6,8 @@
 
 namespace pyflow {
 
-// bytes of memory not in use that are kept
-constexpr int64_t kMostKept = int64_t(1) << 28;
+// most bytes of memory that is not in use
+constexpr int64_t kMostUnused = int64_t(1) << 28;
 
 // memory at a multiple of 64 bytes
 char* take_memory(int64_t bytes);

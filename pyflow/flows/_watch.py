@@ -39,6 +39,9 @@ class Watch:
         self.parents: list[dict[str, Any]] = []
         self.children: list[list[nn.Module | None]] = []
         self.options: list[tuple[nn.Module | None, Path, Callable[[Any], Any], Any]] = []
+        self.attributes: list[tuple[dict[str, Any], str]] = []  # options that are entries of a module's __dict__
+        self.values: list[Any] = []
+        self.named: list[tuple[Path, str]] = []  # the same by path
         self.absent: list[tuple[dict[str, Any], str, str]] = []  # parameters and buffers that are None
         self.tensors: list[tuple[dict[str, Any], str, str]] = []  # parameters and buffers
         self.sites: list[tuple[Path, str]] = []  # the same by path
@@ -64,6 +67,14 @@ class Watch:
         """Return get(module), which must stay."""
         value = get(module)
         self.options.append((module if path else None, path, get, dict(value) if isinstance(value, dict) else value))
+        return value
+
+    def attribute(self, path: Path, module: nn.Module, name: str) -> Any:
+        """Return an entry of the __dict__ of a module below the root, which must stay: a quicker `option`."""
+        value = vars(module)[name]
+        self.attributes.append((vars(module), name))
+        self.values.append(value)
+        self.named.append((path, name))
         return value
 
     def tensor(self, path: Path, module: nn.Module, kind: str, name: str) -> int:
@@ -98,6 +109,7 @@ class Watch:
                 and all([any(_HOOKS(space)) for space in self.hooked])
                 and [*root._modules.values()] == self.children_of_root
                 and [[*space["_modules"].values()] for space in self.parents] == self.children
+                and [space[name] for space, name in self.attributes] == self.values
                 and all([get(root if m is None else m) == value for m, _, get, value in self.options])
                 and all([space[kind][name] is None for space, kind, name in self.absent])
                 and all([each.stays() for each in self.read])
@@ -117,6 +129,8 @@ class Watch:
             assert type(at(root, path)) is kind
         for _, path, get, value in self.options:
             assert get(at(root, path)) == value
+        for (path, name), value in zip(self.named, self.values, strict=True):
+            assert getattr(at(root, path), name) == value
         return [getattr(at(root, path), name) for path, name in self.sites]
 
 

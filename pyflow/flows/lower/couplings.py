@@ -55,7 +55,8 @@ _AFFINE_COUPLINGS = (
 
 @register(RULES, *_AFFINE_COUPLINGS)
 def _affine(look: Look, path: Path, layer: Any) -> Write:
-    function = look.watch.option(path, layer, lambda m: getattr(m, "scale_activation", None))
+    # older versions have none
+    function = look.option(path, layer, "scale_activation") if hasattr(layer, "scale_activation") else None
     scale_map = scale_map_of(type(layer), function)
     if scale_map is None:
         raise NoInstruction(path, layer, f"its scale_activation {function!r} has no instruction")

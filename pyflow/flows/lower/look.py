@@ -125,10 +125,12 @@ class Look:
 
     def options(self, path: Path, module: nn.Module, *names: str) -> list[Any]:
         """Return attributes that must stay; lists as tuples."""
-        return self.watch.option(path, module, lambda m: [_fixed(getattr(m, name)) for name in names])
+        return [self.option(path, module, name) for name in names]
 
     def option(self, path: Path, module: nn.Module, name: str) -> Any:
-        return self.options(path, module, name)[0]
+        if path and type(vars(module).get(name, [])) is not list:
+            return self.watch.attribute(path, module, name)
+        return self.watch.option(path, module, lambda m: _fixed(getattr(m, name)))
 
     def values(self, path: Path, module: nn.Module, name: str) -> list[Any]:
         """Return the numbers of a buffer, which is read once: see `Watch.buffer`."""

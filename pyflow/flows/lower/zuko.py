@@ -256,13 +256,26 @@ def _linear(look: Look, path: Path, module: Any, parts: Parts) -> None:
 @register(PARTS, "zuko.nn.MaskedLinear")
 def _masked_linear(look: Look, path: Path, module: Any, parts: Parts) -> None:
     linear = dense(look, path, module)
-    place = look.computed(path, module, (), _mask, 1)
+    place = look.computed(path, module, (), _Mask(), 1)
     look.run.masks[place] = look.watch.buffer(path, module, "mask")
     parts.append(linear._replace(mask=place))
 
 
-def _mask(module: Any, inverse: bool, columns: int) -> tuple[Tensor]:
-    return (module.mask.to(module.weight),)
+class _Mask:
+    """The mask of a layer in its weight's dtype, made once: a structure holds while the values of masks stay."""
+
+    def __init__(self) -> None:
+        self.made: Tensor | None = None
+
+    def __call__(self, module: Any, inverse: bool, columns: int) -> tuple[Tensor]:
+        weight, made = module.weight, self.made
+        if torch.compiler.is_compiling():
+            return (module.mask.to(weight),)
+        if made is None or made.dtype != weight.dtype or made.device != weight.device:
+            # a tensor that is made in inference mode cannot be saved for a backward
+            with torch.inference_mode(False):
+                made = self.made = module.mask.to(weight)
+        return (made,)
 
 
 @register(PARTS, "zuko.nn.LayerNorm")
