@@ -116,7 +116,7 @@ def _named_activation(name: str) -> Callable[[Look, Path, Any, Parts], None]:
 
 def _in_place(look: Look, path: Path, module: Any, parts: Parts) -> None:
     # a residual block adds its input, and a coupling keeps its own, as they are then
-    if look.watch.option(path, module, lambda m: getattr(m, "inplace", False)) and not parts:
+    if hasattr(module, "inplace") and look.option(path, module, "inplace") and not parts:
         raise NoInstruction(path, module, "it changes the input of its network or block in place")
 
 
