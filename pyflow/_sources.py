@@ -11,6 +11,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "diffusers.utils.outputs": ("9362bb9b3b2c",),
     "diffusers.utils.torch_utils": ("bce0a1a44885",),
     "dingo.core.nn.resnet": ("0cd275d2aa5e",),
+    "glasflow.distributions.uniform": ("f4d1eb3a52de",),
     "glasflow.flows.base": ("793591fcc306",),
     "glasflow.flows.coupling": ("9a92aa99dfed",),
     "glasflow.flows.nsf": ("6a04674befb3",),

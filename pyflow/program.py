@@ -7,6 +7,7 @@ order; a permutation is no instruction, but another order of the columns that th
 from __future__ import annotations
 
 import functools
+import math
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -268,6 +269,35 @@ class Prior(NamedTuple):
     prior: int = 0
 
 
+class Uniform(NamedTuple):
+    """logdet += log-density of some columns in a box: -sum of log(high_c - low_c), -inf for a row outside.
+
+    The gradient is 0.
+
+    Attributes:
+        columns: which columns.
+        low, high: one for all columns, or one per column; low < high, finite.
+        closed: whether the box is [low, high], and a NaN no reason to be outside; else it is [low, high) without NaN.
+    """
+
+    columns: Columns
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    closed: bool = False
+
+    @property
+    def sides(self) -> list[tuple[float, float]]:
+        """(low, high) of every column."""
+        n = len(self.columns)
+        low, high = (ends * n if len(ends) == 1 else ends for ends in (self.low, self.high))
+        return [*zip(low, high, strict=True)]
+
+    @property
+    def log_density(self) -> float:
+        """Inside of the box."""
+        return -sum(math.log(high - low) for low, high in self.sides)
+
+
 def columns_of_numbers(transform: Transform) -> list[int]:
     """Return which of the transform's columns each number of its conditioner is for, by their place."""
     n = len(transform.columns)
@@ -297,7 +327,7 @@ def number_levels(inverse: Autoregressive) -> Columns:
 
 # get_args of Python 3.10 takes no X | Y
 Instruction = typing.Union[  # noqa: UP007
-    Scale, Linear, Wrap, Net, Additive, Multiplicative, Affine, Spline, Autoregressive, Prior
+    Scale, Linear, Wrap, Net, Additive, Multiplicative, Affine, Spline, Autoregressive, Prior, Uniform
 ]
 _NAMED = {union: {kind.__name__.lower(): kind for kind in get_args(union)} for union in (Instruction, Part, Transform)}
 

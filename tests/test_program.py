@@ -23,6 +23,7 @@ from pyflow.program import (
     Program,
     Scale,
     Spline,
+    Uniform,
     Wrap,
     runs_of,
 )
@@ -32,7 +33,7 @@ EVERY = (
     Scale((3, 2, 1), 4, -1, True, False), Linear((0, 2), 5), Linear((0, 2), 5, 6, 7), NET, Additive((1, 4), True), NET,
     Affine((1, 4), 3, 2, 0.1, False, True), Spline((0, 1), 8, 9, (0, 1), 2, (3.0, 0.1), 0.5, 0.01, 0.2, 3, True),
     Wrap((1, 4), (3.0,), (0.5, -0.5), True), Spline((0,), 8, 7, (0,), 1, (3.0,), params=4, turned=True),
-    Prior((0, 2, 4), 1), Prior(()), Scale((), -1, -1), NET, Multiplicative((1, 4), True),
+    Prior((0, 2, 4), 1), Prior(()), Uniform((4, 2), (-1.0,), (0.1, 3.0), True), Scale((), -1, -1), NET, Multiplicative((1, 4), True),
     Autoregressive(NET, Affine((1, 4), 3, 2, 0.1), (2, 1), ((0, 1, 2, 0, 1, 2, 0, 1),)),
     Autoregressive(NET, Spline((1, 4), 8, 9, (0, 1), 2, (3.0, 0.1)), (1, 1), ()),
 )  # fmt: skip

@@ -27,20 +27,20 @@ ACTIVE = tl.constexpr(32)  # of an activation
 SPLINE_COLS = tl.constexpr(4)  # of a spline: an element for each of 128 threads
 
 KINDS = (
-    "dense", "couple", "activate", "spline", "wrap", "norm", "periodic", "prior", "load", "store", "fill", "total",
-    "dense_inputs", "dense_weights", "sum_rows", "couple_back", "activate_back", "spline_back", "norm_back",
+    "dense", "couple", "activate", "spline", "wrap", "norm", "periodic", "prior", "uniform", "load", "store", "fill",
+    "total", "dense_inputs", "dense_weights", "sum_rows", "couple_back", "activate_back", "spline_back", "norm_back",
     "periodic_back", "prior_back",
 )  # fmt: skip
 (
-    DENSE, COUPLE, ACTIVATE, SPLINE, WRAP, NORM, PERIODIC, PRIOR, LOAD, STORE, FILL, TOTAL,
-    DENSE_INPUTS, DENSE_WEIGHTS, SUM_ROWS, COUPLE_BACK, ACTIVATE_BACK, SPLINE_BACK, NORM_BACK,
+    DENSE, COUPLE, ACTIVATE, SPLINE, WRAP, NORM, PERIODIC, PRIOR, UNIFORM, LOAD, STORE, FILL,
+    TOTAL, DENSE_INPUTS, DENSE_WEIGHTS, SUM_ROWS, COUPLE_BACK, ACTIVATE_BACK, SPLINE_BACK, NORM_BACK,
     PERIODIC_BACK, PRIOR_BACK,
 ) = map(tl.constexpr, range(len(KINDS)))  # fmt: skip
 
 # n columns; lists of places that are read (a to g) and written, of rows and columns of a matrix (of a spline: bits of
-# the ends of domains, and their kinds; of a wrap: bits of bounds and shifts), by their first entry in the table; the
-# place of the sum that joins logdet, or of the gradient of logdet; first entries among the weights; -1: absent. Then
-# numbers, and bits of floats.
+# the ends of domains, and their kinds; of a wrap: bits of bounds and shifts; of a box: of low and high ends), by their
+# first entry in the table; the place of the sum that joins logdet, or of the gradient of logdet; first entries among
+# the weights; -1: absent. Then numbers, and bits of floats.
 FIELDS = (
     "kind", "n", "a", "b", "c", "g", "out", "out_b", "out_c", "log", "rows", "cols", "weight", "bias", "mask", "more",
     "terms", "pitch", "form", "bins", "shift", "inverse", "inner", "clear", "tails", "f0", "f1", "f2", "f3", "f4",
@@ -328,6 +328,22 @@ def prior_step(m, s):
         if word(s, FORM) == LOGISTIC:
             density = log_density(z, LOGISTIC)
         total += tl.where(i < n, density, 0.0)
+    write_sum(m, s, total)
+
+
+@triton.jit
+def uniform_step(m, s):
+    """Log-density in a box, see `Uniform`; `inner`: a closed one."""
+    n, closed = word(s, N), word(s, INNER) != 0
+    total = tl.where(columns_from(0, COLS) == 0, number(m, s, F0), nothing(m, COLS))
+    for first in range(0, n, COLS):
+        i = columns_from(first, COLS)
+        low = numbers_listed(m, word(s, ROW_LIST), i, i < n)
+        high = numbers_listed(m, word(s, COL_LIST), i, i < n)
+        z = read(m, word(s, A), i, n)
+        at_end = ((z == high) | (z != z)) & (closed == 0)
+        outside = (z < low) | (z > high) | at_end
+        total = tl.where((i < n) & outside, float("-inf"), total)
     write_sum(m, s, total)
 
 

@@ -77,6 +77,8 @@ class Back:
 
     def load(self, step: Step) -> None: ...
 
+    def uniform(self, step: Step) -> None: ...
+
     def dense(self, step: Step) -> None:
         g, inputs = self.of(step.values["out"]), step.values.get("a", ())
         if "b" in step.values:

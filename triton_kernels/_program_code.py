@@ -27,6 +27,7 @@ from ..program import (
     Scale,
     Spline,
     Transform,
+    Uniform,
     Wrap,
     number_levels,
 )  # fmt: skip
@@ -255,6 +256,14 @@ class Builder:
             self.add(
                 "prior", (), constant, n=len(prior.columns), a=self.named(prior.columns), log=self.sum_of(),
                 form=prior.prior,
+            )  # fmt: skip
+
+    def uniform(self, uniform: Uniform) -> None:
+        if uniform.columns:
+            lows, highs = zip(*[map(float, side) for side in uniform.sides], strict=True)
+            self.add(
+                "uniform", (), uniform.log_density, n=len(lows), a=self.named(uniform.columns), log=self.sum_of(),
+                rows=lows, cols=highs, inner=uniform.closed,
             )  # fmt: skip
 
     # parts of nets: the outputs of a level, or all

@@ -47,6 +47,7 @@ from ._program import (
     STORE,
     SUM_ROWS,
     TOTAL,
+    UNIFORM,
     WORDS,
     WRAP,
     Machine,
@@ -61,6 +62,7 @@ from ._program import (
     prior_step,
     store_step,
     total_step,
+    uniform_step,
     word,
     wrap_step,
 )
@@ -102,6 +104,8 @@ def shared_step(m, s, kind, x, context, to_x, SPLINES: tl.constexpr):
         periodic_step(m, s)
     elif kind == PRIOR:
         prior_step(m, s)
+    elif kind == UNIFORM:
+        uniform_step(m, s)
     elif kind == FILL:
         fill_step(m, s)
     elif kind == LOAD:

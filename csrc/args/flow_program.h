@@ -100,6 +100,10 @@ struct ProgramInstruction {
   int64_t part_count;
   int64_t inputs;  // of the first part
   bool context;
+  // uniform: of every column; of the ends the high ones too if `closed`; the log-density inside
+  const double *lows, *highs;
+  bool closed;
+  double log_density;
   // affine, prior
   ScaleMap map;
   double map_arg;

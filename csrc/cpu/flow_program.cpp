@@ -11,6 +11,7 @@
 #include "program/prior.h"
 #include "program/scale.h"
 #include "program/spline.h"
+#include "program/uniform.h"
 #include "program/wrap.h"
 
 namespace pyflow::PYFLOW_ISA {

@@ -17,7 +17,8 @@
   F(affine)                    \
   F(spline)                    \
   F(autoregressive)            \
-  F(prior)
+  F(prior)                     \
+  F(uniform)
 
 #define PYFLOW_PARTS(F) \
   F(dense)              \
@@ -101,6 +102,12 @@ PYFLOW_FN T activation_grad(T g, T z, T h, T arg) {
   } else {
     return g;
   }
+}
+
+// whether z is outside of [low, high), as NaN is; `Closed`: of [low, high], as NaN is not
+template <bool Closed, class T>
+PYFLOW_FN bool outside(T z, T low, T high) {
+  return Closed ? (z < low) | (z > high) : !((z >= low) & (z < high));
 }
 
 // x mod 2 bound - bound; the remainder is rounded once, as torch's is, if x is up to 2^22 periods

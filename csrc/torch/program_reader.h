@@ -1,6 +1,7 @@
 // Reads a program from its code.
 #pragma once
 
+#include <cmath>
 #include <deque>
 #include <initializer_list>
 #include <utility>
@@ -225,12 +226,13 @@ class Reader {
       case Instruction::spline: read_spline(in); break;
       case Instruction::autoregressive: read_autoregressive(in); break;
       case Instruction::prior: in.prior = Prior(words_.below(std::size(kPriorNames))); break;
+      case Instruction::uniform: read_uniform(in); break;
     }
     const auto among = [&](std::initializer_list<Instruction> kinds) {
       return std::find(kinds.begin(), kinds.end(), in.kind) != kinds.end();
     };
-    const bool saves =
-        !among({Instruction::net, Instruction::additive, Instruction::wrap, Instruction::autoregressive});
+    const bool saves = !among({Instruction::net, Instruction::additive, Instruction::wrap, Instruction::autoregressive,
+                               Instruction::uniform});
     if (taped_ && saves) in.saved = take(in.count);
     if (keeps_ && among({Instruction::affine, Instruction::multiplicative, Instruction::spline})) {
       in.after = keep(in.count);
@@ -273,6 +275,19 @@ class Reader {
     }
     in.bounds = bounds.data();
     in.shifts = shifts.data();
+  }
+
+  void read_uniform(ProgramInstruction& in) {
+    std::vector<double>&lows = constants_.emplace_back(), &highs = constants_.emplace_back();
+    lows = constants_of(in.count);
+    highs = constants_of(in.count);
+    in.closed = words_.flag();
+    for (size_t i = 0; i < lows.size(); ++i) {
+      require(lows[i] < highs[i]);
+      in.log_density -= std::log(highs[i] - lows[i]);
+    }
+    in.lows = lows.data();
+    in.highs = highs.data();
   }
 
   // numbers of every column, of one for all or one for each

@@ -242,8 +242,8 @@ class _Density:
 
     def log_prob(self: Any, x: Any) -> Tensor:
         result = self.transform.program(x, BASE)
-        # an x without density may be an error
-        if result is None or (self.base._validate_args and bool(result[1].isnan().any())):
+        # an x without density, or with a density of 0, may be an error
+        if result is None or (self.base._validate_args and not bool(result[1].isfinite().all())):
             return super().log_prob(x)  # type: ignore[misc]
         nats: Tensor = result[1]
         return nats.expand(torch.broadcast_shapes(nats.shape, self.batch_shape))

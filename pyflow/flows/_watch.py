@@ -89,7 +89,7 @@ class Watch:
         return len(self.tensors) - 1
 
     def buffer(self, path: Path, module: nn.Module, name: str) -> Tensor:
-        """Return a buffer that nobody trains, and whose values must stay: a permutation, indices, a mask of columns."""
+        """Return a buffer, or a tensor beside them, that nobody trains and whose values must stay: a mask, indices."""
         self.read.append(_Read(vars(module), name))
         return self.read[-1].tensor
 
@@ -135,7 +135,7 @@ class Watch:
 
 
 class _Read:
-    """A buffer whose values were read.
+    """A buffer, or another tensor of a module, whose values were read.
 
     They are taken to stay while it is the same tensor of the same version, as one that is moved, loaded or written to
     in place is not; what writes through `.data` or numpy is not seen.
@@ -143,11 +143,16 @@ class _Read:
 
     def __init__(self, space: dict[str, Any], name: str) -> None:
         self.space, self.name = space, name
-        self.tensor: Tensor = space["_buffers"][name]
+        self.tensor = self.now()
         self.version, self.values = _version(self.tensor), self.tensor.tolist()
 
+    def now(self) -> Tensor:
+        buffers = self.space["_buffers"]
+        found: Tensor = (buffers if self.name in buffers else self.space)[self.name]
+        return found
+
     def stays(self) -> bool:
-        tensor = self.space["_buffers"][self.name]
+        tensor = self.now()
         if tensor is self.tensor and _version(tensor) == self.version:
             return True
         # DistributedDataParallel writes the same values at every call

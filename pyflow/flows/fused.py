@@ -50,16 +50,16 @@ def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fuse
         Of nflows (0.14, and its copy in glasflow): couplings (affine, additive, rational-quadratic), masked
         autoregressive layers, linear layers without cache, permutations, PointwiseAffineTransform, ActNorm, BatchNorm
         in eval mode, stacks and inverses; ResidualNet and MADE, sbi's ContextSplineMap and dingo's DenseResidualNet;
-        StandardNormal and ConditionalDiagonalNormal. Of normflows (1.7): AffineCouplingBlock by channels,
-        MaskedAffineFlow, AffineConstFlow, ActNorm, Permute, InvertibleAffine, LULinearPermute,
-        MaskedAffineAutoregressive, the rational-quadratic splines, PeriodicWrap, PeriodicShift, Reverse and Composite;
-        MLP, ResidualNet and MADE; DiagGaussian and UniformGaussian. Of zuko (1.6): couplings, masked autoregressive and
-        elementwise layers (additive, affine, rational-quadratic or NCSF's circular), permutations, rotations,
-        LULinearTransform, inverses; MLP, MaskedMLP; DiagNormal of mean 0 and scale 1; the fused flow returns zuko's
-        distributions. Embedding networks and other base distributions run before and behind the program. Buffers of
-        permutations, features, bounds and shifts, and the order that masks give an autoregressive inverse, are read
-        once, and again when the buffers are replaced or written to in place, but not through `.data`; all other buffers
-        are read at every call.
+        StandardNormal, DiagonalNormal, ConditionalDiagonalNormal and glasflow's MultivariateUniform. Of normflows
+        (1.7): AffineCouplingBlock by channels, MaskedAffineFlow, AffineConstFlow, ActNorm, Permute, InvertibleAffine,
+        LULinearPermute, MaskedAffineAutoregressive, the rational-quadratic splines, PeriodicWrap, PeriodicShift,
+        Reverse and Composite; MLP, ResidualNet and MADE; DiagGaussian, Uniform and UniformGaussian. Of zuko (1.6):
+        couplings, masked autoregressive and elementwise layers (additive, affine, rational-quadratic or NCSF's
+        circular), permutations, rotations, LULinearTransform, inverses; MLP, MaskedMLP; DiagNormal of mean 0 and scale
+        1, BoxUniform; the fused flow returns zuko's distributions. Embedding networks and other base distributions run
+        before and behind the program. Buffers of permutations, features, bounds and shifts, and the order that masks
+        give an autoregressive inverse, are read once, and again when the buffers are replaced or written to in place,
+        but not through `.data`; all other buffers are read at every call.
 
         Layers run as they are where a program has no kernel: on a GPU, but with `pyflow.backend("triton")`; with the
         backends "reference" and "cuda"; under torch.func transforms, forward-mode AD and torch.export; for x that is

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,7 @@ from ..program import (
     Scale,
     Spline,
     Transform,
+    Uniform,
     Wrap,
     number_levels,
 )  # fmt: skip
@@ -53,7 +55,7 @@ _MOST_RESIDUALS = 13
 def flow_program(
     x: Tensor, program: Program, weights: Sequence[Tensor], context: Tensor | None = None, repeats: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Run a flow: y and the log-determinant of dy/dx, or with a `Prior` the log-density of x.
+    """Run a flow: y and the log-determinant of dy/dx, or with a `Prior` or a `Uniform` the log-density of x.
 
     Args:
         x: (B, D) with D = program.columns, float32 or float64, any strides.
@@ -466,6 +468,23 @@ class _Checker:
     def prior(self, prior: Prior) -> None:
         self.columns(prior.columns)
         self.index("prior", prior.prior, PRIORS)
+
+    def uniform(self, uniform: Uniform) -> None:
+        n = self.columns(uniform.columns)
+        self.some("low", uniform.low, (1, n))
+        self.some("high", uniform.high, (1, n))
+        for low, high in uniform.sides:
+            if not is_side(low, high):
+                ends = f"{check.shown(low)} and {check.shown(high)}"
+                self.fail(f"low must be less than high, both finite in float32, got {ends}")
+        self.flags(uniform, "closed")
+
+
+def is_side(low: Any, high: Any) -> bool:
+    """Whether two numbers are the ends of a side of a box, in float32 too."""
+    most = torch.finfo(torch.float32).max
+    numbers = isinstance(low, (int, float)) and isinstance(high, (int, float))
+    return numbers and -most <= low < high <= most and bool(np.float32(low) < np.float32(high))
 
 
 _KINDS, _PARTS = get_args(Instruction), get_args(Part)

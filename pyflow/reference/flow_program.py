@@ -33,6 +33,7 @@ from ..program import (
     Scale,
     Spline,
     Transform,
+    Uniform,
     Wrap,
     columns_of_numbers,
     runs_of,
@@ -152,6 +153,8 @@ def _step(
         return y, params, more
     if isinstance(instruction, Prior):
         return h, params, flow_log_prob(x, prior=PRIORS[instruction.prior])
+    if isinstance(instruction, Uniform):
+        return h, params, _uniform(instruction, x)
     if isinstance(instruction, Scale):
         y, more = _scale(instruction, x, weights)
     elif isinstance(instruction, Wrap):
@@ -291,6 +294,12 @@ def _wrapped(x: Tensor, bound: Any) -> Tensor:
     return torch.remainder(x, 2 * bound) - bound
 
 
+def _uniform(uniform: Uniform, x: Tensor) -> Tensor:
+    low, high = (_constants(ends, x) for ends in (uniform.low, uniform.high))
+    outside = (x < low) | (x > high) if uniform.closed else ~((x >= low) & (x < high))
+    return x.new_full((x.shape[0],), uniform.log_density).masked_fill(outside.any(1), -math.inf)
+
+
 def _scale(scale: Scale, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     zero = x.new_zeros(())
     shift = zero if scale.shift < 0 else weights[scale.shift]
@@ -390,7 +399,7 @@ class _Back:
         if isinstance(instruction, Net):
             self.net(instruction, h, self.params)
             return
-        if isinstance(instruction, Wrap):
+        if isinstance(instruction, (Wrap, Uniform)):
             return
         if isinstance(instruction, Autoregressive):
             self.autoregressive(instruction, h)

@@ -259,6 +259,45 @@ def test_glasflow():
             assert_same(lambda c=call, f=fused: c(f), lambda c=call, f=flow: c(f), inputs)
 
 
+def test_a_conditional_base_gets_no_context_from_glasflow():
+    glasflow = pytest.importorskip("glasflow")
+    base = glasflow.nflows.distributions.ConditionalDiagonalNormal([4], nn.Linear(3, 8))
+    flow = randomised(glasflow.RealNVP(4, 2, n_conditional_inputs=3, distribution=base))
+    fused, x, c = fuse(flow), data(16, 4), data(16, 3)
+    assert "_distribution (ConditionalDiagonalNormal): left, its flow gives it no context" in fused.explain()
+    assert texts(lambda: fused.log_prob(x, c)) == texts(lambda: flow.log_prob(x, c))
+
+
+@pytest.mark.parametrize("context", [None, 3])
+def test_the_uniform_base_of_glasflow(context, double):
+    glasflow = pytest.importorskip("glasflow")
+    torch.manual_seed(1)
+    # splines on [0, 1], outside of which is an error
+    flow = randomised(glasflow.CouplingNSF(4, 2, n_conditional_inputs=context, distribution="uniform"))
+    fused, x = fuse(flow), data(16, 4).sigmoid().requires_grad_()
+    given = [data(16, context, seed=1).requires_grad_()] if context else []
+    assert "flow._distribution: fused, 1 MultivariateUniform in log_prob" in fused.explain()
+    assert_same(lambda: fused.log_prob(x, *given), lambda: flow.log_prob(x, *given), [x, *given, *flow.parameters()])
+    assert_same(lambda: fused.sample(16, *given), lambda: flow.sample(16, *given), [*flow.parameters()])
+    outside = torch.cat((x.detach()[1:], -x.detach()[:1]))
+    assert texts(lambda: fused.log_prob(outside, *given)) == texts(lambda: flow.log_prob(outside, *given))
+    # without splines
+    wide = randomised(flow_of([T.AffineCouplingTransform(MASK, res(context))], box(glasflow, -1.5, 2.0)))
+    fused, x = fuse(wide), 0.5 * data(64, 5)
+    if context:
+        assert texts(lambda: fused.log_prob(x, data(64, 3))) == texts(lambda: wide.log_prob(x, data(64, 3)))
+        return
+    x[:, 0] = torch.linspace(-1.5, 2.0, 64)
+    with programs(1):
+        got = fused.log_prob(x)
+    torch.testing.assert_close(got, wide.log_prob(x))
+    assert 1 < got.isfinite().sum() < 64
+
+
+def box(glasflow, low, high):
+    return glasflow.distributions.MultivariateUniform(torch.full((5,), low), torch.full((5,), high))
+
+
 @pytest.mark.parametrize("flow", [
     lambda: flows.SimpleRealNVP(4, 8, 2, 2, batch_norm_between_layers=True),
     lambda: flows.MaskedAutoregressiveFlow(4, 8, 2, 1),
@@ -279,11 +318,31 @@ def test_conditional_base(encoder, double):
     assert_same(lambda: fused.sample(2, c), lambda: flow.sample(2, c), [c, *flow.parameters()])
 
 
+@pytest.mark.parametrize("context", [None, 3])
+def test_a_base_with_trained_numbers(context):
+    torch.manual_seed(1)
+    flow = randomised(flow_of([T.AffineCouplingTransform(MASK, res(context))], distributions.DiagonalNormal([5])))
+    fused, x = fuse(flow), data(16, 5).requires_grad_()
+    given = [data(16, context, seed=1).requires_grad_()] if context else []
+    assert "flow._distribution: fused, 1 DiagonalNormal in log_prob" in fused.explain()
+    assert_same(lambda: fused.log_prob(x, *given), lambda: flow.log_prob(x, *given), [x, *given, *flow.parameters()])
+    # nflows has no samples of it
+    assert texts(lambda: fused.sample(2)) == texts(lambda: flow.sample(2))
+    base = flow._distribution
+    changes = [lambda: base.mean_.data.add_(1), lambda: base.log_std_.data.sub_(0.5)]
+    assert_changes_are_seen(changes, lambda: fused.log_prob(x, *given), lambda: flow.log_prob(x, *given))
+
+
+class Narrow(distributions.DiagonalNormal):
+    def _log_prob(self, inputs, context):
+        return super()._log_prob(2 * inputs, context)
+
+
 def test_bases_without_instruction():
     torch.manual_seed(1)
-    flow = randomised(flow_of([T.AffineCouplingTransform(MASK, res())], distributions.DiagonalNormal([5])))
+    flow = randomised(flow_of([T.AffineCouplingTransform(MASK, res())], Narrow([5])))
     x = data(8, 5).requires_grad_()
-    assert "flow._distribution (DiagonalNormal): left, its class has no instruction" in fuse(flow).explain()
+    assert "flow._distribution (Narrow): left, its class has no instruction" in fuse(flow).explain()
     assert_same(lambda: fuse(flow).log_prob(x), lambda: flow.log_prob(x), [x, *flow.parameters()])
 
 

@@ -197,8 +197,7 @@ def test_other_estimates(name):
 
 @pytest.mark.parametrize("base, fuses", [
     (nf.distributions.DiagGaussian(5, trainable=False), True), (nf.distributions.UniformGaussian(5, [1, 3]), True),
-    (nf.distributions.UniformGaussian(5, [0], torch.linspace(0.5, 2, 5)), True), (nf.distributions.base.Uniform(5, -9.0, 9.0), False),
-    (nf.distributions.GaussianMixture(2, 5), False),
+    (nf.distributions.UniformGaussian(5, [0], torch.linspace(0.5, 2, 5)), True), (nf.distributions.GaussianMixture(2, 5), False),
 ])  # fmt: skip
 def test_bases(base, fuses):
     flow = made(LAYERS["exp"], base=base)
@@ -209,6 +208,46 @@ def test_bases(base, fuses):
         base.temperature = 0.5
         assert "q0 (DiagGaussian): left, its temperature is 0.5" in fused.explain()
         assert_same(lambda: fused.log_prob(x), lambda: flow.log_prob(x), [x, *flow.parameters()])
+
+
+def test_a_uniform_base():
+    base = nf.distributions.base.Uniform(5, -0.5, 4.0)
+    flow, x = made(LAYERS["exp"], base=base), data(64, 5)
+    fused, inputs = fuse(flow), [x.requires_grad_(), *flow.flows.parameters()]
+    assert "flow.q0: fused, 1 Uniform in log_prob" in fused.explain()
+    with programs(1):
+        got = fused.log_prob(x)
+    want = flow.log_prob(x)
+    assert 0 < want.isneginf().sum() < 64
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(v.sum(), inputs) for v in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert_same(lambda: fused.sample(9), lambda: flow.sample(9), inputs[1:])
+    # normflows keeps the density of the ends that it was made with
+    base.low.sub_(1)
+    assert "q0 (Uniform): left, its log_prob_val is not that of its low and high" in fused.explain()
+    torch.testing.assert_close(fused.log_prob(x), flow.log_prob(x))
+    base.log_prob_val, base.high = -5 * torch.log(base.high + 1.5), base.high.clone()
+    with programs(1):
+        torch.testing.assert_close(fused.log_prob(x), flow.log_prob(x))
+    base.high = 4.0
+    assert "q0 (Uniform): left, its low and high are not one number each" in fused.explain()
+    torch.testing.assert_close(fused.log_prob(x), flow.log_prob(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_ends_of_a_uniform_base_are_inside(dtype):
+    # the first column is one that the layer keeps
+    base = nf.distributions.base.Uniform(5, -5.0, 4.1)
+    flow = made(lambda: [N.MaskedAffineFlow(EVEN, mlp(5, 5))], base=base).to(dtype)
+    z = torch.tensor([-5.0, 4.1, 0.0], dtype=dtype)
+    z = torch.cat([z, z.nextafter(9 * z[1:2]), z.nextafter(-9 * z[1:2])])
+    x = torch.zeros(len(z), 5, dtype=dtype).index_copy(1, torch.tensor([0]), z[:, None])
+    with programs(1):
+        got = fuse(flow).log_prob(x)
+    torch.testing.assert_close(got, flow.log_prob(x).to(dtype))
+    assert got.isneginf().nonzero().flatten().tolist() == [4, 6]
 
 
 @pytest.mark.parametrize("name", ["exp", "masked", "linear", "spline", "periodic"])

@@ -32,6 +32,7 @@ from pyflow.program import (
     Scale,
     Spline,
     Transform,
+    Uniform,
     columns_of_numbers,
 )  # fmt: skip
 
@@ -191,7 +192,7 @@ class Builder:
 
 
 def drawn(one: Callable[..., Any], build: Builder, steps: int, invertible: bool = False) -> Program:
-    """A program whose choices are those of `one(*choices)`; an invertible one has no Prior and all columns as outputs."""
+    """A program whose choices are those of `one(*choices)`; an invertible one has no heads and all columns as outputs."""
     columns, instructions, asked = list(range(build.columns)), [], False
 
     def some(least: int = 1, most: int | None = None) -> list[int]:
@@ -224,7 +225,7 @@ def drawn(one: Callable[..., Any], build: Builder, steps: int, invertible: bool 
         return build.undo(*pair)
 
     kinds = ["coupling"] * (build.columns > 1 or not invertible) + ["scale", "linear", "spline", "autoregressive"]
-    kinds += ["prior"] * (not invertible)
+    kinds += [] if invertible else ["prior", "uniform"]
     for _ in range(steps):
         kind = one(*kinds)
         chosen = some()
@@ -245,6 +246,10 @@ def drawn(one: Callable[..., Any], build: Builder, steps: int, invertible: bool 
             instructions.append(undo(chosen, context))
         elif kind == "prior":
             instructions.append(Prior(tuple(chosen), one(*range(len(PRIORS)))))
+        elif kind == "uniform":
+            # so wide that no rounding decides
+            ends = one(((-1e4,), (2e4,)), ((-1e4,) * n, (1e4,)))
+            instructions.append(Uniform(tuple(chosen), *ends, one(False, True)))
         else:
             if invertible:
                 chosen = chosen[: build.columns - 1]
@@ -271,7 +276,7 @@ def drawn(one: Callable[..., Any], build: Builder, steps: int, invertible: bool 
 
 
 def inverse_of(program: Program, weights: list[Tensor]) -> tuple[Program, list[Tensor]]:
-    """The program that undoes one without Prior whose outputs are its columns in order, and its weights."""
+    """The program that undoes one without heads whose outputs are its columns in order, and its weights."""
     weights, instructions, net = list(weights), [], None
     pairs: list[tuple[Instruction, ...]] = []
     for instruction in program.instructions:

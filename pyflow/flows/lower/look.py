@@ -58,13 +58,14 @@ class Look:
 
     Attributes:
         base: path and module of the base distribution, if the root has one, and the direction of the layers before it.
+        base_alone: whether it gets no context where the layers get one.
         flipped: whether the layer that is looked at runs in the other direction than the root.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.watch, self.run, self.recomputing = Watch(root), Run(), False
         self.base: tuple[Path, nn.Module, bool] | None = None
-        self.flipped = False
+        self.base_alone = self.flipped = False
 
     def try_layer(self, path: Path, layer: nn.Module) -> None:
         """Add a layer to the run; raise NoInstruction, and leave the run as it was, if it has none."""
@@ -133,7 +134,7 @@ class Look:
         return self.watch.option(path, module, lambda m: _fixed(getattr(m, name)))
 
     def values(self, path: Path, module: nn.Module, name: str) -> list[Any]:
-        """Return the numbers of a buffer, which is read once: see `Watch.buffer`."""
+        """Return the numbers of a tensor that is no parameter, which is read once: see `Watch.buffer`."""
         return self.watch.buffer(path, module, name).reshape(-1).tolist()
 
     def tensor(self, path: Path, module: nn.Module, name: str, given: bool = True) -> int:

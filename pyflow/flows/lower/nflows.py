@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,9 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ... import program as p
+from ..._classes import named
 from ..._schemas import PRIORS, SCALE_MAPS
 from ..._torch import evaluated_while_traced
-from .._run import Tape, Write, together
+from ...ops.flow_program import is_side
+from .._run import DoesNotFit, Tape, Write, together
 from .._watch import Path
 from .look import BASES, PARTS, RULES, STACKS, Layers, Look, NoInstruction, children, register
 from .nets import activation
@@ -28,6 +32,7 @@ from .nets import activation
 )  # fmt: skip
 def _flow(look: Look, path: Path, flow: Any) -> Layers:
     look.base = (*path, "_distribution"), flow._distribution, False
+    look.base_alone = named(type(flow)).startswith("glasflow.")
     yield (*path, "_transform"), flow._transform
 
 
@@ -70,6 +75,8 @@ def _standard_normal(look: Look, path: Path, base: Any) -> Write:
 @register(BASES, "nflows.distributions.normal.ConditionalDiagonalNormal")
 def _conditional_normal(look: Look, path: Path, base: Any) -> Write:
     shape = standard(look, path, base, "_shape")
+    if look.base_alone:
+        raise NoInstruction(path, base, "its flow gives it no context")
     encoder = look.conditioner((*path, "_context_encoder"), base._context_encoder)
     encoder = encoder._replace(given=encoder.alone, alone=None, joins=True, blind=True)
 
@@ -79,6 +86,67 @@ def _conditional_normal(look: Look, path: Path, base: Any) -> Write:
         # means first, then the logarithms of deviations
         tape.add(p.Affine(tape.order, SCALE_MAPS.index("exp"), p.PACKINGS.index("shift_scale"), 0.0, inverse=True))
         gaussian(tape)
+
+    return write
+
+
+@register(BASES, "nflows.distributions.normal.DiagonalNormal")
+def _diagonal_normal(look: Look, path: Path, base: Any) -> Write:
+    (size,) = standard(look, path, base, "_shape")
+    return scaled_gaussian(look, path, base, ("mean_", "log_std_"), size)
+
+
+def scaled_gaussian(look: Look, path: Path, base: Any, names: tuple[str, str], size: int) -> Write:
+    """Return what writes a Gaussian with a mean and a logarithm of the deviation for each column."""
+    mean, log_std = names
+    compute = lambda m, *_: (getattr(m, mean).reshape(-1), getattr(m, log_std).reshape(-1))
+    place = look.computed(path, base, names, compute, 2)
+
+    def write(tape: Tape) -> None:
+        tape.fit(size)
+        tape.add(p.Scale(tape.order, place, place + 1, inverse=True))
+        gaussian(tape)
+
+    return write
+
+
+@register(BASES, "glasflow.distributions.uniform.MultivariateUniform")
+def _multivariate_uniform(look: Look, path: Path, base: Any) -> Write:
+    (size,), alone = standard(look, path, base, "_shape"), look.base_alone
+    write = box(look, path, base, ("low", "high"), size, "_log_prob_value")
+
+    def without_context(tape: Tape) -> None:
+        # that is an error
+        if tape.context and not alone:
+            raise DoesNotFit
+        write(tape)
+
+    return without_context
+
+
+def box(
+    look: Look, path: Path, base: Any, names: tuple[str, str], size: int, kept: str | None = None, closed: bool = False
+) -> Write:  # fmt: skip
+    """Return what writes a uniform distribution of vectors.
+
+    Args:
+        names: its ends, tensors of one number or of one per column.
+        kept: the log-density that it keeps.
+    """
+    if any(getattr(base, name).requires_grad for name in names):
+        raise NoInstruction(path, base, f"its {' and '.join(names)} are trained")
+    low, high = (tuple(map(float, look.values(path, base, name))) for name in names)
+    uniform = p.Uniform(tuple(range(size)), low, high, closed)
+    if not {len(low), len(high)} <= {1, size} or not all(itertools.starmap(is_side, uniform.sides)):
+        raise NoInstruction(path, base, f"its {' and '.join(names)} are no ends of {size} sides of a box")
+    if kept is not None and not math.isclose(
+        look.values(path, base, kept)[0], uniform.log_density, rel_tol=1e-5, abs_tol=1e-5 * size
+    ):
+        raise NoInstruction(path, base, f"its {kept} is not that of its {' and '.join(names)}")
+
+    def write(tape: Tape) -> None:
+        tape.fit(size)
+        tape.add(uniform._replace(columns=tape.order))
 
     return write
 

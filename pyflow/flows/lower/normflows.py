@@ -16,7 +16,7 @@ from .autoregressive import autoregressive
 from .couplings import Transform, affine
 from .look import BASES, PARTS, RULES, STACKS, Layers, Look, NoInstruction, children, in_order, register
 from .nets import Parts
-from .nflows import gaussian, scaled, standard
+from .nflows import box, scaled, scaled_gaussian, standard
 
 # stacks and flows
 
@@ -45,16 +45,15 @@ def _diag_gaussian(look: Look, path: Path, base: Any) -> Write:
     (size,), temperature = standard(look, path, base, "shape"), look.option(path, base, "temperature")
     if temperature is not None:
         raise NoInstruction(path, base, f"its temperature is {temperature}")
-    place = look.computed(
-        path, base, ("loc", "log_scale"), lambda m, *_: (m.loc.reshape(-1), m.log_scale.reshape(-1)), 2
-    )
+    return scaled_gaussian(look, path, base, ("loc", "log_scale"), size)
 
-    def write(tape: Tape) -> None:
-        tape.fit(size)
-        tape.add(p.Scale(tape.order, place, place + 1, inverse=True))
-        gaussian(tape)
 
-    return write
+@register(BASES, "normflows.distributions.base.Uniform")
+def _uniform(look: Look, path: Path, base: Any) -> Write:
+    (size,) = standard(look, path, base, "shape")
+    if not all(isinstance(each, Tensor) and each.dim() == 0 for each in (base.low, base.high, base.log_prob_val)):
+        raise NoInstruction(path, base, "its low and high are not one number each")
+    return box(look, path, base, ("low", "high"), size, "log_prob_val", closed=True)
 
 
 @register(BASES, "normflows.distributions.base.UniformGaussian")

@@ -19,7 +19,7 @@ from .autoregressive import solved
 from .couplings import Transform, affine
 from .look import BASES, PARTS, RULES, STACKS, Layers, Look, NoInstruction, children, register
 from .nets import Parts, dense, sequential
-from .nflows import gaussian
+from .nflows import box, gaussian
 
 FLOWS = (
     "zuko.lazy.Flow", "zuko.flows.coupling.NICE", "zuko.flows.coupling.RealNVP", "zuko.flows.autoregressive.MAF",
@@ -49,11 +49,15 @@ def _inverse(look: Look, path: Path, layer: Any) -> Write:
 @register(BASES, "zuko.lazy.UnconditionalDistribution")
 def _base(look: Look, path: Path, base: Any) -> Write:
     name, names = _unconditional(look, path, base)
-    if name != "zuko.distributions.DiagNormal" or len(names) != 2:
+    if name not in _HEADS or len(names) != 2:
         raise NoInstruction(path, base, f"its {name} has no instruction")
     if not {*names} <= {*base._buffers} or any(getattr(base, each).dim() != 1 for each in names):
-        raise NoInstruction(path, base, "its loc and scale are not vectors that are buffers")
-    loc, scale = (look.values(path, base, each) for each in names)
+        raise NoInstruction(path, base, f"its {_HEADS[name]} are not vectors that are buffers")
+    # those without a keyword first, and these in the order of the alphabet
+    first, second = sorted(names)
+    if name == "zuko.distributions.BoxUniform":
+        return box(look, path, base, (first, second), max(len(getattr(base, each)) for each in names))
+    loc, scale = (look.values(path, base, each) for each in (first, second))
     if {*loc} != {0.0} or {*scale} != {1.0}:
         raise NoInstruction(path, base, "its loc and scale are not 0 and 1")
 
@@ -62,6 +66,9 @@ def _base(look: Look, path: Path, base: Any) -> Write:
         gaussian(tape)
 
     return write
+
+
+_HEADS = {"zuko.distributions.DiagNormal": "loc and scale", "zuko.distributions.BoxUniform": "lower and upper"}
 
 
 def _unconditional(look: Look, path: Path, module: Any) -> tuple[str, list[str]]:

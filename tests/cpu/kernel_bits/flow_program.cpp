@@ -30,6 +30,7 @@ class Flow {
     spline({2, 1, 6, 3}, map + 1, inverse, true);
     autoregressive(map, inverse, shift_first, Activation((map + 2) % 9), options & 2);
     add(Instruction::prior, {0, 1, 2, 3, 4, 5, 6}, false, false).prior = Prior(map % 2);
+    uniform({2, 6}, inverse);
   }
 
   // y, logdet, and all gradients; rows that share a context share its products
@@ -137,6 +138,16 @@ class Flow {
     ProgramInstruction& in = add(Instruction::wrap, std::move(columns), false, false);
     in.bounds = bounds;
     in.shifts = shifts;
+  }
+
+  // with most of the rows inside
+  void uniform(std::vector<int64_t> columns, bool closed) {
+    static const double lows[] = {-8, -9}, highs[] = {8, 9};
+    ProgramInstruction& in = add(Instruction::uniform, std::move(columns), false, false);
+    in.lows = lows;
+    in.highs = highs;
+    in.closed = closed;
+    in.log_density = -5.5;
   }
 
   ProgramWeight vector(int64_t size) {

@@ -26,6 +26,7 @@ from pyflow.program import (
     Program,
     Residual,
     Scale,
+    Uniform,
     Wrap,
 )
 from pyflow.reference import flow_program as ref
@@ -34,6 +35,7 @@ from pyflow.triton_kernels import flow_program as launcher
 from ...ops.programs import Builder, drawn
 from ...ops.test_flow_program import check, check_built, rows, run
 from ...ops.test_flow_program_autoregressive import check as check_autoregressive
+from ...ops.test_flow_program_uniform import around
 from ...ops.test_flow_program_wrap import edges
 
 DTYPES = [torch.float32, torch.float64]
@@ -132,6 +134,32 @@ def test_wraps(dtype):
     masked = build.spline((4, 1, 0), "linear", "zuko", turned=True, **MILD)
     undone = build.undo(*build.made((4, 1, 0), (5,), masked))
     check_autoregressive(build, build.program(*wraps, *splines, undone), 9, dtype, 1e-4)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_boxes(dtype, closed):
+    build = Builder(9)
+    ends = (-1.0, -2.0, 0.0, *[-3.0] * 6), (0.5,)
+    box = Uniform(tuple(range(8, -1, -1)), *ends, closed)
+    # every row has one column that may be outside
+    x = torch.zeros(0, 9, dtype=dtype)
+    for column, low in enumerate(reversed(ends[0])):
+        some = torch.zeros(14, 9, dtype=dtype)
+        some[:, column] = around(dtype, low, 0.5)
+        x = torch.cat((x, some))
+    more = Uniform((), (0.0,), (1.0,)), Prior((3,)), build.net((0,), [3, 2]), build.affine((4,))
+    program = build.program(box, *more)
+    weights = [w.to(dtype) for w in build.weights]
+    nats = ops.flow_program(x, program, weights)[1]
+    with pyflow.backend("reference"):
+        want = ops.flow_program(x, program, weights)[1]
+    # NaN is that of the other instructions
+    assert nats.isneginf().equal(want.isneginf()) and nats.isnan().equal(want.isnan())
+    finite = want.isfinite()
+    testing.assert_within(nats[finite], want[finite], 1e-5)
+    assert 14 < finite.sum() < len(x)
+    check_built(build, build.program(box._replace(low=(-50.0,), high=(50.0,)), *more), 9, dtype)
 
 
 @pytest.mark.parametrize("number, context", enumerate(["", "inputs", "add", "gate"]))
