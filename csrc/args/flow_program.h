@@ -100,7 +100,7 @@ struct ProgramInstruction {
   int64_t part_count;
   int64_t inputs;  // of the first part
   bool context;
-  // uniform: of every column; of the ends the high ones too if `closed`; the log-density inside
+  // uniform: the ends of the box in every column, whether the high ones belong to it, the log-density inside
   const double *lows, *highs;
   bool closed;
   double log_density;

@@ -139,6 +139,8 @@ def test_a_model_computes_and_trains_as_before(name):
         x, context = data(name, 32)
         report = pyflow.accelerate(fast, verify=(x,) if context is None else (x, context))
         assert report.replaced[0].path == "" and not report.left
+        # the base distribution neither
+        assert "left, " not in str(report)
         torch.testing.assert_close(sample(fast.eval(), context), sample(own.eval(), context), rtol=1e-7, atol=1e-8)
         losses = trained(own.train(), x, context)
         torch.testing.assert_close(trained(fast.train(), x, context), losses, rtol=1e-6, atol=1e-8)

@@ -30,7 +30,7 @@ class Flow {
     spline({2, 1, 6, 3}, map + 1, inverse, true);
     autoregressive(map, inverse, shift_first, Activation((map + 2) % 9), options & 2);
     add(Instruction::prior, {0, 1, 2, 3, 4, 5, 6}, false, false).prior = Prior(map % 2);
-    uniform({2, 6}, inverse);
+    box({2, 6}, inverse);
   }
 
   // y, logdet, and all gradients; rows that share a context share its products
@@ -141,7 +141,7 @@ class Flow {
   }
 
   // with most of the rows inside
-  void uniform(std::vector<int64_t> columns, bool closed) {
+  void box(std::vector<int64_t> columns, bool closed) {
     static const double lows[] = {-8, -9}, highs[] = {8, 9};
     ProgramInstruction& in = add(Instruction::uniform, std::move(columns), false, false);
     in.lows = lows;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 import pyflow
 from pyflow import ops, testing
 from pyflow.flows import NSF, RealNVP, fuse
-from pyflow.program import Program, Wrap
+from pyflow.program import Program, Uniform, Wrap
 
 from ...ops.programs import Builder, drawn
 from ...ops.test_flow_program import exact, rows, terms
+from ...ops.test_flow_program_uniform import around
 from ...ops.test_flow_program_wrap import edges
 from .common import DEVICE, INTERPRETED, check_compiled, check_graph, moved, run
 
@@ -89,6 +91,17 @@ def test_wraps_have_the_bits_of_a_cpu(triton, dtype):
     x = edges(dtype, 3.0)[:, None]
     y, _ = ops.flow_program(x.to(DEVICE), Program(1, 0, (0,), (Wrap((0,), (3.0,), (0.1,)),)), [])
     testing.assert_same_bits(y.cpu(), torch.remainder(x + 0.1 + 3.0, 6.0) - 3.0)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_ends_of_a_box_are_those_of_a_cpu(triton, dtype, closed):
+    z = around(dtype, -1.0, 0.5)
+    box = Uniform((1, 0), (-1.0, -9.0), (0.5, 9.0), closed)
+    _, nats = ops.flow_program(torch.stack((torch.zeros_like(z), z), 1).to(DEVICE), Program(2, 0, (), (box,)), [])
+    outside = (z < -1) | (z > 0.5) if closed else ~((z >= -1) & (z < 0.5))
+    want = torch.full_like(z, -math.log(1.5 * 18)).masked_fill(outside, -math.inf)
+    torch.testing.assert_close(nats.cpu(), want)
 
 
 @pytest.fixture
