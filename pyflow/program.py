@@ -276,8 +276,9 @@ class Uniform(NamedTuple):
 
     Attributes:
         columns: which columns.
-        low, high: one for all columns, or one per column; low < high, finite.
-        closed: whether the box is [low, high], and a NaN no reason to be outside; else it is [low, high) without NaN.
+        low, high: one for all columns, or one per column; low < high, finite, in float32 too.
+        closed: the box is [low, high] and NaN is inside, as in normflows; else [low, high), and NaN is outside, as in
+            torch.distributions.
     """
 
     columns: Columns

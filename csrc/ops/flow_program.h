@@ -104,7 +104,7 @@ PYFLOW_FN T activation_grad(T g, T z, T h, T arg) {
   }
 }
 
-// whether z is outside of [low, high), as NaN is; `Closed`: of [low, high], as NaN is not
+// whether z is outside of [low, high), where NaN is; `Closed`: of [low, high], where NaN is inside
 template <bool Closed, class T>
 PYFLOW_FN bool outside(T z, T low, T high) {
   return Closed ? (z < low) | (z > high) : !((z >= low) & (z < high));

@@ -65,7 +65,7 @@ def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fuse
         backends "reference" and "cuda"; under torch.func transforms, forward-mode AD and torch.export; for x that is
         not a dense float32 or float64 matrix or not of the parameters' dtype and device; with a mask; with global
         module hooks; while the first batch of a training has to initialise a layer. The result is the same but for
-        rounding.
+        rounding, which may move a row over the end of a uniform base.
 
         A fused stretch computes in its own dtype under autocast. It keeps x for the backward, and results of wide
         layers up to 128 MB (float32). Modules are looked at once; every call compares what was found with what is there

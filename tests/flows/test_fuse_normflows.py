@@ -230,6 +230,8 @@ def test_a_uniform_base():
     base.log_prob_val, base.high = -5 * torch.log(base.high + 1.5), base.high.clone()
     with programs(1):
         torch.testing.assert_close(fused.log_prob(x), flow.log_prob(x))
+    base.low = nn.Parameter(base.low)
+    assert "q0 (Uniform): left, its low and high are not constant tensors" in fused.explain()
     base.high = 4.0
     assert "q0 (Uniform): left, its low and high are not one number each" in fused.explain()
     torch.testing.assert_close(fused.log_prob(x), flow.log_prob(x))

@@ -225,6 +225,9 @@ def test_other_base_distributions_run():
     for box in (box_of(buffer=False), box_of(lower=torch.tensor(-9.0), upper=torch.ones(5))):
         flow.base = box
         assert "left, its lower and upper are not vectors that are buffers" in assert_same_flow(flow).explain()
+    flow.base = box_of()
+    flow.base._0.requires_grad_()
+    assert "left, its _0 and _1 are not constant tensors" in assert_same_flow(flow).explain()
     # their order is that of the class
     flow.base = box_of(upper=-torch.ones(5), lower=torch.ones(5))
     assert "left, its lower and upper are no ends of 5 sides of a box" in fuse(flow).explain()

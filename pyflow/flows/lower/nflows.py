@@ -130,11 +130,12 @@ def box(
     """Return what writes a uniform distribution of vectors.
 
     Args:
-        names: its ends, tensors of one number or of one per column.
-        kept: the log-density that it keeps.
+        names: of its ends, tensors of one number or of one per column.
+        kept: of the log-density that it keeps, if it does.
     """
-    if any(getattr(base, name).requires_grad for name in names):
-        raise NoInstruction(path, base, f"its {' and '.join(names)} are trained")
+    held = [{**vars(base), **base._buffers}.get(name) for name in (*names, *([kept] if kept else []))]
+    if not all(isinstance(each, Tensor) and not each.requires_grad for each in held):
+        raise NoInstruction(path, base, f"its {' and '.join(names)} are not constant tensors")
     low, high = (tuple(map(float, look.values(path, base, name))) for name in names)
     uniform = p.Uniform(tuple(range(size)), low, high, closed)
     if not {len(low), len(high)} <= {1, size} or not all(itertools.starmap(is_side, uniform.sides)):
