@@ -79,13 +79,15 @@ for _kinds, _names in _FLOWS.items():
 
 # of 8 to 32 columns, networks of 64 to 128, batches of 256 to 4096, on two cores
 _OF_NFLOWS = (
-    "log_prob 2.5 to 3.5 times as fast with affine couplings, 8 to 12 with splines; training 2 to 2.5 and 4.5 to 6.5; "
-    "samples of masked layers 20 to 90"
+    "log_prob 3 to 5.5 times as fast with affine couplings, 9 to 15 with splines; training 2.3 to 3 and 5.5 to 6.5; "
+    "samples of masked layers 20 to 95"
 )
-_OF_NORMFLOWS = "log_prob 3 to 5 times as fast with affine couplings, 11 to 14 with splines; training 2 to 3 and 6 to 8"
+_OF_NORMFLOWS = (
+    "log_prob 3 to 5.5 times as fast with affine couplings, 11 to 14 with splines; training 2.5 to 3 and 7 to 8"
+)
 _OF_ZUKO = (
-    "log_prob 1.9 to 2.5 times as fast with affine layers, 7 to 13 with splines; training 1.8 to 2.4 and 4.5 to 7; "
-    "samples 9 to 500"
+    "log_prob 2.4 to 3.1 times as fast with affine layers, 9 to 14 with splines; training 2.1 to 2.6 and 4.5 to 6.5; "
+    "samples 12 to 400"
 )
 for _kind in (kind for kinds in _FLOWS for kind in kinds):
     GAINS[_kind] = {"normflows": _OF_NORMFLOWS, "zuko": _OF_ZUKO}.get(_kind.partition(".")[0], _OF_NFLOWS)

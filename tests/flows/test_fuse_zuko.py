@@ -366,3 +366,18 @@ def test_frozen_and_other_backends():
             torch.testing.assert_close(frozen().log_prob(x), flow().log_prob(x))
     with pyflow.backend("reference"), programs(0):
         assert fuse(flow)().log_prob(x).equal(flow().log_prob(x))
+
+
+def test_masks_follow_the_dtype_and_serve_training_after_inference():
+    flow = made("maf")
+    fused, parameters = fuse(flow), [*flow.parameters()]
+    with torch.inference_mode(), programs(1):
+        fused().log_prob(data(16, 5))
+    for dtype in (torch.float64, torch.float32, torch.float64):
+        flow.to(dtype)
+        x = data(16, 5).to(dtype)
+        with programs(1):
+            found = torch.autograd.grad(fused().log_prob(x).sum(), parameters)
+        for a, b in zip(found, torch.autograd.grad(flow().log_prob(x).sum(), parameters), strict=True):
+            within = 1e-4 if dtype == torch.float32 else 1e-9
+            torch.testing.assert_close(a, b, rtol=within, atol=within * float(1 + b.abs().max()))
