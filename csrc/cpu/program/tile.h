@@ -81,7 +81,7 @@ PYFLOW_FN void save(const ProgramTile<T>& t, const ProgramInstruction& in) {
   if (t.back) gather(t, in, t.state, t.taped_at(in.saved, in.count));
 }
 
-// runs a transform, or takes what the forward has left of it; its columns before and after it are kept
+// runs a transform, or takes what the forward has left of it; its columns before it are saved, those after it kept
 template <class T, class F>
 PYFLOW_FN void transform_once(const ProgramTile<T>& t, const ProgramInstruction& in, F run) {
   save(t, in);
