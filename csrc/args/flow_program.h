@@ -169,6 +169,7 @@ struct ProgramSum {
   bool matrix, transposed;
   const int64_t *row_order, *col_order;  // which row and column of the result is each; null: the same
   bool partial;                          // whether the tiles write some of it alone
+  int64_t size() const { return rows * width; }
   // whether the first tile of a group writes it; else it starts at 0
   bool written() const { return matrix && uses == 1 && !partial; }
   const char* mask;  // factor of the result, in its order; null: absent

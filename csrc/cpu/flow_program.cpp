@@ -153,7 +153,7 @@ void backward_units(const ProgramBackward& a, int64_t begin, int64_t end) {
   for (int64_t u = begin; u < end; ++u) {
     t.sums = a.sum ? (T*)a.group_sums + u * a.group_size : nullptr;
     for (int64_t k = 0; t.sums && k < a.sums; ++k) {
-      if (!a.sum[k].written()) fill(t.sums + a.sum[k].offset, T(0), a.sum[k].rows * a.sum[k].width);
+      if (!a.sum[k].written()) fill(t.sums + a.sum[k].offset, T(0), a.sum[k].size());
     }
     const int64_t last = smaller((u + 1) * a.unit_rows, a.rows);
     for (int64_t row = u * a.unit_rows; row < last; row += a.tile_rows) {

@@ -65,10 +65,7 @@ ProgramSum sum_of(const Tensor& w, const Reader& reader, size_t place) {
 // elements of the sums of a group
 int64_t size_of_group(const Tensors& weights, const Reader& reader) {
   int64_t size = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const ProgramSum s = sum_of(weights[i], reader, i);
-    size += s.rows * s.width;
-  }
+  for (size_t i = 0; i < weights.size(); ++i) size += sum_of(weights[i], reader, i).size();
   return size;
 }
 
@@ -156,7 +153,12 @@ Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, O
       a.grad_context = {(char*)of_rows.data_ptr(), a.context_columns, 1};
     }
   }
-  a.group_size = size_of_group(weights, reader);
+  std::vector<ProgramSum> sums;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    ProgramSum& s = sums.emplace_back(sum_of(weights[i], reader, i));
+    s.offset = a.group_size;
+    a.group_size += s.size();
+  }
   set_units(a, a.group_size);
   const int64_t units = ceil_div(a.rows, a.unit_rows);
   if (given) {
@@ -167,16 +169,11 @@ Tensors flow_program_backward(Optional grad_y, Optional grad_logdet, Tensor x, O
   a.arrays = reader.gradient_arrays();
   a.solve_columns = reader.solve_columns();
   reader.prepare(x);
-  std::vector<ProgramSum> sums;
   std::optional<Memory> memory;
-  if (need_weights && !weights.empty()) {
-    int64_t offset = 0;
-    for (size_t i = 0; i < weights.size(); ++i) {
-      ProgramSum& s = sums.emplace_back(sum_of(weights[i], reader, i));
-      s.offset = offset;
-      s.grad = (char*)of_weights[i].data_ptr();
-      offset += s.rows * s.width;
-      if (s.uses == 0) torch::stable::zero_(of_weights[i]);
+  if (need_weights && !sums.empty()) {
+    for (size_t i = 0; i < sums.size(); ++i) {
+      sums[i].grad = (char*)of_weights[i].data_ptr();
+      if (sums[i].uses == 0) torch::stable::zero_(of_weights[i]);
     }
     a.sum = sums.data();
     a.sums = int64_t(sums.size());
