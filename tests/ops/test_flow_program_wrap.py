@@ -12,7 +12,7 @@ from pyflow import ops, testing
 from pyflow.program import Program, Wrap
 
 from .programs import Builder
-from .test_flow_program import DTYPES, bits, check_built, cotangents, rows, run, same
+from .test_flow_program import DTYPES, bits, check_bits_of_rows, check_built, rows, run, same
 from .test_flow_program_autoregressive import check as check_autoregressive
 
 BOUNDS = (math.pi, 1.0, 0.3)
@@ -115,19 +115,9 @@ def test_autoregressive_inverses(context, dtype):
 
 @bits
 def test_a_row_has_its_bits_in_any_batch_and_on_any_threads():
-    for program in circular()[1:]:
-        build = circular()[0]
-        weights, x = [w.float() for w in build.weights], 3 * rows(build, 700)[0]
-        grads = cotangents(x, x[:, 0])
-        whole = run(x, program, weights, grads=grads)
-        for first, last in [(0, 1), (31, 33), (5, 69), (699, 700)]:
-            part = run(x[first:last], program, weights, grads=[g[first:last] for g in grads])
-            for a, b in zip(part[:3], whole, strict=False):
-                testing.assert_same_bits(a, b[first:last], f"rows {first} to {last}")
-        for count in (1, 3):
-            with testing.threads(count):
-                for a, b in zip(run(x, program, weights, grads=grads), whole, strict=True):
-                    testing.assert_same_bits(a, b)
+    build, *programs = circular()
+    for program in programs:
+        check_bits_of_rows(3 * rows(build, 700)[0], program, [w.float() for w in build.weights])
 
 
 def test_gradients_of_gradients():
