@@ -122,6 +122,9 @@ void forward_units(const ProgramArgs& a, int64_t begin, int64_t end) {
     place_rows(t, row, smaller(a.tile_rows, last - row));
     run_forward(t);
     store_outputs(t);
+    // blocks that another instruction set would have
+    if (a.kept)
+      fill(t.kept + a.kept_columns * t.padded(), T(0), a.kept_columns * (round_up(t.rows, kProgramRows) - t.padded()));
   }
 }
 

@@ -72,6 +72,21 @@ def test_drawn_programs(dtype):
     assert kept > 30
 
 
+@bits
+@pytest.mark.parametrize("batch", [1, 16, 97])
+def test_all_that_is_kept_is_written(batch):
+    """Blocks of fewer rows than the multiple that is kept leave no memory as it was."""
+    build = Builder(4, 2)
+    program, (x, context) = wide(build), rows(build, batch)
+    given = x, context, 1, [w.float() for w in build.weights], program.encode()
+    columns = _kept.columns_of(given[-1])
+    first = run(*given, columns)[2].clone()
+    for value in (float("nan"), 7.0):
+        # freed memory is what the next call gets
+        run(*given, columns)[2].fill_(value)
+        testing.assert_same_bits(run(*given, columns)[2], first)
+
+
 def wide(build, activation="relu"):
     """Every part behind a layer that is kept, and every transform."""
     of = lambda inputs, size: build.dense(inputs, size, activation)
