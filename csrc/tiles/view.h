@@ -40,22 +40,24 @@ struct RowSums {
       nullptr;  // (count, rows, segments): float64 on a CPU, of the compute type on a GPU; null: one segment
 };
 
-PYFLOW_FN int64_t row_offset(const Space& s, const View& v, int64_t row) {
+// the offset of element `index` of dims [first, end); a loop that is not unrolled, since every access has one
+PYFLOW_FN int64_t offset_in(const Space& s, const View& v, int64_t index, int first, int end) {
   int64_t offset = 0;
-  for (int d = s.row_dims - 1; d > 0; --d) {
-    offset += row % s.size[d] * v.stride[d];
-    row /= s.size[d];
+#if defined(__CUDACC__)
+#pragma unroll 1
+#endif
+  for (int d = end - 1; d > first; --d) {
+    const int64_t rest = index / s.size[d];
+    offset += (index - rest * s.size[d]) * v.stride[d];
+    index = rest;
   }
-  return offset + row * v.stride[0];
+  return offset + index * v.stride[first];
 }
 
+PYFLOW_FN int64_t row_offset(const Space& s, const View& v, int64_t row) { return offset_in(s, v, row, 0, s.row_dims); }
+
 PYFLOW_FN int64_t col_offset(const Space& s, const View& v, int64_t col) {
-  int64_t offset = 0;
-  for (int d = s.row_dims + s.col_dims - 1; d > s.row_dims; --d) {
-    offset += col % s.size[d] * v.stride[d];
-    col /= s.size[d];
-  }
-  return offset + col * v.stride[s.row_dims];
+  return offset_in(s, v, col, s.row_dims, s.row_dims + s.col_dims);
 }
 
 }  // namespace pyflow
