@@ -74,6 +74,8 @@ def _replaced(kind: Any) -> str:
     """Return the name of a method that is not the one of the class's source; empty if there is none."""
     for each in kind.__mro__:
         package = each.__module__.partition(".")[0]
+        if package == "torch" and not _of_package(vars(each).get("forward"), each.__module__):
+            return "forward"
         if package in PACKAGES and each.__module__ in sys.modules:
             for name, value in vars(each).items():
                 if not _is_ours(value) and not _of_package(value, each.__module__):

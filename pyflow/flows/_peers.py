@@ -142,7 +142,7 @@ class _Zuko(Stand):
         module = self._fused.flow
         # a module with hooks runs as it is
         flow = own_method(type(module), "forward")(module, c)
-        flow.transform = Transform(self._fused, flow.transform, c)
+        flow.transform = Transform(self._fused, flow.transform, c, base=flow.base)
         flow.__class__ = _with_density(flow.__class__)
         return flow
 
@@ -157,11 +157,17 @@ class Transform(torch.distributions.Transform):
         own: what it does, by zuko.
         context: (*, C) or None.
         inverse: whether it is the inverse of the layers.
+        base: the base distribution that a flow has made with it.
     """
 
-    def __init__(self, fused: Any, own: Any, context: Any, inverse: bool = False) -> None:
+    def __init__(self, fused: Any, own: Any, context: Any, inverse: bool = False, base: Any = None) -> None:
         super().__init__()
         self.fused, self.own, self.context, self.inverse = fused, own, context, inverse
+        self.base, self.of_base = base, [] if base is None else _tensors_of_base(fused)
+
+    def has_density(self, base: Any) -> bool:
+        """Whether the program's density is that of this base distribution."""
+        return base is self.base and [*map(id, self.of_base)] == [*map(id, _tensors_of_base(self.fused))]
 
     @property
     def inv(self) -> Transform:
@@ -241,12 +247,21 @@ class _Density:
         return _pickled(self, type(self).__mro__[2])
 
     def log_prob(self: Any, x: Any) -> Tensor:
-        result = self.transform.program(x, BASE)
+        transform = self.transform
+        # somebody may have put another transform or base there, or other tensors into the module since
+        if type(transform) is not Transform or not transform.has_density(self.base):
+            return super().log_prob(x)  # type: ignore[misc]
+        result = transform.program(x, BASE)
         # an x without density, or with a density of 0, may be an error
         if result is None or (self.base._validate_args and not bool(result[1].isfinite().all())):
             return super().log_prob(x)  # type: ignore[misc]
         nats: Tensor = result[1]
         return nats.expand(torch.broadcast_shapes(nats.shape, self.batch_shape))
+
+
+def _tensors_of_base(fused: Any) -> list[Any]:
+    base = fused.flow.base
+    return [*base._parameters.values(), *base._buffers.values()]
 
 
 @functools.cache

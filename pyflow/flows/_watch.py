@@ -17,6 +17,7 @@ Path = tuple[str, ...]
 
 # a look at a module holds only while none of these is filled; dynamo does not trace it
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_MODULES = itemgetter("_modules")
 
 
 class Watch:
@@ -32,10 +33,13 @@ class Watch:
         self.modules: list[nn.Module] = []
         self.paths: list[Path] = []
         self.kinds: list[type] = []
+        self.counts: list[int] = []  # of modules inside
+        self.forwards: dict[Any, Callable[..., Any]] = {}  # of classes
         self.spaces: list[dict[str, Any]] = []  # the modules' __dict__
         self.lengths: list[int] = []
         self.quiet: list[dict[str, Any]] = []  # those without hooks, and with
         self.hooked: list[dict[str, Any]] = []
+        self.leaves: list[dict[str, Any]] = []  # those without modules of their own, and with
         self.parents: list[dict[str, Any]] = []
         self.children: list[list[nn.Module | None]] = []
         self.options: list[tuple[nn.Module | None, Path, Callable[[Any], Any], Any]] = []
@@ -55,6 +59,8 @@ class Watch:
         self.modules.append(module)
         self.paths.append(path)
         self.kinds.append(type(module))
+        self.counts.append(len(module._modules))
+        self.forwards[type(module)] = type(module).forward
         self.spaces.append(space)
         # a forward of the module's own is one more entry
         self.lengths.append(len(space))
@@ -62,6 +68,8 @@ class Watch:
         if module._modules:
             self.parents.append(space)
             self.children.append([*module._modules.values()])
+        else:
+            self.leaves.append(space)
 
     def option(self, path: Path, module: nn.Module, get: Callable[[Any], Any]) -> Any:
         """Return get(module), which must stay."""
@@ -105,10 +113,12 @@ class Watch:
                 and len(vars(root)) == self.length
                 and [*map(type, self.modules)] == self.kinds
                 and [*map(len, self.spaces)] == self.lengths
+                and all([kind.forward is forward for kind, forward in self.forwards.items()])
                 and not any(chain.from_iterable(map(_HOOKS, self.quiet)))
                 and all([any(_HOOKS(space)) for space in self.hooked])
                 and [*root._modules.values()] == self.children_of_root
                 and [[*space["_modules"].values()] for space in self.parents] == self.children
+                and not any(map(_MODULES, self.leaves))
                 and [space[name] for space, name in self.attributes] == self.values
                 and all([get(root if m is None else m) == value for m, _, get, value in self.options])
                 and all([space[kind][name] is None for space, kind, name in self.absent])
@@ -118,15 +128,20 @@ class Watch:
                 weights = [space[kind][name] for space, kind, name in self.tensors]
                 if [weight.shape for weight in weights] == self.shapes:
                     return weights
-        # a tensor or an option is gone
-        except (AttributeError, KeyError):
+        # a tensor or an option is gone, or a number is several now
+        except (AttributeError, KeyError, RuntimeError):
             pass
         return None
 
     def traced_weights(self, root: nn.Module) -> list[Tensor]:
-        """Return the tensors in a trace of dynamo, which guards what it reads: here every class and option."""
-        for path, kind in zip(self.paths, self.kinds, strict=True):
-            assert type(at(root, path)) is kind
+        """Return the tensors in a trace of dynamo, which guards what it reads: here every class and option.
+
+        It does not guard the values of buffers that were read.
+        """
+        assert len(root._modules) == len(self.children_of_root)
+        for path, kind, count in zip(self.paths, self.kinds, self.counts, strict=True):
+            module = at(root, path)
+            assert len(module._modules) == count and type(module) is kind
         for _, path, get, value in self.options:
             assert get(at(root, path)) == value
         for (path, name), value in zip(self.named, self.values, strict=True):
@@ -138,13 +153,15 @@ class _Read:
     """A buffer, or another tensor of a module, whose values were read.
 
     They are taken to stay while it is the same tensor of the same version, as one that is moved, loaded or written to
-    in place is not; what writes through `.data` or numpy is not seen.
+    in place is not; what writes through `.data` or numpy is not seen. An inference tensor has no version. One that
+    requires a gradient is no constant any more.
     """
 
     def __init__(self, space: dict[str, Any], name: str) -> None:
         self.space, self.name = space, name
         self.tensor = self.now()
         self.version, self.values = _version(self.tensor), self.tensor.tolist()
+        self.requires_grad = self.tensor.requires_grad
 
     def now(self) -> Tensor:
         buffers = self.space["_buffers"]
@@ -153,11 +170,13 @@ class _Read:
 
     def stays(self) -> bool:
         tensor = self.now()
-        if tensor is self.tensor and _version(tensor) == self.version:
+        if tensor.requires_grad != self.requires_grad:
+            return False
+        if tensor is self.tensor and 0 <= _version(tensor) == self.version:
             return True
         # DistributedDataParallel writes the same values at every call
         self.tensor, self.version = tensor, _version(tensor)
-        return self.tensor.tolist() == self.values
+        return bool(self.tensor.tolist() == self.values)
 
 
 def at(root: nn.Module, path: Path) -> Any:

@@ -71,7 +71,7 @@ def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fuse
         layers up to 128 MB (float32). Modules are looked at once; every call compares what was found with what is there
         (30 us for eight couplings), and reads the parameters anew: hooks of parameters, optimisers, EMA, `.data`,
         functional_call and replaced submodules work. Under torch.compile hooks that are added after the
-        compilation are not seen, as for any module.
+        compilation are not seen, as for any module, nor is what is written in place to the buffers that are read once.
 
     Source:
         Layer by layer: Dinh et al. 2014, arXiv:1410.8516; Dinh et al. 2016, arXiv:1605.08803.

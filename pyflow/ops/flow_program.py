@@ -548,7 +548,17 @@ def _gradients(grad_y, grad_logdet, x, context, repeats, weights, code, kept, ne
     grad_x, grad_context, *grads = operator(
         grad_y, grad_logdet, x, context, repeats, weights, code, kept, need_x, need_context, some
     )
-    return {"x": grad_x, "context": grad_context, "weights": grads if some else [None] * len(weights)}
+    unused = _unused(code, len(weights)) if some else range(len(weights))
+    # None, as autograd has it: an optimizer leaves such a weight alone
+    of_weights = [None if i in unused else grad for i, grad in enumerate(grads)] if unused else grads
+    return {"x": grad_x, "context": grad_context, "weights": of_weights}
+
+
+@functools.lru_cache(maxsize=256)
+def _unused(code: str, count: int) -> frozenset[int]:
+    """Return the places of weights that no instruction names."""
+    named = {place for _, place, _ in _laid(Program.decode(code), count)[1]}
+    return frozenset(range(count)) - named
 
 
 _run = register(

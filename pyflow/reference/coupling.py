@@ -70,9 +70,9 @@ def log_scale_slope(s: Tensor, scale_map: str, arg: float) -> Tensor:
 def unpack(params: Tensor, packing: str, dim: int) -> tuple[Tensor, Tensor]:
     """Return the (shift, scale) views of packed parameters."""
     if packing == "interleaved":
-        pairs = params.unflatten(dim, (-1, 2))
-        at = dim + 1 if dim >= 0 else dim
-        return pairs.select(at, 0), pairs.select(at, 1)
+        dim %= params.dim()
+        pairs = params.reshape(*params.shape[:dim], params.shape[dim] // 2, 2, *params.shape[dim + 1 :])
+        return pairs.select(dim + 1, 0), pairs.select(dim + 1, 1)
     first, second = params.chunk(2, dim)
     return (first, second) if packing == "shift_scale" else (second, first)
 
@@ -80,8 +80,11 @@ def unpack(params: Tensor, packing: str, dim: int) -> tuple[Tensor, Tensor]:
 def pack(shift: Tensor, scale: Tensor, packing: str, dim: int) -> Tensor:
     """The inverse of `unpack`."""
     if packing == "interleaved":
-        at = dim + 1 if dim >= 0 else dim
-        return torch.stack((shift, scale), at).flatten(at - 1, at)
+        dim %= shift.dim()
+        # the vmap of is_grads_batched has no rule for flatten and unflatten
+        return torch.stack((shift, scale), dim + 1).reshape(
+            *shift.shape[:dim], 2 * shift.shape[dim], *shift.shape[dim + 1 :]
+        )
     return torch.cat((shift, scale) if packing == "shift_scale" else (scale, shift), dim)
 
 

@@ -175,7 +175,7 @@ def _numbers(
 ) -> Tensor:  # fmt: skip
     """Return what a transform takes: the last conditioner's numbers, or in every row those of a weight."""
     if isinstance(transform, Spline) and transform.params >= 0:
-        return weights[transform.params].flatten().expand(x.shape[0], -1)
+        return weights[transform.params].reshape(-1).expand(x.shape[0], -1)
     return params
 
 
@@ -198,7 +198,7 @@ def _paired(affine: Affine, numbers: Tensor) -> Tensor:
     """Swap the numbers of pairs with the scale first, or their gradients."""
     if PACKINGS[affine.packing] != "interleaved_scale_shift":
         return numbers
-    return numbers.unflatten(1, (-1, 2)).flip(2).flatten(1)
+    return numbers.reshape(numbers.shape[0], numbers.shape[1] // 2, 2).flip(2).reshape(numbers.shape)
 
 
 def _pulled(
@@ -215,7 +215,7 @@ def _pulled(
         x = _turned(transform, x) if transform.turned and not transform.inverse else x
         inputs, grad = _spline_inputs(transform, x, params), _where_inside(transform, x, grad)
         grad, of_params = rq_spline_backward(grad, logdet, x, *inputs, **_spline_options(transform))
-        return grad, of_params.flatten(1)
+        return grad, of_params.reshape(params.shape)
     grad, of_params = affine_coupling_packed_backward(
         grad, logdet, x, _paired(transform, params), **_options(transform), mask=None
     )
@@ -272,7 +272,8 @@ def _spline_inputs(spline: Spline, x: Tensor, params: Tensor) -> tuple[Tensor, T
     """Return the numbers of every row and column, bounds that differ, and no mask."""
     differ = spline.tails and len({*spline.bound}) > 1
     bounds = torch.tensor(spline.bound, dtype=x.dtype, device=x.device) if differ else None
-    return params.unflatten(1, (len(spline.columns), -1)), bounds, None
+    count = len(spline.columns)
+    return params.reshape(params.shape[0], count, params.shape[1] // count), bounds, None
 
 
 def _where_inside(spline: Spline, x: Tensor, y: Tensor) -> Tensor:

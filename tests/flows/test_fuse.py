@@ -331,6 +331,11 @@ def test_what_depends_on_the_mode(realnvp):
     assert "net.3 (Dropout): it drops with p=0.5" in lines and "(BatchNorm1d): it normalises by the batch" in lines
     assert "left" not in fuse(flow.eval()).explain()
     assert_same_as_layers(flow, x, (), 4)
+    norm.running_mean = norm.running_var = None
+    assert "(BatchNorm1d): it has no running statistics" in fuse(flow).explain()
+    got = flow.log_prob(x)
+    with pyflow.backend("reference"):
+        torch.testing.assert_close(got, flow.log_prob(x))
 
 
 def test_a_layer_is_fused_again_when_nothing_is_in_the_way(realnvp):
@@ -386,6 +391,51 @@ def test_replaced_modules_and_changed_options(realnvp):
     assert_changes_are_seen(changes, lambda: flow.log_prob(x), want, without_effect=changes[9])
     gc.collect()
     assert gone() is None
+
+
+def test_modules_in_a_container_that_was_empty_are_seen():
+    inner = nn.Sequential()
+    flow = fuse([AffineCoupling(nn.Sequential(nn.Linear(2, 8), inner, nn.Linear(8, 4)))]).double()
+    x = data(5, 4)
+    before = flow(x)[0]
+    inner.append(nn.Tanh())
+    with programs(1):
+        got = flow(x)
+    torch.testing.assert_close(got, flow.flow(x))
+    assert not got[0].allclose(before)
+
+
+def test_a_forward_that_is_replaced_in_a_class_is_seen(realnvp, monkeypatch):
+    flow, x = realnvp
+    before = flow.log_prob(x)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: nn.functional.linear(x, 2 * self.weight, self.bias))
+    assert "net.0 (Linear): its method forward has been replaced" in fuse(flow).explain()
+    got = flow.log_prob(x)
+    with pyflow.backend("reference"):
+        torch.testing.assert_close(got, flow.log_prob(x))
+    assert not got.allclose(before)
+    monkeypatch.undo()
+    with programs(1):
+        torch.testing.assert_close(flow.log_prob(x), before)
+
+
+@pytest.mark.parametrize("bound", [torch.tensor([1.0, 2.0]), 0.5], ids=str)
+def test_a_bound_that_becomes_a_tensor_is_seen(bound):
+    flow, x = NSF(4, layers=2, hidden=(8,)).eval(), torch.randn(16, 4)
+    flow.log_prob(x)
+    flow.stack.layers[1].bound = bound
+    for _ in range(2):
+        got = flow.log_prob(x)
+        with pyflow.backend("reference"):
+            torch.testing.assert_close(got, flow.log_prob(x), rtol=1e-4, atol=1e-4)
+        if isinstance(bound, torch.Tensor):
+            bound.mul_(1.5)
+
+
+def test_couplings_of_one_column_are_refused():
+    flow = fuse([AffineCoupling(nn.Sequential(nn.Linear(0, 8), nn.Linear(8, 2)), swap=True)])
+    with pytest.raises(ValueError, match="at least 2 elements along dim 1"):
+        flow(torch.randn(3, 1))
 
 
 def left(flow):
@@ -575,6 +625,16 @@ def test_batched_gradients(realnvp):
     torch.testing.assert_close(got, tuple(torch.stack(each) for each in one_by_one))
 
 
+@pytest.mark.parametrize("make", [MAF, IAF, NSF, lambda n: NSF(n, autoregressive=True)])
+def test_batched_jacobians(make):
+    flow, x = make(4).double().eval(), data(6, 4)
+    jacobians = [
+        torch.autograd.functional.jacobian(lambda x: flow(x)[0].sum(0), x, vectorize=vectorize)
+        for vectorize in (True, False)
+    ]
+    torch.testing.assert_close(*jacobians)
+
+
 def test_ddp(tmp_path):
     script = str(Path(__file__).with_name("replicated.py"))
     done = subprocess.run([sys.executable, script, str(tmp_path)], capture_output=True, text=True, timeout=100)
@@ -598,6 +658,10 @@ def test_compiles_to_one_operator(realnvp):
     flow.stages[0].layers[3].net[0] = nn.Linear(2, 8).double()
     flow.stages[0].layers[1].net[1] = nn.Tanh()
     flow.stages[0].layers[1].options["clamp"] = 1.0
+    torch.testing.assert_close(compiled(x), flow.log_prob(x))
+    # and what is appended
+    flow.stages[0].layers.append(copy.deepcopy(flow.stages[0].layers[1]))
+    flow.stages[0].layers[1].net.append(nn.Tanh())
     torch.testing.assert_close(compiled(x), flow.log_prob(x))
 
 

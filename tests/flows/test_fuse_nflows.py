@@ -482,8 +482,66 @@ def test_changes_are_seen():
         lambda: setattr(block.batch_norm_layers[1], "eps", 0.5),
         lambda: pointwise._scale.data.mul_(2),
         lambda: coupling.transform_features.copy_(coupling.transform_features.flip(0)),
+        lambda: setattr(coupling, "tail_bound", torch.tensor(0.5)),
+        lambda: coupling.tail_bound.fill_(2.5),
     ]
     assert_changes_are_seen(changes, lambda: fused.log_prob(x), lambda: flow.log_prob(x))
+
+
+def test_blocks_of_a_network_that_had_none_are_seen():
+    flow, x = randomised(flow_of([T.AffineCouplingTransform(MASK, res(num_blocks=0))])), data(16, 5)
+    fused = fuse(flow)
+    fused.log_prob(x)
+    net, other = flow._transform._transforms[0].transform_net, res()(2, 2)
+    other = randomised(other)
+    change = lambda: net.blocks.append(other.blocks[0])
+    assert_changes_are_seen([change], lambda: fused.log_prob(x), lambda: flow.log_prob(x))
+
+
+@torch.inference_mode()
+def test_what_is_written_into_inference_tensors_is_seen():
+    flow, x = randomised(flow_of([T.RandomPermutation(5), T.AffineCouplingTransform(MASK, res())])), data(16, 5)
+    fused, order = fuse(flow), flow._transform._transforms[0]._permutation
+    assert order.is_inference()
+    change = lambda: order.copy_(order.roll(1))
+    assert_changes_are_seen([change], lambda: fused.log_prob(x), lambda: flow.log_prob(x))
+
+
+def test_the_constant_of_the_base_is_read():
+    flow, x = made("linear"), data(16, 5)
+    fused = fuse(flow)
+    fused.log_prob(x)
+    flow._distribution._log_z.add_(1.0)
+    assert "flow._distribution (StandardNormal): left, its _log_z is not that of its shape" in fused.explain()
+    torch.testing.assert_close(fused.log_prob(x), flow.log_prob(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [T.LULinear, lambda n: T.QRLinear(n, 4), T.SVDLinear], ids=["lu", "qr", "svd"])
+def test_inverses_of_matrices_are_as_exact_as_theirs(kind):
+    torch.manual_seed(0)
+    # condition numbers up to 1e10
+    layer = kind(*((32, 4) if kind is T.SVDLinear else (32,)))
+    for parameter in layer.parameters():
+        parameter.add_(torch.randn_like(parameter))
+    flow = T.CompositeTransform([layer, T.AffineCouplingTransform(torch.tensor([1.0, -1.0] * 16), res())]).eval()
+    z = torch.randn(64, 32)
+    exact, own = copy.deepcopy(flow).double().inverse(z.double())[0], flow.inverse(z)[0]
+    with programs(1):
+        got = fuse(flow).inverse(z)[0]
+    assert (got - exact).norm() <= 4 * (own - exact).norm() + 1e-6 * exact.norm()
+
+
+def test_weights_that_are_not_used_have_no_gradient():
+    flow, x = randomised(flow_of([maf(3)])), data(16, 5)
+    fused = fuse(flow)
+    with programs(1):
+        nats = fused.log_prob(x)
+    nats.sum().backward()
+    without = {name for name, parameter in flow.named_parameters() if parameter.grad is None}
+    flow.zero_grad()
+    flow.log_prob(x).sum().backward()
+    assert without == {name for name, parameter in flow.named_parameters() if parameter.grad is None} != set()
 
 
 def test_masks_in_another_order():

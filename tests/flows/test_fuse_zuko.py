@@ -218,6 +218,36 @@ def test_distributions_are_those_of_zuko():
     torch.testing.assert_close(copy.deepcopy(fused).log_prob(x), own.log_prob(x))
 
 
+def test_a_base_or_transform_that_is_put_there_is_used():
+    flow, x = made("maf"), data(8, 5)
+    fused, base = fuse(flow), distributions.DiagNormal(torch.ones(5).double(), 2 * torch.ones(5).double())
+    turned = lambda d: transforms.ComposedTransform(d.transform, transforms.RotationTransform(data(5, 5)))
+    for change in (lambda d: setattr(d, "base", base), lambda d: setattr(d, "transform", turned(d))):
+        found = []
+        for each in (fused, flow):
+            torch.manual_seed(2)
+            changed = each()
+            change(changed)
+            found.append(changed.log_prob(x))
+        torch.testing.assert_close(*found)
+    # zuko takes the tensors of the base when the flow is called
+    numbers = {"flow.base.loc": torch.ones(5).double()}
+    got = torch.func.functional_call(fused, numbers, ()).log_prob(x)
+    want = torch.func.functional_call(flow, {"base.loc": numbers["flow.base.loc"]}, ()).log_prob(x)
+    torch.testing.assert_close(got, want)
+
+
+def test_a_base_that_requires_a_gradient_gets_one():
+    flow, x = made("maf"), data(8, 5)
+    fused = fuse(flow)
+    with programs(1):
+        fused().log_prob(x)
+    flow.base.loc.requires_grad_()
+    got, want = (torch.autograd.grad(f().log_prob(x).sum(), flow.base.loc)[0] for f in (fused, flow))
+    torch.testing.assert_close(got, want)
+    assert "flow.base (UnconditionalDistribution): left, its loc requires a gradient" in fused.explain()
+
+
 def test_other_base_distributions_run():
     flow = made("realnvp")
     flow.base = lazy.UnconditionalDistribution(distributions.DiagNormal, torch.zeros(5), 2 * torch.ones(5)).double()

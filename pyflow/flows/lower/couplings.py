@@ -131,7 +131,7 @@ def spline(look: Look, path: Path, layer: Any, bins: int, param_scale: float, pa
     if "tail_bound" in layer._buffers:
         bound = tuple(look.values(path, layer, "tail_bound"))
     else:
-        bound = (float(look.option(path, layer, "tail_bound")),)
+        bound = look.numbers(path, layer, "tail_bound")
     # outside of their domain layers without tails raise errors, programs return nan
     look.run.checks |= tails is None
     slopes = bins + (-1 if tails == "linear" else 0 if tails == "circular" else 1)

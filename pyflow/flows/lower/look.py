@@ -37,7 +37,14 @@ class NoInstruction(Exception):
 
 
 def _fixed(value: Any) -> Any:
+    """Return an attribute as what does not change inside: a list as a tuple, a tensor as numbers."""
+    value = value.tolist() if isinstance(value, Tensor) else value
     return tuple(value) if type(value) is list else value
+
+
+def _constant(value: Any) -> tuple[Any, bool]:
+    """Return an attribute, and whether it is a tensor that requires a gradient."""
+    return _fixed(value), isinstance(value, Tensor) and value.requires_grad
 
 
 def register(table: dict[Kind, Any], *kinds: type | str) -> Callable[[F], F]:
@@ -125,17 +132,35 @@ class Look:
             yield from self.flat(inner, layer)
 
     def options(self, path: Path, module: nn.Module, *names: str) -> list[Any]:
-        """Return attributes that must stay; lists as tuples."""
+        """Return attributes that must stay; lists as tuples, tensors as numbers."""
         return [self.option(path, module, name) for name in names]
 
     def option(self, path: Path, module: nn.Module, name: str) -> Any:
-        if path and type(vars(module).get(name, [])) is not list:
+        if path and not isinstance(vars(module).get(name, []), (list, Tensor)):
             return self.watch.attribute(path, module, name)
-        return self.watch.option(path, module, lambda m: _fixed(getattr(m, name)))
+        value, trained = self.watch.option(path, module, lambda m: _constant(getattr(m, name)))
+        if trained:
+            raise NoInstruction(path, module, f"its {name} requires a gradient")
+        return value
+
+    def numbers(self, path: Path, module: nn.Module, name: str) -> tuple[float, ...]:
+        """Return an attribute that is a number, or several, as floats."""
+        value = self.option(path, module, name)
+        try:
+            return tuple(map(float, value if isinstance(value, tuple) else (value,)))
+        except (TypeError, ValueError):
+            raise NoInstruction(path, module, f"its {name} is {value!r}") from None
 
     def values(self, path: Path, module: nn.Module, name: str) -> list[Any]:
         """Return the numbers of a tensor that is no parameter, which is read once: see `Watch.buffer`."""
-        return self.watch.buffer(path, module, name).reshape(-1).tolist()
+        return self.buffer(path, module, name).reshape(-1).tolist()
+
+    def buffer(self, path: Path, module: nn.Module, name: str) -> Tensor:
+        """Return a tensor that is no parameter, whose numbers are read once: see `Watch.buffer`."""
+        tensor = self.watch.buffer(path, module, name)
+        if tensor.requires_grad:
+            raise NoInstruction(path, module, f"its {name} requires a gradient")
+        return tensor
 
     def tensor(self, path: Path, module: nn.Module, name: str, given: bool = True) -> int:
         """Return the place of a parameter or a buffer among the run's weights, -1 if it is None.

@@ -32,7 +32,7 @@ def _linear(look: Look, path: Path, module: Any, parts: Parts) -> None:
 def _masked_linear(look: Look, path: Path, module: Any, parts: Parts) -> None:
     linear = dense(look, path, module)._replace(mask=look.tensor(path, module, "mask"))
     # what its numbers depend on decides in which order an inverse finds columns
-    look.run.masks[linear.mask] = look.watch.buffer(path, module, "mask")
+    look.run.masks[linear.mask] = look.buffer(path, module, "mask")
     parts.append(linear)
 
 
@@ -61,6 +61,8 @@ def _batch_norm(look: Look, path: Path, module: Any, parts: Parts) -> None:
     training, tracks = look.options(path, module, "training", "track_running_stats")
     if training or not tracks:
         raise NoInstruction(path, module, "it normalises by the batch")
+    if look.tensor(path, module, "running_mean", given=False) < 0:
+        raise NoInstruction(path, module, "it has no running statistics")
     place = look.computed(path, module, ("weight", "bias", "running_mean", "running_var"), _factor_and_shift, 2)
     parts.append(p.Elementwise(place, place + 1))
 
@@ -136,10 +138,10 @@ def _elu(look: Look, path: Path, module: Any, parts: Parts) -> None:
 
 
 def _at_least_0(look: Look, path: Path, module: Any, name: str) -> float:
-    number = float(look.option(path, module, name))
-    if not 0 <= number < float("inf"):
-        raise NoInstruction(path, module, f"its {name} is {number}")
-    return number
+    numbers = look.numbers(path, module, name)
+    if len(numbers) != 1 or not 0 <= numbers[0] < float("inf"):
+        raise NoInstruction(path, module, f"its {name} is {', '.join(map(str, numbers))}")
+    return numbers[0]
 
 
 @register(PARTS, nn.GELU)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ... import program as p
-from ..._classes import named
+from ..._classes import named, own_class
 from ..._schemas import PRIORS, SCALE_MAPS
 from ..._torch import evaluated_while_traced
 from ...ops.flow_program import is_side
@@ -64,6 +64,8 @@ def gaussian(tape: Tape) -> None:
 @register(BASES, "nflows.distributions.normal.StandardNormal")
 def _standard_normal(look: Look, path: Path, base: Any) -> Write:
     shape = standard(look, path, base, "_shape")
+    if not math.isclose(look.values(path, base, "_log_z")[0], 0.5 * shape[0] * math.log(2 * math.pi), rel_tol=1e-6):
+        raise NoInstruction(path, base, "its _log_z is not that of its shape")
 
     def write(tape: Tape) -> None:
         tape.fit(*shape)
@@ -243,11 +245,25 @@ def _linear(look: Look, path: Path, layer: Any) -> Write:
 
 
 def _linear_numbers(layer: Any, inverse: bool, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    weight, logdet = layer.weight(), layer.logabsdet()
+    logdet = layer.logabsdet()
     if not inverse:
-        return weight, layer.bias, logdet
-    weight = torch.linalg.inv(weight)
+        return layer.weight(), layer.bias, logdet
+    weight = _inverse_weight(layer)
     return weight, -(weight @ layer.bias), -logdet
+
+
+def _inverse_weight(layer: Any) -> Tensor:
+    """Return the inverse of the weight, whose triangle keeps digits that the product with others would lose."""
+    kind = own_class(type(layer)).__name__
+    if kind == "SVDLinear":
+        inverse: Tensor = layer.weight_inverse()
+    elif kind == "NaiveLinear":
+        inverse = torch.linalg.inv(layer.weight())
+    else:
+        upper = layer._create_upper()
+        eye = torch.eye(layer.features, dtype=upper.dtype, device=upper.device)
+        inverse = layer.orthogonal(torch.linalg.solve_triangular(upper, eye, upper=True))[0]
+    return inverse
 
 
 def _numbers_of_triangles(layer: Any, inverse: bool, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,11 +279,13 @@ def _numbers_of_many(layers: Sequence[Any], inverse: bool, columns: int) -> list
     upper = torch.stack([layer.upper_entries for layer in layers])
     # behind them a 0 and a 1
     entries = F.pad(F.pad(torch.cat((lower, upper, diagonal), 1), (0, 1)), (0, 1), value=1.0)
-    triangles = entries[:, _triangles(layers[0].features, raw.device)]
-    weights, logdets = triangles[:, 0] @ triangles[:, 1], torch.log(diagonal).sum(1)
+    lowers, uppers = entries[:, _triangles(layers[0].features, raw.device)].unbind(1)
+    logdets = torch.log(diagonal).sum(1)
     if not inverse:
-        return [*zip(weights.unbind(), [layer.bias for layer in layers], logdets.unbind(), strict=True)]
-    weights = torch.linalg.inv(weights)
+        return [*zip((lowers @ uppers).unbind(), [layer.bias for layer in layers], logdets.unbind(), strict=True)]
+    eye = torch.eye(layers[0].features, dtype=raw.dtype, device=raw.device).expand_as(lowers)
+    half = torch.linalg.solve_triangular(lowers, eye, upper=False, unitriangular=True)
+    weights = torch.linalg.solve_triangular(uppers, half, upper=True)
     biases = -(weights @ torch.stack([layer.bias for layer in layers]).unsqueeze(2)).squeeze(2)
     return [*zip(weights.unbind(), biases.unbind(), (-logdets).unbind(), strict=True)]
 

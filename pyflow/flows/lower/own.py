@@ -21,7 +21,7 @@ from ...nn import (
 )  # fmt: skip
 from ...ops.coupling import scale_map_constant
 from ...ops.spline import MOST_BINS
-from .._run import Conditioner, Tape, Write
+from .._run import Conditioner, DoesNotFit, Tape, Write
 from .._watch import Path
 from ..nets import Conditional
 from .look import NETS, RULES, STACKS, Layers, Look, NoInstruction, children, register
@@ -75,7 +75,8 @@ def _affine(look: Look, path: Path, layer: Any) -> Write:
 
 @register(RULES, SplineCoupling)
 def _spline(look: Look, path: Path, layer: Any) -> Write:
-    bins, bound, tails, variant, count = look.options(path, layer, "bins", "bound", "tails", "variant", "count")
+    bins, tails, variant, count = look.options(path, layer, "bins", "tails", "variant", "count")
+    bound = look.numbers(path, layer, "bound")
     if tails is None:
         raise NoInstruction(path, layer, "without tails an x outside of the domain is an error")
     if bins > MOST_BINS:
@@ -84,7 +85,7 @@ def _spline(look: Look, path: Path, layer: Any) -> Write:
 
     def transform(columns: p.Columns, inverse: bool) -> p.Spline:
         form = SPLINE_VARIANTS.index(variant)
-        return p.Spline(columns, bins, count - 2 * bins, each, form, (float(bound),), inverse=inverse)
+        return p.Spline(columns, bins, count - 2 * bins, each, form, bound, inverse=inverse)
 
     return _coupling(look, path, layer, transform)
 
@@ -96,6 +97,8 @@ def _coupling(look: Look, path: Path, layer: Any, transform: Callable[[p.Columns
     net = own_net(look, (*path, "net"), layer._modules.get("net", layer.net))
 
     def write(tape: Tape) -> None:
+        if len(tape.order) < 2:
+            raise DoesNotFit
         kept, changed = tape.split(split)[:: -1 if swap else 1]
         tape.net(kept, net)
         tape.add(transform(changed, tape.inverse))

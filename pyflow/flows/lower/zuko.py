@@ -234,7 +234,7 @@ def _made_by(layer: Any) -> list[Any]:
     """Return what makes the transform of each column, whether by its options alone, these and its shapes."""
     made, shapes = layer.univariate, [tuple(shape) for shape in layer.shapes]
     if type(made) is functools.partial:
-        return [made.func, not made.args, made.keywords, shapes]
+        return [made.func, not made.args, {**made.keywords}, shapes]
     return [made, _name(made).removeprefix("zuko.transforms.") in _UNIVARIATE, {}, shapes]
 
 
@@ -264,7 +264,7 @@ def _linear(look: Look, path: Path, module: Any, parts: Parts) -> None:
 def _masked_linear(look: Look, path: Path, module: Any, parts: Parts) -> None:
     linear = dense(look, path, module)
     place = look.computed(path, module, (), _Mask(), 1)
-    look.run.masks[place] = look.watch.buffer(path, module, "mask")
+    look.run.masks[place] = look.buffer(path, module, "mask")
     parts.append(linear._replace(mask=place))
 
 
