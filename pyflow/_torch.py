@@ -39,6 +39,9 @@ DisableAutocast = torch._C._DisableAutocast
 # Whether a hook of every module is registered. The public API only adds and removes them.
 any_global_module_hook = torch.nn.modules.module._has_any_global_hook
 
+# A view that autograd takes for a tensor of its own: a view that its functions return cannot be changed in place.
+unsafe_view = torch.ops.aten._unsafe_view.default
+
 # Number of active dispatch modes (fake tensors, FLOP counters, ...).
 dispatch_modes = torch._C._len_torch_dispatch_stack
 

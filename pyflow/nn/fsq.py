@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import _checks as check
-from .._torch import forward_mode, has_hooks, tracing, transform
+from .._torch import any_global_module_hook, forward_mode, has_hooks, tracing, transform, unsafe_view
 from ..ops import fsq, fsq_decode
 from ..ops.fsq import CodebookUsage, checked_levels, signed
 from ..reference import compute_dtype, matmul
@@ -338,7 +338,7 @@ def _projected_out(projection: nn.Module, codes: Tensor) -> Tensor:
         and projection.in_features < projection.out_features
         and codes.numel() >= _ROWS * projection.in_features
         and _trains_plainly(codes, projection.weight)
-        and not has_hooks(projection)
+        and not (has_hooks(projection) or any_global_module_hook())
         and "forward" not in projection.__dict__
     ):
         return _Widened.apply(codes, projection.weight, projection.bias)
@@ -367,16 +367,19 @@ class _Widened(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, codes: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(codes, weight)
-        return F.linear(codes, weight, bias)
+        out = F.linear(codes, weight, bias)
+        # a view of what was made here and is gone
+        return unsafe_view(out, out.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         codes, weight = ctx.saved_tensors
         of_codes, of_weight, of_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
+        # of batched gradients there is no flatten
+        rows = grad.reshape(-1, grad.shape[-1])
         return (
             F.linear(grad, weight.t().contiguous()) if of_codes else None,
-            (codes.flatten(0, -2).t() @ rows).t() if of_weight else None,
+            (codes.reshape(-1, codes.shape[-1]).t() @ rows).t() if of_weight else None,
             rows.sum(0) if of_bias else None,
         )
 

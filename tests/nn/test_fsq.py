@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 from fractions import Fraction
@@ -10,12 +11,13 @@ from fractions import Fraction
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import pyflow
 from pyflow import _backend
-from pyflow.nn import FSQ
+from pyflow.nn import FSQ, ResidualFSQ
 from pyflow.nn.fsq import _projected_out, _Widened
 from pyflow.reference import fsq as reference
 from pyflow.testing import assert_same_bits
@@ -752,3 +754,39 @@ def test_the_projection_behind_the_codes_is_a_linear_layer(lead, bias, monkeypat
     linear.register_forward_hook(lambda *_: seen.append(1))
     _projected_out(linear, codes)
     assert seen == [1]
+
+
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("shape", ((600, 16), (2, 300, 16), (2, 16, 20, 20)))
+def test_out_may_be_changed_in_place(shape, bias):
+    quantizer, z = FSQ([8, 5, 5, 5], dim=16, projection_has_bias=bias), torch.randn(shape)
+    inputs = (z.requires_grad_(), *quantizer.parameters())
+    want, got = quantizer(z)[0].relu(), nn.ReLU(inplace=True)(quantizer(z)[0])
+    assert_same_bits(got, want)
+    for each, wanted in zip(*(torch.autograd.grad(o.square().sum(), inputs) for o in (got, want)), strict=True):
+        assert_same_bits(each, wanted)
+
+
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("shape", ((600, 16), (2, 300, 16), (2, 16, 20, 20)))
+def test_batched_gradients_of_the_projections(shape, bias):
+    quantizer, z = FSQ([8, 5, 5, 5], dim=16, projection_has_bias=bias).double(), torch.randn(shape).double()
+    inputs = (z.requires_grad_(), *quantizer.parameters())
+    out = quantizer(z)[0]
+    grads = torch.randn(2, *out.shape).double()
+    batched = torch.autograd.grad(out, inputs, grads, retain_graph=True, is_grads_batched=True)
+    for i, grad in enumerate(grads):
+        for each, want in zip(batched, torch.autograd.grad(out, inputs, grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(each[i], want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", (FSQ, functools.partial(ResidualFSQ, num_quantizers=2)))
+def test_hooks_of_all_modules_see_the_projections(kind):
+    quantizer, z = kind(levels=[8, 5, 5, 5], dim=16), torch.randn(1, 600, 16)
+    seen = []
+    hook = register_module_forward_hook(lambda module, args, out: seen.append(module))
+    try:
+        quantizer(z)
+    finally:
+        hook.remove()
+    assert seen.count(quantizer.project_in) == seen.count(quantizer.project_out) == 1
