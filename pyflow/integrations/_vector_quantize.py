@@ -1,6 +1,7 @@
 """Fast methods of vector-quantize-pytorch's finite scalar quantisers: codes and tokens in one pass.
 
-Tokens are exactly the package's: torch computes its tanh, whose last bits decide at a boundary, and kernels the rest.
+Tokens are exactly the package's, except that NaN gives -1: torch computes its tanh, whose last bits decide at a
+boundary, and kernels the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from .. import _checks as check
 from .._classes import named, own_class
 from .._schemas import FSQ_VARIANTS
-from .._torch import has_hooks, transform
+from .._torch import any_global_module_hook, has_hooks, transform
 from ..nn.fsq import _projected_out
 from ..ops import fsq, residual_fsq
 from ..ops.fsq import _decode
@@ -198,6 +199,8 @@ def _why_not(self: Any, z: Any, return_indices: bool) -> str:
         return "its input is not a dense float tensor"
     if not (levels := _levels(self)):
         return "its levels are unknown before its first call"
+    if _has_its_own(self, _METHODS):
+        return "it has methods of its own"
     return _why_not_levels(levels, self.preserve_symmetry, return_indices)
 
 
@@ -218,7 +221,16 @@ _STAGE = {
     "preserve_symmetry": True, "bound_hard_clamp": True, "orthogonal_rotation": False, "has_projections": False,
     "num_codebooks": 1, "keep_num_codebooks_dim": False, "channel_first": False, "return_indices": True,
 }  # fmt: skip
-_METHODS = ("forward", "quantize", "bound", "symmetry_preserving_bound", "codes_to_indices")
+# what runs in one pass
+_METHODS = ("quantize", "bound", "symmetry_preserving_bound", "codes_to_indices", "_scale_and_shift")
+_STAGE_METHODS = ("forward", "maybe_apply_noise", *_METHODS)
+_DECODING = ("indices_to_level_indices", "_scale_and_shift_inverse")
+
+
+def _has_its_own(self: Any, methods: tuple[str, ...]) -> bool:
+    """Whether one of the methods has been set on the object itself."""
+    space = self.__dict__
+    return any([name in space for name in methods])
 
 
 def _why_not_stages(self: Any) -> str:
@@ -248,6 +260,8 @@ def _why_not_together(self: Any, x: Any) -> str:
         return "its stages take other channels in this shape"
     if self.soft_clamp_input_value is None or self.soft_clamp_input_value.dtype != torch.float32:
         return "its input is not clamped in float32"
+    if any_global_module_hook():
+        return "there are hooks of all modules"
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     for layer in self.layers:
         space = layer.__dict__
@@ -260,7 +274,7 @@ def _why_not_together(self: Any, x: Any) -> str:
             return "its stages quantise in lower precision"
         if has_hooks(layer) or any([has_hooks(each) for each in layer.children()]):
             return "its stages have hooks"
-        if any([name in space for name in _METHODS]):
+        if _has_its_own(layer, _STAGE_METHODS):
             return "its stages have methods of their own"
     return ""
 
@@ -279,6 +293,8 @@ def _why_not_decoded(self: Any, indices: Any) -> str:
         return "its tokens are not int32 or int64, or there are none"
     if not (levels := _levels(self)) or torch.get_default_dtype() != torch.float32:
         return "its levels are unknown before its first call, or the default dtype is not float32"
+    if _has_its_own(self, _DECODING):
+        return "it has methods of its own"
     return "it has too many codes" if math.prod(levels) > 2**31 else ""
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook
 
 import pyflow
 from pyflow.testing import UNIT, assert_same_bits
@@ -211,7 +214,67 @@ def test_hooks_of_a_stage_run():
     assert seen and report.calls()[0].reasons == {"its stages have hooks": 1}
 
 
-@pytest.mark.parametrize("kind, options", [(vq.FSQ, {}), (vq.ResidualFSQ, {"num_quantizers": 3})])
+@pytest.mark.parametrize("kind, options", [(vq.FSQ, {}), (vq.ResidualFSQ, {"num_quantizers": 2})])
+def test_hooks_of_all_modules_run(kind, options):
+    own, accelerated, report = twins(kind, levels=[8, 5, 5, 5], dim=16, **options)
+    hook = register_module_forward_hook(lambda module, args, out: 2 * out if isinstance(module, nn.Linear) else None)
+    try:
+        assert_same_step(accelerated, own, torch.randn(1, 600, 16))
+    finally:
+        hook.remove()
+    reasons = {"there are hooks of all modules": 1} if kind is vq.ResidualFSQ else {}
+    assert report.calls()[0].reasons == reasons
+
+
+def zeroed(module, name):
+    """Set a method on the object whose results are all 0."""
+    method = getattr(module, name)
+    setattr(module, name, lambda *args, **given: torch.zeros_like(method(*args, **given)))
+
+
+METHODS = ["quantize", "bound", "symmetry_preserving_bound", "codes_to_indices", "_scale_and_shift"]
+
+
+@pytest.mark.parametrize("patched", [True, False])
+@pytest.mark.parametrize("name", [*METHODS, "maybe_apply_noise"])
+def test_methods_of_an_object_run(name, patched):
+    options = {"levels": [8, 5, 5, 5], "preserve_symmetry": name.startswith("symmetry")}
+    own, accelerated, report = twins(vq.FSQ, **options)
+    z = torch.randn(2, 30, 4)
+    before = own(z)
+    zeroed(own, name)
+    want = own(z)
+    assert not all(torch.equal(a, b) for a, b in zip(before, want, strict=True))
+    with pyflow.patch("vector_quantize_pytorch") if patched else contextlib.nullcontext():
+        each = vq.FSQ(**options) if patched else accelerated
+        zeroed(each, name)
+        for got, wanted in zip(each(z), want, strict=True):
+            assert_same_bits(got, wanted)
+    # forward calls the noise itself
+    assert patched or set(report.calls()[0].reasons) == ({"it has methods of its own"} if name in METHODS else set())
+
+
+@pytest.mark.parametrize("name", ["indices_to_level_indices", "_scale_and_shift_inverse"])
+def test_decoding_methods_of_an_object_run(name):
+    own, accelerated, _ = twins(vq.FSQ, levels=[8, 5])
+    tokens = torch.randint(40, (2, 30))
+    for each in (own, accelerated):
+        zeroed(each, name)
+    assert_same_bits(accelerated.indices_to_codes(tokens), own.indices_to_codes(tokens))
+
+
+@pytest.mark.parametrize("name", ["symmetry_preserving_bound", "_scale_and_shift", "maybe_apply_noise"])
+def test_methods_of_a_stage_run(name):
+    own, accelerated, report = twins(vq.ResidualFSQ, levels=[5, 5], num_quantizers=2)
+    for each in (own, accelerated):
+        zeroed(each.layers[0], name)
+    z = torch.randn(2, 9, 2)
+    for got, want in zip(accelerated(z), own(z), strict=True):
+        assert_same_bits(got, want)
+    assert report.calls()[0].reasons == {"its stages have methods of their own": 1}
+
+
+@pytest.mark.parametrize("kind, options", [(vq.FSQ, {}), (vq.ResidualFSQ, {"num_quantizers": 2})])
 def test_state_copies_and_pickles(kind, options):
     own, accelerated, report = twins(kind, levels=[8, 5], dim=6, **options)
     z = torch.randn(2, 9, 6)
