@@ -13,8 +13,8 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from .. import _checks as check
-from ..ops import fsq_decode, residual_fsq
-from ..ops.fsq import CodebookUsage, _check_active, checked_levels, signed
+from ..ops import fsq_decode
+from ..ops.fsq import CodebookUsage, _check_active, _in_one_pass, checked_levels, signed
 from ..reference import compute_dtype
 from ..reference import fsq as ref
 from ._tokens import Constant, CountsUsage, valid_positions
@@ -66,7 +66,7 @@ class ResidualFSQ(CountsUsage):
         out has the shape and dtype of x; indices have the shape of x without the channels, plus Q as the last dim
         (as dim 1 with is_channel_first), -1 for a dropped stage and for NaN: int32 or int64 as for `FSQ`, int64 if
         stages may be dropped. mask and lengths are as for `FSQ`. active, a 0-d int64 tensor on the device of x, sets
-        the number of stages instead of a random draw, also in eval mode.
+        the number of stages instead of a random draw, also in eval mode; it is at least 0, which only a CPU checks.
 
     Raises:
         TypeError, ValueError: levels out of range, wrong number of channels, options that exclude each other.
@@ -222,7 +222,8 @@ class ResidualFSQ(CountsUsage):
             h = (h / clamp).tanh() * clamp
         if layer.orthogonal_rotation or (self.training and layer.noise_dropout > 0):
             return self._stage_by_stage(h, active)
-        return residual_fsq(h, self.levels, self.num_quantizers, variant=layer.variant, active=active)
+        # a number that was drawn is never read
+        return _in_one_pass(h, self.levels, self.num_quantizers, layer.variant, -1, active)
 
     def _stage_by_stage(self, h: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the stages one by one, for rotation and noise, which no operator supports."""

@@ -143,7 +143,7 @@ def residual_fsq(
         variant: "symmetric" or "symmetric_hard".
         dim: the channel dim.
         active: 0-d int64 tensor on the device of x: only the first `active` stages quantise (quantiser dropout).
-            The host never reads it.
+            At least 0, which only a CPU checks: the host never reads it from a GPU.
 
     Returns:
         out: like x, the sum of the stages, with the sum of their straight-through gradients.
@@ -160,14 +160,22 @@ def residual_fsq(
         >>> residual_fsq(torch.tensor([[0.3, -0.6]]), (5, 5), 2)
         (tensor([[ 0.3000, -0.6000]]), tensor([[8, 5]], dtype=torch.int32))
     """
+    if active is not None:
+        check.float_tensor("residual_fsq", "x", x)
+        _check_active("residual_fsq", active, x)
+    return _in_one_pass(x, levels, num_quantizers, variant, dim, active)
+
+
+def _in_one_pass(
+    x: Tensor, levels: Sequence[int], num_quantizers: int, variant: str, dim: int, active: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return `residual_fsq` without a look at `active`."""
     op = "residual_fsq"
     check.float_tensor(op, "x", x)
     check.choice(op, "variant", variant, RESIDUAL_VARIANTS)
     index = FSQ_VARIANTS.index(variant)
     levels = checked_levels(op, levels, variant, True)
     stages = check.at_least(op, "num_quantizers", num_quantizers, 1)
-    if active is not None:
-        _check_active(op, active, x)
     x = _channels_first(op, "x", x, levels, dim)
     out, indices = _residual.pick(op, x)(x, levels, index, stages, active)
     return out.movedim(0, dim), indices
@@ -275,6 +283,9 @@ def _check_active(op: str, active: Tensor, x: Tensor) -> None:
         raise ValueError(f"{op}: active must be 0-d, got {tuple(active.shape)}")
     if active.device != x.device:
         raise ValueError(f"{op}: active must be on the device of x, {x.device}, got {active.device}")
+    # more than all stages are all: dropout rounds up to a multiple
+    if check.values_are_checked(active) and (value := int(active)) < 0:
+        raise ValueError(f"{op}: active must be at least 0, got {value}")
 
 
 # registration with torch

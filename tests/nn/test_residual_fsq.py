@@ -263,6 +263,7 @@ def test_active_sets_the_number_of_stages():
         out, indices = module(x, active=torch.tensor(kept))
         assert ((indices >= 0).sum(-1) == kept).all() and indices[..., :kept].equal(module(x)[1][..., :kept])
         assert_same_bits(module.get_output_from_indices(indices), out)
+    assert_same_bits(module(x, active=torch.tensor(9))[0], module(x)[0])
     with pytest.raises(ValueError, match=r"^residual_fsq: active must be 0-d, got \(1,\)$"):
         module(x, active=torch.tensor([2]))
 
@@ -631,6 +632,7 @@ def dropping(module):
         (2, TypeError, "active must be a tensor, got int"),
         (torch.tensor(1.5), TypeError, "active must be int64, got float32"),
         (torch.tensor([2]), ValueError, r"active must be 0-d, got \(1,\)"),
+        (torch.tensor(-1), ValueError, "active must be at least 0, got -1"),
     ],
 )
 def test_wrong_active(options, active, error, text):

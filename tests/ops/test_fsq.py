@@ -528,6 +528,11 @@ FOUR = (5, 5, 5, 5)
             TypeError,
             "residual_fsq: active must be int64, got float32",
         ),
+        (
+            lambda: ops.residual_fsq(Z, FOUR, 2, active=torch.tensor(-1)),
+            ValueError,
+            "residual_fsq: active must be at least 0, got -1",
+        ),
         (lambda: ops.residual_fsq(Z, FOUR, 2, active=I), ValueError, r"residual_fsq: active must be 0-d, got \(3,\)"),
         (lambda: ops.codebook_usage([0], 4), TypeError, "codebook_usage: indices must be a tensor, got list"),
         (lambda: ops.codebook_usage(Z, 4), TypeError, "codebook_usage: indices must be integers, got float32"),
