@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._classes import own_class
 from ..ops import sde_step
-from ._fast import Falls, fast
+from ._fast import Falls, fast, has_its_own
 
 _VE = "diffusers.schedulers.scheduling_sde_ve.ScoreSdeVeScheduler"
 _VP = "diffusers.schedulers.deprecated.scheduling_sde_vp.ScoreSdeVpScheduler"
@@ -64,6 +64,8 @@ def _step_of_vp(self: Any, score: Tensor, x: Tensor, t: Any, generator: Any = No
 def _why_not(self: Any, score: Any, x: Any) -> str:
     if self.timesteps is None:
         return "its timesteps are not set"
+    if has_its_own(self, ("get_adjacent_sigma",)):
+        return "it has methods of its own"
     if not all(isinstance(each, Tensor) and each.dtype == torch.float32 for each in (score, x)):
         return "sample and model output are not float32"
     if x.layout is not torch.strided or x.is_nested or x.dim() < 2 or score.shape != x.shape:

@@ -102,6 +102,12 @@ def fell(of: Any, reason: str) -> None:
         record(of).fallback[reason] += 1
 
 
+def has_its_own(each: Any, methods: tuple[str, ...]) -> bool:
+    """Whether one of the methods has been set on the object itself."""
+    space = each.__dict__
+    return any([name in space for name in methods])
+
+
 def said(each: Any) -> str:
     """Return what runs in place of an object's own methods."""
     return SAYS[named(type(each))](each)

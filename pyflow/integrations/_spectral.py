@@ -18,10 +18,12 @@ from .._operators import TENSORS
 from .._torch import SPECTRAL_NORM
 from ..ops.spectral import _normalize
 from ..reference.spectral import FLOOR
-from ._fast import Falls, fast
+from ._fast import Falls, fast, has_its_own
 
 # fewer elements are not faster on a CPU (2-core Zen 4, in training steps that evict the caches)
 FEWEST = {"parametrization": 2**18, "hook": 2**20}
+# what runs in one pass
+_METHODS = ("_power_method", "_reshape_weight_to_matrix", "reshape_weight_to_matrix")
 
 
 @fast(
@@ -33,7 +35,7 @@ FEWEST = {"parametrization": 2**18, "hook": 2**20}
 def _parametrized(self: Any, weight: Tensor) -> Any:
     if weight.dim() < 2:
         return Falls("a vector has no power iteration")
-    if reason := _why_not("parametrization", weight, self._u, self._v, self.eps):
+    if reason := _why_not(self, "parametrization", weight, self._u, self._v):
         return Falls(reason)
     rounds = self.n_power_iterations if self.training else 0
     normalised, u, v = _normalised(weight, self.dim, self._u, self._v, rounds)
@@ -53,7 +55,7 @@ def _parametrized(self: Any, weight: Tensor) -> Any:
 )
 def _hooked(self: Any, module: Any, do_power_iteration: bool) -> Any:
     weight, u, v = (getattr(module, self.name + end) for end in ("_orig", "_u", "_v"))
-    if reason := _why_not("hook", weight, u, v, self.eps):
+    if reason := _why_not(self, "hook", weight, u, v):
         return Falls(reason)
     if do_power_iteration:
         # v comes before u, the other way round than in the operator
@@ -64,16 +66,18 @@ def _hooked(self: Any, module: Any, do_power_iteration: bool) -> Any:
     return _normalised(weight, self.dim, u, v, 0)[0]
 
 
-def _why_not(form: str, weight: Tensor, u: Tensor, v: Tensor, eps: float) -> str:
+def _why_not(self: Any, form: str, weight: Tensor, u: Tensor, v: Tensor) -> str:
     if weight.is_cpu and weight.numel() < FEWEST[form]:
         return "its weight is small"
+    if has_its_own(self, _METHODS):
+        return "it has methods of its own"
     for each in (weight, u, v):
         if each.dtype not in check.FLOATS or each.layout is not torch.strided or type(each) not in TENSORS:
             return "its dtype, layout or class is not that of a kernel"
     if not weight.numel() or not weight.device == u.device == v.device:
         return "its weight is empty or elsewhere than u and v"
     # a norm between the two limits would make a difference
-    return "its eps is larger than that of a kernel" if eps > FLOOR else ""
+    return "its eps is larger than that of a kernel" if self.eps > FLOOR else ""
 
 
 def _normalised(weight: Tensor, dim: int, u: Tensor, v: Tensor, rounds: int) -> tuple[Tensor, Tensor, Tensor]:

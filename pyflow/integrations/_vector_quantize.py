@@ -25,7 +25,7 @@ from ..nn.fsq import _projected_out
 from ..ops import fsq, residual_fsq
 from ..ops.fsq import _decode
 from ..reference import fsq as ref
-from ._fast import LEFT, RECORDS, SAYS, Falls, fast, record
+from ._fast import LEFT, RECORDS, SAYS, Falls, fast, has_its_own, record
 
 FSQ = "vector_quantize_pytorch.finite_scalar_quantization.FSQ"
 RESIDUAL = "vector_quantize_pytorch.residual_fsq.ResidualFSQ"
@@ -199,7 +199,7 @@ def _why_not(self: Any, z: Any, return_indices: bool) -> str:
         return "its input is not a dense float tensor"
     if not (levels := _levels(self)):
         return "its levels are unknown before its first call"
-    if _has_its_own(self, _METHODS):
+    if has_its_own(self, _METHODS):
         return "it has methods of its own"
     return _why_not_levels(levels, self.preserve_symmetry, return_indices)
 
@@ -225,12 +225,6 @@ _STAGE = {
 _METHODS = ("quantize", "bound", "symmetry_preserving_bound", "codes_to_indices", "_scale_and_shift")
 _STAGE_METHODS = ("forward", "maybe_apply_noise", *_METHODS)
 _DECODING = ("indices_to_level_indices", "_scale_and_shift_inverse")
-
-
-def _has_its_own(self: Any, methods: tuple[str, ...]) -> bool:
-    """Whether one of the methods has been set on the object itself."""
-    space = self.__dict__
-    return any([name in space for name in methods])
 
 
 def _why_not_stages(self: Any) -> str:
@@ -274,7 +268,7 @@ def _why_not_together(self: Any, x: Any) -> str:
             return "its stages quantise in lower precision"
         if has_hooks(layer) or any([has_hooks(each) for each in layer.children()]):
             return "its stages have hooks"
-        if _has_its_own(layer, _STAGE_METHODS):
+        if has_its_own(layer, _STAGE_METHODS):
             return "its stages have methods of their own"
     return ""
 
@@ -293,7 +287,7 @@ def _why_not_decoded(self: Any, indices: Any) -> str:
         return "its tokens are not int32 or int64, or there are none"
     if not (levels := _levels(self)) or torch.get_default_dtype() != torch.float32:
         return "its levels are unknown before its first call, or the default dtype is not float32"
-    if _has_its_own(self, _DECODING):
+    if has_its_own(self, _DECODING):
         return "it has methods of its own"
     return "it has too many codes" if math.prod(levels) > 2**31 else ""
 

@@ -110,6 +110,12 @@ def test_what_a_kernel_does_not_take_runs_as_in_diffusers():
         results.append(moved)
     assert torch.equal(*results)
     assert report.calls()[0].reasons == {"sample and model output are not float32": 1}
+    x, score = draws()
+    results = []
+    for each in (fast, own):
+        each.get_adjacent_sigma = lambda timesteps, t: torch.zeros(len(t))
+        results.append(each.step_pred(score, each.timesteps[2], x, torch.Generator().manual_seed(1)).prev_sample)
+    assert torch.equal(*results)
     unset = ScoreSdeVpScheduler()
     pyflow.accelerate(unset)
     with pytest.raises(ValueError, match=r"`self\.timesteps` is not set"):

@@ -166,6 +166,28 @@ def test_what_kernels_do_not_take_runs_as_in_torch():
         assert report.calls()[0].reasons == {reason: 1}
 
 
+@pytest.mark.parametrize("name", ["_power_method", "_reshape_weight_to_matrix"])
+def test_methods_of_a_parametrization_run(name):
+    own, accelerated, report = twins(parametrizations.spectral_norm)
+    seen = []
+    for each in (own, accelerated):
+        norm = each[0].parametrizations.weight[0]
+        method = getattr(norm, name)
+        setattr(norm, name, lambda *args, method=method: seen.append(name) or method(*args))
+    assert_near(accelerated(images()), own(images()))
+    assert seen == [name] * len(seen) and len(seen) == 2
+    assert report.calls()[0].reasons == {"it has methods of its own": 1}
+
+
+def test_methods_of_a_hook_run():
+    own, accelerated, report = twins(hooked)
+    for each in (own, accelerated):
+        norm = next(iter(each[0]._forward_pre_hooks.values()))
+        norm.reshape_weight_to_matrix = lambda weight: weight.reshape(len(weight), -1).abs()
+    assert_near(accelerated(images()), own(images()))
+    assert report.calls()[0].reasons == {"it has methods of its own": 1}
+
+
 def test_small_weights_are_left_to_torch_on_a_cpu(monkeypatch):
     monkeypatch.setattr(_spectral, "FEWEST", {"parametrization": 13, "hook": 16})
     for form in FORMS:
