@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._operators import register
+from .._torch import is_batched_gradient
 from ..reference import compute_dtype
 from ..reference import spectral as ref
 
@@ -144,7 +145,10 @@ def _gradients(grad, weights, lists):
     u, v, sigmas = _parts(lists, 3)
     of_weights, _, _, of_sigmas = _parts(grad, 4)
     grads, grad_sigmas = _present(of_weights, weights), _present(of_sigmas, sigmas)
-    return {"weights": _normalize_backward(grads, grad_sigmas, weights, u, v, sigmas)}
+    # the vmap of is_grads_batched has no rule for operators with lists of tensors
+    batched = any(is_batched_gradient(grad) for grad in (*grads, *grad_sigmas))
+    operator = _normalize_backward.reference if batched else _normalize_backward
+    return {"weights": operator(grads, grad_sigmas, weights, u, v, sigmas)}
 
 
 def _present(grads, like):

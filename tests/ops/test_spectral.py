@@ -240,6 +240,18 @@ def test_function_transforms_agree_with_the_reference():
             torch.testing.assert_close(got, transform(), msg=name)
 
 
+@pytest.mark.parametrize("index", [0, 3])
+def test_batched_gradients_equal_a_loop(index):
+    weights, u, v = inputs([(4, 6), (5,)], torch.float64)
+    leaves = [w.requires_grad_() for w in weights]
+    out = ops.spectral_normalize(leaves, u, v)[index]
+    grads = [torch.randn(3, *o.shape, dtype=o.dtype) for o in out]
+    got = torch.autograd.grad(out, leaves, grads, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        want = torch.autograd.grad(out, leaves, [g[i] for g in grads], retain_graph=True)
+        torch.testing.assert_close([g[i] for g in got], [*want])
+
+
 @pytest.mark.parametrize("through_iteration", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_autocast_changes_nothing(backend, through_iteration):
