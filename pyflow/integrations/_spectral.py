@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .. import _checks as check
 from .._operators import TENSORS
-from .._torch import SPECTRAL_NORM
+from .._torch import SPECTRAL_NORM, under_transform
 from ..ops.spectral import _normalize
 from ..reference.spectral import FLOOR
 from ._fast import Falls, fast, has_its_own
@@ -38,6 +38,8 @@ def _parametrized(self: Any, weight: Tensor) -> Any:
     if reason := _why_not(self, "parametrization", weight, self._u, self._v):
         return Falls(reason)
     rounds = self.n_power_iterations if self.training else 0
+    if rounds and under_transform():
+        return Falls("a torch.func transform allows no copy into u and v")
     normalised, u, v = _normalised(weight, self.dim, self._u, self._v, rounds)
     if rounds:
         # in place, as in torch: DataParallel and DDP rely on it

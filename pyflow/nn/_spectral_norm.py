@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import _checks as check
-from .._torch import transform
+from .._torch import transform, under_transform
 from ..ops import spectral_normalize
 from ._context import Context
 
@@ -116,13 +116,21 @@ def normalize(layers: list[tuple[SpectralNorm, Tensor]], rounds: int, again: boo
         with torch.no_grad():
             for (a, b), new_a, new_b in zip(vectors, u, v, strict=True):
                 if a is not None and b is not None and new_a is not None and new_b is not None:
-                    a.copy_(new_a)
-                    b.copy_(new_b)
+                    _write(new_a, a)
+                    _write(new_b, b)
     weights = [
         weight.movedim(0, norm.dim) if norm.dim else weight
         for (norm, _), weight in zip(layers, normalised, strict=True)
     ]
     return list(zip(weights, u, v, strict=True))
+
+
+def _write(values: Tensor, buffer: Tensor) -> None:
+    """Copy into a buffer, also within torch.func transforms, which refuse copy_ into a captured tensor but not out=."""
+    if under_transform():
+        torch.mul(values, 1, out=buffer)
+    else:
+        buffer.copy_(values)
 
 
 if TYPE_CHECKING:

@@ -50,7 +50,8 @@ def apply_spectral_norm(
         The model.
 
     Raises:
-        TypeError: `n_iter` is not an integer; a selected parameter is not float32, float64, bfloat16 or float16.
+        TypeError: `model` is not a module; `n_iter` is not an integer; a selected parameter is not float32, float64,
+            bfloat16 or float16.
         ValueError: n_iter < 1; no layer is selected; a selected layer lacks the parameter, or it is already
             normalised, lazy, sharded, or all zeros (no direction).
 
@@ -72,6 +73,7 @@ def apply_spectral_norm(
         tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
     op = "apply_spectral_norm"
+    _module(op, model)
     n_iter = check.at_least(op, "n_iter", (5 if through_iteration else 1) if n_iter is None else n_iter, 1)
     layers = []
     picked = _picked(op, model, filter, name)
@@ -207,6 +209,11 @@ def remove_weight_norm(model: nn.Module) -> nn.Module:
 
 def _parametrizations(layer: nn.Module) -> nn.ModuleDict:
     return cast("nn.ModuleDict", layer.parametrizations)
+
+
+def _module(op: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be a module, got {type(model).__name__}")
 
 
 def _lists(layer: nn.Module) -> Iterable[tuple[str, parametrize.ParametrizationList]]:

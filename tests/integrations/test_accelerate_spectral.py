@@ -103,6 +103,20 @@ def test_losses_of_parts_have_graphs_of_their_own(form):
     assert_same(accelerated, own)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_function_transforms_move_u_and_v_as_in_torch(form):
+    own, accelerated, _ = twins(form)
+    results = []
+    for model in (own, accelerated):
+        parts = torch.func.jvp(model, (images(1),), (images(2),))
+        slopes = torch.func.grad(lambda x, model=model: model(x).square().sum())(images(3))
+        results.append([*parts, slopes])
+    for got, want in zip(results[1], results[0], strict=True):
+        assert_near(got, want)
+    for got, want in zip(accelerated.buffers(), own.buffers(), strict=True):
+        assert_near(got, want)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_iterates_again_as_in_torch(reentrant):
     own, accelerated, _ = twins(parametrizations.spectral_norm)

@@ -108,6 +108,28 @@ def test_compiled_whole():
     torch.testing.assert_close(other[0].parametrizations.weight[0]._u, model[0].parametrizations.weight[0]._u)
 
 
+def test_function_transforms_move_u_and_v_as_a_plain_call():
+    x, tangent = X, X.cos()
+    f = lambda model: lambda x: model(x).square().sum()
+    calls = {
+        "jvp": lambda model: torch.func.jvp(f(model), (x,), (tangent,))[1],
+        "grad": lambda model: torch.func.grad(f(model))(x),
+        "jacrev": lambda model: torch.func.jacrev(f(model))(x),
+        "vmap of grad": lambda model: torch.vmap(torch.func.grad(f(model)))(x[:, None]),
+    }
+    for name, call in calls.items():
+        model = apply_spectral_norm(net())
+        # a norm's running statistics are buffers that no transform may change
+        model[1] = nn.Identity()
+        twin = copy.deepcopy(model)
+        got = call(model)
+        twin(x)
+        for a, b in zip(model.buffers(), twin.buffers(), strict=True):
+            torch.testing.assert_close(a, b, msg=name)
+        # neither call may move u and v again
+        torch.testing.assert_close(got, call(model.eval()), msg=name)
+
+
 def test_autocast():
     model = apply_spectral_norm(net())
     with torch.autocast("cpu", torch.bfloat16):
@@ -380,6 +402,10 @@ def test_filter_and_names():
         (
             lambda: apply_spectral_norm(net(), n_iter=0), ValueError,
             "apply_spectral_norm: n_iter must be at least 1, got 0",
+        ),
+        (
+            lambda: apply_spectral_norm(3), TypeError,
+            "apply_spectral_norm: model must be a module, got int",
         ),
         (
             lambda: apply_spectral_norm(net(), n_iter=1.5), TypeError,
