@@ -6,6 +6,7 @@ A torch that lacks one of these names fails here.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -32,6 +33,30 @@ any_requires_grad = torch._C._any_requires_grad
 
 # Id of the backward that this thread runs, or -1. The public API shows it only to hooks.
 backward_id = torch._C._current_graph_task_id
+
+# The autograd node that this thread runs in a backward, or None. torch's own hooks of modules ask it too.
+current_node = torch._C._current_autograd_node
+
+# The number that the next node of this thread gets.
+next_node_number = torch._C._autograd._get_sequence_nr
+
+_innermost_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def checkpoint_frame() -> object | None:
+    """Return the frame of the checkpoint (use_reentrant=False) that runs or recomputes, None if there is none on top.
+
+    Its hooks of saved tensors hold the frame, the same in a forward and its recomputation; torch asks nobody for it.
+    """
+    hooks = _innermost_saving_hooks(False)
+    if not hooks or getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
+        return None
+    pack = inspect.unwrap(hooks[0])
+    held = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
+    if "frame" in held:
+        return held["frame"].cell_contents
+    return held["target_frame_ref"].cell_contents() if "target_frame_ref" in held else None
+
 
 # Disables autocast for every device type at once.
 DisableAutocast = torch._C._DisableAutocast

@@ -10,15 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import _checks as check
-from .._torch import transform, under_transform
+from .._torch import next_node_number, tracing, transform, under_transform
 from ..ops import spectral_normalize
 from ._context import Context
+from ._recomputed import Forward, Forwards, Normalised
 
 if TYPE_CHECKING:
     from ._typed import ModuleListOf
-
-# a weight and its u and v
-Normalised = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class SpectralNorm(nn.Module):
@@ -31,7 +29,7 @@ class SpectralNorm(nn.Module):
         super().__init__()
         self.dim, self.n_iter, self.through_iteration = dim, n_iter, through_iteration
         self._given: dict[int, Normalised] = {}  # by thread, while the root's forward runs
-        self._kept: Normalised | None = None  # of the last forward, for recomputation in its backward
+        self.forwards, self.place = Forwards(), 0  # the forwards of the root, and the layer's place in them
         if weight.dim() > 1 and not through_iteration:
             matrix = self.matrix(weight.detach())
             for name, size in (("_u", matrix.shape[0]), ("_v", matrix[0].numel())):
@@ -73,41 +71,39 @@ class SpectralNorm(nn.Module):
 
     @property
     def held(self) -> Tensor | None:
-        """The normalised weight, if the root has computed it."""
+        """The normalised weight, if the root has computed it, in this forward or in the one that is recomputed."""
         given = self.given
-        # recomputation in the backward gets the same weight as the forward
-        held = self._kept if given is None and check.in_backward() else given
-        return None if held is None else held[0]
+        if given is not None:
+            if not torch.compiler.is_compiling():
+                self.forwards.enter()
+            return given[0]
+        forward = self.forwards.of_block() if check.in_backward() else None
+        return None if forward is None else forward.weight(self.place)
 
     def forward(self, weight: Tensor) -> Tensor:
         held = self.held
-        if held is not None:
-            return held
-        if self._kept is not None and not torch.compiler.is_compiling():
-            # the layer is called without the root: drop the weight of the last root forward
-            self._kept = None
-        return normalize([(self, weight)], self.rounds)[0][0]
+        return normalize([(self, weight)], self.rounds)[0][0] if held is None else held
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_given": {}, "_kept": None}
+        return {**self.__dict__, "_given": {}}
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, n_iter={self.n_iter}, through_iteration={self.through_iteration}"
 
 
-def normalize(layers: list[tuple[SpectralNorm, Tensor]], rounds: int, again: bool = False) -> list[Normalised]:
+def normalize(layers: list[tuple[SpectralNorm, Tensor]], rounds: int, again: Forward | None = None) -> list[Normalised]:
     """Return the normalised weights of layers on one device and update their u and v.
 
-    `again`: use the u and v of the last forward.
+    `again`: use the u and v of this forward.
     """
     matrices = [norm.matrix(weight) for norm, weight in layers]
     vectors = [norm.vectors(matrix) for (norm, _), matrix in zip(layers, matrices, strict=True)]
     through = layers[0][0].through_iteration
-    if again and not through:
-        vectors = [norm._kept[1:] for norm, _ in layers if norm._kept is not None]
+    if again is not None and not through:
+        vectors = [again.vectors(norm.place) for norm, _ in layers]
     normalised, u, v, _ = spectral_normalize(
         matrices, [a for a, _ in vectors], [b for _, b in vectors], n_iter=rounds, through_iteration=through
     )
@@ -145,14 +141,19 @@ class Together:
     """Hooks of the root: normalise all layers in one call before its forward, and clear the weights after it."""
 
     def __init__(self, layers: list[Normed]) -> None:
-        self.layers = layers
+        self.layers, self.forwards = layers, Forwards()
+        for place, norm in enumerate(self.norms):
+            norm.forwards, norm.place = self.forwards, place
 
     @property
     def norms(self) -> list[SpectralNorm]:
         return [layer[0] for layer in self.layers]
 
     def before(self, root: nn.Module, args: object) -> None:
-        again = check.in_backward() and all(norm._kept is not None for norm in self.norms)
+        recomputed = check.in_backward()
+        again = self.forwards.of_root() if recomputed else None
+        notes = not recomputed and not torch.compiler.is_compiling() and torch.is_grad_enabled() and _plain()
+        first = next_node_number() if notes else 0
         groups: dict[tuple[torch.device, int], list[tuple[SpectralNorm, Tensor]]] = {}
         for layer in self.layers:
             norm, weight = layer[0], layer.original
@@ -160,25 +161,23 @@ class Together:
         for (_, rounds), layers in groups.items():
             for (norm, _), normalised in zip(layers, normalize(layers, rounds, again), strict=True):
                 norm.give(normalised)
+        if notes:
+            self.forwards.begin(first, self.given)
 
     def after(self, root: nn.Module, args: object, output: object) -> None:
-        given: list[Normalised | None] = [norm.given for norm in self.norms]
+        given = self.given
         for norm in self.norms:
             norm.give(None)
-        if torch.compiler.is_compiling() or check.in_backward():
-            return
-        if not torch.is_grad_enabled():
-            given = [None] * len(given)
-        self.keep(given)
-        plain = transform() is None and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # missing in torch.jit.__all__
-        if torch.is_grad_enabled() and plain:
-            # the hooks of the outputs run first in a backward: restore the weights of its own forward
-            nodes = {normalised[0].grad_fn for normalised in given if normalised is not None}
-            for tensor in [output] if isinstance(output, Tensor) else Context((output,), {}).tensors:
-                if tensor.grad_fn is not None and tensor.grad_fn not in nodes:
-                    tensor.register_hook(lambda _: self.keep(given))
+        if not torch.compiler.is_compiling() and not check.in_backward():
+            self.forwards.finish(given, [output] if isinstance(output, Tensor) else Context((output,), {}).tensors)
 
-    def keep(self, given: list[Normalised | None]) -> None:
-        """Set the weights that recomputation in a backward returns."""
-        for norm, normalised in zip(self.norms, given, strict=True):
-            norm._kept = normalised
+    @property
+    def given(self) -> list[Normalised]:
+        """What this thread's forward has computed; empty if it raised before."""
+        given = [norm.given for norm in self.norms]
+        return [normalised for normalised in given if normalised is not None]
+
+
+def _plain() -> bool:
+    """Whether neither a torch.func transform nor torch.jit.trace runs."""
+    return transform() is None and not tracing()

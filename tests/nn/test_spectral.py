@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from pyflow.nn import apply_spectral_norm, apply_weight_norm, remove_spectral_norm, remove_weight_norm
+from pyflow.train import add_loss, collect
 
 
 def net():
@@ -91,7 +94,7 @@ def test_copies_are_independent_and_state_dicts_resume():
     model(X)
     other = copy.deepcopy(model)
     norm, copied = model[0].parametrizations.weight[0], other[0].parametrizations.weight[0]
-    assert copied._u is not norm._u and copied._kept is None
+    assert copied._u is not norm._u and copied.forwards is not norm.forwards
     torch.testing.assert_close(other(X), model(X))
     other(X)
     assert not torch.equal(copied._u, norm._u)
@@ -209,6 +212,137 @@ def test_outputs_in_containers_restore_the_weights_of_their_forward():
         twin(x)["out"][0].value.sum().backward()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+class Reporting(Checkpointed):
+    """Its root returns nothing: losses are reported, and features are stored."""
+
+    def __init__(self, recompute=True, reentrant=False):
+        super().__init__()
+        self.third, self.features = nn.Linear(6, 1), []
+        self.recompute, self.reentrant = recompute, reentrant
+
+    def block(self, x):
+        return self.second(self.first(x).tanh()).tanh()
+
+    def forward(self, x):
+        h = checkpoint(self.block, x, use_reentrant=self.reentrant) if self.recompute else self.block(x)
+        self.features.append(h)
+        add_loss(self.third(h).square().sum(), "loss")
+
+
+def reporting(kind=Reporting, **options):
+    """A model that recomputes, and one that does not with the same u, v and weights."""
+    model = disturbed(apply_spectral_norm(kind(**options)))
+    twin = copy.deepcopy(model)
+    twin.recompute = False
+    return model, twin
+
+
+def inputs(count=2):
+    return torch.randn(count, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def assert_same_gradients(model, twin):
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loss", ["reported", "stored"])
+def test_losses_from_inside_restore_the_weights_of_their_forward(loss):
+    models = reporting()
+    for model in models:
+        with collect() as c:
+            for x in inputs():
+                model(x)
+        with torch.no_grad(), collect():
+            # a metric in between moves u and v, and has no backward
+            model(inputs()[0])
+        buffers = [b.clone() for b in model.buffers()]
+        first, second, _ = model.features
+        total = c.total() if loss == "reported" else (first.sum(0) - 2 * second.sum(0)).square().sum()
+        total.backward()
+        assert all(map(torch.equal, model.buffers(), buffers))
+    assert_same_gradients(*models)
+
+
+def test_frozen_weights_are_those_of_their_forward():
+    models = reporting()
+    grads = []
+    for model in models:
+        model.requires_grad_(False)
+        xs = inputs(3).requires_grad_()
+        for x in xs:
+            model(x)
+        sum(f.square().sum() for f in model.features).backward()
+        grads.append(xs.grad)
+    assert torch.equal(*grads)
+
+
+def test_a_region_repeats_its_forwards_in_their_order():
+    def losses(model, x):
+        # the nodes after the forwards ask for the recomputation
+        return nn.functional.softplus(model(x)).sum() - nn.functional.softplus(model(2 * x)).square().sum()
+
+    model = disturbed(apply_spectral_norm(Checkpointed()))
+    twin = copy.deepcopy(model)
+    sum(checkpoint(losses, model, x, use_reentrant=False) for x in inputs()).backward()
+    sum(losses(twin, x) for x in inputs()).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+class Nested(Reporting):
+    def block(self, x):
+        block = super().block
+        return (checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)).cos()
+
+
+@pytest.mark.parametrize("model", [Reporting, Nested])
+def test_features_of_forwards_in_one_thread_or_in_many(model):
+    models = reporting(model)
+    for each in models:
+        for x in inputs():
+            each(x)
+            # every thread counts the nodes of its graphs from 0
+            thread = threading.Thread(target=each, args=(2 * x,))
+            thread.start()
+            thread.join()
+        sum((i + 1) * feature.square().sum() for i, feature in enumerate(each.features)).backward()
+    assert_same_gradients(*models)
+
+
+def test_a_reentrant_checkpoint_never_loses_gradients():
+    model, twin = reporting(reentrant=True)
+    for each in (model, twin):
+        for x in inputs():
+            each(x.requires_grad_())
+        each.features[1].sum().backward()
+    assert_same_gradients(model, twin)
+    with pytest.raises(
+        RuntimeError, match=r"^apply_spectral_norm: the weights .*, call checkpoint with use_reentrant=F"
+    ):
+        model.features[0].sum().backward()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_nothing_outlives_the_graph(whole):
+    model = apply_spectral_norm(Checkpointed())
+    forwards = model.first.parametrizations.weight[0].forwards
+    for _ in range(3):
+        x = torch.randn(4, 6)
+        y = checkpoint(model, x, use_reentrant=False) if whole else model(x, recompute=True)
+        y.sum().backward()
+    del y
+    gc.collect()
+    # the last one only
+    assert len(forwards._all()) == 1
+    watched = weakref.ref(forwards)
+    del model, forwards
+    gc.collect()
+    assert watched() is None
 
 
 def test_one_thread_evaluates_while_another_trains():
