@@ -59,7 +59,12 @@ def apply_spectral_norm(
         The state_dict has the keys and shapes of torch.nn.utils.parametrizations.spectral_norm and loads in both
         directions. In eval mode u and v do not change. For transposed convolutions dim 1 is the output, as in torch.
         The normalised weights of a forward are kept for its backward: activation checkpointing
-        (use_reentrant=False) of the model or of a block recomputes with the same weights and does not change u and v.
+        (use_reentrant=False) of the model, of a block or of a function that calls the model recomputes with the same
+        weights and does not change u and v, whatever the loss is made of and whichever forwards ran in between.
+        use_reentrant=True allows one recomputed block per forward, and raises where that forward's weights are gone;
+        around the whole model it recomputes with the newest u and v.
+        All weights are one node of the graph, unlike torch's: if one forward has several backwards, pass
+        retain_graph=True to all but the last.
         torch cannot pickle parametrized modules: save the state_dict; copy.deepcopy works.
         With `through_iteration`, the largest singular value is missed if its singular vector is orthogonal to ones.
 

@@ -327,6 +327,20 @@ def test_a_reentrant_checkpoint_never_loses_gradients():
         model.features[0].sum().backward()
 
 
+def test_several_backwards_of_one_forward_retain_the_graph():
+    model = apply_spectral_norm(Checkpointed())
+    twin = copy.deepcopy(model)
+    x = torch.randn(4, 6)
+    for each, retain in ((model, True), (twin, False)):
+        h = each(x)
+        h[0].sum().backward(retain_graph=retain)
+        if retain:
+            h[1].sum().backward()
+        else:
+            with pytest.raises(RuntimeError, match="retain_graph=True"):
+                h[1].sum().backward()
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_nothing_outlives_the_graph(whole):
     model = apply_spectral_norm(Checkpointed())
