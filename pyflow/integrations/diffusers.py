@@ -65,6 +65,16 @@ class _Noise:
         check.float_tensor(op, x_name, x)
         check.like(op, score_name, score, x_name, x.shape, x.device)
 
+    def _time(self, op: str, name: str, t: float | Tensor, x: Tensor) -> Tensor:
+        """Return the time as a tensor, checked like the other arguments; it stays on its device."""
+        if not isinstance(t, Tensor):
+            t = torch.as_tensor(t, dtype=torch.float32, device="cpu")
+        if t.shape not in ((), x.shape[:1]):
+            raise ValueError(
+                f"{op}: {name} must be one number or one per sample, {tuple(x.shape[:1])}, got {tuple(t.shape)}"
+            )
+        return t
+
 
 class ScoreSdeVeScheduler(_Noise, _Ve):  # type: ignore[misc]  # diffusers: config_name differs between its mixins
     """diffusers' variance-exploding scheduler with fused steps.
@@ -78,8 +88,8 @@ class ScoreSdeVeScheduler(_Noise, _Ve):  # type: ignore[misc]  # diffusers: conf
             "sample", one per sample, so that samples do not depend on each other.
 
     Raises:
-        ValueError: unknown norm; a step before `set_timesteps`; a number of generators or seeds other than one per
-            sample.
+        ValueError: unknown norm; a timestep outside [0, 1]; a number of timesteps, generators or seeds that is neither
+            one nor one per sample.
         TypeError: generator is neither torch.Generators nor seeds.
 
     Notes:
@@ -155,8 +165,11 @@ class ScoreSdeVeScheduler(_Noise, _Ve):  # type: ignore[misc]  # diffusers: conf
     ) -> SdeVeOutput | tuple[Tensor, Tensor]:
         op = "step_pred"
         self._check(op, "sample", sample, "model_output", model_output)
-        if not isinstance(timestep, Tensor):
-            timestep = torch.tensor(timestep, device="cpu")
+        timestep = self._time(op, "timestep", timestep, sample)
+        if check.values_are_checked(timestep):
+            outside = ~((timestep >= 0) & (timestep <= 1))
+            if bool(outside.any()):
+                raise ValueError(f"{op}: timestep must be in [0, 1], got {timestep[outside][0].item():.6g}")
         index = (timestep.float() * (len(self.timesteps) - 1)).long()
         sigmas = self.discrete_sigmas.to(index.device)
         below = torch.where(index == 0, 0, sigmas[index - 1])
@@ -201,7 +214,8 @@ class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):  # type: ignore[
         num_train_timesteps, beta_min, beta_max, sampling_eps: as in diffusers.
 
     Raises:
-        ValueError: a step before `set_timesteps`; a number of generators or seeds other than one per sample.
+        ValueError: a step before `set_timesteps`; a number of times, generators or seeds that is neither one nor one
+            per sample.
         TypeError: generator is neither torch.Generators nor seeds.
 
     Notes:
@@ -245,7 +259,7 @@ class ScoreSdeVpScheduler(_Noise, SchedulerMixin, ConfigMixin):  # type: ignore[
         op = "step_pred"
         self._check(op, "x", x, "score", score)
         sde = self._sde()
-        t = torch.as_tensor(t, dtype=torch.float32, device=x.device)
+        t = self._time(op, "t", t, x).to(x.device, torch.float32)
         beta = sde.beta(t) / len(self.timesteps)
         seeds: _Stream = {} if noise is not None else self._seeds(op, generator, x, self._predictions)
         factor = -beta / sde.marginal(t)[1]

@@ -132,6 +132,10 @@ def small_unet():
 @pytest.mark.parametrize("kind", [ScoreSdeVeScheduler, ScoreSdeVpScheduler])
 def test_a_refused_step_draws_no_seed_and_is_not_counted(kind):
     x, wrong = torch.ones(2, 3), torch.ones(1, 3)
+    wrong_times = [(torch.full((3,), 0.5), r"must be one number or one per sample, \(2,\), got \(3,\)")]
+    if kind is ScoreSdeVeScheduler:
+        wrong_times.append((1.5, r"must be in \[0, 1\], got 1.5"))
+        wrong_times.append((torch.tensor([0.5, -1.0]), r"must be in \[0, 1\], got -1"))
 
     def steps(refused, pick):
         scheduler = kind()
@@ -140,14 +144,17 @@ def test_a_refused_step_draws_no_seed_and_is_not_counted(kind):
             scheduler.set_sigmas(10)
         t, seed = scheduler.timesteps[3], pick()
         take = {
-            ScoreSdeVeScheduler: lambda score: scheduler.step_pred(score, t, x, seed, return_dict=False)[0],
-            ScoreSdeVpScheduler: lambda score: scheduler.step_pred(score, x, t, seed)[0],
+            ScoreSdeVeScheduler: lambda score, t=t: scheduler.step_pred(score, t, x, seed, return_dict=False)[0],
+            ScoreSdeVpScheduler: lambda score, t=t: scheduler.step_pred(score, x, t, seed)[0],
         }[kind]
         if refused:
             with pytest.raises(
                 ValueError, match=r"^step_pred: (model_output|score) must have the shape of (sample|x), "
             ):
                 take(wrong)
+            for time, rule in wrong_times:
+                with pytest.raises(ValueError, match=f"^step_pred: (timestep|t) {rule}$"):
+                    take(x, time)
         return take(x)
 
     for pick in (lambda: 7, lambda: torch.Generator().manual_seed(7)):
