@@ -123,7 +123,9 @@ class Hsic:
         x, y = self._samples("x", x), self._samples("y", y)
         stat, n = self._statistic(x, y), len(x)
         if auto and n > PERMUTED_ROWS and not self.bias:
-            self.pvalue, self.null_dist = math.erfc(math.sqrt(max(n * stat + 1, 0) / 2)), None
+            constant = any(bool((v == v[:1]).all()) for v in (x, y))
+            self.pvalue = 1.0 if constant else math.erfc(math.sqrt(max(n * stat + 1, 0) / 2))
+            self.null_dist = None
         else:
             result = hsic_test(
                 x, y, permutations=reps, seed=_seed(random_state), normalize=True, progress=False, **self._options(x, y)
