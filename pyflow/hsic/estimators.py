@@ -12,6 +12,7 @@ from .. import _checks as check
 from .._operators import OPERATORS
 from .._schemas import HSIC_KERNELS
 from ..reference import matmul
+from . import offset
 from .kernels import Variable
 from .powers import times_two_to
 
@@ -91,6 +92,7 @@ def estimates(of: Pairs, *, with_added: bool = False) -> Estimates:
             found = [_of_covariance(every[a], every[b], estimator, a == b) for a, b in pairs]
             return Estimates(torch.stack([value for value, _ in found], -1), [lost for _, lost in found], none)
     more, less = _terms(op, every, pairs, estimator, *sums(op, every, pairs, allow_tf32))
+    more, less = _without_offsets(of, more, less)
     over = divisor(n, estimator)
     own = [(p, every[a]) for p, (a, b) in enumerate(pairs) if a == b]
     every_lost, added = list(none), list(none)
@@ -113,6 +115,23 @@ def _terms(
     sums = (t.reshape(-1, *t.shape[len(batch) :]) for t in (rows, cross, shift, diagonals))
     more, less, _ = OPERATORS["hsic_terms"].pick(op, rows)(*sums, flat, estimator == "unbiased")
     return more.reshape(*batch, -1), less.reshape(*batch, -1)
+
+
+def _without_offsets(of: Pairs, more: Tensor, less: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace the terms of polynomial kernels whose rows are far from 0 by those of smaller entries."""
+    every_far = [offset.far_from_zero(v) for v in of.every]
+    if all(far is None for far in every_far):
+        return more, less
+    # items are computed alone, so that an item's bits do not depend on its batch
+    items = [[False] * more[..., 0].numel() if far is None else far.flatten().tolist() for far in every_far]
+    made = [[list(column) for column in t.reshape(-1, len(of.pairs)).unbind(0)] for t in (more, less)]
+    for p, (a, b) in enumerate(of.pairs):
+        for i, far in enumerate(zip(items[a], items[b], strict=True)):
+            if any(far):
+                v, w = offset.item(of.every[a], i), offset.item(of.every[b], i)
+                made[0][i][p], made[1][i][p] = offset.terms(v, w, of.estimator == "unbiased", far)
+    more, less = (torch.stack([torch.stack(row) for row in t]).reshape(more.shape) for t in made)
+    return more, less
 
 
 def _lost(v: Variable, more: Tensor, less: Tensor, over: int) -> Tensor:
