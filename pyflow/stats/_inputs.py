@@ -19,6 +19,8 @@ from ..hsic.kernels import KernelSpec
 PATIENCE = 1.0
 # type names of pandas' missing values
 MISSING = ("NAType", "NaTType")
+# kernels that do not change, up to centring, if a constant is added to all rows
+TRANSLATED = ("rbf", "laplacian", "linear")
 
 
 def check_kernels(op: str, specs: tuple[KernelSpec, KernelSpec]) -> None:
@@ -34,7 +36,10 @@ def samples(op: str, name: str, value: object, kernel: str) -> Tensor:
     types by integers.
     """
     if not isinstance(value, Tensor):
-        array = numbers_of(op, name, value) if kernel != "delta" else array_of(op, name, value)
+        if kernel == "delta":
+            array = array_of(op, name, value)
+        else:
+            array = numbers_of(op, name, value, translate=kernel in TRANSLATED)
         if kernel == "delta" and array.dtype.kind in "OSTUMm":
             array = _codes(op, name, array)
         value = tensor_of(op, name, array)
@@ -57,7 +62,7 @@ def _in_float64(value: Tensor, kernel: str) -> Tensor:
 
     float64 holds integers up to 2**53 only; times in nanoseconds and identifiers are larger.
     """
-    if kernel in ("rbf", "laplacian", "linear") and value.dtype in (torch.int64, torch.uint64) and value.numel():
+    if kernel in TRANSLATED and value.dtype in (torch.int64, torch.uint64) and value.numel():
         whole = value.view(torch.int64)
         if value.dtype == torch.uint64 and bool((whole < 0).any()):
             # flips the sign bit: subtracts 2**63
@@ -84,9 +89,13 @@ def array_of(op: str, name: str, value: object) -> np.ndarray:
 
 
 def numbers_of(
-    op: str, name: str, value: object, kind: type = numbers.Real, dtype: type = np.float64, rule: str = "hold numbers"
-) -> np.ndarray:
-    """Return an array; one of objects (such as a table of mixed columns) must hold numbers, and is converted."""
+    op: str, name: str, value: object, kind: type = numbers.Real, dtype: type = np.float64, rule: str = "hold numbers",
+    translate: bool = False,
+) -> np.ndarray:  # fmt: skip
+    """Return an array; one of objects (such as a table of mixed columns) must hold numbers, and is converted.
+
+    With `translate`, large integers keep their differences: a constant is subtracted from each column of them.
+    """
     array = array_of(op, name, value)
     if array.dtype.kind != "O" or not array.ndim:
         return array
@@ -97,9 +106,25 @@ def numbers_of(
         column = _column(value, wrong % array.shape[1]) if array.ndim == 2 else ""
         raise TypeError(f"{op}: {name} must {rule}, got {type(values[wrong]).__name__}{column}")
     try:
-        return array.astype(dtype)
+        return (_translated(array) if translate else array).astype(dtype)
     except OverflowError:
         raise ValueError(f"{op}: {name} must fit into {np.dtype(dtype)}, got a larger number") from None
+
+
+def _translated(array: np.ndarray) -> np.ndarray:
+    """Return an array of objects, with the least integer subtracted from columns of integers that float64 rounds."""
+    if not array.size:
+        return array
+    columns = array.reshape(len(array), -1).T
+    return np.array([_less_constant(column) for column in columns], object).T.reshape(array.shape)
+
+
+def _less_constant(column: np.ndarray) -> list:
+    values = column.tolist()
+    if not all(isinstance(v, numbers.Integral) for v in values) or all(abs(int(v)) <= 2**53 for v in values):
+        return values
+    low = min(map(int, values))
+    return [int(v) - low for v in values]
 
 
 def tensor_of(op: str, name: str, array: np.ndarray) -> Tensor:
@@ -132,6 +157,8 @@ def _refuse(op: str, name: str, values: list, kinds: tuple[str, ...]) -> None:
 
 def _codes(op: str, name: str, labels: np.ndarray) -> np.ndarray:
     """Return int64 codes, equal for equal labels."""
+    if labels.dtype.kind in "Mm" and np.isnat(labels).any():
+        raise ValueError(f"{op}: {name} must have no missing values, got NaT")
     codes: dict[object, int] = {}
     values = labels.ravel().tolist()
     _refuse(op, name, values, MISSING)

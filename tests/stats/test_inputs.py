@@ -117,6 +117,11 @@ def test_integers_beyond_2_to_the_53_keep_their_differences(start, kernel):
     for given in (array, torch.from_numpy(array)):
         got = hsic_test(given, y, kernel=kernel, permutations=49)
         assert got.pvalue == want.pvalue == 0.02 and got.statistic == pytest.approx(want.statistic, rel=1e-9)
+    beyond = [2**70 + n for n in x.tolist()]
+    mixed = np.array([[a, b] for a, b in zip(large, beyond, strict=True)], object)
+    for given, plain in ((beyond, x), (mixed, np.stack((x, x), 1))):
+        got, want = (hsic_test(each, y, kernel=kernel, permutations=49) for each in (given, plain))
+        assert got.pvalue == want.pvalue == 0.02 and got.statistic == pytest.approx(want.statistic, rel=1e-9)
     ends = np.array([-(2**63), 2**63 - 1] * 20)
     assert 0.05 < hsic_test(ends, y, kernel=kernel, permutations=49).pvalue <= 1
 
@@ -158,6 +163,8 @@ def test_integers_beyond_2_to_the_53_keep_their_differences(start, kernel):
         (TypeError, "hsic_test: x must hold numbers, got complex128", (X * 1j, X), {}),
         (TypeError, "hsic_test: x must hold numbers, got dict", ([{}] * 6, X), {}),
         (ValueError, "hsic_test: x must have no missing values, got None", ([None, *range(5)], X), {}),
+        (ValueError, "hsic_test: x must have no missing values, got NaT",
+         (np.array(["2020", "NaT", "2020", "2021", "2022", "2020"], "M8[Y]"), X), {"kernel": "delta", "kernel_y": "rbf"}),
         (ValueError, "hsic_test: y must fit into float64, got a larger number", (X, [10**400, *range(5)]), {}),
         (ValueError, "hsic_test: x must have no missing values, got a masked array with some", (HIDDEN, X), {}),
         (ValueError, "hsic_test: y must have no missing values, got a masked array with some", (X, list(HIDDEN)), {}),
