@@ -27,6 +27,8 @@ def product_variable(x: Tensor, sizes: tuple[float, float] | None, spec: KernelS
     if sizes is None or not _ordinary_products(sizes, x.shape[-1], degree, gamma, coef0):
         x, exponent = reduced(x)
     if linear:
+        # the bits of a mean and of torch's products depend on the layout
+        x = x.contiguous()
         z, at_zero = x - x.mean(-2, keepdim=True), x.new_zeros(())
     else:
         factor, more = math.sqrt(gamma), math.sqrt(coef0)

@@ -35,6 +35,18 @@ def test_linear_kernels_by_covariance_match_the_tiles(estimator):
     testing.assert_within(few, definition(matrix(x[:8], "linear"), matrix(y[:8], "linear"), estimator), 1e-5)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_layout_changes_no_bit(kernel, estimator):
+    for n, d in [(7, 30), (14, 16), (63, 9), (324, 25)]:
+        x, y = dependent(n, d)
+        for dtype in (F32, F64):
+            a, b = x.to(dtype), y.to(dtype)
+            want = ops.hsic(a, b, kernel=kernel, bandwidth=3.0, estimator=estimator)
+            got = ops.hsic(a.T.contiguous().T, b.T.contiguous().T, kernel=kernel, bandwidth=3.0, estimator=estimator)
+            testing.assert_same_bits(got, want)
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("kernel", [*KERNELS, "delta", "precomputed"])
