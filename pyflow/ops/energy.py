@@ -107,11 +107,14 @@ def energy_and_grad(energy_fn: EnergyFunction, z: Tensor) -> tuple[Tensor, Tenso
     Raises:
         TypeError: energy_fn is not callable or returns something else.
         ValueError: energies that are not (B,); a gradient with another shape; energies without a graph to z (for
-            example under `no_grad`) and without a gradient; an energy_fn that modifies z in place.
-        RuntimeError: under vmap and other transforms of torch.func.
+            example under `no_grad`) and without a gradient; an energy_fn that modifies z in place without autograd (for
+            example under `no_grad`).
+        RuntimeError: under vmap and other transforms of torch.func; torch's own for an energy_fn that modifies z in
+            place with autograd.
 
     Notes:
-        May be called in inference mode: it is left while the energy is differentiated.
+        May be called in inference mode: it is left while the energy is differentiated. `torch.compile(fullgraph=True)`
+        needs an energy_fn that returns gradients too, or torch 2.13 with `torch._dynamo.config.trace_autograd_ops`.
 
     Example:
         >>> energy_and_grad(lambda z: z.square().sum(1) / 2, torch.tensor([[3.0, 4.0]]))
@@ -283,6 +286,9 @@ def mala_step(
 
     Raises:
         TypeError, ValueError: as for the three functions it calls.
+
+    Notes:
+        `torch.compile(fullgraph=True)` needs what it needs for `energy_and_grad`.
 
     Source:
         Roberts and Tweedie 1996; Kumar et al. 2019, arXiv:1901.08508.

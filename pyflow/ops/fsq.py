@@ -204,6 +204,9 @@ def codebook_usage(indices: Tensor, size: int) -> CodebookUsage:
         TypeError: indices that are not an integer tensor, a size that is not an integer.
         ValueError: size below 1, or on a CPU an index of size or above.
 
+    Notes:
+        Not for `torch.compile(fullgraph=True)` and vmap: the shape of counts depends on the indices.
+
     Example:
         >>> codebook_usage(torch.tensor([0, 0, 3, -1]), 4).fraction
         tensor(0.5000)

@@ -505,6 +505,14 @@ def test_an_energy_and_its_gradient_compile_to_one_graph():
     torch._dynamo.reset()
 
 
+def test_a_step_with_an_energy_that_returns_gradients_compiles_to_one_graph():
+    both = lambda z: (quadratic(z), 2 * z)
+    z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    step = lambda z: ops.mala_step(z, *ops.energy_and_grad(both, z), both, 0.1, seed=0)[0]
+    testing.assert_same_bits(torch.compile(step, backend="eager", fullgraph=True)(z), step(z))
+    torch._dynamo.reset()
+
+
 def test_energies_are_not_differentiated_under_transforms():
     z, u, grad = torch.ones(3, 4, 2), torch.ones(3, 4), torch.ones(3, 4, 2)
     for op, run in (
