@@ -96,10 +96,12 @@ def _bandwidth(op: str, name: str, value: float | Tensor, x: Tensor) -> Tensor:
             f"{op}: {name} must broadcast to the batch dims {tuple(batch)}, got shape {tuple(value.shape)}"
         )
     if check.values_are_checked(value):
-        if not bool(((value > 0) & value.isfinite()).all()):
-            raise ValueError(f"{op}: {name} must be positive and finite, got other values")
-        if not bool(((value >= least) & (value <= 1 / least)).all()):
-            raise _out_of_range(op, name, x.dtype, "other values")
+        wrong = value[~((value > 0) & value.isfinite())]
+        if wrong.numel():
+            raise ValueError(f"{op}: {name} must be positive and finite, got {wrong[0].item():.6g}")
+        wrong = value[(value < least) | (value > 1 / least)]
+        if wrong.numel():
+            raise _out_of_range(op, name, x.dtype, f"{wrong[0].item():.6g}")
     return value.to(x.device, x.dtype)
 
 

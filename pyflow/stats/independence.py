@@ -8,11 +8,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ._inputs import samples
-from .hsic import hsic
+from ..hsic.estimators import Pairs, ratio, rows_needed, values
+from ..hsic.inputs import converted, together
+from ..hsic.kernels import KERNEL_OPTIONS, kernel_specs
+from ._inputs import check_kernels, samples
+from .hsic import hsic, visitor
 from .hsic_test import hsic_test
 
 OP = "Hsic"
@@ -25,6 +29,7 @@ PARAMETERS = {"rbf": ("gamma",), "laplacian": ("gamma",), "polynomial": ("degree
 # hyppo approximates p for more rows
 PERMUTED_ROWS = 20
 SEEDS = 2**63 - 1
+KERNEL_DEFAULTS = {name: (hsic.__kwdefaults__ or {})[name] for name in KERNEL_OPTIONS}
 
 
 class IndependenceTestOutput(NamedTuple):
@@ -154,7 +159,15 @@ class Hsic:
         return options | ({"bandwidth": x.shape[1], "bandwidth_y": y.shape[1]} if self._kernel == "laplacian" else {})
 
     def _statistic(self, x: Tensor, y: Tensor) -> float:
-        value = hsic(x, y, normalize=True, progress=False, **self._options(x, y)).value
+        options = self._options(x, y)
+        estimator = options.pop("estimator")
+        specs = kernel_specs(**(KERNEL_DEFAULTS | options))
+        check_kernels(OP, specs)
+        pair = together(OP, [converted(OP, *each) for each in zip("xy", (x, y), specs, strict=True)])
+        rows_needed(OP, len(pair[0].z), estimator)
+        with torch.no_grad():
+            three = Pairs(OP, pair, [(0, 1), (0, 0), (1, 1)], estimator, False, visitor(None, False))
+            value = ratio(*values(three)).item()
         self.stat = math.sqrt(max(value, 0.0)) if self.bias else value
         return self.stat
 
@@ -168,7 +181,10 @@ def _seed(random_state: object) -> int:
     if isinstance(random_state, np.random.Generator):
         return int(random_state.integers(SEEDS))
     if isinstance(random_state, numbers.Integral) and not isinstance(random_state, bool):
-        return int(random_state)
+        seed = int(random_state)
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"{OP}: random_state must fit 64 bits, got {seed}")
+        return seed
     raise TypeError(
         f"{OP}: random_state must be None, an integer or a NumPy generator, got {type(random_state).__name__}"
     )

@@ -179,6 +179,9 @@ WRONG = [
     (TypeError, "auto must be true or false, got str", lambda: Hsic().test(X, X, auto="no")),
     (TypeError, "random_state must be None, an integer or a NumPy generator, got str",
      lambda: Hsic().test(X, X, random_state="2")),
+    (ValueError, "random_state must fit 64 bits, got 1180591620717411303424",
+     lambda: Hsic().test(X, X, random_state=2**70)),
+    (ValueError, "degree must be at least 1, got 0", lambda: Hsic("poly", degree=0).test(X, X)),
     (ValueError, "x must be (n,) or (n, d), got shape (1, 6, 2)", lambda: Hsic().test(X[None], X)),
     (TypeError, "y must hold numbers, got <U1", lambda: Hsic().statistic(X, list("abcdef"))),
 ]  # fmt: skip
@@ -197,7 +200,7 @@ def test_wrong_samples():
         ((X[:3], X[:3]), "the unbiased estimator needs at least 4 rows, got 3"),
         ((np.where(X == 3, np.nan, X), X), "x must be finite, got NaN or infinity"),
     ]:
-        with pytest.raises(ValueError, match=text):
+        with pytest.raises(ValueError, match=f"^Hsic: {text}$"):
             Hsic().test(*arguments)
 
 
