@@ -103,7 +103,8 @@ class HSICBottleneck(nn.Module):
 
     Notes:
         `update(x, y)` takes one optimiser step for every layer and returns the losses. Class labels, (n,) integers,
-        use the equality kernel, other targets the Gaussian kernel. The optimisers are not part of state_dict.
+        use the equality kernel, other targets the Gaussian kernel. With cross-entropy and a head that ends in
+        `nn.Linear`, a label without an output is refused before any step. The optimisers are not part of state_dict.
 
     Source:
         Ma, Lewis and Kleijn 2019, The HSIC Bottleneck: Deep Learning without Back-Propagation, arXiv:1908.01580.
@@ -151,6 +152,7 @@ class HSICBottleneck(nn.Module):
     def update(self, x: Tensor, y: Tensor) -> Tensor:
         """Take one step on a batch x (n, ...), y (n,) or (n, ...); return the losses: layers first, then the head."""
         self._check_optimizers()
+        self._check_labels(y)
         losses, z, aim = [], x, self._aim(x, y)
         for layer, optimizer in zip(self.layers, self._optimizers, strict=False):
             z = layer(z.detach())
@@ -171,6 +173,18 @@ class HSICBottleneck(nn.Module):
                     f"{type(self).__name__}: parameters must be those its optimisers were made for, got others; "
                     "to_empty and load_state_dict(assign=True) replace them, so build it from layers that are ready"
                 )
+
+    def _check_labels(self, y: Tensor) -> None:
+        """Refuse labels that the head has no output for, before a layer takes a step."""
+        last = self.head[-1] if isinstance(self.head, nn.Sequential) and len(self.head) else self.head
+        if not isinstance(last, nn.Linear) or self.criterion is not nn.functional.cross_entropy:
+            return
+        if isinstance(y, Tensor) and y.dim() == 1 and not y.is_floating_point() and check.values_are_checked(y):
+            # cross_entropy ignores the label -100
+            wrong = y[((y < 0) & (y != -100)) | (y >= last.out_features)]
+            if wrong.numel():
+                most = last.out_features - 1
+                raise ValueError(f"{type(self).__name__}: y must hold labels from 0 to {most}, got {wrong[0].item()}")
 
     def objective(self, z: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Return nHSIC(z, x) - beta nHSIC(z, y)."""

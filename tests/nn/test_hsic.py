@@ -188,6 +188,17 @@ def test_bottleneck_wrong_arguments():
             HSICBottleneck(blocks(2, 2), **{name: 0})
 
 
+@pytest.mark.parametrize("head", [nn.Linear(8, 3), nn.Sequential(nn.Tanh(), nn.Linear(8, 3))])
+def test_bottleneck_refuses_labels_without_an_output_before_a_step(head):
+    model = HSICBottleneck([nn.Linear(4, 8)], head)
+    before = [p.clone() for p in model.parameters()]
+    for label in (7, -1):
+        with pytest.raises(ValueError, match=f"^HSICBottleneck: y must hold labels from 0 to 2, got {label}$"):
+            model.update(torch.randn(16, 4), torch.full((16,), label))
+    assert all(map(torch.equal, before, model.parameters()))
+    assert model.update(torch.randn(4, 4), torch.tensor([0, 1, 2, -100])).isfinite().all()
+
+
 def test_reference_and_kernels_agree():
     x, y = (v.float() for v in data(100))
     with pyflow.backend("reference"):
