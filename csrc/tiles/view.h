@@ -43,7 +43,7 @@ struct RowSums {
 // the offset of element `index` of dims [first, end); a loop that is not unrolled, since every access has one
 PYFLOW_FN int64_t offset_in(const Space& s, const View& v, int64_t index, int first, int end) {
   int64_t offset = 0;
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #pragma unroll 1
 #endif
   for (int d = end - 1; d > first; --d) {
