@@ -114,7 +114,7 @@ def energy_and_grad(energy_fn: EnergyFunction, z: Tensor) -> tuple[Tensor, Tenso
 
     Notes:
         May be called in inference mode: it is left while the energy is differentiated. `torch.compile(fullgraph=True)`
-        needs an energy_fn that returns gradients too.
+        needs a newer torch than 2.11, and an energy_fn that returns gradients too.
 
     Example:
         >>> energy_and_grad(lambda z: z.square().sum(1) / 2, torch.tensor([[3.0, 4.0]]))

@@ -505,6 +505,7 @@ def test_an_energy_and_its_gradient_compile_to_one_graph():
     torch._dynamo.reset()
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.11"), reason="its dynamo does not trace requires_grad_")
 def test_a_step_with_an_energy_that_returns_gradients_compiles_to_one_graph():
     both = lambda z: (quadratic(z), 2 * z)
     z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
