@@ -39,7 +39,6 @@ class Watch:
         self.lengths: list[int] = []
         self.quiet: list[dict[str, Any]] = []  # those without hooks, and with
         self.hooked: list[dict[str, Any]] = []
-        self.leaves: list[dict[str, Any]] = []  # those without modules of their own, and with
         self.parents: list[dict[str, Any]] = []
         self.children: list[list[nn.Module | None]] = []
         self.options: list[tuple[nn.Module | None, Path, Callable[[Any], Any], Any]] = []
@@ -68,8 +67,6 @@ class Watch:
         if module._modules:
             self.parents.append(space)
             self.children.append([*module._modules.values()])
-        else:
-            self.leaves.append(space)
 
     def option(self, path: Path, module: nn.Module, get: Callable[[Any], Any]) -> Any:
         """Return get(module), which must stay."""
@@ -117,8 +114,8 @@ class Watch:
                 and not any(chain.from_iterable(map(_HOOKS, self.quiet)))
                 and all([any(_HOOKS(space)) for space in self.hooked])
                 and [*root._modules.values()] == self.children_of_root
+                and [*map(len, map(_MODULES, self.spaces))] == self.counts
                 and [[*space["_modules"].values()] for space in self.parents] == self.children
-                and not any(map(_MODULES, self.leaves))
                 and [space[name] for space, name in self.attributes] == self.values
                 and all([get(root if m is None else m) == value for m, _, get, value in self.options])
                 and all([space[kind][name] is None for space, kind, name in self.absent])

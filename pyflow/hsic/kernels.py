@@ -58,12 +58,12 @@ KERNEL_OPTIONS = ("kernel", "bandwidth", "kernel_y", "bandwidth_y", "degree", "g
 
 def kernel_specs(
     kernel: str,
-    bandwidth: Bandwidth,
-    kernel_y: str | None,
-    bandwidth_y: Bandwidth | None,
-    degree: int,
-    gamma: float | None,
-    coef0: float,
+    bandwidth: Bandwidth = "median",
+    kernel_y: str | None = None,
+    bandwidth_y: Bandwidth | None = None,
+    degree: int = 3,
+    gamma: float | None = None,
+    coef0: float = 1.0,
 ) -> tuple[KernelSpec, KernelSpec]:
     """Return the kernels of x and y; where those of y are None, they are as for x."""
     of_x = KernelSpec(kernel, bandwidth, degree, gamma, coef0)

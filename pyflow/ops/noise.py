@@ -212,13 +212,13 @@ def seed_tensor(
     return torch.full((), number, dtype=torch.int64, device=number_device or device)
 
 
-def seed_number(op: str, seed: Any) -> int:
+def seed_number(op: str, seed: Any, name: str = "seed") -> int:
     """Return a seed that is a number as an int64."""
     if type(seed) is not int and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
-        raise TypeError(f"{op}: seed must be an integer or an int64 tensor, got {type(seed).__name__}")
+        raise TypeError(f"{op}: {name} must be an integer or an int64 tensor, got {type(seed).__name__}")
     number = int(seed)
     if not -(2**63) <= number < 2**64:
-        raise ValueError(f"{op}: seed must fit 64 bits, got {seed}")
+        raise ValueError(f"{op}: {name} must fit 64 bits, got {seed}")
     return number if number < 2**63 else number - 2**64
 
 

@@ -13,7 +13,7 @@ from .. import _checks as check
 from ..hsic.estimators import Pairs, TileSums, ratio, rows_needed, values, whole
 from ..hsic.features import approximation, check_options
 from ..hsic.inputs import converted, together
-from ..hsic.kernels import Bandwidth, Variable, kernel_specs
+from ..hsic.kernels import Bandwidth, KernelSpec, Variable, kernel_specs
 from ..ops.hsic import sums
 from ._inputs import bar, check_kernels, samples
 
@@ -94,18 +94,30 @@ def hsic(
         if "precomputed" in (of_x.name, of_y.name):
             raise ValueError(f"{op}: group must be None with a precomputed kernel, whose rows need all columns")
         x, y = gathered(op, x, y, group)
-    pair = together(op, [converted(op, "x", x, of_x), converted(op, "y", y, of_y)])
-    rows_needed(op, len(pair[0].z), estimator)
+    pair = pair_of(op, x, y, specs, estimator)
+    if approximate is None:
+        return HSIC(exact(op, pair, estimator, normalize, allow_tf32, visitor(group, progress)), 0.0)
     with torch.no_grad():
-        if approximate is not None:
-            value, error = approximation(
-                op, pair, estimator=estimator, normalize=normalize, approximate=approximate, n_features=n_features,
-                seed=seed, with_error=True,
-            )  # fmt: skip
-            return HSIC(value.item(), 0.0 if error is None else error.item())
-        pairs = [(0, 1), (0, 0), (1, 1)] if normalize else [(0, 1)]
-        estimates = values(Pairs(op, pair, pairs, estimator, allow_tf32, visitor(group, progress)))
-    return HSIC((ratio(*estimates) if normalize else whole(estimates[0], *pair)).item(), 0.0)
+        value, error = approximation(
+            op, pair, estimator=estimator, normalize=normalize, approximate=approximate, n_features=n_features,
+            seed=seed, with_error=True,
+        )  # fmt: skip
+    return HSIC(value.item(), 0.0 if error is None else error.item())
+
+
+def pair_of(op: str, x: Tensor, y: Tensor, specs: tuple[KernelSpec, KernelSpec], estimator: str) -> list[Variable]:
+    """Return samples as the variables of their kernels, enough rows for the estimator."""
+    pair = together(op, [converted(op, name, rows, spec) for name, rows, spec in zip("xy", (x, y), specs, strict=True)])
+    rows_needed(op, len(pair[0].z), estimator)
+    return pair
+
+
+@torch.no_grad()
+def exact(op: str, pair: list[Variable], estimator: str, normalize: bool, allow_tf32: bool, visit: TileSums) -> float:
+    """Return HSIC of two variables, from sums that `visit` computes."""
+    pairs = [(0, 1), (0, 0), (1, 1)] if normalize else [(0, 1)]
+    estimates = values(Pairs(op, pair, pairs, estimator, allow_tf32, visit))
+    return float((ratio(*estimates) if normalize else whole(estimates[0], *pair)).item())
 
 
 def visitor(group: dist.ProcessGroup | None, progress: bool) -> TileSums:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS, PURPOSES
-from ..hsic.estimators import ESTIMATORS, Pairs, chain, divisor, estimates, ratio, rows_needed, values, whole
-from ..hsic.inputs import converted, together
+from ..hsic.estimators import ESTIMATORS, Pairs, chain, divisor, estimates, ratio, values, whole
 from ..hsic.kernels import Bandwidth, Variable, kernel_of, kernel_specs
 from ..ops import noise
 from ..ops.hsic import permuted, sums
 from ..reference.noise import MASK
 from ._grams import CentredGram, blocks
 from ._inputs import bar, check_kernels, same, samples
+from .hsic import pair_of
 
 METHODS = ("permutation", "gamma")
 # the variance formula of the gamma method fails for fewer rows: p <= 0.01 in 12 % of independent samples of 6 rows and
@@ -133,9 +133,8 @@ def hsic_test(
     specs = of_x, of_y = kernel_specs(kernel, bandwidth, kernel_y, bandwidth_y, degree, gamma, coef0)
     check_kernels(op, specs)
     x, y = samples(op, "x", x, of_x.name), samples(op, "y", y, of_y.name)
-    pair = together(op, [converted(op, "x", x, of_x), converted(op, "y", y, of_y)])
+    pair = pair_of(op, x, y, specs, estimator)
     n = len(pair[0].z)
-    rows_needed(op, n, estimator)
     key = _key(op, seed, pair[0].z.device)
     if method == "gamma":
         return _gamma_test(op, pair, estimator, normalize, progress)

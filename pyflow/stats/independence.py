@@ -8,15 +8,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..hsic.estimators import Pairs, ratio, rows_needed, values
-from ..hsic.inputs import converted, together
-from ..hsic.kernels import KERNEL_OPTIONS, kernel_specs
+from ..hsic.kernels import kernel_specs
+from ..ops.noise import seed_number
 from ._inputs import check_kernels, samples
-from .hsic import hsic, visitor
+from .hsic import exact, pair_of, visitor
 from .hsic_test import hsic_test
 
 OP = "Hsic"
@@ -29,7 +27,6 @@ PARAMETERS = {"rbf": ("gamma",), "laplacian": ("gamma",), "polynomial": ("degree
 # hyppo approximates p for more rows
 PERMUTED_ROWS = 20
 SEEDS = 2**63 - 1
-KERNEL_DEFAULTS = {name: (hsic.__kwdefaults__ or {})[name] for name in KERNEL_OPTIONS}
 
 
 class IndependenceTestOutput(NamedTuple):
@@ -161,13 +158,9 @@ class Hsic:
     def _statistic(self, x: Tensor, y: Tensor) -> float:
         options = self._options(x, y)
         estimator = options.pop("estimator")
-        specs = kernel_specs(**(KERNEL_DEFAULTS | options))
+        specs = kernel_specs(**options)
         check_kernels(OP, specs)
-        pair = together(OP, [converted(OP, *each) for each in zip("xy", (x, y), specs, strict=True)])
-        rows_needed(OP, len(pair[0].z), estimator)
-        with torch.no_grad():
-            three = Pairs(OP, pair, [(0, 1), (0, 0), (1, 1)], estimator, False, visitor(None, False))
-            value = ratio(*values(three)).item()
+        value = exact(OP, pair_of(OP, x, y, specs, estimator), estimator, True, False, visitor(None, False))
         self.stat = math.sqrt(max(value, 0.0)) if self.bias else value
         return self.stat
 
@@ -181,10 +174,7 @@ def _seed(random_state: object) -> int:
     if isinstance(random_state, np.random.Generator):
         return int(random_state.integers(SEEDS))
     if isinstance(random_state, numbers.Integral) and not isinstance(random_state, bool):
-        seed = int(random_state)
-        if not -(2**63) <= seed < 2**64:
-            raise ValueError(f"{OP}: random_state must fit 64 bits, got {seed}")
-        return seed
+        return seed_number(OP, int(random_state), "random_state")
     raise TypeError(
         f"{OP}: random_state must be None, an integer or a NumPy generator, got {type(random_state).__name__}"
     )

@@ -42,7 +42,7 @@ def _fixed(value: Any) -> Any:
     return tuple(value) if type(value) is list else value
 
 
-def _constant(value: Any) -> tuple[Any, bool]:
+def _fixed_and_trained(value: Any) -> tuple[Any, bool]:
     """Return an attribute, and whether it is a tensor that requires a gradient."""
     return _fixed(value), isinstance(value, Tensor) and value.requires_grad
 
@@ -138,7 +138,7 @@ class Look:
     def option(self, path: Path, module: nn.Module, name: str) -> Any:
         if path and not isinstance(vars(module).get(name, []), (list, Tensor)):
             return self.watch.attribute(path, module, name)
-        value, trained = self.watch.option(path, module, lambda m: _constant(getattr(m, name)))
+        value, trained = self.watch.option(path, module, lambda m: _fixed_and_trained(getattr(m, name)))
         if trained:
             raise NoInstruction(path, module, f"its {name} requires a gradient")
         return value

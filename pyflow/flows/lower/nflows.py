@@ -283,11 +283,16 @@ def _numbers_of_many(layers: Sequence[Any], inverse: bool, columns: int) -> list
     logdets = torch.log(diagonal).sum(1)
     if not inverse:
         return [*zip((lowers @ uppers).unbind(), [layer.bias for layer in layers], logdets.unbind(), strict=True)]
-    eye = torch.eye(layers[0].features, dtype=raw.dtype, device=raw.device).expand_as(lowers)
-    half = torch.linalg.solve_triangular(lowers, eye, upper=False, unitriangular=True)
-    weights = torch.linalg.solve_triangular(uppers, half, upper=True)
+    weights = inverse_of_product(lowers, uppers)
     biases = -(weights @ torch.stack([layer.bias for layer in layers]).unsqueeze(2)).squeeze(2)
     return [*zip(weights.unbind(), biases.unbind(), (-logdets).unbind(), strict=True)]
+
+
+def inverse_of_product(lower: Tensor, upper: Tensor) -> Tensor:
+    """Return the inverse of a lower times an upper triangle, from both: their product has lost digits of it."""
+    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
+    half = torch.linalg.solve_triangular(lower, eye, upper=False)
+    return torch.linalg.solve_triangular(upper, half, upper=True)
 
 
 @evaluated_while_traced

@@ -19,7 +19,7 @@ from .autoregressive import solved
 from .couplings import Transform, affine
 from .look import BASES, PARTS, RULES, STACKS, Layers, Look, NoInstruction, children, register
 from .nets import Parts, dense, sequential
-from .nflows import box, gaussian
+from .nflows import box, gaussian, inverse_of_product
 
 FLOWS = (
     "zuko.lazy.Flow", "zuko.flows.coupling.NICE", "zuko.flows.coupling.RealNVP", "zuko.flows.autoregressive.MAF",
@@ -114,8 +114,7 @@ def _lower_upper(lu: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     lower, upper, logdet = lu.tril(), lu.triu(1) + eye, lu.diagonal().abs().log().sum()
     if not inverse:
         return lower @ upper, logdet
-    half = torch.linalg.solve_triangular(lower, eye, upper=False)
-    return torch.linalg.solve_triangular(upper, half, upper=True, unitriangular=True), -logdet
+    return inverse_of_product(lower, upper), -logdet
 
 
 _MATRICES = {
