@@ -120,6 +120,14 @@ def float_tensor(op: str, name: str, value: Any) -> torch.dtype:
     raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {short(value.dtype)}")
 
 
+def parameter_dtype(op: str, name: str, value: Tensor, parameter: Tensor) -> None:
+    """Require the dtype of a module's parameters, which torch's layers need outside of autocast."""
+    if value.dtype != parameter.dtype and (value.is_meta or not torch.is_autocast_enabled(value.device.type)):
+        raise TypeError(
+            f"{op}: {name} must have the dtype of the parameters, {short(parameter.dtype)}, got {short(value.dtype)}"
+        )
+
+
 def like(
     op: str, name: str, value: Any, other_name: str, shape: torch.Size | tuple[int, ...], device: torch.device
 ) -> torch.dtype:
@@ -166,6 +174,18 @@ def flag(op: str, name: str, value: object) -> bool:
     return bool(value)
 
 
+def function(op: str, name: str, value: object) -> None:
+    if not callable(value):
+        raise TypeError(f"{op}: {name} must be callable, got {type(value).__name__}")
+
+
+def not_negative(op: str, name: str, value: object) -> float:
+    result = number(op, name, value)
+    if not 0 <= result < float("inf"):
+        raise ValueError(f"{op}: {name} must be at least 0 and finite, got {value}")
+    return result
+
+
 def positive(op: str, name: str, value: object) -> float:
     result = number(op, name, value)
     if not 0 < result < float("inf"):
@@ -205,18 +225,32 @@ def event_shape(op: str, value: object) -> tuple[int, ...]:
     return tuple(int(at_least(op, "shape", n, 0)) for n in sizes)
 
 
+def batch(op: str, name: str, value: Tensor) -> None:
+    if value.dim() == 0:
+        raise ValueError(f"{op}: {name} must have at least one dim, the batch, got a scalar")
+
+
 def event_dims(op: str, x: Tensor, event_dims: int | None) -> int:
     """Return how many trailing dims are one event: all but the first where `event_dims` is None."""
     dims = x.dim()
     if event_dims is None:
-        if dims == 0:
-            raise ValueError(f"{op}: x must have at least one dim, the batch, got a scalar")
+        batch(op, "x", x)
         return dims - 1
-    if isinstance(event_dims, bool) or not isinstance(event_dims, int):
-        raise TypeError(f"{op}: event_dims must be an integer, got {type(event_dims).__name__}")
-    if not 0 <= event_dims <= dims:
-        raise ValueError(f"{op}: event_dims must be in [0, {dims}], got {event_dims}")
-    return event_dims
+    return _between(op, "event_dims", event_dims, 0, dims)
+
+
+def dim(op: str, value: Any, dims: int) -> int:
+    """Return a dim of a tensor with so many dims, counted from the first."""
+    return _between(op, "dim", value, -dims, dims - 1) % dims
+
+
+def _between(op: str, name: str, value: Any, least: int, most: int) -> int:
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
+    number = int(value)
+    if not least <= number <= most:
+        raise ValueError(f"{op}: {name} must be in [{least}, {most}], got {value}")
+    return number
 
 
 def at_least(op: str, name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:

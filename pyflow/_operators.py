@@ -24,7 +24,14 @@ from torch.overrides import has_torch_function
 from . import _backend, _torch
 from ._autograd import Rules, Signature, eager_apply, first_order, second_order
 from ._schemas import NAMED, SCHEMAS, library
-from ._torch import BelowAutograd, any_requires_grad, dispatcher_is_watched, tracing, transform
+from ._torch import (
+    BelowAutograd,
+    any_requires_grad,
+    dispatcher_is_watched,
+    is_batched_gradient,
+    tracing,
+    transform,
+)
 from ._vmap import one_by_one
 
 OPERATORS: dict[str, Operator] = {}
@@ -86,6 +93,11 @@ class Operator:
     def pick(self, op: str, x: Tensor) -> Callable[..., Any]:
         """Return what the public function `op` calls for a tensor like x: the operator or its reference."""
         return self.reference if _backend.runs_reference(op, x, self.cuda, self.triton) else self
+
+    def for_gradients(self, *grads: Tensor | None) -> Callable[..., Any]:
+        """Return what a backward calls for these gradients: the reference under torch.autograd.grad's is_grads_batched,
+        whose vmap has no rule for operators with lists of tensors."""
+        return self.reference if any(g is not None and is_batched_gradient(g) for g in grads) else self
 
     def launch(self, *args: Any) -> Any:
         """Run the kernel for CUDA tensors: the Triton launcher or the CUDA operator, see `_backend.prefers_cuda`."""

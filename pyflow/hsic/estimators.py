@@ -13,11 +13,10 @@ from .._operators import OPERATORS
 from .._schemas import HSIC_KERNELS
 from ..reference import matmul
 from . import offset
-from .kernels import Variable
+from .kernels import UNIT_DIAGONAL, Variable
 from .powers import times_two_to
 
 ESTIMATORS = ("biased", "biased_n2", "unbiased")
-UNIT_DIAGONAL = ("rbf", "laplacian", "delta")  # kernels whose matrices have ones on the diagonal
 EPS = torch.finfo(torch.float64).eps
 
 # (op, variables, pairs, allow_tf32) -> row sums, sums of products, shift: `pyflow.ops.hsic.sums`, or the same in parts
@@ -156,15 +155,16 @@ def _of_covariance(x: Variable, y: Variable, estimator: str, same: bool) -> tupl
     """Return HSIC of linear kernels from the squared entries of the covariance matrix, and whether it may be lost."""
     n = x.z.shape[-2]
     over = divisor(n, estimator)
-    total = matmul(x.z.mT, y.z).double().square().sum((-2, -1))
     if estimator != "unbiased":
-        return total / over, None
-    a, b = x.diagonal, y.diagonal
+        return matmul(x.z.mT, y.z).double().square().sum((-2, -1)) / over, None
+    # what is subtracted below may be nearly all of the covariance, and needs columns that sum to 0
+    of_x, of_y = (v.z.double() - v.z.double().mean(-2, keepdim=True) for v in (x, y))
+    total = matmul(of_x.mT, of_y).square().sum((-2, -1))
+    a, b = of_x.square().sum(-1), of_y.square().sum(-1)
     ab = (a * b).sum(-1)
     product, less = a.sum(-1) * b.sum(-1) / ((n - 1) * (n - 2)), 2 / (n - 2) * ab
     value = (total - ab + product - less) / over
-    # the covariance is computed in the dtype of x
-    eps = torch.finfo(x.z.dtype).eps
+    eps = chain(n)
     return value, ab + less >= (total + product) * ((1 - eps) / (1 + eps)) if same else None
 
 

@@ -28,6 +28,11 @@ def converted(op: str, name: str, x: Tensor, spec: KernelSpec) -> Variable:
     kernel = spec.name
     if kernel == "delta":
         return _label_variable(op, name, x)
+    if isinstance(x, torch.Tensor) and not x.is_floating_point() and not x.is_complex():
+        raise TypeError(
+            f"{op}: {name} must be float32, float64, bfloat16 or float16, got {check.short(x.dtype)}; class labels "
+            "need the kernel delta"
+        )
     check.float_tensor(op, name, x)
     if x.dim() < 2:
         raise ValueError(f"{op}: {name} must be (..., n, d), got a tensor of shape {tuple(x.shape)}")
@@ -121,8 +126,8 @@ def _label_variable(op: str, name: str, x: Any) -> Variable:
     if x.shape[-1] == 0:
         raise ValueError(f"{op}: {name} must have at least one column, got shape {tuple(x.shape)}")
     if x.is_floating_point():
-        if check.values_are_checked(x) and bool(x.isnan().any()):
-            raise ValueError(f"{op}: {name} must be labels that equal themselves, got NaN")
+        if check.values_are_checked(x) and not bool(x.isfinite().all()):
+            raise ValueError(f"{op}: {name} must be finite labels, got NaN or infinity")
         z = x.detach().to(compute_dtype(x.dtype))
     else:
         x = comparable(x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from ..reference import hsic as ref
 # powers are repeated products; larger degrees leave the range of float32 anyway
 MOST_DEGREE = 100
 KERNELS = ("rbf", "laplacian", "linear", "polynomial", "delta", "precomputed")
+UNIT_DIAGONAL = ("rbf", "laplacian", "delta")  # their matrices have ones on the diagonal
 
 Bandwidth = float | Tensor | str
 
@@ -48,8 +48,7 @@ class KernelSpec(NamedTuple):
         check.at_least(op, "degree", self.degree, 1, MOST_DEGREE)
         if self.gamma is not None:
             check.positive(op, "gamma", self.gamma)
-        if not 0 <= check.number(op, "coef0", self.coef0) < math.inf:
-            raise ValueError(f"{op}: coef0 must be at least 0 and finite, got {self.coef0}")
+        check.not_negative(op, "coef0", self.coef0)
 
 
 # the arguments of `kernel_specs`, which public functions take by these names

@@ -15,7 +15,7 @@ from .. import _checks as check
 from .._schemas import HSIC_KERNELS
 from ..reference import hsic as ref
 from ..reference.center import center_gram
-from .kernels import Variable
+from .kernels import UNIT_DIAGONAL, Variable
 from .powers import times_two_to
 
 
@@ -52,7 +52,7 @@ def _above_rounding(op: str, v: Variable, gram: Tensor, centred: Tensor, epsilon
     """Return Kc, with NaN where epsilon is not above its rounding error; raise if values may be read."""
     # rounding error of an entry; n of them are the error of an eigenvalue, which is compared with epsilon n
     unit = 4 * torch.finfo(torch.float64).eps
-    if HSIC_KERNELS[v.kernel] in ("rbf", "laplacian", "delta") and unit < epsilon:
+    if HSIC_KERNELS[v.kernel] in UNIT_DIAGONAL and unit < epsilon:
         # no entry exceeds 1, not even before it is multiplied by a power of two
         return centred
     rounding = unit * gram.detach().abs().amax((-2, -1))

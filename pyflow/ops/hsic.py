@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._operators import register
-from .._torch import is_batched_gradient
 from ..hsic.estimators import Pairs, ratio, rows_needed, values, whole
 from ..hsic.features import approximation, check_options
 from ..hsic.inputs import result_dtype, together, variable, variables
@@ -47,8 +46,8 @@ def hsic(
         y: (..., n, d_y) likewise; leading dims broadcast.
         kernel: kernel of x.
         bandwidth: sigma of x: a positive normal number of x's dtype; a tensor of them that broadcasts to the leading
-            dims (differentiable); or "median": the median distance between the rows of each variable (of 1,000 rows if
-            there are more), without a gradient, or the mean distance if the median is 0.
+            dims of x (differentiable); or "median": the median distance between the rows of each variable (of 1,000
+            rows if there are more), without a gradient, or the mean distance if the median is 0.
         kernel_y, bandwidth_y: of y; None: as for x.
         estimator: "biased" (divides by (n - 1)**2), "biased_n2" (by n**2) or "unbiased" (Song et al. 2012).
         normalize: divide by sqrt(hsic(x, x) hsic(y, y)); 0 if one of the two is not above its rounding error.
@@ -75,7 +74,8 @@ def hsic(
         Rows that are many bandwidths away from all others do not reduce the accuracy for these others; on a GPU and
         with `approximate` this holds for a few such rows. The polynomial kernel is not translation invariant: in
         float32 it keeps few digits if the mean of the data is 1,000 standard deviations or more from 0 (normalised: 0
-        if it keeps none). Subtract the mean first if your application allows it. In float64 it keeps its digits on a
+        if it keeps none), and where gamma times the squared rows is below a thousandth of coef0: choose a smaller
+        coef0 there. Subtract the mean first if your application allows it. In float64 it keeps its digits on a
         CPU: from 128 standard deviations on, its sums are torch's, slower, and their last bits depend on the number of
         threads. Elsewhere and under `torch.compile` and vmap float64 keeps few digits from about 3,000 on.
 
@@ -271,10 +271,8 @@ def _sums_gradients(grad_rows, grad_cross, z, scale, kernels, degrees, pairs, al
         grad_rows = grad_cross.new_zeros((len(scale), len(z), z[0].shape[1]))
     if grad_cross is None:
         grad_cross = grad_rows.new_zeros((len(scale), len(pairs) // 2))
-    # the vmap of is_grads_batched has no rule for operators with lists of tensors
-    batched = is_batched_gradient(grad_rows) or is_batched_gradient(grad_cross)
-    operator = _sums_backward.reference if batched else _sums_backward
-    grads = operator(grad_rows, grad_cross, z, scale, kernels, degrees, pairs, allow_tf32)
+    backward = _sums_backward.for_gradients(grad_rows, grad_cross)
+    grads = backward(grad_rows, grad_cross, z, scale, kernels, degrees, pairs, allow_tf32)
     return {"z": list(grads), "scale": _of_scale(grads, z, scale) if scale.requires_grad else None}
 
 

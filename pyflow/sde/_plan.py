@@ -10,13 +10,22 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..ops import langevin_step, sde_step
+from ..ops.sde import NORMS
 from ._score import Lent, Score, checked, in_micro_batches
 from .equations import SDE, Grid, Row
 
 METHODS = ("euler_maruyama", "reverse_diffusion", "ancestral", "pc", "probability_flow")
 PREDICTORS = ("euler_maruyama", "reverse_diffusion", "ancestral", "probability_flow")
 CORRECTORS = ("langevin", "none")
-NORMS = ("marginal", "sample", "batch")
+
+
+def check_model(op: str, sde: SDE, score_fn: object, eps: object) -> None:
+    """Require a process, a score function and a last time within it."""
+    if not isinstance(sde, SDE):
+        raise TypeError(f"{op}: sde must be a pyflow.sde.SDE, got {type(sde).__name__}")
+    check.function(op, "score_fn", score_fn)
+    if not 0 < check.number(op, "eps", eps) < sde.T:
+        raise ValueError(f"{op}: eps must be in (0, {sde.T:g}), got {eps}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +48,9 @@ class Plan:
         cls, op, sde, score_fn, method, predictor, corrector, corrector_steps, snr, step_size, norm, steps, eps,
         denoise, micro_batch,
     ):  # fmt: skip
-        if not isinstance(sde, SDE):
-            raise TypeError(f"{op}: sde must be a pyflow.sde.SDE, got {type(sde).__name__}")
-        if not callable(score_fn):
-            raise TypeError(f"{op}: score_fn must be callable, got {type(score_fn).__name__}")
+        check_model(op, sde, score_fn, eps)
         check.at_least(op, "steps", steps, 1)
         denoise = check.flag(op, "denoise", denoise)
-        if not 0 < check.number(op, "eps", eps) < sde.T:
-            raise ValueError(f"{op}: eps must be in (0, {sde.T:g}), got {eps}")
         if micro_batch is not None:
             check.at_least(op, "micro_batch", micro_batch, 1)
         predictor = _predictor(op, method, predictor)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..ops import uniform
 from ..reference import compute_dtype
+from ._plan import check_model
 from ._score import Score
 from .equations import SDE, seeds_for
 
@@ -79,19 +80,15 @@ def log_likelihood(
         (-1.838, -1.838)
     """
     op = "log_likelihood"
-    if not isinstance(sde, SDE):
-        raise TypeError(f"{op}: sde must be a pyflow.sde.SDE, got {type(sde).__name__}")
-    if not callable(score_fn):
-        raise TypeError(f"{op}: score_fn must be callable, got {type(score_fn).__name__}")
+    check_model(op, sde, score_fn, eps)
     check.float_tensor(op, "x", x)
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x must have at least one dim, the batch, got a scalar")
+    check.batch(op, "x", x)
     exact = check.choice(op, "divergence", divergence, DIVERGENCES) == 1
     check.at_least(op, "probes", probes, 1)
     check.at_least(op, "steps", steps, 1)
     check.choice(op, "solver", solver, ADAPTIVE + FIXED)
-    if not 0 < check.number(op, "eps", eps) < sde.T:
-        raise ValueError(f"{op}: eps must be in (0, {sde.T:g}), got {eps}")
+    if not eps < (end := sde.last_time(float(eps))):
+        raise ValueError(f"{op}: eps must be below the time at which the ODE ends, {end:g}, got {eps}")
     for name, value in (("rtol", rtol), ("atol", atol)):
         check.positive(op, name, value)
     if x.numel() == 0:

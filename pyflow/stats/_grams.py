@@ -91,13 +91,13 @@ class CentredGram:
             block.diagonal(start).zero_()
         return block
 
-    def matrix(self) -> tuple[Tensor, Tensor]:
-        """Return (centred matrix / scale in float32, scale); scale keeps the values of every kernel in float32's range.
+    def matrix(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return (centred matrix / scale, scale); scale keeps the values of every kernel in float32's range.
 
         The matrix is 0 if no entry exceeds the rounding error.
         """
         scale = torch.where(self.largest > 0, self.largest, torch.ones_like(self.largest))
-        result = self.v.z.new_empty((self.n, self.n), dtype=torch.float32)
+        result = self.v.z.new_empty((self.n, self.n), dtype=dtype)
         for start in self.starts:
             block = self.block(start)
             result[start : start + len(block)] = block / scale

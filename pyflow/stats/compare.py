@@ -240,7 +240,10 @@ def _grams(
             if output.is_meta:
                 raise ValueError(f"{OP}: layer {name} must have values, got a meta tensor")
             if not output.dim() or len(output) != len(x):
-                raise ValueError(f"{OP}: layer {name} must have samples in its first dim, got {tuple(output.shape)}")
+                raise ValueError(
+                    f"{OP}: layer {name!r} must have the {len(x)} samples of a batch in its first dim, got "
+                    f"{tuple(output.shape)}; inputs are batches, one tensor is [x]"
+                )
             runs, key = 1, name
             while key in found:
                 runs += 1

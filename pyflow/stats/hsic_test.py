@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._schemas import HSIC_KERNELS, PURPOSES
 from ..hsic.estimators import ESTIMATORS, Pairs, chain, divisor, estimates, ratio, values, whole
-from ..hsic.kernels import Bandwidth, Variable, kernel_of, kernel_specs
+from ..hsic.kernels import UNIT_DIAGONAL, Bandwidth, Variable, kernel_of, kernel_specs
 from ..ops import noise
 from ..ops.hsic import permuted, sums
 from ..reference.noise import MASK
@@ -23,10 +23,12 @@ from .hsic import pair_of
 
 METHODS = ("permutation", "gamma")
 # the variance formula of the gamma method fails for fewer rows: p <= 0.01 in 12 % of independent samples of 6 rows and
-# 3 % of 15 rows; in 2 % of 20 rows and 1 % from 30 rows on
+# 3 % of 15 rows; in 1 to 2.5 % of 30 to 100 rows
 GAMMA_ROWS = 20
-# up to this many rows both Gram matrices are stored, 4 n^2 bytes each
+# up to this many rows both Gram matrices are stored, 4 n^2 or 8 n^2 bytes each
 GRAM_ROWS = 8192
+# up to this many rows permutations may tie that no property of the data tells of
+FEW_ROWS = 256
 # with more rows, permutations per pass: a tile of x's matrix serves all of them
 TOGETHER = 4
 
@@ -90,8 +92,9 @@ def hsic_test(
             for "delta". Rows of tables are paired by position.
         y: (n, d_y) or (n,) likewise.
         method: "permutation", exact at any n; or "gamma", which fits a gamma distribution to the mean and variance of
-            the null, without permutations: for the biased estimators, kernels with k(x, x) = 1, and large n (p below
-            0.01 is twice too frequent at n = 20, and right from about 30 on).
+            the null, without permutations: for the biased estimators, kernels with k(x, x) = 1, and large n. It is
+            good at p = 0.05; p below 0.01 is up to twice too frequent even at n = 100, p below 0.001 three to six
+            times, and both more often for rare labels: take permutations where small p count.
         permutations: number of permutations, at least 1.
         seed: 64-bit seed of the permutations.
         kernel, bandwidth, kernel_y, bandwidth_y, estimator, degree, gamma, coef0: as for `pyflow.ops.hsic`.
@@ -111,9 +114,10 @@ def hsic_test(
         Permutation r is the stable argsort of n Philox words (purpose "permutation", step r): the same on every
         backend, device and thread count. A null value counts as reaching the statistic if it is lower by no more than
         the rounding of such sums in float64, so that rounding does not decide ties of repeated data. Up to n = 8,192,
-        Gram matrices are computed in float64 and stored in float32 (0.5 GiB for both). Above, every permutation is a
-        pass over tiles with memory O(n), in float64 where rows of both x and y repeat. The gamma method works on blocks
-        of rows at any n.
+        Gram matrices are stored: in float32 (0.5 GiB for both), or in float64 where permutations may tie, which is up
+        to n = 256, and where each of x and y has a linear kernel, a given matrix or rows that repeat. Above, every
+        permutation is a pass over tiles of the same dtype with memory O(n). The gamma method works on blocks of rows at
+        any n.
 
     Source:
         Gretton et al. 2007, A Kernel Statistical Test of Independence; Phipson and Smyth 2010 for the 1 in p.
@@ -190,7 +194,9 @@ def _of_grams(
     both matrices centred, only one of the three sums of HSIC is not 0.
     """
     n = len(pair[0].z)
-    (k, k_scale), (m, m_scale) = (CentredGram(v, estimator == "unbiased").matrix() for v in pair)
+    # rounding to float32 would break ties
+    dtype = torch.float64 if n <= FEW_ROWS or all(map(_may_tie, pair)) else torch.float32
+    (k, k_scale), (m, m_scale) = (CentredGram(v, estimator == "unbiased").matrix(dtype) for v in pair)
     diagonals = k.diagonal().double(), m.diagonal().double()
     over = divisor(n, estimator)
     # a part takes about a second, and at most 16 MiB of words
@@ -215,8 +221,8 @@ def _of_tiles(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same as `_of_grams`, from tiles instead of stored matrices."""
     op = "hsic_test"
-    # float64 where permutations tie: float32 rounding of means and products would break the ties
-    if all(v.linear or _repeats(v.z) for v in pair):
+    # float32 rounding of means and products would break ties
+    if all(map(_may_tie, pair)):
         pair = [v._replace(z=v.z.double(), scale=v.scale.double()) for v in pair]
     x, y = pair
     n = len(x.z)
@@ -236,9 +242,9 @@ def _of_tiles(
     return torch.cat(statistics), own, added
 
 
-def _repeats(z: Tensor) -> bool:
-    """Whether a row occurs twice."""
-    return len(z.unique(dim=0)) < len(z)
+def _may_tie(v: Variable) -> bool:
+    """Whether permutations of many rows may have the same HSIC, if those of the other variable may too."""
+    return v.linear or HSIC_KERNELS[v.kernel] == "precomputed" or len(v.z.unique(dim=0)) < len(v.z)
 
 
 def _added(op: str, v: Variable, estimator: str) -> Tensor:
@@ -254,7 +260,7 @@ def _gamma_test(op: str, pair: list[Variable], estimator: str, normalize: bool, 
     if estimator == "unbiased":
         raise ValueError(f"{op}: the gamma method must have a biased estimator, got unbiased")
     for v in pair:
-        if HSIC_KERNELS[v.kernel] not in ("rbf", "laplacian", "delta"):
+        if HSIC_KERNELS[v.kernel] not in UNIT_DIAGONAL:
             raise ValueError(f"{op}: the gamma method must have kernels rbf, laplacian or delta, got {kernel_of(v)}")
     n = len(pair[0].z)
     if n < GAMMA_ROWS:

@@ -35,6 +35,25 @@ def test_linear_kernels_by_covariance_match_the_tiles(estimator):
     testing.assert_within(few, definition(matrix(x[:8], "linear"), matrix(y[:8], "linear"), estimator), 1e-5)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_covariances_keep_their_digits_beside_an_outlier_and_far_from_0(estimator, normalize):
+    for seed in range(5):
+        x, y = draw((50, 3), F64, seed), draw((50, 2), F64, seed + 100)
+        y += x[:, :1].clamp(-2, 2)
+        outlier, far = x.clone(), x + 1e3
+        outlier[0] *= 1e3
+        for one in (outlier, far):
+            # what float32 holds of the data is exact
+            a, b = one.float(), y.float()
+            options = {"kernel": "linear", "estimator": estimator, "normalize": normalize}
+            want, own = (ops.hsic(a.double(), other.double(), **options) for other in (b, a))
+            most = 1 if normalize else (own * ops.hsic(b.double(), b.double(), **options)).sqrt()
+            testing.assert_within(
+                ops.hsic(a, b, **options), want, 1e-5 * torch.maximum(want, 1e-2 * torch.as_tensor(most))
+            )
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_layout_changes_no_bit(kernel, estimator):

@@ -66,7 +66,7 @@ X = torch.zeros(6, 2)
     "call, error, text",
     [
         (lambda f: f([1.0], X), TypeError, "x must be a tensor, got list"),
-        (lambda f: f(X, X.long()), TypeError, "y must be float32, float64, bfloat16 or float16, got int64"),
+        (lambda f: f(X, X.long()), TypeError, "y must be float32, float64, bfloat16 or float16, got int64; class labels need the kernel delta"),
         (lambda f: f(X[:, 0], X), ValueError, r"x must be \(\.\.\., n, d\), got a tensor of shape \(6,\)"),
         (lambda f: f(X[:, :0], X), ValueError, r"x must have at least one column, got shape \(6, 0\)"),
         (lambda f: f(X, X[:5]), ValueError, "all inputs must have the same number of rows, got 6 and 5"),
@@ -92,7 +92,7 @@ X = torch.zeros(6, 2)
             r"bandwidth must be from 1.18e-38 to .* in float32, got 1e\+40",
         ),
         (lambda f: f(X[:, :0], X, kernel="delta"), ValueError, r"x must have at least one column, got shape \(6, 0\)"),
-        (lambda f: f(X / 0, X, kernel="delta"), ValueError, "x must be labels that equal themselves, got NaN"),
+        (lambda f: f(X / 0, X, kernel="delta"), ValueError, "x must be finite labels, got NaN or infinity"),
         (
             lambda f: f(torch.stack((torch.full((6, 6), 1e9), torch.triu(torch.ones(6, 6)))), X, kernel="precomputed", kernel_y="rbf"),
             ValueError,

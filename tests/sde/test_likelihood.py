@@ -81,6 +81,14 @@ def test_hutchinson_is_unbiased_and_exact_for_independent_elements():
     assert averaged.std() < 0.7 * estimates.std()
 
 
+def test_an_ode_that_would_end_before_it_starts_is_refused():
+    line = from_marginals(lambda t: 1 - t, lambda t: t)
+    with pytest.raises(
+        ValueError, match=r"^log_likelihood: eps must be below the time at which the ODE ends, 0.4, got 0.6$"
+    ):
+        log_likelihood(line, lambda x, t: -x, torch.zeros(1, 1), eps=0.6)
+
+
 def test_a_sample_keeps_its_seed_in_any_batch():
     sde = VPSDE()
     x, _ = data(sde, 6)

@@ -144,6 +144,34 @@ def test_ties_of_binary_data_are_those_of_integers(kernel, held, monkeypatch):
         assert (exact[1:] == exact[0]).sum() > 0 or exact[0] > np.quantile(exact, 0.95)
 
 
+LIKERT = np.array([1, 3, 2, 5, 4, 4, 2, 1, 3, 3, 5, 2]), np.array([2, 3, 1, 5, 5, 4, 1, 2, 3, 4, 4, 1])
+LABELS = np.array([0, 1, 0, 0, 1, 1, 1, 1, 1, 0, 1, 1]), np.array([1, 3, 0, 2, 2, 2, 0, 0, 0, 1, 3, 1])
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("repeats", [1, 24])
+def test_ties_of_answers_and_labels_are_those_of_integers(seed, repeats):
+    rng = np.random.default_rng(seed)
+    answers, (labels, others) = (
+        [np.tile(rng.permutation(v), repeats) for v in LIKERT],
+        [np.tile(rng.permutation(v), repeats) for v in LABELS],
+    )
+    n, count = len(labels), 300
+    orders = module.draw(module._key("hsic_test", seed, torch.device("cpu")), 0, count, n).numpy()
+    orders = np.array([np.arange(n), *orders])
+    # squared covariances: (n sum x y - sum x sum y)^2 of answers, and of every pair of labels
+    a, b = answers
+    linear = (n * (a * b[orders]).sum(1) - a.sum() * b.sum()) ** 2
+    delta = sum(
+        (n * ((labels == i) & (others[orders] == j)).sum(1) - (labels == i).sum() * (others == j).sum()) ** 2
+        for i in range(2) for j in range(4)
+    )  # fmt: skip
+    for exact, kernel, x, y in ((linear, "linear", 0.3 * a, 7.1 * b), (delta, "delta", labels, others)):
+        for options in ({}, {"normalize": True}):
+            result = hsic_test(x, y, kernel=kernel, permutations=count, seed=seed, **options)
+            assert result.pvalue == (1 + (exact[1:] >= exact[0]).sum()) / (1 + count), kernel
+
+
 def test_ties_are_no_wider_than_rounding_where_n_is_large():
     rng, n = np.random.default_rng(1), 1_000_000
     x, z = rng.normal(size=(2, n))
