@@ -40,7 +40,7 @@ SCHEMAS = (
 # where tests of a family are, beside its doctest, and names of those that hold every family to a rule
 TESTS = "tests/test_{rooms,schemas,operators,warmup}.py tests/{ops,triton,cuda,benchmarks,packaging}"
 CHECKS = "every_ or sums_have or hides_a_sum or same_lines or same_bits_on"
-CHANGE = "- `demo_op`: as plain-torch reference, C++, Triton and CUDA.\n"
+CHANGE = "\n- `demo_op`: as plain-torch reference, C++, Triton and CUDA."  # first of the newest version
 
 
 class Refused(Exception):
@@ -62,7 +62,7 @@ def files(root: Path, name: str) -> dict[Path, str]:
     edited = (
         put_before("}\n\nTAGS = ", renamed(SCHEMAS, name), schemas),
         put_in_order(r'    "(\w+)",$', f'    "{name}",\n', exports),
-        put_before("\n### Fixed", renamed(CHANGE, name), changes),
+        put_before("\n- ", renamed(CHANGE, name), changes),
     )
     texts |= {Path(path): text for path, text in zip(EDITED, edited, strict=True)}
     return {path: formatted(root, path, text) for path, text in texts.items()}

@@ -193,13 +193,17 @@ def remarks(groups: list[Group]) -> Iterator[str]:
     for group in groups:
         for text in comparisons(group):
             yield f"{group.name}: {text}"
+    missing: dict[tuple[str, str], list[str]] = {}
     for group in groups:
         reasons = {row.contender: row.reason for row in group.rows.values() if row.reason}
         if len(reasons) == len(group.rows) and len(set(reasons.values())) == 1:
             yield f"{group.name}: not measured: {next(iter(reasons.values()))}"
         else:
-            yield from (f"{group.name}: no number for {name}: {why}" for name, why in reasons.items())
+            for each in reasons.items():
+                missing.setdefault(each, []).append(group.name)
         yield from (f"{group.name}: {row.contender}: {row.note}" for row in group.rows.values() if row.note)
+    for (name, why), cases in missing.items():
+        yield f"{cases[0] if len(cases) == 1 else f'{len(cases)} cases'}: no number for {name}: {why}"
     busy = [group.others for group in groups if group.others is not None and group.others > BUSY]
     if busy:
         yield (

@@ -35,6 +35,7 @@ AIMS: dict[Shape, tuple[tuple[float, float], tuple[float, float]]] = {
     (64, 256, 12, 2048): ((1.6, 1.3), (1.5, 2.0)),
 }
 PEERS = ("nflows", "zuko")
+FAMILIES = ("flow_program/", "peer_flows/")
 PEERS_HEAD = ("flow", "shape", "call", "as it is", "accelerated", "faster")
 HEAD = ("shape", "call", "pyflow", "vs normflows", "vs compiled", "vs best other", "vs layers", "of the rate")
 ROUND_SECONDS = 0.02
@@ -143,11 +144,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pyflow.benchmarks.whole_flows", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's number")
     parser.add_argument("--budget", type=float, default=4.0, help="seconds of measurement per case (default 4)")
-    parser.add_argument("--case", default="", help="only cases of the family whose name contains this")
+    parser.add_argument("--case", default="", help="only cases whose name contains this: flow_program/, train step")
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     parser.add_argument("--out", type=Path, help="file for the tables, which are printed too")
     args = parser.parse_args()
-    cases = [*registry.select(f"flow_program/*{args.case}"), *registry.select(f"peer_flows/*{args.case}")]
+    cases = [case for case in registry.select(args.case) if case.name.startswith(FAMILIES)]
     session = Session(cases, Settings("cpu", args.threads, args.budget, not args.no_compile), float("inf"))
     rates = [multiply_add_rate(args.threads)]
     try:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from . import _checks as check
 from . import ops as ops  # registers the operators
 from ._operators import OPERATORS
 from ._schemas import SCALE_MAPS
@@ -31,9 +32,13 @@ def warmup(
         scale_maps: scale maps of the coupling layers.
         levels: FSQ levels.
 
+    Raises:
+        TypeError, ValueError: no such device here.
+
     Example:
         >>> warmup("cpu", scale_maps=["tanh"])
     """
+    device = check.device("warmup", device)
     options: dict[str, Any] = {"scale_maps": tuple(scale_maps), "levels": tuple(levels)}
     for dtype in dtypes:
         x = torch.zeros(2, 64, dtype=dtype, device=device, requires_grad=True)

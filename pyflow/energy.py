@@ -12,8 +12,6 @@ from . import _checks as check
 from . import _progress
 from .ops.energy import (
     EnergyFunction,
-    check_batch,
-    check_function,
     differentiated,
     mala_propose,
     mala_step,
@@ -72,7 +70,8 @@ def sample(
         `Chains`.
 
     Raises:
-        TypeError, ValueError: as for `pyflow.ops.mala_step`, and for steps < 1.
+        TypeError, ValueError: as for `pyflow.ops.mala_step`, for steps < 1, and on a CPU where the energy of a chain is
+            NaN, or its gradient not finite, at the start.
 
     Notes:
         Works in inference mode too: the energy is differentiated with autograd enabled.
@@ -85,18 +84,24 @@ def sample(
     """
     op = "sample"
     check.float_tensor(op, "z", z)
-    check_batch(op, "z", z)
-    check_function(op, energy_fn)
+    check.batch(op, "z", z)
+    check.function(op, "energy_fn", energy_fn)
     metropolis = check.flag(op, "metropolis", metropolis)
     steps, start = check.at_least(op, "steps", steps, 1), check.at_least(op, "start", start, 0)
     if start + steps > STEPS:
         raise ValueError(f"{op}: start + steps must be at most 2**56, got {start + steps}")
-    if callback is not None and not callable(callback):
-        raise TypeError(f"{op}: callback must be callable, got {type(callback).__name__}")
+    if callback is not None:
+        check.function(op, "callback", callback)
     step_size(op, alpha, z)
     if seed is not None:
         seed_tensor(op, seed, z.shape, z.device, "cpu")
     u, grad = differentiated(op, energy_fn, z)
+    if check.values_are_checked(grad):
+        # an infinite energy is a wall, from which chains may walk away
+        wrong = (u.isnan() | ~grad.unsqueeze(-1).flatten(1).isfinite().all(1)).nonzero()
+        if len(wrong):
+            chain = int(wrong[0, 0])
+            raise ValueError(f"{op}: the energy must be a number and its gradient finite at z, not so in chain {chain}")
     if seed is None:
         # drawn after all checks, so that a refused call leaves torch's generator unchanged
         seed = seed_tensor(op, None, None, z.device)

@@ -83,6 +83,13 @@ def test_callback_writes_do_not_reach_the_chains_and_results_compare_by_identity
     assert got != wanted and got == got and len({got, wanted}) == 2
 
 
+def test_chains_leave_a_wall():
+    # infinite energy and gradient 0 outside of a ball
+    walled = lambda z: torch.where(z.square().sum(1) < 9, energy(z), torch.inf)
+    chains = sample(walled, torch.full((64, 2), 3.0), 0.5, steps=200, seed=0, progress=False)
+    assert chains.u.isfinite().all() and (chains.z.square().sum(1) < 9).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
@@ -94,6 +101,21 @@ def test_callback_writes_do_not_reach_the_chains_and_results_compare_by_identity
         ({"steps": 2, "seed": 0.5}, TypeError, "seed must be an integer or an int64 tensor, got float"),
         ({"steps": 2, "energy_fn": 3}, TypeError, "energy_fn must be callable, got int"),
         ({"steps": 2, "energy_fn": lambda z: 3}, TypeError, "the energy must be a tensor, got int"),
+        (
+            {"steps": 2, "energy_fn": lambda z: energy(z)[:, None]},
+            ValueError,
+            r"the energy must have the shape \(8,\), a value per sample, got \(8, 1\): squeeze its last dim",
+        ),
+        (
+            {"steps": 2, "energy_fn": lambda z: energy(z - z[3:4].detach()).sqrt()},
+            ValueError,
+            "the energy must be a number and its gradient finite at z, not so in chain 3",
+        ),
+        (
+            {"steps": 2, "energy_fn": lambda z: energy(z) * torch.nan},
+            ValueError,
+            "the energy must be a number and its gradient finite at z, not so in chain 0",
+        ),
     ],
 )
 def test_wrong_arguments(arguments, error, text):

@@ -25,6 +25,12 @@ class Recorded(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_here_is_one_sentence():
+    with pytest.raises(ValueError, match=r"^warmup: device must be available here, got cuda$"):
+        pyflow.warmup()
+
+
 @pytest.mark.skipif(bool(_backend.cpu_missing), reason=str(_backend.cpu_missing))
 def test_every_operator_runs():
     with Recorded() as recorded:

@@ -21,7 +21,7 @@ from ..ops.flow_program import code_of
 from ..ops.flow_program import run as run_program
 from ._watch import Path, at
 
-Write = Callable[["Tape"], None]
+Write = Callable[["Writer"], None]
 Parts = Sequence[p.Part]
 Key = tuple[int, int, bool, "str | None"]  # columns, columns of the context, inverse, prior
 Result = tuple[Tensor, Tensor]
@@ -50,7 +50,7 @@ class Conditioner(NamedTuple):
     blind: bool = False
 
 
-class Tape:
+class Writer:
     """Instructions in the order of writing.
 
     Attributes:
@@ -188,19 +188,19 @@ class Run:
 
     def program(self, columns: int, context: int, inverse: bool, prior: str | None = None) -> p.Program:
         """Return the program; raise DoesNotFit if the layers do not take a context, or need one."""
-        tape = Tape(columns, context, inverse)
+        writer = Writer(columns, context, inverse)
         for write in reversed(self.writes) if inverse else self.writes:
-            write(tape)
+            write(writer)
         if prior is None:
-            return p.Program(columns, context, tape.order, tuple(tape.instructions))
+            return p.Program(columns, context, writer.order, tuple(writer.instructions))
         # nothing but the density is stored
         if prior != BASE:
-            tape.add(p.Prior(tape.order, PRIORS.index(prior)))
+            writer.add(p.Prior(writer.order, PRIORS.index(prior)))
         elif self.base is None:
             raise DoesNotFit
         else:
-            self.base.write(tape)
-        return p.Program(columns, context, (), tuple(tape.instructions))
+            self.base.write(writer)
+        return p.Program(columns, context, (), tuple(writer.instructions))
 
     def code(self, key: Key, tensors: list[Tensor]) -> str | None:
         """Return the program's code, None if the layers do not take such an input."""

@@ -14,6 +14,8 @@ from ._run import DoesNotFit, Key, Result, Run, call_layer, fits, has_kernel, ma
 from ._watch import Path, at, owned
 from .lower import Look, NoInstruction
 
+ALONE = "no conditioner is beside it"
+
 
 class Left(NamedTuple):
     """A layer that runs as it is, and why: the name of the module in it that has no instruction, and the reason."""
@@ -53,7 +55,9 @@ class Structure:
         alone = self.parts[0] if len(self.parts) == 1 else None
         self.whole = alone if isinstance(alone, Run) else None
         self.fuses = any(isinstance(part, Run) for part in self.parts)
-        self.first_left = next((part.line() for part in self.parts if isinstance(part, Left)), "")
+        # those that are left for want of a conditioner come last, since another layer may be why
+        left = sorted((part for part in self.parts if isinstance(part, Left)), key=lambda part: part.reason == ALONE)
+        self.first_left = left[0].line() if left else ""
         self.base_left: Left | None = None
         if self.whole is not None and self.look.base is not None:
             try:
@@ -86,7 +90,7 @@ class Structure:
         if run.conditioners:
             self.parts.append(run)
         else:
-            self.parts += _left_all(run, "no conditioner is beside it")
+            self.parts += _left_all(run, ALONE)
 
 
 def _left(path: Path, layer: nn.Module, why: NoInstruction) -> Left:

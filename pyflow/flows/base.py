@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from .. import _checks as check
 from .._schemas import PRIORS
 from .._torch import has_hooks
 from ..ops import flow_log_prob, normal, uniform
+from ..ops.noise import seed_tensor
 from ..reference.flow_program import of_rows
 from ._fuser import Fusing
 
@@ -48,7 +48,7 @@ class Flow(Fusing):
         z, logdet = self(x) if context is None else self(x, context)
         return self._prior_log_prob(z) + logdet
 
-    def draw_latent(self, n: int, temperature: float = 1.0, seed: int | None = None) -> Tensor:
+    def draw_latent(self, n: int, temperature: float = 1.0, seed: int | Tensor | None = None) -> Tensor:
         """Return n draws of z, scaled by `temperature`; a seed gives the same draws on every device and for every n."""
         name = type(self).__name__
         n = check.at_least(name, "n", n, 0)
@@ -57,9 +57,10 @@ class Flow(Fusing):
             raise ValueError(f"{name}: temperature must be {rule}, got {temperature}")
         like = next(self.parameters())
         dtype = torch.promote_types(like.dtype, torch.float32)
-        number = None if seed is None else _seed(name, seed)
+        shape = (n, *self.latent_shape)
+        seed = seed if seed is None else seed_tensor(name, seed, shape, like.device)
         draw = normal if self.prior == "gaussian" else uniform
-        z = draw((n, *self.latent_shape), seed=number, purpose="prior", dtype=dtype, device=like.device)
+        z = draw(shape, seed=seed, purpose="prior", dtype=dtype, device=like.device)
         if self.prior == "logistic":
             # u is a multiple of 2**-24 below 1: the middle of its step, and 1 less it, are neither 0 nor rounded to 1
             half, last = 2.0**-25, 1 - 2.0**-24
@@ -68,7 +69,7 @@ class Flow(Fusing):
 
     @torch.no_grad()
     def sample(
-        self, n: int, context: Tensor | None = None, temperature: float = 1.0, seed: int | None = None
+        self, n: int, context: Tensor | None = None, temperature: float = 1.0, seed: int | Tensor | None = None
     ) -> Tensor:
         """Return n samples, inverse(temperature * z) with z from the prior.
 
@@ -76,7 +77,8 @@ class Flow(Fusing):
             n: number of samples, of each context if there is one.
             context: (..., context_features) for a flow with a context.
             temperature: >= 0, factor of z.
-            seed: integer; None draws one from torch's default generator.
+            seed: integer, or int64 tensor, 0-d or one seed for each sample; None draws one from torch's default
+                generator.
 
         Returns:
             (n, shape of x), or (n, ..., shape of x) with the leading dims of the context.
@@ -85,20 +87,20 @@ class Flow(Fusing):
 
     @torch.no_grad()
     def sample_and_log_prob(
-        self, n: int, context: Tensor | None = None, temperature: float = 1.0, seed: int | None = None
+        self, n: int, context: Tensor | None = None, temperature: float = 1.0, seed: int | Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return samples as `sample` does, and log_prob of each (in nats, of temperature 1), in one pass."""
         return self.rsample_and_log_prob(n, context, temperature, seed)
 
     def rsample(
-        self, n: int, context: Tensor | None = None, temperature: float = 1.0, seed: int | None = None
+        self, n: int, context: Tensor | None = None, temperature: float = 1.0, seed: int | Tensor | None = None
     ) -> Tensor:
         """Return samples as `sample` does, differentiable in the parameters and the context."""
         _, x, _, lead = self._drawn(n, context, temperature, seed)
         return x.reshape(*lead, *x.shape[1:])
 
     def rsample_and_log_prob(
-        self, n: int, context: Tensor | None = None, temperature: float = 1.0, seed: int | None = None
+        self, n: int, context: Tensor | None = None, temperature: float = 1.0, seed: int | Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return what `sample_and_log_prob` does, differentiable in the parameters and the context."""
         z, x, logdet, lead = self._drawn(n, context, temperature, seed)
@@ -106,7 +108,7 @@ class Flow(Fusing):
         return x.reshape(*lead, *x.shape[1:]), nats.reshape(lead)
 
     def _drawn(
-        self, n: int, context: Any, temperature: float, seed: int | None
+        self, n: int, context: Any, temperature: float, seed: int | Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
         """Return z (N, ...), its inverse, the log-determinants (N,), and the dims that N stands for."""
         n = check.at_least(type(self).__name__, "n", n, 0)
@@ -146,6 +148,10 @@ class Flow(Fusing):
         result = self._program(x, context, prior=self.prior)
         return None if result is None else result[1]
 
+    def _check_dtype(self, label: str, x: Tensor) -> None:
+        if (parameter := next(self.parameters(), None)) is not None:
+            check.parameter_dtype(type(self).__name__, label, x, parameter)
+
     def _prior_log_prob(self, z: Tensor) -> Tensor:
         """Return the log-density of z (..., D), the sum over its last dim."""
         nats = flow_log_prob(z if z.dim() == 2 else z.reshape(-1, z.shape[-1]), prior=self.prior)
@@ -164,11 +170,3 @@ class Flow(Fusing):
                 f"{name}: context must have the shape ({batch}, {size}) or ({size},), got {tuple(context.shape)}"
             )
         return (context.to(x.dtype).expand(batch, size),)
-
-
-def _seed(op: str, seed: object) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
-        raise TypeError(f"{op}: seed must be an integer, got {type(seed).__name__}")
-    if not -(2**63) <= int(seed) < 2**64:
-        raise ValueError(f"{op}: seed must fit 64 bits, got {seed}")
-    return int(seed)

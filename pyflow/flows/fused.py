@@ -67,7 +67,7 @@ def fuse(flow: nn.Module | Sequence[nn.Module], *, frozen: bool = False) -> Fuse
         module hooks; while the first batch of a training has to initialise a layer. The result is the same but for
         rounding, which may move a row over the end of a uniform base.
 
-        A fused stretch computes in its own dtype under autocast. It keeps x for the backward, and results of wide
+        A fused run computes in its own dtype under autocast. It keeps x for the backward, and results of wide
         layers up to 128 MB (float32). Modules are looked at once; every call compares what was found with what is there
         (30 us for eight couplings), and reads the parameters anew: hooks of parameters, optimisers, EMA, `.data`,
         functional_call and replaced submodules work. Under torch.compile hooks that are added after the

@@ -7,7 +7,7 @@ from torch import nn
 from .. import _checks as check
 from ..nn import ActNorm, AffineCoupling, Invertible1x1Conv, ReversibleSequential
 from .multiscale import MultiScale, Squeeze, check_images
-from .nets import Conditional, conv_net, counts, zero_conv
+from .nets import Conditional, conv_net, zero_conv
 
 
 class Glow(MultiScale):
@@ -61,7 +61,8 @@ class Glow(MultiScale):
         context_features: int = 0,
     ) -> None:
         seen = check.at_least("Glow", "context_features", context_features, 0)
-        counts("Glow", steps=steps, levels=levels)
+        steps, levels = check.at_least("Glow", "steps", steps, 1), check.at_least("Glow", "levels", levels, 1)
+        reversible = check.flag("Glow", "reversible", reversible)
         event = check.event_shape("Glow", shape)
         check_images("Glow", event, 2**levels)
         hidden = check.at_least("Glow", "hidden", hidden, 1)

@@ -54,6 +54,7 @@ class MultiScale(Flow):
         check.float_tensor(name, "x", x)
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"{name}: x must have the shape {_batched(self.shape)}, got {tuple(x.shape)}")
+        self._check_dtype("x", x)
         given = self._given(context, x)
         stage: Any
         split: Any
@@ -79,6 +80,7 @@ class MultiScale(Flow):
         check.float_tensor(name, "z", z)
         if tuple(z.shape[1:]) != self.latent_shape:
             raise ValueError(f"{name}: z must have the shape {_batched(self.latent_shape)}, got {tuple(z.shape)}")
+        self._check_dtype("z", z)
         given = self._given(context, z)
         *parts, x = (
             part.unflatten(1, shape)

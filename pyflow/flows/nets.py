@@ -43,21 +43,6 @@ def zero_conv(inputs: int, outputs: int) -> nn.Conv2d:
     return start_at_zero(nn.Conv2d(inputs, outputs, 3, padding=1))
 
 
-def integer(op: str, name: str, value: object) -> int:
-    """Return an integer of 64 bits; the caller checks its range."""
-    return check.at_least(op, name, value, -(2**63))
-
-
-def counts(op: str, **values: int) -> None:
-    """Check that all values are integers of at least 1; one error text names all of them."""
-    for name, value in values.items():
-        integer(op, name, value)
-    if min(values.values()) < 1:
-        raise ValueError(
-            f"{op}: {' and '.join(values)} must be at least 1, got {' and '.join(str(v) for v in values.values())}"
-        )
-
-
 def widths(op: str, hidden: object) -> tuple[int, ...]:
     """Return the hidden widths of an `mlp`, checked."""
     if isinstance(hidden, numbers.Number) or not isinstance(hidden, Sequence):

@@ -12,12 +12,12 @@ from ..nn import Scale
 from ..nn._split import divide, join
 from ..ops import additive_coupling, flow_log_prob
 from ..program import Additive
-from ._run import Tape, Write
+from ._run import Write, Writer
 from ._watch import Path
 from .base import Flow
 from .lower import RULES, Look, NoInstruction, children, register
 from .lower.own import own_net
-from .nets import integer, mlp, widths
+from .nets import mlp, widths
 
 _SPLITS = ("half", "interleave")
 # standard deviation of each prior at scale 1
@@ -76,11 +76,10 @@ class NICE(Flow):
         data_init: bool = False,
         context_features: int = 0,
     ) -> None:
-        dim, couplings = integer("NICE", "dim", dim), integer("NICE", "couplings", couplings)
+        dim = check.at_least("NICE", "dim", dim, 2)
+        couplings = check.at_least("NICE", "couplings", couplings, 1)
         super().__init__((dim,), prior, context_features)
         check.choice("NICE", "split", split, _SPLITS)
-        if dim < 2 or couplings < 1:
-            raise ValueError(f"NICE: dim must be at least 2 and couplings at least 1, got {dim} and {couplings}")
         self.dim, self.split = dim, split
         hidden = widths("NICE", hidden)
         sizes = dim - dim // 2, dim // 2
@@ -98,6 +97,7 @@ class NICE(Flow):
         if (result := self._program(z, context, inverse=True)) is not None:
             return result
         h, logdet = self.scale.inverse(z)
+        self._check_dtype("z", z)
         given = self._given(context, z)
         halves = list(h.split(self._sizes(), 1))
         for i, net in reversed(list(enumerate(self.nets))):
@@ -122,6 +122,7 @@ class NICE(Flow):
         check.float_tensor("NICE", "x", x)
         if x.dim() != 2 or x.shape[1] != self.dim:
             raise ValueError(f"NICE: x must have the shape (B, {self.dim}), got {tuple(x.shape)}")
+        self._check_dtype("x", x)
         given = self._given(context, x)
         halves = list(divide("NICE", x, self.split, False, None)[:2])
         for i, net in enumerate(self.nets):
@@ -142,15 +143,15 @@ def _nice(look: Look, path: Path, flow: NICE) -> Write:
     scale = look.layer((*path, "scale"), flow.scale)
     steps = list(enumerate(nets))
 
-    def write(tape: Tape) -> None:
-        parts = tape.split("half" if tape.inverse else split)
-        if tape.inverse:
-            scale(tape)
-        for i, net in reversed(steps) if tape.inverse else steps:
-            tape.net(parts[i % 2], net)
-            tape.add(Additive(parts[1 - i % 2], tape.inverse))
-        tape.join(*parts, split if tape.inverse else "half")
-        if not tape.inverse:
-            scale(tape)
+    def write(writer: Writer) -> None:
+        parts = writer.split("half" if writer.inverse else split)
+        if writer.inverse:
+            scale(writer)
+        for i, net in reversed(steps) if writer.inverse else steps:
+            writer.net(parts[i % 2], net)
+            writer.add(Additive(parts[1 - i % 2], writer.inverse))
+        writer.join(*parts, split if writer.inverse else "half")
+        if not writer.inverse:
+            scale(writer)
 
     return write

@@ -11,7 +11,7 @@ from ..nn import ActNorm, AffineCoupling, ReversibleSequential
 from ._watch import Path
 from .lower import STACKS, Layers, Look, NoInstruction, children, register
 from .multiscale import MultiScale, Squeeze, check_images
-from .nets import conv_net, counts, mlp, start_at_zero, widths
+from .nets import conv_net, mlp, start_at_zero, widths
 
 
 class RealNVP(MultiScale):
@@ -73,7 +73,9 @@ class RealNVP(MultiScale):
     ) -> None:
         seen = check.at_least("RealNVP", "context_features", context_features, 0)
         event = check.event_shape("RealNVP", shape)
-        counts("RealNVP", couplings=couplings, levels=levels)
+        couplings = check.at_least("RealNVP", "couplings", couplings, 1)
+        levels = check.at_least("RealNVP", "levels", levels, 1)
+        reversible = check.flag("RealNVP", "reversible", reversible)
         options = {"scale_map": scale_map, "clamp": clamp}
         if len(event) == 1:
             if event[0] < 2:

@@ -31,6 +31,7 @@ class VectorFlow(Flow):
     def __init__(self, dim: int, layers: Sequence[nn.Module], context_features: int, reversible: bool) -> None:
         super().__init__((dim,), "gaussian", context_features)
         self.dim = dim
+        reversible = check.flag(type(self).__name__, "reversible", reversible)
         self.stack = ReversibleSequential(*layers, recompute=reversible)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -66,6 +67,7 @@ class VectorFlow(Flow):
     def _rows(self, label: str, x: Any, context: Any) -> tuple[Tensor, tuple[Tensor, ...], tuple[int, ...]]:
         """Return x (B, dim), the arguments after it, (B, context_features) if any, and the dims that B stands for."""
         x, given, lead, repeats = self._shared(label, x, context)
+        self._check_dtype(label, x)
         return x, tuple([of_rows(context, x.shape[0], repeats) for context in given]), lead
 
     def _shared(self, label: str, x: Any, context: Any) -> tuple[Tensor, tuple[Tensor, ...], tuple[int, ...], int]:

@@ -120,9 +120,11 @@ class Report:
             inner = sum(_inside(path, [entry.path]) for path in paths)
             more = f" (and {_count(inner, 'layer')} in it, for calls of their own)" if inner else ""
             lines.append(f"  {_shown(entry.path)}: {entry.kind}{more}")
-            lines += [f"    {line}" for line in entry.reason.splitlines()]
+            reasons = entry.reason.splitlines()
+            lines += [f"    {line}" for line in reasons]
             if gain := GAINS.get(entry.kind):
-                lines.append(f"    expect {gain}")
+                fuses = not reasons or any(": left, " not in line for line in reasons)
+                lines.append(f"    expect {gain if fuses else 'no gain while all layers are left'}")
         lines += [f"  left: {_shown(entry.path)}: {entry.kind}: {entry.reason}" for entry in self.left]
         return "\n".join(lines)
 
@@ -209,7 +211,10 @@ def _objects(model: Any, argument: str = "accelerate: model") -> Iterator[tuple[
     elif named(type(model)) in FAST:
         yield "", model
     else:
-        raise TypeError(f"{argument} must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(
+            f"{argument} must be a torch.nn.Module, a pipeline of diffusers or a scheduler with fast methods, got "
+            f"{type(model).__name__}"
+        )
 
 
 def _modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:

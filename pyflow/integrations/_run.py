@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import runpy
 import sys
@@ -49,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.module:
             sys.path.insert(0, os.getcwd())
+            if not _is_module(script):
+                print(f"pyflow run: no module named {script}", file=sys.stderr)
+                return 2
             runpy.run_module(script, run_name="__main__", alter_sys=True)
         else:
             sys.path.insert(0, str(Path(script).resolve().parent))
@@ -57,6 +61,13 @@ def run(args: argparse.Namespace) -> int:
         if verbose:
             print(f"pyflow run: {_summary()}", file=sys.stderr)
     return 0
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], bool, list[str]]:

@@ -28,6 +28,12 @@ def verified(model: Any, batch: Any, accelerate: Callable[[Any], Any]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: verify needs a torch.nn.Module, got {type(model).__name__}")
     args, named_args = ((), dict(batch)) if isinstance(batch, Mapping) else (_tuple(batch), {})
+    given = dict(_tensors("verify", [args, named_args]))
+    if not given:
+        raise TypeError(f"accelerate: verify must be a batch, or a tuple of arguments, got {type(batch).__name__}")
+    if not any(each.numel() for each in given.values()):
+        sizes = ", ".join(str(tuple(each.shape)) for each in given.values())
+        raise ValueError(f"accelerate: verify must have at least one row, got the shape {sizes}")
     before, after = copy.deepcopy(model), copy.deepcopy(model)
     accelerate(after)
     want, got = _results(before, args, named_args), _results(after, args, named_args)

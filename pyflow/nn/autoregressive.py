@@ -142,6 +142,7 @@ class MaskedAutoregressive(nn.Module):
         check.float_tensor(name, label, x)
         if x.dim() == 0 or x.shape[-1] != self.features:
             raise ValueError(f"{name}: {label} must have the shape (..., {self.features}), got {tuple(x.shape)}")
+        check.parameter_dtype(name, label, x, self.net.layers[-1].bias)
         context = check.context(name, context, self.context_features, x.shape[:-1], x.device)
         if context is None:
             return x, None

@@ -12,6 +12,7 @@ from .. import _checks as check
 from .._schemas import PACKINGS, SPLINE_VARIANTS, TAILS
 from ..ops import additive_coupling, affine_coupling_packed, rq_spline
 from ..ops.coupling import scale_map_constant
+from ..ops.spline import slopes_of
 from ._split import SPLITS, divide, join
 
 
@@ -29,10 +30,11 @@ class _Coupling(nn.Module):
 
     def __init__(self, net: nn.Module, split: str, swap: bool) -> None:
         super().__init__()
-        check.choice(type(self).__name__, "split", split, SPLITS)
+        name = type(self).__name__
+        check.choice(name, "split", split, SPLITS)
         if not callable(net):
-            raise TypeError(f"{type(self).__name__}: net must be a module, got {type(net).__name__}")
-        self.net, self.split, self.swap = net, split, bool(swap)
+            raise TypeError(f"{name}: net must be a module, got {type(net).__name__}")
+        self.net, self.split, self.swap = net, split, check.flag(name, "swap", swap)
 
     def forward(
         self, x: Tensor, *context: object, mask: Tensor | None = None, **named: object
@@ -205,7 +207,7 @@ class AffineCoupling(_Coupling):
         scale_map_constant(name, scale_map, clamp, eps, slope)
         self.options: _Options = {
             "packing": packing, "scale_map": scale_map, "clamp": clamp, "eps": eps, "slope": slope,
-            "shift_first": bool(shift_first),
+            "shift_first": check.flag(name, "shift_first", shift_first),
         }  # fmt: skip
 
     def _step(self, x: Tensor, params: Tensor, mask: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -277,7 +279,7 @@ class SplineCoupling(_Coupling):
         if tails is not None and not isinstance(tails, (list, tuple)):
             check.choice(name, "tails", tails, TAILS)
         # a list is held to the features of x by the operation
-        self.count = 2 * self.bins + {"linear": self.bins - 1, "circular": self.bins}.get(str(tails), self.bins + 1)
+        self.count = 2 * self.bins + slopes_of(self.bins, tails)
 
     def _step(self, x: Tensor, params: Tensor, mask: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         name, size = type(self).__name__, x.shape[1]

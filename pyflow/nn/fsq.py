@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .. import _checks as check
 from .._torch import any_global_module_hook, forward_mode, has_hooks, tracing, transform, unsafe_view
 from ..ops import fsq, fsq_decode
-from ..ops.fsq import CodebookUsage, checked_levels, signed
+from ..ops.fsq import CodebookUsage, check_indices, checked_levels, signed
 from ..reference import compute_dtype, matmul
 from ..reference import fsq as ref
 from ._tokens import Constant, CountsUsage, valid_positions
@@ -100,10 +100,15 @@ class FSQ(CountsUsage):
         orthogonal_rotation: bool = False,
     ) -> None:
         super().__init__()
-        self.levels = checked_levels("FSQ", levels, "symmetric", return_indices)
-        if min(self.levels) == 2 and not preserve_symmetry:
+        self.channel_first = check.flag("FSQ", "channel_first", channel_first)
+        self.return_indices = check.flag("FSQ", "return_indices", return_indices)
+        self.force_quantization_f32 = check.flag("FSQ", "force_quantization_f32", force_quantization_f32)
+        self.preserve_symmetry = check.flag("FSQ", "preserve_symmetry", preserve_symmetry)
+        self.bound_hard_clamp = check.flag("FSQ", "bound_hard_clamp", bound_hard_clamp)
+        self.orthogonal_rotation = check.flag("FSQ", "orthogonal_rotation", orthogonal_rotation)
+        self.levels = checked_levels("FSQ", levels, "symmetric", self.return_indices)
+        if min(self.levels) == 2 and not self.preserve_symmetry:
             raise ValueError(f"FSQ: levels must be at least 3 without preserve_symmetry, got {tuple(self.levels)}")
-        self.preserve_symmetry, self.bound_hard_clamp = preserve_symmetry, bound_hard_clamp
         self.noise_dropout = _share("noise_dropout", noise_dropout)
         if noise_dropout > 0 and not preserve_symmetry:
             raise ValueError(f"FSQ: noise_dropout must be 0 without preserve_symmetry, got {noise_dropout}")
@@ -117,8 +122,7 @@ class FSQ(CountsUsage):
         self.codebook_size = math.prod(self.levels)
         self.effective_codebook_dim = self.codebook_dim * num_codebooks
         self.dim = self.effective_codebook_dim if dim is None else check.at_least("FSQ", "dim", dim, 1)
-        self.scale, self.channel_first, self.return_indices = scale, channel_first, return_indices
-        self.allowed_dtypes, self.force_quantization_f32 = allowed_dtypes, force_quantization_f32
+        self.scale, self.allowed_dtypes = scale, allowed_dtypes
 
         constants: dict[str, Constant] = {"levels": (self.levels, torch.int32), "sizes": (self.levels, torch.float32)}
         if self.codebook_size <= 2**63:
@@ -129,8 +133,7 @@ class FSQ(CountsUsage):
         if self.has_projections:
             self.project_in = nn.Linear(self.dim, self.effective_codebook_dim, bias=projection_has_bias)
             self.project_out = nn.Linear(self.effective_codebook_dim, self.dim, bias=projection_has_bias)
-        self.orthogonal_rotation = orthogonal_rotation
-        if orthogonal_rotation:
+        if self.orthogonal_rotation:
             if len(set(self.levels)) > 1:
                 warnings.warn(
                     f"FSQ: orthogonal_rotation suits levels that are all the same, got {tuple(self.levels)}",
@@ -248,11 +251,7 @@ class FSQ(CountsUsage):
         """Return the digit of every channel, (..., len(levels)); -1 where the index is -1."""
         check.integer_tensor("FSQ", "indices", indices)
         indices = signed(indices)[..., None]
-        if indices.numel() and check.values_are_checked(indices):
-            low, high = (int(v) for v in indices.aminmax())
-            if low < -1 or high >= self.codebook_size:
-                wrong = low if low < -1 else high
-                raise ValueError(f"FSQ: indices must lie in [-1, {self.codebook_size}), got {wrong}")
+        check_indices("FSQ", indices, self.codebook_size)
         basis, levels = self._numbered(indices.device), self._constant("levels", indices.device)
         return torch.where(indices < 0, -1, indices // basis % levels)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,8 @@ class GroupedResidualFSQ(nn.Module):
 
     Returns:
         `forward(x, return_all_codes=False, mask=None, lengths=None, active=None)`: (out, indices), and with
-        return_all_codes the codes. out has the shape of x; indices and codes are stacked over the groups in dim 0.
+        return_all_codes the codes. out has the shape of x; indices are stacked over the groups in dim 0, codes are a
+        tuple with those of each group.
         Arguments are as for `ResidualFSQ`; training drops the same stages in all groups.
 
     Raises:
@@ -79,7 +80,7 @@ class GroupedResidualFSQ(nn.Module):
         self.dim, self.groups = check.at_least(op, "dim", dim, 1), check.at_least(op, "groups", groups, 1)
         if dim % groups:
             raise ValueError(f"{op}: groups must divide dim, {dim}, got {groups}")
-        self.accept_image_fmap = bool(accept_image_fmap)
+        self.accept_image_fmap = check.flag(op, "accept_image_fmap", accept_image_fmap)
         if bool(kwargs.setdefault("is_channel_first", self.accept_image_fmap)) != self.accept_image_fmap:
             raise ValueError(
                 f"{op}: is_channel_first must equal accept_image_fmap, {self.accept_image_fmap}, "
@@ -106,7 +107,7 @@ class GroupedResidualFSQ(nn.Module):
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
         active: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Any, ...]:
         op, split = "GroupedResidualFSQ", self.split_dim
         check.float_tensor(op, "x", x)
         if x.dim() < max(split + 1, 1) or x.shape[split] != self.dim:
@@ -120,8 +121,8 @@ class GroupedResidualFSQ(nn.Module):
             "active": active,
         }
         groups = [rvq(part, **options) for rvq, part in zip(self.rvqs, x.chunk(self.groups, split), strict=True)]
-        out, *rest = zip(*groups, strict=True)
-        return torch.cat(out, split), *(torch.stack(part) for part in rest)
+        out, indices, *codes = zip(*groups, strict=True)
+        return torch.cat(out, split), torch.stack(indices), *codes
 
     def get_codes_from_indices(self, indices: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """Return the scaled codes of every stage, (groups, Q, B, ..., len(levels)), of indices (groups, B, ..., Q)."""

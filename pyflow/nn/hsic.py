@@ -104,7 +104,9 @@ class HSICBottleneck(nn.Module):
     Notes:
         `update(x, y)` takes one optimiser step for every layer and returns the losses. Class labels, (n,) integers,
         use the equality kernel, other targets the Gaussian kernel. With cross-entropy and a head that ends in
-        `nn.Linear`, a label without an output is refused before any step. The optimisers are not part of state_dict.
+        `nn.Linear`, a label without an output is refused before any step; other errors of the head or its loss come
+        after the layers have taken their steps. The optimisers are not part of state_dict, and keep the dtype of the
+        parameters at the first update.
 
     Source:
         Ma, Lewis and Kleijn 2019, The HSIC Bottleneck: Deep Learning without Back-Propagation, arXiv:1908.01580.
@@ -132,6 +134,12 @@ class HSICBottleneck(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
+        if isinstance(layers, nn.Module) and not isinstance(layers, (nn.Sequential, nn.ModuleList)):
+            raise TypeError(f"{name}: layers must be a list of modules, got {type(layers).__name__}")
+        if optimizer is not None:
+            check.function(name, "optimizer", optimizer)
+        if criterion is not None:
+            check.function(name, "criterion", criterion)
         self.layers, self.head = nn.ModuleList(layers), head
         if not len(self.layers):
             raise ValueError(f"{name}: layers must not be empty")
@@ -159,7 +167,8 @@ class HSICBottleneck(nn.Module):
             losses.append(self._step(optimizer, functools.partial(self._towards, aim, z)))
         if self.head is not None:
             read = self.head(z.detach())
-            losses.append(self._step(self._optimizers[-1], lambda: self.criterion(read, y)))
+            labels = y.long() if _are_labels(y) else y
+            losses.append(self._step(self._optimizers[-1], lambda: self.criterion(read, labels)))
         return torch.stack(losses)
 
     def _trained(self) -> list[nn.Module]:
@@ -179,7 +188,7 @@ class HSICBottleneck(nn.Module):
         last = self.head[-1] if isinstance(self.head, nn.Sequential) and len(self.head) else self.head
         if not isinstance(last, nn.Linear) or self.criterion is not nn.functional.cross_entropy:
             return
-        if isinstance(y, Tensor) and y.dim() == 1 and not y.is_floating_point() and check.values_are_checked(y):
+        if _are_labels(y) and check.values_are_checked(y):
             # cross_entropy ignores the label -100
             wrong = y[((y < 0) & (y != -100)) | (y >= last.out_features)]
             if wrong.numel():
@@ -193,8 +202,8 @@ class HSICBottleneck(nn.Module):
     def _aim(self, x: Tensor, y: Tensor) -> Tensor:
         """Return Rx - beta Ry; nHSIC is linear in R, so all layers share it."""
         op = type(self).__name__
-        labels = isinstance(y, Tensor) and y.dim() == 1 and not y.is_floating_point()
-        pair = [self._variable("x", x), variable(op, "y", y, KernelSpec("delta")) if labels else self._variable("y", y)]
+        of_y = variable(op, "y", y, KernelSpec("delta")) if _are_labels(y) else self._variable("y", y)
+        pair = [self._variable("x", x), of_y]
         pair = together(op, pair)
         rows_needed(op, len(pair[0].z), "biased")
         with torch.no_grad():
@@ -218,6 +227,10 @@ class HSICBottleneck(nn.Module):
             loss.backward()
             optimizer.step()
         return loss.detach()
+
+
+def _are_labels(y: object) -> bool:
+    return isinstance(y, Tensor) and y.dim() == 1 and not y.is_floating_point()
 
 
 def _rows(op: str, name: str, x: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ class _Elementwise(HoldsNumbers):
         super().__init__()
         name = type(self).__name__
         self.std, self.eps = check.positive(name, "std", std), check.positive(name, "eps", eps)
-        self.data_init = bool(data_init)
+        learned_shift = check.flag(name, "learned_shift", learned_shift)
+        self.data_init = check.flag(name, "data_init", data_init)
         self.log_scale = nn.Parameter(torch.empty(shape))
         self.register_parameter("shift", nn.Parameter(torch.empty(shape)) if learned_shift else None)
         self.register_buffer("initialized", torch.empty((), dtype=torch.float32))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .. import _checks as check
 from ..ops import fsq_decode
-from ..ops.fsq import CodebookUsage, _check_active, _in_one_pass, checked_levels, signed
+from ..ops.fsq import CodebookUsage, check_active, checked_levels, in_one_pass, signed
 from ..reference import compute_dtype
 from ..reference import fsq as ref
 from ._tokens import Constant, CountsUsage, valid_positions
@@ -118,7 +118,7 @@ class ResidualFSQ(CountsUsage):
         for name, value in STAGE.items():
             if given.get(name) not in (None, value):
                 raise ValueError(f"{op}: {name} must be {value} in the stages, got {given[name]}")
-        self.quantize_dropout = bool(quantize_dropout) and num_quantizers > 1
+        self.quantize_dropout = check.flag(op, "quantize_dropout", quantize_dropout) and num_quantizers > 1
         self.quantize_dropout_cutoff_index = check.at_least(
             op, "quantize_dropout_cutoff_index", quantize_dropout_cutoff_index, 0
         )
@@ -133,7 +133,7 @@ class ResidualFSQ(CountsUsage):
 
         channels = len(self.levels)
         self.dim = channels if dim is None else check.at_least(op, "dim", dim, 1)
-        self.is_channel_first = is_channel_first
+        self.is_channel_first = check.flag(op, "is_channel_first", is_channel_first)
         self.has_projections = self.dim != channels
         self.project_in = nn.Linear(self.dim, channels) if self.has_projections else nn.Identity()
         self.project_out = nn.Linear(channels, self.dim) if self.has_projections else nn.Identity()
@@ -191,7 +191,7 @@ class ResidualFSQ(CountsUsage):
         if active is None:
             active = self._draw_active(x.device, rand_quantize_dropout_fixed_seed)
         else:
-            _check_active("residual_fsq", active, x)
+            check_active(op, active, x)
         h = self.project_in(x)
         out, indices = self._quantize(h, active)
         out = _projected_out(self.project_out, out.to(h.dtype))
@@ -223,7 +223,7 @@ class ResidualFSQ(CountsUsage):
         if layer.orthogonal_rotation or (self.training and layer.noise_dropout > 0):
             return self._stage_by_stage(h, active)
         # a number that was drawn is never read
-        return _in_one_pass(h, self.levels, self.num_quantizers, layer.variant, -1, active)
+        return in_one_pass(h, self.levels, self.num_quantizers, layer.variant, -1, active)
 
     def _stage_by_stage(self, h: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the stages one by one, for rotation and noise, which no operator supports."""

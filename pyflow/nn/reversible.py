@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import _backend
+from .. import _checks as check
 from .._torch import exporting, forward_mode, is_traceable_wrapper_subclass, transform
 from ..train._collect import innermost
 from ._context import Context
@@ -82,7 +83,8 @@ class ReversibleSequential(nn.Module):
         if not layers:
             raise ValueError("ReversibleSequential: layers must not be empty")
         self.layers = cast("ModuleListOf[InvertibleModule]", nn.ModuleList(layers))
-        self.recompute, self.preserve_rng = recompute, preserve_rng
+        self.recompute = check.flag("ReversibleSequential", "recompute", recompute)
+        self.preserve_rng = check.flag("ReversibleSequential", "preserve_rng", preserve_rng)
 
     def forward(self, x: Tensor, *context: object, **named: object) -> tuple[Tensor, Tensor]:
         plainly = not self.recompute or not torch.is_grad_enabled()

@@ -40,7 +40,7 @@ def apply_spectral_norm(
         model: any module; changed in place. The forward of `model` normalises all layers, so call `model` and not
             its parts (a part called directly normalises its layers one by one).
         filter: filter(layer's name, layer) selects layers; default: every layer with a float parameter `name`, such
-            as linear layers, (transposed) convolutions, embeddings and the gains of norms.
+            as linear layers, (transposed) convolutions, embeddings and the gains of norms, but not PReLU.
         name: name of the parameter.
         n_iter: power iterations per forward while training; default 1, or 5 with `through_iteration`.
         through_iteration: u and v start from ones in every forward and gradients pass through the iterations.
@@ -240,6 +240,9 @@ def _where(path: str, name: str) -> str:
 
 def _picked(op: str, model: nn.Module, filter: Filter | None, name: str) -> list[tuple[str, nn.Module]]:
     """Return (path, layer) of the layers to normalise."""
+    if isinstance(filter, type) or not (filter is None or callable(filter)):
+        got = f"the class {filter.__name__}" if isinstance(filter, type) else type(filter).__name__
+        raise TypeError(f"{op}: filter must be a function of a layer's name and the layer, got {got}")
     picked = []
     for path, layer in [*model.named_modules()]:
         if isinstance(layer, (parametrize.ParametrizationList, SpectralNorm)):
@@ -261,6 +264,11 @@ def _picked(op: str, model: nn.Module, filter: Filter | None, name: str) -> list
         elif weight is None or not weight.dim():
             raise ValueError(f"{op}: {type(layer).__name__} {path!r} has no parameter {name!r} of one dim or more")
         picked.append((path, layer))
+    if not picked and any(parametrize.is_parametrized(layer, name) for layer in model.modules()):
+        raise ValueError(
+            f"{op}: every {name} is parametrized already; remove_spectral_norm, remove_weight_norm or torch's "
+            "remove_parametrizations undoes that"
+        )
     if not picked:
         raise ValueError(f"{op}: no layer of {type(model).__name__} was picked that has a parameter {name!r}")
     return picked

@@ -172,12 +172,7 @@ def affine_coupling_packed(
     """
     op = "affine_coupling_packed"
     dtype = check.float_tensor(op, "x", x)
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"{op}: dim must be an integer, got {type(dim).__name__}")
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"{op}: dim must be in [{-x.dim()}, {x.dim() - 1}], got {dim}")
-    dim %= x.dim()
-    shape = x.shape
+    dim, shape = check.dim(op, dim, x.dim()), x.shape
     check.like(op, "params", params, "x doubled along dim", (*shape[:dim], 2 * shape[dim], *shape[dim + 1 :]), x.device)
     layout = check.choice(op, "packing", packing, PACKINGS)
     index, arg = scale_map_constant(op, scale_map, clamp, eps, slope, dtype)
@@ -194,13 +189,8 @@ def scale_map_constant(
 ) -> tuple[int, float]:
     """Return the index of the map and the constant it uses; all three constants are checked for every map."""
     index = check.choice(op, "scale_map", scale_map, SCALE_MAPS)
-    clamp, eps, slope = (
-        check.positive(op, "clamp", clamp),
-        check.number(op, "eps", eps),
-        check.number(op, "slope", slope),
-    )
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"{op}: eps must be at least 0 and finite, got {eps}")
+    clamp, eps = check.positive(op, "clamp", clamp), check.not_negative(op, "eps", eps)
+    slope = check.number(op, "slope", slope)
     if not 0 < slope < 1:
         raise ValueError(f"{op}: slope must be in (0, 1), got {slope}")
     if scale_map in ("tanh", "atan"):

@@ -90,7 +90,7 @@ def grad_norm_penalty(grad: Tensor) -> Tensor:
     """
     op = "grad_norm_penalty"
     check.float_tensor(op, "grad", grad)
-    check_batch(op, "grad", grad)
+    check.batch(op, "grad", grad)
     return _penalty.pick(op, grad)(grad)
 
 
@@ -122,8 +122,8 @@ def energy_and_grad(energy_fn: EnergyFunction, z: Tensor) -> tuple[Tensor, Tenso
     """
     op = "energy_and_grad"
     check.float_tensor(op, "z", z)
-    check_batch(op, "z", z)
-    check_function(op, energy_fn)
+    check.batch(op, "z", z)
+    check.function(op, "energy_fn", energy_fn)
     return differentiated(op, energy_fn, z)
 
 
@@ -305,7 +305,7 @@ def mala_step(
     op = "mala_step"
     _check_positions(op, z, grad)
     _check_rows(op, "u", u, "z", z)
-    check_function(op, energy_fn)
+    check.function(op, "energy_fn", energy_fn)
     alpha = step_size(op, alpha, z)
     # with seed None, draw one seed for proposal and accept step
     stream = stream_of(op, seed, step, z)
@@ -315,28 +315,19 @@ def mala_step(
     return _accept(op, (z, z_new, u, u_new, grad, grad_new, alpha), *stream[:2])
 
 
-def check_function(op: str, energy_fn: object) -> None:
-    if not callable(energy_fn):
-        raise TypeError(f"{op}: energy_fn must be callable, got {type(energy_fn).__name__}")
-
-
 def _check_positions(op: str, z: Tensor, grad: Tensor) -> None:
     check.float_tensor(op, "z", z)
-    check_batch(op, "z", z)
+    check.batch(op, "z", z)
     check.like(op, "grad", grad, "z", z.shape, z.device)
-
-
-def check_batch(op: str, name: str, value: Tensor) -> None:
-    if value.dim() == 0:
-        raise ValueError(f"{op}: {name} must have at least one dim, the batch, got a scalar")
 
 
 def _check_rows(op: str, name: str, value: Any, other_name: str, other: Tensor) -> None:
     """Require one value per sample of `other`."""
     check.float_tensor(op, name, value)
     if value.shape != other.shape[:1]:
-        want = tuple(other.shape[:1])
-        raise ValueError(f"{op}: {name} must have the shape {want}, a value per sample, got {tuple(value.shape)}")
+        want, got = tuple(other.shape[:1]), tuple(value.shape)
+        hint = ": squeeze its last dim" if got == (*want, 1) else ""
+        raise ValueError(f"{op}: {name} must have the shape {want}, a value per sample, got {got}{hint}")
     if value.device != other.device:
         raise ValueError(f"{op}: {name} must be on the device of {other_name}, {other.device}, got {value.device}")
 

@@ -45,8 +45,7 @@ def flow_log_prob(h: Tensor, log_scale: Tensor | None = None, *, prior: str = "g
     """
     op = "flow_log_prob"
     check.float_tensor(op, "h", h)
-    if h.dim() == 0:
-        raise ValueError(f"{op}: h must have at least one dim, the batch, got a scalar")
+    check.batch(op, "h", h)
     if log_scale is not None:
         check.like(op, "log_scale", log_scale, "h without its batch dim", h.shape[1:], h.device)
     index = check.choice(op, "prior", prior, PRIORS)

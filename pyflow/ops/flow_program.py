@@ -16,7 +16,7 @@ from .. import _checks as check
 from .._kept import columns_to_keep, kept_shape
 from .._operators import register
 from .._schemas import PRIORS, SCALE_MAPS, SPLINE_VARIANTS, TAILS
-from .._torch import evaluated_while_traced, is_batched_gradient
+from .._torch import evaluated_while_traced
 from ..program import (
     ACTIVATIONS,
     PACKINGS,
@@ -541,11 +541,9 @@ _run_backward = register(
 def _gradients(grad_y, grad_logdet, x, context, repeats, weights, code, kept, needs):
     need_x, need_context, _, need_weights, *_ = needs
     some = any(need_weights)
-    # the vmap of is_grads_batched has no rule for operators with lists of tensors
-    batched = any(grad is not None and is_batched_gradient(grad) for grad in (grad_y, grad_logdet))
-    operator = _run_backward.reference if batched else _run_backward
+    backward = _run_backward.for_gradients(grad_y, grad_logdet)
     need_context = need_context and context is not None
-    grad_x, grad_context, *grads = operator(
+    grad_x, grad_context, *grads = backward(
         grad_y, grad_logdet, x, context, repeats, weights, code, kept, need_x, need_context, some
     )
     unused = _unused(code, len(weights)) if some else range(len(weights))

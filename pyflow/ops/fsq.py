@@ -113,13 +113,9 @@ def fsq_decode(
     index = check.choice(op, "variant", variant, FSQ_VARIANTS)
     levels = checked_levels(op, levels, variant, True)
     dims = indices.dim() + 1
-    dim = _dim(op, dim, dims) % dims
+    dim = check.dim(op, dim, dims)
     indices = signed(indices)
-    if indices.numel() and check.values_are_checked(indices):
-        low, high = (int(v) for v in indices.aminmax())
-        if low < -1 or high >= math.prod(levels):
-            worst = low if low < -1 else high
-            raise ValueError(f"{op}: indices must lie in [-1, {math.prod(levels)}), got {worst}")
+    check_indices(op, indices, math.prod(levels))
     return _decode.pick(op, indices)(indices, levels, index, dim, dtype)
 
 
@@ -162,11 +158,11 @@ def residual_fsq(
     """
     if active is not None:
         check.float_tensor("residual_fsq", "x", x)
-        _check_active("residual_fsq", active, x)
-    return _in_one_pass(x, levels, num_quantizers, variant, dim, active)
+        check_active("residual_fsq", active, x)
+    return in_one_pass(x, levels, num_quantizers, variant, dim, active)
 
 
-def _in_one_pass(
+def in_one_pass(
     x: Tensor, levels: Sequence[int], num_quantizers: int, variant: str, dim: int, active: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return `residual_fsq` without a look at `active`."""
@@ -261,26 +257,26 @@ def signed(whole: Tensor) -> Tensor:
     return whole.to(torch.int32 if whole.element_size() < 4 else torch.int64)
 
 
-def _dim(op: str, dim: int, dims: int) -> int:
-    if type(dim) is not int and (isinstance(dim, bool) or not isinstance(dim, numbers.Integral)):
-        raise TypeError(f"{op}: dim must be an integer, got {type(dim).__name__}")
-    if not -dims <= dim < dims:
-        raise ValueError(f"{op}: dim must lie in [{-dims}, {dims}), got {dim}")
-    return int(dim)
+def check_indices(op: str, indices: Tensor, size: int) -> None:
+    """Require indices of a codebook, -1 for none."""
+    if indices.numel() and check.values_are_checked(indices):
+        low, high = (int(v) for v in indices.aminmax())
+        if low < -1 or high >= size:
+            raise ValueError(f"{op}: indices must lie in [-1, {size}), got {low if low < -1 else high}")
 
 
 def _channels_first(op: str, name: str, x: Tensor, levels: list[int], dim: int) -> Tensor:
     if x.dim() == 0:
         raise ValueError(f"{op}: {name} must have at least one dim, the channels, got a scalar")
-    dim = _dim(op, dim, x.dim())
-    if x.shape[dim] != len(levels):
+    channel = check.dim(op, dim, x.dim())
+    if x.shape[channel] != len(levels):
         raise ValueError(
             f"{op}: {name} must have {len(levels)} channels in dim {dim}, one for each level, got {x.shape[dim]}"
         )
     return x.movedim(dim, 0)
 
 
-def _check_active(op: str, active: Tensor, x: Tensor) -> None:
+def check_active(op: str, active: Tensor, x: Tensor) -> None:
     check.int64_tensor(op, "active", active)
     if active.dim() != 0:
         raise ValueError(f"{op}: active must be 0-d, got {tuple(active.shape)}")

@@ -75,7 +75,7 @@ def gan_qp_loss(
     _pair(op, x_real, "x_real", z_real, z_fake, "z_real", "z_fake")
     t_real, t_fake = (_values(op, n, t, x_real, "x_real") for n, t in (("t_real", t_real), ("t_fake", t_fake)))
     lam = check.positive(op, "lam", lam)
-    eps = _weight(op, "eps", eps)
+    eps = check.not_negative(op, "eps", eps)
     index = check.choice(op, "distance", distance, DISTANCES)
     check.choice(op, "reduction", reduction, REDUCTIONS)
     tensors = (t_real, t_fake, x_real, x_fake, z_real, z_fake)
@@ -133,7 +133,7 @@ def gan_qp_generator_loss(
         _pair(op, t_real, "t_real", *pair, *names)
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"{op}: betas must be two numbers, got {check.shown(betas)}")
-    weights = _weight(op, "betas[0]", betas[0]), _weight(op, "betas[1]", betas[1])
+    weights = check.not_negative(op, "betas[0]", betas[0]), check.not_negative(op, "betas[1]", betas[1])
     for name, weight in zip(("betas[0]", "betas[1]"), weights, strict=True):
         check.moderate(op, name, weight, ref.common_dtype(t_real, t_fake, x, x_rec, z, z_rec), 0.0)
     check.choice(op, "reduction", reduction, REDUCTIONS)
@@ -143,8 +143,7 @@ def gan_qp_generator_loss(
 def _samples(op: str, name: str, x: Any) -> None:
     """Require a float tensor with a batch dim and at least one element per sample."""
     check.float_tensor(op, name, x)
-    if x.dim() == 0:
-        raise ValueError(f"{op}: {name} must have at least one dim, the batch, got a scalar")
+    check.batch(op, name, x)
     if math.prod(x.shape[1:]) == 0:
         raise ValueError(f"{op}: {name} must have at least one element per sample, got {tuple(x.shape)}")
 
@@ -178,13 +177,6 @@ def _pair(op: str, like: Tensor, like_name: str, one: Any, other: Any, *names: s
     if one.device != like.device:
         raise ValueError(f"{op}: {names[0]} must be on the device of {like_name}, {like.device}, got {one.device}")
     check.like(op, names[1], other, names[0], one.shape, one.device)
-
-
-def _weight(op: str, name: str, value: object) -> float:
-    result = check.number(op, name, value)
-    if not 0 <= result < math.inf:
-        raise ValueError(f"{op}: {name} must be at least 0 and finite, got {value}")
-    return result
 
 
 def _reduced(loss: Tensor, reduction: str) -> Tensor:

@@ -172,8 +172,7 @@ def denoising_loss(
     """
     op = "denoising_loss"
     check.float_tensor(op, "pred", pred)
-    if pred.dim() == 0:
-        raise ValueError(f"{op}: pred must have at least one dim, the batch, got a scalar")
+    check.batch(op, "pred", pred)
     of_score = check.choice(op, "parameterization", parameterization, PARAMETERIZATIONS) == 0
     average = check.choice(op, "reduction", reduction, REDUCTIONS) == 1
     if of_score and std is None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._operators import register
-from .._torch import is_batched_gradient
 from ..reference import compute_dtype
 from ..reference import spectral as ref
 
@@ -145,10 +144,8 @@ def _gradients(grad, weights, lists):
     u, v, sigmas = _parts(lists, 3)
     of_weights, _, _, of_sigmas = _parts(grad, 4)
     grads, grad_sigmas = _present(of_weights, weights), _present(of_sigmas, sigmas)
-    # the vmap of is_grads_batched has no rule for operators with lists of tensors
-    batched = any(is_batched_gradient(grad) for grad in (*grads, *grad_sigmas))
-    operator = _normalize_backward.reference if batched else _normalize_backward
-    return {"weights": operator(grads, grad_sigmas, weights, u, v, sigmas)}
+    backward = _normalize_backward.for_gradients(*grads, *grad_sigmas)
+    return {"weights": backward(grads, grad_sigmas, weights, u, v, sigmas)}
 
 
 def _present(grads, like):

@@ -99,8 +99,9 @@ def rq_spline(
     form = check.choice(op, "variant", variant, SPLINE_VARIANTS)
     features = shape[-1] if shape else 1
     indices = _tails(op, tails, features)
-    count, text = _slopes(bins, tails)
-    check.like(op, "params", params, f"x with {text} numbers per element", (*shape, 2 * bins + count), x.device)
+    slopes = slopes_of(bins, tails)
+    text = ("3 bins - 1", "3 bins", "3 bins + 1")[slopes - bins + 1]
+    check.like(op, "params", params, f"x with {text} numbers per element", (*shape, 2 * bins + slopes), x.device)
     param_scale, min_bin, min_slope = constants(op, bins, variant, param_scale, min_bin, min_slope, dtype)
     bounds, bound = _bounds(op, bound, features, x)
     if tails is None:
@@ -132,11 +133,9 @@ def _tails(op: str, tails: Any, features: int) -> tuple[int, ...]:
     return tuple(check.choice(op, "tails", name, TAILS) for name in tails)
 
 
-def _slopes(bins: int, tails: Any) -> tuple[int, str]:
-    """Return how many of the parameters are slopes, and in words how many parameters there are."""
-    if tails == "linear":
-        return bins - 1, "3 bins - 1"
-    return (bins, "3 bins") if tails == "circular" else (bins + 1, "3 bins + 1")
+def slopes_of(bins: int, tails: Any) -> int:
+    """Return how many parameters of a spline are slopes; a list of tails has those at both ends."""
+    return bins - 1 if tails == "linear" else bins if tails == "circular" else bins + 1
 
 
 def constants(

@@ -86,11 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--latent", type=_demo.positive,
         help=f"dimensions of the latent (default {Settings.latent}, for faces and folders {FEW.latent})",
     )  # fmt: skip
-    _demo.add_arguments(parser, out="outputs/bigan_qp.png", seed="weights, batches and latents")
+    _demo.add_arguments(parser, out="outputs/bigan_qp_DATA.png", seed="weights, batches and latents")
+    parser.set_defaults(out=None)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; returns the exit status."""
+    args.out = args.out or Path("outputs") / f"bigan_qp_{Path(args.data).name}.png"
     device = _demo.chosen_device(args)
     given = {name: getattr(args, name) for name in ("steps", "latent") if getattr(args, name)}
     settings = Settings() if args.data in _data.NAMES else FEW

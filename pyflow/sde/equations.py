@@ -48,9 +48,11 @@ class Grid:
 class SDE:
     """Base class; a subclass defines `marginal` and `rates`, and overrides the step methods if it has discrete tables.
 
+    Both get t as a number or a tensor, in samplers 1-d float64 on the CPU, and return two tensors of its shape.
+
     Attributes:
         T: time at which x has the prior's distribution.
-        prior_std: standard deviation of the prior.
+        prior_std: standard deviation of the prior, that of `marginal(T)`.
     """
 
     T = 1.0
@@ -58,11 +60,11 @@ class SDE:
 
     def marginal(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return (alpha, std) of x_t given x_0, in the shape of t."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: marginal must be defined, it returns (alpha, std) of a time")
 
     def rates(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return (f, g squared), f being the factor of x in the drift, in the shape of t."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: rates must be defined, it returns (f, g squared) of a time")
 
     def grid(self, steps: int, eps: float) -> Grid:
         """Return the times at which a sampler's steps start."""

@@ -158,7 +158,8 @@ def from_marginals(alpha: Function, std: Function) -> SDE:
     Raises:
         TypeError: alpha or std is neither callable nor a number.
         ValueError: a result does not have the shape of t; std / alpha falls; autograd does not give the
-            derivatives, since torch records no graph (a table, `no_grad`, NumPy, `detach`); found at their first use.
+            derivatives, since torch records no graph (a table, `no_grad`, `detach`); found at their first use.
+            Functions of NumPy and math raise errors of their own.
 
     Notes:
         `sample` calls the functions with float64 tensors on the CPU. If alpha reaches 0 (the cosine schedule, the

@@ -49,8 +49,9 @@ def sample(
     Args:
         sde: `VPSDE`, `SubVPSDE`, `VESDE`, `from_marginals(...)` or a subclass of `SDE`.
         score_fn: called as score_fn(x, t) with x (B, ...) in `dtype` and t (B,) float32; returns the score in x's
-            shape, in any float dtype. A function or a module. It may write into t, and into x if it does so
-            from the first call on.
+            shape, in any float dtype. A function or a module. It runs under `no_grad`; one that differentiates an
+            energy or a classifier does so under `torch.enable_grad()`. It may write into t, and into x if it does
+            so from the first call on.
         shape: shape of the result, (B, ...).
         steps: number of steps. The discrete methods of VPSDE, and "pc" for VPSDE and SubVPSDE, need more than
             beta_max.
@@ -192,8 +193,7 @@ class Step:
     def __call__(self, x: Tensor, i: int, seed: Tensor) -> Tensor:
         """Return x after step i, given x before it; seed: (B,) int64, or 0-d for one noise stream over the batch."""
         check.float_tensor("step", "x", x)
-        if x.dim() == 0:
-            raise ValueError("step: x must have at least one dim, the batch, got a scalar")
+        check.batch("step", "x", x)
         if not 0 <= check.at_least("step", "i", i, 0) < len(self.times):
             raise ValueError(f"step: i must be below the number of steps, {len(self.times)}, got {i}")
         if isinstance(seed, Tensor):
@@ -223,8 +223,8 @@ class Step:
         """Draw samples by taking all steps from the prior; takes the same arguments as `pyflow.sde.sample`."""
         op = "sample"
         shape, dtype = check.batch_shape(op, shape), check.float_dtype(op, dtype)
-        if callback is not None and not callable(callback):
-            raise TypeError(f"{op}: callback must be callable, got {type(callback).__name__}")
+        if callback is not None:
+            check.function(op, "callback", callback)
         check_finite = check.flag(op, "check_finite", check_finite)
         cuda_graph = check.flag(op, "cuda_graph", cuda_graph)
         if cuda_graph and callback is not None:

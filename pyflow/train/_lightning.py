@@ -11,6 +11,7 @@ import lightning
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .. import _checks as check
 from ._collect import Collected, collect
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ class LossOnlyModule(lightning.LightningModule):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"LossOnlyModule: model must be a module, got {type(model).__name__}")
-        if not callable(optimizer):
-            raise TypeError(f"LossOnlyModule: optimizer must be callable, got {type(optimizer).__name__}")
+        check.function("LossOnlyModule", "optimizer", optimizer)
         self.model = model
         self._optimizer_of = optimizer
         self._sums: dict[str, Tensor] = {}

@@ -55,7 +55,15 @@ def test_a_contender_without_numbers_keeps_its_reason(results):
     group = report.groups_of(results)[0]
     assert group.rows["pyflow other"].reason == "this CPU does not run it"
     assert math.isnan(group.median("pyflow other"))
-    assert "no number for pyflow other: this CPU does not run it" in report.markdown(results)
+    assert "- op/forward: no number for pyflow other: this CPU does not run it\n" in report.markdown(results)
+
+
+def test_a_reason_that_many_cases_share_takes_one_line(results):
+    for each in results["pyflow"]["cases"][1:3]:
+        each["contenders"].append("pyflow other")
+        each["missing"] = {"pyflow other": "this CPU does not run it"}
+    assert report.markdown(results).count("no number") == 1
+    assert "- 3 cases: no number for pyflow other: this CPU does not run it\n" in report.markdown(results)
 
 
 def test_memory_comparisons_and_flops(results):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import pyflow
-from pyflow.flows import NICE, Glow, RealNVP, bits_per_dim, dequantize
+from pyflow.flows import IAF, MAF, NICE, NSF, Glow, RealNVP, bits_per_dim, dequantize
 from pyflow.flows.multiscale import Squeeze
 from pyflow.nn import AffineCoupling, Scale
 
@@ -381,16 +381,48 @@ def test_averaged_model_created_before_data_initialisation(name):
 def test_seeds_of_any_integer_type():
     flow = NICE(4, hidden=(8,))
     assert flow.draw_latent(2, seed=np.int64(7)).equal(flow.draw_latent(np.int32(2), seed=7))
-    for seed, kind in ((1.0, "float"), (True, "bool"), (torch.tensor(1), "Tensor")):
-        with pytest.raises(TypeError, match=f"NICE: seed must be an integer, got {kind}"):
+    assert flow.draw_latent(2, seed=torch.tensor(7)).equal(flow.draw_latent(2, seed=7))
+    # a seed for each sample: the draws of its own batch of one
+    seeds = torch.tensor([7, 8])
+    assert flow.draw_latent(2, seed=seeds)[1:].equal(flow.draw_latent(1, seed=seeds[1:]))
+    for seed, kind in ((1.0, "float"), (True, "bool")):
+        with pytest.raises(TypeError, match=f"NICE: seed must be an integer or an int64 tensor, got {kind}"):
             flow.sample(1, seed=seed)
+    with pytest.raises(TypeError, match="NICE: seed must be int64, got int32"):
+        flow.sample(1, seed=torch.tensor(1, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"NICE: seed must have the shape \(\) or \(3,\), got \(2,\)"):
+        flow.sample(3, seed=seeds)
     with pytest.raises(ValueError, match="NICE: seed must fit 64 bits"):
         flow.sample(1, seed=2**64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: NICE(4, hidden=(8,), data_init=True), lambda: RealNVP(4, couplings=2, hidden=(8,)),
+        lambda: RealNVP((1, 4, 4), hidden=4), lambda: Glow((1, 4, 4), steps=1, levels=1, hidden=4),
+        lambda: MAF(4, hidden=(8,)), lambda: IAF(4, hidden=(8,)), lambda: NSF(4, hidden=(8,)),
+    ],
+)  # fmt: skip
+def test_another_dtype_is_refused_before_a_layer_initialises_itself(make, dtype):
+    flow = make()
+    before = copy.deepcopy(flow.state_dict())
+    x = torch.randn(16, *getattr(flow, "shape", flow.latent_shape))
+    name = f"^{type(flow).__name__}"
+    for call, label in ((flow, "x"), (flow.log_prob, "x"), (flow.inverse, "z")):
+        text = f"{name}: {label} must have the dtype of the parameters, float32, got {str(dtype)[6:]}$"
+        with pytest.raises(TypeError, match=text):
+            call((x.flatten(1) if label == "z" else x).to(dtype))
+    torch.testing.assert_close(flow.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
+        (lambda: MAF(4, reversible="no"), "MAF: reversible must be true or false, got str"),
+        (lambda: AffineCoupling(nn.Linear(2, 4), swap="no"), "AffineCoupling: swap must be true or false, got str"),
+        (lambda: Scale(4, data_init="no"), "Scale: data_init must be true or false, got str"),
         (lambda: NICE(4, hidden=8), "NICE: hidden must be a tuple of widths for vectors, got int"),
         (lambda: RealNVP(4, hidden=8), "RealNVP: hidden must be a tuple of widths for vectors, got int"),
         (lambda: RealNVP((1, 4, 4), hidden=(8, 8)), "RealNVP: hidden must be an integer, got tuple"),
@@ -417,7 +449,7 @@ def test_wrong_types(call, text):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: NICE(1), "NICE: dim must be at least 2 and couplings at least 1, got 1 and 4"),
+        (lambda: NICE(1), "NICE: dim must be at least 2, got 1"),
         (lambda: NICE(4, prior="cauchy"), "NICE: prior must be one of gaussian, logistic, got 'cauchy'"),
         (lambda: NICE(4, split="channel"), "NICE: split must be one of half, interleave, got 'channel'"),
         (lambda: NICE(4)(torch.zeros(2, 5)), r"NICE: x must have the shape \(B, 4\), got \(2, 5\)"),
@@ -427,12 +459,12 @@ def test_wrong_types(call, text):
         (lambda: NICE(4).sample(1, temperature=math.inf), "NICE: temperature must be finite, got inf"),
         (lambda: bits_per_dim(torch.zeros(1), 0), "bits_per_dim: dim must be at least 1, got 0"),
         (lambda: RealNVP(1), "RealNVP: a vector must have at least 2 elements, got 1"),
-        (lambda: RealNVP(4, couplings=0), "RealNVP: couplings and levels must be at least 1, got 0 and 2"),
+        (lambda: RealNVP(4, couplings=0), "RealNVP: couplings must be at least 1, got 0"),
         (lambda: RealNVP((1, 3, 4)), r"RealNVP: shape must be \(C, H, W\) .* divisible by 2, got \(1, 3, 4\)"),
         (lambda: RealNVP(4, scale_map="relu"), "AffineCoupling: scale_map must be one of exp"),
         (lambda: Glow((1, 4, 4)), r"Glow: shape must be \(C, H, W\) with H and W divisible by 8, got \(1, 4, 4\)"),
         (lambda: Glow(8), r"Glow: shape must be \(C, H, W\) with H and W divisible by 8, got \(8,\)"),
-        (lambda: Glow((1, 8, 8), steps=0), "Glow: steps and levels must be at least 1, got 0 and 3"),
+        (lambda: Glow((1, 8, 8), steps=0), "Glow: steps must be at least 1, got 0"),
         (lambda: Glow((1, 8, 8), hidden=0), "Glow: hidden must be at least 1, got 0"),
         (lambda: Glow((1, 8, 8))(torch.zeros(2, 8, 8)), r"Glow: x must have the shape \(B, 1, 8, 8\), got \(2, 8, 8\)"),
         (lambda: Glow((1, 8, 8)).inverse(torch.zeros(2, 8)), r"Glow: z must have the shape \(B, 64\), got \(2, 8\)"),

@@ -13,7 +13,8 @@ from pyflow import _backend
 from pyflow.flows import IAF, MAF, NSF, fuse
 from pyflow.nn import ActNorm, MaskedAutoregressive
 
-from .test_fuse import data, perturbed, programs
+from .ours import data, perturbed
+from .peers import programs
 
 pytestmark = pytest.mark.skipif(bool(_backend.cpu_missing), reason="programs need compiled kernels")
 

@@ -132,7 +132,10 @@ def test_a_copy_is_restored_alone(flow):
     assert type(deep) is flows.Flow and type(deep._transform) is transforms.CompositeTransform
     assert type(flow) is not flows.Flow and report.calls()
     report.restore(deep)
-    with pytest.raises(TypeError, match=r"^restore: copied must be a torch.nn.Module, got list$"):
+    with pytest.raises(
+        TypeError,
+        match=r"^restore: copied must be a torch.nn.Module, a pipeline of diffusers or .* fast methods, got list$",
+    ):
         report.restore([deep])
     report.restore()
     assert type(flow) is flows.Flow
@@ -181,6 +184,15 @@ def test_a_call_that_kernels_do_not_take_runs_as_in_the_package_and_is_counted(f
         "its parameters are not plain tensors of x's dtype and device": 1,
     })  # fmt: skip
     assert report.calls()[1].fallback == 2  # its layers were tried next
+
+
+def test_a_flow_without_an_instruction_promises_no_gain():
+    flow = nflows.flows.MaskedAutoregressiveFlow(4, 8, num_layers=2, num_blocks_per_layer=1, dropout_probability=0.2)
+    report = pyflow.accelerate(flow)
+    assert str(report).count("expect") == 1 and "    expect no gain while all layers are left" in str(report)
+    flow.log_prob(x())
+    ((reason, count),) = report.calls()[0].reasons.items()
+    assert count == 1 and "Dropout" in reason
 
 
 def test_layers_run_alone_and_in_models(flow):
@@ -290,7 +302,10 @@ def test_models_that_it_is_too_late_for(change, message, flow):
 
 
 def test_what_is_no_model_is_refused():
-    with pytest.raises(TypeError, match=r"accelerate: model must be a torch.nn.Module, got dict"):
+    with pytest.raises(
+        TypeError,
+        match=r"accelerate: model must be a torch.nn.Module, a pipeline of diffusers or .* fast methods, got dict",
+    ):
         pyflow.accelerate({})
 
 
@@ -314,6 +329,10 @@ def test_verify_compares_outputs_and_gradients(flow, monkeypatch):
     assert type(flow) is flows.Flow
     with pytest.raises(ValueError, match="accelerate: verify: Named returns no tensors"):
         pyflow.accelerate(Named(), verify=x())
+    with pytest.raises(ValueError, match=r"accelerate: verify must have at least one row, got the shape \(0, 4\)"):
+        pyflow.accelerate(flow, verify=x()[:0])
+    with pytest.raises(TypeError, match="accelerate: verify must be a batch, or a tuple of arguments, got bool"):
+        pyflow.accelerate(flow, verify=True)
 
 
 class Named(nn.Module):
@@ -429,7 +448,11 @@ def test_a_script_runs_on_kernels_without_a_change(tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--patch", "numpy", "no.py"], "patch: packages are"), (["no.py", "--patch", "zuko"], "no.py is no file")],
+    [
+        (["--patch", "numpy", "no.py"], "patch: packages are"),
+        (["no.py", "--patch", "zuko"], "no.py is no file"),
+        (["-m", "no.such"], "no module named no.such"),
+    ],
 )
 def test_what_cannot_run_is_one_sentence(words, message, capsys):
     assert pyflow.cli.main(["run", *words]) == 2

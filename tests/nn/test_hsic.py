@@ -186,6 +186,18 @@ def test_bottleneck_wrong_arguments():
     for name in ("beta", "sigma", "epsilon"):
         with pytest.raises(ValueError, match=f"HSICBottleneck: {name} must be positive and finite, got 0"):
             HSICBottleneck(blocks(2, 2), **{name: 0})
+    with pytest.raises(TypeError, match=r"^HSICBottleneck: layers must be a list of modules, got Linear$"):
+        HSICBottleneck(nn.Linear(2, 2))
+    for name in ("optimizer", "criterion"):
+        with pytest.raises(TypeError, match=f"^HSICBottleneck: {name} must be callable, got int$"):
+            HSICBottleneck(blocks(2, 2), **{name: 3})
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int8, torch.int64])
+def test_labels_of_every_integer_dtype_train_the_head(dtype):
+    torch.manual_seed(0)
+    model = HSICBottleneck([nn.Linear(4, 8)], nn.Linear(8, 3))
+    assert model.update(torch.randn(16, 4), (torch.arange(16) % 3).to(dtype)).isfinite().all()
 
 
 @pytest.mark.parametrize("head", [nn.Linear(8, 3), nn.Sequential(nn.Tanh(), nn.Linear(8, 3))])

@@ -170,7 +170,10 @@ def test_groups_equal_the_peer(peer, options, shape, training):
     assert_same_bits(ours.get_codes_from_indices(indices), theirs.get_codes_from_indices(indices))
     torch.testing.assert_close(ours.get_output_from_indices(indices), out)
     with pyflow.backend("reference"):
-        assert_same_bits(ours(x, return_all_codes=True)[2], ours.get_codes_from_indices(indices))
+        all_codes = ours(x, return_all_codes=True)[2]
+        # a tensor for each group, as in the package
+        assert type(all_codes) is tuple
+        assert_same_bits(torch.stack(all_codes), ours.get_codes_from_indices(indices))
 
 
 def test_groups_drop_the_same_stages():
@@ -264,7 +267,7 @@ def test_active_sets_the_number_of_stages():
         assert ((indices >= 0).sum(-1) == kept).all() and indices[..., :kept].equal(module(x)[1][..., :kept])
         assert_same_bits(module.get_output_from_indices(indices), out)
     assert_same_bits(module(x, active=torch.tensor(9))[0], module(x)[0])
-    with pytest.raises(ValueError, match=r"^residual_fsq: active must be 0-d, got \(1,\)$"):
+    with pytest.raises(ValueError, match=r"^ResidualFSQ: active must be 0-d, got \(1,\)$"):
         module(x, active=torch.tensor([2]))
 
 
@@ -636,7 +639,7 @@ def dropping(module):
     ],
 )
 def test_wrong_active(options, active, error, text):
-    with pytest.raises(error, match=f"^residual_fsq: {text}$"):
+    with pytest.raises(error, match=f"^ResidualFSQ: {text}$"):
         ResidualFSQ(levels=[5, 5], num_quantizers=3, **options)(torch.zeros(2, 4, 2), active=active)
 
 

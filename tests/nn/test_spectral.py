@@ -572,6 +572,15 @@ def test_filter_and_names():
             "apply_spectral_norm: 0.weight must not be parametrized already",
         ),
         (
+            lambda: apply_weight_norm(apply_spectral_norm(net())), ValueError,
+            "apply_weight_norm: every weight is parametrized already; remove_spectral_norm, remove_weight_norm or torch's "
+            "remove_parametrizations undoes that",
+        ),
+        (
+            lambda: apply_spectral_norm(net(), nn.Linear), TypeError,
+            "apply_spectral_norm: filter must be a function of a layer's name and the layer, got the class Linear",
+        ),
+        (
             lambda: apply_weight_norm(nn.BatchNorm1d(3).apply(lambda m: nn.init.zeros_(m.weight))), ValueError,
             "apply_weight_norm: weight must not have a row of zeros, it has no direction",
         ),

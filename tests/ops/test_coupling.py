@@ -522,7 +522,7 @@ BAD = [
     (lambda f: f(X, X, X, scale_map="tanh", clamp=1e40), ValueError, r"clamp must be from 7.89e-31 to 1.27e\+30 in float32, got 1e\+40"),
     (lambda f: f(X, X, X, scale_map="atan", clamp=1e-46), ValueError, r"clamp must be from 7.89e-31 to 1.27e\+30 in float32, got 1e-46"),
     (lambda f: f(X, X, X, scale_map="softplus", eps=1e40), ValueError, r"eps must be at most 1.27e\+30 in float32, got 1e\+40"),
-    (lambda f: f(X, X, X, eps=-1), ValueError, "eps must be at least 0 and finite, got -1.0"),
+    (lambda f: f(X, X, X, eps=-1), ValueError, "eps must be at least 0 and finite, got -1"),
     (lambda f: f(X, X, X, slope=1.0), ValueError, r"slope must be in \(0, 1\), got 1.0"),
     (lambda f: f(X, X, X, mask=[1]), TypeError, "mask must be a tensor, got list"),
     (lambda f: f(X, X, X, mask=torch.zeros(3, dtype=torch.bool)), ValueError, r"mask must broadcast to the shape of x, \(2, 4\), got \(3,\)"),

@@ -489,7 +489,7 @@ FOUR = (5, 5, 5, 5)
             ValueError,
             "fsq: z must have 2 channels in dim -1, one for each level, got 4",
         ),
-        (lambda: ops.fsq(Z, FOUR, dim=2), ValueError, r"fsq: dim must lie in \[-2, 2\), got 2"),
+        (lambda: ops.fsq(Z, FOUR, dim=2), ValueError, r"fsq: dim must be in \[-2, 1\], got 2"),
         (lambda: ops.fsq(Z, FOUR, dim=1.0), TypeError, "fsq: dim must be an integer, got float"),
         (
             lambda: ops.fsq(torch.zeros(()), (5,)),

@@ -12,7 +12,7 @@ from ..._schemas import SCALE_MAPS, SPLINE_VARIANTS, TAILS
 from ...nn import MaskedAutoregressive
 from ...nn._made import MADE, MaskedLinear
 from .. import _schedule
-from .._run import Conditioner, DoesNotFit, Tape, Write
+from .._run import Conditioner, DoesNotFit, Write, Writer
 from .._watch import Path
 from .couplings import Transform, affine, spline_of_net
 from .look import RULES, Look, NoInstruction, children, register
@@ -28,18 +28,18 @@ def solved(look: Look, net: Conditioner, transform: Transform) -> Write:
     """Return what writes an autoregressive layer; its masks are those that the look has found."""
     masks = look.run.masks
 
-    def write(tape: Tape) -> None:
-        of_columns, step = tape.net_of(tape.order, net), transform(tape.order, tape.inverse)
-        if not tape.inverse:
-            tape.add(of_columns)
-            tape.add(step)
+    def write(writer: Writer) -> None:
+        of_columns, step = writer.net_of(writer.order, net), transform(writer.order, writer.inverse)
+        if not writer.inverse:
+            writer.add(of_columns)
+            writer.add(step)
             return
         if not isinstance(step, (p.Affine, p.Spline)):
             raise DoesNotFit
-        undo = _schedule.autoregressive(of_columns, step, tape.context, lambda dense: masks.get(dense.mask))
+        undo = _schedule.autoregressive(of_columns, step, writer.context, lambda dense: masks.get(dense.mask))
         if undo is None:
             raise DoesNotFit
-        tape.add(undo)
+        writer.add(undo)
 
     return write
 
@@ -54,9 +54,9 @@ def autoregressive(look: Look, path: Path, layer: Any, transform: Transform) -> 
 def fitted(write: Write, features: int) -> Write:
     """Return what writes a layer that takes so many columns."""
 
-    def fit(tape: Tape) -> None:
-        tape.fit(features)
-        write(tape)
+    def fit(writer: Writer) -> None:
+        writer.fit(features)
+        write(writer)
 
     return fit
 

@@ -14,7 +14,8 @@ import torch
 
 from ... import program as p
 from ..._schemas import SCALE_MAPS, SPLINE_VARIANTS, TAILS
-from .._run import Tape, Write
+from ...ops.spline import slopes_of
+from .._run import Write, Writer
 from .._watch import Path
 from .look import RULES, Look, NoInstruction, in_order, register
 
@@ -31,19 +32,19 @@ def coupling(look: Look, path: Path, layer: Any, transform: Transform) -> Write:
         other = look.layer((*path, "unconditional_transform"), layer.unconditional_transform)
     look.run.columns = features
 
-    def conditional(tape: Tape) -> None:
-        tape.net(tape.at(kept), net)
-        tape.add(transform(tape.at(changed), tape.inverse))
+    def conditional(writer: Writer) -> None:
+        writer.net(writer.at(kept), net)
+        writer.add(transform(writer.at(changed), writer.inverse))
 
-    def unconditional(tape: Tape) -> None:
+    def unconditional(writer: Writer) -> None:
         if other is not None:
-            tape.within(tape.at(kept), other)
+            writer.within(writer.at(kept), other)
 
     both = in_order([conditional, unconditional])
 
-    def write(tape: Tape) -> None:
-        tape.fit(features)
-        both(tape)
+    def write(writer: Writer) -> None:
+        writer.fit(features)
+        both(writer)
 
     return write
 
@@ -116,7 +117,7 @@ def _spline_of_columns(look: Look, path: Path, layer: Any) -> Write:
         raise NoInstruction(path, layer, "it is no transform of vectors")
     place = look.computed(path, layer, names, lambda m, *_: (torch.cat([getattr(m, name) for name in names], 1),), 1)
     transform = spline(look, path, layer, layer.unnormalized_widths.shape[1], 1.0, place)
-    return lambda tape: tape.add(transform(tape.order, tape.inverse))
+    return lambda writer: writer.add(transform(writer.order, writer.inverse))
 
 
 def spline(look: Look, path: Path, layer: Any, bins: int, param_scale: float, params: int = -1) -> Transform:
@@ -134,7 +135,7 @@ def spline(look: Look, path: Path, layer: Any, bins: int, param_scale: float, pa
         bound = look.numbers(path, layer, "tail_bound")
     # outside of their domain layers without tails raise errors, programs return nan
     look.run.checks |= tails is None
-    slopes = bins + (-1 if tails == "linear" else 0 if tails == "circular" else 1)
+    slopes = slopes_of(bins, tails)
     indices = tuple(map(TAILS.index, each))
 
     def transform(columns: p.Columns, inverse: bool) -> p.Spline:

@@ -13,7 +13,7 @@ from ... import program as p
 from ..._classes import named, own_class, why_unknown
 from ..._operators import TENSORS
 from ..._torch import has_hooks
-from .._run import Base, Computed, Conditioner, Run, Start, Tape, Write
+from .._run import Base, Computed, Conditioner, Run, Start, Write, Writer
 from .._watch import Path, Watch, owned
 
 Layers = Iterator[tuple[Path, nn.Module]]
@@ -114,10 +114,10 @@ class Look:
         finally:
             self.flipped = not self.flipped
 
-        def inverse(tape: Tape) -> None:
-            tape.inverse = not tape.inverse
-            write(tape)
-            tape.inverse = not tape.inverse
+        def inverse(writer: Writer) -> None:
+            writer.inverse = not writer.inverse
+            write(writer)
+            writer.inverse = not writer.inverse
 
         return inverse
 
@@ -264,9 +264,9 @@ def children(look: Look, path: Path, modules: Any) -> Layers:
 def in_order(writes: list[Write]) -> Write:
     """Return what writes layers one after the other, the last one first in the inverse."""
 
-    def write(tape: Tape) -> None:
-        for each in reversed(writes) if tape.inverse else writes:
-            each(tape)
+    def write(writer: Writer) -> None:
+        for each in reversed(writes) if writer.inverse else writes:
+            each(writer)
 
     return write
 

@@ -17,7 +17,7 @@ from ..._classes import named, own_class
 from ..._schemas import PRIORS, SCALE_MAPS
 from ..._torch import evaluated_while_traced
 from ...ops.flow_program import is_side
-from .._run import DoesNotFit, Tape, Write, together
+from .._run import DoesNotFit, Write, Writer, together
 from .._watch import Path
 from .look import BASES, PARTS, RULES, STACKS, Layers, Look, NoInstruction, children, register
 from .nets import activation
@@ -57,8 +57,8 @@ def standard(look: Look, path: Path, base: Any, name: str) -> tuple[int, ...]:
     return shape
 
 
-def gaussian(tape: Tape) -> None:
-    tape.add(p.Prior(tape.order, PRIORS.index("gaussian")))
+def gaussian(writer: Writer) -> None:
+    writer.add(p.Prior(writer.order, PRIORS.index("gaussian")))
 
 
 @register(BASES, "nflows.distributions.normal.StandardNormal")
@@ -67,9 +67,9 @@ def _standard_normal(look: Look, path: Path, base: Any) -> Write:
     if not math.isclose(look.values(path, base, "_log_z")[0], 0.5 * shape[0] * math.log(2 * math.pi), rel_tol=1e-6):
         raise NoInstruction(path, base, "its _log_z is not that of its shape")
 
-    def write(tape: Tape) -> None:
-        tape.fit(*shape)
-        gaussian(tape)
+    def write(writer: Writer) -> None:
+        writer.fit(*shape)
+        gaussian(writer)
 
     return write
 
@@ -82,12 +82,12 @@ def _conditional_normal(look: Look, path: Path, base: Any) -> Write:
     encoder = look.conditioner((*path, "_context_encoder"), base._context_encoder)
     encoder = encoder._replace(given=encoder.alone, alone=None, joins=True, blind=True)
 
-    def write(tape: Tape) -> None:
-        tape.fit(*shape)
-        tape.net((), encoder)
+    def write(writer: Writer) -> None:
+        writer.fit(*shape)
+        writer.net((), encoder)
         # means first, then the logarithms of deviations
-        tape.add(p.Affine(tape.order, SCALE_MAPS.index("exp"), p.PACKINGS.index("shift_scale"), 0.0, inverse=True))
-        gaussian(tape)
+        writer.add(p.Affine(writer.order, SCALE_MAPS.index("exp"), p.PACKINGS.index("shift_scale"), 0.0, inverse=True))
+        gaussian(writer)
 
     return write
 
@@ -104,10 +104,10 @@ def scaled_gaussian(look: Look, path: Path, base: Any, names: tuple[str, str], s
     compute = lambda m, *_: (getattr(m, mean).reshape(-1), getattr(m, log_std).reshape(-1))
     place = look.computed(path, base, names, compute, 2)
 
-    def write(tape: Tape) -> None:
-        tape.fit(size)
-        tape.add(p.Scale(tape.order, place, place + 1, inverse=True))
-        gaussian(tape)
+    def write(writer: Writer) -> None:
+        writer.fit(size)
+        writer.add(p.Scale(writer.order, place, place + 1, inverse=True))
+        gaussian(writer)
 
     return write
 
@@ -117,11 +117,11 @@ def _multivariate_uniform(look: Look, path: Path, base: Any) -> Write:
     (size,), alone = standard(look, path, base, "_shape"), look.base_alone
     write = box(look, path, base, ("low", "high"), size, "_log_prob_value")
 
-    def without_context(tape: Tape) -> None:
+    def without_context(writer: Writer) -> None:
         # that is an error
-        if tape.context and not alone:
+        if writer.context and not alone:
             raise DoesNotFit
-        write(tape)
+        write(writer)
 
     return without_context
 
@@ -147,9 +147,9 @@ def box(
     ):
         raise NoInstruction(path, base, f"its {kept} is not that of its {' and '.join(names)}")
 
-    def write(tape: Tape) -> None:
-        tape.fit(size)
-        tape.add(uniform._replace(columns=tape.order))
+    def write(writer: Writer) -> None:
+        writer.fit(size)
+        writer.add(uniform._replace(columns=writer.order))
 
     return write
 
@@ -159,7 +159,7 @@ def box(
 
 @register(RULES, "nflows.transforms.standard.IdentityTransform")
 def _identity(look: Look, path: Path, layer: Any) -> Write:
-    return lambda tape: None
+    return lambda writer: None
 
 
 @register(
@@ -172,7 +172,7 @@ def _permutation(look: Look, path: Path, layer: Any) -> Write:
         raise NoInstruction(path, layer, f"it permutes dim {dim}")
     back = sorted(range(len(order)), key=order.__getitem__)
     look.run.columns = len(order)
-    return lambda tape: tape.permute(back if tape.inverse else order)
+    return lambda writer: writer.permute(back if writer.inverse else order)
 
 
 @register(
@@ -193,7 +193,7 @@ def scaled(
 ) -> Write:  # fmt: skip
     """Return what writes (x + shift) exp(log_scale), or x exp(log_scale) + shift, with numbers that are computed."""
     place = look.computed(path, layer, names, compute, 2)
-    return lambda tape: tape.add(p.Scale(tape.order, place, place + 1, shift_first, tape.inverse))
+    return lambda writer: writer.add(p.Scale(writer.order, place, place + 1, shift_first, writer.inverse))
 
 
 @register(RULES, "nflows.transforms.normalization.BatchNorm")
@@ -215,7 +215,7 @@ def _batch_norm_numbers(layer: Any, inverse: bool, columns: int) -> tuple[Tensor
 def _act_norm(look: Look, path: Path, layer: Any) -> Write:
     shift, log_scale = look.tensor(path, layer, "shift"), look.tensor(path, layer, "log_scale")
     look.starts(path, layer, lambda m, inverse: not inverse and m.training and not m._buffers["initialized"])
-    return lambda tape: tape.add(p.Scale(tape.order, shift, log_scale, inverse=tape.inverse))
+    return lambda writer: writer.add(p.Scale(writer.order, shift, log_scale, inverse=writer.inverse))
 
 
 _LINEAR = {
@@ -241,7 +241,7 @@ def _linear(look: Look, path: Path, layer: Any) -> Write:
     numbers = _numbers_of_triangles if "lower_entries" in names else _linear_numbers
     place = look.computed(path, layer, ("bias", *names), numbers, 3)
     look.run.columns = features
-    return lambda tape: tape.add(p.Linear(tape.order, place, place + 1, place + 2))
+    return lambda writer: writer.add(p.Linear(writer.order, place, place + 1, place + 2))
 
 
 def _linear_numbers(layer: Any, inverse: bool, columns: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import program as p
 from ..._classes import named
 from ..._schemas import PRIORS
-from .._run import Conditioner, DoesNotFit, Tape, Write
+from .._run import Conditioner, DoesNotFit, Write, Writer
 from .._watch import Path
 from .autoregressive import autoregressive
 from .couplings import Transform, affine
@@ -61,10 +61,10 @@ def _uniform_gaussian(look: Look, path: Path, base: Any) -> Write:
     size, normal = look.option(path, base, "ndim"), look.values(path, base, "ind_")
     place = look.computed(path, base, ("scale",), lambda m, *_: (torch.log(m.scale),), 1)
 
-    def write(tape: Tape) -> None:
-        tape.fit(size)
-        tape.add(p.Scale(tape.order, -1, place, inverse=True))
-        tape.add(p.Prior(tape.at(normal), PRIORS.index("gaussian")))
+    def write(writer: Writer) -> None:
+        writer.fit(size)
+        writer.add(p.Scale(writer.order, -1, place, inverse=True))
+        writer.add(p.Prior(writer.at(normal), PRIORS.index("gaussian")))
 
     return write
 
@@ -97,7 +97,7 @@ def _permute(look: Look, path: Path, layer: Any) -> Write:
         order, back = ([*range(first, size), *range(first)] for first in (size // 2, (size + 1) // 2))
     else:
         raise NoInstruction(path, layer, f"its mode is {mode!r}")
-    return lambda tape: tape.permute(back if tape.inverse else order)
+    return lambda writer: writer.permute(back if writer.inverse else order)
 
 
 @register(RULES, "normflows.flows.mixing.InvertibleAffine")
@@ -105,7 +105,7 @@ def _invertible_affine(look: Look, path: Path, layer: Any) -> Write:
     use_lu, look.run.columns = look.options(path, layer, "use_lu", "num_channels")
     names = ("P", "L", "sign_S", "log_S", "U", "eye") if use_lu else ("W",)
     place = look.computed(path, layer, names, _matrix_and_logdet, 2)
-    return lambda tape: tape.add(p.Linear(tape.order, place, logdet=place + 1))
+    return lambda writer: writer.add(p.Linear(writer.order, place, logdet=place + 1))
 
 
 def _matrix_and_logdet(layer: Any, inverse: bool, columns: int) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ def _lu_linear_permute(look: Look, path: Path, layer: Any) -> Write:
 def _periodic_wrap(look: Look, path: Path, layer: Any) -> Write:
     wrap = _circle(look, path, layer, (0.0,))
     # the other way it does nothing
-    return lambda tape: wrap(tape) if tape.inverse else None
+    return lambda writer: wrap(writer) if writer.inverse else None
 
 
 @register(RULES, "normflows.flows.periodic.PeriodicShift")
@@ -145,10 +145,10 @@ def _circle(look: Look, path: Path, layer: Any, shift: tuple[float, ...]) -> Wri
         raise NoInstruction(path, layer, f"its ind is {places}, its bound {bound} and its shift {shift}")
     look.run.columns = max(look.run.columns, 1 + max(places))
 
-    def write(tape: Tape) -> None:
-        if max(places) >= len(tape.order):
+    def write(writer: Writer) -> None:
+        if max(places) >= len(writer.order):
             raise DoesNotFit
-        tape.add(p.Wrap(tape.at(places), bound, shift, tape.inverse))
+        writer.add(p.Wrap(writer.at(places), bound, shift, writer.inverse))
 
     return write
 
@@ -194,11 +194,11 @@ def _coupling_block(look: Look, path: Path, block: Any) -> Write:
     transform: Transform = affine(SCALE_MAPS[scale_map], 0.0, "interleaved") if scale else p.Additive
     net = look.conditioner((*at, "param_map"), layer._modules.get("param_map", layer.param_map))
 
-    def write(tape: Tape) -> None:
-        first, second = tape.split("half")
+    def write(writer: Writer) -> None:
+        first, second = writer.split("half")
         kept, changed = (first, second) if mode == "channel" else (second, first)
-        alone(tape, kept, net)
-        tape.add(transform(changed, tape.inverse))
+        alone(writer, kept, net)
+        writer.add(transform(changed, writer.inverse))
 
     return write
 
@@ -207,11 +207,11 @@ def _coupling_block(look: Look, path: Path, block: Any) -> Write:
 SCALE_MAPS = {"exp": "exp", "sigmoid": "sigmoid_inv", "sigmoid_inv": "sigmoid"}
 
 
-def alone(tape: Tape, columns: p.Columns, net: Conditioner, around: tuple[Parts, Parts] = ([], [])) -> None:
+def alone(writer: Writer, columns: p.Columns, net: Conditioner, around: tuple[Parts, Parts] = ([], [])) -> None:
     """Write a network of a layer that takes no context."""
-    if tape.context:
+    if writer.context:
         raise DoesNotFit
-    tape.net(columns, net, *around)
+    writer.net(columns, net, *around)
 
 
 @register(RULES, "normflows.flows.affine.coupling.MaskedAffineFlow")
@@ -230,12 +230,12 @@ def _step(look: Look, path: Path, layer: Any, name: str, kind: Any, masks: tuple
     """Return what writes one of the two transforms: of all columns, by numbers that are 0 for those that are kept."""
     net = look.watch.option(path, layer, lambda m: getattr(m, name) if name not in m._modules else None)
     if net is torch.zeros_like:
-        return lambda tape: None
+        return lambda writer: None
     conditioner = look.conditioner((*path, name), layer._modules.get(name, net))
 
-    def write(tape: Tape) -> None:
-        alone(tape, tape.order, conditioner, masks)
-        tape.add(kind(tape.order, tape.inverse))
+    def write(writer: Writer) -> None:
+        alone(writer, writer.order, conditioner, masks)
+        writer.add(kind(writer.order, writer.inverse))
 
     return write
 

@@ -21,7 +21,7 @@ from ...nn import (
 )  # fmt: skip
 from ...ops.coupling import scale_map_constant
 from ...ops.spline import MOST_BINS
-from .._run import Conditioner, DoesNotFit, Tape, Write
+from .._run import Conditioner, DoesNotFit, Write, Writer
 from .._watch import Path
 from ..nets import Conditional
 from .look import NETS, RULES, STACKS, Layers, Look, NoInstruction, children, register
@@ -38,13 +38,13 @@ def _stack(look: Look, path: Path, stack: Any) -> Layers:
 def _elementwise(look: Look, path: Path, layer: Any) -> Write:
     shift, log_scale = look.tensor(path, layer, "shift"), look.tensor(path, layer, "log_scale")
     look.starts(path, layer, lambda m, inverse: not inverse and m.is_pending)
-    return lambda tape: tape.add(p.Scale(tape.order, shift, log_scale, shift_first=True, inverse=tape.inverse))
+    return lambda writer: writer.add(p.Scale(writer.order, shift, log_scale, shift_first=True, inverse=writer.inverse))
 
 
 @register(RULES, Invertible1x1Conv)
 def _matrix(look: Look, path: Path, layer: Any) -> Write:
     place = look.computed(path, layer, ("lower", "upper", "log_diagonal"), _matrix_and_logdet, 2)
-    return lambda tape: tape.add(p.Linear(tape.order, place, logdet=place + 1))
+    return lambda writer: writer.add(p.Linear(writer.order, place, logdet=place + 1))
 
 
 def _matrix_and_logdet(layer: Invertible1x1Conv, inverse: bool, columns: int) -> tuple[Tensor, Tensor]:
@@ -96,12 +96,12 @@ def _coupling(look: Look, path: Path, layer: Any, transform: Callable[[p.Columns
         raise NoInstruction(path, layer, f"split {split!r} is for images")
     net = own_net(look, (*path, "net"), layer._modules.get("net", layer.net))
 
-    def write(tape: Tape) -> None:
-        if len(tape.order) < 2:
+    def write(writer: Writer) -> None:
+        if len(writer.order) < 2:
             raise DoesNotFit
-        kept, changed = tape.split(split)[:: -1 if swap else 1]
-        tape.net(kept, net)
-        tape.add(transform(changed, tape.inverse))
+        kept, changed = writer.split(split)[:: -1 if swap else 1]
+        writer.net(kept, net)
+        writer.add(transform(changed, writer.inverse))
 
     return write
 

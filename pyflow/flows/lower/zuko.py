@@ -13,7 +13,7 @@ from ... import program as p
 from ..._classes import named
 from ..._schemas import SPLINE_VARIANTS, TAILS
 from ...ops.spline import MOST_BINS
-from .._run import Conditioner, DoesNotFit, Tape, Write
+from .._run import Conditioner, DoesNotFit, Write, Writer
 from .._watch import Path
 from .autoregressive import solved
 from .couplings import Transform, affine
@@ -61,9 +61,9 @@ def _base(look: Look, path: Path, base: Any) -> Write:
     if {*loc} != {0.0} or {*scale} != {1.0}:
         raise NoInstruction(path, base, "its loc and scale are not 0 and 1")
 
-    def write(tape: Tape) -> None:
-        tape.fit(len(loc))
-        gaussian(tape)
+    def write(writer: Writer) -> None:
+        writer.fit(len(loc))
+        gaussian(writer)
 
     return write
 
@@ -91,7 +91,7 @@ def _unconditional_transform(look: Look, path: Path, layer: Any) -> Write:
         order = look.values(path, layer, names[0])
         back = sorted(range(len(order)), key=order.__getitem__)
         look.run.columns = len(order)
-        return lambda tape: tape.permute(back if tape.inverse else order)
+        return lambda writer: writer.permute(back if writer.inverse else order)
     if len(names) != 1 or name not in _MATRICES or getattr(layer, names[0]).dim() != 2:
         raise NoInstruction(path, layer, f"its {name} has no instruction")
     argument, compute = names[0], _MATRICES[name]
@@ -101,7 +101,7 @@ def _unconditional_transform(look: Look, path: Path, layer: Any) -> Write:
         return compute(getattr(layer, argument), inverse)
 
     place = look.computed(path, layer, (argument,), matrix, 2)
-    return lambda tape: tape.add(p.Linear(tape.order, place, logdet=place + 1))
+    return lambda writer: writer.add(p.Linear(writer.order, place, logdet=place + 1))
 
 
 def _rotation(a: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -133,10 +133,10 @@ def _coupling(look: Look, path: Path, layer: Any) -> Write:
     net, inputs, _ = _hyper(look, path, layer)
     columns, context = look.run.columns, look.run.context = len(mask), inputs - len(kept)
 
-    def write(tape: Tape) -> None:
-        _fit(tape, columns, context)
-        tape.net(tape.at(kept), net)
-        tape.add(transform(tape.at(changed), tape.inverse))
+    def write(writer: Writer) -> None:
+        _fit(writer, columns, context)
+        writer.net(writer.at(kept), net)
+        writer.add(transform(writer.at(changed), writer.inverse))
 
     return write
 
@@ -149,10 +149,10 @@ def _autoregressive(look: Look, path: Path, layer: Any) -> Write:
     columns, context = look.run.columns, look.run.context = outputs // numbers, inputs - outputs // numbers
     solve = solved(look, net, transform)
 
-    def write(tape: Tape) -> None:
-        _fit(tape, columns, context)
-        solve(tape)
-        last = tape.instructions[-1]
+    def write(writer: Writer) -> None:
+        _fit(writer, columns, context)
+        solve(writer)
+        last = writer.instructions[-1]
         # fewer passes than generations are no inverse
         if isinstance(last, p.Autoregressive) and max(last.generations) > passes:
             raise DoesNotFit
@@ -169,10 +169,10 @@ def _elementwise(look: Look, path: Path, layer: Any) -> Write:
     net = net._replace(alone=None, blind=True)
     columns, context = look.run.columns, look.run.context = outputs // numbers, inputs
 
-    def write(tape: Tape) -> None:
-        _fit(tape, columns, context)
-        tape.net(tape.order, net)
-        tape.add(transform(tape.order, tape.inverse))
+    def write(writer: Writer) -> None:
+        _fit(writer, columns, context)
+        writer.net(writer.order, net)
+        writer.add(transform(writer.order, writer.inverse))
 
     return write
 
@@ -185,9 +185,9 @@ def _hyper(look: Look, path: Path, layer: Any) -> tuple[Conditioner, int, int]:
     return net._replace(given=net.alone, joins=True), inputs, outputs
 
 
-def _fit(tape: Tape, columns: int, context: int) -> None:
-    tape.fit(columns)
-    if tape.context != context:
+def _fit(writer: Writer, columns: int, context: int) -> None:
+    writer.fit(columns)
+    if writer.context != context:
         raise DoesNotFit
 
 
