@@ -58,7 +58,7 @@ def own_method(kind: Any, name: str) -> Callable[..., Any]:
 
 
 def _is_ours(method: Any) -> bool:
-    # somebody's functools.wraps around ours has its attributes
+    # a wrapper of our method by functools.wraps copies its attributes
     return isinstance(method, FunctionType) and method.__globals__["__name__"] == "pyflow.integrations._fast"
 
 
@@ -100,7 +100,7 @@ def _of_package(value: Any, module: str) -> bool:
 
 @functools.cache
 def _why_unknown(kind: Any) -> str:
-    # its own first
+    # the class's own module first
     for name in sorted(_modules_of(kind), key=lambda name: (name != kind.__module__, name)):
         package = name.partition(".")[0]
         if _digest(sys.modules[name]) not in _sources().get(name, ()):

@@ -1,8 +1,8 @@
 """What the forward of a program leaves to its backward on a CPU.
 
 The backward runs forward again, tile by tile. It does not have to compute what the forward has kept: the results of
-layers with many inputs, each of which stands for so many multiply-adds, and the columns after a transform. Writing and
-reading a number costs as much as some tens of multiply-adds.
+layers with many inputs, each of which costs as many multiply-adds as the layer has inputs, and the columns after a
+transform. Writing and reading a number costs as much as some tens of multiply-adds.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ import pytest
 from pyflow import _backend, _native
 
 FOLDER = Path(__file__).parent
+# tests that take minutes come first, so that no worker waits for another one at the end
+LONG = ("tests/triton/test_interpreter.py", "tests/packaging/", "tests/cuda/")
 RUN = """
 import importlib, sys, types
 # a package for this folder, so that test files can import their neighbours
@@ -21,6 +23,10 @@ module = importlib.import_module(sys.argv[2])
 from pyflow import _native
 print(_native.isa(), module.digest())
 """
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 @pytest.fixture

@@ -198,7 +198,7 @@ class Transform(torch.distributions.Transform):
             if context.shape[:-1] != lead:
                 try:
                     lead = torch.broadcast_shapes(lead, context.shape[:-1])
-                # zuko says so
+                # zuko raises its own error
                 except RuntimeError:
                     return None
                 rows = rows.expand(*lead, -1)

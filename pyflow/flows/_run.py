@@ -347,7 +347,7 @@ def has_kernel(x: Tensor) -> bool:
         return False
     try:
         return not _backend.runs_reference("flow_program", x, cuda=False)
-    # a layer says so in its own name
+    # the layer raises this, with its own name
     except _backend.BackendUnavailable:
         return False
 

@@ -218,7 +218,7 @@ def test_small_batches_are_left_out():
         (ValueError, "x must be finite, got NaN or infinity", (net(0), net(0), [torch.full((4, 5), torch.nan)]), {}),
         (ValueError, "layer '0' must have the 32 samples of a batch in its first dim, got (96,); inputs are batches, one tensor is [x]",
          (nn.Sequential(nn.Flatten(0)), net(0), [torch.randn(32, 3)]), {}),
-        (ValueError, "layer '1' must have the 64 samples of a batch in its first dim, got (); inputs are batches, one tensor is [x]",
+        (ValueError, "layer '1' must have the 32 samples of a batch in its first dim, got (); inputs are batches, one tensor is [x]",
          (nn.Sequential(nn.Linear(5, 3), Total()), net(0), batches()), {}),
         (TypeError, "loader must be an iterable of batches, got NoneType", (net(0), net(0), None), {}),
         (TypeError, "layers1 must be a list of names of submodules, got '10'",

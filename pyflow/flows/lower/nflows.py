@@ -118,7 +118,7 @@ def _multivariate_uniform(look: Look, path: Path, base: Any) -> Write:
     write = box(look, path, base, ("low", "high"), size, "_log_prob_value")
 
     def without_context(writer: Writer) -> None:
-        # that is an error
+        # glasflow raises for a context here
         if writer.context and not alone:
             raise DoesNotFit
         write(writer)

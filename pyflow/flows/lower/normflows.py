@@ -113,7 +113,7 @@ def _matrix_and_logdet(layer: Any, inverse: bool, columns: int) -> tuple[Tensor,
     if layer.use_lu:
         weight, logdet = layer._assemble_W(inverse=not inverse), layer.log_S.sum()
     else:
-        # as the layer does
+        # inverted in float64, as normflows does
         weight = layer.W if inverse else torch.linalg.inv(layer.W.double()).to(layer.W.dtype)
         logdet = torch.linalg.slogdet(layer.W)[1]
     return weight.mT, logdet if inverse else -logdet
