@@ -158,7 +158,7 @@ def _of_covariance(x: Variable, y: Variable, estimator: str, same: bool) -> tupl
     if estimator != "unbiased":
         return matmul(x.z.mT, y.z).double().square().sum((-2, -1)) / over, None
     # what is subtracted below may be nearly all of the covariance, and needs columns that sum to 0
-    of_x, of_y = (v.z.double() - v.z.double().mean(-2, keepdim=True) for v in (x, y))
+    of_x, of_y = _centred(x.z), _centred(y.z)
     total = matmul(of_x.mT, of_y).square().sum((-2, -1))
     a, b = of_x.square().sum(-1), of_y.square().sum(-1)
     ab = (a * b).sum(-1)
@@ -166,6 +166,11 @@ def _of_covariance(x: Variable, y: Variable, estimator: str, same: bool) -> tupl
     value = (total - ab + product - less) / over
     eps = chain(n)
     return value, ab + less >= (total + product) * ((1 - eps) / (1 + eps)) if same else None
+
+
+def _centred(z: Tensor) -> Tensor:
+    z = z.double()
+    return z - z.mean(-2, keepdim=True)
 
 
 def ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:

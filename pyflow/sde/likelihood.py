@@ -87,7 +87,8 @@ def log_likelihood(
     check.at_least(op, "probes", probes, 1)
     check.at_least(op, "steps", steps, 1)
     check.choice(op, "solver", solver, ADAPTIVE + FIXED)
-    if not eps < (end := sde.last_time(float(eps))):
+    eps = float(eps)
+    if not eps < (end := sde.last_time(eps)):
         raise ValueError(f"{op}: eps must be below the time at which the ODE ends, {end:g}, got {eps}")
     for name, value in (("rtol", rtol), ("atol", atol)):
         check.positive(op, name, value)
@@ -101,7 +102,7 @@ def log_likelihood(
     with torch.inference_mode(False), torch.no_grad():
         x = x.clone() if x.is_inference() else x.detach()
         signs = () if exact else _signs(x, probes, seeds_for(op, x.shape[0], seed, x.device))
-        return _solve(sde, score_fn, x, signs, float(eps), solver, rtol, atol, steps)
+        return _solve(sde, score_fn, x, signs, (eps, end), solver, rtol, atol, steps)
 
 
 def _solve(
@@ -109,15 +110,14 @@ def _solve(
     score_fn: Score,
     x: Tensor,
     signs: tuple[Tensor, ...],
-    eps: float,
+    ends: tuple[float, float],
     solver: str,
     rtol: float,
     atol: float,
     steps: int,
 ) -> Tensor:
     odeint = _odeint()
-    dtype, size = compute_dtype(x.dtype), x[0].numel()
-    end = sde.last_time(eps)
+    dtype, size, (eps, end) = compute_dtype(x.dtype), x[0].numel(), ends
     score_and_divergence = _Divergence(score_fn, signs)
 
     def slope(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from .hsic import pair_of
 
 METHODS = ("permutation", "gamma")
 # the variance formula of the gamma method fails for fewer rows: p <= 0.01 in 12 % of independent samples of 6 rows and
-# 3 % of 15 rows; in 1 to 2.5 % of 30 to 100 rows
+# 3 % of 15 rows; in 1.6 to 2.4 % of 30 to 100 rows
 GAMMA_ROWS = 20
 # up to this many rows both Gram matrices are stored, 4 n^2 or 8 n^2 bytes each
 GRAM_ROWS = 8192
@@ -93,7 +93,7 @@ def hsic_test(
         y: (n, d_y) or (n,) likewise.
         method: "permutation", exact at any n; or "gamma", which fits a gamma distribution to the mean and variance of
             the null, without permutations: for the biased estimators, kernels with k(x, x) = 1, and large n. It is
-            good at p = 0.05; p below 0.01 is up to twice too frequent even at n = 100, p below 0.001 three to six
+            good at p = 0.05; from n = 30 to 100 p below 0.01 is about twice too frequent, p below 0.001 two to six
             times, and both more often for rare labels: take permutations where small p count.
         permutations: number of permutations, at least 1.
         seed: 64-bit seed of the permutations.
