@@ -86,6 +86,13 @@ def is_batched_gradient(grad: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
+def compiler_error() -> type[Exception]:
+    """The errors of torch.compile, which has been called: importing dynamo takes seconds."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
 def evaluated_while_traced(function: Callable) -> Callable:
     """Make dynamo call the function while it traces: torch.compiler.assume_constant_result without importing dynamo."""
     vars(function)["_dynamo_marked_constant"] = True

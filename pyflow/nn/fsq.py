@@ -177,6 +177,7 @@ class FSQ(CountsUsage):
         valid = valid_positions("FSQ", z.shape[:-1], z, mask, lengths)
         if valid is not None:
             z = torch.where(valid[..., None], z, 0)
+        check_projected("FSQ", "z", z, self.project_in)
         z = self.project_in(z).unflatten(-1, (self.num_codebooks, self.codebook_dim))
         codes, indices = self._encode(z, self.return_indices or self._counts is not None)
         out = _projected_out(self.project_out, codes.flatten(-2))
@@ -328,6 +329,12 @@ class FSQ(CountsUsage):
         return (
             f"levels={tuple(self.levels)}, dim={self.dim}, num_codebooks={self.num_codebooks}, variant={self.variant}"
         )
+
+
+def check_projected(op: str, name: str, value: Tensor, projection: nn.Module) -> None:
+    """Require the dtype of a projection, if it is torch's own layer with a weight of its own."""
+    if type(projection) is nn.Linear and (weight := projection._parameters.get("weight")) is not None:
+        check.parameter_dtype(op, name, value, weight)
 
 
 def _projected_out(projection: nn.Module, codes: Tensor) -> Tensor:

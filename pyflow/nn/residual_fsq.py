@@ -18,7 +18,7 @@ from ..ops.fsq import CodebookUsage, check_active, checked_levels, in_one_pass, 
 from ..reference import compute_dtype
 from ..reference import fsq as ref
 from ._tokens import Constant, CountsUsage, valid_positions
-from .fsq import FSQ, _projected_out, _rotate
+from .fsq import FSQ, _projected_out, _rotate, check_projected
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -192,6 +192,7 @@ class ResidualFSQ(CountsUsage):
             active = self._draw_active(x.device, rand_quantize_dropout_fixed_seed)
         else:
             check_active(op, active, x)
+        check_projected(op, "x", x, self.project_in)
         h = self.project_in(x)
         out, indices = self._quantize(h, active)
         out = _projected_out(self.project_out, out.to(h.dtype))

@@ -108,11 +108,17 @@ def apply_spectral_norm(
 def remove_spectral_norm(model: nn.Module) -> nn.Module:
     """Undo `apply_spectral_norm`: make the weights plain parameters with their current normalised values.
 
+    Raises:
+        TypeError: the model is not a module.
+        ValueError: no weight was normalised by `apply_spectral_norm`.
+
     Example:
         >>> model = remove_spectral_norm(apply_spectral_norm(nn.Linear(8, 4)))
         >>> list(model.state_dict())
         ['bias', 'weight']
     """
+    _module("remove_spectral_norm", model)
+    found = False
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Together)]:
             del hooks[key]
@@ -123,6 +129,9 @@ def remove_spectral_norm(model: nn.Module) -> nn.Module:
         for name in [n for n, norms in _lists(layer) if isinstance(norms[0], SpectralNorm)]:
             _parametrizations(layer)[name].eval()
             parametrize.remove_parametrizations(layer, name)
+            found = True
+    if not found:
+        raise ValueError("remove_spectral_norm: no weight was normalised by apply_spectral_norm")
     return model
 
 
@@ -194,7 +203,14 @@ def _check_shared(
 
 
 def remove_weight_norm(model: nn.Module) -> nn.Module:
-    """Undo `apply_weight_norm`: make the weights plain parameters again."""
+    """Undo `apply_weight_norm`: make the weights plain parameters again.
+
+    Raises:
+        TypeError: the model is not a module.
+        ValueError: no weight was normalised by `apply_weight_norm` or torch's `weight_norm`.
+    """
+    _module("remove_weight_norm", model)
+    found = False
     weights: dict[Tensor, Tensor] = {}
     for layer in [*model.modules()]:
         if not parametrize.is_parametrized(layer):
@@ -209,6 +225,9 @@ def remove_weight_norm(model: nn.Module) -> nn.Module:
                     delattr(layer, name)
                     weight = nn.Parameter(weight.detach(), requires_grad=False)
                 setattr(layer, name, weights.setdefault(direction, weight))
+                found = True
+    if not found:
+        raise ValueError("remove_weight_norm: no weight was normalised by apply_weight_norm")
     return model
 
 

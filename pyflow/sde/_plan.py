@@ -110,10 +110,13 @@ class Plan:
         step, *rest = counters[:, 0].unbind()
         return *scalars[:, 0].unbind(), step, tuple(rest)
 
-    def advance(self, score_fn: Score) -> Callable[..., Tensor]:
+    def score(self, score_fn: Score) -> Score:
+        """Return the score function as the steps call it."""
         score_fn = checked(self.op, Lent(self.op, "score_fn", score_fn))
-        if self.micro_batch:
-            score_fn = in_micro_batches(score_fn, self.micro_batch)
+        return in_micro_batches(score_fn, self.micro_batch) if self.micro_batch else score_fn
+
+    def advance(self, score_fn: Score) -> Callable[..., Tensor]:
+        score_fn = self.score(score_fn)
         norms, noisy = self.norms, self.noisy
 
         def advance(x, seed, t, a, b, c, size, step, corrector_steps):

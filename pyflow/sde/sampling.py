@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from .. import _progress
+from .._torch import compiler_error
 from ..ops.noise import seed_tensor
 from . import _graph
 from ._plan import Plan
@@ -170,8 +171,24 @@ def make_step(
     )  # fmt: skip
     if "fullgraph" in compile_options:
         raise TypeError("make_step: fullgraph is always on")
-    advance = torch.compile(plan.advance(score_fn), fullgraph=True, **compile_options)
+    advance = _explained(plan, score_fn, torch.compile(plan.advance(score_fn), fullgraph=True, **compile_options))
     return Step(plan, score_fn, advance, captures=_captures(**compile_options))
+
+
+def _explained(plan: Plan, score_fn: Score, advance: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the compiled step, in which a mistake of the score is an error of its own and not the compiler's page."""
+    score, errors = plan.score(score_fn), compiler_error()
+
+    def step(x: Tensor, seed: Tensor, t: Tensor, *rest: Any) -> Tensor:
+        try:
+            return advance(x, seed, t, *rest)
+        except errors as error:
+            failed = error
+        score(x, t.expand(len(x)).clone())
+        # by itself the score runs: the compiler cannot take it
+        raise failed
+
+    return step
 
 
 def _captures(mode: str | None = None, options: Mapping[str, Any] | None = None, **other: Any) -> bool:

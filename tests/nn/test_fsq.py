@@ -639,6 +639,11 @@ def test_wrong_options(error, text, options):
         (TypeError, "FSQ: z must be float32, float64, bfloat16 or float16, got int64", lambda m, z: m(z.long())),
         (TypeError, "FSQ: z must be a tensor, got list", lambda m, z: m([0.0])),
         (
+            TypeError,
+            "FSQ: z must have the dtype of the parameters, float32, got float64",
+            lambda m, z: FSQ([5, 5], dim=3)(z.double()),
+        ),
+        (
             ValueError,
             "FSQ: mask and lengths must not be given together, got both",
             lambda m, z: m(z[..., :2], mask=torch.ones(2, 4) > 0, lengths=torch.tensor([1, 2])),

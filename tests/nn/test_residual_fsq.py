@@ -612,6 +612,11 @@ def test_wrong_options_of_groups(error, text, options):
             lambda m, x: dropping(m)(x[..., :2], rand_quantize_dropout_fixed_seed=1.5),
         ),
         (
+            TypeError,
+            "x must have the dtype of the parameters, float32, got float64",
+            lambda m, x: ResidualFSQ(levels=[5, 5], num_quantizers=3, dim=3)(x.double()),
+        ),
+        (
             ValueError,
             "rand_quantize_dropout_fixed_seed must be at most .*",
             lambda m, x: dropping(m)(x[..., :2], rand_quantize_dropout_fixed_seed=2**70),

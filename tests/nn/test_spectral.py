@@ -596,6 +596,18 @@ def test_filter_and_names():
             lambda: apply_weight_norm(nn.Linear(3, 2), dim=5), ValueError,
             "apply_weight_norm: dim must be one of weight, of shape (2, 3), got 5",
         ),
+        (
+            lambda: remove_spectral_norm(apply_weight_norm(net())), ValueError,
+            "remove_spectral_norm: no weight was normalised by apply_spectral_norm",
+        ),
+        (
+            lambda: remove_weight_norm(net()), ValueError,
+            "remove_weight_norm: no weight was normalised by apply_weight_norm",
+        ),
+        (
+            lambda: remove_spectral_norm(nn.Linear), TypeError,
+            "remove_spectral_norm: model must be a module, got type",
+        ),
     ],
 )  # fmt: skip
 def test_wrong_arguments(call, error, text):

@@ -19,8 +19,8 @@ def draw(sde=None, score_fn=score, shape=(2, 3), **arguments):
     return sample(sde or VPSDE(), score_fn, shape, **{"steps": 30, "progress": False, **arguments})
 
 
-def one_step(x, i):
-    return make_step(VPSDE(), score, steps=5, backend="eager")(x, i, torch.zeros(2, dtype=torch.int64))
+def one_step(x, i, score_fn=score):
+    return make_step(VPSDE(), score_fn, steps=5, backend="eager")(x, i, torch.zeros(2, dtype=torch.int64))
 
 
 WRONG = [
@@ -162,6 +162,16 @@ WRONG = [
     ),
     (lambda: draw(seed=torch.zeros(2)), TypeError, "sample: seed must be int64, got float32"),
     (lambda: make_step(VPSDE(), score, steps=0), ValueError, "make_step: steps must be at least 1, got 0"),
+    (
+        lambda: one_step(torch.zeros(2, 3), 0, lambda x, t: x[:, :2]),
+        ValueError,
+        "make_step: the score must have the shape of x, (2, 3), got (2, 2)",
+    ),
+    (
+        lambda: one_step(torch.zeros(2, 3), 0, lambda x, t: 1.0),
+        TypeError,
+        "make_step: the score must be a tensor, got float",
+    ),
     (
         lambda: log_likelihood(VPSDE(), score, torch.zeros(2, 3), divergence="hutch"),
         ValueError,
