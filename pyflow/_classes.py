@@ -7,17 +7,17 @@ installed; what it has of others stays.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
-import inspect
 import sys
+import textwrap
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
+
+from ._definitions import Definition, definitions, digest, file_digest, is_ours, known
+from ._definitions import own_class as own_class
 
 # packages whose classes are known by name, and the distributions that bring them
 PACKAGES = {
@@ -30,6 +30,8 @@ _INSIDE = (
     "normflows.flows.reshape.Split",
     "normflows.flows.reshape.Merge",
 )
+# what files and hubs are for
+_APART = frozenset({"diffusers.configuration_utils.ConfigMixin", "diffusers.utils.hub_utils.PushToHubMixin"})
 # packages whose wrappers leave a method what it is
 _DECORATORS = ("torch", "functools", "contextlib", "huggingface_hub")
 # the releases that tests have run with
@@ -37,11 +39,6 @@ TESTED = {
     "nflows": ("0.14",), "glasflow": ("0.4.1",), "normflows": ("1.7.3",), "zuko": ("1.6.0",), "sbi": ("0.27.0",),
     "dingo": ("0.10.3",), "vector_quantize_pytorch": ("1.32.0",), "diffusers": ("0.42.1",),
 }  # fmt: skip
-
-
-def own_class(kind: Any) -> Any:
-    """Return the class itself, for a class with fast methods the one of the package."""
-    return kind.__dict__.get("_pyflow_own_class", kind)
 
 
 def named(kind: Any) -> str:
@@ -54,12 +51,7 @@ def named(kind: Any) -> str:
 def own_method(kind: Any, name: str) -> Callable[..., Any]:
     """Return a method of a class as it is without ours."""
     method: Callable[..., Any] = getattr(own_class(kind), name)
-    return method.__dict__["_pyflow_own"] if _is_ours(method) else method
-
-
-def _is_ours(method: Any) -> bool:
-    # a wrapper of our method by functools.wraps copies its attributes
-    return isinstance(method, FunctionType) and method.__globals__["__name__"] == "pyflow.integrations._fast"
+    return method.__dict__["_pyflow_own"] if is_ours(method) else method
 
 
 def why_unknown(kind: Any) -> str:
@@ -78,7 +70,7 @@ def _replaced(kind: Any) -> str:
             return "forward"
         if package in PACKAGES and each.__module__ in sys.modules:
             for name, value in vars(each).items():
-                if not _is_ours(value) and not _of_package(value, each.__module__):
+                if not is_ours(value) and not _of_package(value, each.__module__):
                     return name
     return ""
 
@@ -101,66 +93,24 @@ def _of_package(value: Any, module: str) -> bool:
 @functools.cache
 def _why_unknown(kind: Any) -> str:
     # the class's own module first
-    for name in sorted(_modules_of(kind), key=lambda name: (name != kind.__module__, name)):
-        package = name.partition(".")[0]
-        if _digest(sys.modules[name]) not in _sources().get(name, ()):
+    made_of = sorted(_made_of(kind).items(), key=lambda pair: (pair[1][0].__module__ != kind.__module__, pair[0]))
+    for name, same in made_of:
+        if not known(name, same, _digests()):
+            package = name.partition(".")[0]
             _warn(package)
             return f"the source of {name} is not that of {PACKAGES[package]} {' or '.join(TESTED[package])}"
     return ""
 
 
-def _modules_of(kind: Any) -> set[str]:
-    """Return the modules of packages that hold a class, its bases, and what their methods use of the same package."""
-    found, seen, queue = set(), set(), [*kind.__mro__]
-    while queue:
-        each = queue.pop()
-        name = getattr(each, "__module__", None) or ""
-        if id(each) in seen or name.partition(".")[0] not in PACKAGES or name not in sys.modules:
-            continue
-        seen.add(id(each))
-        found.add(name)
-        if isinstance(each, type):
-            queue += [*each.__mro__, *[v.__dict__["_pyflow_own"] if _is_ours(v) else v for v in vars(each).values()]]
-        elif isinstance(each := inspect.unwrap(each), FunctionType):
-            queue += _used(each)
-    return found
-
-
-def _used(function: FunctionType) -> Iterator[Any]:
-    """Yield what a function uses of the globals of its module, and of modules among them."""
-    codes, names = [function.__code__], set()
-    while codes:
-        code = codes.pop()
-        names |= {*code.co_names}
-        codes += [const for const in code.co_consts if isinstance(const, CodeType)]
-    yield from function.__defaults__ or ()
-    modules = [vars(sys.modules[function.__module__])]
-    while modules:
-        space = modules.pop()
-        for value in [space[name] for name in names if name in space]:
-            if isinstance(value, ModuleType):
-                # a package may have modules of its own
-                if value.__name__.partition(".")[0] == function.__module__.partition(".")[0]:
-                    modules.append(vars(value))
-            else:
-                yield value
+def _made_of(kind: type) -> dict[str, list[Definition]]:
+    return definitions(kind, frozenset(PACKAGES), _APART)
 
 
 @functools.cache
-def _sources() -> dict[str, tuple[str, ...]]:
-    from ._sources import SOURCES
+def _digests() -> frozenset[str]:
+    from ._sources import DIGESTS
 
-    return SOURCES
-
-
-@functools.cache
-def _digest(module: ModuleType) -> str:
-    path = getattr(module, "__file__", None)
-    if path is None or not Path(path).is_file():
-        return ""
-    # git may have changed the ends of lines
-    text = Path(path).read_bytes().replace(b"\r\n", b"\n")
-    return hashlib.sha256(text).hexdigest()[:12]
+    return frozenset(DIGESTS.split())
 
 
 @functools.cache
@@ -179,8 +129,8 @@ def _warn(package: str) -> None:
         )
 
 
-def modules() -> set[str]:
-    """Return the modules of all classes that the tables name, and of their bases."""
+def sources() -> dict[str, list[Definition]]:
+    """Return, by name, what all classes of installed packages are made of that the tables name."""
     from .flows import _peers
     from .flows.lower import look
     from .integrations import _fast
@@ -188,7 +138,7 @@ def modules() -> set[str]:
     tables = (look.RULES, look.STACKS, look.BASES, look.NETS, look.PARTS, _peers.STANDS, _fast.FAST)
     names = {kind for table in tables for kind in table if isinstance(kind, str)} | {*_INSIDE}
     names |= {f"glasflow.{name}" for name in names if name.startswith("nflows.")}
-    modules = set()
+    found: dict[str, list[Definition]] = {}
     for name in names:
         module, _, qualname = name.rpartition(".")
         if name.partition(".")[0] not in PACKAGES:
@@ -197,17 +147,16 @@ def modules() -> set[str]:
             kind = getattr(importlib.import_module(module), qualname)
         except (ImportError, AttributeError):
             continue
-        modules |= _modules_of(kind)
-    return modules
+        found |= _made_of(kind)
+    return found
 
 
 def print_sources() -> None:
     """Print the table with the digests of the installed packages added."""
-    table = {name: {*digests} for name, digests in _sources().items()}
-    for name in modules():
-        table.setdefault(name, set()).add(_digest(importlib.import_module(name)))
-    print('"""Digests of the modules of other packages that pyflow knows, written by `_classes.print_sources`."""')
-    print("\nSOURCES: dict[str, tuple[str, ...]] = {")
-    for name in sorted(table):
-        print(f'    "{name}": ({", ".join(repr(each) for each in sorted(table[name]))},),'.replace("'", '"'))
-    print("}")
+    found = sources()
+    files = {file_digest(same[0].__module__) for same in found.values()}
+    digests = {*_digests(), *files, *[digest(name, same) for name, same in found.items()]}
+    print('"""Digests of what pyflow knows of other packages, written by `_classes.print_sources`."""')
+    print('\nDIGESTS = """')
+    print(textwrap.fill(" ".join(sorted(digests)), 120))
+    print('"""')
