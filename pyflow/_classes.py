@@ -36,8 +36,9 @@ _APART = frozenset({"diffusers.configuration_utils.ConfigMixin", "diffusers.util
 _DECORATORS = ("torch", "functools", "contextlib", "huggingface_hub")
 # the releases that tests have run with
 TESTED = {
-    "nflows": ("0.14",), "glasflow": ("0.4.1",), "normflows": ("1.7.3",), "zuko": ("1.6.0",), "sbi": ("0.27.0",),
-    "dingo": ("0.10.3",), "vector_quantize_pytorch": ("1.32.0",), "diffusers": ("0.42.1",),
+    "nflows": ("0.13", "0.14"), "glasflow": ("0.4.1",), "normflows": ("1.7.2", "1.7.3"), "zuko": ("1.5.0", "1.6.0"),
+    "sbi": ("0.27.0",), "dingo": ("0.10.3",), "vector_quantize_pytorch": ("1.28.3", "1.32.0"),
+    "diffusers": ("0.35.2", "0.42.0", "0.42.1"),
 }  # fmt: skip
 
 
