@@ -157,7 +157,7 @@ def accelerate(model: Any, *, include: Which = None, exclude: Which = None, veri
     Notes:
         Whole flows of nflows, glasflow, normflows and zuko run as one program where every layer has an instruction, see
         `pyflow.flows.fuse`; else layer by layer. A call whose input a kernel does not take runs as in the package, and
-        is counted with the reason. Modules are left whose source is not that of the tested release.
+        is counted with the reason. Modules are left that compute something else than in the tested releases.
 
     Example:
         >>> import torch

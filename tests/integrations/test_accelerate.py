@@ -347,7 +347,9 @@ def test_a_changed_source_is_left_and_named_and_another_release_warned_of(flow, 
         cached.cache_clear()
     try:
         release = importlib.metadata.version("nflows")
-        with pytest.warns(UserWarning, match=f"pyflow was tested with nflows 0.1, this is {release}: classes") as warned:
+        with pytest.warns(
+            UserWarning, match=f"pyflow was tested with nflows 0.1, this is {release}: classes"
+        ) as warned:
             report = pyflow.accelerate(flow)
         assert len(warned) == 1 and not report.replaced
         assert report.left[0] == (
