@@ -21,6 +21,8 @@ from typing import Any, TypeAlias
 _WITHOUT_EFFECT = {"annotation", "returns", "ctx", "kind", "type_comment", "type_ignores", "type_params"}
 _CONSTANTS = (int, float, str, type(None))
 
+_Cached = type(functools.cache(len))
+
 Definition: TypeAlias = "FunctionType | type"
 
 
@@ -48,7 +50,7 @@ def definitions(kind: type, packages: frozenset[str], apart: frozenset[str]) -> 
         if id(each) in seen:
             continue
         seen.add(id(each))
-        if parts := _parts(each):
+        if (parts := _parts(each, packages)) is not None:
             queue += parts
             continue
         if not isinstance(each, (FunctionType, type)):
@@ -56,9 +58,6 @@ def definitions(kind: type, packages: frozenset[str], apart: frozenset[str]) -> 
         each = own_class(each) if isinstance(each, type) else each
         name = f"{each.__module__}.{each.__qualname__}"
         if name.partition(".")[0] not in packages or each.__module__ not in sys.modules or name in apart:
-            continue
-        if isinstance(each, FunctionType) and each.__code__.co_filename.startswith("<"):
-            # made from the fields of a dataclass
             continue
         same = found.setdefault(name, [])
         if each not in same:
@@ -96,17 +95,32 @@ def _digest(*texts: str) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
-def _parts(value: Any) -> list[Any]:
-    """Return the functions that a descriptor, a partial or a decorator holds; empty for others."""
+def _parts(value: Any, packages: frozenset[str]) -> list[Any] | None:
+    """Return what a table, a descriptor, a partial or another package's wrapper holds; None for what counts itself."""
+    if isinstance(value, dict):
+        return [*value.values()]
+    if isinstance(value, (list, tuple)):
+        return [*value]
     if isinstance(value, (staticmethod, classmethod)):
         return [value.__func__]
     if isinstance(value, property):
-        return [each for each in (value.fget, value.fset, value.fdel) if each is not None]
+        return [value.fget, value.fset, value.fdel]
     if isinstance(value, functools.cached_property):
         return [value.func]
     if isinstance(value, functools.partial):
         return [value.func, *value.args, *value.keywords.values()]
-    return []
+    if isinstance(value, FunctionType) and _package(value) in packages:
+        # exec has made those of a dataclass, from its fields
+        return [] if value.__code__.co_filename.startswith("<") else None
+    if isinstance(value, (FunctionType, _Cached)):
+        # named as what it wraps, but its source is that of torch, of Python or of a hub
+        return [value.__wrapped__] if hasattr(value, "__wrapped__") else []
+    return None
+
+
+def _package(function: FunctionType) -> str:
+    """Return the package that a function's source is from."""
+    return str(function.__globals__["__name__"]).partition(".")[0]
 
 
 def _used(function: FunctionType) -> Iterator[Any]:

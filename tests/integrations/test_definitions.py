@@ -115,6 +115,27 @@ def test_numbers_and_functions_of_other_modules_count(tmp_path, monkeypatch):
         assert {key for key in before if before[key] != after[key]} == {"half.half"}
 
 
+def test_wrappers_of_other_packages_do_not_count_and_tables_do(tmp_path, monkeypatch):
+    wrap = "import contextlib, functools\nfrom .half import half\nTABLE = {'half': half}\n"
+    layer = f"""{wrap}
+class Layer:
+    @contextlib.contextmanager
+    def forward(self, x):
+        yield TABLE[x], cached()
+@functools.lru_cache
+def cached():
+    return 1
+"""
+    before = digests(tmp_path, monkeypatch, layer)
+    assert {*before} == {"half.half", "layer.Layer", "layer.Layer.forward", "layer.cached"}
+    # the wrapper's source differs between versions of Python: the digest is that of the function alone
+    module = sys.modules[f"{PACKAGE}.layer"]
+    found = _definitions.definitions(module.Layer, frozenset({PACKAGE}), frozenset())
+    assert all(each.__globals__["__name__"].startswith(PACKAGE) for each in found[f"{PACKAGE}.layer.Layer.forward"])
+    changed = digests(tmp_path, monkeypatch, layer.replace("return 1", "return 2"))
+    assert {key for key in before if before[key] != changed[key]} == {"layer.cached"}
+
+
 def test_a_function_without_source_has_no_digest(tmp_path, monkeypatch):
     monkeypatch.setattr(_definitions.inspect, "getsourcefile", lambda function: None)
     assert not digests(tmp_path, monkeypatch)["half.half"]
