@@ -10,6 +10,7 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
+CHECKOUT = ROOT / "build/native"
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
 
 
@@ -24,6 +25,12 @@ def need(*tools):
     missing = [tool for tool in tools if shutil.which(tool, path=PATH) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
+
+
+def building_checkout():
+    """Return the lock of what builds in the checkout's own folder."""
+    CHECKOUT.parent.mkdir(exist_ok=True)
+    return FileLock(f"{CHECKOUT}.lock")
 
 
 def build(folder, targets, *options):

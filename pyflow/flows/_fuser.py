@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._torch import evaluated_while_traced, exporting
 from ..ops.flow_program import run as run_program
-from ._run import Key, Result, Run, fits, may_run, why_not
+from ._run import Key, Result, Run, fits, why_not
 from ._structure import Structure
 from ._watch import at
 
@@ -72,7 +72,7 @@ class Fuser:
             given: the layers' arguments after x: nothing, or a context (R, C).
             repeats: row r of x has the row r // repeats % R of the context; None: its own.
         """
-        if not may_run(x, given, repeats is not None):
+        if why_not(x, given, repeats is not None):
             return None
         repeats = repeats or 1
         context = given[0] if given else None

@@ -28,6 +28,7 @@ Result = tuple[Tensor, Tensor]
 F = TypeVar("F", bound=Callable[..., Any])
 
 BASE = "base"  # in place of a prior: the base distribution that the run has
+NO_CONTEXT = "the context is no matrix of x's dtype and device with a row for each of x"
 
 
 class DoesNotFit(Exception):
@@ -290,23 +291,29 @@ def call_layer(layer: Any, x: Tensor, given: tuple[Any, ...], inverse: bool, laz
     return y, logdet.flatten(1).sum(1) if logdet.dim() > 1 else logdet
 
 
-def may_run(x: Any, given: tuple[Any, ...], shared: bool = False) -> bool:
-    """Whether an operator can take these inputs here, and modules are called without anything that watches them.
+def why_not(x: Any, given: tuple[Any, ...], shared: bool = False) -> str:
+    """Return why no operator can take these inputs here, empty if one can.
 
     `shared`: rows of x may share a row of the context.
     """
     if type(x) not in TENSORS or x.layout is not torch.strided or x.is_nested or x.dim() != 2:
-        return False
-    if x.dtype not in (torch.float32, torch.float64) or under_transform() or any_global_module_hook():
-        return False
+        return "x is no matrix"
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"x is {x.dtype}".replace("torch.", "")
+    if under_transform():
+        return "a transform of torch.func is active"
+    if any_global_module_hook():
+        return "there are hooks of all modules"
     if given:
         context = given[0]
         fit = len(given) == 1 and type(context) in TENSORS and context.layout is torch.strided and not context.is_nested
         if not fit or context.dim() != 2 or context.dtype is not x.dtype or context.device != x.device:
-            return False
+            return NO_CONTEXT
         if context.shape[1] == 0 or (not shared and context.shape[0] != x.shape[0]):
-            return False
-    return has_kernel(x)
+            return NO_CONTEXT
+    if not has_kernel(x):
+        return f"{x.device.type} has no kernel with pyflow.backend {_backend.current()!r}"
+    return ""
 
 
 def repeated(context: Tensor, lead: tuple[int, ...]) -> tuple[Tensor, int]:
@@ -321,23 +328,6 @@ def repeated(context: Tensor, lead: tuple[int, ...]) -> tuple[Tensor, int]:
     # no copy, unless two of its dims differ with one between them that it shares
     rows = context.reshape(*own[first:last], size).expand(*block, size).reshape(math.prod(block), size)
     return rows, max(1, math.prod(lead[last:]))
-
-
-def why_not(x: Any, given: tuple[Any, ...], shared: bool = False) -> str:
-    """Return why `may_run` is false, empty if it is not."""
-    if may_run(x, given, shared):
-        return ""
-    if type(x) not in TENSORS or x.layout is not torch.strided or x.is_nested or x.dim() != 2:
-        return "x is no matrix"
-    if x.dtype not in (torch.float32, torch.float64):
-        return f"x is {x.dtype}".replace("torch.", "")
-    if under_transform():
-        return "a transform of torch.func is active"
-    if any_global_module_hook():
-        return "there are hooks of all modules"
-    if not has_kernel(x):
-        return f"{x.device.type} has no kernel with pyflow.backend {_backend.current()!r}"
-    return "the context is no matrix of x's dtype and device with a row for each of x"
 
 
 def has_kernel(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import _backend
 from .._classes import named
 from ..reference.flow_program import of_rows
-from ._run import DoesNotFit, Key, Result, Run, call_layer, fits, has_kernel, may_run
+from ._run import DoesNotFit, Key, Result, Run, call_layer, fits, has_kernel, why_not
 from ._watch import Path, at, owned
 from .lower import Look, NoInstruction
 
@@ -78,7 +78,7 @@ class Structure:
             result: Any = None
             if isinstance(part, Left):
                 result = call_layer(part.layer, x, whole, inverse, part.lazy)
-            elif may_run(x, given, True) and fits(x, tensors):
+            elif not why_not(x, given, True) and fits(x, tensors):
                 result = part.call(x, context, repeats, (x.shape[1], *key[1:]), tensors)
             x, logdet = part.call_layers(x, whole, inverse) if isinstance(part, Run) and result is None else result
             total = logdet + total

@@ -117,21 +117,14 @@ def remove_spectral_norm(model: nn.Module) -> nn.Module:
         >>> list(model.state_dict())
         ['bias', 'weight']
     """
-    _module("remove_spectral_norm", model)
-    found = False
+    normalised = _normalised("remove_spectral_norm", model, SpectralNorm, "apply_spectral_norm")
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Together)]:
             del hooks[key]
             model._forward_hooks_always_called.pop(key, None)
-    for layer in [*model.modules()]:
-        if not parametrize.is_parametrized(layer):
-            continue
-        for name in [n for n, norms in _lists(layer) if isinstance(norms[0], SpectralNorm)]:
-            _parametrizations(layer)[name].eval()
-            parametrize.remove_parametrizations(layer, name)
-            found = True
-    if not found:
-        raise ValueError("remove_spectral_norm: no weight was normalised by apply_spectral_norm")
+    for layer, name, norms in normalised:
+        norms.eval()
+        parametrize.remove_parametrizations(layer, name)
     return model
 
 
@@ -209,26 +202,30 @@ def remove_weight_norm(model: nn.Module) -> nn.Module:
         TypeError: the model is not a module.
         ValueError: no weight was normalised by `apply_weight_norm` or torch's `weight_norm`.
     """
-    _module("remove_weight_norm", model)
-    found = False
     weights: dict[Tensor, Tensor] = {}
-    for layer in [*model.modules()]:
-        if not parametrize.is_parametrized(layer):
-            continue
-        for name, norms in [*_lists(layer)]:
-            if isinstance(norms[0], parametrizations._WeightNorm):
-                direction = cast("Tensor", norms.original1)
-                parametrize.remove_parametrizations(layer, name)
-                weight = getattr(layer, name)
-                if not isinstance(weight, nn.Parameter):
-                    # torch leaves a frozen weight as a buffer
-                    delattr(layer, name)
-                    weight = nn.Parameter(weight.detach(), requires_grad=False)
-                setattr(layer, name, weights.setdefault(direction, weight))
-                found = True
-    if not found:
-        raise ValueError("remove_weight_norm: no weight was normalised by apply_weight_norm")
+    normalised = _normalised("remove_weight_norm", model, parametrizations._WeightNorm, "apply_weight_norm")
+    for layer, name, norms in normalised:
+        direction = cast("Tensor", norms.original1)
+        parametrize.remove_parametrizations(layer, name)
+        weight = getattr(layer, name)
+        if not isinstance(weight, nn.Parameter):
+            # torch leaves a frozen weight as a buffer
+            delattr(layer, name)
+            weight = nn.Parameter(weight.detach(), requires_grad=False)
+        setattr(layer, name, weights.setdefault(direction, weight))
     return model
+
+
+def _normalised(
+    op: str, model: nn.Module, norm: type, by: str
+) -> list[tuple[nn.Module, str, parametrize.ParametrizationList]]:
+    """Return the weights with this normalisation; raise ValueError if there are none."""
+    _module(op, model)
+    layers = [layer for layer in model.modules() if parametrize.is_parametrized(layer)]
+    found = [(layer, name, norms) for layer in layers for name, norms in _lists(layer) if isinstance(norms[0], norm)]
+    if not found:
+        raise ValueError(f"{op}: no weight was normalised by {by}")
+    return found
 
 
 def _parametrizations(layer: nn.Module) -> nn.ModuleDict:

@@ -456,11 +456,6 @@ def test_the_log_density_is_that_of_the_layers():
 # memory layouts
 
 
-def layouts_of(x):
-    kinds = {name: testing.laid_out(x, name) for name in testing.LAYOUTS if name != "channels_last"}
-    return kinds | {"reversed": x.flip(0).contiguous().flip(0), "padded": torch.cat((x, x), -1)[:, : x.shape[-1]]}
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["half", "stepped", "transposed", "offset"])
 def test_layouts(layout, dtype):

@@ -1,5 +1,4 @@
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -7,24 +6,30 @@ from types import SimpleNamespace
 
 import pytest
 
-from ..building import ROOT, build, need, run, shared
+from ..building import CHECKOUT, PATH, ROOT, build, building_checkout, need, run, shared
 
 
-def build_kernels(folder, *options):
-    """Build the torch-free program kernel_bits; returns its path, its objects and the compiler's output for each."""
-    log = build(folder, ["kernel_bits"], *options)
-    parts = re.split(r"\[\d+/\d+\] Building CXX object \S*?/kernels_(\w+)\.dir/csrc/cpu/(\w+)\.cpp\.o\n", log)
-    reports = {(isa, name): text for isa, name, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True)}
-    objects = {key: folder / f"CMakeFiles/kernels_{key[0]}.dir/csrc/cpu/{key[1]}.cpp.o" for key in reports}
+def kernels_in(folder):
+    """Return what a build of kernel_bits left in a folder: the program, and the object and the report of each kernel."""
+    objects, reports = {}, {}
+    for source in (ROOT / "csrc/cpu").glob("*.cpp"):
+        for path in folder.glob(f"CMakeFiles/kernels_*.dir/csrc/cpu/{source.name}.o"):
+            key, report = (path.parents[2].stem.removeprefix("kernels_"), source.stem), Path(f"{path}.vec")
+            objects[key], reports[key] = path, report.read_text() if report.exists() else ""
     return SimpleNamespace(program=folder / "kernel_bits", folder=folder, objects=objects, reports=reports)
 
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
-    """The kernels built by this machine's compiler, with the vectoriser's report."""
+    """The kernels built by this machine's compiler, and what its vectoriser said."""
     need("c++", "nm", "objdump")
-    flags = "-fopt-info-vec-optimized-missed" if "Free Software" in run("c++", "--version").stdout else ""
-    return build_kernels(shared(tmp_path_factory, "kernels"), f"-DCMAKE_CXX_FLAGS={flags}")
+    if (CHECKOUT / "build.ninja").exists():
+        with building_checkout():
+            run("cmake", "--build", CHECKOUT, "--target", "kernel_bits", env={**os.environ, "PATH": PATH})
+        return kernels_in(CHECKOUT)
+    folder = shared(tmp_path_factory, "kernels")
+    build(folder, ["kernel_bits"], f"-DPYBIND11_INCLUDE={folder}")
+    return kernels_in(folder)
 
 
 @pytest.fixture(scope="session")
