@@ -87,6 +87,9 @@ def _bandwidth(op: str, name: str, value: float | Tensor, x: Tensor) -> Tensor:
             raise _out_of_range(op, name, x.dtype, value)
         return torch.full((), float(value), dtype=x.dtype, device=x.device)
     check.float_tensor(op, name, value)
+    # torch takes one number of the CPU beside tensors of any device
+    if value.device != x.device and not (value.is_cpu and value.dim() == 0):
+        raise ValueError(f"{op}: {name} must be on the device of its rows, {x.device}, got {value.device}")
     batch = x.shape[:-2]
     fits = value.dim() <= len(batch) and all(
         m in (1, n) for m, n in zip(reversed(value.shape), reversed(batch), strict=False)

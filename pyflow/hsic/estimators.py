@@ -113,7 +113,7 @@ def _terms(
         diagonals = torch.stack([v.diagonal for v in every], -2)
     sums = (t.reshape(-1, *t.shape[len(batch) :]) for t in (rows, cross, shift, diagonals))
     more, less, _ = OPERATORS["hsic_terms"].pick(op, rows)(*sums, flat, estimator == "unbiased")
-    return more.reshape(*batch, -1), less.reshape(*batch, -1)
+    return more.reshape(*batch, len(pairs)), less.reshape(*batch, len(pairs))
 
 
 def _without_offsets(of: Pairs, more: Tensor, less: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ class FSQ(CountsUsage):
         return_indices: whether forward returns indices; otherwise None.
         preserve_symmetry: digits floor((L - 1) (tanh(z) + 1) / 2 + 1/2), `variant` "symmetric", instead of "vqp".
         noise_dropout: with preserve_symmetry, the share of the codes that gets uniform noise in [-1/2, 1/2) in
-            training.
+            training; the sums are clamped to [-1, 1].
         bound_hard_clamp: clamp to [-1, 1] instead of tanh.
         orthogonal_rotation: quantise in a random rotation of the channels, stored in a buffer, and rotate back.
         scale, allowed_dtypes, force_quantization_f32: stored as attributes only. The bound is always computed in

@@ -55,7 +55,8 @@ def rq_spline(
             heights alike, slope = min_slope + softplus(s). "zuko": v / (1 + |2 v / log min_slope|) before the softmax,
             slope = exp(s / (1 + |s / log min_slope|)); a knot belongs to the bin on its left.
         param_scale: > 0, factor of widths and heights; not used by "zuko".
-        min_bin: >= 0 and < 1 / K, least part of the domain that a bin takes; not used by "zuko".
+        min_bin: >= 0 and < 1 / K, least part of the domain that a bin takes; not used by "zuko". With 0 a bin may
+            vanish in float arithmetic; what is NaN then are elements in its image and, if it is the last one, x = B.
         min_slope: in [0, 1], least slope; in (0, 1) for "zuko".
         inverse: undo the step; logdet is then -sum log dy/dx.
         mask: broadcastable to x, bool or 0/1; elements where it is true pass through and add nothing to logdet.

@@ -52,7 +52,7 @@ class SDE:
 
     Attributes:
         T: time at which x has the prior's distribution.
-        prior_std: standard deviation of the prior, that of `marginal(T)`.
+        prior_std: standard deviation of the prior, about that of `marginal(T)`.
     """
 
     T = 1.0

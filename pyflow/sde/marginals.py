@@ -20,7 +20,7 @@ FALLS = "from_marginals: std / alpha must not fall as t grows"
 Function = Callable[[Tensor], Tensor | float] | float
 
 
-class _FromMarginals(SDE):
+class FromMarginals(SDE):
     def __init__(self, alpha: Function, std: Function) -> None:
         for name, function in (("alpha", alpha), ("std", std)):
             if not callable(function) and not isinstance(function, numbers.Real):
@@ -176,7 +176,7 @@ def from_marginals(alpha: Function, std: Function) -> SDE:
         >>> [round(v.item(), 4) for v in sde.rates(0.5)]  # -1.5 tan, 3 tan
         [-1.3974, 2.7948]
     """
-    return _FromMarginals(alpha, std)
+    return FromMarginals(alpha, std)
 
 
 def _slope(value: Tensor, t: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def numbers_of(
     With `translate`, large integers keep their differences: a constant is subtracted from each column of them.
     """
     array = array_of(op, name, value)
-    if array.dtype.kind != "O" or not array.ndim:
+    if array.dtype.kind != "O" or not (array.ndim or isinstance(array.item(), kind)):
         return array
     values = array.ravel().tolist()
     _refuse(op, name, values, ("NoneType", *MISSING))

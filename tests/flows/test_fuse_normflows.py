@@ -67,6 +67,10 @@ LAYERS = {
         N.MaskedAffineFlow(EVEN, mlp(5, 5), mlp(5, 5, output_fn="tanh")), N.MaskedAffineFlow(1 - EVEN, mlp(5, 5)),
         N.MaskedAffineFlow(EVEN, None, mlp(5, 5)), N.MaskedAffineFlow(EVEN),
     ],
+    "masked by integers": lambda: [
+        N.MaskedAffineFlow(EVEN.long(), mlp(5, 5), mlp(5, 5, output_fn="tanh")), N.MaskedAffineFlow(EVEN.byte(), mlp(5, 5)),
+        N.MaskedAffineFlow(EVEN.int()),
+    ],
     "residual": lambda: [N.AffineCouplingBlock(nf.nets.ResidualNet(3, 4, 8, use_batch_norm=True, activation=F.silu))],
     "spline": lambda: [coupled(), N.LULinearPermute(5, identity_init=False), coupled(reverse_mask=True, activation=nn.Tanh)],
     "circular": lambda: [coupled(tails="circular", tail_bound=2.0)],
@@ -256,7 +260,7 @@ def test_the_ends_of_a_uniform_base_are_inside(dtype):
     assert got.isneginf().nonzero().flatten().tolist() == [4, 6]
 
 
-@pytest.mark.parametrize("name", ["exp", "masked", "linear", "spline", "periodic"])
+@pytest.mark.parametrize("name", ["exp", "masked", "masked by integers", "linear", "spline", "periodic"])
 def test_float32(name):
     flow = made(LAYERS[name], spread=0.1)
     assert_float32_as_exact_as("log_prob", flow, fuse(flow), data(256, 5))
@@ -372,6 +376,16 @@ def test_changes_are_seen():
         lambda: flow.q0.log_scale.data.add_(0.1),
     ]
     assert_changes_are_seen(changes, lambda: fused.log_prob(x), lambda: flow.log_prob(x))
+
+
+def test_the_dtype_of_a_mask_is_seen():
+    flow = made(lambda: [N.MaskedAffineFlow(EVEN.long(), mlp(5, 5))]).float()
+    fused, x = fuse(flow), data(16, 5).float()
+    with programs(1):
+        assert fused.log_prob(x).dtype == torch.float32
+    # its network does not take what a float64 mask makes of float32
+    flow.flows[0].b = EVEN.double()[None]
+    assert texts(lambda: fused.log_prob(x)) == texts(lambda: flow.log_prob(x))
 
 
 def test_hooks_of_the_flow_run():

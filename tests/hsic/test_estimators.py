@@ -24,6 +24,21 @@ def test_matches_the_definition(kernel, estimator, dtype):
         testing.assert_within(got, definition(k, m, estimator), error, f"n = {n}, d = {d}")
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("bandwidth", [1.5, "median"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_batch_of_none(kernel, bandwidth, backend):
+    x, y = torch.zeros(3, 0, 5, 2, requires_grad=True), torch.zeros(5, 1)
+    options = {"kernel": kernel, "bandwidth": bandwidth}
+    with pyflow.backend(backend):
+        values = [ops.hsic(x, y, estimator=estimator, **options) for estimator in ESTIMATORS]
+        values += [ops.hsic(x, x, normalize=True, **options), ops.cka(x, y, **options), ops.nhsic(x, x, **options)]
+        matrix = ops.hsic_matrix([x, x], [x], **options)
+    assert all(value.shape == (3, 0) for value in values) and matrix.shape == (3, 0, 2, 1)
+    (grad,) = torch.autograd.grad(sum(v.sum() for v in values) + matrix.sum(), x)
+    assert grad.shape == x.shape
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_linear_kernels_by_covariance_match_the_tiles(estimator):
     x, y = dependent(200, 5)

@@ -105,6 +105,11 @@ X = torch.zeros(6, 2)
             ValueError,
             r"bandwidth must broadcast to the batch dims \(\), got shape \(3,\)",
         ),
+        (
+            lambda f: f(X, X, bandwidth_y=torch.ones((), device="meta")),
+            ValueError,
+            "bandwidth_y must be on the device of its rows, cpu, got meta",
+        ),
         (lambda f: f(X, X, kernel="polynomial", degree=0), ValueError, "degree must be at least 1, got 0"),
         # what this kernel does not use
         (lambda f: f(X, X, degree=0), ValueError, "degree must be at least 1, got 0"),

@@ -297,6 +297,7 @@ def test_thresholds_are_those_of_the_formula():
     ((0, 1.0), ValueError, "n must be at least 1, got 0"),
     (([3, -2], 1.0), ValueError, "n must be at least 1, got -2"),
     ((2**53, 1.0), ValueError, f"n must be below 2**53, got {2**53}"),
+    ((10**20, 1.0), ValueError, "n must fit into int64, got a larger number"),
     ((2.5, 1.0), TypeError, "n must be integers, got float64"),
     ((True, 1.0), TypeError, "n must be integers, got bool"),
     (("3", 1.0), TypeError, "n must be integers, got <U1"),

@@ -219,11 +219,20 @@ def _masked_affine(look: Look, path: Path, layer: Any) -> Write:
     kept = look.values(path, layer, "b")
     if layer.b.dim() != 2 or not {*kept} <= {0.0, 1.0}:
         raise NoInstruction(path, layer, "its mask is not a row of zeros and ones")
-    place = look.computed(path, layer, ("b",), lambda m, *_: (m.b[0], 1 - m.b[0]), 2)
+    # a mask of integers gets the dtype of the networks; without one nothing reads it
+    read = ("b",) if look.watch.option(path, layer, lambda m: m.b.is_floating_point()) else ()
+    place = look.computed(path, layer, read, _masks, 2) if layer._modules else 0
     masks: tuple[Parts, Parts] = [p.Elementwise(place, -1)], [p.Elementwise(place + 1, -1)]
     steps = [_step(look, path, layer, "s", p.Multiplicative, masks), _step(look, path, layer, "t", p.Additive, masks)]
     look.run.columns = len(kept)
     return in_order(steps)
+
+
+def _masks(layer: Any, inverse: bool, columns: int) -> tuple[Tensor, Tensor]:
+    mask = layer.b[0]
+    if not mask.is_floating_point():
+        mask = mask.to(next(layer.parameters()).dtype)
+    return mask, 1 - mask
 
 
 def _step(look: Look, path: Path, layer: Any, name: str, kind: Any, masks: tuple[Parts, Parts]) -> Write:
