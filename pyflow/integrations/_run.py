@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = ", ".join(packages())
     parser.add_argument(
         "--patch", action="append", default=[], metavar="PACKAGE",
-        help=f"one of {known}; several with commas (default: all that are installed)",
+        help=f"one of {known}; several with commas (default: all that the script imports)",
     )  # fmt: skip
     parser.add_argument("-v", "--verbose", action="store_true", help="print what was patched, and at the end what ran")
     parser.add_argument("-m", dest="module", action="store_true", help="run a module, as python -m does")
@@ -44,8 +44,6 @@ def run(args: argparse.Namespace) -> int:
         return 2
     # processes that the script starts and that import pyflow
     os.environ["PYFLOW_PATCH"] = ",".join(names) or "all"
-    if verbose:
-        print(f"pyflow run: {report}", file=sys.stderr)
     sys.argv = [script, *arguments]
     try:
         if args.module:
@@ -59,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             runpy.run_path(script, run_name="__main__")
     finally:
         if verbose:
-            print(f"pyflow run: {_summary()}", file=sys.stderr)
+            print(f"pyflow run: {report}", f"pyflow run: {_summary()}", sep="\n", file=sys.stderr)
     return 0
 
 

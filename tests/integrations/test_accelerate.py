@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import importlib
 import importlib.metadata
 import pickle
 import re
@@ -19,7 +20,7 @@ from torch import nn
 
 import pyflow.cli
 from pyflow import _classes, _definitions
-from pyflow.integrations import _fast
+from pyflow.integrations import _fast, _patch
 
 zuko = pytest.importorskip("zuko")
 nflows = pytest.importorskip("nflows")
@@ -418,6 +419,46 @@ def test_patched_classes_run_fast_whoever_makes_their_objects(flow):
     assert hasattr(zuko.flows.NSF.forward, "_pyflow_own")
     pyflow.unpatch()
     assert not hasattr(zuko.flows.NSF.forward, "_pyflow_own") and flows.Flow.__dict__["_log_prob"] is own
+
+
+WAITS = """
+import importlib.util, sys, pyflow
+with pyflow.patch() as report:
+    assert "zuko" in report.waiting and "once it is imported: zuko" in str(report), report
+    assert not PEERS & {*sys.modules}, sys.modules
+    with pyflow.patch() as inner:
+        assert not inner.waiting
+    assert importlib.util.find_spec("zuko") and "zuko" in report.waiting
+    import zuko.flows
+    assert "zuko.flows.spline.NSF" in report.replaced and "zuko" not in report.waiting
+    assert zuko.__loader__ is zuko.__spec__.loader and zuko.__loader__.get_source("zuko")
+    assert hasattr(zuko.flows.NSF.forward, "_pyflow_own")
+assert not hasattr(zuko.flows.NSF.forward, "_pyflow_own") and not report.waiting
+import normflows
+assert not [name for name in report.replaced if name.startswith("normflows")]
+assert not [finder for finder in sys.meta_path if "pyflow" in type(finder).__module__]
+""".replace("PEERS", repr({"diffusers", "normflows", "nflows", "vector_quantize_pytorch", "zuko"}))
+
+
+def test_packages_are_patched_once_they_are_imported():
+    done = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_import_that_fails_is_the_package_s_error(monkeypatch, tmp_path):
+    (tmp_path / "zuko.py").write_text("raise OSError('no disk')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "zuko")
+    with pyflow.patch() as report:
+        with pytest.raises(OSError, match="no disk"):
+            importlib.import_module("zuko")
+        assert "zuko" in report.waiting
+        # and one of ours is a warning
+        (tmp_path / "zuko.py").write_text("")
+        monkeypatch.setattr(_patch, "_found", lambda name: 1 / 0)
+        with pytest.warns(UserWarning, match=r"pyflow\.patch did nothing to zuko: division by zero"):
+            importlib.import_module("zuko")
+        monkeypatch.undo()
 
 
 def test_patch_knows_its_packages():
