@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten as tree_flatten  # there is no public one
 from torch.utils._pytree import tree_unflatten as tree_unflatten
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Types without a public name.
 Overload: TypeAlias = torch._ops.OpOverload
@@ -91,6 +93,20 @@ def compiler_error() -> type[Exception]:
     from torch._dynamo.exc import TorchDynamoException
 
     return TorchDynamoException
+
+
+def outside_graphs(reason: str) -> Callable[[F], F]:
+    """Keep a function and what it calls out of compiled graphs: torch.compiler.disable without importing dynamo."""
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP
+
+    def decorate(function: F) -> F:
+        # calls from a graph break it, with the reason; frames of the function, and those below them, are not compiled
+        vars(function).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=reason)
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+        return function
+
+    return decorate
 
 
 def evaluated_while_traced(function: Callable) -> Callable:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,11 @@ def test_only_one_file_uses_what_is_private_in_torch():
         if private.search(line) and "benchmarks" not in path.parts and path.name != "_torch.py"
     }
     assert not found
+
+
+def test_an_import_brings_nothing_that_takes_seconds():
+    # dynamo is what torch.compile needs, triton what a GPU needs
+    code = (
+        "import sys, pyflow; print({'torch._dynamo', 'torch._inductor', 'triton', 'scipy', 'pandas'} & {*sys.modules})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import _backend
 from .. import _checks as check
-from .._torch import exporting, forward_mode, is_traceable_wrapper_subclass, transform
+from .._torch import exporting, forward_mode, is_traceable_wrapper_subclass, outside_graphs, transform
 from ..train._collect import innermost
 from ._context import Context
 from ._replay import Replay
@@ -106,7 +106,7 @@ class ReversibleSequential(nn.Module):
             total = logdet + total
         return x, total
 
-    @torch.compiler.disable(reason="ReversibleSequential rebuilds activations outside the graph; compile its nets")
+    @outside_graphs("ReversibleSequential rebuilds activations outside the graph; compile its nets")
     def _run_rebuilding(self, x: Tensor, context: tuple, named: dict) -> tuple[Tensor, Tensor]:
         if not isinstance(x, Tensor):
             raise TypeError(f"ReversibleSequential: x must be a tensor, got {type(x).__name__}")

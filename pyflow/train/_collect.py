@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._torch import backward_id
+from .._torch import backward_id, outside_graphs
 from ..reference import compute_dtype
 
 
@@ -73,7 +73,7 @@ def innermost() -> Collected | None:
     return _blocks.open[-1] if _blocks.open else None
 
 
-_outside_the_graph = torch.compiler.disable(reason="the list behind collect() lives outside the graph")
+_outside_the_graph = outside_graphs("the list behind collect() lives outside the graph")
 
 
 @contextlib.contextmanager

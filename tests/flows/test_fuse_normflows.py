@@ -378,6 +378,13 @@ def test_changes_are_seen():
     assert_changes_are_seen(changes, lambda: fused.log_prob(x), lambda: flow.log_prob(x))
 
 
+def test_a_class_without_a_rule_is_not_said_to_have_changed():
+    # nothing of its source is known, in any release
+    left = fuse(made(lambda: [N.Planar((5,)), block(), N.Radial((5,))])).explain()
+    assert "flows.0 (Planar): left, its class has no instruction" in left
+    assert "flows.2 (Radial): left, its class has no instruction" in left
+
+
 def test_the_dtype_of_a_mask_is_seen():
     flow = made(lambda: [N.MaskedAffineFlow(EVEN.long(), mlp(5, 5))]).float()
     fused, x = fuse(flow), data(16, 5).float()
