@@ -59,8 +59,13 @@ class Report:
         left: objects of packages that pyflow knows which run as before.
     """
 
-    def __init__(self, kind: str, replaced: list[Entry], left: list[Entry], swapped: list[tuple[str, Any]]) -> None:
+    def __init__(
+        self, kind: str, replaced: list[Entry], left: list[Entry], swapped: list[tuple[str, Any]],
+        fell: dict[str, str],
+    ) -> None:  # fmt: skip
         self.kind, self.replaced, self.left = kind, replaced, left
+        # what did not run fast with the batch of `verify`, by path, with the reason
+        self._fell = fell
         self._swapped = [(path, weakref.ref(each), type(each)) for path, each in swapped]
 
     def calls(self) -> list[Calls]:
@@ -122,7 +127,9 @@ class Report:
             lines.append(f"  {_shown(entry.path)}: {entry.kind}{more}")
             reasons = entry.reason.splitlines()
             lines += [f"    {line}" for line in reasons]
-            if gain := GAINS.get(entry.kind):
+            if entry.path in self._fell:
+                lines.append(f"    ran as in its package with the batch of verify: {self._fell[entry.path]}")
+            elif gain := GAINS.get(entry.kind):
                 fuses = not reasons or any(": left, " not in line for line in reasons)
                 lines.append(f"    expect {gain if fuses else 'no gain while all layers are left'}")
         lines += [f"  left: {_shown(entry.path)}: {entry.kind}: {entry.reason}" for entry in self.left]
@@ -144,7 +151,8 @@ def accelerate(model: Any, *, include: Which = None, exclude: Which = None, veri
         include: names, patterns of paths ("encoder.*") or classes: accelerate these only.
         exclude: the same: leave these.
         verify: a batch, or a tuple of arguments. The model runs it as it is and accelerated, and is accelerated only if
-            outputs, log-determinants and gradients agree. A flow computes log_prob, other models are called.
+            outputs, log-determinants and gradients agree. A flow computes log_prob, other models are called. The report
+            says what did not run fast with this batch.
 
     Returns:
         A report: print it; `replaced`, `left`, `calls()`, `restore()`; a context manager.
@@ -168,8 +176,9 @@ def accelerate(model: Any, *, include: Which = None, exclude: Which = None, veri
     objects = [*_objects(model)]
     _check(model, objects)
     chosen = _chooser("include", include, True), _chooser("exclude", exclude, False)
+    fell: dict[str, str] = {}
     if verify is not None:
-        verified(model, verify, lambda copied: accelerate(copied, include=include, exclude=exclude))
+        fell = verified(model, verify, lambda copied: accelerate(copied, include=include, exclude=exclude))
     replaced: list[Entry] = []
     left: list[Entry] = []
     swapped: list[tuple[str, Any]] = []
@@ -193,7 +202,7 @@ def accelerate(model: Any, *, include: Which = None, exclude: Which = None, veri
         else:
             swapped.append((path, each))
             replaced.append(Entry(path, kind, said(each)))
-    return Report(type(model).__name__, replaced, left, swapped)
+    return Report(type(model).__name__, replaced, left, swapped, fell)
 
 
 def _fast_class(each: Any) -> type | None:

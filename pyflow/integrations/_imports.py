@@ -34,11 +34,15 @@ class _Finder(MetaPathFinder):
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         done = self.waiting.get(name)
-        others: list[Any] = [finder for finder in sys.meta_path if finder is not self] if done else []
-        found = (finder.find_spec(name, path, target) for finder in others)
-        spec = next((spec for spec in found if spec is not None), None)
-        if done is not None and spec is not None and hasattr(spec.loader, "exec_module"):
-            spec.loader = _Loader(spec.loader, done)
+        if done is None:
+            return None
+        # a finder of the style before Python 3.4 has no find_spec
+        others: list[Any] = [each for each in sys.meta_path if each is not self and hasattr(each, "find_spec")]
+        found = (each.find_spec(name, path, target) for each in others)
+        spec: ModuleSpec | None = next((spec for spec in found if spec is not None), None)
+        loader: Any = None if spec is None else spec.loader
+        if spec is not None and hasattr(loader, "exec_module"):
+            spec.loader = _Loader(loader, done)
         return spec
 
 

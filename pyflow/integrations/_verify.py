@@ -20,10 +20,11 @@ _SHOWN = 3  # how many differences an error names
 
 
 @torch.inference_mode(False)
-def verified(model: Any, batch: Any, accelerate: Callable[[Any], Any]) -> None:
+def verified(model: Any, batch: Any, accelerate: Callable[[Any], Any]) -> dict[str, str]:
     """Raise ValueError if a copy of the model computes something else when it is accelerated.
 
-    Results may differ by 16 times what they move when inputs and parameters move by an ulp, and 64 ulp of the largest.
+    Return the objects in it that ran as in their package alone, by path, with the reason. Results may differ by 16
+    times what they move when inputs and parameters move by an ulp, and 64 ulp of the largest.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: verify needs a torch.nn.Module, got {type(model).__name__}")
@@ -35,7 +36,7 @@ def verified(model: Any, batch: Any, accelerate: Callable[[Any], Any]) -> None:
         sizes = ", ".join(str(tuple(each.shape)) for each in given.values())
         raise ValueError(f"accelerate: verify must have at least one row, got the shape {sizes}")
     before, after = copy.deepcopy(model), copy.deepcopy(model)
-    accelerate(after)
+    report = accelerate(after)
     want, got = _results(before, args, named_args), _results(after, args, named_args)
     moved = [_results(*_rounded(model, args, named_args, seed)) for seed in range(_ROUNDINGS)]
     wrong = []
@@ -54,6 +55,11 @@ def verified(model: Any, batch: Any, accelerate: Callable[[Any], Any]) -> None:
     if wrong:
         shown = "; ".join(wrong[:_SHOWN]) + (f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else "")
         raise ValueError(f"accelerate: verify found a difference, the model is as it was: {shown}")
+    return {
+        each.path: max(each.reasons, key=each.reasons.__getitem__)
+        for each in report.calls()
+        if each.reasons and not each.fast
+    }
 
 
 def _results(model: nn.Module, args: tuple[Any, ...], named_args: dict[str, Any]) -> dict[str, Tensor]:

@@ -336,6 +336,20 @@ def test_verify_compares_outputs_and_gradients(flow, monkeypatch):
         pyflow.accelerate(flow, verify=True)
 
 
+def test_verify_says_what_did_not_run_fast(flow):
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        report = pyflow.accelerate(flow, verify=x())
+    finally:
+        hook.remove()
+    said = str(report)
+    assert "    ran as in its package with the batch of verify: there are hooks of all modules\n" in f"{said}\n"
+    assert "expect " not in said
+    report.restore()
+    with pyflow.accelerate(flow, verify=x()) as report:
+        assert "ran as in its package" not in str(report) and "expect " in str(report)
+
+
 class Named(nn.Module):
     def forward(self, x):
         return "name"
@@ -423,6 +437,7 @@ def test_patched_classes_run_fast_whoever_makes_their_objects(flow):
 
 WAITS = """
 import importlib.util, sys, pyflow
+sys.meta_path.insert(0, type("Old", (), {"find_module": lambda self, name, path=None: None})())
 with pyflow.patch() as report:
     assert "zuko" in report.waiting and "once it is imported: zuko" in str(report), report
     assert not PEERS & {*sys.modules}, sys.modules
