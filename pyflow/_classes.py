@@ -136,7 +136,7 @@ def sources() -> dict[str, list[Definition]]:
     from .flows.lower import look
     from .integrations import _fast
 
-    tables = (look.RULES, look.STACKS, look.BASES, look.NETS, look.PARTS, _peers.STANDS, _fast.FAST)
+    tables = (*look.TABLES, _peers.STANDS, _fast.FAST)
     names = {kind for table in tables for kind in table if isinstance(kind, str)} | {*_INSIDE}
     names |= {f"glasflow.{name}" for name in names if name.startswith("nflows.")}
     found: dict[str, list[Definition]] = {}

@@ -40,9 +40,8 @@ class _Finder(MetaPathFinder):
         others: list[Any] = [each for each in sys.meta_path if each is not self and hasattr(each, "find_spec")]
         found = (each.find_spec(name, path, target) for each in others)
         spec: ModuleSpec | None = next((spec for spec in found if spec is not None), None)
-        loader: Any = None if spec is None else spec.loader
-        if spec is not None and hasattr(loader, "exec_module"):
-            spec.loader = _Loader(loader, done)
+        if spec is not None and spec.loader is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = _Loader(spec.loader, done)
         return spec
 
 

@@ -21,10 +21,10 @@ _SHOWN = 3  # how many differences an error names
 
 @torch.inference_mode(False)
 def verified(model: Any, batch: Any, accelerate: Callable[[Any], Any]) -> dict[str, str]:
-    """Raise ValueError if a copy of the model computes something else when it is accelerated.
+    """Return what of an accelerated copy of the model ran as in its package alone: paths, with the reasons.
 
-    Return the objects in it that ran as in their package alone, by path, with the reason. Results may differ by 16
-    times what they move when inputs and parameters move by an ulp, and 64 ulp of the largest.
+    Raise ValueError if the copy computes something else. Results may differ by 16 times what they move when inputs and
+    parameters move by an ulp, and 64 ulp of the largest.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: verify needs a torch.nn.Module, got {type(model).__name__}")

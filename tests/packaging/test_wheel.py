@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 
 import pyflow
 
@@ -34,10 +33,9 @@ def wheel(tmp_path_factory):
     """The wheel, from the objects of this checkout; once for all processes of a test run."""
     need("auditwheel", "patchelf", "c++", "cmake", "ninja")
     folder = shared(tmp_path_factory, "release")
-    with FileLock(f"{folder}.lock"):
+    with building_checkout():
         if not list(folder.glob("*.whl")):
-            with building_checkout():
-                done = build(folder)
+            done = build(folder)
             if "a release needs manylinux_2_34 or older" in done.stderr:
                 pytest.skip(done.stderr.strip())
             assert done.returncode == 0, done.stdout + done.stderr

@@ -26,6 +26,7 @@ BASES: dict[Kind, Callable[[Look, Path, Any], Write]] = {}
 # networks that may get a context as their second argument, and what adds parts for its one argument
 NETS: dict[Kind, Callable[[Look, Path, Any], Conditioner]] = {}
 PARTS: dict[Kind, Callable[[Look, Path, Any, list[p.Part]], None]] = {}
+TABLES: tuple[dict[Kind, Any], ...] = (RULES, STACKS, BASES, NETS, PARTS)
 
 
 class NoInstruction(Exception):
@@ -242,19 +243,21 @@ class Look:
 
 def _why_not(path: Path, module: nn.Module) -> str:
     """Return what a module does beyond its class, or that its class is not the one we know; empty if neither."""
-    # the source of a class without a rule need not be a known one
-    tables: list[dict[Kind, Any]] = [RULES, STACKS, BASES, NETS, PARTS]
-    unknown = why_unknown(type(module)) if any(_found(table, module) for table in tables) else ""
     own = [name for name in vars(module) if isinstance(getattr(type(module), name, None), FunctionType)]
     # a root is called by its own methods, and a flow's are not the program's
     if not path:
         inner = [] if _found(STACKS, module) else [name for name in own if name not in ("forward", "inverse")]
-        return f"it has its own {inner[0]}" if inner else unknown
+        return f"it has its own {inner[0]}" if inner else _why_unknown(module)
     if has_hooks(module):
         return "it has hooks"
     if parametrize.is_parametrized(module):
         return "it has parametrizations"
-    return f"it has its own {own[0]}" if own else unknown
+    return f"it has its own {own[0]}" if own else _why_unknown(module)
+
+
+def _why_unknown(module: nn.Module) -> str:
+    # of a class without a rule no source is known
+    return why_unknown(type(module)) if any(_found(table, module) for table in TABLES) else ""
 
 
 def children(look: Look, path: Path, modules: Any) -> Layers:
